@@ -1,0 +1,57 @@
+"""`[inference]` and `[teacher_inference]`: how the student samples, and the local teacher."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from settings.base import RUN, WORKER, Section, Unit
+
+
+class SamplingSettings(Section):
+    """The distribution that training rollouts are sampled from."""
+
+    temperature: Annotated[float, RUN, Field(gt=0, le=10)] = 1.0
+    """Sampling temperature. Other than 1 needs `trainer.loss.teacher_top_k` with a teacher."""
+    max_completion: Annotated[int, RUN, Unit("tokens"), Field(ge=1, le=1 << 20)] = 512
+    """The longest completion, end-of-sequence token included."""
+    top_p: Annotated[float, RUN, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling. Anything but 1 is refused unless `trainer.loss.type = "sft"`: the ratios would compare different distributions."""
+    top_k: Annotated[int, RUN, Field(ge=0, le=1 << 20)] = 0
+    """Sample from the k likeliest tokens alone; 0 is off. Refused in training like `top_p`."""
+    min_p: Annotated[float, RUN, Field(ge=0, le=1)] = 0.0
+    """Drop tokens less likely than this share of the likeliest; 0 is off. Refused in training like `top_p`."""
+
+
+class InferenceSettings(Section):
+    """The generator's engine."""
+
+    engine: Annotated[Literal["auto", "transformers"], WORKER] = "auto"
+    """The engine that generates rollouts. `transformers` is built in."""
+    max_batch: Annotated[int, WORKER, Unit("rollouts"), Field(ge=1, le=65536)] = 256
+    """Rollouts that one generator decodes at once."""
+    prefetch: Annotated[int, WORKER, Unit("rollouts"), Field(ge=0, le=65536)] = 64
+    """Tickets that a generator holds beyond those it decodes, so that a slot never waits for Redis."""
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], WORKER] = "auto"
+    """Precision of the engine's weights; `auto` is float32 on a CPU and bfloat16 on CUDA."""
+    sampling: SamplingSettings = SamplingSettings()
+
+
+class TeacherModelName(Section):
+    """The local teacher's model."""
+
+    name: Annotated[str | None, RUN] = None
+    """A Hugging Face model id, or a directory. Unset: the student's starting model."""
+
+
+class TeacherInferenceSettings(Section):
+    """The teacher that runs beside the run."""
+
+    model: TeacherModelName = TeacherModelName()
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], WORKER] = "auto"
+    """Precision of the teacher's weights; `auto` is float32 on a CPU and bfloat16 on CUDA."""
+    max_batch_tokens: Annotated[int, WORKER, Unit("tokens"), Field(ge=16, le=1 << 24)] = 8192
+    """Tokens that one forward pass of the teacher takes, shared prompts counted once."""
+    head_chunk: Annotated[int, WORKER, Unit("tokens"), Field(ge=1, le=1 << 20)] = 1024
+    """Positions whose logits over the whole vocabulary exist at once."""

@@ -1,0 +1,34 @@
+"""`[orchestrator]`: batches, groups, staleness, verification, and teachers that run elsewhere."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from settings.base import RUN, WORKER, Section, Unit
+
+
+class VerificationSettings(Section):
+    """Scoring of whole answers by the task's scorer."""
+
+    enabled: Annotated[bool | None, RUN] = None
+    """Whether rollouts are verified. Unset: yes, unless `deployment.stages` leaves `verify` out."""
+    timeout: Annotated[float, WORKER, Unit("s"), Field(gt=0, le=86400)] = 10.0
+    """How long a scorer may take for one rollout; past it the rollout scores 0."""
+    processes: Annotated[int, WORKER, Field(ge=1, le=1024)] = 1
+    """Child processes of one verifier; each scores one rollout at a time and can be killed."""
+
+
+class OrchestratorSettings(Section):
+    """What the trainer asks for, and when."""
+
+    batch_size: Annotated[int, RUN, Unit("rollouts"), Field(ge=1, le=1 << 20)] = 128
+    """Rollouts of one training step; a multiple of `group_size`."""
+    group_size: Annotated[int, RUN, Unit("rollouts"), Field(ge=1, le=4096)] = 8
+    """Rollouts of one prompt, which share its computation and give each other's reward a baseline."""
+    max_off_policy_steps: Annotated[int, RUN, Unit("steps"), Field(ge=0, le=1024)] = 2
+    """How many steps ahead of the trainer tickets are issued, and the staleness past which a group is dropped. 0 is exact on-policy training."""
+    max_backlog: Annotated[int, WORKER, Unit("rollouts"), Field(ge=1, le=10**7)] = 16384
+    """No new tickets while a working stream holds more records than this."""
+    verification: VerificationSettings = VerificationSettings()

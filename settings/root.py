@@ -1,0 +1,29 @@
+"""All settings of Onstream in one model. `settings.load` fills it; `settings.plan` says what follows from it."""
+
+from __future__ import annotations
+
+from settings.base import Section
+from settings.deployment import DeploymentSettings
+from settings.inference import InferenceSettings, TeacherInferenceSettings
+from settings.orchestrator import OrchestratorSettings
+from settings.run import DeliverySettings, LogSettings, ModelSettings, RedisSettings, RunSettings
+from settings.task import EvalSettings, TaskSettings
+from settings.trainer import CheckpointSettings, TrainerSettings
+
+
+class Settings(Section):
+    """Every section. Sources, strongest first: command line, environment (`ONSTREAM_SECTION__NAME`), TOML files (later wins), defaults."""
+
+    run: RunSettings = RunSettings()
+    model: ModelSettings = ModelSettings()
+    task: TaskSettings = TaskSettings()
+    eval: EvalSettings = EvalSettings()
+    deployment: DeploymentSettings = DeploymentSettings()
+    inference: InferenceSettings = InferenceSettings()
+    teacher_inference: TeacherInferenceSettings = TeacherInferenceSettings()
+    orchestrator: OrchestratorSettings = OrchestratorSettings()
+    trainer: TrainerSettings = TrainerSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    redis: RedisSettings = RedisSettings()
+    delivery: DeliverySettings = DeliverySettings()
+    log: LogSettings = LogSettings()

