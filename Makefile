@@ -1,0 +1,48 @@
+# Every target sets up what it needs: a virtual environment in .venv, with the versions that requirements.lock names.
+SHELL := /bin/bash
+BIN := .venv/bin
+PYTHON ?= python3
+export PYTHON
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
+
+.PHONY: help up lint test bench models docs lock clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+up: .venv/run ## train the reverse-text example on this machine, from set-up to report
+	@$(BIN)/onstream up examples/reverse-text/onstream.toml
+
+lint: .venv/dev ## ruff and mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+test: .venv/dev ## all tests, on a real Redis of their own
+	@$(BIN)/python -m pytest
+
+bench: .venv/dev ## every benchmark, each beside what it compares with
+	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+models: .venv/run ## make the shipped teacher and student of reverse-text again
+	@$(BIN)/onstream models make reverse-text --out examples/reverse-text
+
+docs: .venv/run ## write docs/settings.md from the settings' own docstrings
+	@$(BIN)/python -m settings.docs
+
+lock: .venv/dev ## bring requirements.lock up to date with pyproject.toml
+	@$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-header --no-annotate --quiet --upgrade -o requirements.lock
+
+clean: ## remove the virtual environment and caches; runs/ stays
+	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info
+
+.venv/run: pyproject.toml requirements.lock
+	@echo "Setting up .venv (a few minutes the first time) ..."
+	@.ci/python -m venv .venv
+	@$(INSTALL) '.[embedded]'
+	@touch $@
+
+.venv/dev: pyproject.toml requirements.lock
+	@echo "Setting up .venv with the development tools (a few minutes the first time) ..."
+	@.ci/python -m venv .venv
+	@$(INSTALL) '.[dev]'
+	@touch $@ .venv/run
