@@ -1,0 +1,240 @@
+"""Packs prompts and their completions into rows whose shared prompts are computed once. Numbers only: numpy, no IO.
+
+A packed row holds T tokens: for each prompt its P tokens, then every completion of it without its last token, which
+predicts nothing. Positions restart after the prompt in each completion. Linear layers run on the row as it is;
+attention runs as a few calls that gather their queries and keys from it (`AttentionCall`), and each token is a query
+of exactly one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+DENSE_ROW_TOKENS = 512
+"""Up to this length a prompt and its completions attend as one row under a mask: the mask's square costs less than further calls."""
+ROW_PADDING = 0.25
+"""Rows that differ more than this share in length do not go into one call."""
+
+
+@dataclass(frozen=True)
+class PrefixGroup:
+    """One prompt and the completions that share it. `sequences` says which sequence of the caller each completion is."""
+
+    prompt_ids: Ids  # [P], P ≥ 1
+    completions: tuple[Ids, ...]  # each [C], C ≥ 1
+    sequences: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it takes in a packed row."""
+        return len(self.prompt_ids) + sum(len(completion) - 1 for completion in self.completions)
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of scaled dot product attention: b rows of queries and of keys, as places in the packed row.
+
+    Padding repeats the row's first place: as a key it is masked, as a query nothing reads it. Without a `mask` the
+    call is causal: query i sees the keys up to i.
+    """
+
+    queries: Ids  # [b, q]
+    keys: Ids  # [b, s]
+    mask: Bools | None  # [b or 1, q, s], True where a query sees a key
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One forward pass: T tokens that predict the N completion tokens of `sequences`, one after the other.
+
+    Example: the prompt [5, 6] with the completions [7, 8, 9] and [4] has T = 4 and N = 4::
+
+        input_ids    5 6 7 8
+        position_ids 0 1 2 3
+        predicted_at 1 2 3 1      (place in the row whose hidden state predicts the target)
+        targets      7 8 9 4
+    """
+
+    input_ids: Ids  # [T]
+    position_ids: Ids  # [T]
+    predicted_at: Ids  # [N]
+    targets: Ids  # [N]
+    sequences: tuple[int, ...]  # [S]
+    lengths: tuple[int, ...]  # [S], completion tokens; they sum to N
+    groups: tuple[PrefixGroup, ...] = field(repr=False)
+    calls: tuple[AttentionCall, ...] = field(repr=False)
+    output_index: Ids = field(repr=False)  # [T], where each token's output is in the calls' outputs, laid end to end
+
+
+def share_prompts(prompts: Sequence[npt.ArrayLike], completions: Sequence[npt.ArrayLike]) -> list[PrefixGroup]:
+    """Groups the sequences that have equal prompts, in the order in which their prompts first come.
+
+    Raises:
+        ValueError: a prompt or a completion is empty.
+    """
+    members: dict[bytes, tuple[Ids, list[Ids], list[int]]] = {}
+    for sequence, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        prompt_ids, completion_ids = np.asarray(prompt, dtype=np.int64), np.asarray(completion, dtype=np.int64)
+        if not len(prompt_ids) or not len(completion_ids):
+            raise ValueError(
+                f"sequence {sequence} has {len(prompt_ids)} prompt and {len(completion_ids)} completion tokens; expected ≥ 1 of each"
+            )
+        _, grouped, sequences = members.setdefault(prompt_ids.tobytes(), (prompt_ids, [], []))
+        grouped.append(completion_ids)
+        sequences.append(sequence)
+    return [PrefixGroup(prompt_ids, tuple(grouped), tuple(sequences)) for prompt_ids, grouped, sequences in members.values()]
+
+
+def pack(groups: Sequence[PrefixGroup], max_tokens: int) -> list[Packed]:
+    """Packs groups, in order, into rows of at most `max_tokens`.
+
+    A group over the budget is split, its prompt repeated; a single sequence over the budget has a row of its own.
+    """
+    rows: list[list[PrefixGroup]] = []
+    room = 0
+    for group in (part for whole in groups for part in _split(whole, max_tokens)):
+        if not rows or group.tokens > room:
+            rows.append([])
+            room = max_tokens
+        rows[-1].append(group)
+        room -= group.tokens
+    return [_lay_out(row) for row in rows]
+
+
+def _split(group: PrefixGroup, max_tokens: int) -> Iterator[PrefixGroup]:
+    """Parts of `group` within the budget, as far as whole completions allow."""
+    start, used = 0, len(group.prompt_ids)
+    for index, completion in enumerate(group.completions):
+        if index > start and used + len(completion) - 1 > max_tokens:
+            yield _part(group, start, index)
+            start, used = index, len(group.prompt_ids)
+        used += len(completion) - 1
+    yield _part(group, start, len(group.completions))
+
+
+def _part(group: PrefixGroup, start: int, end: int) -> PrefixGroup:
+    return PrefixGroup(group.prompt_ids, group.completions[start:end], group.sequences[start:end])
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A group's places in the packed row: its prompt's, and those of each completion without its last token."""
+
+    prompt: Ids
+    completions: tuple[Ids, ...]
+
+    @property
+    def row(self) -> Ids:
+        return np.concatenate((self.prompt, *self.completions))
+
+    @property
+    def branches(self) -> Ids:
+        """0 for the prompt's tokens, i for those of completion i."""
+        lengths = [len(self.prompt), *map(len, self.completions)]
+        return np.repeat(np.arange(len(lengths)), lengths)
+
+
+def _place(groups: Sequence[PrefixGroup]) -> list[_Placed]:
+    placed, at = [], 0
+    for group in groups:
+        ends = at + np.cumsum([len(group.prompt_ids), *(len(completion) - 1 for completion in group.completions)])
+        pieces = [np.arange(start, end) for start, end in zip([at, *ends[:-1]], ends, strict=True)]
+        placed.append(_Placed(pieces[0], tuple(pieces[1:])))
+        at = int(ends[-1])
+    return placed
+
+
+def _lay_out(groups: Sequence[PrefixGroup]) -> Packed:
+    placed = _place(groups)
+    inputs, positions, predicted_at = [], [], []
+    for group, places in zip(groups, placed, strict=True):
+        inputs += [group.prompt_ids, *(completion[:-1] for completion in group.completions)]
+        prompt_tokens = len(group.prompt_ids)
+        positions += [np.arange(prompt_tokens), *(prompt_tokens + np.arange(len(own)) for own in places.completions)]
+        predicted_at += [np.concatenate((places.prompt[-1:], own)) for own in places.completions]
+    calls = _plan_attention(placed)
+    completions = [completion for group in groups for completion in group.completions]
+    return Packed(
+        input_ids=np.concatenate(inputs),
+        position_ids=np.concatenate(positions),
+        predicted_at=np.concatenate(predicted_at),
+        targets=np.concatenate(completions),
+        sequences=tuple(sequence for group in groups for sequence in group.sequences),
+        lengths=tuple(map(len, completions)),
+        groups=tuple(groups),
+        calls=calls,
+        output_index=_output_index(calls, sum(group.tokens for group in groups)),
+    )
+
+
+def _output_index(calls: Sequence[AttentionCall], tokens: int) -> Ids:
+    flat = np.concatenate([call.queries.ravel() for call in calls])
+    index = np.zeros(tokens, dtype=np.int64)
+    # Reversed, so that a row's own first token wins over the padding that repeats its place.
+    index[flat[::-1]] = np.arange(len(flat))[::-1]
+    return index
+
+
+def _plan_attention(placed: Sequence[_Placed]) -> tuple[AttentionCall, ...]:
+    """Plain rows in causal calls, short groups as masked rows, and long groups as one prompt and a call for its completions."""
+    plain = [one for one in placed if len(one.completions) == 1]
+    shared = [one for one in placed if len(one.completions) > 1]
+    short = [one for one in shared if len(one.row) <= DENSE_ROW_TOKENS]
+    calls = [_causal_rows([one.row for one in rows]) for rows in _alike(plain)]
+    calls += [_masked_rows(rows) for rows in _alike(short)]
+    for one in shared:
+        if len(one.row) > DENSE_ROW_TOKENS:
+            calls += _prompt_and_branches(one)
+    return tuple(calls)
+
+
+def _alike(placed: Sequence[_Placed]) -> Iterator[list[_Placed]]:
+    """Batches of rows of similar length, longest first."""
+    batch: list[_Placed] = []
+    for one in sorted(placed, key=lambda one: -len(one.row)):
+        if batch and len(one.row) < (1 - ROW_PADDING) * len(batch[0].row):
+            yield batch
+            batch = []
+        batch.append(one)
+    if batch:
+        yield batch
+
+
+def _pad(rows: Sequence[Ids]) -> Ids:
+    """[b, longest], each row filled up with its first entry."""
+    width = max(map(len, rows))
+    return np.stack([np.concatenate((row, np.full(width - len(row), row[0]))) for row in rows])
+
+
+def _causal_rows(rows: Sequence[Ids]) -> AttentionCall:
+    index = _pad(rows)  # pads on the right lie in every true token's future
+    return AttentionCall(index, index, None)
+
+
+def _masked_rows(batch: Sequence[_Placed]) -> AttentionCall:
+    index = _pad([one.row for one in batch])
+    branch = np.full(index.shape, -1)
+    for row, one in enumerate(batch):
+        branch[row, : len(one.row)] = one.branches
+    causal = np.tri(index.shape[1], dtype=np.bool_)
+    visible = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+    return AttentionCall(index, index, causal & visible)
+
+
+def _prompt_and_branches(one: _Placed) -> list[AttentionCall]:
+    own = [completion for completion in one.completions if len(completion)]
+    calls = [_causal_rows([one.prompt])]
+    if own:
+        queries = _pad(own)
+        keys = np.concatenate((np.broadcast_to(one.prompt, (len(own), len(one.prompt))), queries), axis=1)
+        prompt_tokens, width = len(one.prompt), queries.shape[1]
+        mask = np.concatenate((np.ones((width, prompt_tokens), dtype=np.bool_), np.tri(width, dtype=np.bool_)), axis=1)
+        calls.append(AttentionCall(queries, keys, mask[None]))
+    return calls
