@@ -1,0 +1,86 @@
+"""The names of everything a run keeps in Redis. docs/streams.md lists the type and the fields of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from pipeline.records import StageName
+
+STAGES: Final[tuple[StageName, ...]] = ("generate", "verify", "score", "train")
+"""Every stage with a stream, in the order of the flow."""
+WORKING: Final[tuple[StageName, ...]] = ("generate", "verify", "score")
+"""The stages whose streams hold only work to do: XLEN is their exact backlog, and gates the issuing of tickets."""
+GROUP: Final = "workers"
+"""The one consumer group of each stream."""
+PARKED: Final = "_parked"
+"""The consumer that holds what a draining worker gave back, until a reaper hands it on."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of one run. They share a hash tag, so that a script may touch several of them on a Redis cluster too."""
+
+    run: str
+
+    def _key(self, name: str) -> str:
+        return f"{{onstream:{self.run}}}:{name}"
+
+    def stream(self, stage: StageName) -> str:
+        """Stream of the records that `stage` consumes."""
+        return self._key(f"stream:{stage}")
+
+    @property
+    def dead(self) -> str:
+        """Stream of dead letters; no group."""
+        return self._key("dead")
+
+    @property
+    def policies(self) -> str:
+        """Stream of announced policy versions; no group."""
+        return self._key("policies")
+
+    @property
+    def policy(self) -> str:
+        """String: the newest policy version."""
+        return self._key("policy")
+
+    @property
+    def issued(self) -> str:
+        """String: how many tickets were issued; the number of the last one."""
+        return self._key("issued")
+
+    @property
+    def reissued(self) -> str:
+        """Set: the tokens of re-issues that took place."""
+        return self._key("reissued")
+
+    @property
+    def epoch(self) -> str:
+        """String: counts the trainers that ever held the lease; the fence of all that only a trainer may do."""
+        return self._key("epoch")
+
+    @property
+    def lease(self) -> str:
+        """String with expiry: who the trainer is."""
+        return self._key("lease")
+
+    @property
+    def plan(self) -> str:
+        """String: the run's plan."""
+        return self._key("plan")
+
+    @property
+    def ready(self) -> str:
+        """Set: the stages of which a worker has been ready once."""
+        return self._key("ready")
+
+    @property
+    def finished(self) -> str:
+        """String: present once the run has ended."""
+        return self._key("finished")
+
+    @property
+    def workers(self) -> str:
+        """Hash: the last heartbeat of each worker."""
+        return self._key("workers")

@@ -1,0 +1,212 @@
+"""The Lua scripts that change more than one thing at once. Every one of them may be run twice with the effect of once.
+
+They use commands of Redis 6.2 alone. Where one must work on a Redis that is out of memory, its first write is a command
+that frees memory (XACK, DEL): Redis refuses a script at its first write that needs memory, never in its middle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Script:
+    """Lua source, and the digest that EVALSHA calls it by."""
+
+    source: str
+
+    @cached_property
+    def sha(self) -> str:
+        """The SHA-1 that Redis knows the script by."""
+        return hashlib.sha1(self.source.encode()).hexdigest()
+
+
+# The hop. KEYS: source, then the targets. ARGV: group, then per record: id, outs, and per out: target's index in KEYS,
+# number of strings, field, value, … Returns 1 for each record it moved, 0 for each that somebody else had moved.
+# XACK is the fence: it returns 1 to the first finisher alone, whoever holds the record by then.
+HOP = Script("""
+local moved, at = {}, 2
+while at <= #ARGV do
+  local id, outs = ARGV[at], tonumber(ARGV[at + 1])
+  at = at + 2
+  local mine = redis.call('XACK', KEYS[1], ARGV[1], id) == 1
+  if mine then redis.call('XDEL', KEYS[1], id) end
+  for _ = 1, outs do
+    local target, strings = KEYS[tonumber(ARGV[at])], tonumber(ARGV[at + 1])
+    if mine then redis.call('XADD', target, '*', unpack(ARGV, at + 2, at + 1 + strings)) end
+    at = at + 2 + strings
+  end
+  moved[#moved + 1] = mine and 1 or 0
+end
+return moved
+""")
+
+# KEYS: stream. ARGV: group, me, ids. Sets the idle time of the entries that are still mine to 0, keeping their count.
+RENEW = Script("""
+local renewed = 0
+for i = 3, #ARGV do
+  local id = ARGV[i]
+  if #redis.call('XPENDING', KEYS[1], ARGV[1], id, id, 1, ARGV[2]) == 1 then
+    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, id, 'JUSTID')
+    renewed = renewed + 1
+  end
+end
+return renewed
+""")
+
+# KEYS: stream. ARGV: group, me, parking consumer, ids. Parks the entries that are still mine as idle for a day, and takes
+# back the delivery that they were counted: the next reaper's pass hands them on.
+GIVE_BACK = Script("""
+local parked = 0
+for i = 4, #ARGV do
+  local id = ARGV[i]
+  local row = redis.call('XPENDING', KEYS[1], ARGV[1], id, id, 1, ARGV[2])[1]
+  if row then
+    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[3], 0, id, 'IDLE', 86400000, 'RETRYCOUNT', math.max(row[4] - 1, 0), 'JUSTID')
+    parked = parked + 1
+  end
+end
+return parked
+""")
+
+# KEYS: stream, workers. ARGV: group, me. Deletes my consumer unless entries are pending with it (Redis would forget them).
+RETIRE = Script("""
+redis.call('HDEL', KEYS[2], ARGV[2])
+if #redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1, ARGV[2]) == 0 then
+  redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
+  return 1
+end
+return 0
+""")
+
+# KEYS: stream, workers. ARGV: group, idle ms. Deletes consumers without pending entries that were not heard of for so long.
+BURY = Script("""
+local buried = 0
+for _, flat in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
+  local consumer = {}
+  for i = 1, #flat, 2 do consumer[flat[i]] = flat[i + 1] end
+  if consumer.pending == 0 and consumer.idle > tonumber(ARGV[2]) then
+    redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], consumer.name)
+    redis.call('HDEL', KEYS[2], consumer.name)
+    buried = buried + 1
+  end
+end
+return buried
+""")
+
+# KEYS: workers. ARGV: me, state. The leading HDEL lets heartbeats go on when Redis is out of memory.
+HEARTBEAT = Script("""
+redis.call('HDEL', KEYS[1], ARGV[1])
+local now = redis.call('TIME')
+redis.call('HSET', KEYS[1], ARGV[1], now[1] .. '.' .. string.format('%06d', now[2]) .. ' ' .. ARGV[2])
+return 1
+""")
+
+# KEYS: stream. ARGV: first id, count. Returns the last id and the numbers, without moving the payloads to the client.
+NUMBERS = Script("""
+local numbers, last = {}, ''
+for _, entry in ipairs(redis.call('XRANGE', KEYS[1], ARGV[1], '+', 'COUNT', ARGV[2])) do
+  last = entry[1]
+  for i = 1, #entry[2], 2 do
+    if entry[2][i] == 'n' then numbers[#numbers + 1] = entry[2][i + 1] end
+  end
+end
+return {last, numbers}
+""")
+
+# KEYS: epoch, lease. ARGV: me, ttl ms, a holder known to be dead. Returns the new epoch, or 0 and the holder.
+ACQUIRE = Script("""
+local holder = redis.call('GET', KEYS[2])
+if holder and holder ~= ARGV[1] and holder ~= ARGV[3] then return {0, holder} end
+redis.call('DEL', KEYS[2])
+redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
+return {redis.call('INCR', KEYS[1]), ARGV[1]}
+""")
+
+_FENCE = """
+local epoch = redis.call('GET', KEYS[1])
+if epoch ~= ARGV[1] then return redis.error_reply('LEASELOST epoch ' .. ARGV[1] .. ' was followed by ' .. tostring(epoch)) end
+"""
+
+
+def _fenced(source: str) -> Script:
+    """A script that only the trainer may run: KEYS[1] is the epoch's key and ARGV[1] the caller's epoch."""
+    return Script(_FENCE + source)
+
+
+# KEYS: epoch, lease. ARGV: epoch, me, ttl ms. An expired lease that nobody took since is mine still.
+RENEW_LEASE = _fenced("""
+redis.call('DEL', KEYS[2])
+redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
+return 1
+""")
+
+# KEYS: epoch, lease. ARGV: epoch, me.
+RELEASE_LEASE = _fenced("""
+if redis.call('GET', KEYS[2]) == ARGV[2] then return redis.call('DEL', KEYS[2]) end
+return 0
+""")
+
+# KEYS: epoch, issued, tickets, gated streams. ARGV: epoch, expected count, max backlog, then number, payload, …
+# Returns 1 when the tickets stand issued (now, or by the first run of a repeated call), 0 when the backlog forbids it.
+ISSUE = _fenced("""
+local issued, expected, count = tonumber(redis.call('GET', KEYS[2]) or 0), tonumber(ARGV[2]), (#ARGV - 3) / 2
+if issued >= expected + count then return 1 end
+if issued ~= expected then return redis.error_reply('MISCOUNT ' .. issued .. ' tickets were issued, not ' .. expected) end
+for i = 4, #KEYS do
+  if redis.call('XLEN', KEYS[i]) > tonumber(ARGV[3]) then return 0 end
+end
+redis.call('INCRBY', KEYS[2], count)
+for i = 4, #ARGV, 2 do redis.call('XADD', KEYS[3], '*', 'n', ARGV[i], 'b', ARGV[i + 1]) end
+return 1
+""")
+
+# KEYS: epoch, reissued, tickets. ARGV: epoch, token, then number, payload, …
+REISSUE = _fenced("""
+if redis.call('SADD', KEYS[2], ARGV[2]) == 1 then
+  for i = 3, #ARGV, 2 do redis.call('XADD', KEYS[3], '*', 'n', ARGV[i], 'b', ARGV[i + 1]) end
+end
+return 1
+""")
+
+# KEYS: epoch, issued. ARGV: epoch, count.
+RAISE_ISSUED = _fenced("""
+if tonumber(redis.call('GET', KEYS[2]) or 0) < tonumber(ARGV[2]) then
+  redis.call('DEL', KEYS[2])
+  redis.call('SET', KEYS[2], ARGV[2])
+end
+return tonumber(redis.call('GET', KEYS[2]) or 0)
+""")
+
+# KEYS: epoch, policy, policies. ARGV: epoch, payload, announcements kept.
+ANNOUNCE = _fenced("""
+if redis.call('GET', KEYS[2]) == ARGV[2] then return 0 end
+redis.call('DEL', KEYS[2])
+redis.call('SET', KEYS[2], ARGV[2])
+redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[3], '*', 'b', ARGV[2])
+return 1
+""")
+
+# KEYS: epoch, stream. ARGV: epoch, group, ids.
+ACKNOWLEDGE = _fenced("""
+local done = 0
+for i = 3, #ARGV do
+  redis.call('XACK', KEYS[2], ARGV[2], ARGV[i])
+  done = done + redis.call('XDEL', KEYS[2], ARGV[i])
+end
+return done
+""")
+
+# KEYS: epoch, key. ARGV: epoch, value.
+SET_KEY = _fenced("""
+redis.call('DEL', KEYS[2])
+redis.call('SET', KEYS[2], ARGV[2])
+return 1
+""")
+
+# KEYS: epoch, key. ARGV: epoch.
+CLEAR_KEY = _fenced("""
+return redis.call('DEL', KEYS[2])
+""")

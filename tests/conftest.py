@@ -1,0 +1,34 @@
+"""Fixtures of all tests: one real Redis for the session, and a run's name that no other test has."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.streams import Bus
+from workers.launcher.embedded_redis import EmbeddedRedis
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a real server, started for this session."""
+    server = EmbeddedRedis(Path(tmp_path_factory.mktemp("redis")), max_memory_mb=512)
+    yield server.start()
+    server.stop()
+
+
+@pytest.fixture
+def run_name() -> str:
+    """The name of a run that nothing else uses."""
+    return f"test-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def bus(redis_url: str, run_name: str) -> Iterator[Bus]:
+    """A bus of the run `run_name`, as the consumer `tester`."""
+    bus = Bus.connect(redis_url, run_name, consumer="tester", block_s=0.2, connect_timeout_s=5)
+    yield bus
+    bus.close()

