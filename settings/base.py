@@ -35,4 +35,4 @@ class Unit:
 class Section(BaseModel):
     """A group of settings. Unknown keys are errors; each field's docstring is its documentation."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, frozen=True, allow_inf_nan=False)

@@ -14,21 +14,21 @@ StageName = Literal["generate", "verify", "score", "train"]
 class DeploymentSettings(Section):
     """The processes of a run."""
 
-    stages: Annotated[tuple[StageName, ...] | None, WORKER] = None
+    stages: Annotated[tuple[StageName, ...] | None, WORKER, Field(min_length=1, max_length=4)] = None
     """The stages that have consumers in this deployment. Unset: what the other settings ask for. Leaving out `verify` or `score`
     turns verification or the teacher off, unless a setting says so explicitly."""
-    num_teacher_gpus: Annotated[int | None, RUN, Field(ge=1, le=1024)] = None
+    num_teacher_gpus: Annotated[int | None, RUN, Unit("GPUs"), Field(ge=1, le=1024)] = None
     """Starts the teacher beside the run, on so many GPUs; on `device = "cpu"`, so many teacher processes. Without
     `teacher_inference.model.name` the teacher is the student's starting model."""
-    generators: Annotated[int, WORKER, Field(ge=0, le=1024)] = 1
+    generators: Annotated[int, WORKER, Unit("workers"), Field(ge=0, le=1024)] = 1
     """Generator workers that `onstream up` starts."""
-    verifiers: Annotated[int, WORKER, Field(ge=0, le=1024)] = 1
+    verifiers: Annotated[int, WORKER, Unit("workers"), Field(ge=0, le=1024)] = 1
     """Verifier workers that `onstream up` starts."""
     device: Annotated[Literal["auto", "cpu", "cuda"], WORKER] = "auto"
     """Where models run; `auto` is CUDA where a GPU is found."""
-    threads: Annotated[int | None, WORKER, Field(ge=1, le=1024)] = None
+    threads: Annotated[int | None, WORKER, Unit("threads"), Field(ge=1, le=1024)] = None
     """CPU threads of each worker's tensor library. Unset: 1 on a CPU with up to 4 cores, else cores divided by workers."""
-    max_restarts: Annotated[int, WORKER, Field(ge=0, le=1000)] = 5
+    max_restarts: Annotated[int, WORKER, Unit("deaths"), Field(ge=0, le=1000)] = 5
     """Deaths of one worker in a row, without any progress of the run between them, after which the run stops."""
     status_interval: Annotated[float, WORKER, Unit("s"), Field(ge=0.1, le=3600)] = 2.0
     """How often `onstream up` prints the state of the run where standard output is not a terminal."""

@@ -12,15 +12,15 @@ from settings.base import RUN, WORKER, Section, Unit
 class SamplingSettings(Section):
     """The distribution that training rollouts are sampled from."""
 
-    temperature: Annotated[float, RUN, Field(gt=0, le=10)] = 1.0
+    temperature: Annotated[float, RUN, Unit("ratio"), Field(gt=0, le=10)] = 1.0
     """Sampling temperature. Other than 1 needs `trainer.loss.teacher_top_k` with a teacher."""
     max_completion: Annotated[int, RUN, Unit("tokens"), Field(ge=1, le=1 << 20)] = 512
     """The longest completion, end-of-sequence token included."""
-    top_p: Annotated[float, RUN, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, RUN, Unit("probability"), Field(gt=0, le=1)] = 1.0
     """Nucleus sampling. Anything but 1 is refused unless `trainer.loss.type = "sft"`: the ratios would compare different distributions."""
-    top_k: Annotated[int, RUN, Field(ge=0, le=1 << 20)] = 0
+    top_k: Annotated[int, RUN, Unit("tokens"), Field(ge=0, le=1 << 20)] = 0
     """Sample from the k likeliest tokens alone; 0 is off. Refused in training like `top_p`."""
-    min_p: Annotated[float, RUN, Field(ge=0, le=1)] = 0.0
+    min_p: Annotated[float, RUN, Unit("share"), Field(ge=0, le=1)] = 0.0
     """Drop tokens less likely than this share of the likeliest; 0 is off. Refused in training like `top_p`."""
 
 
@@ -41,7 +41,7 @@ class InferenceSettings(Section):
 class TeacherModelName(Section):
     """The local teacher's model."""
 
-    name: Annotated[str | None, RUN] = None
+    name: Annotated[str | None, RUN, Field(min_length=1)] = None
     """A Hugging Face model id, or a directory. Unset: the student's starting model."""
 
 

@@ -16,7 +16,7 @@ class VerificationSettings(Section):
     """Whether rollouts are verified. Unset: yes, unless `deployment.stages` leaves `verify` out."""
     timeout: Annotated[float, WORKER, Unit("s"), Field(gt=0, le=86400)] = 10.0
     """How long a scorer may take for one rollout; past it the rollout scores 0."""
-    processes: Annotated[int, WORKER, Field(ge=1, le=1024)] = 1
+    processes: Annotated[int, WORKER, Unit("processes"), Field(ge=1, le=1024)] = 1
     """Child processes of one verifier; each scores one rollout at a time and can be killed."""
 
 
@@ -28,7 +28,8 @@ class OrchestratorSettings(Section):
     group_size: Annotated[int, RUN, Unit("rollouts"), Field(ge=1, le=4096)] = 8
     """Rollouts of one prompt, which share its computation and give each other's reward a baseline."""
     max_off_policy_steps: Annotated[int, RUN, Unit("steps"), Field(ge=0, le=1024)] = 2
-    """How many steps ahead of the trainer tickets are issued, and the staleness past which a group is dropped. 0 is exact on-policy training."""
+    """How many steps ahead of the trainer tickets are issued, and the staleness past which a group is dropped.
+    0 is exact on-policy training."""
     max_backlog: Annotated[int, WORKER, Unit("rollouts"), Field(ge=1, le=10**7)] = 16384
     """No new tickets while a working stream holds more records than this."""
     verification: VerificationSettings = VerificationSettings()

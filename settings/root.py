@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from settings.base import Section
 from settings.deployment import DeploymentSettings
 from settings.inference import InferenceSettings, TeacherInferenceSettings
@@ -27,3 +29,8 @@ class Settings(Section):
     redis: RedisSettings = RedisSettings()
     delivery: DeliverySettings = DeliverySettings()
     log: LogSettings = LogSettings()
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run keeps its files."""
+        return self.run.dir / self.run.name

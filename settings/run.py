@@ -52,11 +52,11 @@ class DeliverySettings(Section):
     """A record whose worker has not renewed its lease for so long is handed to another one."""
     max_handle: Annotated[float, WORKER, Unit("s"), Field(ge=1, le=86400)] = 600.0
     """The longest that one slice of work may take; past it the worker exits with code 4 and its records are handed on."""
-    max_deliveries: Annotated[int, WORKER, Field(ge=1, le=100)] = 4
+    max_deliveries: Annotated[int, WORKER, Unit("deliveries"), Field(ge=1, le=100)] = 4
     """A record that was handed out so often without being finished goes to the dead-letter stream."""
     drain: Annotated[float, WORKER, Unit("s"), Field(ge=0, le=3600)] = 20.0
     """How long a worker that was told to stop may take to finish what it has in hand; the rest is given back."""
-    max_dead: Annotated[int, WORKER, Field(ge=1, le=10**7)] = 10_000
+    max_dead: Annotated[int, WORKER, Unit("records"), Field(ge=1, le=10**7)] = 10_000
     """Dead letters kept in Redis; older ones spill to `dead.jsonl` in the run directory."""
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from settings.base import RUN, WORKER, Section
+from settings.base import RUN, WORKER, Section, Unit
 
 
 class TaskSettings(Section):
@@ -19,15 +19,16 @@ class TaskSettings(Section):
     """The file of a `jsonl` task: one object a line, with `messages` (or `prompt`) and `answer`."""
     eval_path: Annotated[Path | None, WORKER] = None
     """The held-out file of a `jsonl` task. Unset: the last `eval.samples` lines of `task.path`, which are then not trained on."""
-    split: Annotated[str, RUN] = "train"
+    split: Annotated[str, RUN, Field(min_length=1)] = "train"
     """The split of a Hugging Face dataset."""
-    prompt_field: Annotated[str, RUN] = "prompt"
+    prompt_field: Annotated[str, RUN, Field(min_length=1)] = "prompt"
     """The column or key that holds the prompt where there is no `messages`."""
-    answer_field: Annotated[str, RUN] = "answer"
+    answer_field: Annotated[str, RUN, Field(min_length=1)] = "answer"
     """The column or key that holds the answer."""
     scorer: Annotated[str | None, RUN, Field(pattern=r"^[\w.]+:[\w.]+$")] = None
-    """An importable function `module:function(completion: str, info: dict) -> float | dict[str, float]` instead of the task's own scorer."""
-    args: Annotated[dict[str, Any], RUN] = {}
+    """An importable function `module:function(completion: str, info: dict) -> float | dict[str, float]` instead of the
+    task's own scorer."""
+    args: Annotated[dict[str, Any], RUN] = Field(default_factory=dict)
     """Arguments of the task, such as `min_length` and `max_length` of `reverse-text`, or a reasoning-gym dataset's configuration."""
     system_prompt: Annotated[str | None, RUN] = None
     """A system message put before each prompt."""
@@ -36,5 +37,5 @@ class TaskSettings(Section):
 class EvalSettings(Section):
     """Evaluation on held-out prompts, greedy, before and after the run."""
 
-    samples: Annotated[int, RUN, Field(ge=0, le=10**6)] = 256
+    samples: Annotated[int, RUN, Unit("prompts"), Field(ge=0, le=10**6)] = 256
     """Held-out prompts; 0 turns evaluation off. They never overlap with the prompts trained on."""

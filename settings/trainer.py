@@ -8,6 +8,8 @@ from pydantic import Field
 
 from settings.base import CHANGEABLE, RUN, WORKER, Section, Unit
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class LossSettings(Section):
     """The objective: docs/objective.md has its formulas."""
@@ -25,11 +27,11 @@ class LossSettings(Section):
     is the sampled token's."""
     teacher_tail_floor: Annotated[float, RUN, Unit("probability"), Field(gt=0, lt=1)] = 1e-6
     """Least probability of the tail bin, where an endpoint gives only the top k and their sum comes to 1 or more."""
-    reverse_kl_clip: Annotated[float | None, RUN, Unit("nats"), Field(gt=0)] = None
+    reverse_kl_clip: Annotated[float | None, RUN, Unit("nats"), Field(gt=0, le=1000)] = None
     """Bounds the sampled reverse KL of a token to ± this; unset, it is not bounded."""
     trust_region: Annotated[Literal["signed", "symmetric", "none"], RUN] = "signed"
-    """Which tokens are dropped when the trainer's probability has moved from the generator's: `signed` those moving on in the direction of their
-    advantage, `symmetric` on either side."""
+    """Which tokens are dropped when the trainer's probability has moved from the generator's: `signed` those moving on in the
+    direction of their advantage, `symmetric` on either side."""
     trust_low: Annotated[float, RUN, Unit("probability"), Field(ge=0, le=1)] = 0.2
     """How far a token's probability may have fallen."""
     trust_high: Annotated[float, RUN, Unit("probability"), Field(ge=0, le=1)] = 0.2
@@ -45,19 +47,19 @@ class OptimSettings(Section):
 
     lr: Annotated[float, CHANGEABLE, Unit("per step"), Field(gt=0, le=10)] = 1e-5
     """Learning rate at the end of the warm-up."""
-    betas: Annotated[tuple[float, float], RUN] = (0.9, 0.95)
-    """AdamW's decay rates of the two moments."""
-    weight_decay: Annotated[float, RUN, Field(ge=0, le=10)] = 0.0
+    betas: Annotated[tuple[Beta, Beta], RUN, Unit("ratio")] = (0.9, 0.95)
+    """AdamW's decay rates of the two moments, each ≥ 0 and < 1."""
+    weight_decay: Annotated[float, RUN, Unit("ratio"), Field(ge=0, le=10)] = 0.0
     """AdamW's decoupled weight decay."""
-    eps: Annotated[float, RUN, Field(gt=0, le=1)] = 1e-8
+    eps: Annotated[float, RUN, Unit("gradient"), Field(gt=0, le=1)] = 1e-8
     """AdamW's denominator term."""
     warmup: Annotated[int, RUN, Unit("steps"), Field(ge=0, le=10**6)] = 0
     """Steps over which the learning rate rises linearly."""
     schedule: Annotated[Literal["constant", "linear", "cosine"], RUN] = "constant"
     """What the learning rate does after the warm-up, until `trainer.max_steps`."""
-    min_lr_ratio: Annotated[float, RUN, Field(ge=0, le=1)] = 0.0
+    min_lr_ratio: Annotated[float, RUN, Unit("ratio"), Field(ge=0, le=1)] = 0.0
     """Where a falling schedule ends, as a share of `lr`."""
-    max_grad_norm: Annotated[float, RUN, Field(gt=0)] = 1.0
+    max_grad_norm: Annotated[float, RUN, Unit("gradient"), Field(gt=0, le=10**6)] = 1.0
     """Gradients are scaled down to this global norm."""
 
 
@@ -85,9 +87,9 @@ class CheckpointSettings(Section):
     """Steps between checkpoints. Records are acknowledged by checkpoints, so it also bounds what is trained again after a crash."""
     keep: Annotated[int, CHANGEABLE, Unit("checkpoints"), Field(ge=2, le=10**6)] = 2
     """Newest checkpoints kept with their optimizer state. At least 2: what one holds is acknowledged when the next is durable."""
-    keep_every: Annotated[int | None, CHANGEABLE, Unit("steps"), Field(ge=1)] = None
+    keep_every: Annotated[int | None, CHANGEABLE, Unit("steps"), Field(ge=1, le=10**9)] = None
     """Checkpoints of steps that divide by this are kept for good."""
-    max_unacked_bytes: Annotated[int, WORKER, Unit("bytes"), Field(ge=1 << 16)] = 256 << 20
+    max_unacked_bytes: Annotated[int, WORKER, Unit("bytes"), Field(ge=1 << 16, le=1 << 50)] = 256 << 20
     """A checkpoint is taken early when the records it would acknowledge hold this much of Redis's memory."""
     keep_policies: Annotated[int, CHANGEABLE, Unit("versions"), Field(ge=2, le=10**6)] = 4
     """Newest published policy versions kept on disk."""

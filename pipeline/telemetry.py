@@ -1,0 +1,71 @@
+"""Log lines of every process: structlog, as text for people or JSON for collectors, each naming run, stage and worker."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TextIO
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+from settings.run import LogSettings
+
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+def configure(stage: str, worker: str, run: str, log: LogSettings, *, stream: TextIO | None = None) -> None:
+    """Send this process's lines to `stream` (standard error), each with `run`, `stage` and `worker`.
+
+    A line given `number=` is about a rollout and gets its `uid`, `<run>/<number>`. Lines of libraries that log by the
+    standard library take the same form, from level warning on.
+    """
+    stream = stream or sys.stderr
+    processors: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        _Identity(run=run, stage=stage, worker=worker),
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    renderers = _renderers(log, stream)
+    structlog.configure(
+        processors=[*processors, *renderers],
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[log.level]),
+        logger_factory=structlog.PrintLoggerFactory(stream),
+    )
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*processors, structlog.stdlib.add_logger_name],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=max(_LEVELS[log.level], logging.WARNING), force=True)
+    logging.captureWarnings(True)
+
+
+def get_logger() -> structlog.typing.FilteringBoundLogger:
+    """A logger whose lines `configure` shapes, also when it was made before."""
+    logger: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+    return logger
+
+
+class _Identity:
+    """Adds who writes the line. A processor rather than context variables, which threads do not inherit."""
+
+    def __init__(self, **identity: str) -> None:
+        self._identity = identity
+
+    def __call__(self, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+        if (number := event.pop("number", None)) is not None:
+            event["uid"] = f"{self._identity['run']}/{number}"
+        return {**self._identity, **event}
+
+
+def _renderers(log: LogSettings, stream: TextIO) -> list[Processor]:
+    as_console = log.format == "console" or (log.format == "auto" and stream.isatty())
+    if as_console:
+        # The plain traceback: the pretty one prints local variables, and with them what settings hide.
+        plain = structlog.dev.plain_traceback
+        return [structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=plain)]
+    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(ensure_ascii=False)]

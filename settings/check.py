@@ -1,0 +1,85 @@
+"""What `onstream check` prints: the resolved settings, the plan that follows from them, warnings, and every problem."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+
+from pipeline.errors import Exit
+from settings.fields import known
+from settings.load import Resolved
+from settings.plan import Plan, make_plan
+from settings.problem import Problem
+from settings.root import Settings
+from settings.rules import warnings_of
+from settings.text import shown
+
+
+def report(resolved: Resolved, console: Console, *, everything: bool) -> Exit:
+    """Print all there is to say of `resolved`; with `everything`, settings at their defaults too.
+
+    Returns `Exit.USAGE` where there are problems.
+    """
+    if resolved.settings is not None:
+        _print_settings(resolved.settings, resolved.origins, console, everything=everything)
+        _print_plan(make_plan(resolved.settings), resolved.settings, console)
+        _print_warnings(warnings_of(resolved.settings), console)
+    _print_problems(resolved.problems, console)
+    return Exit.USAGE if resolved.problems else Exit.OK
+
+
+def _print_settings(settings: Settings, origins: Mapping[str, str], console: Console, *, everything: bool) -> None:
+    console.print("[bold]Settings[/bold]" if everything else "[bold]Settings that differ from the defaults[/bold] (--all shows all)")
+    count = 0
+    for name, setting in known().items():
+        value = setting.value(settings)
+        if everything or value != setting.default:
+            origin = origins.get(name, "default")
+            _line(console, f"  {escape(name)} = [cyan]{escape(shown(value))}[/cyan]  [dim]{escape(origin)}[/dim]")
+            count += 1
+    if not count:
+        _line(console, "  none")
+
+
+def _print_plan(plan: Plan, settings: Settings, console: Console) -> None:
+    console.print("\n[bold]Plan[/bold]")
+    rows = [
+        ("run", f"{plan.run} in {settings.run_dir}"),
+        ("route", " → ".join(plan.streams)),
+        ("workers", ", ".join(f"{stage} × {count}" for stage, count in plan.workers.items())),
+        ("streams", ", ".join(f"{{onstream:{plan.run}}}:stream:{stage}" for stage in plan.streams)),
+        ("student", plan.student),
+        ("teacher", plan.teacher or "none"),
+        ("devices", _devices(plan, settings)),
+        ("redis", "as redis.url says" if settings.redis.url else "started by onstream up"),
+    ]
+    for name, value in rows:
+        _line(console, f"  {name:<8} {escape(value)}")
+
+
+def _devices(plan: Plan, settings: Settings) -> str:
+    found = " (the GPUs found here)" if plan.device == "cuda" else " (no GPU found here)"
+    return plan.device + (found if settings.deployment.device == "auto" else "")
+
+
+def _print_warnings(warnings: Sequence[str], console: Console) -> None:
+    if warnings:
+        console.print("\n[bold yellow]Warnings[/bold yellow]")
+    for warning in warnings:
+        _line(console, f"  {escape(warning)}")
+
+
+def _print_problems(problems: Sequence[Problem], console: Console) -> None:
+    if not problems:
+        console.print("\n[bold green]No problems.[/bold green]")
+        return
+    console.print(f"\n[bold red]{len(problems)} {'problem' if len(problems) == 1 else 'problems'}[/bold red]")
+    for problem in problems:
+        _line(console, f"  {escape(str(problem))}")
+
+
+def _line(console: Console, markup: str) -> None:
+    # Soft-wrapped, so that a line stays one line where it is piped or grepped.
+    console.print(markup, soft_wrap=True, highlight=False)

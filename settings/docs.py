@@ -1,0 +1,65 @@
+"""docs/settings.md, written from the settings' own fields: `python -m settings.docs`."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+
+from settings.fields import Setting, known, sections
+from settings.text import shown
+
+PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
+
+_HEAD = """# Settings
+
+Written by `python -m settings.docs` from the fields in `settings/`; edit those.
+
+Sources, strongest first: the command line (`--set trainer.loss.teacher_tau=0.5`), the environment
+(`ONSTREAM_TRAINER__LOSS__TEACHER_TAU=0.5`), TOML files (several: a later one wins), the defaults. Lists and tables are
+written as JSON on the command line and in the environment, `null` unsets a value there, and an empty variable counts as not set.
+A key that no section has is an error. `onstream check [FILE…]` prints what the sources add up to.
+
+**Scope**: *run* settings define the run. They are written to Redis once, and a worker that disagrees stops; *run, changeable* ones
+may be changed when the run is resumed. *worker* settings concern one process alone.
+"""
+
+
+def text() -> str:
+    """The whole page."""
+    parts = [_HEAD]
+    for name, settings in groupby(known().values(), key=lambda setting: setting.name.rpartition(".")[0]):
+        parts.append(f"## [{name}]\n\n{' '.join((sections()[name].__doc__ or '').split())}\n\n{_table(list(settings))}\n")
+    return "\n".join(parts)
+
+
+def _table(settings: list[Setting]) -> str:
+    rows = ["| Setting | Default | Type | Bound | Unit | Scope | Meaning |", "|---|---|---|---|---|---|---|"]
+    for setting in settings:
+        cells = (
+            f"`{setting.name}`",
+            f"`{shown(setting.default)}`",
+            setting.type,
+            _bound(setting),
+            setting.unit,
+            _scope(setting),
+            setting.doc,
+        )
+        rows.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
+    return "\n".join(rows)
+
+
+def _bound(setting: Setting) -> str:
+    return f"`{setting.bound}`" if "matches" in setting.bound else setting.bound
+
+
+def _scope(setting: Setting) -> str:
+    return "run, changeable" if setting.scope.changeable else setting.scope.kind
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(text(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Rules that hold between settings. Each rule is a function of all settings, so none depends on an order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from settings.fields import known
+from settings.plan import make_plan, route_of, teacher_configured, teacher_model, teacher_on, verification_on
+from settings.problem import Problem
+from settings.root import Settings
+from settings.text import shown
+
+Rule = Callable[[Settings], Iterator[Problem]]
+
+
+def problems_of(settings: Settings) -> list[Problem]:
+    """Every combination of `settings` that cannot work."""
+    return [problem for rule in _RULES for problem in rule(settings)]
+
+
+def warnings_of(settings: Settings) -> list[str]:
+    """What works, but may not be what was meant."""
+    return [*_teacher_warnings(settings), *_deployment_warnings(settings)]
+
+
+def _batches(settings: Settings) -> Iterator[Problem]:
+    batch, group = settings.orchestrator.batch_size, settings.orchestrator.group_size
+    if batch % group:
+        nearest = max(group, round(batch / group) * group)
+        yield _problem(
+            settings,
+            ["orchestrator.batch_size", "orchestrator.group_size"],
+            "a batch of whole groups",
+            f"Set orchestrator.batch_size = {nearest}.",
+        )
+
+
+def _training_signal(settings: Settings) -> Iterator[Problem]:
+    loss, verification = settings.trainer.loss, settings.orchestrator.verification
+    if loss.type == "sft":
+        return
+    if verification.enabled is False and loss.adv_tau != 0:
+        yield _problem(
+            settings,
+            ["orchestrator.verification.enabled", "trainer.loss.adv_tau"],
+            "rewards for the advantage to come from",
+            "Set trainer.loss.adv_tau = 0.0 for pure distillation, or enable verification.",
+        )
+    elif loss.teacher_tau == 0 and (loss.adv_tau == 0 or not verification_on(settings)):
+        names = ["trainer.loss.teacher_tau", "trainer.loss.adv_tau"] + (["deployment.stages"] if settings.deployment.stages else [])
+        yield _problem(
+            settings, names, "a teacher or rewards to learn from", "Set trainer.loss.teacher_tau > 0, or adv_tau > 0 with verification."
+        )
+    elif loss.adv_tau != 0 and settings.orchestrator.group_size == 1 and verification_on(settings):
+        yield _problem(
+            settings,
+            ["orchestrator.group_size", "trainer.loss.adv_tau"],
+            "at least 2 rollouts a group, whose mean is the baseline of the advantage",
+            "Set orchestrator.group_size = 8, or trainer.loss.adv_tau = 0.0.",
+        )
+
+
+def _teacher(settings: Settings) -> Iterator[Problem]:
+    deployed = "score" in (settings.deployment.stages or ())
+    if settings.trainer.loss.type == "rl" and settings.trainer.loss.teacher_tau > 0 and not teacher_configured(settings) and not deployed:
+        yield _problem(
+            settings,
+            ["trainer.loss.teacher_tau", "deployment.num_teacher_gpus", "teacher_inference.model.name"],
+            "a teacher",
+            "Set deployment.num_teacher_gpus = 1 to start one, and teacher_inference.model.name unless it is the student's starting model.",
+        )
+
+
+def _sampling(settings: Settings) -> Iterator[Problem]:
+    if settings.trainer.loss.type == "sft":
+        return
+    sampling, loss = settings.inference.sampling, settings.trainer.loss
+    for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+        if getattr(sampling, name) != off:
+            yield _problem(
+                settings,
+                [f"inference.sampling.{name}"],
+                f"{off} in training, where importance ratios would compare different distributions",
+                f"Leave inference.sampling.{name} out.",
+            )
+    if sampling.temperature != 1 and loss.teacher_tau > 0 and loss.teacher_top_k == 0:
+        yield _problem(
+            settings,
+            ["inference.sampling.temperature", "trainer.loss.teacher_tau", "trainer.loss.teacher_top_k"],
+            "temperature 1 with the sampled teacher term, since the teacher judges at temperature 1",
+            "Set inference.sampling.temperature = 1.0, or trainer.loss.teacher_top_k = 4.",
+        )
+
+
+def _hard_distillation(settings: Settings) -> Iterator[Problem]:
+    if settings.trainer.loss.type != "sft":
+        return
+    yield _problem(
+        settings,
+        ["trainer.loss.type"],
+        '"rl": no source of teacher completions can be configured yet, and training on the student\'s own samples teaches nothing',
+        'Set trainer.loss.type = "rl".',
+    )
+    if settings.trainer.loss.teacher_tau > 0:
+        yield _problem(
+            settings,
+            ["trainer.loss.type", "trainer.loss.teacher_tau"],
+            "no teacher logprobs with sft",
+            "Set trainer.loss.teacher_tau = 0.0.",
+        )
+
+
+def _stages(settings: Settings) -> Iterator[Problem]:
+    stages = settings.deployment.stages or ()
+    if len(set(stages)) < len(stages):
+        yield _problem(
+            settings,
+            ["deployment.stages"],
+            "each stage once",
+            "deployment.generators and deployment.verifiers say how many workers there are.",
+        )
+
+
+def _task(settings: Settings) -> Iterator[Problem]:
+    if settings.task.name == "jsonl" and settings.task.path is None:
+        yield _problem(settings, ["task.name", "task.path"], "the file of the jsonl task", "Set task.path.")
+    for name in ("path", "eval_path"):
+        if settings.task.name != "jsonl" and getattr(settings.task, name) is not None:
+            yield _problem(
+                settings, ["task.name", f"task.{name}"], f"no task.{name}, which only a jsonl task reads", f"Leave task.{name} out."
+            )
+
+
+_RULES: tuple[Rule, ...] = (_batches, _training_signal, _teacher, _sampling, _hard_distillation, _stages, _task)
+
+
+def _teacher_warnings(settings: Settings) -> Iterator[str]:
+    loss = settings.trainer.loss
+    if teacher_on(settings) and loss.teacher_tau == 0:
+        yield "The teacher is metric-only: trainer.loss.teacher_tau is 0, so its scores are reported as teacher_kl and train nothing."
+    if loss.teacher_tau > 0 and loss.adv_tau == 0 and teacher_model(settings) == settings.model.name:
+        yield f"The teacher is the student's own starting model ({settings.model.name}) and adv_tau is 0: nothing to learn."
+    if loss.teacher_top_k > 0 and loss.teacher_tau == 0:
+        yield f"trainer.loss.teacher_top_k = {loss.teacher_top_k} has no effect: trainer.loss.teacher_tau is 0."
+    if loss.teacher_tau > 0 and loss.adv_tau != 0 and not verification_on(settings):
+        yield "trainer.loss.adv_tau has no effect: deployment.stages leaves the verifier out, so no rollout has a reward."
+
+
+def _deployment_warnings(settings: Settings) -> Iterator[str]:
+    for stage, count in make_plan(settings).workers.items():
+        if count == 0:
+            yield f"No {stage} worker is started here: the run waits until one joins (onstream worker {stage})."
+    for stage in ("verify", "score"):
+        if stage in (settings.deployment.stages or ()) and stage not in route_of(settings):
+            yield f"deployment.stages names {stage}, but orchestrator.verification.enabled = false: no {stage} worker runs."
+
+
+def _problem(settings: Settings, names: list[str], expected: str, next_step: str) -> Problem:
+    values = " with ".join(f"{name} = {shown(known()[name].value(settings))}" for name in names)
+    return Problem(tuple(names), values, expected, next_step)

@@ -1,0 +1,51 @@
+"""Settings as TOML text. Python reads TOML but does not write it; what settings need of it is small."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from settings.fields import HIDDEN, known
+from settings.root import Settings
+
+
+def toml_value(value: Any) -> str:
+    """`value` (JSON data without null) as TOML writes it.
+
+    >>> toml_value({"min length": 4, "words": ["a"]})
+    '{"min length" = 4, words = ["a"]}'
+    """
+    if isinstance(value, str):
+        # A JSON string is a TOML basic string, but for DEL, which JSON leaves bare.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list):
+        return f"[{', '.join(toml_value(item) for item in value)}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_key(key)} = {toml_value(item)}" for key, item in value.items() if item is not None) + "}"
+    return repr(value) if isinstance(value, float) else json.dumps(value)
+
+
+def toml_text(settings: Settings) -> str:
+    """All of `settings` as a TOML file that loads again. Secrets read `***`, which loads as unset."""
+    lines, section = ["# Resolved settings of the run. Secrets are hidden: give them again by the environment."], None
+    for name, setting in known().items():
+        value = setting.value(settings)
+        if value is None:
+            continue
+        head, _, key = name.rpartition(".")
+        if head != section:
+            lines += ["", f"[{head}]"]
+            section = head
+        lines.append(f"{key} = {toml_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def shown(value: Any) -> str:
+    """`value` as a person reads it: TOML, `unset` for nothing."""
+    if value == HIDDEN:
+        return HIDDEN
+    return "unset" if value is None else toml_value(value)
+
+
+def _key(key: str) -> str:
+    return key if key and all(letter.isascii() and (letter.isalnum() or letter in "-_") for letter in key) else toml_value(key)

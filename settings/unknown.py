@@ -1,0 +1,84 @@
+"""Words for a value that does not validate, and the nearest known name for a key that does not exist."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from settings.fields import HIDDEN, known, sections
+from settings.problem import Problem
+from settings.text import shown
+
+PREFIX = "ONSTREAM_"
+
+
+def nearest(name: str) -> str | None:
+    """The known setting or section most like the dotted `name`, or None where nothing is near."""
+    names = [*known(), *sections()]
+    last = name.rpartition(".")[2]
+    elsewhere = [candidate for candidate in names if candidate.rpartition(".")[2] == last]
+    if elsewhere:  # the right key in a wrong section
+        return (get_close_matches(name, elsewhere, n=1, cutoff=0.0) or elsewhere)[0]
+    return next(iter(get_close_matches(name, names, n=1, cutoff=0.6)), None)
+
+
+def unknown_key(name: str, origin: str) -> Problem:
+    """The problem of a key that no section has, whatever its source."""
+    near = nearest(name)
+    if origin.upper().startswith(PREFIX):
+        near = variable_of(near) if near else None
+        return Problem((name,), f"unknown setting: the environment variable {origin}", "the name of a setting", _advice(near))
+    where = "" if origin.startswith("--set") else f" in {origin}"
+    return Problem((name,), f"unknown setting {name}{where}", "the name of a setting", _advice(near))
+
+
+def unknown_variable(variable: str) -> Problem:
+    """The problem of an `ONSTREAM_` variable that belongs to no section."""
+    return unknown_key(variable[len(PREFIX) :].lower().replace("__", "."), variable)
+
+
+def variable_of(name: str) -> str:
+    """The environment variable of the setting `name`."""
+    return PREFIX + name.upper().replace(".", "__")
+
+
+def field_problem(detail: Mapping[str, Any], origins: Mapping[str, str]) -> Problem:
+    """The problem of one pydantic error `detail`, told with where the value came from."""
+    location = detail["loc"]
+    name = ".".join(str(part) for part in location if isinstance(part, str))
+    origin = _origin(name, origins)
+    if detail["type"] == "extra_forbidden":
+        return unknown_key(name, origin)
+    setting = known().get(name)
+    value = HIDDEN if setting and setting.secret else _value_text(detail["input"], spelled=origin.startswith(("--set", PREFIX)))
+    item = "".join(f"[{part}]" for part in location if isinstance(part, int))
+    got = f"{name}{item} = {value}{'' if origin.startswith('--set') else f' (from {origin})'}"
+    return Problem((name,), got, _expected(detail), f"It is: {setting.summary}" if setting else f"[{name}] is a table of settings.")
+
+
+def _expected(detail: Mapping[str, Any]) -> str:
+    message = "a table" if detail["type"] == "model_type" else str(detail["msg"])
+    for start in ("Input should be ", "Value should have ", "String should "):
+        if message.startswith(start):
+            return ("text to " if start == "String should " else "") + message[len(start) :]
+    return message[:1].lower() + message[1:]
+
+
+def _value_text(value: Any, *, spelled: bool) -> str:
+    """`value` in short; one `spelled` as text by its source reads as it was typed."""
+    try:
+        text = value if spelled and isinstance(value, str) else shown(value)
+    except TypeError:  # a TOML date, which no setting takes
+        text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _origin(name: str, origins: Mapping[str, str]) -> str:
+    while name and name not in origins:
+        name = name.rpartition(".")[0]
+    return origins.get(name, "the defaults")
+
+
+def _advice(near: str | None) -> str:
+    return f"Did you mean {near}?" if near else "docs/settings.md lists all settings."
