@@ -1,4 +1,4 @@
-"""Logprobs of given tokens without a [tokens, vocabulary] tensor of more than one chunk."""
+"""Hidden states of packed rows, and logprobs of given tokens without a [tokens, vocabulary] tensor of more than one chunk."""
 
 from __future__ import annotations
 
@@ -6,35 +6,114 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from pipeline.errors import UserError
+from pipeline.models.attention import SHARED_PREFIX, layout_of
 from pipeline.models.packing import Packed
 
 
 @dataclass(frozen=True)
+class TopLogprobs:
+    """The k likeliest tokens of N positions and the rest of the vocabulary as one tail. Float32, nats."""
+
+    ids: Tensor  # [N, k], likeliest first
+    logprobs: Tensor  # [N, k]
+    tail: Tensor  # [N]
+
+
+@dataclass(frozen=True)
 class TokenLogprobs:
-    """What the model says of N tokens, float32, nats. The `top` fields are there with `top_k` > 0 only."""
+    """What the model says of N tokens. Float32, nats."""
 
     sampled: Tensor  # [N], logprobs of the targets
     entropy: Tensor  # [N]
-    top_ids: Tensor | None  # [N, k], likeliest first
-    top_logprobs: Tensor | None  # [N, k]
-    tail_logprob: Tensor | None  # [N], of everything outside the k, from all logits
+    top: TopLogprobs | None  # with top_k > 0
 
 
 def hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
-    """The last hidden states that predict the packed targets: [N, H], in the order of `packed.targets`."""
-    raise NotImplementedError
+    """The last hidden states that predict the packed targets: [N, H], in the order of `packed.targets`.
+
+    Shared prompts are computed once where `probe.share_prefixes` switched the model to it; other models take one
+    padded row a sequence.
+    """
+    if model.config._attn_implementation != SHARED_PREFIX:
+        return _padded_hidden_states(model, packed)
+    row: Tensor = model.base_model(
+        input_ids=torch.from_numpy(packed.input_ids).to(model.device)[None],
+        position_ids=torch.from_numpy(packed.position_ids).to(model.device)[None],
+        use_cache=False,  # at its default a packed row is wrong by nats, silently
+        layout=layout_of(packed, model.device),
+    ).last_hidden_state[0]
+    return row.index_select(0, torch.from_numpy(packed.predicted_at).to(model.device))
+
+
+def _padded_hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
+    """Rows padded on the right and no mask: the model is causal, so nothing that is read sees the padding."""
+    sequences = [(group.prompt_ids, completion) for group in packed.groups for completion in group.completions]
+    rows = [torch.cat((torch.from_numpy(prompt), torch.from_numpy(completion[:-1]))) for prompt, completion in sequences]
+    states = model.base_model(input_ids=pad_sequence(rows, batch_first=True).to(model.device), use_cache=False).last_hidden_state
+    return torch.cat([states[row, len(prompt) - 1 : len(rows[row])] for row, (prompt, _) in enumerate(sequences)])
 
 
 def head_of(model: PreTrainedModel) -> nn.Linear:
-    """The model's output projection."""
-    raise NotImplementedError
+    """The model's output projection, [V, H].
+
+    Raises:
+        UserError: the model has no linear one.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise UserError(
+            f"the output layer of {model.config.name_or_path} is a {type(head).__name__}",
+            expected="a linear layer over the vocabulary",
+            next_step="Use a causal language model of another family.",
+        )
+    return head
+
+
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Float32 logits [n, V] of `hidden` [n, H], multiplied in the precision of `hidden`."""
+    return nn.functional.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)).float()
+
+
+def entropy_of(probabilities: Tensor, logits: Tensor, normaliser: Tensor) -> Tensor:
+    """Entropy [n] of softmax(logits [n, V]), given it and its logsumexp [n], without another [n, V] tensor."""
+    return normaliser - torch.bmm(probabilities[:, None, :], logits[:, :, None])[:, 0, 0]
 
 
 @torch.no_grad()
 def token_logprobs(
     hidden: Tensor, head: nn.Linear, targets: Tensor, *, temperature: float = 1.0, top_k: int = 0, chunk: int = 1024
 ) -> TokenLogprobs:
-    """Logprobs [N] of `targets` [N] given `hidden` [N, H], `chunk` positions at a time."""
-    raise NotImplementedError
+    """Logprobs of `targets` [N] given `hidden` [N, H], at `temperature`, with at most [chunk, V] logits at once.
+
+    With `top_k` = k > 0 also the k likeliest tokens of each position and the logprob of all others together, the tail,
+    taken from all logits: one less the sum of the k would come to 0 where the model is confident.
+
+    Raises:
+        ValueError: `top_k` leaves no tail.
+    """
+    if top_k >= head.out_features:
+        raise ValueError(f"top_k is {top_k}; expected less than the vocabulary of {head.out_features}, so that a tail remains")
+    parts = [
+        _chunk_logprobs(*part, head, temperature, top_k)
+        for part in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
+    ]
+    sampled, entropy, *top = (torch.cat(column) for column in zip(*parts, strict=True))
+    return TokenLogprobs(sampled, entropy, TopLogprobs(*top) if top else None)
+
+
+def _chunk_logprobs(hidden: Tensor, targets: Tensor, head: nn.Linear, temperature: float, top_k: int) -> tuple[Tensor, ...]:
+    logits = head_logits(hidden, head.weight, head.bias)
+    if temperature != 1.0:
+        logits /= temperature
+    normaliser = logits.logsumexp(-1)
+    sampled = logits.gather(1, targets[:, None])[:, 0] - normaliser
+    entropy = entropy_of(logits.softmax(-1), logits, normaliser)
+    if not top_k:
+        return sampled, entropy
+    top = logits.topk(top_k, dim=-1)
+    tail = logits.scatter_(1, top.indices, float("-inf")).logsumexp(-1) - normaliser
+    return sampled, entropy, top.indices, top.values - normaliser[:, None], tail
