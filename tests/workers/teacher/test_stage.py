@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.records import Rollout, Sample, ids_array, ids_bytes, logprobs_array, logprobs_bytes, mask_bytes
+from pipeline.stage import Delivery, Outcome
+from settings.root import Settings
+from workers.models.fresh import Shape, write_fresh
+from workers.teacher.scorer import ScoreRequest, Scores
+from workers.teacher.setup import load_local
+from workers.teacher.stage import ROOM, Teacher
+
+BUS: Any = SimpleNamespace()  # the stage itself moves nothing
+
+
+class Recorder:
+    """A teacher that gives every token −its id / 100, and notes what it was asked together."""
+
+    name, context_tokens, vocabulary_size = "recorder", 64, 128
+
+    def __init__(self) -> None:
+        self.calls: list[list[ScoreRequest]] = []
+
+    def score(self, requests: Sequence[ScoreRequest], *, top_k: int) -> list[Scores]:
+        self.calls.append(list(requests))
+        return [Scores((-request.completion_ids / 100).astype(np.float32)) for request in requests]
+
+
+def rollout(
+    number: int, *, prompt: Sequence[int] = (5, 6), completion: Sequence[int] = (20, 30), group: int = 0, samples: int = 1
+) -> Rollout:
+    sample = Sample(
+        prompt_ids=ids_bytes(prompt),
+        completion_ids=ids_bytes(completion),
+        loss_mask=mask_bytes(np.ones(len(completion))),
+        generator_logprobs=logprobs_bytes(np.zeros(len(completion))),
+        version_spans=[],
+        completion_text="",
+    )
+    return Rollout(
+        number=number,
+        group=group,
+        group_size=8,
+        index=group,
+        messages=[],
+        info={},
+        samples=[sample] * samples,
+        temperature=1.0,
+        finish_reason="stop",
+        route=["score", "train"],
+    )
+
+
+def delivered(*records: Rollout) -> list[Delivery]:
+    return [Delivery(b"%d-0" % record.number, record.number, record, 100, 1, taken=1.0) for record in records]
+
+
+def stage_with(scorer: Recorder, **settings: Any) -> Teacher:
+    teacher = Teacher(Settings.model_validate(settings), BUS, load=lambda _: scorer)
+    teacher.setup()
+    return teacher
+
+
+def scored(outcome: Outcome) -> Rollout:
+    assert isinstance(outcome.record, Rollout)
+    return outcome.record
+
+
+def test_a_rollout_gets_the_teachers_logprobs_and_its_name() -> None:
+    (outcome,) = stage_with(Recorder()).handle(delivered(rollout(1)))
+    record = scored(outcome)
+    np.testing.assert_allclose(logprobs_array(record.samples[0].teacher_logprobs or b""), [-0.2, -0.3])
+    assert record.scored_by == "recorder"
+
+
+def test_the_local_teacher_writes_k_alternatives_and_the_tail_into_every_sample(model_dir: Path) -> None:
+    settings = {"model": {"name": str(model_dir)}, "trainer": {"loss": {"teacher_tau": 1.0, "teacher_top_k": 4}}}
+    teacher = Teacher(Settings.model_validate(settings), BUS)
+    teacher.setup()
+    (outcome,) = teacher.handle(delivered(rollout(1, completion=[20, 30, 3], samples=2)))
+    for sample in scored(outcome).samples:
+        assert logprobs_array(sample.teacher_logprobs or b"").shape == (3,)
+        assert ids_array(sample.teacher_top_ids or b"").shape == (12,)
+        mass = np.exp(logprobs_array(sample.teacher_top_logprobs or b"")).reshape(3, 4).sum(1)
+        np.testing.assert_allclose(mass + np.exp(logprobs_array(sample.teacher_tail_logprobs or b"")), 1, atol=1e-5)
+
+
+def test_siblings_that_arrive_apart_are_scored_in_one_forward_pass() -> None:
+    scorer = Recorder()
+    teacher = stage_with(scorer)
+    outcomes = teacher.handle(delivered(rollout(1, group=0), rollout(9, group=1), rollout(2, group=0)))
+    assert [scored(outcome).number for outcome in outcomes] == [1, 2, 9]
+    assert len(scorer.calls) == 1
+
+
+def test_a_call_scores_about_one_forward_pass_and_keeps_the_rest_for_the_next() -> None:
+    scorer = Recorder()
+    teacher = stage_with(scorer, teacher_inference={"max_batch_tokens": 16})
+    first = teacher.handle(delivered(*(rollout(number, completion=[20] * 6, group=0) for number in range(1, 6))))
+    assert teacher.busy
+    assert [scored(outcome).number for outcome in first] == [1, 2, 3] and teacher.room == ROOM - 2
+    second = teacher.handle([])
+    assert [scored(outcome).number for outcome in second] == [4, 5] and teacher.room == ROOM
+    assert teacher.handle([]) == []
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (rollout(1, completion=[20] * 63), "a sample of 65 tokens is longer than the teacher's context of 64 (recorder)"),
+        (rollout(1, completion=[20, 128]), "token ids from 5 to 128; the teacher recorder knows 0 to 127"),
+        (rollout(1, completion=[]), "2 prompt and 0 completion tokens"),
+    ],
+)
+def test_what_cannot_be_scored_is_a_dead_letter_with_the_reason_and_does_not_hold_up_the_others(record: Rollout, words: str) -> None:
+    dead, alive = stage_with(Recorder()).handle(delivered(record, rollout(2)))
+    assert dead.record is None and dead.dead is not None
+    assert words in dead.dead
+    assert scored(alive).number == 2
+
+
+def test_a_sample_exactly_as_long_as_the_context_is_scored() -> None:
+    (outcome,) = stage_with(Recorder()).handle(delivered(rollout(1, completion=[20] * 62)))
+    assert len(logprobs_array(scored(outcome).samples[0].teacher_logprobs or b"")) == 62
+
+
+def test_the_local_teacher_scores_a_sample_exactly_as_long_as_its_context(model_dir: Path) -> None:
+    scorer = load_local(Settings.model_validate({"model": {"name": str(model_dir)}}))
+    request = ScoreRequest(np.full(12, 20, dtype=np.int32), np.full(500, 30, dtype=np.int32))
+    assert request.tokens == scorer.context_tokens
+    assert np.isfinite(scorer.score([request], top_k=0)[0].logprobs).all()
+
+
+def test_a_teacher_of_another_vocabulary_is_refused_at_setup(model_dir: Path, tmp_path: Path) -> None:
+    other = write_fresh(tmp_path / "other", Shape(hidden=32, layers=1, intermediate=32), seed=0)
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace("<|reserved_0|>", "<|renamed|>"))
+    settings = {"model": {"name": str(model_dir)}, "teacher_inference": {"model": {"name": str(other)}}}
+    teacher = Teacher(Settings.model_validate(settings), BUS)
+    with pytest.raises(UserError, match=r"id 8 is '<\|reserved_0\|>' to the student and '<\|renamed\|>' to the teacher"):
+        teacher.setup()
+
+
+def test_a_teacher_that_is_not_there_is_refused_by_name(model_dir: Path) -> None:
+    settings = {"model": {"name": str(model_dir)}, "teacher_inference": {"model": {"name": "./no-such-teacher"}}}
+    with pytest.raises(UserError, match="no-such-teacher"):
+        Teacher(Settings.model_validate(settings), BUS).setup()

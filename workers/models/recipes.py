@@ -1,0 +1,43 @@
+"""How a teacher and its student are shaped and trained on ground truth: the numbers of `onstream models make`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from workers.models.fresh import Shape
+
+Role = Literal["teacher", "student"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One model: its shape, and the supervised training on ground truth that makes it.
+
+    Training stops at the first probe whose greedy exact-match share lies within `least` and `most`. A round that ends
+    without reaching `least` is followed by one that goes on from its weights; a probe above `most` starts the next
+    round afresh, at half the learning rate.
+    """
+
+    shape: Shape
+    least: float
+    most: float
+    lr: float
+    schedule: Literal["constant", "cosine"]
+    round_steps: int
+    probe_steps: int
+    warmup_steps: int = 20
+    batch_size: int = 64
+    probe_samples: int = 512
+    max_rounds: int = 4
+
+
+RECIPES: dict[Role, Recipe] = {
+    "teacher": Recipe(
+        Shape(hidden=128, layers=4, intermediate=384), least=0.99, most=1.0, lr=2e-3, schedule="cosine", round_steps=450, probe_steps=50
+    ),
+    # Stopped early, with much of the task still to learn from its teacher.
+    "student": Recipe(
+        Shape(hidden=96, layers=3, intermediate=288), least=0.57, most=0.66, lr=1e-3, schedule="constant", round_steps=300, probe_steps=3
+    ),
+}

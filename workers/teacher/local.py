@@ -1,0 +1,80 @@
+"""The teacher that runs in this process: a transformers model over packed batches, shared prompts computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pipeline.models.logprobs import TokenLogprobs, head_of, hidden_states, token_logprobs
+from pipeline.models.packing import Packed, pack, share_prompts
+from workers.teacher.scorer import ScoreRequest, Scores
+
+
+class LocalScorer:
+    """Scores samples with `model`.
+
+    No more than `head_chunk` positions have their logits over the whole vocabulary at once. `vocabulary_size` is how
+    many entries of the model's output count: models of one family pad theirs differently, and a likeliest token that
+    the student has no logit for would mean nothing to it.
+    """
+
+    def __init__(
+        self, name: str, model: PreTrainedModel, *, context_tokens: int, vocabulary_size: int, max_batch_tokens: int, head_chunk: int
+    ) -> None:
+        self.name = name
+        self.context_tokens = context_tokens
+        self.vocabulary_size = vocabulary_size
+        self._model = model
+        self._head = _first_rows(head_of(model), vocabulary_size)
+        self._max_batch_tokens = max_batch_tokens
+        self._head_chunk = head_chunk
+
+    @torch.inference_mode()
+    def score(self, requests: Sequence[ScoreRequest], *, top_k: int) -> list[Scores]:
+        """Scores of `requests`, in their order.
+
+        Raises:
+            ValueError: a prompt or a completion is empty.
+        """
+        groups = share_prompts([request.prompt_ids for request in requests], [request.completion_ids for request in requests])
+        scores: dict[int, Scores] = {}
+        for packed in pack(groups, self._max_batch_tokens):
+            scores.update(zip(packed.sequences, self._score_row(packed, top_k), strict=True))
+        return [scores[index] for index in range(len(requests))]
+
+    def _score_row(self, packed: Packed, top_k: int) -> list[Scores]:
+        hidden = hidden_states(self._model, packed)
+        targets = torch.from_numpy(packed.targets).to(hidden.device)
+        k = min(top_k, self.vocabulary_size - 1)  # the tail is never empty
+        return _split(token_logprobs(hidden, self._head, targets, top_k=k, chunk=self._head_chunk), packed.lengths)
+
+
+def _split(scored: TokenLogprobs, lengths: Sequence[int]) -> list[Scores]:
+    """One `Scores` a completion of `lengths` [S] tokens, from the fields of them all, one after the other."""
+    ends = np.cumsum(lengths)[:-1]
+
+    def pieces(field: Tensor, dtype: type[np.generic]) -> list[npt.NDArray[Any]]:
+        return np.split(field.cpu().numpy().astype(dtype, copy=False), ends)
+
+    logprobs = pieces(scored.sampled, np.float32)
+    if scored.top is None:
+        return [Scores(own) for own in logprobs]
+    top = (pieces(scored.top.ids, np.int32), pieces(scored.top.logprobs, np.float32), pieces(scored.top.tail, np.float32))
+    return [Scores(*fields) for fields in zip(logprobs, *top, strict=True)]
+
+
+def _first_rows(head: nn.Linear, rows: int) -> nn.Linear:
+    """The output projection onto the first `rows` entries, on the same memory; `head` itself when it has no more."""
+    if head.out_features <= rows:
+        return head
+    cut = nn.Linear(head.in_features, rows, bias=head.bias is not None, device="meta")
+    cut.weight = nn.Parameter(head.weight[:rows], requires_grad=False)
+    if head.bias is not None:
+        cut.bias = nn.Parameter(head.bias[:rows], requires_grad=False)
+    return cut

@@ -1,0 +1,48 @@
+"""What the teacher stage asks of whatever scores: token ids in, a logprob for every completion token out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from pipeline.records import Ids, Logprobs
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """One sample to be judged: P ≥ 1 prompt tokens and C completion tokens."""
+
+    prompt_ids: Ids  # [P]
+    completion_ids: Ids  # [C]
+
+    @property
+    def tokens(self) -> int:
+        """P + C, the context that scoring needs: every completion token is predicted from those before it."""
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The teacher's judgement of one completion, in nats at temperature 1.
+
+    `top_ids` and `top_logprobs` are the teacher's k likeliest tokens of each position, likeliest first, and
+    `tail_logprobs` is the logprob of everything else together, computed from all logits; None when k = 0.
+    """
+
+    logprobs: Logprobs  # [C]
+    top_ids: Ids | None = None  # [C, k]
+    top_logprobs: Logprobs | None = None  # [C, k]
+    tail_logprobs: Logprobs | None = None  # [C]
+
+
+class Scorer(Protocol):
+    """A teacher. `name` is what a rollout's `scored_by` says; `context_tokens` is the longest sample it takes."""
+
+    name: str
+    context_tokens: int
+    vocabulary_size: int
+
+    def score(self, requests: Sequence[ScoreRequest], *, top_k: int) -> list[Scores]:
+        """Scores of `requests`, in their order. Requests with equal prompts in one call share the prompt's computation."""
+        ...

@@ -1,0 +1,57 @@
+"""Loads the local teacher that the settings name, and compares it with the student before anything is scored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from pipeline.models.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+from pipeline.models.probe import prepare
+from pipeline.telemetry import get_logger
+from settings.root import Settings
+from workers.teacher.compatibility import Party, check
+from workers.teacher.local import LocalScorer
+
+
+def load_local(settings: Settings) -> LocalScorer:
+    """The teacher of `teacher_inference.model.name`, or the student's starting model where none is named.
+
+    Raises:
+        UserError: there is no such model, or it cannot judge this student's tokens.
+    """
+    local = settings.teacher_inference
+    name = local.model.name or settings.model.name
+    student, teacher = party(settings.model.name), party(name)
+    check(student, teacher, settings.inference.sampling.max_completion)
+    device = resolve_device(settings.deployment.device)
+    model = load_model(name, dtype=resolve_dtype(local.dtype, device), device=device)
+    if reason := prepare(model):
+        get_logger().warning("shared prompts are scored once a rollout", teacher=name, reason=reason)
+    return LocalScorer(
+        name,
+        model,
+        context_tokens=teacher.context_tokens,
+        vocabulary_size=min(student.vocabulary_size, teacher.vocabulary_size),
+        max_batch_tokens=local.max_batch_tokens,
+        head_chunk=local.head_chunk,
+    )
+
+
+def party(name: str) -> Party:
+    """What the comparison needs to know of the model `name`, from its tokenizer and its configuration alone.
+
+    Raises:
+        UserError: it has no usable tokenizer.
+    """
+    tokenizer = load_tokenizer(name)
+    config = AutoConfig.from_pretrained(name)
+    text = config.get_text_config()
+    return Party(name, tokenizer, _end_ids(tokenizer, config), int(text.max_position_embeddings), int(text.vocab_size))
+
+
+def _end_ids(tokenizer: PreTrainedTokenizerBase, config: Any) -> frozenset[int]:
+    """Every token that ends a turn, by the tokenizer or by the model's configuration, which may name several."""
+    named = getattr(config, "eos_token_id", None)
+    listed = named if isinstance(named, list) else [named]
+    return frozenset(int(token) for token in [tokenizer.eos_token_id, *listed] if token is not None)
