@@ -1,0 +1,92 @@
+"""What is shown of a run, on a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from workers.launcher.progress import Display, StageView, View, clock, panel, result_table, status_line
+
+VIEW = View(
+    step=12,
+    max_steps=60,
+    metrics={"reward": 0.75, "teacher_kl": 0.03125, "loss": None, "staleness_mean": 1.25, "staleness_max": 2.0},
+    rollouts_per_s=431.6,
+    eta_s=14.2,
+    stages=(StageView("generate", 1, 1, True, 256), StageView("score", 0, 0, False, 31)),
+    waits=("score: 31 records wait and no worker takes them",),
+)
+
+
+def test_the_status_line_holds_figures_backlogs_and_what_is_waited_for() -> None:
+    assert status_line(VIEW) == (
+        "step 12/60  reward 0.75  teacher_kl 0.03125  432 rollouts/s  staleness 1.2 (max 2)  ETA 0:14  backlog generate 256 score 31  "
+        "waiting: score: 31 records wait and no worker takes them"
+    )
+
+
+def test_before_anything_flows_the_status_line_says_only_what_is_waited_for() -> None:
+    stages = (StageView("generate", 1, 0, False, 0),)
+    assert (
+        status_line(View(0, 60, stages=stages, waits=["generate is not ready: starting"]))
+        == "step 0/60  waiting: generate is not ready: starting"
+    )
+
+
+def test_without_a_terminal_the_same_line_is_not_printed_twice() -> None:
+    text = io.StringIO()
+    with Display("demo", Console(file=text, width=80), interval_s=0) as display:
+        display.show(VIEW)
+        display.show(VIEW)
+        display.show(View(13, 60))
+    assert text.getvalue().splitlines() == [status_line(VIEW), "step 13/60"]
+
+
+def test_without_a_terminal_lines_keep_their_interval() -> None:
+    text = io.StringIO()
+    with Display("demo", Console(file=text, width=80), interval_s=3600) as display:
+        display.show(View(1, 60))
+        display.show(View(2, 60))
+    assert text.getvalue() == "step 1/60\n"
+
+
+def test_on_a_terminal_the_panel_shows_the_stages_and_what_is_waited_for() -> None:
+    text = io.StringIO()
+    Console(file=text, width=120, force_terminal=True, color_system=None).print(panel("demo", VIEW))
+    shown = [line.split() for line in text.getvalue().splitlines()]
+    assert shown[0][0] == "demo"
+    assert shown[0][-2:] == ["step", "12/60"]
+    assert ["generate", "1", "ready", "256"] in shown
+    assert ["score", "0", "absent", "31"] in shown
+    assert shown[-1][:2] == ["waiting:", "score:"]
+
+
+def test_a_sentence_with_brackets_is_not_taken_for_markup() -> None:
+    text = io.StringIO()
+    Display("demo", Console(file=text, width=80), interval_s=1).say("stages = [red]")
+    assert text.getvalue() == "stages = [red]\n"
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(7.4, "0:07"), (750, "12:30"), (11045, "3:04:05")])
+def test_durations_read_like_a_clock(seconds: float, expected: str) -> None:
+    assert clock(seconds) == expected
+
+
+def test_the_result_says_a_dash_for_what_was_not_measured() -> None:
+    text = io.StringIO()
+    nothing = {"first": None, "last": None}
+    report = {
+        "steps": 3,
+        "seconds": 1.5,
+        "rollouts": 24,
+        "rollouts_per_s": 16.0,
+        "eval": {"before": 0.5, "after": None},
+        "teacher_kl": nothing,
+        "reward": nothing,
+    }
+    Console(file=text, width=80).print(result_table(report, {"train": 1.25, "redis": 0.5}))
+    rows = [" ".join(line.split()) for line in text.getvalue().splitlines()]
+    assert "eval (exact, held out) 0.5 → –" in rows
+    assert "CPU seconds train 1.2 redis 0.5" in rows

@@ -1,0 +1,293 @@
+"""`onstream up`: one command that checks the settings, starts Redis and the workers, shows the run, and reports what it came to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from pipeline.errors import Exit, UserError
+from pipeline.streams import Bus
+from settings.deployment import StageName
+from settings.plan import Plan, make_plan
+from settings.root import Settings
+from settings.text import toml_text
+from workers import report
+from workers.launcher import preflight
+from workers.launcher.embedded_redis import EmbeddedRedis
+from workers.launcher.lock import only_launcher
+from workers.launcher.progress import Display, StageView, View, result_table
+from workers.launcher.supervise import Child, GaveUp, Supervisor, process_cpu_seconds
+from workers.launcher.watch import MetricsTail, Watcher, waits
+
+TICK_S = 0.05
+WATCH_S = 0.5
+DRAIN_MARGIN_S = 10.0
+START_ORDER: tuple[StageName, ...] = ("train", "score", "generate", "verify")  # the slowest to be ready first
+EVAL = "eval"
+
+
+class Stop:
+    """Requests to stop, by SIGINT or SIGTERM: the first one drains, the second one hurries."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Count a signal; a handler for `signal.signal`."""
+        self.requests += 1
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals meanwhile."""
+        former = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+
+def up(settings: Settings, files: Sequence[Path], overrides: Sequence[str], console: Console | None = None) -> Exit:
+    """Run what the settings' plan starts here, from the checks to the report; returns how it ended.
+
+    Raises:
+        UserError: something is wrong that shows before the first worker starts. Nothing was changed then.
+    """
+    plan, trains = make_plan(settings), bool(make_plan(settings).workers.get("train"))
+    _refuse_lonely_workers(settings, trains)
+    preflight.check_files(settings, plan.teacher)
+    stop = Stop()
+    with contextlib.ExitStack() as stack:
+        if trains:
+            stack.enter_context(only_launcher(settings.run_dir))
+        server = _embedded_redis(settings)
+        if server is not None:
+            stack.callback(server.stop)
+            server.start()
+        bus = _connect(settings, server)
+        stack.callback(bus.close)
+        preflight.check_resume(settings, plan, _existing_plan(settings, bus), lambda: _in_flight(bus, plan))
+        if trains:
+            (settings.run_dir / "settings.toml").write_text(toml_text(settings), encoding="utf-8")
+        stack.enter_context(stop.listening())
+        display = stack.enter_context(Display(settings.run.name, console or Console(highlight=False), settings.deployment.status_interval))
+        arguments = [*map(str, files), *(part for override in overrides for part in ("--set", override))]
+        return Launch(settings, plan, arguments, server, bus, display, stop).run()
+
+
+class Launch:
+    """One run from its first worker to its report.
+
+    Consumes heartbeats, backlogs and `metrics.jsonl`; waits for its children; is unblocked by their ends and by signals; produces
+    processes, evaluations and the report.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        plan: Plan,
+        arguments: Sequence[str],
+        server: EmbeddedRedis | None,
+        bus: Bus,
+        display: Display,
+        stop: Stop,
+    ) -> None:
+        self._settings, self._plan, self._server = settings, plan, server
+        self._display, self._stop = display, stop
+        self._run_dir = settings.run_dir
+        self._arguments = arguments
+        self._supervisor = Supervisor(environment(settings, plan, server), settings.deployment.max_restarts, display.say)
+        self._metrics = MetricsTail(self._run_dir / "metrics.jsonl")
+        self._watcher = Watcher(bus, WATCH_S)
+        self._startup_cpu_s: dict[str, float] = {}
+        self._trainer: Child | None = None
+        self._final_eval_due = False
+
+    def run(self) -> Exit:
+        """Start everything and see it through."""
+        self._watcher.start()
+        try:
+            self._start()
+            while not all(child.done for child in self._supervisor.children):
+                if self._stop.requests:
+                    return self._stopped_by_request()
+                self._tick()
+            return self._finished()
+        except GaveUp as gave_up:
+            return self._stopped_by(gave_up)
+        finally:
+            self._watcher.stop()
+            self._supervisor.kill()
+
+    def _start(self) -> None:
+        for stage in START_ORDER:
+            for index in range(self._plan.workers.get(stage, 0)):
+                child = self._start_child(f"{stage}-{index}", stage, ["worker", stage, *self._arguments])
+                self._trainer = child if stage == "train" else self._trainer
+        self._display.say(f"run {self._settings.run.name}: {len(self._supervisor.children)} workers, logs in {self._run_dir / 'logs'}")
+        if self._trainer is not None:
+            self._final_eval_due = self._settings.eval.samples > 0
+            self._evaluate(0)
+
+    def _start_child(self, name: str, kind: str, arguments: Sequence[str], *, once: bool = False) -> Child:
+        return self._supervisor.start(name, kind, "workers.cli", arguments, self._run_dir / "logs" / f"{name}.log", once=once)
+
+    def _evaluate(self, version: int) -> None:
+        """Evaluate a policy version in a process of its own, unless a former launch did."""
+        done = {row["version"] for row in report.read_rows(self._run_dir / "evals.jsonl")}
+        if self._settings.eval.samples and version not in done:
+            self._start_child(f"{EVAL}-{version}", EVAL, [EVAL, str(self._run_dir), "--version", str(version)], once=True)
+
+    def _tick(self) -> None:
+        self._keep_redis()
+        self._metrics.read()
+        self._supervisor.poll(progress=self._metrics.step, finished=self._watcher.finished)
+        if self._final_eval_due and self._trainer is not None and self._trainer.done:
+            self._final_eval_due = False
+            self._metrics.read()
+            self._evaluate(self._metrics.step)
+        if not self._startup_cpu_s and self._watcher.latest.ready.issuperset(self._plan.streams):
+            self._startup_cpu_s = {kind: seconds for kind, seconds in self._supervisor.cpu_seconds().items() if kind != EVAL}
+        self._display.show(self._view())
+        time.sleep(TICK_S)
+
+    def _keep_redis(self) -> None:
+        if self._server is not None and not self._server.alive:
+            self._display.say(f"the embedded Redis died; starting it again on the same data ({self._server.data})")
+            self._server.start()
+
+    def _view(self) -> View:
+        snapshot, started = self._watcher.latest, Counter(child.kind for child in self._supervisor.children if not child.done)
+        stages = [
+            StageView(
+                name=stage,
+                processes=len(self._supervisor.running(stage)),
+                heartbeats=len(snapshot.workers.get(stage, ())),
+                ready=stage in snapshot.ready,
+                backlog=snapshot.backlog.get(stage, 0),
+                detail=next((detail for detail in snapshot.workers.get(stage, ()) if detail), ""),
+            )
+            for stage in self._plan.streams
+        ]
+        seconds, left = self._metrics.step_seconds, self._settings.trainer.max_steps - self._metrics.step
+        return View(
+            step=self._metrics.step,
+            max_steps=self._settings.trainer.max_steps,
+            metrics=self._metrics.rows[-1] if self._metrics.rows else {},
+            rollouts_per_s=self._metrics.rollouts_per_s,
+            eta_s=seconds * left if seconds is not None and left > 0 else None,
+            stages=stages,
+            waits=[] if snapshot.finished or not snapshot.taken else waits(snapshot, self._plan.streams, started),
+        )
+
+    def _finished(self) -> Exit:
+        if self._trainer is not None:
+            self._report()
+        return Exit.OK
+
+    def _stopped_by_request(self) -> Exit:
+        self._display.say("stopping: the workers finish what they have in hand, then the trainer writes a checkpoint (again to kill them)")
+        self._drain()
+        self._metrics.read()
+        self._display.say(f"stopped at step {self._metrics.step}; `onstream up` with the same settings goes on from there")
+        return Exit.OK
+
+    def _stopped_by(self, gave_up: GaveUp) -> Exit:
+        self._display.say(f"the run stops: {gave_up.reason}")
+        for line in gave_up.log:
+            self._display.say(f"  {line}")
+        self._drain()
+        return gave_up.exit
+
+    def _drain(self) -> None:
+        """The workers first, then the trainer, whose checkpoint takes what they finished; it is never killed for being slow."""
+        workers = [child for child in self._supervisor.running() if child is not self._trainer]
+        within_s = self._settings.delivery.drain + DRAIN_MARGIN_S
+        self._drain_children(workers, within_s)
+        self._drain_children([self._trainer] if self._trainer else [], None)
+
+    def _drain_children(self, children: Sequence[Child], within_s: float | None) -> None:
+        def tick() -> None:
+            self._keep_redis()
+            time.sleep(TICK_S)
+
+        self._supervisor.drain(children, within_s=within_s, hurry=lambda: self._stop.requests > 1, tick=tick)
+
+    def _report(self) -> None:
+        cpu = self._cpu_seconds()
+        startup = {kind: round(seconds, 2) for kind, seconds in self._startup_cpu_s.items()}
+        written = report.build(self._run_dir, {"cpu_seconds": cpu, "cpu_seconds_startup": startup})
+        self._display.result(result_table(written, cpu))
+        self._display.say(f"curves: {self._run_dir / 'curves.png'}\nreport: {self._run_dir / 'report.json'}")
+
+    def _cpu_seconds(self) -> dict[str, float]:
+        """CPU seconds of each kind of process, start-up apart."""
+        used = self._supervisor.cpu_seconds()
+        used = {kind: seconds - self._startup_cpu_s.get(kind, 0.0) for kind, seconds in used.items()}
+        if self._server is not None and self._server.pid is not None:
+            used["redis"] = process_cpu_seconds(self._server.pid)
+        own = resource.getrusage(resource.RUSAGE_SELF)
+        used["launcher"] = own.ru_utime + own.ru_stime
+        return {kind: round(seconds, 2) for kind, seconds in used.items()}
+
+
+def environment(settings: Settings, plan: Plan, server: EmbeddedRedis | None) -> dict[str, str]:
+    """What the children inherit: the launcher's own environment, the Redis it started, and the threads of their tensor libraries."""
+    environ = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"} | dict(os.environ)
+    if server is not None:
+        environ["ONSTREAM_REDIS__URL"] = server.url
+    threads = settings.deployment.threads
+    if threads is None and "OMP_NUM_THREADS" not in environ:
+        threads = default_threads(plan.workers)
+    if threads is not None:
+        environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    return environ
+
+
+def default_threads(workers: Mapping[StageName, int], cores: int | None = None) -> int:
+    """Threads of each worker that computes tensors: 1 with up to 4 cores, else the cores shared out among them."""
+    cores = cores or len(os.sched_getaffinity(0))
+    computing = sum(count for stage, count in workers.items() if stage != "verify")
+    return 1 if cores <= 4 else max(1, cores // max(1, computing))
+
+
+def _refuse_lonely_workers(settings: Settings, trains: bool) -> None:
+    if not trains and settings.redis.url is None:
+        raise UserError(
+            f"deployment.stages = {list(settings.deployment.stages or ())} without `train`, and no redis.url",
+            expected="the address of the Redis of the run that these workers join",
+            next_step="Set redis.url (ONSTREAM_REDIS__URL), or add `train` to deployment.stages.",
+        )
+
+
+def _embedded_redis(settings: Settings) -> EmbeddedRedis | None:
+    if settings.redis.url is not None:
+        return None
+    return EmbeddedRedis(settings.run_dir / "redis", max_memory_mb=settings.redis.max_memory, server_bin=settings.redis.server_bin)
+
+
+def _connect(settings: Settings, server: EmbeddedRedis | None) -> Bus:
+    redis = settings.redis
+    url = server.url if server is not None else redis.url.get_secret_value() if redis.url else ""
+    consumer = f"launcher-{os.getpid()}"
+    return Bus.connect(url, settings.run.name, consumer=consumer, block_s=redis.block, connect_timeout_s=redis.connect_timeout)
+
+
+def _existing_plan(settings: Settings, bus: Bus) -> Plan | None:
+    """The plan that the run was started with: from Redis, or from the run directory if another Redis held it."""
+    written = settings.run_dir / "plan.json"
+    data = bus.read_plan() or (written.read_bytes() if written.exists() else None)
+    return None if data is None else Plan.decode(data)
+
+
+def _in_flight(bus: Bus, plan: Plan) -> int:
+    return sum(bus.backlog().values())

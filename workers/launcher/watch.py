@@ -1,0 +1,155 @@
+"""What the launcher knows of a run: the state of its streams, seen by a thread of its own, and the tail of its metrics."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+from redis.exceptions import RedisError
+
+from pipeline.records import StageName
+
+RECENT_STEPS = 10
+
+
+class Heartbeat(Protocol):
+    """What is read of a worker's heartbeat."""
+
+    @property
+    def stage(self) -> str: ...
+    @property
+    def detail(self) -> str: ...
+
+
+class Reads(Protocol):
+    """What the launcher asks of the bus."""
+
+    def ready(self) -> set[StageName]: ...
+    def finished(self) -> bool: ...
+    def backlog(self) -> dict[StageName, int]: ...
+    def workers(self) -> Sequence[Heartbeat]: ...
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The streams of a run at `taken` (monotonic seconds). `unreachable` says why it is older than it should be."""
+
+    taken: float = 0.0
+    ready: frozenset[str] = frozenset()
+    finished: bool = False
+    backlog: Mapping[str, int] = field(default_factory=dict)
+    workers: Mapping[str, Sequence[str]] = field(default_factory=dict)  # stage -> what each live worker of it says it does
+    unreachable: str = ""
+
+
+class Watcher:
+    """Takes a snapshot of `bus` every `interval_s`, in a thread: a Redis that hangs must not stop the supervision of the workers.
+
+    Consumes nothing; waits for replies and its interval; is unblocked by `stop`; produces `latest`.
+    """
+
+    def __init__(self, bus: Reads, interval_s: float) -> None:
+        self.latest = Snapshot()
+        self._bus, self._interval_s = bus, interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Let the thread end; it is not waited for, since it may hang in a read."""
+        self._stop.set()
+
+    def finished(self, since: float) -> bool | None:
+        """Whether the run was over at some time after `since` (monotonic seconds); None while there is no later snapshot."""
+        return self.latest.finished if self.latest.taken > since else None
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self.latest = take(self._bus)
+            except (RedisError, OSError) as error:
+                self.latest = replace(self.latest, unreachable=f"Redis does not answer ({error})")
+            self._stop.wait(self._interval_s)
+
+
+def take(bus: Reads) -> Snapshot:
+    """A snapshot of the run now. It counts as of the moment when the first question was asked."""
+    taken = time.monotonic()
+    workers: dict[str, list[str]] = {}
+    for worker in bus.workers():
+        workers.setdefault(worker.stage, []).append(worker.detail)
+    return Snapshot(taken, frozenset(bus.ready()), bus.finished(), {str(stage): count for stage, count in bus.backlog().items()}, workers)
+
+
+def waits(snapshot: Snapshot, stages: Sequence[str], started: Mapping[str, int]) -> list[str]:
+    """What the run waits for, a sentence each. `started` counts the workers that the launcher itself runs, by stage.
+
+    >>> waits(Snapshot(ready=frozenset({"verify"}), backlog={"verify": 7}), ["verify"], {})
+    ['verify: 7 records wait and no worker takes them; start one with `onstream worker verify`']
+    """
+    if snapshot.unreachable:
+        return [snapshot.unreachable]
+    found = (_wait(snapshot, stage, started.get(stage, 0)) for stage in stages)
+    return [sentence for sentence in found if sentence]
+
+
+def _wait(snapshot: Snapshot, stage: str, started: int) -> str:
+    present, backlog = snapshot.workers.get(stage, ()), snapshot.backlog.get(stage, 0)
+    remedy = "it is being started" if started else f"start one with `onstream worker {stage}`"
+    if not present and backlog:
+        return f"{stage}: {backlog} records wait and no worker takes them; {remedy}"
+    if stage in snapshot.ready:
+        return ""
+    details = next((detail for detail in present if detail), "")
+    return f"{stage} is not ready: {details or ('starting' if present or started else f'no worker; {remedy}')}"
+
+
+class MetricsTail:
+    """The newest rows of a run's `metrics.jsonl`, read as they are appended. A file that shrank was cut back by a resume."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset = path, 0
+        self.rows: deque[dict[str, Any]] = deque(maxlen=RECENT_STEPS + 1)
+
+    @property
+    def step(self) -> int:
+        """The newest step, 0 before the first."""
+        return int(self.rows[-1]["step"]) if self.rows else 0
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Seconds per step over the last ten; None before the second."""
+        return self._elapsed_s / (len(self.rows) - 1) if len(self.rows) > 1 else None
+
+    @property
+    def rollouts_per_s(self) -> float | None:
+        """Rollouts trained per second over the last ten steps; None before the second."""
+        rollouts = sum(int(row["rollouts"]) for row in islice(self.rows, 1, None))
+        return rollouts / self._elapsed_s if self._elapsed_s > 0 else None
+
+    @property
+    def _elapsed_s(self) -> float:
+        return float(self.rows[-1]["time"] - self.rows[0]["time"]) if self.rows else 0.0
+
+    def read(self) -> None:
+        """Take in what was appended since the last call."""
+        if not self._path.exists():
+            return
+        if self._path.stat().st_size < self._offset:
+            self._offset = 0
+            self.rows.clear()
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._offset += len(whole) + len(newline)
+        self.rows.extend(msgspec.json.decode(line) for line in whole.split(b"\n") if line)
