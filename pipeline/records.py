@@ -124,7 +124,7 @@ class PolicyVersion(msgspec.Struct, tag="policy/1", array_like=True, frozen=True
 Work = Ticket | Rollout | Tombstone
 
 _encoder = msgspec.msgpack.Encoder()
-_work = msgspec.msgpack.Decoder(Work)
+_work: msgspec.msgpack.Decoder[Work] = msgspec.msgpack.Decoder(Work)
 _policy = msgspec.msgpack.Decoder(PolicyVersion)
 
 

@@ -26,7 +26,8 @@ class Outcome:
     """A handler is done with `delivery`: the record that goes on, or the reason why none does.
 
     `record` moves to the first stage of its own route, and a tombstone to the trainer. With `dead` set, the entry goes
-    to the dead-letter stream with those words, and a tombstone to the trainer.
+    to the dead-letter stream with those words, and a tombstone to the trainer. The loop strikes the handler's stage from
+    the route and appends its timing; the handler need do neither.
     """
 
     delivery: Delivery
@@ -36,7 +37,10 @@ class Outcome:
 
 @dataclass
 class Stats:
-    """What a worker tells of itself in its heartbeat. `detail` is what it waits for, or does, in words."""
+    """What a worker tells of itself in its heartbeat. `detail` is what it waits for, or does, in words.
+
+    The loop counts `done` and `dead` itself, except for the trainer, which counts its own.
+    """
 
     done: int = 0
     dead: int = 0

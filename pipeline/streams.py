@@ -23,6 +23,7 @@ log = structlog.get_logger(__name__)
 HOP_RECORDS = 32  # one script stalls every client of the server while it runs: about 0.2 ms per 64 KB
 HOP_BYTES = 1 << 20
 IDS_AT_ONCE = 256
+ROWS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +128,10 @@ class Bus(Authority, Board):
 
     def all_pending_rows(self, stage: StageName, consumer: str | None = None) -> Iterator[PendingRow]:
         """Every pending entry of `stage`, in order, page by page."""
-        rows = self.pending_rows(stage, consumer=consumer)
+        rows = self.pending_rows(stage, count=ROWS_AT_ONCE, consumer=consumer)
         while rows:
             yield from rows
-            rows = self.pending_rows(stage, after=rows[-1].id, consumer=consumer)
+            rows = self.pending_rows(stage, after=rows[-1].id, count=ROWS_AT_ONCE, consumer=consumer)
 
     def claim(self, stage: StageName, rows: Sequence[PendingRow], min_idle_s: float = 0) -> list[Entry]:
         """Take over those of `rows` that are still idle for `min_idle_s`; the others are in somebody's hands by now."""
