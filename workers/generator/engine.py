@@ -1,0 +1,93 @@
+"""What a generator asks of an engine: token ids in, token ids with their logprobs out, new weights between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from pipeline.records import FinishReason, Ids, Logprobs, VersionSpan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The distribution that tokens are drawn from. The filters apply in this order: temperature, top-k, top-p, min-p.
+
+    Temperature 0 takes the likeliest token; its logprob is then the model's own, at temperature 1.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to write: at most `max_tokens` tokens after `prompt_ids`. `key` is handed back with the completion.
+
+    `seed` alone decides the draws, so the same request gives the same completion in whatever company. (The company does
+    change the rounding of the forward pass, which can tip a draw that falls on the edge between two tokens.)
+    """
+
+    key: int
+    prompt_ids: Ids
+    max_tokens: int
+    seed: int
+    sampling: Sampling = Sampling()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished completion of C tokens, the end-of-sequence token included when it was written.
+
+    `logprobs` [C], in nats, are of the distribution that was really sampled from, filters renormalised.
+    """
+
+    key: int
+    token_ids: Ids
+    logprobs: Logprobs
+    finish_reason: FinishReason
+    version_spans: list[VersionSpan]
+
+
+class Engine(Protocol):
+    """Writes completions, many at once. Not thread-safe: one thread adds, steps and loads."""
+
+    @property
+    def max_context(self) -> int | None:
+        """The most tokens, prompt and completion together, that the model takes; None where it names no bound."""
+        ...
+
+    @property
+    def active(self) -> int:
+        """Requests added and not yet handed back, whether they are being decoded or wait for a slot."""
+        ...
+
+    @property
+    def room(self) -> int:
+        """How many more requests would get a slot in the next step."""
+        ...
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Queue `requests`. Neighbours with the same prompt share its computation.
+
+        Raises:
+            ValueError: an empty prompt, no token to write, or more tokens than `max_context`.
+        """
+        ...
+
+    def step(self) -> list[Completion]:
+        """Write one token of every completion that has a slot; returns those that are finished."""
+        ...
+
+    def load(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Continue under these weights: every token of a later step is written by policy `version`.
+
+        Raises:
+            WeightsError: the weights are not those of this model; the engine goes on with what it had.
+        """
+        ...
