@@ -25,6 +25,7 @@ START_TIMEOUT_S = 60.0  # reading a large append-only file back takes a while
 LOCK_TIMEOUT_S = 10.0
 SOCKET_PATH_BYTES = 100  # the kernel's limit is 107
 PR_SET_PDEATHSIG = 1
+ADDRESS = "url"  # the file in the data that says where a running server listens, for other terminals
 
 
 def find_server(configured: Path | None) -> Path:
@@ -100,6 +101,7 @@ class EmbeddedRedis:
                 preexec_fn=_die_with_parent,
             )
         self._wait_until_up()
+        (self.data / ADDRESS).write_text(self.url)
         return self.url
 
     def stop(self) -> None:
@@ -112,6 +114,7 @@ class EmbeddedRedis:
                 self._process.kill()
                 self._process.wait()
             self._process = None
+            (self.data / ADDRESS).unlink(missing_ok=True)
         if self._home is not None:
             shutil.rmtree(self._home)
             self._home = None

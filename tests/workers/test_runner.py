@@ -1,0 +1,77 @@
+"""How a worker joins a run: its plan, the refusal of other settings, waiting and stopping."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from pipeline.errors import Exit, UserError
+from pipeline.streams import Bus
+from settings.load import load_settings
+from settings.plan import make_plan
+from settings.root import Settings
+from workers.runner import run_stage
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:], logging.root.level = handlers, level
+    logging.captureWarnings(False)
+    structlog.reset_defaults()
+
+
+@pytest.fixture
+def settings(redis_url: str, run_name: str) -> Settings:
+    return load_settings(overrides=[f"run.name={run_name}", f"redis.url={redis_url}", "redis.block=0.05"], environ={})
+
+
+def write_plan(bus: Bus, settings: Settings) -> None:
+    bus.write_plan(bus.acquire_lease(30), make_plan(settings).encode())
+
+
+def test_a_worker_with_other_run_settings_is_refused_with_names_and_both_values(settings: Settings, bus: Bus) -> None:
+    write_plan(bus, settings)
+    url = settings.redis.url.get_secret_value() if settings.redis.url else ""
+    ours = load_settings(
+        overrides=[f"run.name={settings.run.name}", f"redis.url={url}", "run.seed=7", "trainer.max_steps=9", "log.level=error"], environ={}
+    )
+    with pytest.raises(UserError, match=r"run\.seed \(here 7, the run has 0\); expected") as caught:
+        run_stage("verify", ours)
+    assert caught.value.exit is Exit.REFUSED
+
+
+def test_a_worker_of_a_stage_that_no_rollout_passes_is_refused(settings: Settings, bus: Bus) -> None:
+    write_plan(bus, settings)
+    with pytest.raises(UserError, match=r"a score worker .* whose rollouts pass generate → verify → train") as caught:
+        run_stage("score", settings)
+    assert caught.value.exit is Exit.REFUSED
+
+
+def test_a_plan_of_another_version_is_refused(settings: Settings, bus: Bus) -> None:
+    bus.write_plan(bus.acquire_lease(30), b"{}")
+    with pytest.raises(UserError, match="the run's plan does not decode"):
+        run_stage("verify", settings)
+
+
+def test_a_worker_waits_for_the_plan_saying_so_and_stops_cleanly_when_told_to(settings: Settings, bus: Bus) -> None:
+    url = settings.redis.url.get_secret_value() if settings.redis.url else ""
+    command = [sys.executable, "-m", "workers.cli", "worker", "verifier", "--set", f"run.name={bus.run}", "--set", f"redis.url={url}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as worker:
+        assert worker.stderr is not None
+        told = worker.stderr.readline()  # the log line
+        while not (states := bus.workers()):
+            assert worker.poll() is None
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait() == Exit.OK
+    assert "waiting for the trainer to write the run's plan" in told and f'"run":"{bus.run}"' in told.replace(" ", "")
+    assert [(state.stage, state.state, state.detail) for state in states] == [
+        ("verify", "starting", "waiting for the trainer to write the run's plan")
+    ]

@@ -1,0 +1,64 @@
+"""What `onstream status` says of a run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from pipeline.records import PolicyVersion, StageName, Ticket
+from pipeline.stage import Stats
+from pipeline.streams import Bus
+from settings.load import load_settings
+from settings.plan import make_plan
+from workers.access import opened, running_server
+from workers.launcher.embedded_redis import EmbeddedRedis
+from workers.status import status
+
+
+def ticket(number: int) -> Ticket:
+    route: list[StageName] = ["verify", "train"]
+    return Ticket(number, group=0, group_size=2, index=0, seed=1, min_policy_version=0, route=route)
+
+
+def test_a_run_that_nobody_started_waits_for_a_trainer(bus: Bus) -> None:
+    state = status(bus)
+    assert (state["started"], state["policy_version"], state["issued"]) == (False, None, 0)
+    assert state["waits"][0] == "the run has no plan yet: no trainer has started"
+
+
+def test_status_tells_backlog_hands_heartbeats_versions_and_what_is_waited_for(bus: Bus) -> None:
+    lease = bus.acquire_lease(30)
+    bus.write_plan(lease, make_plan(load_settings(overrides=[f"run.name={bus.run}"], environ={})).encode())
+    bus.announce(lease, PolicyVersion(number=3, digest="d", path="policies/000003", size_bytes=1))
+    assert bus.issue(lease, 0, [ticket(1), ticket(2)], max_backlog=10)
+    bus.mark_ready("train")
+    assert len(bus.read("generate", 1)) == 1
+    bus.heartbeat("train", Stats(done=5, detail="trains step 4"))
+    state = status(bus)
+    assert (state["route"], state["policy_version"], state["issued"], state["finished"]) == (["generate", "verify", "train"], 3, 2, False)
+    assert state["stages"]["generate"] == {"ready": False, "backlog": 2, "in_hand": 1}
+    assert state["stages"]["train"] == {"ready": True, "backlog": 0, "in_hand": 0}
+    [worker] = state["workers"]
+    assert (worker["worker"], worker["stage"], worker["done"], worker["detail"]) == ("tester", "train", 5, "trains step 4")
+    assert any("generate" in sentence for sentence in state["waits"])
+
+
+def test_the_command_finds_a_run_that_stands_still_by_its_directory_and_starts_its_redis_for_so_long(tmp_path: Path) -> None:
+    settings = load_settings(overrides=["run.name=still", f"run.dir={tmp_path}"], environ={})
+    server = EmbeddedRedis(settings.run_dir / "redis", max_memory_mb=64)
+    server.start()
+    try:
+        assert running_server(settings.run_dir) == server.url
+        with opened(settings, purpose="test") as bus:
+            assert bus.issue(bus.acquire_lease(30), 0, [ticket(1)], max_backlog=10)
+    finally:
+        server.stop()
+    assert running_server(settings.run_dir) is None
+    (settings.run_dir / "settings.toml").write_text('[run]\nname = "still"\n')
+    command = [sys.executable, "-m", "workers.cli", "status", "--json", str(settings.run_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["issued"] == 1
+    shown = subprocess.run([part for part in command if part != "--json"], capture_output=True, text=True, check=True)
+    assert "run still: not started" in shown.stdout and "waits: the run has no plan yet" in shown.stdout

@@ -1,0 +1,183 @@
+"""The command `onstream`. Every command parses and checks its settings first, and imports what it needs after that."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import click
+
+from pipeline.errors import Exit, UserError
+
+if TYPE_CHECKING:
+    from settings.deployment import StageName
+    from settings.root import Settings
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+STAGES: dict[str, StageName] = {
+    "generator": "generate",
+    "verifier": "verify",
+    "teacher": "score",
+    "trainer": "train",
+    "generate": "generate",
+    "verify": "verify",
+    "score": "score",
+    "train": "train",
+}
+
+
+def sources(command: Command) -> Command:
+    """Give `command` its settings' sources: FILES and `--set`."""
+    option = click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Override a setting: --set trainer.max_steps=20.")
+    return click.argument("files", nargs=-1, type=click.Path(path_type=Path))(option(command))
+
+
+def looked_at(command: Command) -> Command:
+    """Give `command` the run it looks at: a RUN, and `--set`."""
+    option = click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Override a setting of the run.")
+    return click.argument("run", type=click.Path(path_type=Path))(option(command))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="onstream")
+def cli() -> None:
+    """On-policy distillation of small language models, as a pipeline over Redis Streams.
+
+    FILES are TOML files, a later one winning; a run's directory or name stands for the settings it was started with.
+    """
+
+
+@cli.command()
+@sources
+def up(files: tuple[Path, ...], overrides: tuple[str, ...]) -> Exit:
+    """Start Redis and the workers of the plan here, and see the run through."""
+    settings = _settings(files, overrides)
+    from workers.launcher.launcher import up
+
+    return up(settings, files, overrides)
+
+
+@cli.command()
+@sources
+@click.option("--all", "everything", is_flag=True, help="Print settings at their defaults too.")
+def check(files: tuple[Path, ...], overrides: tuple[str, ...], everything: bool) -> Exit:
+    """Print the resolved settings, the plan, and every problem at once."""
+    from rich.console import Console
+
+    from settings.check import report
+    from settings.load import resolve
+
+    return report(resolve(files, overrides), Console(), everything=everything)
+
+
+@cli.command()
+@click.argument("stage", type=click.Choice(list(STAGES)), metavar="STAGE")
+@sources
+def worker(stage: str, files: tuple[Path, ...], overrides: tuple[str, ...]) -> Exit:
+    """Run one worker against a running Redis.
+
+    STAGE is generator, verifier, teacher or trainer; or the name of its stream: generate, verify, score or train.
+    """
+    settings = _settings(files, overrides)
+    from workers.runner import run_stage
+
+    return run_stage(STAGES[stage], settings)
+
+
+@cli.command()
+@sources
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(files: tuple[Path, ...], overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show the stages, backlog, workers and versions of a run, and what it waits for."""
+    settings = _settings(files, overrides)
+    from rich.console import Console
+
+    from workers.access import opened
+    from workers.status import show
+    from workers.status import status as state_of
+
+    with opened(settings, purpose="status") as bus:
+        state = state_of(bus)
+    if as_json:
+        click.echo(json.dumps(state, indent=2))
+    else:
+        show(state, Console())
+
+
+@cli.command()
+@looked_at
+def audit(run: Path, overrides: tuple[str, ...]) -> None:
+    """Print, as JSON, what became of every rollout that was ever issued."""
+    settings = _settings([run], overrides)
+    from workers.access import opened
+    from workers.audit import audit
+
+    with opened(settings, purpose="audit") as bus:
+        click.echo(json.dumps(audit(settings.run_dir, bus), indent=2))
+
+
+@cli.command("eval")
+@looked_at
+@click.option("--version", type=click.IntRange(min=0), help="The policy version; by default the newest on disk.")
+def evaluate(run: Path, overrides: tuple[str, ...], version: int | None) -> None:
+    """Answer the held-out prompts greedily with a policy version, and add the result to the run's evals.jsonl."""
+    settings = _settings([run], overrides)
+    from workers.evaluations import evaluate_version
+
+    click.echo(json.dumps(evaluate_version(settings, version)))
+
+
+@cli.group()
+def models() -> None:
+    """Small models for the examples."""
+
+
+@models.command()
+@click.argument("task")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory that gets teacher/ and student/.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of weights and problems.")
+@click.option("--only", type=click.Choice(["teacher", "student"]), help="Make only one of them.")
+def make(task: str, out: Path, seed: int, only: Literal["teacher", "student"] | None) -> None:
+    """Make a teacher and a weaker student for TASK, by training on its ground truth."""
+    from pipeline import telemetry
+    from settings.run import LogSettings
+    from workers.models.make import make
+
+    telemetry.configure("models", "make", task, LogSettings())
+    for made in make(task, out, seed, only):
+        click.echo(f"{made.directory}: {made.exact:.1%} exact, {made.parameters:,} parameters, {made.steps} steps, {made.seconds:.0f} s")
+
+
+def _settings(files: tuple[Path, ...] | list[Path], overrides: tuple[str, ...]) -> Settings:
+    from settings.load import load_settings
+
+    return load_settings(files, overrides)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command of `arguments` (by default the process's own) and exit with its code.
+
+    A problem that the user can mend is told on standard error, without a traceback.
+    """
+    tell = partial(click.echo, err=True)
+    try:
+        code = cli.main(arguments, prog_name="onstream", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        tell("stopped")
+        sys.exit(130)
+    except UserError as error:
+        tell(f"onstream: {error}")
+        sys.exit(error.exit)
+    sys.exit(code or Exit.OK)
+
+
+if __name__ == "__main__":
+    main()
