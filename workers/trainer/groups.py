@@ -1,56 +1,24 @@
 """Which rollouts train together, and which are dropped and why. Pure: records in, batches out, no clock and no torch.
 
-A unit is a group of rollouts that share a problem, or one rollout where no reward has a baseline (`unit = "rollout"`).
-A unit settles at the record that completes it. A batch is the next units in the order of settling, so the same stream
-of records gives the same batches.
+A unit is a group of rollouts that share a problem, or one rollout where no reward needs a baseline (`unit =
+"rollout"`). A unit settles at the record that completes it. A batch is the next units in the order of settling, so the
+same stream of records gives the same batches.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.records import Rollout, Tombstone
-from workers.trainer.staleness import oldest_version
+from workers.trainer.staleness import oldest_version, staleness
 
 DropReason = Literal["stale", "not_verified", "group_dead"]
 
 
 class DuplicateNumber(ValueError):
     """A number came twice; the caller keeps settled numbers from coming again."""
-
-
-@dataclass
-class Unit:
-    """The members of one unit so far. `size` is how many it will have."""
-
-    group: int
-    size: int
-    rollouts: dict[int, Rollout] = field(default_factory=dict)
-    tombstones: dict[int, Tombstone] = field(default_factory=dict)
-
-    @property
-    def numbers(self) -> list[int]:
-        """The numbers that have come, in order."""
-        return sorted([*self.rollouts, *self.tombstones])
-
-    @property
-    def settled(self) -> bool:
-        """Whether every member has come, as a rollout or as a tombstone."""
-        return len(self.rollouts) + len(self.tombstones) == self.size
-
-    @property
-    def oldest_version(self) -> int | None:
-        """The oldest policy version that wrote any token of any member; None where no policy wrote one."""
-        versions = [oldest_version(rollout) for rollout in self.rollouts.values()]
-        return min((version for version in versions if version is not None), default=None)
-
-    def staleness(self, version: int) -> int:
-        """Steps between `version`, whose weights would take the step, and the oldest that wrote; 0 where no policy wrote."""
-        oldest = self.oldest_version
-        return 0 if oldest is None else version - oldest
 
 
 @dataclass(frozen=True)
@@ -66,11 +34,53 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A unit that does not train, number by number. Its place is filled by another, under new numbers."""
+    """A unit that does not train, number by number. Another one, under new numbers, takes its place."""
 
     group: int
     dropped: dict[int, DropReason]
     dead: tuple[int, ...]
+
+
+@dataclass
+class Unit:
+    """The members of one unit so far. `size` is how many it will have."""
+
+    group: int
+    size: int
+    rollouts: dict[int, Rollout] = field(default_factory=dict)
+    tombstones: dict[int, Tombstone] = field(default_factory=dict)
+    oldest: int | None = None  # the oldest policy version that wrote any token of a live member
+
+    def add(self, record: Rollout | Tombstone) -> None:
+        """Takes the record of one member."""
+        if isinstance(record, Tombstone):
+            self.tombstones[record.number] = record
+            return
+        self.rollouts[record.number] = record
+        versions = [version for version in (self.oldest, oldest_version(record)) if version is not None]
+        self.oldest = min(versions, default=None)
+
+    @property
+    def missing(self) -> int:
+        """How many members have not come."""
+        return self.size - len(self.rollouts) - len(self.tombstones)
+
+    def judge(self, version: int, *, max_staleness: int, train_unscored: bool) -> Chosen | Dropped:
+        """What becomes of the settled unit in the step that `version` takes.
+
+        A dead member leaves it and is not replaced; a unit with no live member, or none that anything trains, is. Too
+        stale, it is dropped whole.
+        """
+        dead = tuple(sorted(self.tombstones))
+        if not self.rollouts:
+            return Dropped(self.group, dict.fromkeys(dead, "group_dead"), ())
+        age = staleness(self.oldest, version)
+        if age > max_staleness:
+            return Dropped(self.group, dict.fromkeys(sorted(self.rollouts), "stale"), dead)
+        idle = sorted(number for number, rollout in self.rollouts.items() if rollout.reward is None and not train_unscored)
+        live = tuple(self.rollouts[number] for number in sorted(self.rollouts) if number not in idle)
+        dropped: dict[int, DropReason] = dict.fromkeys(idle, "not_verified")
+        return Chosen(self.group, live, age, dropped, dead) if live else Dropped(self.group, dropped, dead)
 
 
 class GroupBook:
@@ -78,6 +88,9 @@ class GroupBook:
 
     `max_staleness` is the staleness past which a unit is dropped. With `train_unscored` False, a rollout that has no
     reward is dropped as not verified, since nothing else would train it.
+
+    Raises:
+        ValueError: a batch would not be whole groups.
     """
 
     def __init__(
@@ -89,38 +102,71 @@ class GroupBook:
         unit: Literal["group", "rollout"] = "group",
         train_unscored: bool = True,
     ) -> None:
-        self.group_size = group_size
-        self.units_per_batch = batch_size // group_size if unit == "group" else batch_size
+        if batch_size % group_size:
+            raise ValueError(f"a batch of {batch_size} rollouts is not whole groups of {group_size}")
+        self.unit_size = group_size if unit == "group" else 1
+        self.units_per_batch = batch_size // self.unit_size
         self.max_staleness = max_staleness
-        self.unit = unit
         self.train_unscored = train_unscored
-        self._open: dict[int, Unit] = {}
-        self._settled: deque[Unit] = deque()
-        self._chosen: list[Chosen] = []
+        self._group_size = group_size
+        self._open: dict[int, Unit] = {}  # by the place of the unit in the run
+        self._settled: list[Unit] = []  # in the order of settling
+        self._numbers: set[int] = set()
 
     def add(self, record: Rollout | Tombstone) -> bool:
-        """Takes a record in the order of the stream; True when it settles its unit.
+        """Takes a record, in the order of the stream; True when it settles its unit.
 
         Raises:
-            DuplicateNumber: the unit already holds this number.
+            DuplicateNumber: the number is already here.
         """
-        raise NotImplementedError
+        if record.number in self._numbers:
+            raise DuplicateNumber(f"number {record.number} came twice")
+        self._numbers.add(record.number)
+        place = (record.number - 1) // self.unit_size
+        unit = self._open.setdefault(place, Unit((record.number - 1) // self._group_size, self.unit_size))
+        unit.add(record)
+        if unit.missing:
+            return False
+        self._settled.append(self._open.pop(place))
+        return True
 
     def drop(self, version: int) -> list[Dropped]:
         """Takes out the settled units that cannot train at `version`; each is returned once, to be replaced."""
-        raise NotImplementedError
+        judged = [(unit, self._judge(unit, version)) for unit in self._settled]
+        self._keep([unit for unit, verdict in judged if isinstance(verdict, Chosen)])
+        return [verdict for _, verdict in judged if isinstance(verdict, Dropped)]
 
     def batch(self, version: int) -> list[Chosen] | None:
-        """The next batch for the step that `version` takes, or None while too few units have settled.
+        """The next batch, for the step that `version` takes, or None while too few units that can train have settled.
 
-        Call `drop(version)` first: what it returns makes room that must be filled again.
+        Units that `drop(version)` would return are passed over and stay for it.
         """
-        raise NotImplementedError
+        if len(self._settled) < self.units_per_batch:
+            return None
+        judged = [(unit, self._judge(unit, version)) for unit in self._settled]
+        dealt = [(unit, verdict) for unit, verdict in judged if isinstance(verdict, Chosen)][: self.units_per_batch]
+        if len(dealt) < self.units_per_batch:
+            return None
+        taken = {id(unit) for unit, _ in dealt}
+        self._keep([unit for unit in self._settled if id(unit) not in taken])
+        return [verdict for _, verdict in dealt]
+
+    def _judge(self, unit: Unit, version: int) -> Chosen | Dropped:
+        return unit.judge(version, max_staleness=self.max_staleness, train_unscored=self.train_unscored)
+
+    def _keep(self, settled: list[Unit]) -> None:
+        self._settled = settled
+        self._numbers = {number for unit in (*self._open.values(), *settled) for number in (*unit.rollouts, *unit.tombstones)}
 
     def held(self) -> Iterator[int]:
-        """Every number that came and was neither dealt out nor dropped."""
-        raise NotImplementedError
+        """Every number that came and was neither dealt out nor dropped, in order."""
+        return iter(sorted(self._numbers))
+
+    @property
+    def settled_units(self) -> int:
+        """Units that have settled and wait for a batch."""
+        return len(self._settled)
 
     def missing(self) -> dict[int, int]:
-        """For each open unit's group: how many members have not come."""
-        raise NotImplementedError
+        """For each group that has not settled: how many of its members have not come."""
+        return {unit.group: unit.missing for unit in self._open.values()}

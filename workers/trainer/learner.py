@@ -1,67 +1,155 @@
-"""Takes training steps: rollouts in, better weights out. Knows no streams and no files but the model's own."""
+"""Takes training steps: rollouts in, better weights out. Knows no streams, and no files but the model's own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 
+from pipeline.errors import Exit, UserError
+from pipeline.models.loading import load_model, load_tokenizer, resolve_dtype
+from pipeline.models.logprobs import head_of, hidden_states
+from pipeline.models.packing import Packed, pack, share_prompts
+from pipeline.models.probe import prepare
 from settings.trainer import TrainerSettings
+from workers.trainer.head import chunked_loss
+from workers.trainer.objective import Objective, Tally, gather_tokens
+from workers.trainer.samples import TrainSample, check_sample
+from workers.trainer.schedule import learning_rate
 
-Ids = npt.NDArray[np.int32]
-Floats = npt.NDArray[np.float32]
-
-
-@dataclass
-class TrainSample:
-    """One prompt and completion with all that its loss needs. P prompt tokens, C completion tokens, k teacher alternatives.
-
-    Logprobs are in nats: the generator's at the sampling temperature, the teacher's at temperature 1.
-    """
-
-    prompt_ids: Ids  # [P]
-    completion_ids: Ids  # [C]
-    loss_mask: npt.NDArray[np.uint8]  # [C]
-    generator_logprobs: Floats  # [C]
-    teacher_logprobs: Floats | None = None  # [C]
-    teacher_top_ids: Ids | None = None  # [C, k]
-    teacher_top_logprobs: Floats | None = None  # [C, k]
-    teacher_tail_logprobs: Floats | None = None  # [C]
-    advantage: float = 0.0
-    group: int = 0
-    temperature: float = 1.0
+__all__ = ["Learner", "TrainSample"]
 
 
 class Learner:
-    """The student with its optimizer."""
+    """The student with its optimizer: float32 master weights, computed with in `dtype`.
+
+    `padded_because` is None where shared prompts are computed once, else the reason why the model's code cannot.
+    The model stays in evaluation mode: dropout would make its logprobs differ from the generator's.
+
+    Raises:
+        UserError: the model or its tokenizer cannot be loaded, or its head is no plain projection.
+    """
 
     def __init__(self, model: str | Path, trainer: TrainerSettings, device: torch.device) -> None:
-        raise NotImplementedError
+        self.trainer, self.device = trainer, device
+        self.dtype = resolve_dtype(trainer.dtype, device)
+        self.tokenizer = load_tokenizer(model)
+        self.model = load_model(model, dtype=torch.float32, device=device)
+        self.padded_because = prepare(self.model)
+        self.steps = 0
+        optim = trainer.optim
+        self._optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are below this."""
+        return int(self.model.get_input_embeddings().num_embeddings)
+
+    def check(self, sample: TrainSample) -> None:
+        """Raises ValueError where a step could not train on `sample`; `step` does the same before it changes anything."""
+        check_sample(sample, self.trainer.loss, self.vocabulary)
 
     def step(self, samples: Sequence[TrainSample], max_steps: int, *, global_tokens: int | None = None) -> dict[str, float]:
-        """One optimizer step over `samples`; returns the step's metrics by their names in metrics.jsonl.
+        """One optimizer step over `samples`; returns its metrics by their names in metrics.jsonl.
 
-        `global_tokens` is the loss-mask token count over all ranks, the loss's denominator; None: this process is alone.
+        `max_steps` is where a falling schedule ends. `global_tokens` is the count of loss-mask tokens that the loss is
+        divided by: over all ranks, where there are several, whose gradients are to be summed before they are clipped.
+        None: this process is alone.
+
+        Raises:
+            ValueError: a sample cannot be trained on, or no token is in the loss mask.
+            UserError: the gradient is not finite; the weights are as they were.
         """
-        raise NotImplementedError
+        for sample in samples:
+            self.check(sample)
+        tokens = sum(int(sample.loss_mask.sum()) for sample in samples)
+        if not tokens:
+            raise ValueError(f"none of the {len(samples)} samples has a token in its loss mask; expected at least one in a step")
+        tally, divisor = Tally(), global_tokens or tokens
+        for packed in self._pack(samples):
+            (self._loss(packed, samples, tally) / divisor).backward()  # type: ignore[no-untyped-call]
+        return {**tally.means(divisor), **self._update(max_steps), "tokens": float(tokens)}
+
+    def _pack(self, samples: Sequence[TrainSample]) -> list[Packed]:
+        groups = share_prompts([sample.prompt_ids for sample in samples], [sample.completion_ids for sample in samples])
+        return pack(groups, self.trainer.microbatch)
+
+    def _loss(self, packed: Packed, samples: Sequence[TrainSample], tally: Tally) -> Tensor:
+        """The summed loss of one packed row."""
+        tokens = gather_tokens(packed, samples, self.trainer.loss, self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            hidden = hidden_states(self.model, packed)
+        if tokens.kept is not None:
+            hidden = hidden.index_select(0, tokens.kept)
+        objective = Objective(tokens, self.trainer.loss, tally)
+        return chunked_loss(hidden.to(self.dtype), head_of(self.model), tokens.wanted, objective, chunk=self.trainer.head_chunk)
+
+    def _update(self, max_steps: int) -> dict[str, float]:
+        """Clips the gradient and lets the optimizer take it."""
+        optim = self.trainer.optim
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.max_grad_norm, foreach=True))
+        if not torch.isfinite(torch.tensor(norm)):
+            self._optimizer.zero_grad()
+            raise _diverged(self.steps + 1, norm, optim.lr)
+        rate = learning_rate(
+            self.steps + 1,
+            peak=optim.lr,
+            warmup=optim.warmup,
+            max_steps=max_steps,
+            schedule=optim.schedule,
+            min_ratio=optim.min_lr_ratio,
+        )
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.steps += 1
+        return {"grad_norm": norm, "lr": rate}
 
     def state(self) -> dict[str, Any]:
-        """Step count, optimizer and RNG state: tensors and plain values that `torch.load(weights_only=True)` reads back."""
-        raise NotImplementedError
+        """Steps taken, optimizer and RNG state, in tensors and plain values: `torch.load(weights_only=True)` reads them back.
+
+        With `save_model` it is all that a checkpoint needs. The learning rate follows from the step and the settings.
+        """
+        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        return {"steps": self.steps, "optimizer": self._optimizer.state_dict(), "rng": torch.get_rng_state(), "cuda_rng": cuda}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continues from `state()` of a learner with the same model; bit for bit on a CPU."""
-        raise NotImplementedError
+        """Continues where the `state()` of a learner with the same weights was taken; bit for bit on a CPU."""
+        self.steps = state["steps"]
+        self._optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"].cpu())
+        if self.device.type == "cuda" and state["cuda_rng"]:
+            torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda_rng"]])
 
     def save_model(self, directory: Path) -> None:
-        """Hugging Face files that any AutoModelForCausalLM loads: float32 weights, config and tokenizer."""
-        raise NotImplementedError
+        """Writes Hugging Face files that any AutoModelForCausalLM loads: float32 weights, configuration, tokenizer."""
+        self.model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
 
-    def published_state(self) -> dict[str, torch.Tensor]:
-        """The weights as generators get them: on the CPU, cast to the computing precision, tied weights once."""
-        raise NotImplementedError
+    def published_state(self) -> dict[str, Tensor]:
+        """The weights as generators get them: on the CPU, in the computing precision, tied weights once.
+
+        In float32 on a CPU they are the live weights themselves: write them before the next step.
+        """
+        seen: set[int] = set()
+        published = {}
+        for name, weight in self.model.state_dict().items():
+            if weight.data_ptr() not in seen:
+                seen.add(weight.data_ptr())
+                published[name] = weight.detach().to("cpu", self.dtype)
+        return published
+
+
+def _diverged(step: int, norm: float, lr: float) -> UserError:
+    return UserError(
+        f"the gradient norm of step {step} is {norm}",
+        expected="a finite gradient",
+        next_step=f"Lower trainer.optim.lr (now {lr:g}) or add trainer.optim.warmup; the weights of step {step - 1} are kept.",
+        exit=Exit.REFUSED,
+    )

@@ -1,8 +1,11 @@
-"""How old the policy was that wrote a rollout. Pure."""
+"""How old the policy was that wrote a rollout. Pure: it reads the version spans and nothing else."""
 
 from __future__ import annotations
 
-from pipeline.records import Rollout
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.records import Rollout
 
 
 def oldest_version(rollout: Rollout) -> int | None:
@@ -10,19 +13,10 @@ def oldest_version(rollout: Rollout) -> int | None:
     return min((span.version for sample in rollout.samples for span in sample.version_spans), default=None)
 
 
-def staleness(rollout: Rollout, version: int) -> int:
+def staleness(oldest: int | None, version: int) -> int:
     """`version`, whose weights take the step, less the oldest version that wrote; 0 when trained at its own version.
 
-    What no policy wrote (an answer from elsewhere, say) has no staleness: 0.
-
-    Raises:
-        ValueError: the rollout claims a version newer than the one that takes the step.
+    What no policy wrote (an answer from elsewhere, say) has no staleness: 0. Nor has what a newer version wrote, as a
+    run meets it that was resumed from a checkpoint older than its last announced version.
     """
-    oldest = oldest_version(rollout)
-    if oldest is None:
-        return 0
-    if oldest > version:
-        raise ValueError(
-            f"rollout {rollout.number} was written by policy version {oldest}, newer than version {version} that takes the step"
-        )
-    return version - oldest
+    return 0 if oldest is None else max(0, version - oldest)

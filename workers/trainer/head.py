@@ -1,0 +1,132 @@
+"""The output layer and the loss in one, a chunk of positions at a time.
+
+The loss needs a few numbers of each position's logits, so its gradient with respect to them is known as soon as the
+chunk's logits are: the chunk's gradient of the hidden states and of the layer is computed there and then, and the
+logits are dropped. Nothing of size [tokens, vocabulary] is kept, and nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.logprobs import entropy_of, head_logits
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to read off the logits of N positions."""
+
+    targets: Tensor  # [N]
+    temperatures: Tensor | None = None  # [N], of sampling; None: 1 everywhere
+    top_ids: Tensor | None = None  # [N, k]
+
+    def chunk(self, at: slice) -> Wanted:
+        """The same for the positions `at`."""
+        return Wanted(*(None if field is None else field[at] for field in (self.targets, self.temperatures, self.top_ids)))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Student:
+    """What the student says of n positions. Float32, nats; the loss is differentiated by `sampled`, `top` and `tail`."""
+
+    sampled: Tensor  # [n], logprobs of the targets at the sampling temperature
+    sampled_unscaled: Tensor  # [n], the same at temperature 1, without gradient
+    entropy: Tensor  # [n], at the sampling temperature, without gradient
+    top: Tensor | None  # [n, k], logprobs of the given ids, at temperature 1
+    tail: Tensor | None  # [n], logprob of all other ids together, at temperature 1
+
+
+TokenLoss = Callable[[slice, Student], Tensor]
+"""The loss of the positions in a slice, [n]; it may keep what it wants for metrics."""
+
+
+def chunked_loss(hidden: Tensor, head: nn.Linear, wanted: Wanted, token_loss: TokenLoss, *, chunk: int) -> Tensor:
+    """Σ token_loss over the N positions of `hidden` [N, H], differentiable by it and by the head's parameters.
+
+    At most [chunk, V] logits exist at once. `token_loss` is called once a chunk, in order.
+    """
+    loss: Tensor = _ChunkedLoss.apply(hidden, head.weight, head.bias, wanted, token_loss, chunk)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted, token_loss: TokenLoss, chunk: int) -> Tensor:
+        compute_weight = weight.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), chunk):
+            at = slice(start, min(start + chunk, len(hidden)))
+            logits = head_logits(hidden[at], compute_weight, bias)
+            loss, grad_logits = _loss_and_gradient(logits, wanted.chunk(at), partial(token_loss, at))
+            total += loss
+            narrow = grad_logits.to(hidden.dtype)
+            torch.mm(narrow, compute_weight, out=grad_hidden[at])
+            grad_weight += narrow.t() @ hidden[at]
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (upstream,) = grads
+        scaled = (None if saved is None else saved * upstream for saved in ctx.saved_tensors)
+        return (*scaled, None, None, None)
+
+
+def _loss_and_gradient(logits: Tensor, wanted: Wanted, token_loss: Callable[[Student], Tensor]) -> tuple[Tensor, Tensor]:
+    """The chunk's summed loss, and its gradient by `logits` [n, V]."""
+    normaliser = logits.logsumexp(-1)
+    scaled, scaled_normaliser = logits, normaliser
+    if wanted.temperatures is not None:
+        scaled = logits / wanted.temperatures[:, None]
+        scaled_normaliser = scaled.logsumexp(-1)
+    probabilities = (scaled - scaled_normaliser[:, None]).exp_()
+    top = tail = outside = None
+    if wanted.top_ids is not None:
+        outside = logits.scatter(1, wanted.top_ids, float("-inf"))
+        outside_normaliser = outside.logsumexp(-1)
+        outside = outside.sub_(outside_normaliser[:, None]).exp_()  # the distribution within the tail
+        top, tail = logits.gather(1, wanted.top_ids) - normaliser[:, None], outside_normaliser - normaliser
+    student = Student(
+        sampled=_pick(scaled, wanted.targets) - scaled_normaliser,
+        sampled_unscaled=_pick(logits, wanted.targets) - normaliser,
+        entropy=entropy_of(probabilities, scaled, scaled_normaliser),
+        top=top,
+        tail=tail,
+    )
+    loss, by_sampled, by_top, by_tail = _differentiate(student, token_loss)
+    if wanted.temperatures is not None:
+        by_sampled = by_sampled / wanted.temperatures
+    # The gradient of log softmax at one id is its one-hot less the probabilities; that of the tail, its own distribution less them.
+    gradient = (probabilities * -by_sampled[:, None]).scatter_add_(1, wanted.targets[:, None], by_sampled[:, None])
+    if wanted.top_ids is not None and outside is not None and by_top is not None and by_tail is not None:
+        unscaled = probabilities if wanted.temperatures is None else logits.sub_(normaliser[:, None]).exp_()
+        gradient -= unscaled.mul_((by_top.sum(-1) + by_tail)[:, None])
+        gradient += outside.mul_(by_tail[:, None]).scatter_add_(1, wanted.top_ids, by_top)
+    return loss, gradient
+
+
+def _pick(logits: Tensor, ids: Tensor) -> Tensor:
+    return logits.gather(1, ids[:, None])[:, 0]
+
+
+def _differentiate(student: Student, token_loss: Callable[[Student], Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The summed loss and its gradients by `sampled`, `top` and `tail`; small tensors, so autograd may do it."""
+    leaves = [leaf for leaf in (student.sampled, student.top, student.tail) if leaf is not None]
+    with torch.enable_grad():
+        for leaf in leaves:
+            leaf.requires_grad_()
+        loss = token_loss(student).sum()
+        by_sampled, *by_bins = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    by_top, by_tail = by_bins or (None, None)
+    return loss.detach(), by_sampled, by_top, by_tail
