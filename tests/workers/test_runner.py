@@ -75,3 +75,17 @@ def test_a_worker_waits_for_the_plan_saying_so_and_stops_cleanly_when_told_to(se
     assert [(state.stage, state.state, state.detail) for state in states] == [
         ("verify", "starting", "waiting for the trainer to write the run's plan")
     ]
+
+
+def test_an_admitted_worker_takes_changeable_settings_of_its_own_and_exits_0_when_the_run_is_finished(settings: Settings, bus: Bus) -> None:
+    write_plan(bus, settings)
+    assert bus.lease is not None
+    bus.finish(bus.lease)
+    url = settings.redis.url.get_secret_value() if settings.redis.url else ""
+    command = [sys.executable, "-m", "workers.cli", "worker", "verifier"]
+    overrides = [f"run.name={bus.run}", f"redis.url={url}", "redis.block=0.05", "trainer.max_steps=9"]
+    done = subprocess.run(
+        [*command, *(part for override in overrides for part in ("--set", override))], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == Exit.OK, done.stderr
+    assert "verify" in bus.ready()
