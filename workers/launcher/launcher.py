@@ -8,12 +8,13 @@ import resource
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
 
+from pipeline import telemetry
 from pipeline.errors import Exit, UserError
 from pipeline.streams import Bus
 from settings.deployment import StageName
@@ -23,16 +24,18 @@ from settings.text import toml_text
 from workers import report
 from workers.launcher import preflight
 from workers.launcher.embedded_redis import EmbeddedRedis
+from workers.launcher.environment import environment
 from workers.launcher.lock import only_launcher
 from workers.launcher.progress import Display, StageView, View, result_table
 from workers.launcher.supervise import Child, GaveUp, Supervisor, process_cpu_seconds
 from workers.launcher.watch import MetricsTail, Watcher, waits
 
 TICK_S = 0.05
-WATCH_S = 0.5
+WATCH_S = 0.25
 DRAIN_MARGIN_S = 10.0
 START_ORDER: tuple[StageName, ...] = ("train", "score", "generate", "verify")  # the slowest to be ready first
 EVAL = "eval"
+COMMAND = "workers.cli"
 
 
 class Stop:
@@ -78,6 +81,7 @@ def up(settings: Settings, files: Sequence[Path], overrides: Sequence[str], cons
         preflight.check_resume(settings, plan, _existing_plan(settings, bus), lambda: _in_flight(bus, plan))
         if trains:
             (settings.run_dir / "settings.toml").write_text(toml_text(settings), encoding="utf-8")
+        stack.enter_context(_own_log(settings))
         stack.enter_context(stop.listening())
         display = stack.enter_context(Display(settings.run.name, console or Console(highlight=False), settings.deployment.status_interval))
         arguments = [*map(str, files), *(part for override in overrides for part in ("--set", override))]
@@ -105,7 +109,8 @@ class Launch:
         self._display, self._stop = display, stop
         self._run_dir = settings.run_dir
         self._arguments = arguments
-        self._supervisor = Supervisor(environment(settings, plan, server), settings.deployment.max_restarts, display.say)
+        environ = environment(settings.deployment, plan.workers, server.url if server else None)
+        self._supervisor = Supervisor(environ, settings.deployment.max_restarts, display.say)
         self._metrics = MetricsTail(self._run_dir / "metrics.jsonl")
         self._watcher = Watcher(bus, WATCH_S)
         self._startup_cpu_s: dict[str, float] = {}
@@ -139,7 +144,7 @@ class Launch:
             self._evaluate(0)
 
     def _start_child(self, name: str, kind: str, arguments: Sequence[str], *, once: bool = False) -> Child:
-        return self._supervisor.start(name, kind, "workers.cli", arguments, self._run_dir / "logs" / f"{name}.log", once=once)
+        return self._supervisor.start(name, kind, COMMAND, arguments, self._run_dir / "logs" / f"{name}.log", once=once)
 
     def _evaluate(self, version: int) -> None:
         """Evaluate a policy version in a process of its own, unless a former launch did."""
@@ -240,24 +245,14 @@ class Launch:
         return {kind: round(seconds, 2) for kind, seconds in used.items()}
 
 
-def environment(settings: Settings, plan: Plan, server: EmbeddedRedis | None) -> dict[str, str]:
-    """What the children inherit: the launcher's own environment, the Redis it started, and the threads of their tensor libraries."""
-    environ = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"} | dict(os.environ)
-    if server is not None:
-        environ["ONSTREAM_REDIS__URL"] = server.url
-    threads = settings.deployment.threads
-    if threads is None and "OMP_NUM_THREADS" not in environ:
-        threads = default_threads(plan.workers)
-    if threads is not None:
-        environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-    return environ
-
-
-def default_threads(workers: Mapping[StageName, int], cores: int | None = None) -> int:
-    """Threads of each worker that computes tensors: 1 with up to 4 cores, else the cores shared out among them."""
-    cores = cores or len(os.sched_getaffinity(0))
-    computing = sum(count for stage, count in workers.items() if stage != "verify")
-    return 1 if cores <= 4 else max(1, cores // max(1, computing))
+@contextlib.contextmanager
+def _own_log(settings: Settings) -> Iterator[None]:
+    """Keep the launcher's own log lines (a Redis that is away, say) out of what it shows."""
+    logs = settings.run_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with (logs / "launcher.log").open("a", encoding="utf-8") as stream:
+        telemetry.configure("launcher", f"launcher-{os.getpid()}", settings.run.name, settings.log, stream=stream)
+        yield
 
 
 def _refuse_lonely_workers(settings: Settings, trains: bool) -> None:

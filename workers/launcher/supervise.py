@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.errors import Exit
+from workers.launcher.logs import last_lines
 
 HOPELESS = (Exit.USAGE, Exit.REFUSED)
 LONGEST_PAUSE_S = 10.0
@@ -195,14 +195,6 @@ def describe_exit(code: int) -> str:
         return f"was killed by {signal.Signals(-code).name}"
     names = {member.value: member.name.lower() for member in Exit}
     return f"exited with {code} ({names.get(code, 'unknown')})"
-
-
-def last_lines(path: Path, count: int = 12) -> list[str]:
-    """The last lines of a log, without blank ones; none if there is no such file."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", errors="replace") as log:
-        return list(deque((line.rstrip() for line in log if line.strip()), maxlen=count))
 
 
 def process_cpu_seconds(pid: int) -> float:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import Exit
-from workers.launcher.supervise import Child, GaveUp, Supervisor, describe_exit, last_lines, pause_before_restart_s
+from workers.launcher.supervise import Child, GaveUp, Supervisor, describe_exit, pause_before_restart_s
 
 OBEDIENT = "tests.workers.launcher.obedient"
 
@@ -152,10 +152,3 @@ def test_exits_are_described_in_words() -> None:
     assert describe_exit(-9) == "was killed by SIGKILL"
     assert describe_exit(4) == "exited with 4 (stuck)"
     assert describe_exit(77) == "exited with 77 (unknown)"
-
-
-def test_the_last_lines_of_a_log_leave_out_blank_ones(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    log.write_text("a\n\nb\nc\n\n")
-    assert last_lines(log, 2) == ["b", "c"]
-    assert last_lines(tmp_path / "none") == []

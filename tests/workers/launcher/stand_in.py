@@ -1,0 +1,99 @@
+"""Stands in for the command `onstream` where a test needs workers that start in no time and die when told to.
+
+`worker train FILES… --set …` takes a step every 20 ms on a real Redis and writes `metrics.jsonl`; the other workers wait for the
+end of the run. `eval RUN --version N` appends to `evals.jsonl`. A file `<run directory>/<stage>` holds what a stage shall do instead:
+`exit CODE WORDS` once it has started, or `hold` (train: stay at step 3 until the file is gone).
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from pipeline.stage import Stats
+from pipeline.streams import Bus
+from settings.load import load_settings
+from settings.plan import make_plan
+from settings.root import Settings
+from workers.cli import sources
+
+
+@click.group()
+def cli() -> None:
+    """The stand-in."""
+
+
+@cli.command()
+@click.argument("stage")
+@sources
+def worker(stage: str, files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
+    """Be a worker."""
+    settings = load_settings(files, overrides)
+    signal.signal(signal.SIGTERM, lambda *_: leave(settings, stage))
+    url = settings.redis.url
+    assert url is not None
+    bus = Bus.connect(url.get_secret_value(), settings.run.name, consumer=stage, block_s=0.2, connect_timeout_s=5)
+    obey(settings.run_dir / stage)
+    bus.mark_ready(stage)  # type: ignore[arg-type]
+    bus.heartbeat(stage, Stats())  # type: ignore[arg-type]
+    (settings.run_dir / f"{stage}.up").write_text("")
+    if stage == "train":
+        train(settings, bus)
+    wait_until(bus.finished)
+
+
+def train(settings: Settings, bus: Bus) -> None:
+    """Take the steps that are missing, then end the run."""
+    lease = bus.acquire_lease(30)
+    bus.write_plan(lease, make_plan(settings).encode())
+    metrics = settings.run_dir / "metrics.jsonl"
+    done = metrics.read_text().count("\n") if metrics.exists() else 0
+    with metrics.open("a") as file:
+        for step in range(done + 1, settings.trainer.max_steps + 1):
+            time.sleep(0.02)
+            row = {"step": step, "time": time.time(), "rollouts": 8, "wait_s": 0.01, "step_s": 0.01, "teacher_kl": 1 / step}
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            if step == 3:
+                wait_until(lambda: not (settings.run_dir / "train").exists())
+    bus.finish(lease)
+
+
+def obey(orders: Path) -> None:
+    """Do what the file says, if there is one."""
+    words = orders.read_text().split() if orders.exists() else []
+    if words[:1] == ["exit"]:
+        print(" ".join(words[2:]), file=sys.stderr)
+        sys.exit(int(words[1]))
+
+
+def leave(settings: Settings, stage: str) -> None:
+    """Note the order in which the stages were told to stop."""
+    with (settings.run_dir / "stopped").open("a") as file:
+        file.write(f"{stage}\n")
+    sys.exit(0)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for it."""
+    while not condition():
+        time.sleep(0.01)
+
+
+@cli.command("eval")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--version", type=int, required=True)
+def evaluate(run: Path, version: int) -> None:
+    """Pretend to evaluate."""
+    with (run / "evals.jsonl").open("a") as file:
+        file.write(json.dumps({"version": version, "exact": 0.5 + version / 100, "samples": 8}) + "\n")
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,198 @@
+"""`onstream up` on a real Redis with real processes; the workers are stand-ins that start at once and die when told to."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pipeline.errors import Exit, UserError
+from settings.load import load_settings
+from tests.workers.launcher.test_preflight import make_model
+from workers.launcher import launcher
+from workers.launcher.environment import default_threads, environment
+
+pytestmark = pytest.mark.timeout(30)
+
+
+class Run:
+    """A run in `tmp_path`: the command's arguments, what it printed, and its files."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        make_model(tmp_path / "student")
+        self.directory = tmp_path / "runs" / "demo"
+        self.directory.mkdir(parents=True)
+        self.printed = io.StringIO()
+        self.overrides = [f"run.dir={tmp_path / 'runs'}", "run.name=demo", f"model.name={tmp_path / 'student'}", "trainer.max_steps=5"]
+
+    def up(self, *overrides: str) -> Exit:
+        every = [*self.overrides, *overrides]
+        settings = load_settings(overrides=every, environ={})
+        return launcher.up(settings, [], every, Console(file=self.printed, width=200))
+
+    def orders(self, stage: str, words: str) -> None:
+        (self.directory / stage).write_text(words)
+
+    def read(self, name: str) -> Any:
+        return json.loads((self.directory / name).read_text())
+
+    def steps(self) -> int:
+        metrics = self.directory / "metrics.jsonl"
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    def when(self, condition: Callable[[], bool], act: Callable[[], object]) -> None:
+        """Do `act` in a thread as soon as `condition` holds."""
+
+        def wait() -> None:
+            while not condition():
+                time.sleep(0.01)
+            act()
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    def pids(self, *words: str) -> list[int]:
+        """Live processes of this run whose command line holds all of `words`."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                line = entry.read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            if all(word in line for word in (str(self.directory.parent), *words)):
+                found.append(int(entry.parent.name))
+        return found
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setattr(launcher, "COMMAND", "tests.workers.launcher.stand_in")
+    return Run(tmp_path)
+
+
+def test_a_run_goes_from_one_command_to_its_report_and_on_from_there(run: Run) -> None:
+    assert run.up() == Exit.OK
+    report = run.read("report.json")
+    assert (report["steps"], report["eval"]["before"], report["eval"]["after"]) == (5, 0.5, 0.55)
+    assert report["rollouts"] == 40
+    assert set(report["cpu_seconds"]) == {"generate", "verify", "train", "eval", "redis", "launcher"}
+    assert (run.directory / "curves.png").exists()
+    assert load_settings([run.directory], environ={}).trainer.max_steps == 5
+    assert "teacher_kl (nats a token)" in run.printed.getvalue()
+    assert run.pids() == []
+
+    with pytest.raises(UserError, match=r"run\.seed"):
+        run.up("run.seed=9")
+    assert load_settings([run.directory], environ={}).run.seed == 0
+
+    assert run.up("trainer.max_steps=8") == Exit.OK
+    assert run.read("report.json")["steps"] == 8
+    assert [json.loads(line)["version"] for line in (run.directory / "evals.jsonl").read_text().splitlines()] == [0, 5, 8]
+
+
+def test_a_worker_that_refuses_stops_the_run_with_its_last_words(run: Run) -> None:
+    run.orders("verify", "exit 2 no such scorer")
+    run.orders("train", "hold")
+    assert run.up() == Exit.USAGE
+    assert "the run stops: verify-0 exited with 2 (usage)\n  no such scorer" in run.printed.getvalue()
+    assert run.pids() == []
+
+
+def test_a_worker_that_dies_is_replaced_and_the_run_goes_on(run: Run) -> None:
+    run.orders("train", "hold")
+
+    def kill() -> None:
+        os.kill(run.pids("worker generate")[0], signal.SIGKILL)
+        run.when(lambda: "generate-0 was killed" in run.printed.getvalue(), (run.directory / "train").unlink)
+
+    run.when(lambda: run.steps() == 3 and (run.directory / "generate.up").exists(), kill)
+    assert run.up() == Exit.OK
+    assert run.read("report.json")["steps"] == 5
+
+
+def test_a_redis_that_dies_is_started_again_on_the_same_data(run: Run) -> None:
+    run.orders("train", "hold")
+
+    def kill() -> None:
+        server = int((run.directory / "redis.pid").read_text())
+        os.kill(server, signal.SIGKILL)
+        run.when(lambda: "the embedded Redis died" in run.printed.getvalue(), (run.directory / "train").unlink)
+
+    def note() -> None:
+        pids = [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if is_server(entry, run.directory)]
+        (run.directory / "redis.pid").write_text(str(pids[0]))
+        kill()
+
+    run.when(lambda: run.steps() == 3, note)
+    assert run.up() == Exit.OK
+    assert run.read("report.json")["steps"] == 5
+
+
+def is_server(entry: Path, directory: Path) -> bool:
+    """Whether the process is the Redis that serves the data of the run."""
+    try:
+        return "redis-server" in (entry / "cmdline").read_text() and (entry / "cwd").resolve() == (directory / "redis").resolve()
+    except OSError:
+        return False
+
+
+def test_a_signal_drains_the_workers_first_and_the_trainer_last(run: Run) -> None:
+    run.orders("train", "hold")
+    run.when(
+        lambda: run.steps() == 3 and all((run.directory / f"{stage}.up").exists() for stage in ("generate", "verify")),
+        lambda: os.kill(os.getpid(), signal.SIGTERM),
+    )
+    assert run.up() == Exit.OK
+    stopped = (run.directory / "stopped").read_text().split()
+    assert sorted(stopped[:2]) == ["generate", "verify"]
+    assert stopped[2:] == ["train"]
+    assert "stopped at step 3" in run.printed.getvalue()
+    assert run.pids() == []
+
+
+def test_after_a_kill_of_the_launcher_nothing_lives_on_and_up_resumes(run: Run) -> None:
+    run.orders("train", "hold")
+    program = (
+        "from workers.launcher import launcher; from settings.load import load_settings\n"
+        "launcher.COMMAND = 'tests.workers.launcher.stand_in'\n"
+        f"overrides = {run.overrides!r}\n"
+        "launcher.up(load_settings(overrides=overrides, environ={}), [], overrides)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL) as first:
+        while run.steps() < 3:
+            time.sleep(0.01)
+        with pytest.raises(UserError, match=f"pid {first.pid}"):
+            run.up()
+        first.kill()
+    while run.pids("worker"):
+        time.sleep(0.01)
+    (run.directory / "train").unlink()
+    assert run.up() == Exit.OK
+    assert run.read("report.json")["steps"] == 5
+
+
+def test_workers_without_a_trainer_need_a_redis_to_join(run: Run) -> None:
+    with pytest.raises(UserError, match=r"without `train`, and no redis\.url"):
+        run.up('deployment.stages=["generate","verify"]')
+
+
+def test_threads_are_one_on_few_cores_and_shared_out_on_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = {"generate": 2, "verify": 4, "score": 1, "train": 1}
+    assert default_threads(workers, cores=4) == 1  # type: ignore[arg-type]
+    assert default_threads(workers, cores=64) == 16  # type: ignore[arg-type]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    deployment = load_settings(environ={}).deployment
+    assert environment(deployment, {}, None)["OMP_NUM_THREADS"] == "3"
+    set_here = deployment.model_copy(update={"threads": 2})
+    assert environment(set_here, {}, "unix:///s")["OMP_NUM_THREADS"] == "2"
+    assert environment(set_here, {}, "unix:///s")["ONSTREAM_REDIS__URL"] == "unix:///s"
