@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
+from transformers.utils import logging as transformers_logging
 
 from workers.models.tokenizer import CONTEXT_TOKENS, VOCABULARY_SIZE, character_tokenizer
 
@@ -25,6 +26,7 @@ class Shape:
 
 def write_fresh(directory: Path, shape: Shape, seed: int, *, initializer_range: float = 0.02) -> Path:
     """Writes a float32 model of `shape`, drawn by `seed`, with its tokenizer; returns `directory`."""
+    transformers_logging.disable_progress_bar()
     tokenizer = character_tokenizer()
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen3Config(

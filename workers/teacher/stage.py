@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pipeline.records import Rollout, Sample, StageName, ids_array, ids_bytes, logprobs_bytes
-from pipeline.stage import Delivery, Outcome, Stats
+from pipeline.stage import Delivery, Outcome
 from pipeline.streams import Bus
 from settings.root import Settings
 from workers.teacher.scorer import Scorer, ScoreRequest, Scores
@@ -27,7 +27,6 @@ class Teacher:
     holds_entries = False
 
     def __init__(self, settings: Settings, bus: Bus, load: Callable[[Settings], Scorer] | None = None) -> None:
-        self.stats = Stats()
         self._settings = settings
         self._load = load or _load_local
         self._top_k = settings.trainer.loss.teacher_top_k
@@ -58,10 +57,7 @@ class Teacher:
         for delivery in new:
             if delivery.entry_id not in objected:
                 self._in_hand.setdefault(_group(delivery), []).append(delivery)
-        scored = self._score(self._next_slice())
-        self.stats.done += len(scored)
-        self.stats.dead += len(refused)
-        return refused + scored
+        return refused + self._score(self._next_slice())
 
     def close(self, *, finished: bool) -> None:
         """Forget what is in hand; the loop gives it back."""

@@ -1,0 +1,165 @@
+"""Makes a small teacher and a weaker student for a task, by supervised training on its ground truth with the project's own trainer."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.errors import UserError
+from pipeline.models.loading import load_model, load_tokenizer
+from pipeline.tasks import Problem, load_task
+from pipeline.telemetry import get_logger
+from settings.root import Settings
+from settings.trainer import LossSettings, OptimSettings, TrainerSettings
+from workers.evaluate import evaluate
+from workers.models.fresh import write_fresh
+from workers.models.recipes import RECIPES, Recipe, Role
+from workers.models.tokenizer import CONTEXT_TOKENS, character_tokenizer
+from workers.trainer.learner import Learner, TrainSample
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model that was made: where it lies, its greedy exact-match share on held-out problems, and what it took."""
+
+    role: Role
+    directory: Path
+    exact: float
+    parameters: int
+    steps: int
+    seconds: float
+
+
+def make(task: str, out: Path, seed: int = 0, only: Role | None = None) -> list[Made]:
+    """Makes `out/teacher` and `out/student`, or `only` one of them: bfloat16 Hugging Face directories.
+
+    Raises:
+        UserError: the task is unknown or its problems carry no answer to train on; or a model missed its goal.
+    """
+    roles: list[Role] = [only] if only else ["teacher", "student"]
+    return [_Maker(task, role, seed).run(out / role) for role in roles]
+
+
+class _Maker:
+    """Makes one model, in rounds of training that `recipes` describes."""
+
+    def __init__(self, task: str, role: Role, seed: int) -> None:
+        self.role, self.recipe, self.seed = role, RECIPES[role], seed
+        self.tokenizer = character_tokenizer()
+        self.settings = _settings(task, self.recipe, seed, self.tokenizer)
+        self.task = load_task(self.settings)
+        self.log = get_logger().bind(task=task, model=role)
+        self.steps = 0
+
+    def run(self, directory: Path) -> Made:
+        """Train until the recipe's goal is met, and save the model to `directory`.
+
+        Raises:
+            UserError: the goal was not met in the recipe's rounds.
+        """
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="onstream-make-") as scratch:
+            share = self._rounds(Path(scratch))
+            shutil.copytree(Path(scratch) / "rounded", directory, dirs_exist_ok=True)
+        made = Made(self.role, directory, share, _parameters(directory), self.steps, time.monotonic() - started)
+        self.log.info("made", directory=str(directory), exact=round(share, 3), parameters=made.parameters, seconds=round(made.seconds))
+        return made
+
+    def _rounds(self, scratch: Path) -> float:
+        recipe, lr = self.recipe, self.recipe.lr
+        start = write_fresh(scratch / "fresh", recipe.shape, self.seed)
+        for number in range(recipe.max_rounds):
+            share = self._round(start, lr, number, scratch)
+            if recipe.least <= share <= recipe.most:
+                return share
+            if share > recipe.most:
+                start, lr = scratch / "fresh", lr / 2
+            else:
+                start = scratch / "trained"
+        raise UserError(
+            f"the {self.role} answers {share:.1%} of the held-out problems of {self.settings.task.name} after {self.steps} steps",
+            expected=f"{recipe.least:.1%} to {recipe.most:.1%}",
+            next_step="Try another --seed, or change its numbers in workers/models/recipes.py.",
+        )
+
+    def _round(self, start: Path, lr: float, number: int, scratch: Path) -> float:
+        """One round of training from the weights in `start`; returns the share at its last probe."""
+        recipe = self.recipe
+        learner = Learner(start, _trainer_settings(recipe, lr), torch.device("cpu"))
+        for step in range(1, recipe.round_steps + 1):
+            metrics = learner.step(self._batch(), recipe.round_steps)
+            self.steps += 1
+            if step % recipe.probe_steps and step < recipe.round_steps:
+                continue
+            share = self._probe(learner, scratch)
+            self.log.info("training", round=number + 1, step=step, loss=round(metrics["loss"], 4), exact=round(share, 3))
+            if share >= recipe.least:
+                break
+        return share
+
+    def _batch(self) -> list[TrainSample]:
+        first = self.steps * self.recipe.batch_size
+        return [self._sample(index) for index in range(first, first + self.recipe.batch_size)]
+
+    def _sample(self, index: int) -> TrainSample:
+        problem = self.task.train(index)
+        prompt = self.tokenizer.apply_chat_template(problem.messages, add_generation_prompt=True)["input_ids"]
+        completion = [*self.tokenizer(_answer(problem)).input_ids, self.tokenizer.eos_token_id]
+        length = len(completion)
+        return TrainSample(
+            prompt_ids=np.array(prompt, dtype=np.int32),
+            completion_ids=np.array(completion, dtype=np.int32),
+            loss_mask=np.ones(length, dtype=np.uint8),
+            generator_logprobs=np.zeros(length, dtype=np.float32),
+            group=index,
+        )
+
+    def _probe(self, learner: Learner, scratch: Path) -> float:
+        """The greedy exact-match share of the model as it would be saved: rounded to bfloat16."""
+        learner.save_model(scratch / "trained")
+        _round_to_bfloat16(scratch / "trained", scratch / "rounded")
+        return float(evaluate(scratch / "rounded", self.settings)["exact"])
+
+
+def _trainer_settings(recipe: Recipe, lr: float) -> TrainerSettings:
+    optim = OptimSettings(lr=lr, warmup=recipe.warmup_steps, schedule=recipe.schedule)
+    return TrainerSettings(loss=LossSettings(type="sft"), optim=optim, dtype="float32", max_steps=recipe.round_steps)
+
+
+def _settings(task: str, recipe: Recipe, seed: int, tokenizer: PreTrainedTokenizerBase) -> Settings:
+    """Settings of an evaluation whose completions have room for twice the longest answer that training shows."""
+    asked: dict[str, Any] = {"run": {"seed": seed}, "task": {"name": task}, "eval": {"samples": recipe.probe_samples}}
+    known = load_task(Settings.model_validate(asked))
+    longest = max(len(tokenizer(_answer(known.train(index))).input_ids) for index in range(recipe.probe_samples))
+    asked["inference"] = {"sampling": {"max_completion": min(2 * longest + 1, CONTEXT_TOKENS // 2)}}
+    return Settings.model_validate(asked)
+
+
+def _answer(problem: Problem) -> str:
+    answer = problem.info.get("answer")
+    if not isinstance(answer, str):
+        raise UserError(
+            f"a problem of this task has the answer {answer!r}",
+            expected="a text in `answer`, the ground truth to train on",
+            next_step="Choose a task whose problems carry their answers, such as reverse-text, alphabet-sort or arithmetic.",
+        )
+    return answer
+
+
+def _round_to_bfloat16(source: Path, target: Path) -> None:
+    model = load_model(source, dtype=torch.bfloat16, device=torch.device("cpu"))
+    model.save_pretrained(target)
+    load_tokenizer(source).save_pretrained(target)
+
+
+def _parameters(directory: Path) -> int:
+    return sum(weight.numel() for weight in load_file(directory / "model.safetensors").values())
