@@ -35,6 +35,9 @@ class InferenceSettings(Section):
     """Tickets that a generator holds beyond those it decodes, so that a slot never waits for Redis."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], WORKER] = "auto"
     """Precision of the engine's weights; `auto` is float32 on a CPU and bfloat16 on CUDA."""
+    on_new_weights: Annotated[Literal["recompute", "keep"], WORKER] = "recompute"
+    """What becomes of completions in progress when a new policy version arrives: `recompute` their keys and values under it, so that
+    each token is drawn from one policy alone, or `keep` those of the old one, which is cheaper for long completions and inexact."""
     sampling: SamplingSettings = SamplingSettings()
 
 

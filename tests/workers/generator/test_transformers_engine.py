@@ -272,3 +272,14 @@ def test_a_request_that_cannot_be_written_is_refused(student: Any, prompt: Seque
     with pytest.raises(ValueError, match="request 0"):
         engine.add([Request(0, np.array(prompt, dtype=np.int32), tokens, seed=0)])
     assert engine.active == 0
+
+
+def test_in_bfloat16_logprobs_are_those_of_a_bfloat16_forward_pass(student: Any) -> None:
+    student.to(torch.bfloat16)
+    pristine = copy.deepcopy(student)
+    for key, one in run(student, requests(8)).items():
+        prompt = PROMPTS[key // 4]
+        ids = torch.tensor(np.concatenate([prompt, one.token_ids]), dtype=torch.long)[None]
+        with torch.no_grad():
+            plain = pristine(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1).numpy()
+        assert np.abs(chosen(plain, one.token_ids) - one.logprobs).max() < 0.15

@@ -1,0 +1,107 @@
+"""An engine is kept at the newest version that can be loaded, and what cannot be loaded is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.records import PolicyVersion
+from pipeline.weights import WeightsError, publish
+from workers.generator.policies import LOOK_S, RETRY_S, Policies
+
+
+class Recorder:
+    """An engine that notes what it is given."""
+
+    def __init__(self) -> None:
+        self.loaded: list[tuple[int, float]] = []
+
+    def load(self, weights: dict[str, torch.Tensor], version: int) -> None:
+        if "w" not in weights:
+            raise WeightsError("not of this model")
+        self.loaded.append((version, weights["w"].item()))
+
+
+class Watched:
+    """Policies over a run directory, with a clock and an announcement that the test sets."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.engine, self.run_dir, self.now, self.looks = Recorder(), run_dir, 100.0, 0
+        self.announced: PolicyVersion | None = None
+        engine: Any = self.engine
+        self.policies = Policies(engine, run_dir, self._newest, clock=lambda: self.now)
+
+    def publish(self, number: int, value: float, name: str = "w") -> PolicyVersion:
+        model = self.run_dir / "model"
+        model.mkdir(exist_ok=True)
+        self.announced = publish(self.run_dir, number, {name: torch.tensor(value)}, model)
+        return self.announced
+
+    def refresh_after(self, seconds: float) -> None:
+        self.now += seconds
+        self.policies.refresh()
+
+    def _newest(self) -> PolicyVersion | None:
+        self.looks += 1
+        return self.announced
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Watched:
+    return Watched(tmp_path)
+
+
+def test_before_the_first_version_it_waits_and_says_so(watched: Watched) -> None:
+    watched.refresh_after(1)
+    assert (watched.policies.version, watched.policies.problem) == (-1, "waits for the first policy version")
+
+
+def test_the_newest_version_is_loaded_once(watched: Watched) -> None:
+    watched.publish(3, 0.5)
+    watched.refresh_after(1)
+    watched.refresh_after(1)
+    assert watched.engine.loaded == [(3, 0.5)]
+    assert (watched.policies.version, watched.policies.problem) == (3, None)
+
+
+def test_it_looks_no_oftener_than_it_should(watched: Watched) -> None:
+    for _ in range(10):
+        watched.refresh_after(LOOK_S * 0.3)
+    assert watched.looks == 3
+
+
+@pytest.mark.parametrize(("number", "value"), [(3, 0.25), (2, 0.75)], ids=["the same number with other weights", "a lower number"])
+def test_what_is_announced_anew_replaces_what_is_loaded(watched: Watched, number: int, value: float) -> None:
+    watched.publish(3, 0.5)
+    watched.refresh_after(1)
+    watched.publish(number, value)
+    watched.refresh_after(1)
+    assert watched.engine.loaded == [(3, 0.5), (number, value)]
+
+
+def test_torn_weights_are_never_loaded_and_are_tried_again_until_they_are_whole(watched: Watched) -> None:
+    watched.publish(3, 0.5)
+    watched.refresh_after(1)
+    policy = watched.publish(4, 0.6)
+    path = watched.run_dir / policy.path / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2])
+    watched.refresh_after(1)
+    assert watched.policies.version == 3
+    assert str(watched.policies.problem).startswith("cannot load policy version 4: ")
+    path.write_bytes(whole)
+    watched.refresh_after(RETRY_S / 2)
+    assert watched.policies.version == 3
+    watched.refresh_after(RETRY_S)
+    assert (watched.policies.version, watched.policies.problem, watched.policies.failing_s) == (4, None, 0.0)
+
+
+def test_how_long_loading_has_failed_counts_from_the_first_failure(watched: Watched) -> None:
+    watched.publish(1, 0.5, name="other")
+    for _ in range(4):
+        watched.refresh_after(RETRY_S)
+    assert watched.engine.loaded == []
+    assert watched.policies.failing_s == pytest.approx(3 * RETRY_S)

@@ -1,0 +1,84 @@
+"""Greedy evaluation of a model on the task's held-out problems, with the generator's engine and the verifier's children."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.tasks import Task, load_task
+from settings.root import Settings
+from workers.generator.engine import Request, Sampling
+from workers.generator.student import PromptTooLong, Student, load_student
+from workers.verifier.children import Children
+from workers.verifier.wire import Verdict
+
+EXACT = 1.0
+"""The least reward of an answer that counts as exact."""
+WAIT_S = 1.0
+
+GREEDY = Sampling(temperature=0)
+
+
+def evaluate(model_dir: Path, settings: Settings) -> dict[str, Any]:
+    """The likeliest answer of the model in `model_dir` to each held-out problem, scored.
+
+    Returns:
+        `exact`, the share of problems with a reward of 1 or more; `reward`, the mean of those that were scored (None if none
+        was); `samples`, the number of problems; `unscored`, how many the scorer itself failed on; `seconds`.
+
+    Raises:
+        UserError: the model, the task or its scorer cannot be used, nothing is held out, or a problem does not fit the context.
+    """
+    started = time.monotonic()
+    task = load_task(settings)
+    if task.held_out_size == 0:
+        raise UserError("there are no held-out problems", expected="at least one", next_step="Set `eval.samples` above 0.")
+    answers = _answers(load_student(model_dir, settings), task, settings.inference.sampling.max_completion)
+    verdicts = _verdicts(settings, task, answers)
+    rewards = [verdict.reward for verdict in verdicts if verdict.reward is not None]
+    return {
+        "exact": sum(reward >= EXACT for reward in rewards) / len(verdicts),
+        "reward": sum(rewards) / len(rewards) if rewards else None,
+        "samples": len(verdicts),
+        "unscored": len(verdicts) - len(rewards),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _answers(student: Student, task: Task, max_completion: int) -> list[str]:
+    """The likeliest answer to each held-out problem, in their order."""
+    requests = []
+    for index in range(task.held_out_size):
+        prompt_ids = student.prompt_ids(task.held_out(index).messages)
+        try:
+            room = student.completion_room(prompt_ids, max_completion)
+        except PromptTooLong as error:
+            raise UserError(
+                f"held-out problem {index}: {error}",
+                expected="prompts shorter than the context",
+                next_step="Change `[task]`.",
+            ) from error
+        requests.append(Request(index, prompt_ids, room, seed=0, sampling=GREEDY))
+    student.engine.add(requests)
+    texts = [""] * len(requests)
+    while student.engine.active:
+        for completion in student.engine.step():
+            texts[completion.key] = student.text(completion.token_ids)
+    return texts
+
+
+def _verdicts(settings: Settings, task: Task, answers: list[str]) -> list[Verdict]:
+    """Scores in killable children, as in the run: a scorer that hangs costs its problem, not the evaluation."""
+    children = Children(settings)
+    children.start()
+    try:
+        for index, answer in enumerate(answers):
+            children.submit(index, answer, task.held_out(index).info)
+        verdicts: dict[int, Verdict] = {}
+        while len(verdicts) < len(answers):
+            verdicts.update(children.collect(WAIT_S))
+    finally:
+        children.close()
+    return [verdicts[index] for index in range(len(answers))]

@@ -1,0 +1,61 @@
+"""Keeps an engine at the newest announced policy version."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.records import PolicyVersion
+from pipeline.weights import WeightsError, read_weights
+from workers.generator.engine import Engine
+
+LOOK_S = 0.02
+RETRY_S = 0.5
+
+
+class Policies:
+    """Looks for a newer version, at most every `LOOK_S`, and loads it; what cannot be loaded is tried again every `RETRY_S`.
+
+    `newest` gives the newest announced version, None before the first.
+    """
+
+    def __init__(
+        self, engine: Engine, run_dir: Path, newest: Callable[[], PolicyVersion | None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._engine, self._run_dir, self._newest, self._clock = engine, run_dir, newest, clock
+        self._next_look = float("-inf")
+        self._loaded: PolicyVersion | None = None
+        self._failing_since: float | None = None
+        self.problem: str | None = "waits for the first policy version"
+
+    @property
+    def version(self) -> int:
+        """The number of the loaded version; −1 before the first."""
+        return -1 if self._loaded is None else self._loaded.number
+
+    @property
+    def failing_s(self) -> float:
+        """For how long the newest version could not be loaded."""
+        return 0.0 if self._failing_since is None else self._clock() - self._failing_since
+
+    def refresh(self) -> None:
+        """Look and load. Afterwards `problem` says, in words, why the newest version is not the loaded one, if it is not.
+
+        A lower number, or the same with another digest, replaces what is loaded too: the trainer went back to a checkpoint.
+        """
+        now = self._clock()
+        if now < self._next_look:
+            return
+        self._next_look = now + LOOK_S
+        newest = self._newest()
+        if newest is None or newest == self._loaded:
+            return
+        try:
+            self._engine.load(read_weights(self._run_dir, newest), newest.number)
+        except WeightsError as error:
+            self.problem = f"cannot load policy version {newest.number}: {error}"
+            self._next_look = now + RETRY_S
+            self._failing_since = self._failing_since or now
+            return
+        self._loaded, self.problem, self._failing_since = newest, None, None

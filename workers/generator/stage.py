@@ -1,0 +1,177 @@
+"""The worker that writes rollouts: each ticket's problem, answered by the newest policy version."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
+
+from pipeline.errors import Exit, UserError
+from pipeline.records import Ids, PolicyVersion, Rollout, Sample, StageName, Ticket, ids_bytes, logprobs_bytes, mask_bytes
+from pipeline.stage import Delivery, Outcome, Stats
+from pipeline.tasks import Problem, load_task
+from pipeline.telemetry import get_logger
+from settings.root import Settings
+from workers.generator.engine import Completion, Request, Sampling
+from workers.generator.policies import Policies
+from workers.generator.student import PromptTooLong, load_student
+
+if TYPE_CHECKING:
+    from pipeline.streams import Bus
+
+RENDERED = 1024
+"""Problems whose prompts are kept, so that a group's is rendered once."""
+
+log = get_logger()
+
+
+class Generator:
+    """Takes tickets; waits for the policy version that each one asks for, and for a slot; produces rollouts.
+
+    Each `handle` looks for a newer version, then writes one token of every running rollout. While the newest version
+    cannot be loaded it takes no tickets, and `stats.detail` says why; if that lasts, it ends, so that another generator
+    gets the tickets that it holds.
+    """
+
+    name: StageName = "generate"
+    holds_entries = False
+
+    def __init__(self, settings: Settings, bus: Bus, newest: Callable[[], PolicyVersion | None] | None = None) -> None:
+        # All keys from the start: the heartbeat's thread reads this, and must not meet a dictionary that grows.
+        self.stats = Stats(numbers=dict.fromkeys(("policy_version", "running", "waiting", "tokens"), 0.0))
+        self._settings, self._newest = settings, newest or bus.newest_policy
+        sampling = settings.inference.sampling
+        self._sampling = Sampling(sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
+        self._in_hand: dict[int, Delivery] = {}  # in the engine, by the request's key
+        self._early: deque[Delivery] = deque()  # tickets for a version that is not loaded yet
+        self._requests = 0
+
+    def setup(self) -> None:
+        """Load the task and the student.
+
+        Raises:
+            UserError: there is no such task or model, or the engine cannot serve the model.
+        """
+        self._task = load_task(self._settings)
+        self._student = load_student(self._settings.model.name, self._settings)
+        self._policies = Policies(self._student.engine, self._settings.run_dir, self._newest)
+        self._asked = lru_cache(maxsize=RENDERED)(self._ask)
+        self._policies.refresh()
+        self._tell()
+
+    @property
+    def room(self) -> int:
+        """How many more tickets it takes: for its slots, and `inference.prefetch` beyond them."""
+        if self._policies.problem is not None:
+            return 0
+        wanted = self._settings.inference.max_batch + self._settings.inference.prefetch
+        return max(0, wanted - self._student.engine.active - len(self._early))
+
+    @property
+    def busy(self) -> bool:
+        """Whether rollouts are being written."""
+        return self._student.engine.active > 0
+
+    def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
+        """Take the new tickets, load a newer policy if there is one, and write one token of every running rollout.
+
+        Raises:
+            UserError: tickets have waited `delivery.max_handle` for a version that cannot be loaded.
+        """
+        self._early.extend(new)
+        self._policies.refresh()
+        self._require_progress()
+        refused = self._start()
+        written = [self._outcome(completion) for completion in self._student.engine.step()]
+        self._tell()
+        return refused + written
+
+    def close(self, *, finished: bool) -> None:
+        """Forget what is in hand; the loop gives it back."""
+        self._in_hand.clear()
+        self._early.clear()
+
+    def _start(self) -> list[Outcome]:
+        """Hand the engine every ticket whose version is there; returns those that cannot be answered."""
+        outcomes, wait, requests = [], deque[Delivery](), []
+        for delivery in self._early:
+            if _ticket(delivery).min_policy_version > self._policies.version:
+                wait.append(delivery)
+                continue
+            try:
+                requests.append(self._request(delivery))
+            except (PromptTooLong, TemplateError) as error:
+                outcomes.append(Outcome(delivery, dead=f"problem {_ticket(delivery).index} cannot be asked: {error}"))
+        self._early = wait
+        self._student.engine.add(requests)
+        return outcomes
+
+    def _require_progress(self) -> None:
+        if self._early and not self.busy and self._policies.failing_s > self._settings.delivery.max_handle:
+            raise UserError(
+                f"{self._policies.problem}, for {self._policies.failing_s:.0f} s",
+                expected="the trainer's run directory, readable from here",
+                next_step="Check `run.dir` and its disk; the tickets in hand go to another generator.",
+                exit=Exit.UNREACHABLE,
+            )
+
+    def _request(self, delivery: Delivery) -> Request:
+        ticket = _ticket(delivery)
+        _, prompt_ids = self._asked(ticket.index)
+        max_tokens = self._student.completion_room(prompt_ids, self._settings.inference.sampling.max_completion)
+        self._requests += 1  # not the ticket's number: an entry that was handed out twice must not meet itself
+        self._in_hand[self._requests] = delivery
+        return Request(self._requests, prompt_ids, max_tokens, ticket.seed, self._sampling)
+
+    def _ask(self, index: int) -> tuple[Problem, Ids]:
+        problem = self._task.train(index)
+        return problem, self._student.prompt_ids(problem.messages)
+
+    def _outcome(self, completion: Completion) -> Outcome:
+        delivery = self._in_hand.pop(completion.key)
+        self.stats.numbers["tokens"] += len(completion.token_ids)
+        return Outcome(delivery, self._rollout(_ticket(delivery), completion))
+
+    def _rollout(self, ticket: Ticket, completion: Completion) -> Rollout:
+        problem, prompt_ids = self._asked(ticket.index)
+        sample = Sample(
+            prompt_ids=ids_bytes(prompt_ids),
+            completion_ids=ids_bytes(completion.token_ids),
+            loss_mask=mask_bytes([1] * len(completion.token_ids)),
+            generator_logprobs=logprobs_bytes(completion.logprobs),
+            version_spans=completion.version_spans,
+            completion_text=self._student.text(completion.token_ids),
+        )
+        return Rollout(
+            number=ticket.number,
+            group=ticket.group,
+            group_size=ticket.group_size,
+            index=ticket.index,
+            messages=problem.messages,
+            info=problem.info,
+            samples=[sample],
+            temperature=self._sampling.temperature,
+            finish_reason=completion.finish_reason,
+            route=ticket.route,
+        )
+
+    def _tell(self) -> None:
+        """What the heartbeat says; a new reason to wait is logged once."""
+        numbers, engine = self.stats.numbers, self._student.engine
+        numbers["policy_version"], numbers["running"] = self._policies.version, engine.active
+        numbers["waiting"] = len(self._early)
+        detail = self._policies.problem or ""
+        if not detail and self._early:
+            wanted = min(_ticket(delivery).min_policy_version for delivery in self._early)
+            detail = f"waits for policy version {wanted}; {self._policies.version} is the newest announced"
+        if detail and detail != self.stats.detail:
+            log.info(detail)
+        self.stats.detail = detail
+
+
+def _ticket(delivery: Delivery) -> Ticket:
+    assert isinstance(delivery.record, Ticket)
+    return delivery.record

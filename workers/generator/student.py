@@ -1,0 +1,78 @@
+"""The student as generation needs it: its tokenizer, its engine, and a conversation as the ids of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.models.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+from pipeline.records import Ids
+from settings.root import Settings
+from workers.generator.engine import Engine
+from workers.generator.transformers_engine import TransformersEngine
+
+
+class PromptTooLong(ValueError):
+    """A prompt that leaves no room for a completion."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """An engine and the tokenizer that goes with it."""
+
+    tokenizer: Any
+    engine: Engine
+
+    def prompt_ids(self, messages: Sequence[dict[str, Any]]) -> Ids:
+        """The conversation through the chat template, up to where the answer begins."""
+        ids = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        return np.array(ids, dtype=np.int32)
+
+    def completion_room(self, prompt_ids: Ids, wanted: int) -> int:
+        """How many tokens a completion of `prompt_ids` may have: `wanted`, or what the context leaves.
+
+        Raises:
+            PromptTooLong: it leaves none.
+        """
+        context = self.engine.max_context
+        room = wanted if context is None else min(wanted, context - len(prompt_ids))
+        if room < 1:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt_ids)} tokens; the student's context is {context}, completion included. "
+                "Shorten the task's prompts, or choose a `model.name` with a longer context."
+            )
+        return room
+
+    def text(self, token_ids: Ids) -> str:
+        """A completion as text, without special tokens."""
+        text: str = self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
+        return text
+
+
+def load_student(name: str | Path, settings: Settings) -> Student:
+    """The model `name`, on the device and at the precision of `settings`.
+
+    Raises:
+        UserError: there is no such model, it has no usable tokenizer, or the engine cannot serve it.
+    """
+    tokenizer = load_tokenizer(name)
+    device = resolve_device(settings.deployment.device)
+    model = load_model(name, dtype=resolve_dtype(settings.inference.dtype, device), device=device)
+    engine = TransformersEngine(
+        model,
+        stop_ids(tokenizer, model),
+        slots=settings.inference.max_batch,
+        on_new_weights=settings.inference.on_new_weights,
+    )
+    return Student(tokenizer, engine)
+
+
+def stop_ids(tokenizer: Any, model: Any) -> set[int]:
+    """Every token that ends a turn, by the tokenizer, the configuration or the generation configuration, which may name several."""
+    named = [tokenizer.eos_token_id, model.config.eos_token_id, getattr(model.generation_config, "eos_token_id", None)]
+    listed = [one if isinstance(one, list) else [one] for one in named]
+    return {int(token) for tokens in listed for token in tokens if token is not None}
