@@ -49,11 +49,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def summary(rows: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str, Any]:
     """The report of these metrics and evaluations.
 
-    `seconds` is the wall-clock time of training: over all steps, the time spent waiting for the batch and the time spent on it. So
-    it starts with the first ticket; start-up, and the time between an interruption and the resume, are not in it. `last` of a metric is
-    the mean of the last 10 steps.
+    `seconds` is the wall-clock time of training: over all steps, the time since the step before was done or, for the first step
+    after a start, since all stages were ready and the first ticket was issued. Waiting, publishing and checkpoints are in it; start-up,
+    and the time between an interruption and the resume, are not. `last` of a metric is the mean of the last 10 steps.
     """
-    seconds = sum(value for row in rows for name in ("wait_s", "step_s") if (value := number(row, name)) is not None)
+    seconds = sum(value for _, value in points(rows, "elapsed_s"))
     rollouts = int(sum(number(row, "rollouts") or 0 for row in rows))
     return {
         "steps": int(rows[-1]["step"]) if rows else 0,
@@ -168,6 +168,7 @@ def _draw_panel(axis: Any, rows: list[dict[str, Any]], title: str, lines: tuple[
         axis.set_ylim(bottom=0)
     axis.set_title(title, fontsize=9, loc="left")
     axis.set_xlabel("step", fontsize=8)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
@@ -180,7 +181,7 @@ def _draw_evaluations(axis: Any, evals: list[dict[str, Any]]) -> None:
     axis.margins(x=0.12)
     axis.plot(versions, shares, color=SECOND, marker="o", linestyle="none", markersize=5, label="held out, exact", clip_on=False, zorder=3)
     for version, share in zip(versions, shares, strict=True):
-        axis.annotate(f"{share:.2f}", (version, share), textcoords="offset points", xytext=(5, -3), fontsize=8, color=SECOND)
+        axis.annotate(f"{share:.2f}", (version, share), textcoords="offset points", xytext=(5, 5), fontsize=8, color=SECOND)
 
 
 def _legend(axis: Any) -> None:

@@ -12,10 +12,10 @@ from workers.report import build, read_rows, summary
 
 
 def row(step: int, **metrics: Any) -> dict[str, Any]:
-    return {"step": step, "time": 1000.0 + step, "rollouts": 64, "wait_s": 0.25, "step_s": 0.75, **metrics}
+    return {"step": step, "time": 1000.0 + step, "rollouts": 64, "wait_s": 0.25, "elapsed_s": 1.0, **metrics}
 
 
-def test_seconds_are_the_waiting_and_the_work_of_every_step() -> None:
+def test_seconds_are_the_elapsed_time_of_every_step() -> None:
     rows = [row(step) for step in range(1, 21)]
     report = summary(rows, [])
     assert (report["steps"], report["seconds"], report["rollouts"], report["rollouts_per_s"]) == (20, 20.0, 1280, 64.0)

@@ -22,6 +22,7 @@ from settings.plan import Plan, make_plan
 from settings.root import Settings
 from settings.text import toml_text
 from workers import report
+from workers.audit import audit
 from workers.launcher import preflight
 from workers.launcher.embedded_redis import EmbeddedRedis
 from workers.launcher.environment import environment
@@ -78,13 +79,15 @@ def up(settings: Settings, files: Sequence[Path], overrides: Sequence[str], cons
             server.start()
         bus = _connect(settings, server)
         stack.callback(bus.close)
-        preflight.check_resume(settings, plan, _existing_plan(settings, bus), lambda: _in_flight(bus, plan))
+        preflight.check_resume(settings, plan, _existing_plan(settings, bus), lambda: len(audit(settings.run_dir, bus)["in_flight"]))
         if trains:
             (settings.run_dir / "settings.toml").write_text(toml_text(settings), encoding="utf-8")
         stack.enter_context(_own_log(settings))
         stack.enter_context(stop.listening())
         display = stack.enter_context(Display(settings.run.name, console or Console(highlight=False), settings.deployment.status_interval))
-        arguments = [*map(str, files), *(part for override in overrides for part in ("--set", override))]
+        # Whether the run may exist has been decided here; a trainer that is restarted would find its own.
+        every_override = [*overrides, "run.resume=auto"]
+        arguments = [*map(str, files), *(part for override in every_override for part in ("--set", override))]
         return Launch(settings, plan, arguments, server, bus, display, stop).run()
 
 
@@ -178,7 +181,8 @@ class Launch:
                 processes=len(self._supervisor.running(stage)),
                 heartbeats=len(snapshot.workers.get(stage, ())),
                 ready=stage in snapshot.ready,
-                backlog=snapshot.backlog.get(stage, 0),
+                # The trainer holds what it has trained until a checkpoint is durable: that waits for nobody.
+                backlog=max(0, snapshot.backlog.get(stage, 0) - (snapshot.in_hand.get(stage, 0) if stage == "train" else 0)),
                 detail=next((detail for detail in snapshot.workers.get(stage, ()) if detail), ""),
             )
             for stage in self._plan.streams
@@ -282,7 +286,3 @@ def _existing_plan(settings: Settings, bus: Bus) -> Plan | None:
     written = settings.run_dir / "plan.json"
     data = bus.read_plan() or (written.read_bytes() if written.exists() else None)
     return None if data is None else Plan.decode(data)
-
-
-def _in_flight(bus: Bus, plan: Plan) -> int:
-    return sum(bus.backlog().values())

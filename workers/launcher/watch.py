@@ -34,6 +34,7 @@ class Reads(Protocol):
     def ready(self) -> set[StageName]: ...
     def finished(self) -> bool: ...
     def backlog(self) -> dict[StageName, int]: ...
+    def pending_counts(self) -> dict[StageName, int]: ...
     def workers(self) -> Sequence[Heartbeat]: ...
 
 
@@ -45,6 +46,7 @@ class Snapshot:
     ready: frozenset[str] = frozenset()
     finished: bool = False
     backlog: Mapping[str, int] = field(default_factory=dict)
+    in_hand: Mapping[str, int] = field(default_factory=dict)  # the part of the backlog that workers hold
     workers: Mapping[str, Sequence[str]] = field(default_factory=dict)  # stage -> what each live worker of it says it does
     unreachable: str = ""
 
@@ -88,7 +90,14 @@ def take(bus: Reads) -> Snapshot:
     workers: dict[str, list[str]] = {}
     for worker in bus.workers():
         workers.setdefault(worker.stage, []).append(worker.detail)
-    return Snapshot(taken, frozenset(bus.ready()), bus.finished(), {str(stage): count for stage, count in bus.backlog().items()}, workers)
+    return Snapshot(
+        taken=taken,
+        ready=frozenset(bus.ready()),
+        finished=bus.finished(),
+        backlog={str(stage): count for stage, count in bus.backlog().items()},
+        in_hand={str(stage): count for stage, count in bus.pending_counts().items()},
+        workers=workers,
+    )
 
 
 def waits(snapshot: Snapshot, stages: Sequence[str], started: Mapping[str, int]) -> list[str]:
@@ -99,19 +108,23 @@ def waits(snapshot: Snapshot, stages: Sequence[str], started: Mapping[str, int])
     """
     if snapshot.unreachable:
         return [snapshot.unreachable]
-    found = (_wait(snapshot, stage, started.get(stage, 0)) for stage in stages)
-    return [sentence for sentence in found if sentence]
+    found: dict[str, list[str]] = {}
+    for stage in stages:
+        if why := _wait(snapshot, stage, started.get(stage, 0)):
+            found.setdefault(why, []).append(stage)
+    return [f"{', '.join(together)}: {why}" for why, together in found.items()]
 
 
 def _wait(snapshot: Snapshot, stage: str, started: int) -> str:
+    """Why `stage` keeps the run waiting; nothing if it does not."""
     present, backlog = snapshot.workers.get(stage, ()), snapshot.backlog.get(stage, 0)
-    remedy = "it is being started" if started else f"start one with `onstream worker {stage}`"
+    remedy = "one is being started" if started else f"start one with `onstream worker {stage}`"
     if not present and backlog:
-        return f"{stage}: {backlog} records wait and no worker takes them; {remedy}"
+        return f"{backlog} records wait and no worker takes them; {remedy}"
     if stage in snapshot.ready:
         return ""
-    details = next((detail for detail in present if detail), "")
-    return f"{stage} is not ready: {details or ('starting' if present or started else f'no worker; {remedy}')}"
+    detail = next((detail for detail in present if detail), "")
+    return f"not ready: {detail or ('starting' if present or started else f'no worker; {remedy}')}"
 
 
 class MetricsTail:

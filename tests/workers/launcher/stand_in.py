@@ -57,7 +57,7 @@ def train(settings: Settings, bus: Bus) -> None:
     with metrics.open("a") as file:
         for step in range(done + 1, settings.trainer.max_steps + 1):
             time.sleep(0.02)
-            row = {"step": step, "time": time.time(), "rollouts": 8, "wait_s": 0.01, "step_s": 0.01, "teacher_kl": 1 / step}
+            row = {"step": step, "time": time.time(), "rollouts": 8, "wait_s": 0.01, "elapsed_s": 0.02, "teacher_kl": 1 / step}
             file.write(json.dumps(row) + "\n")
             file.flush()
             if step == 3:

@@ -72,6 +72,7 @@ def test_a_snapshot_holds_what_redis_says(bus: Bus) -> None:
     snapshot = take(bus)
     assert snapshot.ready == {"generate"}
     assert snapshot.backlog == {"generate": 1, "verify": 0, "score": 0, "train": 0}
+    assert snapshot.in_hand == {"generate": 0, "verify": 0, "score": 0, "train": 0}
     assert snapshot.workers == {"generate": ["loading the weights"]}
     assert not snapshot.finished
 
@@ -101,7 +102,7 @@ class Away:
             self.asked_again.set()
         raise ConnectionError("connection refused")
 
-    ready = finished = backlog = workers
+    ready = finished = backlog = pending_counts = workers
 
 
 def test_a_redis_that_is_away_is_said_and_asked_again() -> None:
@@ -128,14 +129,15 @@ ALL = frozenset(STAGES)
         (
             Snapshot(ready=ALL, workers={"generate": [""], "train": [""]}, backlog={"verify": 900}),
             {"verify": 1},
-            ["verify: 900 records wait and no worker takes them; it is being started"],
+            ["verify: 900 records wait and no worker takes them; one is being started"],
         ),
         (
             Snapshot(ready=frozenset({"generate"}), workers={"train": ["loading the optimizer"]}),
             {"train": 1},
-            ["verify is not ready: no worker; start one with `onstream worker verify`", "train is not ready: loading the optimizer"],
+            ["verify: not ready: no worker; start one with `onstream worker verify`", "train: not ready: loading the optimizer"],
         ),
-        (Snapshot(ready=frozenset({"generate", "train"})), {"verify": 2}, ["verify is not ready: starting"]),
+        (Snapshot(ready=frozenset({"generate", "train"})), {"verify": 2}, ["verify: not ready: starting"]),
+        (Snapshot(), {"generate": 1, "verify": 1, "train": 1}, ["generate, verify, train: not ready: starting"]),
     ],
 )
 def test_what_a_run_waits_for_is_named(snapshot: Snapshot, started: dict[str, int], expected: list[str]) -> None:
