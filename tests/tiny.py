@@ -15,6 +15,8 @@ from pipeline.models.packing import Ids
 Family = Literal["qwen3", "llama"]
 VOCABULARY = 48
 
+torch.set_num_threads(1)  # for matrices this small a second thread only waits, on a busy machine for seconds
+
 
 def tiny_model(family: Family = "qwen3", *, seed: int = 0, spread: float = 0.3, **config: object) -> PreTrainedModel:
     """A float32 model with grouped-query attention; `spread` is wide enough that attention matters to its logprobs."""

@@ -1,0 +1,82 @@
+"""A model or tokenizer that cannot be used is refused in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from pipeline.errors import UserError
+from pipeline.models.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+from tests.tiny import tiny_tokenizer, write_tiny
+
+CPU = torch.device("cpu")
+
+
+def test_a_directory_loads_whole_and_in_evaluation_mode(tmp_path: Path) -> None:
+    directory = write_tiny(tmp_path)
+    model = load_model(directory, dtype=torch.bfloat16, device=CPU)
+    assert (model.dtype, model.training) == (torch.bfloat16, False)
+    assert load_tokenizer(directory).eos_token_id == 1
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, lambda name: load_model(name, dtype=torch.float32, device=CPU)])
+def test_a_missing_directory_is_named(load: object, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"from {tmp_path}/nowhere: no such directory"):
+        load(tmp_path / "nowhere")  # type: ignore[operator]
+
+
+def test_an_empty_directory_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot load a model from"):
+        load_model(tmp_path, dtype=torch.float32, device=CPU)
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path) -> None:
+    tiny_tokenizer(chat_template=None).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no chat template"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_an_end_of_sequence_is_refused(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        load_tokenizer(tmp_path)
+
+
+def test_missing_weights_are_refused_instead_of_drawn_at_random(tmp_path: Path) -> None:
+    file = write_tiny(tmp_path) / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.norm.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lack 1 of its weights, model\.norm\.weight first"):
+        load_model(tmp_path, dtype=torch.float32, device=CPU)
+
+
+def test_a_truncated_weight_file_is_refused(tmp_path: Path) -> None:
+    file = write_tiny(tmp_path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot load a model from"):
+        load_model(tmp_path, dtype=torch.float32, device=CPU)
+
+
+def test_what_is_saved_is_loaded_by_plain_transformers(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(write_tiny(tmp_path))
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_cuda_without_a_gpu_is_refused_and_auto_is_the_cpu() -> None:
+    assert resolve_device("auto") == CPU
+    with pytest.raises(UserError, match="torch finds no CUDA device"):
+        resolve_device("cuda")
+
+
+def test_auto_precision_follows_the_device() -> None:
+    assert resolve_dtype("auto", CPU) == torch.float32
+    assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert resolve_dtype("bfloat16", CPU) == torch.bfloat16
