@@ -1,0 +1,168 @@
+"""A run around a real trainer and real streams, whose generator is this module: it answers tickets as a test wants."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.loop import Worker
+from pipeline.records import (
+    Rollout,
+    Sample,
+    Ticket,
+    Timing,
+    Tombstone,
+    VersionSpan,
+    decode_work,
+    encode,
+    ids_bytes,
+    logprobs_bytes,
+    mask_bytes,
+)
+from pipeline.streams import Bus, Move, Out
+from settings.root import Settings
+from workers.audit import audit
+from workers.trainer.stage import Trainer
+
+Answer = Callable[[Ticket, int], Rollout | Tombstone]
+
+
+def rollout(ticket: Ticket, version: int, **changes: Any) -> Rollout:
+    """What a generator at `version` and a teacher might make of `ticket`; the same whenever it is asked."""
+    draw = np.random.default_rng(ticket.number)
+    prompt = np.random.default_rng(ticket.index).integers(2, 48, 5)
+    tokens = int(draw.integers(2, 7))
+    sample = Sample(
+        prompt_ids=ids_bytes(prompt),
+        completion_ids=ids_bytes(draw.integers(2, 48, tokens)),
+        loss_mask=mask_bytes(np.ones(tokens)),
+        generator_logprobs=logprobs_bytes(-draw.random(tokens) * 4),
+        version_spans=[VersionSpan(version, 0, tokens)],
+        completion_text="some words",
+        teacher_logprobs=logprobs_bytes(-draw.random(tokens) * 4),
+    )
+    now = time.time()
+    fields: dict[str, Any] = {
+        "number": ticket.number,
+        "group": ticket.group,
+        "group_size": ticket.group_size,
+        "index": ticket.index,
+        "messages": [{"role": "user", "content": "say some words"}],
+        "info": {},
+        "samples": [sample],
+        "temperature": 1.0,
+        "finish_reason": "stop",
+        "route": ["train"],
+        "timings": [Timing("generate", "g", now - 3, now - 2), Timing("verify", "v", now - 1.5, now - 1)],
+        "reward": float(draw.integers(0, 3)) / 2,
+    }
+    return Rollout(**{**fields, **changes})
+
+
+def dead(ticket: Ticket, version: int) -> Tombstone:
+    return Tombstone(ticket.number, "verify", "the test killed it")
+
+
+class Run:
+    """One run with a trainer at work. `crash` and `start` are a kill and a new process: nothing is closed in between."""
+
+    def __init__(self, bus: Bus, model: Path, directory: Path, **changes: Any) -> None:
+        self.bus, self.model, self.directory, self.changes = bus, model, directory, changes
+        self.trainers: list[Trainer] = []
+        self.start()
+
+    def settings(self, **changes: Any) -> Settings:
+        given: dict[str, Any] = {
+            "run": {"name": self.bus.run, "dir": str(self.directory), "seed": 5},
+            "model": {"name": str(self.model)},
+            "deployment": {"device": "cpu", "stages": ["generate", "verify", "train"]},
+            "orchestrator": {"batch_size": 8, "group_size": 4, "max_off_policy_steps": 1},
+            "trainer": {"max_steps": 6, "sample_interval": 2, "optim": {"lr": 1e-3}},
+            "checkpoint": {"interval": 2},
+            "delivery": {"lease": 0.5},
+        }
+        for name, value in {**self.changes, **changes}.items():
+            section, _, key = name.partition("__")
+            target = given.setdefault(section, {})
+            *path, last = key.split("__")
+            for part in path:
+                target = target.setdefault(part, {})
+            target[last] = value
+        return Settings.model_validate(given)
+
+    def start(self, **changes: Any) -> Trainer:
+        """A new trainer process, which takes the run up."""
+        settings = self.settings(**changes)
+        self.trainer = Trainer(settings, self.bus)
+        self.trainers.append(self.trainer)
+        self.worker = Worker(self.trainer, self.bus, settings.delivery, block_s=0.01)
+        self.trainer.setup()
+        return self.trainer
+
+    def close_files(self) -> None:
+        """What the kernel does for a killed process."""
+        for trainer in self.trainers:
+            for name in ("metrics", "samples"):
+                if hasattr(trainer, name):
+                    getattr(trainer, name).close()
+
+    def ready(self) -> None:
+        for stage in ("generate", "verify"):
+            self.bus.mark_ready(stage)
+
+    def turn(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.worker.turn()
+
+    def tickets(self, count: int = 10_000) -> list[Any]:
+        """Entries of the tickets that nobody took yet, with their tickets."""
+        return [(entry, decode_work(entry.payload)) for entry in self.bus.read("generate", count)]
+
+    def answer(self, make: Answer = rollout, count: int = 10_000) -> int:
+        """Answer tickets with what `make` says, in their order, written by the newest policy; returns how many."""
+        policy = self.bus.newest_policy()
+        assert policy is not None
+        moves = []
+        for entry, ticket in self.tickets(count):
+            record = make(ticket, policy.number)
+            moves.append(Move(entry.id, [Out("train", ticket.number, encode(record))]))
+        self.bus.settle("generate", moves)
+        return len(moves)
+
+    def until(self, step: int, make: Answer = rollout) -> None:
+        """Answer and train until `step` steps are taken."""
+        for _ in range(400):
+            if self.trainer.step >= step:
+                return
+            self.answer(make, count=8)
+            self.turn()
+        raise AssertionError(f"step {self.trainer.step} of {step} after 400 turns: {self.trainer.stats.detail}")
+
+    def to_the_end(self, make: Answer = rollout) -> None:
+        """Answer and train until the run has ended."""
+        self.until(self.trainer.max_steps, make)
+        self.turn(2)
+        assert self.bus.finished()
+
+    def rows(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.trainer.run_dir / name).read_text().splitlines()]
+
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in (self.trainer.run_dir / "checkpoints").glob("*"))
+
+    def announced(self) -> list[int]:
+        return [policy.number for _, policy in self.bus.announcements()]
+
+    def counts(self) -> dict[str, int]:
+        """Sizes of the audit's sets, those that are not empty."""
+        return {name: count for name, count in audit(self.trainer.run_dir, self.bus)["counts"].items() if count}
+
+    def lose_redis(self) -> None:
+        """Every key of the run is gone, as after a restart without data."""
+        db = self.bus._db
+        db.delete(*db.keys(f"{{onstream:{self.bus.run}}}:*"))

@@ -1,0 +1,77 @@
+"""What became of every rollout that was ever issued, proven from the ledger and the streams and not from counters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pipeline.ledger import Ledger
+from pipeline.records import StageName
+from pipeline.streams import STAGES, Bus
+
+DROPPED = ("stale", "not_verified", "group_dead", "purged")
+
+
+def audit(run_dir: Path, bus: Bus) -> dict[str, Any]:
+    """Sets of uids: issued = trained + dropped + dead + in_flight + lost; and duplicated, which should be empty.
+
+    Exact when the run stands still. While it moves, the count of issued is read first, then the streams in the order of
+    the flow and the ledger last, so that a rollout on its way is met at least once; and it counts once.
+
+    `dropped` holds a set for each reason; `counts` the sizes of all sets.
+    """
+    issued = range(1, bus.issued() + 1)
+    streams = {stage: bus.numbers(stage) for stage in STAGES}
+    dead = set(bus.dead_numbers())
+    doubled = _doubled(bus, streams)
+    ledger = list(Ledger(run_dir / "trained.jsonl").read())
+    fates = {line.number: line.fate for line in ledger}
+    under_way = {number for numbers in streams.values() for number in numbers}
+
+    sets: dict[str, list[int]] = {name: [] for name in ("trained", *DROPPED, "dead", "in_flight", "lost")}
+    for number in issued:
+        sets[_class(number, fates.get(number), dead, under_way)].append(number)
+    trained_twice = [number for number, lines in Counter(line.number for line in ledger).items() if lines > 1]
+    sets["duplicated"] = sorted({*trained_twice, *(number for number in doubled if number not in fates)})
+    return _report(bus.run, issued, sets)
+
+
+def _class(number: int, fate: str | None, dead: set[int], under_way: set[int]) -> str:
+    if fate is not None:
+        return fate
+    if number in dead:
+        return "dead"
+    return "in_flight" if number in under_way else "lost"
+
+
+def _doubled(bus: Bus, streams: dict[StageName, list[int]]) -> set[int]:
+    """Numbers that two entries carry at once: in one stream, or in two where the earlier stream still has it on a second look.
+
+    A record that moved on between two readings is in both of them, and that is no fault.
+    """
+    found = {number for numbers in streams.values() for number, entries in Counter(numbers).items() if entries > 1}
+    later: set[int] = set()
+    for stage in reversed(STAGES):
+        suspects = later.intersection(streams[stage])
+        if suspects:
+            found |= suspects.intersection(bus.numbers(stage))
+        later.update(streams[stage])
+    return found
+
+
+def _report(run: str, issued: Iterable[int], sets: dict[str, list[int]]) -> dict[str, Any]:
+    uids = {name: [f"{run}/{number}" for number in numbers] for name, numbers in {"issued": list(issued), **sets}.items()}
+    dropped = {reason: uids.pop(reason) for reason in DROPPED}
+    counts = {**{name: len(members) for name, members in uids.items()}, "dropped": sum(map(len, dropped.values()))}
+    return {
+        "issued": uids["issued"],
+        "trained": uids["trained"],
+        "dropped": dropped,
+        "dead": uids["dead"],
+        "in_flight": uids["in_flight"],
+        "lost": uids["lost"],
+        "duplicated": uids["duplicated"],
+        "counts": counts,
+    }

@@ -1,0 +1,132 @@
+"""Taking up a run: who may be its trainer, whether the settings fit it, and what got lost while nobody watched."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import structlog
+
+from pipeline.errors import Exit, UserError
+from pipeline.jsonl import JsonLines
+from pipeline.ledger import RangeSet
+from pipeline.streams import STAGES, Bus, Lease, LeaseHeld
+from settings.plan import Plan, differences, refuse_differences
+from settings.run import RunSettings
+from workers.trainer.accounts import Accounts
+from workers.trainer.checkpoint import TrainerState
+
+log = structlog.get_logger(__name__)
+
+PLAN, CHANGES = "plan.json", "changes.jsonl"
+_POLL_S = 0.1
+
+
+def become_trainer(bus: Bus, ttl_s: float) -> Lease:
+    """The run's lease. Waits as long as that of a dead trainer could still run.
+
+    Raises:
+        LeaseHeld: another trainer renews it.
+    """
+    deadline, told = time.monotonic() + ttl_s + 2 * _POLL_S, False
+    while True:
+        try:
+            return bus.acquire_lease(ttl_s)
+        except LeaseHeld as held:
+            if time.monotonic() > deadline:
+                raise
+            if not told:
+                log.info("another trainer has this run; waiting whether it still lives", holder=held.holder, wait_s=ttl_s)
+                told = True
+            time.sleep(_POLL_S)
+
+
+def agree_on_plan(bus: Bus, lease: Lease, ours: Plan, run: RunSettings, run_dir: Path, state: TrainerState | None) -> None:
+    """Write our plan as the run's, after making sure that it is the one the run was started with.
+
+    `state` is that of the newest checkpoint, where there is one. Changeable settings that changed are recorded with its step.
+
+    Raises:
+        UserError: the run exists and must not, or the reverse, or it was started with other settings.
+    """
+    theirs = _plan_of_the_run(bus, run_dir)
+    _refuse_resume(run, run_dir, exists=theirs is not None or state is not None)
+    if theirs is not None:
+        refuse_differences(ours, theirs)
+        _refuse_route(bus, ours, theirs, state)
+        _record_changes(run_dir, ours, theirs, state.step if state else 0)
+    bus.write_plan(lease, ours.encode())
+    fresh = run_dir / f"{PLAN}.new"
+    fresh.write_bytes(ours.encode())
+    fresh.rename(run_dir / PLAN)
+
+
+def lost_numbers(bus: Bus, settled: RangeSet, issued: int) -> RangeSet:
+    """The numbers up to `issued` that are neither settled nor in any stream, dead letters included.
+
+    Streams are read in the order of the flow, so that a record which moves meanwhile is met at least once.
+    """
+    known = settled.copy()
+    for stage in STAGES:
+        for number in bus.numbers(stage):
+            known.add(number)
+    for number in bus.dead_numbers():
+        known.add(number)
+    return RangeSet.of(known.missing(issued))
+
+
+def unsettled_dead(bus: Bus, settled: RangeSet) -> list[int]:
+    """Dead letters whose tombstone has gone: acknowledged by a checkpoint that was lost since. They stay dead."""
+    dead = bus.dead_numbers()  # before the streams: whoever dies in between has its tombstone in them
+    waiting = {number for stage in STAGES for number in bus.numbers(stage)}
+    return [number for number in dead if number > 0 and number not in settled and number not in waiting]
+
+
+def _plan_of_the_run(bus: Bus, run_dir: Path) -> Plan | None:
+    stored = bus.read_plan()
+    if stored is None and (run_dir / PLAN).exists():
+        stored = (run_dir / PLAN).read_bytes()
+    return None if stored is None else Plan.decode(stored)
+
+
+def _refuse_resume(run: RunSettings, run_dir: Path, *, exists: bool) -> None:
+    if run.resume == "never" and exists:
+        raise UserError(
+            f"run {run.name!r} exists in {run_dir} or in Redis, and run.resume = 'never'",
+            expected="a run that does not exist yet",
+            next_step="Choose another run.name, or set run.resume = 'auto' to go on with this one.",
+            exit=Exit.REFUSED,
+        )
+    if run.resume == "must" and not exists:
+        raise UserError(
+            f"run {run.name!r} exists neither in {run_dir} nor in Redis, and run.resume = 'must'",
+            expected="a run to go on with",
+            next_step="Correct run.name or run.dir, or set run.resume = 'auto' to start it.",
+            exit=Exit.REFUSED,
+        )
+
+
+def _refuse_route(bus: Bus, ours: Plan, theirs: Plan, state: TrainerState | None) -> None:
+    """A rollout carries its route, so those under way would take the old one."""
+    if ours.route == theirs.route:
+        return
+    settled = Accounts(state).settled
+    in_flight = len({number for stage in STAGES for number in bus.numbers(stage) if number not in settled})
+    raise UserError(
+        f"rollouts would go by {' → '.join(ours.route)}; run {theirs.run!r} has {in_flight} in flight by {' → '.join(theirs.route)}",
+        expected="the route that the run was started with",
+        next_step="Use the same stages, verification and teacher as before, or start another run under another run.name.",
+        exit=Exit.REFUSED,
+    )
+
+
+def _record_changes(run_dir: Path, ours: Plan, theirs: Plan, step: int) -> None:
+    changes = [change for change in differences(ours, theirs) if change.changeable]
+    if not changes:
+        return
+    lines = JsonLines(run_dir / CHANGES)
+    for change in changes:
+        lines.write({"step": step, "time": time.time(), "name": change.name, "from": change.theirs, "to": change.ours})
+        log.info("setting changed on resume", name=change.name, was=change.theirs, now=change.ours, step=step)
+    lines.sync()
+    lines.close()

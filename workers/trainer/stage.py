@@ -1,0 +1,336 @@
+"""The trainer: asks for rollouts, forms batches of what comes back, takes steps, publishes weights, and answers for every number."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pipeline.jsonl import JsonLines, cut
+from pipeline.ledger import Fate
+from pipeline.models.loading import resolve_device
+from pipeline.records import Rollout, StageName, Ticket, Timing, Tombstone
+from pipeline.stage import Delivery, Outcome, Stats
+from pipeline.streams import Bus
+from pipeline.telemetry import get_logger
+from settings.plan import make_plan
+from settings.root import Settings
+from workers.trainer import checkpoint
+from workers.trainer.batches import flaw, training_samples
+from workers.trainer.checkpoint import Checkpoint, TrainerState
+from workers.trainer.disk import writing_to
+from workers.trainer.excerpts import excerpts
+from workers.trainer.groups import Chosen, Dropped, GroupBook
+from workers.trainer.issuer import Issuer
+from workers.trainer.keeper import Keeper
+from workers.trainer.learner import Learner
+from workers.trainer.metrics import LEARNED, drop_metrics, rollout_metrics
+from workers.trainer.opening import agree_on_plan, become_trainer, lost_numbers, unsettled_dead
+from workers.trainer.publisher import Publisher, student_files
+
+log = get_logger()
+
+READ_AHEAD = 256  # records
+TICKETS_AT_ONCE = 512
+READY_POLL_S = 0.05
+
+
+class Trainer:
+    """The stage `train`. Holds its entries: a checkpoint acknowledges what the checkpoint before it settled.
+
+    Consumes rollouts and tombstones; waits for the stages of the route to be ready, then for a batch of settled units; is
+    unblocked by the entry that settles the last of them; produces tickets, policy versions, checkpoints and metrics.
+    """
+
+    name: StageName = "train"
+    holds_entries = True
+
+    def __init__(self, settings: Settings, bus: Bus) -> None:
+        self.settings, self.bus = settings, bus
+        self.plan = make_plan(settings)
+        self.run_dir = settings.run.dir / settings.run.name
+        self.stats = Stats(detail="starting")
+        self.max_steps = settings.trainer.max_steps
+        self.step = 0
+        self.issuer, self.book = _issuer(settings, self.plan.route), _group_book(settings)
+        self._batch: list[Chosen] | None = None
+        self._dropped: Counter[str] = Counter()  # since the last step, by fate
+        self._finished = False
+        self._waits_for = "the stages of the route"
+        self._next_poll = 0.0
+        self._opened = False  # whether all stages have been ready since this trainer started
+
+    # Start -----------------------------------------------------------------------------------------------------------
+
+    def setup(self) -> None:
+        """Become the trainer, take up the run where its newest whole checkpoint left it, and publish its weights.
+
+        Raises:
+            UserError: another trainer has the run, the settings are not the run's, the student cannot be loaded, the disk is full.
+        """
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.lease = become_trainer(self.bus, self.settings.delivery.lease)
+        found = checkpoint.load_newest(self.run_dir / checkpoint.FOLDER)
+        state = found.state if found else None
+        agree_on_plan(self.bus, self.lease, self.plan, self.settings.run, self.run_dir, state)
+        self._load(found)
+        with writing_to(self.run_dir):
+            self.keeper = Keeper(self.bus, self.lease, self.run_dir, self.settings.checkpoint, state)
+            self.accounts = self.keeper.accounts
+            self._open_files()
+            files = student_files(self.run_dir, self.learner)
+            self.publisher = Publisher(self.bus, self.lease, self.run_dir, files, self.settings.checkpoint.keep_policies)
+            self.policy = self.publisher.publish(self.step, self.learner.published_state())
+        self._recover(state)
+        if self.step < self.max_steps and self.bus.finished():
+            self.bus.reopen(self.lease)
+        self._free_since = self._stepped_at = time.monotonic()
+
+    def _load(self, found: Checkpoint | None) -> None:
+        device = resolve_device(self.settings.deployment.device)
+        self.learner = Learner(found.path if found else self.settings.model.name, self.settings.trainer, device)
+        if found:
+            self.learner.load_state(torch.load(found.path / checkpoint.OPTIMIZER, map_location="cpu", weights_only=True))
+            self.step = found.state.step
+            log.info("resuming", checkpoint=str(found.path), step=self.step, issued=found.state.issued)
+
+    def _open_files(self) -> None:
+        """Cut what tells of steps past the checkpoint off the run's files, and open them."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if gone := cut(self.run_dir / name, lambda row: bool(row["step"] <= self.step)):
+                log.info("lines past the checkpoint cut off", file=name, lines=gone)
+        self.metrics, self.samples = JsonLines(self.run_dir / "metrics.jsonl"), JsonLines(self.run_dir / "samples.jsonl")
+
+    def _recover(self, state: TrainerState | None) -> None:
+        """Settle what died unnoticed, and issue again what Redis has lost."""
+        self.issued = self.bus.issued()
+        if state and state.issued > self.issued:
+            log.error("redis lost data: it counts fewer tickets than the checkpoint", redis=self.issued, checkpoint=state.issued)
+            self.issued = self.bus.set_issued(self.lease, state.issued)
+        for number in unsettled_dead(self.bus, self.accounts.settled):
+            self.accounts.take_without_entry(number)
+            self.book.add(Tombstone(number, "train", "found among the dead letters"))
+        lost = lost_numbers(self.bus, self.accounts.settled, self.issued)
+        if lost:
+            log.error("rollouts got lost with redis's data; issuing them again", count=len(lost), numbers=lost.ranges()[:20])
+        self._again = self.issuer.again(lost, version=self.step)
+
+    # Work ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def room(self) -> int:
+        """Nothing more while a batch waits or the run has ended; nor while nothing is under way that could come."""
+        under_way = self.issued > len(self.accounts.settled)
+        return READ_AHEAD if under_way and self._batch is None and not self._finished else 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a batch waits to be trained."""
+        return self._batch is not None and not self.keeper.stalled
+
+    def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
+        """Book `new`, take at most one step, ask for more, and checkpoint where due. Returns no outcomes: entries are held.
+
+        Raises:
+            LeaseLost: another trainer took over.
+            UserError: the disk is full, and stayed so.
+        """
+        for delivery in new:
+            self._take(delivery)
+        self._advance()
+        if self.busy:
+            self._train()
+            self._advance()
+        self._issue()
+        if self.keeper.due(self.step, self.max_steps):
+            self._checkpoint()
+        self.keeper.pay()
+        if self.step >= self.max_steps and not self._finished and self.keeper.saved(self.step):
+            self.bus.finish(self.lease)
+            self._finished = True
+        self._tell()
+        return []
+
+    def close(self, *, finished: bool) -> None:
+        """Checkpoint what is not durable yet, and close the files. Entries stay pending for the next trainer."""
+        if self.keeper.unsaved(self.step):
+            self._checkpoint()
+            self.keeper.pay()
+        self.metrics.close()
+        self.samples.close()
+
+    def _take(self, delivery: Delivery) -> None:
+        record = delivery.record
+        if isinstance(record, Ticket) or not self.accounts.take(delivery):
+            return
+        if isinstance(record, Rollout):
+            if reason := flaw(record, group_size=self.issuer.group_size, check=self.learner.check):
+                log.error("a rollout cannot be trained on; it counts as dead", number=record.number, reason=reason)
+                record = Tombstone(record.number, "train", reason)
+            else:
+                record.timings = [*record.timings, Timing("train", self.bus.consumer, delivery.taken, delivery.taken)]
+        self.book.add(record)
+
+    def _advance(self) -> None:
+        """Drop what became too stale, and take the next batch out of the book if it is complete."""
+        if self._batch is not None or self.step >= self.max_steps:
+            return
+        for unit in self.book.drop(self.step):
+            self._settle(unit)
+            log.info("dropped", group=unit.group, reasons=dict(Counter(unit.dropped.values())), dead=len(unit.dead))
+        self._batch = self.book.batch(self.step)
+
+    def _settle(self, unit: Chosen | Dropped) -> None:
+        """Fix the fates of a unit's members in the step that is being gathered."""
+        fates: dict[int, Fate] = {**unit.dropped, **dict.fromkeys(unit.dead, "dead")}
+        if isinstance(unit, Chosen):
+            self.accounts.settle((rollout.number for rollout in unit.rollouts), "trained", self.step + 1)
+        for number, fate in fates.items():
+            if fate == "group_dead" and self.book.unit_size == 1:
+                fate = "dead"
+            self.accounts.settle([number], fate, self.step + 1)
+            self._dropped[fate] += 1
+
+    def _train(self) -> None:
+        """One step: learn, publish, settle, and write down what happened."""
+        batch, self._batch = self._batch or [], None
+        started = time.monotonic()
+        samples = training_samples(batch, normalize=self.settings.trainer.loss.normalize_advantage)
+        learned: dict[str, Any] = dict(self.learner.step(samples, self.max_steps))
+        learned_at = time.monotonic()
+        self.bus.renew_lease(self.lease)  # what follows writes files that belong to the trainer alone
+        with writing_to(self.run_dir):
+            self.policy = self.publisher.publish(self.step + 1, self.learner.published_state())
+            published_at = time.monotonic()
+            for unit in batch:
+                self._settle(unit)
+            row = {
+                "step": self.step + 1,
+                "time": time.time(),
+                "policy_version": self.policy.number,
+                **dict.fromkeys(LEARNED),
+                **learned,
+                **rollout_metrics(batch, self.step),
+                **drop_metrics(self._dropped),
+                "wait_s": started - self._free_since,
+                "step_s": published_at - started,
+                "publish_s": published_at - learned_at,
+            }
+            self.step += 1
+            self._write_down(row, batch, learn_s=learned_at - started)
+
+    def _write_down(self, row: dict[str, Any], batch: Sequence[Chosen], *, learn_s: float) -> None:
+        now = time.monotonic()
+        row["tokens_per_s"] = row["tokens"] / learn_s
+        row["elapsed_s"] = now - self._stepped_at
+        row["rollouts_per_s"] = row["rollouts"] / row["elapsed_s"]
+        self._free_since = self._stepped_at = now
+        self._dropped.clear()
+        self.metrics.write(row)
+        if self.step % self.settings.trainer.sample_interval == 0 or self.step == 1:
+            for sample in excerpts(batch, self.settings.run.name, self.step):
+                self.samples.write(sample)
+        for name in ("rollouts", "tokens", "step_s"):
+            self.keeper.totals[name] = self.keeper.totals.get(name, 0) + row[name]
+        self.stats.done += int(row["rollouts"])
+        self.stats.dead += int(row["dead"])
+
+    # Tickets ---------------------------------------------------------------------------------------------------------
+
+    def _issue(self) -> None:
+        """Issue what was lost, then what the window has room for, once the stages of the route are ready."""
+        tickets = self.issuer.due(version=self.step, issued=self.issued, outstanding=self.issued - len(self.accounts.settled))
+        if (tickets or self._again) and self._stages_ready():
+            self._issue_again()
+            self._issue_new(tickets)
+
+    def _issue_again(self) -> None:
+        while self._again:
+            some = self._again[:TICKETS_AT_ONCE]
+            if not self.bus.reissue(self.lease, f"{self.lease.epoch}/{some[0].number}", some):
+                self._waits_for = "room in Redis for tickets that got lost"
+                return
+            self._again = self._again[TICKETS_AT_ONCE:]
+
+    def _issue_new(self, tickets: Sequence[Ticket]) -> None:
+        at_once = max(1, TICKETS_AT_ONCE // self.issuer.group_size) * self.issuer.group_size
+        for at in range(0, len(tickets), at_once):
+            some = tickets[at : at + at_once]
+            if not self.bus.issue(self.lease, self.issued, some, self.settings.orchestrator.max_backlog):
+                self._waits_for = "room for tickets: the backlog has reached orchestrator.max_backlog, or Redis is full"
+                return
+            self.issued += len(some)
+
+    def _stages_ready(self) -> bool:
+        """Whether every stage of the route has been ready once; asked now and then until it is so."""
+        if self._waits_for and time.monotonic() >= self._next_poll:
+            self._next_poll = time.monotonic() + READY_POLL_S
+            ready = {*self.bus.ready(), self.name}
+            missing = [stage for stage in self.plan.streams if stage not in ready]
+            self._waits_for = f"{', '.join(missing)}: not ready yet" if missing else ""
+            if not missing and not self._opened:  # start-up is neither training nor waiting for data
+                self._opened, self._free_since, self._stepped_at = True, time.monotonic(), time.monotonic()
+        return not self._waits_for
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def _checkpoint(self) -> None:
+        started = time.monotonic()
+        with writing_to(self.run_dir):
+            self.metrics.sync()
+            self.samples.sync()
+        if self.keeper.save(self.step, self.policy, self.issued, self._write_files):
+            log.info("checkpoint", step=self.step, seconds=round(time.monotonic() - started, 3))
+        self._free_since = time.monotonic()
+
+    def _write_files(self, directory: Path) -> None:
+        self.learner.save_model(directory)
+        torch.save(self.learner.state(), directory / checkpoint.OPTIMIZER)
+
+    def _tell(self) -> None:
+        """Put into the heartbeat what the trainer does or waits for."""
+        missing = self.book.missing()
+        if self._finished:
+            detail = f"finished after step {self.step}"
+        elif self._waits_for:
+            detail = f"waits for {self._waits_for}"
+        elif self.keeper.stalled:
+            detail = "waits for a checkpoint: none could be written, see the log"
+        else:
+            detail = f"step {self.step + 1} of {self.max_steps}; {sum(missing.values())} rollouts of {len(missing)} open groups to come"
+        self.stats.detail = detail
+        self.stats.numbers = {
+            "step": self.step,
+            "issued": self.issued,
+            "outstanding": self.issued - len(self.accounts.settled),
+            "unacked_bytes": self.accounts.unacked_bytes,
+        }
+
+
+def _issuer(settings: Settings, route: tuple[StageName, ...]) -> Issuer:
+    orchestrator = settings.orchestrator
+    return Issuer(
+        seed=settings.run.seed,
+        group_size=orchestrator.group_size,
+        batch_size=orchestrator.batch_size,
+        max_off_policy_steps=orchestrator.max_off_policy_steps,
+        max_steps=settings.trainer.max_steps,
+        route=route,
+    )
+
+
+def _group_book(settings: Settings) -> GroupBook:
+    orchestrator, loss = settings.orchestrator, settings.trainer.loss
+    supervised = loss.type == "sft"
+    unit: Literal["group", "rollout"] = "rollout" if supervised or loss.adv_tau == 0 else "group"
+    return GroupBook(
+        group_size=orchestrator.group_size,
+        batch_size=orchestrator.batch_size,
+        max_staleness=orchestrator.max_off_policy_steps,
+        unit=unit,
+        train_unscored=supervised or loss.teacher_tau > 0,
+    )
