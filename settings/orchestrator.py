@@ -18,6 +18,8 @@ class VerificationSettings(Section):
     """How long a scorer may take for one rollout; past it the rollout scores 0."""
     processes: Annotated[int, WORKER, Unit("processes"), Field(ge=1, le=1024)] = 1
     """Child processes of one verifier; each scores one rollout at a time and can be killed."""
+    max_memory: Annotated[int, WORKER, Unit("MiB"), Field(ge=64, le=1 << 24)] = 4096
+    """Memory that one child process may take beyond what importing the scorer took; a scorer that asks for more gets a MemoryError."""
 
 
 class OrchestratorSettings(Section):

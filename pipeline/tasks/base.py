@@ -1,0 +1,151 @@
+"""What a task is: problems by index, in an order that the seed decides, and a held-out part that is never trained on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from random import Random
+from typing import Any, Protocol
+
+import msgspec
+
+from pipeline.errors import UserError
+
+Message = dict[str, Any]
+Draw = Callable[[Random], tuple[str, dict[str, Any]]]
+
+# The share of a procedural task's contents that is held out. Small finite tasks keep a held-out part too, and finding
+# one held-out problem takes only about four draws, some of which are slow in reasoning-gym.
+HELD_OUT_SHARE = 1 / 4
+MAX_DRAWS = 4096  # in search of one problem; a task that yields none after so many is too narrow
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to ask. `info` is what the scorer gets beside the completion; `info["answer"]` is the right answer where there is one."""
+
+    messages: list[Message]
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """Problems by index. The same settings give the same problems everywhere, so records carry the index alone."""
+
+    @property
+    def held_out_size(self) -> int:
+        """How many held-out problems there are: `eval.samples`, or fewer where the task has no more."""
+        ...
+
+    def train(self, index: int) -> Problem:
+        """The problem to train on at any `index` ≥ 0; finite data starts over, reshuffled."""
+        ...
+
+    def held_out(self, index: int) -> Problem:
+        """The held-out problem at 0 ≤ `index` < `held_out_size`, the same for every `run.seed`."""
+        ...
+
+
+class ProceduralTask:
+    """Problems drawn at random from a space too large to list.
+
+    What is held out is decided by the content of the question alone: its hash. So a model made under one seed has not
+    seen what a run under another seed evaluates on.
+    """
+
+    def __init__(self, draw: Draw, *, name: str, seed: int, samples: int, system_prompt: str | None) -> None:
+        """`draw` makes one question and its info. Raises UserError when nothing that it draws may be trained on."""
+        self._draw, self._name, self._seed, self._samples = draw, name, seed, samples
+        self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        self.train(0)
+
+    @property
+    def held_out_size(self) -> int:
+        return len(self._held_out)
+
+    def train(self, index: int) -> Problem:
+        random = Random(f"{self._seed}/train/{index}")
+        for question, info in islice(iter(lambda: self._draw(random), None), MAX_DRAWS):
+            if not is_held_out(question):
+                return self._problem(question, info)
+        raise self._too_narrow("no problem to train on")
+
+    def held_out(self, index: int) -> Problem:
+        return self._held_out[index]
+
+    @cached_property
+    def _held_out(self) -> list[Problem]:
+        """The first `samples` different held-out questions. Made when first asked for: only an evaluation needs them."""
+        random, found, misses = Random("held-out"), dict[str, Problem](), 0
+        while len(found) < self._samples and misses < MAX_DRAWS:
+            question, info = self._draw(random)
+            new = is_held_out(question) and question not in found
+            misses = 0 if new else misses + 1
+            if new:
+                found[question] = self._problem(question, info)
+        if self._samples and not found:
+            raise self._too_narrow("no problem to hold out")
+        return list(found.values())
+
+    def _problem(self, question: str, info: dict[str, Any]) -> Problem:
+        return Problem([*self._system, {"role": "user", "content": question}], info)
+
+    def _too_narrow(self, what: str) -> UserError:
+        return UserError(
+            f"task {self._name} gave {what} in {MAX_DRAWS} draws",
+            expected="more different problems",
+            next_step="Widen `task.args`.",
+        )
+
+
+class FiniteTask:
+    """Problems from a list, reshuffled each epoch. A row asking the same as a held-out one is passed over, for its neighbour."""
+
+    def __init__(self, rows: Sequence[Problem], held_out: Sequence[Problem], *, name: str, seed: int) -> None:
+        """Raises UserError when no row is left to train on."""
+        self._rows, self._held_out, self._name, self._seed = rows, held_out, name, seed
+        self._held_out_contents = {_content(problem) for problem in held_out}
+        self._epoch: tuple[int, list[int]] = (-1, [])
+        self.train(0)
+
+    @property
+    def held_out_size(self) -> int:
+        return len(self._held_out)
+
+    def train(self, index: int) -> Problem:
+        size = len(self._rows)
+        epoch, place = divmod(index, max(1, size))
+        order = self._order(epoch)
+        for step in range(size):
+            problem = self._rows[order[(place + step) % size]]
+            if _content(problem) not in self._held_out_contents:
+                return problem
+        raise UserError(
+            f"{self._name} has {size} problems besides the held-out ones, and none to train on",
+            expected="at least one that asks something else than the held-out problems",
+            next_step="Add problems, or lower `eval.samples`.",
+        )
+
+    def held_out(self, index: int) -> Problem:
+        return self._held_out[index]
+
+    def _order(self, epoch: int) -> list[int]:
+        if self._epoch[0] != epoch:
+            order = list(range(len(self._rows)))
+            Random(f"{self._seed}/epoch/{epoch}").shuffle(order)
+            self._epoch = (epoch, order)
+        return self._epoch[1]
+
+
+def is_held_out(question: str) -> bool:
+    """Whether a procedural task keeps `question` for evaluation: decided by the text alone, for ever."""
+    digest = hashlib.blake2b(question.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < HELD_OUT_SHARE * 2**64
+
+
+def _content(problem: Problem) -> bytes:
+    """What makes two problems the same: everything asked but the system prompt."""
+    asked = [message for message in problem.messages if message["role"] != "system"]
+    return hashlib.blake2b(msgspec.json.encode(asked, order="deterministic"), digest_size=16).digest()
