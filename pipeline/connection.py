@@ -130,18 +130,41 @@ class Connection:
         for stage in STAGES:
             try:
                 self._ask("XGROUP", "CREATE", self.keys.stream(stage), GROUP, "0", "MKSTREAM")
-            except OutOfMemoryError:
-                self._ask("XINFO", "CONSUMERS", self.keys.stream(stage), GROUP)  # a full Redis may do, if the group exists
+            except OutOfMemoryError as error:
+                if not self._has_group(stage):  # where it exists, a full Redis may do
+                    raise self._full(error) from error
             except ResponseError as error:
                 if not str(error).startswith("BUSYGROUP"):
                     raise
+
+    def _has_group(self, stage: StageName) -> bool:
+        return bool(self._ask("EXISTS", self.keys.stream(stage))) and bool(self._ask("XINFO", "GROUPS", self.keys.stream(stage)))
+
+    def _full(self, error: Exception) -> UserError:
+        return UserError(
+            f"the Redis at {self._where} is full ({error})",
+            expected="memory for a new run",
+            next_step="Delete what it does not need, raise its maxmemory (redis.max_memory for the one of `onstream up`), or use another.",
+        )
 
     def _ask(self, *command: Any, **parsing: Any) -> Any:
         """The reply to a command that may be repeated, asked again through an outage of up to `patience_s`."""
         return self._patiently(lambda: self._db.execute_command(*command, **parsing))
 
     def _run(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        """The reply of `script`, repeated through an outage like any command: each script allows it."""
+        """The reply of `script`, repeated through an outage like any command: each script allows it.
+
+        Raises:
+            redis.OutOfMemoryError: Redis is full and refused the script's first write, so it changed nothing.
+        """
+        try:
+            return self._evaluate(script, keys, args)
+        except ResponseError as error:
+            if "OOM command not allowed" in str(error):  # Redis 6.2 wraps it in an error of the script
+                raise OutOfMemoryError(str(error)) from error
+            raise
+
+    def _evaluate(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
         try:
             return self._ask("EVALSHA", script.sha, len(keys), *keys, *args)
         except NoScriptError:  # a restarted server has forgotten its scripts
