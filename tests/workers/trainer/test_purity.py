@@ -1,0 +1,37 @@
+"""The maths reads no files, no settings and no streams."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+ASK = "import sys; before = set(sys.modules); import {module}; print(*{{name.partition('.')[0] for name in set(sys.modules) - before}})"
+OWN = {"pipeline", "workers"}
+
+
+def imported_by(module: str) -> set[str]:
+    """Top-level names of everything that a fresh interpreter imports with `module`."""
+    asked = subprocess.run([sys.executable, "-c", ASK.format(module=module)], capture_output=True, text=True, check=True)
+    return set(asked.stdout.split())
+
+
+@pytest.mark.parametrize("module", ["workers.trainer.advantages", "workers.trainer.staleness", "workers.trainer.schedule"])
+def test_plain_numbers_need_the_standard_library_alone(module: str) -> None:
+    assert imported_by(module) <= set(sys.stdlib_module_names) | OWN
+
+
+def test_packing_needs_numpy_alone() -> None:
+    assert imported_by("pipeline.models.packing") <= set(sys.stdlib_module_names) | OWN | {"numpy"}
+
+
+def test_groups_need_the_records_and_no_tensors() -> None:
+    assert not imported_by("workers.trainer.groups") & {"torch", "transformers", "redis", "pydantic", "settings"}
+
+
+@pytest.mark.timeout(30)
+def test_the_loss_needs_torch_and_nothing_of_ours() -> None:
+    names = imported_by("workers.trainer.loss")
+    assert "torch" in names
+    assert not names & {"transformers", "redis", "pydantic", "msgspec", "settings", "pipeline"}
