@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import IO
 
 from redis import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, ConnectionError
+from redis.retry import Retry
 
 from pipeline.errors import UserError
 
@@ -169,7 +171,7 @@ class EmbeddedRedis:
         stamp.write_text(ours)
 
     def _wait_until_up(self) -> None:
-        client = Redis(unix_socket_path=str(self._socket), socket_timeout=5)
+        client = Redis(unix_socket_path=str(self._socket), socket_timeout=5, retry=Retry(NoBackoff(), 0))
         deadline = time.monotonic() + START_TIMEOUT_S
         try:
             while self.alive and time.monotonic() < deadline:
