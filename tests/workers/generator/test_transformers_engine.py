@@ -187,30 +187,65 @@ def test_a_small_prefill_budget_spreads_admission_and_recomputation_over_steps(
     assert sum(len(one.version_spans) == 2 for one in written.values()) > 8
 
 
-def test_neighbours_with_one_prompt_share_its_computation(student: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = TransformersEngine(student, (), slots=8)
-    taken: list[int] = []
+@pytest.fixture
+def taken(student: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of packed tokens of every forward pass of the engine."""
+    sizes: list[int] = []
     forward = student.forward
 
     def counting(**inputs: Any) -> Any:
-        taken.append(inputs["input_ids"].shape[1])
+        if "onstream_pass" in inputs:
+            sizes.append(inputs["input_ids"].shape[1])
         return forward(**inputs)
 
     monkeypatch.setattr(student, "forward", counting)
+    return sizes
+
+
+def test_neighbours_with_one_prompt_share_its_computation(student: Any, taken: list[int]) -> None:
+    engine = TransformersEngine(student, (), slots=8)
+    taken.clear()
     engine.add([Request(key, PROMPTS[key // 4], 3, seed=key) for key in range(8)])
     finish(engine)
     assert taken == [len(PROMPTS[0]) + len(PROMPTS[1]), 8, 8]
 
 
-def test_a_group_waits_a_moment_rather_than_being_split(student: Any) -> None:
+def test_new_weights_compute_a_shared_prompt_once_again(student: Any, other_weights: dict[str, torch.Tensor], taken: list[int]) -> None:
+    engine = TransformersEngine(student, (), slots=8)
+    engine.add([Request(key, PROMPTS[key // 4], 4, seed=key) for key in range(8)])
+    engine.step()
+    engine.step()
+    engine.load(other_weights, 1)
+    taken.clear()
+    finish(engine)
+    assert taken == [len(PROMPTS[0]) + len(PROMPTS[1]) + 8 * 2, 8]
+
+
+def test_a_group_waits_a_moment_rather_than_being_split(student: Any, taken: list[int]) -> None:
     engine = TransformersEngine(student, (), slots=32)
-    engine.add([Request(key, PROMPTS[2], 2 if key < 3 else 4, seed=key) for key in range(32)])
+    engine.add([Request(key, PROMPTS[2], 2 if key < 3 else 3, seed=key) for key in range(32)])
     engine.step()
     engine.step()
     engine.add([Request(key, PROMPTS[3], 2, seed=key) for key in range(100, 104)])
-    engine.step()
-    assert engine.room == 0 and engine.active == 33  # three slots stand idle for a group of four
+    taken.clear()
     assert len(finish(engine)) == 33
+    assert taken == [29, len(PROMPTS[3]), 4]  # for one step three slots stand idle, too few for the group of four
+
+
+def test_a_step_takes_no_more_new_tokens_than_its_budget(student: Any, taken: list[int]) -> None:
+    engine = TransformersEngine(student, (), slots=24, prefill_tokens=30)
+    taken.clear()
+    engine.add(requests(max_tokens=10))
+    finish(engine)
+    assert max(taken) <= 30 + 24 + 40 and taken[0] == len(PROMPTS[0])  # the second prompt of 23 would make a grid of 2 × 23
+    assert taken[1] == 4 + len(PROMPTS[1])
+
+
+def test_the_cache_grows_under_running_completions(student: Any, plain_logprobs: Callable[..., Any]) -> None:
+    wanted = [Request(key, PROMPTS[3], 50, seed=key) for key in range(3)]  # 40 + 50 tokens: more than the cache begins with
+    for one in run(student, wanted, slots=4).values():
+        plain = plain_logprobs(PROMPTS[3], one.token_ids)
+        assert np.abs(chosen(plain, one.token_ids) - one.logprobs).max() < EXACT
 
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
