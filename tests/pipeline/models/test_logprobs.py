@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from pipeline.models import packing
@@ -18,6 +16,7 @@ from pipeline.models.logprobs import head_of, hidden_states, token_logprobs
 from pipeline.models.packing import Ids, pack, share_prompts
 from pipeline.models.probe import prepare
 from tests.tiny import Family, sequences, tiny_model
+from tests.widest import Widest
 
 
 def one_by_one(model: PreTrainedModel, prompts: list[Ids], completions: list[Ids]) -> list[Tensor]:
@@ -113,19 +112,6 @@ def test_the_tail_of_a_confident_model_is_exact_where_one_less_the_sum_would_be_
 def test_a_top_k_without_a_tail_is_refused() -> None:
     with pytest.raises(ValueError, match="top_k is 5; expected less than the vocabulary of 5"):
         token_logprobs(torch.ones(1, 2), nn.Linear(2, 5), torch.tensor([0]), top_k=5)
-
-
-class Widest(TorchDispatchMode):
-    """Remembers the most elements of any tensor that is made under it."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Callable[..., object], types: object, args: tuple = (), kwargs: dict | None = None) -> object:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return out
 
 
 def test_no_tensor_of_more_than_one_chunk_of_logits_is_made() -> None:
