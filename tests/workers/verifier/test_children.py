@@ -24,7 +24,7 @@ HONEST: dict[str, Any] = {}
 MISBEHAVING = "tests.workers.verifier.misbehaving:score"
 
 
-def settings_of(scorer: str | None = MISBEHAVING, *, timeout: float = 0.3, processes: int = 1) -> Settings:
+def settings_of(scorer: str | None = MISBEHAVING, *, timeout: float = 0.5, processes: int = 1) -> Settings:
     verification = {"timeout": timeout, "processes": processes}
     return Settings.model_validate({"task": {"scorer": scorer}, "orchestrator": {"verification": verification}})
 
@@ -135,18 +135,32 @@ def test_with_two_children_quick_rollouts_do_not_wait_for_a_slow_one(pool: Pool)
     assert time.monotonic() - began < 1.5
 
 
+def test_a_crowd_of_all_kinds_gets_each_its_own_verdict(pool: Pool) -> None:
+    expected = {
+        "leave": CRASHED,
+        "segfault": CRASHED,
+        "ignore_signals": TIMED_OUT,
+        "fork_and_return": Verdict(1.0, retires=True),
+        "print_much": Verdict(1.0),
+        "blame_the_rollout": Verdict(0.0, {"rollout_error": 1.0}),
+    }
+    crowd: list[dict[str, Any]] = [HONEST if number % 7 == 6 else {"do": list(expected)[number % 7]} for number in range(84)]
+    got = verdicts(pool(processes=3), *crowd)
+    assert got == [expected.get(info.get("do", ""), Verdict(1.0)) for info in crowd]
+
+
 def test_the_time_limit_is_each_rollouts_own_and_not_the_batches(pool: Pool) -> None:
-    children = pool(timeout=0.5)
+    children = pool(timeout=1)
     assert all(verdict == Verdict(1.0) for verdict in verdicts(children, *[HONEST] * 200))  # batches are large by now
-    assert verdicts(children, *[{"do": "nap", "seconds": 0.1}] * 8) == [Verdict(1.0)] * 8
+    assert verdicts(children, *[{"do": "nap", "seconds": 0.2}] * 8) == [Verdict(1.0)] * 8
 
 
 def test_an_answer_that_came_while_the_verifier_was_away_is_not_late(pool: Pool) -> None:
-    children = pool(timeout=0.2)
-    verdicts(children, HONEST)
-    children.submit(0, "", HONEST)
-    assert children.collect(0) == []  # the job is sent
-    time.sleep(0.4)  # what is waited for is the time limit itself
+    children = pool(timeout=0.4)
+    children.submit(0, "", {"do": "nap", "seconds": 0.2})
+    while not any(child.jobs for child in children._children.values()):
+        assert children.collect(0.01) == []
+    time.sleep(0.6)  # what is waited for is the time limit itself
     assert children.collect(5) == [(0, Verdict(1.0))]
 
 
@@ -170,9 +184,9 @@ def test_quick_scorers_get_more_room_than_slow_ones(pool: Pool) -> None:
     children = pool(timeout=5)
     before = children.room
     verdicts(children, *[HONEST] * 200)
-    assert children.room == 256 > before
+    assert children.room > before
     verdicts(children, *[{"do": "nap", "seconds": 0.2}] * 12)
-    assert children.room < 25
+    assert children.room < before
 
 
 def test_the_end_of_the_nursery_is_an_error_and_not_a_silence(pool: Pool) -> None:
