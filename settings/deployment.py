@@ -9,6 +9,28 @@ from pydantic import Field
 from settings.base import RUN, WORKER, Section, Unit
 
 StageName = Literal["generate", "verify", "score", "train"]
+WorkerKind = Literal["generator", "verifier", "teacher", "teacher-external", "trainer"]
+
+STAGE_OF: dict[WorkerKind, StageName] = {
+    "generator": "generate",
+    "verifier": "verify",
+    "teacher": "score",
+    "teacher-external": "score",
+    "trainer": "train",
+}
+
+Share = Annotated[float | None, WORKER, Unit("share"), Field(gt=0, le=1)]
+
+
+class GpuMemoryShares(Section):
+    """Shares of one GPU's memory, for workers that share it."""
+
+    train: Share = None
+    """The trainer's share."""
+    inference: Share = None
+    """Each generator's share."""
+    teacher: Share = None
+    """Each teacher worker's share."""
 
 
 class DeploymentSettings(Section):
@@ -24,6 +46,10 @@ class DeploymentSettings(Section):
     """Generator workers that `onstream up` starts."""
     verifiers: Annotated[int, WORKER, Unit("workers"), Field(ge=0, le=1024)] = 1
     """Verifier workers that `onstream up` starts."""
+    external_teachers: Annotated[int, WORKER, Unit("workers"), Field(ge=0, le=1024)] = 1
+    """Workers that ask the external teacher, which `onstream up` starts where `orchestrator.teacher_model` is set."""
+    share_gpus: Annotated[bool, WORKER] = False
+    """Let workers share GPUs where there are fewer than workers, by the shares of `deployment.gpu_memory_shares`."""
     device: Annotated[Literal["auto", "cpu", "cuda"], WORKER] = "auto"
     """Where models run; `auto` is CUDA where a GPU is found."""
     threads: Annotated[int | None, WORKER, Unit("threads"), Field(ge=1, le=1024)] = None
@@ -32,3 +58,4 @@ class DeploymentSettings(Section):
     """Deaths of one worker in a row, without any progress of the run between them, after which the run stops."""
     status_interval: Annotated[float, WORKER, Unit("s"), Field(ge=0.1, le=3600)] = 2.0
     """How often `onstream up` prints the state of the run where standard output is not a terminal."""
+    gpu_memory_shares: GpuMemoryShares = GpuMemoryShares()

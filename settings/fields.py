@@ -62,11 +62,11 @@ class Setting:
         return annotation is SecretStr or SecretStr in get_args(annotation)
 
     def value(self, settings: Settings) -> Any:
-        """Its value in `settings`, as plain JSON data; a secret that is set reads `***`."""
+        """Its value in `settings`, as plain JSON data; a secret that is set reads `***`. None in a section that is not there."""
         value: Any = settings
         for part in self.name.split("."):
-            value = getattr(value, part)
-        if self.secret and value is not None:
+            value = None if value is None else getattr(value, part)
+        if self.secret and value not in (None, {}):
             return HIDDEN
         return _plain(value)
 

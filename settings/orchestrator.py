@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from settings.base import RUN, WORKER, Section, Unit
+from settings.client import TeacherModelSettings, TeacherRolloutModelSettings
 
 
 class VerificationSettings(Section):
@@ -34,4 +35,11 @@ class OrchestratorSettings(Section):
     0 is exact on-policy training."""
     max_backlog: Annotated[int, WORKER, Unit("rollouts"), Field(ge=1, le=10**7)] = 16384
     """No new tickets while a working stream holds more records than this."""
+    use_token_client: Annotated[bool, RUN] = True
+    """`true`: rollouts are token ids in and out. `false`: chat messages, from whose text the student's tokens are reconstructed, as
+    `orchestrator.teacher_rollout_model` needs."""
+    score_cache: Annotated[int, WORKER, Unit("samples"), Field(ge=0, le=10**8)] = 10_000
+    """Scores of external teachers kept in Redis, so that a replay does not ask for them again; 0 keeps none."""
     verification: VerificationSettings = VerificationSettings()
+    teacher_model: TeacherModelSettings | None = None
+    teacher_rollout_model: TeacherRolloutModelSettings | None = None

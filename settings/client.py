@@ -1,0 +1,87 @@
+"""`client` and `model` of the endpoints that a run asks over HTTP: external teachers, and teachers whose completions are trained on."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic_settings import NoDecode
+
+from settings.base import RUN, WORKER, Section, Unit
+
+
+def _listed(value: Any) -> Any:
+    """`value` as a list where it is one address, or the JSON text of a list: an environment variable holds either."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return [value.strip()]
+
+
+BaseUrl = Annotated[str, Field(pattern=r"^https?://[^\s/]+"), AfterValidator(lambda url: url.rstrip("/"))]
+
+
+class ClientSettings(Section):
+    """How the endpoints are reached, and what is asked of them at once."""
+
+    base_url: Annotated[tuple[BaseUrl, ...], NoDecode, BeforeValidator(_listed), WORKER] = ()
+    """The endpoints' addresses, such as `["http://teacher-server:8000/v1"]`; requests go to the one with the fewest in flight.
+    The environment may hold one address as it is."""
+    api_key: Annotated[SecretStr | None, WORKER] = None
+    """Sent as `Authorization: Bearer …`. Best given by the environment."""
+    headers: Annotated[dict[str, SecretStr], WORKER] = Field(default_factory=dict)
+    """Further headers of every request."""
+    skip_model_check: Annotated[bool, WORKER] = False
+    """Do not ask `/models` at start whether the endpoint serves the model; some endpoints have no such list."""
+    timeout: Annotated[float, WORKER, Unit("s"), Field(ge=0.1, le=86400)] = 60.0
+    """The longest that one request may take."""
+    connect_timeout: Annotated[float, WORKER, Unit("s"), Field(ge=0.05, le=600)] = 5.0
+    """The longest that connecting may take."""
+    max_in_flight: Annotated[int, WORKER, Unit("requests"), Field(ge=1, le=65536)] = 16
+    """Requests that one endpoint is given at once."""
+    max_retries: Annotated[int, WORKER, Unit("retries"), Field(ge=0, le=1000)] = 5
+    """How often a request that failed for the server's sake is sent again before its rollout waits in the stream."""
+    requests_per_second: Annotated[float | None, WORKER, Unit("requests/s"), Field(gt=0, le=10**6)] = None
+    """Budget of this worker over all its endpoints. Unset: none."""
+    max_tokens_per_run: Annotated[int | None, WORKER, Unit("tokens"), Field(ge=1, le=10**15)] = None
+    """Budget of this worker in tokens sent and received; past it the worker takes no more rollouts and says so. Unset: none."""
+    breaker_failures: Annotated[int, WORKER, Unit("failures"), Field(ge=1, le=1000)] = 5
+    """Failures of one endpoint in a row, after which it is left alone for a while."""
+    breaker_pause: Annotated[float, WORKER, Unit("s"), Field(ge=0.05, le=3600)] = 5.0
+    """How long it is left alone before one request tries it again."""
+
+
+class TeacherClientSettings(ClientSettings):
+    """How the external teacher's endpoints are reached."""
+
+    protocol: Annotated[Literal["auto", "vllm-generate", "vllm-completions", "echo", "sglang"], WORKER] = "auto"
+    """How logprobs are asked for. `auto` tries them in this order at start: vLLM's `/inference/v1/generate`, vLLM's `/v1/completions` with
+    `prompt_logprobs`, `/v1/completions` with `echo` and `logprobs`, SGLang's `/generate`."""
+
+
+class EndpointModel(Section):
+    """The model that the endpoints serve."""
+
+    name: Annotated[str, RUN] = ""
+    """Its name there, as `/models` lists it. Required."""
+
+
+class TeacherModelSettings(Section):
+    """A teacher that runs elsewhere and is asked for logprobs. Present: it is used."""
+
+    client: TeacherClientSettings = TeacherClientSettings()
+    model: EndpointModel = EndpointModel()
+
+
+class TeacherRolloutModelSettings(Section):
+    """Hard distillation: a chat endpoint whose completions the student is trained on. Present: it is used."""
+
+    keep: Annotated[Literal["all", "verified"], RUN] = "all"
+    """`all` completions are trained on, or only those that verification gives the full reward of 1."""
+    temperature: Annotated[float, RUN, Unit("ratio"), Field(ge=0, le=10)] = 1.0
+    """Sampling temperature that the endpoint is asked for. `inference.sampling.max_completion` bounds the completions."""
+    client: ClientSettings = ClientSettings()
+    model: EndpointModel = EndpointModel()
