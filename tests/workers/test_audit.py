@@ -1,0 +1,105 @@
+"""The audit counts every number once, from the ledger and the streams."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from pipeline.ledger import Ledger, Settled
+from pipeline.records import StageName, Ticket, Tombstone, encode
+from pipeline.streams import Bus, Move, Out
+from workers.audit import audit
+
+
+def issue(bus: Bus, count: int) -> None:
+    lease = bus.lease or bus.acquire_lease(30)
+    before = bus.issued()
+    tickets = [Ticket(before + number, 0, 1, 0, 0, 0, ["train"]) for number in range(1, count + 1)]
+    assert bus.issue(lease, before, tickets, 1000)
+
+
+def move(bus: Bus, stage: StageName, numbers: Sequence[int], *to: str) -> None:
+    """Move the entries of `numbers` from `stage` to all of `to`; to nowhere, they are gone."""
+    waiting = {entry.number: entry for entry in [*bus.pending(stage), *bus.read(stage, 1000)]}
+    moves = []
+    for number in numbers:
+        outs = [Out(target, number, encode(Tombstone(number, stage, "test"))) for target in to]  # type: ignore[arg-type]
+        moves.append(Move(waiting[number].id, outs))
+    assert all(bus.settle(stage, moves))
+
+
+def uids(bus: Bus, *numbers: int) -> list[str]:
+    return [f"{bus.run}/{number}" for number in numbers]
+
+
+def test_a_run_that_did_nothing_yet_is_empty(bus: Bus, tmp_path: Path) -> None:
+    found = audit(tmp_path, bus)
+    assert found["issued"] == found["lost"] == found["duplicated"] == []
+    assert set(found["counts"].values()) == {0}
+
+
+def test_every_number_is_in_exactly_one_set(bus: Bus, tmp_path: Path) -> None:
+    issue(bus, 10)
+    move(bus, "generate", [1, 2, 3, 4], "verify")
+    move(bus, "verify", [1, 2], "train")
+    move(bus, "generate", [5], "dead", "train")
+    move(bus, "generate", [6])
+    move(bus, "generate", [7, 8, 9])
+    lines = [Settled(1, "trained", 1), Settled(7, "trained", 1), Settled(8, "stale", 2), Settled(9, "not_verified", 2)]
+    Ledger(tmp_path / "trained.jsonl").append(lines)
+    found = audit(tmp_path, bus)
+    assert found == {
+        "issued": uids(bus, *range(1, 11)),
+        "trained": uids(bus, 1, 7),
+        "dropped": {"stale": uids(bus, 8), "not_verified": uids(bus, 9), "group_dead": [], "purged": []},
+        "dead": uids(bus, 5),
+        "in_flight": uids(bus, 2, 3, 4, 10),
+        "lost": uids(bus, 6),
+        "duplicated": [],
+        "counts": {"issued": 10, "trained": 2, "dropped": 2, "dead": 1, "in_flight": 4, "lost": 1, "duplicated": 0},
+    }
+
+
+def test_a_number_trained_twice_or_carried_by_two_entries_is_duplicated(bus: Bus, tmp_path: Path) -> None:
+    issue(bus, 4)
+    Ledger(tmp_path / "trained.jsonl").append([Settled(1, "trained", 1), Settled(1, "trained", 2)])
+    move(bus, "generate", [2], "train", "train")
+    move(bus, "generate", [3], "generate", "train")
+    found = audit(tmp_path, bus)
+    assert found["duplicated"] == uids(bus, 1, 2, 3)
+    assert found["counts"]["trained"] == 1
+
+
+def test_a_settled_entry_that_waits_for_its_acknowledgement_is_no_duplicate(bus: Bus, tmp_path: Path) -> None:
+    issue(bus, 1)
+    move(bus, "generate", [1], "train")
+    Ledger(tmp_path / "trained.jsonl").append([Settled(1, "trained", 1)])
+    assert audit(tmp_path, bus)["counts"] == {
+        "issued": 1, "trained": 1, "dropped": 0, "dead": 0, "in_flight": 0, "lost": 0, "duplicated": 0,
+    }  # fmt: skip
+
+
+def test_a_record_that_moves_while_the_streams_are_read_counts_once(bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    issue(bus, 2)
+    read = bus.numbers
+
+    def read_then_move(stage: StageName) -> list[int]:
+        found = read(stage)
+        if stage == "generate" and found:
+            move(bus, "generate", found, "verify")
+        return found
+
+    monkeypatch.setattr(bus, "numbers", read_then_move)
+    found = audit(tmp_path, bus)
+    assert found["in_flight"] == uids(bus, 1, 2)
+    assert (found["lost"], found["duplicated"]) == ([], [])
+
+
+def test_what_is_issued_while_it_reads_belongs_to_the_next_audit(bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    issue(bus, 1)
+    counted = bus.issued()
+    issue(bus, 1)
+    monkeypatch.setattr(bus, "issued", lambda: counted)
+    assert audit(tmp_path, bus)["counts"]["issued"] == 1
