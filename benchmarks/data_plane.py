@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import click
@@ -234,7 +235,7 @@ def single(url: str, size_bytes: int, seconds: float) -> None:
 @click.command()
 @click.option("--bytes", "size_bytes", default=8192, show_default=True, help="Size of a record.")
 @click.option("--seconds", default=4.0, show_default=True, help="How long each chain runs.")
-@click.option("--rounds", default=2, show_default=True, help="Runs of each chain, in turn; the better one counts.")
+@click.option("--rounds", default=3, show_default=True, help="Runs of each chain, in turn; the best rate and the median share count.")
 def main(size_bytes: int, seconds: float, rounds: int) -> None:
     """Print the figures, and whether they reach the target; exit code 1 where they do not."""
     size = len(encode(record(1, size_bytes)))
@@ -250,7 +251,7 @@ def main(size_bytes: int, seconds: float, rounds: int) -> None:
                 rates[name].append(rate)
                 print(f"chain of three processes, {name:<16}{rate:>9,.0f} records/s{rate * size / 1e6:>8,.0f} MB/s", cpu_line(cpu))
         server.stop()
-    ours, share = max(rates["ours"]), max(rates["ours"]) / max(rates["bare"])
+    ours, share = max(rates["ours"]), median(one / other for one, other in zip(rates["ours"], rates["bare"], strict=True))
     reached = ours >= TARGET_PER_S or share >= TARGET_SHARE
     print(f"ours {ours:,.0f}/s, {share:.2f} of bare; target {TARGET_PER_S:,}/s or {TARGET_SHARE}: {'reached' if reached else 'MISSED'}")
     raise SystemExit(not reached)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +20,7 @@ from pipeline.stage import Delivery, Outcome
 from pipeline.streams import Bus, LeaseLost, Move, Out, WorkerState
 from settings.run import DeliverySettings
 from tests.pipeline.stages import Passing, rollout, ticket
+from workers.launcher.embedded_redis import EmbeddedRedis
 
 LASTING = DeliverySettings(lease=5.0, max_deliveries=3, drain=2.0)
 
@@ -263,6 +267,33 @@ def test_a_handler_that_fails_ends_the_worker_and_its_records_stay_pending(bus: 
     issue(bus, 2)
     assert run_worker(Passing("generate", fail), bus, LASTING, block_s=0.2) == Exit.FAILED
     assert bus.pending_counts()["generate"] == 2
+
+
+def test_a_worker_whose_handler_hangs_ends_with_code_4_and_its_record_goes_to_another(bus: Bus, redis_url: str, run_name: str) -> None:
+    issue(bus, 1)
+    script = (
+        "import sys, time\n"
+        "from pipeline.loop import run_worker\n"
+        "from pipeline.streams import Bus\n"
+        "from settings.run import DeliverySettings\n"
+        "from tests.pipeline.stages import Passing\n"
+        f"bus = Bus.connect({redis_url!r}, {run_name!r}, consumer='hangs', block_s=0.1, connect_timeout_s=5)\n"
+        "stage = Passing('generate', lambda new: time.sleep(60 * len(new)))\n"
+        "sys.exit(run_worker(stage, bus, DeliverySettings(lease=0.5, max_handle=1), block_s=0.1))"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], check=False, capture_output=True)
+
+    assert ran.returncode == Exit.STUCK
+    stop_when(lambda: bus.backlog()["verify"] == 1)
+    assert run_worker(Passing("generate"), bus, DeliverySettings(lease=0.5), block_s=0.1) == Exit.OK
+
+
+def test_a_worker_gives_up_when_redis_does_not_come_back(tmp_path: Path, run_name: str) -> None:
+    server = EmbeddedRedis(tmp_path, max_memory_mb=64)
+    bus = Bus.connect(server.start(), run_name, consumer="tester", block_s=0.1, connect_timeout_s=0.4)
+    issue(bus, 1)
+    assert run_worker(Passing("generate", lambda new: server.stop()), bus, LASTING, block_s=0.1) == Exit.UNREACHABLE
+    bus.close()
 
 
 def test_a_user_error_in_setup_reaches_the_caller(bus: Bus) -> None:
