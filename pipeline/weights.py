@@ -34,21 +34,22 @@ def publish(run_dir: Path, number: int, state: Mapping[str, Tensor], model_files
     """Write version `number`: `state` as safetensors, beside the configuration and tokenizer files of `model_files_from`.
 
     A version that is there already with the same weights stays as it is; one with other weights is replaced. Durable on
-    return. Of tensors that share their memory (a tied head) the first is written.
+    return, if the files of `model_files_from` are: they are linked where the file system can. Of tensors that share their memory (a tied head) the first is written.
     """
     folder = run_dir / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     final, unfinished = folder / f"{number:06d}", folder / f"{_UNFINISHED}{number:06d}"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    _copy_model_files(model_files_from, unfinished)
+    _link_model_files(model_files_from, unfinished)
     _write(state, unfinished / _WEIGHTS)
     digest = _digest(unfinished / _WEIGHTS)
     size = (unfinished / _WEIGHTS).stat().st_size
     if (final / _WEIGHTS).is_file() and _digest(final / _WEIGHTS) == digest:
         shutil.rmtree(unfinished)
     else:
-        _sync_tree(unfinished)
+        _sync(unfinished / _WEIGHTS)
+        _sync(unfinished)
         _discard(final)
         unfinished.rename(final)
         _sync(folder)
@@ -108,11 +109,15 @@ def _write(state: Mapping[str, Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def _copy_model_files(source: Path, target: Path) -> None:
-    """Everything of a model directory but weights, however they are stored."""
+def _link_model_files(source: Path, target: Path) -> None:
+    """Everything of a model directory but weights, however they are stored; by links, since writing them costs more than the weights."""
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.endswith(_LEFT_OUT):
-            shutil.copyfile(path, target / path.name)
+            try:
+                os.link(path.resolve(), target / path.name)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(path, target / path.name)
+                _sync(target / path.name)
 
 
 def _discard(path: Path) -> None:
@@ -127,12 +132,6 @@ def _discard(path: Path) -> None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
 
 
 def _sync(path: Path) -> None:

@@ -114,7 +114,7 @@ def test_weights_replaced_while_they_are_read_are_refused(tmp_path: Path, model_
         read_weights(tmp_path, policy)
 
 
-@pytest.mark.parametrize("killed_at", ["_copy_model_files", "_write", "_sync_tree", "_discard"])
+@pytest.mark.parametrize("killed_at", ["_link_model_files", "_write", "_sync", "_discard"])
 def test_a_crash_while_publishing_leaves_no_version_and_the_next_attempt_succeeds(
     tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str
 ) -> None:
@@ -133,8 +133,9 @@ def test_a_crash_while_publishing_leaves_no_version_and_the_next_attempt_succeed
     assert folder_names(tmp_path) == ["000005"]
 
 
-def test_everything_is_synced_before_the_rename_and_the_folder_after_it(
-    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("links", [True, False])
+def test_everything_written_is_synced_before_the_rename_and_the_folder_after_it(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, links: bool
 ) -> None:
     events: list[str] = []
     fsync, rename = os.fsync, Path.rename
@@ -147,11 +148,19 @@ def test_everything_is_synced_before_the_rename_and_the_folder_after_it(
         events.append("rename")
         return rename(path, target)
 
+    def no_links(*_: object) -> None:
+        raise OSError("another file system")
+
     monkeypatch.setattr(os, "fsync", noted_fsync)
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
     monkeypatch.setattr(Path, "rename", noted_rename)
     publish(tmp_path, 2, STATE, model_dir)
     before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
-    assert set(before) == {"config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors", ".unfinished-000002"}
+    copies = set() if links else {"config.json", "tokenizer.json", "chat_template.jinja"}
+    assert set(before) == {*copies, "model.safetensors", ".unfinished-000002"}
+    assert (tmp_path / "policies/000002/tokenizer.json").read_text() == "tokenizer.json"
+    assert (tmp_path / "policies/000002/tokenizer.json").samefile(model_dir / "tokenizer.json") == links
     assert after == ["policies"]
 
 

@@ -129,9 +129,13 @@ def _write(temporary: Path, state: TrainerState, write_files: Callable[[Path], N
     (temporary / STATE).write_bytes(msgspec.json.encode(state))
     files = sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file())
     (temporary / MANIFEST).write_bytes(msgspec.json.encode({name: _digest(temporary / name) for name in files}))
-    for name in [*files, MANIFEST]:
-        _sync(temporary / name)
-    _sync(temporary)
+    sync_tree(temporary)
+
+
+def sync_tree(directory: Path) -> None:
+    """Make `directory` and all in it durable."""
+    for path in (*directory.rglob("*"), directory):
+        _sync(path)
 
 
 def _forget_optimizer(path: Path) -> None:

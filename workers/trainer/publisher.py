@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pipeline import weights
 from pipeline.records import PolicyVersion
 from pipeline.streams import Bus, Lease
+from workers.trainer import checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,5 +62,6 @@ def student_files(run_dir: Path, learner: Learner) -> Path:
         learner.save_model(unfinished)
         for path in (*unfinished.glob("*.safetensors"), *unfinished.glob("*.index.json")):
             path.unlink()
+        checkpoint.sync_tree(unfinished)  # once: the published versions link to these files
         unfinished.rename(directory)
     return directory
