@@ -34,7 +34,8 @@ def publish(run_dir: Path, number: int, state: Mapping[str, Tensor], model_files
     """Write version `number`: `state` as safetensors, beside the configuration and tokenizer files of `model_files_from`.
 
     A version that is there already with the same weights stays as it is; one with other weights is replaced. Durable on
-    return, if the files of `model_files_from` are: they are linked where the file system can. Of tensors that share their memory (a tied head) the first is written.
+    return, if the files of `model_files_from` are: they are linked where the file system can. Of tensors that share their
+    memory (a tied head) the first is written.
     """
     folder = run_dir / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
