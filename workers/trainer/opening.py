@@ -77,9 +77,9 @@ def lost_numbers(bus: Bus, settled: RangeSet, issued: int) -> RangeSet:
 
 def unsettled_dead(bus: Bus, settled: RangeSet) -> list[int]:
     """Dead letters whose tombstone has gone: acknowledged by a checkpoint that was lost since. They stay dead."""
-    dead = bus.dead_numbers()  # before the streams: whoever dies in between has its tombstone in them
-    waiting = {number for stage in STAGES for number in bus.numbers(stage)}
-    return [number for number in dead if number > 0 and number not in settled and number not in waiting]
+    # Before the streams: whoever dies in between has its tombstone in them.
+    dead = {number for number in bus.dead_numbers() if number > 0 and number not in settled}
+    return sorted(dead.difference(*(bus.numbers(stage) for stage in STAGES))) if dead else []
 
 
 def _plan_of_the_run(bus: Bus, run_dir: Path) -> Plan | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,12 @@ import msgspec
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.records import Rollout, Ticket, Tombstone, encode
+from pipeline.errors import Exit
+from pipeline.loop import run_worker
+from pipeline.records import Rollout, Ticket, Tombstone, decode_work, encode
 from pipeline.streams import Bus, Move, Out
 from tests.workers.trainer.driver import Run, dead, rollout
+from workers.trainer.stage import Trainer
 
 NAMES = (
     "step time loss loss_policy loss_teacher loss_kl reward reward_std unscored teacher_kl teacher_kl_k3 entropy ratio_mean ratio_max "
@@ -223,3 +227,33 @@ def test_what_the_state_file_says_is_complete(run: Callable[..., Run], bus: Bus)
     assert state["ledger_bytes"] == (job.trainer.run_dir / "trained.jsonl").stat().st_size
     assert state["totals"]["rollouts"] == 32
     assert msgspec.json.encode(state["policy"][1])
+
+
+def test_the_worker_loop_runs_it_to_its_end_and_frees_the_lease(run: Callable[..., Run], bus: Bus, redis_url: str) -> None:
+    job = run(delivery__lease=2, delivery__max_handle=60)
+    job.ready()
+    other = Bus.connect(redis_url, bus.run, consumer="generator", block_s=0.2, connect_timeout_s=5)
+
+    def generate() -> None:
+        while not other.finished():
+            moves = []
+            newest = other.newest_policy()
+            assert newest is not None
+            for entry in other.read("generate", 8, block_s=0.05):
+                ticket = decode_work(entry.payload)
+                assert isinstance(ticket, Ticket)
+                moves.append(Move(entry.id, [Out("train", entry.number, encode(rollout(ticket, newest.number)))]))
+            other.settle("generate", moves)
+
+    generator = threading.Thread(target=generate)
+    generator.start()
+    settings = job.settings(delivery__lease=2, delivery__max_handle=60, orchestrator__max_off_policy_steps=1)
+    try:
+        assert run_worker(Trainer(settings, bus), bus, settings.delivery, block_s=0.1) == Exit.OK
+    finally:
+        generator.join()
+        other.close()
+    assert bus.lease is None
+    counts = job.counts()
+    assert counts["trained"] == 48
+    assert "lost" not in counts and "duplicated" not in counts
