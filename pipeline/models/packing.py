@@ -92,6 +92,17 @@ def share_prompts(prompts: Sequence[npt.ArrayLike], completions: Sequence[npt.Ar
     return [PrefixGroup(prompt_ids, tuple(grouped), tuple(sequences)) for prompt_ids, grouped, sequences in members.values()]
 
 
+def single_rows(prompts: Sequence[npt.ArrayLike], completions: Sequence[npt.ArrayLike]) -> list[PrefixGroup]:
+    """Every sequence with its own prompt, longest first: for models that take padded rows, which then pad each other little.
+
+    Raises:
+        ValueError: a prompt or a completion is empty.
+    """
+    groups = share_prompts(prompts, completions)
+    singles = [_part(group, index, index + 1) for group in groups for index in range(len(group.completions))]
+    return sorted(singles, key=lambda single: -single.tokens)
+
+
 def pack(groups: Sequence[PrefixGroup], max_tokens: int) -> list[Packed]:
     """Packs groups, in order, into rows of at most `max_tokens`.
 

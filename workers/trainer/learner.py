@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.errors import Exit, UserError
 from pipeline.models.loading import load_model, load_tokenizer, resolve_dtype
 from pipeline.models.logprobs import head_of, hidden_states
-from pipeline.models.packing import Packed, pack, share_prompts
+from pipeline.models.packing import Packed, pack, share_prompts, single_rows
 from pipeline.models.probe import prepare
 from settings.trainer import TrainerSettings
 from workers.trainer.head import chunked_loss
@@ -39,16 +39,12 @@ class Learner:
         self.tokenizer = load_tokenizer(model)
         self.model = load_model(model, dtype=torch.float32, device=device)
         self.padded_because = prepare(self.model)
+        self.vocabulary: int = self.model.get_input_embeddings().num_embeddings  # token ids are below it
         self.steps = 0
         optim = trainer.optim
         self._optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
         )
-
-    @property
-    def vocabulary(self) -> int:
-        """Token ids are below this."""
-        return int(self.model.get_input_embeddings().num_embeddings)
 
     def check(self, sample: TrainSample) -> None:
         """Raises ValueError where a step could not train on `sample`; `step` does the same before it changes anything."""
@@ -76,7 +72,8 @@ class Learner:
         return {**tally.means(divisor), **self._update(max_steps), "tokens": float(tokens)}
 
     def _pack(self, samples: Sequence[TrainSample]) -> list[Packed]:
-        groups = share_prompts([sample.prompt_ids for sample in samples], [sample.completion_ids for sample in samples])
+        arrange = single_rows if self.padded_because else share_prompts
+        groups = arrange([sample.prompt_ids for sample in samples], [sample.completion_ids for sample in samples])
         return pack(groups, self.trainer.microbatch)
 
     def _loss(self, packed: Packed, samples: Sequence[TrainSample], tally: Tally) -> Tensor:

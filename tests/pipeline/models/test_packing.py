@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.models import packing
-from pipeline.models.packing import AttentionCall, Packed, pack, share_prompts
+from pipeline.models.packing import AttentionCall, Packed, pack, share_prompts, single_rows
 from tests.tiny import sequences
 
 
@@ -115,3 +115,8 @@ def test_a_long_prompt_whose_completions_are_one_token_needs_the_prompt_alone() 
     (packed,) = pack(share_prompts([[1] * 600] * 2, [[2], [3]]), max_tokens=1000)
     assert [call.queries.shape for call in packed.calls] == [(1, 600)]
     assert packed.predicted_at.tolist() == [599, 599]
+
+
+def test_single_rows_share_nothing_and_stand_longest_first() -> None:
+    groups = single_rows([[1, 2], [3], [1, 2]], [[4], [5, 6, 7], [8, 9, 9, 9]])
+    assert [(group.prompt_ids.tolist(), group.sequences) for group in groups] == [([1, 2], (2,)), ([3], (1,)), ([1, 2], (0,))]

@@ -119,6 +119,16 @@ def test_the_gradient_does_not_depend_on_how_the_samples_are_packed(tmp_path: Pa
     torch.testing.assert_close(gradient(split, batch[::-1]), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
+def test_a_model_that_cannot_share_prompts_has_the_same_gradient_from_padded_rows(student: Path) -> None:
+    shared, padded = learner(student), learner(student, microbatch=64)
+    padded.padded_because = "as if its code could not"
+    padded.model.set_attn_implementation("sdpa")
+    batch = samples(shared)
+    assert max(len(row.input_ids) for row in padded._pack(batch)) <= 64
+    expected = gradient(shared, batch)
+    torch.testing.assert_close(gradient(padded, batch), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
 def test_a_steps_gradient_is_the_naive_one(student: Path, tmp_path: Path) -> None:
     """One sequence at a time, all logits, plain autograd, and the formula of the design written out."""
     teacher = learner(write_tiny(tmp_path, seed=1))
