@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from pipeline.errors import Exit
+from settings.devices import gpus_found
 from settings.fields import known
+from settings.gpus import gpu_problems
 from settings.load import Resolved
 from settings.plan import Plan, make_plan
 from settings.problem import Problem
@@ -22,12 +24,15 @@ def report(resolved: Resolved, console: Console, *, everything: bool) -> Exit:
 
     Returns `Exit.USAGE` where there are problems.
     """
+    problems = list(resolved.problems)
     if resolved.settings is not None:
+        plan = make_plan(resolved.settings)
+        problems += gpu_problems(resolved.settings, plan, gpus_found())
         _print_settings(resolved.settings, resolved.origins, console, everything=everything)
-        _print_plan(make_plan(resolved.settings), resolved.settings, console)
+        _print_plan(plan, resolved.settings, console)
         _print_warnings(warnings_of(resolved.settings), console)
-    _print_problems(resolved.problems, console)
-    return Exit.USAGE if resolved.problems else Exit.OK
+    _print_problems(problems, console)
+    return Exit.USAGE if problems else Exit.OK
 
 
 def _print_settings(settings: Settings, origins: Mapping[str, str], console: Console, *, everything: bool) -> None:
@@ -48,15 +53,27 @@ def _print_plan(plan: Plan, settings: Settings, console: Console) -> None:
     rows = [
         ("run", f"{plan.run} in {settings.run_dir}"),
         ("route", " → ".join(plan.streams)),
-        ("workers", ", ".join(f"{stage} × {count}" for stage, count in plan.workers.items())),
+        ("workers", ", ".join(f"{kind} × {count}" for kind, count in plan.workers.items())),
         ("streams", ", ".join(f"{{onstream:{plan.run}}}:stream:{stage}" for stage in plan.streams)),
         ("student", plan.student),
-        ("teacher", plan.teacher or "none"),
+        ("teacher", _teacher(plan, settings)),
         ("devices", _devices(plan, settings)),
         ("redis", "as redis.url says" if settings.redis.url else "started by onstream up"),
     ]
     for name, value in rows:
         _line(console, f"  {name:<8} {escape(value)}")
+
+
+def _teacher(plan: Plan, settings: Settings) -> str:
+    """The teacher and where it runs; in hard distillation, who writes what is trained on."""
+    where = [f"{plan.teacher} beside the run"] if plan.teacher else []
+    for name, section, does in (
+        (plan.external_teacher, settings.orchestrator.teacher_model, ""),
+        (plan.rollout_teacher, settings.orchestrator.teacher_rollout_model, ", which writes what is trained on"),
+    ):
+        if name is not None and section is not None:
+            where.append(f"{name} at {', '.join(section.client.base_url) or 'endpoints that others bring'}{does}")
+    return "; ".join(where) or "none"
 
 
 def _devices(plan: Plan, settings: Settings) -> str:

@@ -82,6 +82,8 @@ class TeacherRolloutModelSettings(Section):
     keep: Annotated[Literal["all", "verified"], RUN] = "all"
     """`all` completions are trained on, or only those that verification gives the full reward of 1."""
     temperature: Annotated[float, RUN, Unit("ratio"), Field(ge=0, le=10)] = 1.0
-    """Sampling temperature that the endpoint is asked for. `inference.sampling.max_completion` bounds the completions."""
+    """Sampling temperature that the endpoint is asked for."""
+    max_completion: Annotated[int | None, RUN, Unit("tokens"), Field(ge=1, le=1 << 20)] = None
+    """The longest completion that the endpoint is asked for. Unset: `inference.sampling.max_completion`."""
     client: ClientSettings = ClientSettings()
     model: EndpointModel = EndpointModel()

@@ -6,36 +6,44 @@ The trainer writes it once to Redis and to the run directory; every other worker
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from pipeline.errors import Exit, UserError
-from settings.deployment import StageName
+from settings.deployment import STAGE_OF, StageName, WorkerKind
+from settings.devices import device_of
 from settings.fields import known
 from settings.root import Settings
+from settings.route import external_teacher, local_teacher, rollout_teacher, route_of
 from settings.text import shown
 
-STAGES: tuple[StageName, ...] = ("generate", "verify", "score", "train")
+TEACHER_NAMES = ("teacher_inference.model.name", "orchestrator.teacher_model.model.name")
 
 
 class Plan(msgspec.Struct, frozen=True):
     """What follows from the settings.
 
     `route` is what a rollout passes after it was generated, and ends in `train`. `workers` counts the processes that
-    `onstream up` starts here. `teacher` is None where no local model scores.
+    `onstream up` starts here, 0 for a kind that others bring. `teacher` is the model that scores beside the run,
+    `external_teacher` the name of one that endpoints serve, `rollout_teacher` that of the one whose completions are trained on.
     `run_settings` are the settings of scope `run` by dotted name, of which those in `changeable` may change on resume.
     """
 
     run: str
     route: tuple[StageName, ...]
-    workers: dict[StageName, int]
+    workers: dict[WorkerKind, int]
     student: str
     teacher: str | None
+    external_teacher: str | None
+    rollout_teacher: str | None
     device: Literal["cpu", "cuda"]
     run_settings: dict[str, Any]
     changeable: tuple[str, ...]
+
+    def kinds(self, stage: StageName) -> list[WorkerKind]:
+        """The kinds of worker that serve `stage` by this plan."""
+        return [kind for kind in self.workers if STAGE_OF[kind] == stage]
 
     @property
     def streams(self) -> tuple[StageName, ...]:
@@ -81,14 +89,21 @@ def make_plan(settings: Settings) -> Plan:
     """The plan that follows from `settings`."""
     route = route_of(settings)
     shared = {name: setting for name, setting in known().items() if setting.scope.kind == "run"}
+    local, external = local_teacher(settings), external_teacher(settings)
+    values = {name: setting.value(settings) for name, setting in shared.items()}
+    if local or external:
+        # One teacher, wherever it runs: a worker may join with endpoints of its own, or with a model of its own.
+        values |= dict.fromkeys(TEACHER_NAMES, external or local)
     return Plan(
         run=settings.run.name,
         route=route,
-        workers=_workers(settings, route),
+        workers=_workers(settings, route, local=local is not None, external=external is not None),
         student=settings.model.name,
-        teacher=teacher_model(settings) if "score" in route else None,
-        device=device_of(settings),
-        run_settings={name: setting.value(settings) for name, setting in shared.items()},
+        teacher=local,
+        external_teacher=external,
+        rollout_teacher=rollout_teacher(settings),
+        device=device_of(settings.deployment),
+        run_settings=values,
         changeable=tuple(name for name, setting in shared.items() if setting.scope.changeable),
     )
 
@@ -120,57 +135,14 @@ def refuse_differences(ours: Plan, theirs: Plan) -> None:
         )
 
 
-def route_of(settings: Settings) -> tuple[StageName, ...]:
-    """The stages of a rollout after it was generated."""
-    route: list[StageName] = []
-    if verification_on(settings):
-        route.append("verify")
-    if teacher_on(settings):
-        route.append("score")
-    return (*route, "train")
-
-
-def verification_on(settings: Settings) -> bool:
-    """Whether rollouts are verified: what `orchestrator.verification.enabled` says, else whether a verifier is deployed."""
-    enabled, stages = settings.orchestrator.verification.enabled, settings.deployment.stages
-    if enabled is not None:
-        return enabled
-    return stages is None or "verify" in stages
-
-
-def teacher_on(settings: Settings) -> bool:
-    """Whether a teacher scores: with `teacher_tau` > 0 always, else where one is deployed or configured (metric only)."""
-    if settings.trainer.loss.teacher_tau > 0:
-        return True
-    stages = settings.deployment.stages
-    return teacher_configured(settings) if stages is None else "score" in stages
-
-
-def teacher_configured(settings: Settings) -> bool:
-    """Whether the settings say where the teacher's scores come from."""
-    return settings.deployment.num_teacher_gpus is not None or settings.teacher_inference.model.name is not None
-
-
-def teacher_model(settings: Settings) -> str:
-    """The local teacher's model: its own, or the student's starting model."""
-    return settings.teacher_inference.model.name or settings.model.name
-
-
-def device_of(settings: Settings) -> Literal["cpu", "cuda"]:
-    """Where models run. Finds GPUs by their device files, since asking torch would mean importing it."""
-    if settings.deployment.device != "auto":
-        return settings.deployment.device
-    return "cuda" if any(Path("/dev").glob("nvidia[0-9]*")) else "cpu"
-
-
-def _workers(settings: Settings, route: tuple[StageName, ...]) -> dict[StageName, int]:
-    """Worker processes per stage that this deployment starts."""
+def _workers(settings: Settings, route: tuple[StageName, ...], *, local: bool, external: bool) -> dict[WorkerKind, int]:
+    """Worker processes per kind that this deployment starts."""
     deployment = settings.deployment
-    wanted: dict[StageName, int] = {
-        "generate": deployment.generators,
-        "verify": deployment.verifiers,
-        "score": deployment.num_teacher_gpus or 1,
-        "train": 1,
-    }
-    here = deployment.stages or STAGES
-    return {stage: wanted[stage] if stage in here else 0 for stage in STAGES if stage == "generate" or stage in route}
+    wanted: dict[WorkerKind, int] = {"generator": deployment.generators, "verifier": deployment.verifiers}
+    if local:
+        wanted["teacher"] = deployment.num_teacher_gpus or 1
+    if external:
+        wanted["teacher-external"] = deployment.external_teachers
+    wanted["trainer"] = 1
+    here = deployment.stages or ("generate", *route)
+    return {kind: count if STAGE_OF[kind] in here else 0 for kind, count in wanted.items() if STAGE_OF[kind] in ("generate", *route)}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from settings.deployment import WorkerKind
 from settings.fields import known
-from settings.plan import make_plan, route_of, teacher_configured, teacher_model, teacher_on, verification_on
+from settings.plan import make_plan
 from settings.problem import Problem
 from settings.root import Settings
+from settings.route import local_teacher, local_teacher_configured, route_of, teacher_configured, teacher_on, verification_on
 from settings.text import shown
 
 Rule = Callable[[Settings], Iterator[Problem]]
@@ -20,7 +22,7 @@ def problems_of(settings: Settings) -> list[Problem]:
 
 def warnings_of(settings: Settings) -> list[str]:
     """What works, but may not be what was meant."""
-    return [*_teacher_warnings(settings), *_deployment_warnings(settings)]
+    return [*_teacher_warnings(settings), *_hard_distillation_warnings(settings), *_deployment_warnings(settings)]
 
 
 def _batches(settings: Settings) -> Iterator[Problem]:
@@ -65,10 +67,50 @@ def _teacher(settings: Settings) -> Iterator[Problem]:
     if settings.trainer.loss.type == "rl" and settings.trainer.loss.teacher_tau > 0 and not teacher_configured(settings) and not deployed:
         yield _problem(
             settings,
-            ["trainer.loss.teacher_tau", "deployment.num_teacher_gpus", "teacher_inference.model.name"],
+            [
+                "trainer.loss.teacher_tau",
+                "deployment.num_teacher_gpus",
+                "teacher_inference.model.name",
+                "orchestrator.teacher_model.model.name",
+            ],
             "a teacher",
-            "Set deployment.num_teacher_gpus = 1 to start one, and teacher_inference.model.name unless it is the student's starting model.",
+            "Set deployment.num_teacher_gpus = 1 to start one, and teacher_inference.model.name unless it is the student's starting model; "
+            "or orchestrator.teacher_model for one that runs elsewhere.",
         )
+
+
+def _one_teacher(settings: Settings) -> Iterator[Problem]:
+    external = settings.orchestrator.teacher_model
+    if external is None or not external.model.name or not local_teacher_configured(settings):
+        return
+    if external.model.name != (settings.teacher_inference.model.name or settings.model.name):
+        local = "teacher_inference.model.name" if settings.teacher_inference.model.name else "model.name"
+        yield _problem(
+            settings,
+            ["orchestrator.teacher_model.model.name", local, "deployment.num_teacher_gpus"],
+            "one teacher, whether it is started here, runs elsewhere, or both",
+            "Name the same model in both, or leave out orchestrator.teacher_model, or num_teacher_gpus and teacher_inference.",
+        )
+
+
+def _endpoints(settings: Settings) -> Iterator[Problem]:
+    asking: dict[str, WorkerKind] = {"teacher_model": "teacher-external", "teacher_rollout_model": "generator"}
+    for section, kind in asking.items():
+        endpoint = getattr(settings.orchestrator, section)
+        if endpoint is None:
+            continue
+        name = f"orchestrator.{section}"
+        if not endpoint.model.name:
+            yield _problem(
+                settings, [f"{name}.model.name"], "the model's name at the endpoint", f"Set {name}.model.name as its /models lists it."
+            )
+        if not endpoint.client.base_url and make_plan(settings).workers.get(kind):
+            yield _problem(
+                settings,
+                [f"{name}.client.base_url"],
+                f"the address of an endpoint for the {kind} worker to ask",
+                f'Set {name}.client.base_url = ["http://host:8000/v1"].',
+            )
 
 
 def _sampling(settings: Settings) -> Iterator[Problem]:
@@ -93,20 +135,66 @@ def _sampling(settings: Settings) -> Iterator[Problem]:
 
 
 def _hard_distillation(settings: Settings) -> Iterator[Problem]:
+    sft, source = settings.trainer.loss.type == "sft", settings.orchestrator.teacher_rollout_model
+    if sft and source is None:
+        yield _problem(
+            settings,
+            ["trainer.loss.type", "orchestrator.teacher_rollout_model.model.name"],
+            "a teacher whose completions are trained on: the student's own teach it nothing",
+            'Set orchestrator.teacher_rollout_model, or trainer.loss.type = "rl".',
+        )
+    if not sft and source is not None:
+        yield _problem(
+            settings,
+            ["orchestrator.teacher_rollout_model.model.name", "trainer.loss.type"],
+            'the loss "sft", since what the teacher wrote has no importance ratios',
+            'Set trainer.loss.type = "sft", or leave orchestrator.teacher_rollout_model out.',
+        )
+    if source is not None and source.keep == "verified" and not verification_on(settings):
+        yield _problem(
+            settings,
+            ["orchestrator.teacher_rollout_model.keep", "orchestrator.verification.enabled", "deployment.stages"],
+            "verification, to know which completions are right",
+            'Set orchestrator.verification.enabled = true, or orchestrator.teacher_rollout_model.keep = "all".',
+        )
+
+
+def _token_client(settings: Settings) -> Iterator[Problem]:
+    tokens, source = settings.orchestrator.use_token_client, settings.orchestrator.teacher_rollout_model
+    names = ["orchestrator.use_token_client", "orchestrator.teacher_rollout_model.model.name"]
+    if tokens and source is not None:
+        yield _problem(
+            settings,
+            names,
+            "chat messages with a teacher_rollout_model, whose token ids are not the student's",
+            "Set orchestrator.use_token_client = false.",
+        )
+    if not tokens and source is None:
+        yield _problem(
+            settings,
+            names,
+            "token ids, since the student itself writes the rollouts",
+            "Leave orchestrator.use_token_client out, or set orchestrator.teacher_rollout_model.",
+        )
+
+
+def _no_scores_for_sft(settings: Settings) -> Iterator[Problem]:
     if settings.trainer.loss.type != "sft":
         return
-    yield _problem(
-        settings,
-        ["trainer.loss.type"],
-        '"rl": no source of teacher completions can be configured yet, and training on the student\'s own samples teaches nothing',
-        'Set trainer.loss.type = "rl".',
-    )
     if settings.trainer.loss.teacher_tau > 0:
         yield _problem(
             settings,
             ["trainer.loss.type", "trainer.loss.teacher_tau"],
             "no teacher logprobs with sft",
             "Set trainer.loss.teacher_tau = 0.0.",
+        )
+    teachers = ["deployment.num_teacher_gpus", "teacher_inference.model.name", "orchestrator.teacher_model.model.name"]
+    if given := [name for name in teachers if known()[name].value(settings) is not None]:
+        yield _problem(
+            settings,
+            ["trainer.loss.type", *given],
+            "no teacher that scores tokens: sft reads none of it",
+            f"Leave {' and '.join(given)} out.",
         )
 
 
@@ -131,14 +219,17 @@ def _task(settings: Settings) -> Iterator[Problem]:
             )
 
 
-_RULES: tuple[Rule, ...] = (_batches, _training_signal, _teacher, _sampling, _hard_distillation, _stages, _task)
+_RULES: tuple[Rule, ...] = (
+    *(_batches, _training_signal, _teacher, _one_teacher, _endpoints, _sampling),
+    *(_hard_distillation, _token_client, _no_scores_for_sft, _stages, _task),
+)
 
 
 def _teacher_warnings(settings: Settings) -> Iterator[str]:
     loss = settings.trainer.loss
     if teacher_on(settings) and loss.teacher_tau == 0:
         yield "The teacher is metric-only: trainer.loss.teacher_tau is 0, so its scores are reported as teacher_kl and train nothing."
-    if loss.teacher_tau > 0 and loss.adv_tau == 0 and teacher_model(settings) == settings.model.name:
+    if loss.teacher_tau > 0 and loss.adv_tau == 0 and local_teacher(settings) == settings.model.name:
         yield f"The teacher is the student's own starting model ({settings.model.name}) and adv_tau is 0: nothing to learn."
     if loss.teacher_top_k > 0 and loss.teacher_tau == 0:
         yield f"trainer.loss.teacher_top_k = {loss.teacher_top_k} has no effect: trainer.loss.teacher_tau is 0."
@@ -146,13 +237,24 @@ def _teacher_warnings(settings: Settings) -> Iterator[str]:
         yield "trainer.loss.adv_tau has no effect: deployment.stages leaves the verifier out, so no rollout has a reward."
 
 
+def _hard_distillation_warnings(settings: Settings) -> Iterator[str]:
+    if settings.orchestrator.teacher_rollout_model is None:
+        return
+    for name in ("temperature", "top_p", "top_k", "min_p"):
+        setting = known()[f"inference.sampling.{name}"]
+        if setting.value(settings) != setting.default:
+            yield f"{setting.name} has no effect: the completions are those of orchestrator.teacher_rollout_model."
+
+
 def _deployment_warnings(settings: Settings) -> Iterator[str]:
-    for stage, count in make_plan(settings).workers.items():
-        if count == 0:
-            yield f"No {stage} worker is started here: the run waits until one joins (onstream worker {stage})."
-    for stage in ("verify", "score"):
+    plan = make_plan(settings)
+    for stage in plan.streams:
+        kinds = plan.kinds(stage)
+        if not any(plan.workers[kind] for kind in kinds):
+            yield f"No {kinds[0]} worker is started here: the run waits until one joins (onstream worker {kinds[0]})."
+    for stage, why in (("verify", "orchestrator.verification.enabled = false"), ("score", 'trainer.loss.type = "sft"')):
         if stage in (settings.deployment.stages or ()) and stage not in route_of(settings):
-            yield f"deployment.stages names {stage}, but orchestrator.verification.enabled = false: no {stage} worker runs."
+            yield f"deployment.stages names {stage}, but {why}: no {stage} worker runs."
 
 
 def _problem(settings: Settings, names: list[str], expected: str, next_step: str) -> Problem:

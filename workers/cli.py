@@ -14,21 +14,12 @@ import click
 from pipeline.errors import Exit, UserError
 
 if TYPE_CHECKING:
-    from settings.deployment import StageName
+    from settings.deployment import WorkerKind
     from settings.root import Settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-STAGES: dict[str, StageName] = {
-    "generator": "generate",
-    "verifier": "verify",
-    "teacher": "score",
-    "trainer": "train",
-    "generate": "generate",
-    "verify": "verify",
-    "score": "score",
-    "train": "train",
-}
+KINDS: tuple[WorkerKind, ...] = ("generator", "verifier", "teacher", "teacher-external", "trainer")
 
 
 def sources(command: Command) -> Command:
@@ -76,17 +67,18 @@ def check(files: tuple[Path, ...], overrides: tuple[str, ...], everything: bool)
 
 
 @cli.command()
-@click.argument("stage", type=click.Choice(list(STAGES)), metavar="STAGE")
+@click.argument("kind", type=click.Choice(KINDS), metavar="KIND")
 @sources
-def worker(stage: str, files: tuple[Path, ...], overrides: tuple[str, ...]) -> Exit:
+def worker(kind: WorkerKind, files: tuple[Path, ...], overrides: tuple[str, ...]) -> Exit:
     """Run one worker against a running Redis.
 
-    STAGE is generator, verifier, teacher or trainer; or the name of its stream: generate, verify, score or train.
+    KIND is generator, verifier, teacher, teacher-external or trainer. A teacher scores with a model of its own, a teacher-external asks
+    the endpoints of orchestrator.teacher_model; a run may have both.
     """
     settings = _settings(files, overrides)
-    from workers.runner import run_stage
+    from workers.runner import run_kind
 
-    return run_stage(STAGES[stage], settings)
+    return run_kind(kind, settings)
 
 
 @cli.command()

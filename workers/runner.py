@@ -15,66 +15,84 @@ from pipeline import telemetry
 from pipeline.errors import Exit, UserError
 from pipeline.stage import Stage, Stats
 from pipeline.streams import Bus
-from settings.deployment import StageName
+from settings.deployment import STAGE_OF, WorkerKind
+from settings.devices import device_of
+from settings.gpus import memory_share
 from settings.plan import Plan, make_plan, refuse_differences
 from settings.root import Settings
 from workers.access import connect, redis_url
 
-STAGE_CLASSES: dict[StageName, str] = {
-    "generate": "workers.generator.stage:Generator",
-    "verify": "workers.verifier.stage:Verifier",
-    "score": "workers.teacher.stage:Teacher",
-    "train": "workers.trainer.stage:Trainer",
+STAGE_CLASSES: dict[WorkerKind, str] = {
+    "generator": "workers.generator.stage:Generator",
+    "verifier": "workers.verifier.stage:Verifier",
+    "teacher": "workers.teacher.stage:Teacher",
+    "teacher-external": "workers.teacher.external:ExternalTeacher",
+    "trainer": "workers.trainer.stage:Trainer",
 }
+CHAT_GENERATOR = "workers.generator.chat:ChatGenerator"
 REMINDER_S = 10.0
 log = telemetry.get_logger()
 
 
-def run_stage(stage: StageName, settings: Settings) -> Exit:
-    """Run one worker of `stage` until the run is finished or the worker is told to stop.
+def run_kind(kind: WorkerKind, settings: Settings) -> Exit:
+    """Run one worker of `kind` until the run is finished or the worker is told to stop.
 
     Raises:
-        UserError: Redis cannot be used, the run's plan forbids this worker, or the stage cannot work with these settings.
+        UserError: Redis cannot be used, the run's plan forbids this worker, or the worker cannot work with these settings.
     """
-    worker = f"{stage}-{socket.gethostname()}-{os.getpid()}"
-    telemetry.configure(stage, worker, settings.run.name, settings.log)
+    worker = f"{kind}-{socket.gethostname()}-{os.getpid()}"
+    telemetry.configure(STAGE_OF[kind], worker, settings.run.name, settings.log)
     _limit_threads(settings)
     with contextlib.closing(connect(settings, redis_url(settings), consumer=worker)) as bus:
-        if stage != "train" and not _admitted(stage, settings, bus):
+        if kind != "trainer" and not _admitted(kind, settings, bus):
             return Exit.OK
         from pipeline.loop import run_worker
 
-        return run_worker(stage_class(stage)(settings, bus), bus, settings.delivery, block_s=settings.redis.block)
+        _limit_gpu_memory(kind, settings)
+        return run_worker(stage_class(class_path(kind, settings))(settings, bus), bus, settings.delivery, block_s=settings.redis.block)
 
 
-def stage_class(stage: StageName) -> Callable[[Settings, Bus], Stage]:
-    """The class of `stage`, imported only now: the trainer's and the teacher's bring torch with them."""
-    module, _, name = STAGE_CLASSES[stage].partition(":")
+def class_path(kind: WorkerKind, settings: Settings) -> str:
+    """`module:class` of what does the work of `kind`; in hard distillation a generator asks an endpoint."""
+    if kind == "generator" and settings.orchestrator.teacher_rollout_model is not None:
+        return CHAT_GENERATOR
+    return STAGE_CLASSES[kind]
+
+
+def stage_class(path: str) -> Callable[[Settings, Bus], Stage]:
+    """The class at `path` (`module:class`), imported only now: some bring torch with them."""
+    module, _, name = path.partition(":")
     made: Callable[[Settings, Bus], Stage] = getattr(importlib.import_module(module), name)
     return made
 
 
-def _admitted(stage: StageName, settings: Settings, bus: Bus) -> bool:
+def _admitted(kind: WorkerKind, settings: Settings, bus: Bus) -> bool:
     """Whether the run's plan, once there is one, has a place for this worker; False when it was told to stop meanwhile.
 
     Raises:
         UserError: it has none.
     """
-    plan = wait_for_plan(stage, bus, poll_s=min(1.0, settings.redis.block))
+    plan, ours = wait_for_plan(kind, bus, poll_s=min(1.0, settings.redis.block)), make_plan(settings)
     if plan is None:
         return False
-    refuse_differences(make_plan(settings), plan)
-    if stage not in plan.streams:
+    refuse_differences(ours, plan)
+    if STAGE_OF[kind] not in plan.streams:
         raise UserError(
-            f"a {stage} worker for run {plan.run!r}, whose rollouts pass {' → '.join(plan.streams)}",
+            f"a {kind} worker for run {plan.run!r}, whose rollouts pass {' → '.join(plan.streams)}",
             expected="a worker of one of those stages",
-            next_step="Start one of those, or a run whose settings ask for this stage.",
+            next_step="Start one of those, or a run whose settings ask for this worker.",
             exit=Exit.REFUSED,
+        )
+    if kind not in ours.workers:
+        raise UserError(
+            f"a {kind} worker with settings for {', '.join(ours.workers)}",
+            expected="settings that say where its scores come from",
+            next_step="Set orchestrator.teacher_model for a teacher-external, or teacher_inference.model.name for a teacher.",
         )
     return True
 
 
-def wait_for_plan(stage: StageName, bus: Bus, *, poll_s: float) -> Plan | None:
+def wait_for_plan(kind: WorkerKind, bus: Bus, *, poll_s: float) -> Plan | None:
     """The run's plan, which its trainer writes. Waits for it, saying so in the log and in heartbeats.
 
     Returns None when SIGTERM or SIGINT came first.
@@ -87,9 +105,9 @@ def wait_for_plan(stage: StageName, bus: Bus, *, poll_s: float) -> Plan | None:
         since_reminder_s = REMINDER_S
         while (data := bus.read_plan()) is None:
             if since_reminder_s >= REMINDER_S:
-                log.info(waiting.detail, next_step="start one with `onstream worker train`, unless it is on its way")
+                log.info(waiting.detail, next_step="start one with `onstream worker trainer`, unless it is on its way")
                 since_reminder_s = 0.0
-            bus.heartbeat(stage, waiting, state="starting")
+            bus.heartbeat(STAGE_OF[kind], waiting, state="starting")
             if stop.wait(poll_s):
                 return None
             since_reminder_s += poll_s
@@ -110,6 +128,15 @@ def _told_to_stop() -> Iterator[threading.Event]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def _limit_gpu_memory(kind: WorkerKind, settings: Settings) -> None:
+    """Keep a worker that shares its GPU within its share of the memory."""
+    share = memory_share(settings, kind)
+    if share is not None and device_of(settings.deployment) == "cuda":
+        import torch
+
+        torch.cuda.set_per_process_memory_fraction(share)
 
 
 def _limit_threads(settings: Settings) -> None:

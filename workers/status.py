@@ -12,13 +12,15 @@ from pipeline.board import WorkerState
 from pipeline.keys import STAGES
 from pipeline.streams import Bus
 from settings.plan import Plan
-from workers.launcher.watch import take, waits
+from workers.launcher.watch import KINDS_OF, take, waits
 
 
 def status(bus: Bus) -> dict[str, Any]:
     """The state of the run now, as JSON data. `waits` are sentences; `backlog` counts records waiting or in hand."""
     data, policy, snapshot = bus.read_plan(), bus.newest_policy(), take(bus)
-    route = list(Plan.decode(data).streams) if data else list(STAGES)
+    plan = Plan.decode(data) if data else None
+    route = list(plan.streams) if plan else list(STAGES)
+    kinds = {stage: plan.kinds(stage) for stage in plan.streams} if plan else KINDS_OF
     workers, in_hand = bus.workers(), bus.pending_counts()
     return {
         "run": bus.run,
@@ -34,7 +36,7 @@ def status(bus: Bus) -> dict[str, Any]:
             if stage in route
         },
         "workers": [_worker(worker) for worker in workers],
-        "waits": [] if snapshot.finished else _waits(data is not None, waits(snapshot, route, {})),
+        "waits": [] if snapshot.finished else _waits(data is not None, waits(snapshot, route, {}, kinds)),
     }
 
 

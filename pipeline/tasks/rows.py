@@ -9,7 +9,7 @@ import msgspec
 
 from pipeline.errors import UserError
 from pipeline.tasks.base import FiniteTask, Message, Problem
-from settings.plan import verification_on
+from settings.route import verification_on
 from settings.root import Settings
 
 Value = TypeVar("Value")

@@ -9,6 +9,13 @@ from settings.load import load_settings
 from settings.plan import Plan, differences, make_plan, refuse_differences
 
 STAGES = 'deployment.stages=["generate", "train"{}]'
+ENDPOINT = ("orchestrator.teacher_model.client.base_url=http://a/v1", "orchestrator.teacher_model.model.name=big")
+HARD = (
+    "trainer.loss.type=sft",
+    "orchestrator.use_token_client=false",
+    "orchestrator.teacher_rollout_model.client.base_url=http://a/v1",
+    "orchestrator.teacher_rollout_model.model.name=big",
+)
 
 
 def plan(*overrides: str) -> Plan:
@@ -61,9 +68,56 @@ def test_workers_are_those_of_the_route_that_this_deployment_starts() -> None:
         "deployment.generators=2",
         'deployment.stages=["generate", "train", "score"]',
     )
-    assert made.workers == {"generate": 2, "score": 3, "train": 1}
+    assert made.workers == {"generator": 2, "teacher": 3, "trainer": 1}
     elsewhere = plan("orchestrator.verification.enabled=true", STAGES.format(""))
-    assert elsewhere.workers == {"generate": 1, "verify": 0, "train": 1}
+    assert elsewhere.workers == {"generator": 1, "verifier": 0, "trainer": 1}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "workers"),
+    [
+        # Pure RL asks no teacher, pure distillation no verifier.
+        ([], {"generator": 1, "verifier": 1, "trainer": 1}),
+        (
+            [
+                "deployment.num_teacher_gpus=2",
+                "trainer.loss.teacher_tau=1",
+                "trainer.loss.adv_tau=0",
+                "orchestrator.verification.enabled=false",
+            ],
+            {"generator": 1, "teacher": 2, "trainer": 1},
+        ),
+        # Endpoints instead of a teacher beside the run, or as well.
+        ([*ENDPOINT, "trainer.loss.teacher_tau=1"], {"generator": 1, "verifier": 1, "teacher-external": 1, "trainer": 1}),
+        (
+            [*ENDPOINT, "trainer.loss.teacher_tau=1", "teacher_inference.model.name=big", "deployment.external_teachers=3"],
+            {"generator": 1, "verifier": 1, "teacher": 1, "teacher-external": 3, "trainer": 1},
+        ),
+        # Hard distillation: no scores, verified unless told otherwise.
+        (HARD, {"generator": 1, "verifier": 1, "trainer": 1}),
+        ([*HARD, "orchestrator.verification.enabled=false", "deployment.generators=2"], {"generator": 2, "trainer": 1}),
+        ([*HARD, STAGES.format(', "score"')], {"generator": 1, "trainer": 1}),
+    ],
+)
+def test_each_mode_starts_the_workers_it_needs(overrides: list[str], workers: dict[str, int]) -> None:
+    assert plan(*overrides).workers == workers
+
+
+def test_a_plan_names_each_teacher_by_where_it_works() -> None:
+    both = plan(*ENDPOINT, "trainer.loss.teacher_tau=1", "teacher_inference.model.name=big")
+    assert (both.teacher, both.external_teacher, both.rollout_teacher) == ("big", "big", None)
+    assert both.kinds("score") == ["teacher", "teacher-external"]
+    hard = plan(*HARD)
+    assert (hard.teacher, hard.external_teacher, hard.rollout_teacher) == (None, None, "big")
+
+
+@pytest.mark.parametrize("ours", [ENDPOINT, ("teacher_inference.model.name=big", *ENDPOINT), ("teacher_inference.model.name=big",)])
+def test_a_worker_may_bring_the_runs_teacher_in_a_way_of_its_own_but_no_other_teacher(ours: tuple[str, ...]) -> None:
+    tau = "trainer.loss.teacher_tau=1"
+    run = plan(tau, "teacher_inference.model.name=big")
+    refuse_differences(plan(tau, *ours), run)
+    with pytest.raises(UserError, match=r'orchestrator\.teacher_model\.model\.name \(here "big", the run has "other"\)'):
+        refuse_differences(plan(tau, *ours), plan(tau, "teacher_inference.model.name=other"))
 
 
 def test_a_plan_survives_encoding_and_other_bytes_are_refused() -> None:

@@ -10,34 +10,110 @@ from settings.load import load_settings, resolve
 from settings.rules import warnings_of
 
 SNIPPETS = sorted((Path(__file__).parent.parent / "seed_page").glob("*.toml"))
-TEACHER = ["deployment.num_teacher_gpus=1", "teacher_inference.model.name=big", "trainer.loss.teacher_tau=1"]
+NAMED = ["deployment.num_teacher_gpus=1", "teacher_inference.model.name=big"]
+TEACHER = [*NAMED, "trainer.loss.teacher_tau=1"]
+ENDPOINT = ["orchestrator.teacher_model.client.base_url=http://a/v1", "orchestrator.teacher_model.model.name=big"]
+HARD = [
+    "trainer.loss.type=sft",
+    "orchestrator.use_token_client=false",
+    "orchestrator.teacher_rollout_model.client.base_url=http://a/v1",
+    "orchestrator.teacher_rollout_model.model.name=big",
+]
+UNVERIFIED = "orchestrator.verification.enabled=false"
+STAGES = "deployment.stages={}".format
+
+REFUSED = [
+    # The teacher.
+    (["trainer.loss.teacher_tau=0.5"], "deployment.num_teacher_gpus = unset", "expected a teacher. Set deployment.num_teacher_gpus = 1"),
+    (
+        [*ENDPOINT, "trainer.loss.teacher_tau=1", "teacher_inference.model.name=other"],
+        'orchestrator.teacher_model.model.name = "big" with teacher_inference.model.name = "other"',
+        "expected one teacher",
+    ),
+    (
+        [*ENDPOINT, "trainer.loss.teacher_tau=1", "deployment.num_teacher_gpus=1"],
+        'orchestrator.teacher_model.model.name = "big" with model.name = "Qwen/Qwen3-0.6B" with deployment.num_teacher_gpus = 1',
+        "expected one teacher",
+    ),
+    ([ENDPOINT[0], "trainer.loss.teacher_tau=1"], 'orchestrator.teacher_model.model.name = ""', "the model's name at the endpoint"),
+    ([ENDPOINT[1], "trainer.loss.teacher_tau=1"], "orchestrator.teacher_model.client.base_url = []", "the address of an endpoint"),
+    (
+        ["orchestrator.teacher_model.client.base_url=teacher:8000", ENDPOINT[1], "trainer.loss.teacher_tau=1"],
+        "orchestrator.teacher_model.client.base_url[0] = teacher:8000",
+        "text to match pattern '^https?://",
+    ),
+    # Rewards.
+    ([UNVERIFIED], "orchestrator.verification.enabled = false with trainer.loss.adv_tau = 1.0", "rewards for the advantage"),
+    ([*TEACHER, UNVERIFIED], "orchestrator.verification.enabled = false with trainer.loss.adv_tau = 1.0", "rewards for the advantage"),
+    (["orchestrator.group_size=1"], "orchestrator.group_size = 1 with trainer.loss.adv_tau = 1.0", "at least 2 rollouts a group"),
+    (["trainer.loss.adv_tau=0"], "trainer.loss.teacher_tau = 0.0 with trainer.loss.adv_tau = 0.0", "a teacher or rewards"),
+    ([STAGES('["generate", "train"]')], "deployment.stages = ", "a teacher or rewards"),
+    # Hard distillation.
+    (["trainer.loss.type=sft"], "orchestrator.teacher_rollout_model.model.name = unset", "a teacher whose completions are trained on"),
+    (HARD[1:], 'orchestrator.teacher_rollout_model.model.name = "big" with trainer.loss.type = "rl"', 'the loss "sft"'),
+    ([*HARD, "trainer.loss.teacher_tau=0.5"], 'trainer.loss.type = "sft" with trainer.loss.teacher_tau = 0.5', "no teacher logprobs"),
+    ([*HARD, "deployment.num_teacher_gpus=1"], "deployment.num_teacher_gpus = 1", "no teacher that scores tokens"),
+    ([*HARD, *ENDPOINT], 'orchestrator.teacher_model.model.name = "big"', "no teacher that scores tokens"),
+    ([*HARD, "orchestrator.use_token_client=true"], "orchestrator.use_token_client = true", "chat messages with a teacher_rollout_model"),
+    (["orchestrator.use_token_client=false"], "orchestrator.use_token_client = false", "token ids"),
+    ([*HARD[:3]], 'orchestrator.teacher_rollout_model.model.name = ""', "the model's name at the endpoint"),
+    ([*HARD[:2], HARD[3]], "orchestrator.teacher_rollout_model.client.base_url = []", "the address of an endpoint for the generator"),
+    ([*HARD, "orchestrator.teacher_rollout_model.keep=verified", UNVERIFIED], 'keep = "verified"', "verification, to know which"),
+    # Sampling.
+    (["inference.sampling.top_p=0.9"], "inference.sampling.top_p = 0.9", "expected 1.0 in training"),
+    (["inference.sampling.top_k=5"], "inference.sampling.top_k = 5", "expected 0 in training"),
+    (["inference.sampling.min_p=0.1"], "inference.sampling.min_p = 0.1", "expected 0.0 in training"),
+    ([*TEACHER, "inference.sampling.temperature=0.7"], "trainer.loss.teacher_top_k = 0", "temperature 1 with the sampled"),
+    # Weights, counts and names.
+    (["trainer.loss.teacher_tau=-0.5"], "trainer.loss.teacher_tau = -0.5", "greater than or equal to 0"),
+    (["trainer.loss.adv_tau=-1"], "trainer.loss.adv_tau = -1", "greater than or equal to 0"),
+    (["trainer.loss.kl_tau=-1"], "trainer.loss.kl_tau = -1", "greater than or equal to 0"),
+    (["orchestrator.batch_size=100"], "orchestrator.batch_size = 100", "Set orchestrator.batch_size = 96"),
+    (["orchestrator.batch_size=3"], "orchestrator.group_size = 8", "Set orchestrator.batch_size = 8"),
+    ([STAGES('["train", "train", "generate", "verify"]')], "deployment.stages", "each stage once"),
+    (["task.name=jsonl"], "task.path = unset", "the file of the jsonl task"),
+    (["task.path=a.jsonl"], 'task.path = "a.jsonl"', "only a jsonl task reads"),
+    (["orchestrator.teacher_modell.model.name=big"], "orchestrator.teacher_modell", "Did you mean orchestrator.teacher_model"),
+    (
+        [*ENDPOINT, "trainer.loss.teacher_tau=1", "orchestrator.teacher_model.client.url=a"],
+        "orchestrator.teacher_model.client.url",
+        "expected the name of a setting",
+    ),
+]
+
+WARNED = [
+    (["teacher_inference.model.name=big"], "metric-only"),
+    (ENDPOINT, "metric-only"),
+    (["deployment.num_teacher_gpus=1", "trainer.loss.teacher_tau=1", "trainer.loss.adv_tau=0"], "nothing to learn"),
+    (["trainer.loss.teacher_top_k=4"], "teacher_top_k = 4 has no effect"),
+    ([*TEACHER, STAGES('["generate", "score", "train"]')], "adv_tau has no effect"),
+    ([*TEACHER, STAGES('["generate", "verify", "train"]')], "onstream worker teacher)"),
+    ([*ENDPOINT, "trainer.loss.teacher_tau=1", "deployment.external_teachers=0"], "onstream worker teacher-external)"),
+    (["deployment.generators=0"], "onstream worker generator)"),
+    ([*HARD, "inference.sampling.top_p=0.9"], "inference.sampling.top_p has no effect"),
+    ([*HARD, STAGES('["generate", "verify", "score", "train"]')], 'names score, but trainer.loss.type = "sft"'),
+    (
+        [*TEACHER, "trainer.loss.adv_tau=0", UNVERIFIED, STAGES('["generate", "verify", "score", "train"]')],
+        "deployment.stages names verify",
+    ),
+]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "names", "words"),
-    [
-        (["trainer.loss.teacher_tau=0.5"], "deployment.num_teacher_gpus", "expected a teacher"),
-        (["orchestrator.verification.enabled=false"], "orchestrator.verification.enabled", "rewards for the advantage"),
-        ([*TEACHER, "orchestrator.verification.enabled=false"], "trainer.loss.adv_tau", "rewards for the advantage"),
-        (["trainer.loss.adv_tau=0"], "trainer.loss.teacher_tau", "a teacher or rewards"),
-        (['deployment.stages=["generate", "train"]'], "deployment.stages", "a teacher or rewards"),
-        (["orchestrator.batch_size=100"], "orchestrator.batch_size", "Set orchestrator.batch_size = 96"),
-        (["orchestrator.batch_size=3"], "orchestrator.group_size", "Set orchestrator.batch_size = 8"),
-        (["orchestrator.group_size=1"], "orchestrator.group_size", "at least 2 rollouts"),
-        (["inference.sampling.top_p=0.9"], "inference.sampling.top_p", "expected 1.0 in training"),
-        (["inference.sampling.top_k=5"], "inference.sampling.top_k", "expected 0 in training"),
-        (["inference.sampling.min_p=0.1"], "inference.sampling.min_p", "expected 0.0 in training"),
-        ([*TEACHER, "inference.sampling.temperature=0.7"], "trainer.loss.teacher_top_k", "temperature 1 with the sampled"),
-        (["trainer.loss.type=sft"], "trainer.loss.type", "no source of teacher completions"),
-        (['deployment.stages=["train", "train", "generate", "verify"]'], "deployment.stages", "each stage once"),
-        (["task.name=jsonl"], "task.path", "the file of the jsonl task"),
-        (["task.path=a.jsonl"], "task.path", "only a jsonl task reads"),
-    ],
+    ("overrides", "got", "words"),
+    [*REFUSED, *((overrides, "", words) for overrides, words in WARNED)],
+    ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_what_cannot_work_is_refused(overrides: list[str], names: str, words: str) -> None:
-    [problem] = resolve(overrides=overrides, environ={}).problems
-    assert names in problem.names
-    assert words in str(problem)
+def test_each_rule_tells_one_thing_and_nothing_else_is_told(overrides: list[str], got: str, words: str) -> None:
+    resolved = resolve(overrides=overrides, environ={})
+    assert resolved.settings is not None
+    if got:
+        [told] = map(str, resolved.problems)
+        assert got in told.partition("; expected")[0]
+    else:
+        assert resolved.problems == []
+        [told] = warnings_of(resolved.settings)
+    assert words in told
 
 
 @pytest.mark.parametrize(
@@ -46,48 +122,50 @@ def test_what_cannot_work_is_refused(overrides: list[str], names: str, words: st
         [*TEACHER, "inference.sampling.temperature=0.7", "trainer.loss.teacher_top_k=4"],
         ["inference.sampling.temperature=0.7"],
         [*TEACHER, "trainer.loss.adv_tau=0", "orchestrator.group_size=1"],
-        [*TEACHER, 'deployment.stages=["generate", "score", "train"]'],
+        [*TEACHER, STAGES('["generate", "score", "train"]')],
+        [*TEACHER, *ENDPOINT],
+        [ENDPOINT[1], "trainer.loss.teacher_tau=1", STAGES('["generate", "verify", "train"]')],
+        [*HARD, UNVERIFIED],
+        [*HARD, "orchestrator.group_size=1"],
+        [*HARD, "orchestrator.teacher_rollout_model.keep=verified"],
         ["task.name=jsonl", "task.path=a.jsonl", "task.eval_path=b.jsonl"],
     ],
 )
-def test_what_can_work_is_not(overrides: list[str]) -> None:
+def test_what_can_work_is_not_refused(overrides: list[str]) -> None:
     assert resolve(overrides=overrides, environ={}).problems == []
 
 
-def test_sft_with_a_soft_teacher_is_refused_as_well() -> None:
-    problems = resolve(overrides=["trainer.loss.type=sft", *TEACHER], environ={}).problems
-    assert "no teacher logprobs with sft" in str(problems[-1])
-
-
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["teacher_inference.model.name=big"], "metric-only"),
-        (["deployment.num_teacher_gpus=1", "trainer.loss.teacher_tau=1", "trainer.loss.adv_tau=0"], "nothing to learn"),
-        (["trainer.loss.teacher_top_k=4"], "teacher_top_k = 4 has no effect"),
-        ([*TEACHER, 'deployment.stages=["generate", "score", "train"]'], "adv_tau has no effect"),
-        ([*TEACHER, 'deployment.stages=["generate", "verify", "train"]'], "onstream worker score"),
-        (["deployment.generators=0"], "onstream worker generate"),
-        (
-            [
-                *TEACHER,
-                "trainer.loss.adv_tau=0",
-                "orchestrator.verification.enabled=false",
-                'deployment.stages=["generate", "verify", "score", "train"]',
-            ],
-            "deployment.stages names verify",
-        ),
-    ],
-)
-def test_what_may_not_be_meant_is_warned_about(overrides: list[str], words: str) -> None:
-    [warning] = warnings_of(load_settings(overrides=overrides, environ={}))
-    assert words in warning
+def test_the_problems_of_all_rules_are_told_at_once() -> None:
+    overrides = [
+        *("trainer.loss.type=sft", "trainer.loss.teacher_tau=0.5", "orchestrator.use_token_client=false"),
+        *(*ENDPOINT, "teacher_inference.model.name=other", "orchestrator.batch_size=100", "task.name=jsonl", "trainer.loss.kl_tau=-1"),
+    ]
+    told = [str(problem) for problem in resolve(overrides=overrides, environ={}).problems]
+    assert len(told) == 8
+    for words in (
+        *("greater than or equal to 0", "batch of whole groups", "one teacher", "a teacher whose completions", "token ids"),
+        *("no teacher logprobs", "no teacher that scores", "the file of the jsonl task"),
+    ):
+        assert sum(words in line for line in told) == 1, words
 
 
 def test_the_seed_page_has_its_snippets_here() -> None:
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 6
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda path: path.stem)
 def test_a_snippet_of_the_seed_page_checks_clean_as_printed(snippet: Path) -> None:
     assert resolve([snippet], environ={}).problems == []
+
+
+def test_the_environment_goes_on_top_of_an_untouched_snippet() -> None:
+    snippet = next(path for path in SNIPPETS if path.stem == "hard_distillation")
+    environ = {
+        "ONSTREAM_ORCHESTRATOR__TEACHER_ROLLOUT_MODEL__CLIENT__BASE_URL": "http://localhost:8000/v1/",
+        "ONSTREAM_ORCHESTRATOR__TEACHER_ROLLOUT_MODEL__CLIENT__API_KEY": "hunter2",
+        "ONSTREAM_ORCHESTRATOR__TEACHER_ROLLOUT_MODEL__MODEL__NAME": "mine",
+    }
+    source = load_settings([snippet], environ=environ).orchestrator.teacher_rollout_model
+    assert source is not None and source.client.api_key is not None
+    assert (source.client.base_url, source.model.name, source.client.skip_model_check) == (("http://localhost:8000/v1",), "mine", True)
+    assert source.client.api_key.get_secret_value() == "hunter2"

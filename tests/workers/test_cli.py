@@ -12,7 +12,7 @@ SNIPPETS = sorted((Path(__file__).parent.parent / "seed_page").glob("*.toml"))
 
 
 def onstream(*arguments: str, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    clean = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"}
+    clean = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "workers.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=clean | (environ or {}), check=False)
 
@@ -89,10 +89,10 @@ def test_wrong_settings_end_every_command_with_one_message_a_line_and_exit_2(com
     assert len(done.stderr.splitlines()) == 2 and "Traceback" not in done.stderr
 
 
-def test_an_unknown_stage_is_refused_with_the_known_ones() -> None:
+def test_an_unknown_worker_is_refused_with_the_known_ones() -> None:
     done = onstream("worker", "judge")
     assert done.returncode == 2
-    assert "'generator', 'verifier', 'teacher', 'trainer'" in done.stderr
+    assert "'generator', 'verifier', 'teacher', 'teacher-external', 'trainer'" in done.stderr
 
 
 def test_a_command_on_a_run_that_does_not_exist_says_so() -> None:

@@ -16,7 +16,7 @@ from pipeline.streams import Bus
 from settings.load import load_settings
 from settings.plan import make_plan
 from settings.root import Settings
-from workers.runner import run_stage
+from workers.runner import class_path, run_kind
 
 
 @pytest.fixture(autouse=True)
@@ -44,21 +44,44 @@ def test_a_worker_with_other_run_settings_is_refused_with_names_and_both_values(
         overrides=[f"run.name={settings.run.name}", f"redis.url={url}", "run.seed=7", "trainer.max_steps=9", "log.level=error"], environ={}
     )
     with pytest.raises(UserError, match=r"run\.seed \(here 7, the run has 0\); expected") as caught:
-        run_stage("verify", ours)
+        run_kind("verifier", ours)
     assert caught.value.exit is Exit.REFUSED
 
 
 def test_a_worker_of_a_stage_that_no_rollout_passes_is_refused(settings: Settings, bus: Bus) -> None:
     write_plan(bus, settings)
-    with pytest.raises(UserError, match=r"a score worker .* whose rollouts pass generate → verify → train") as caught:
-        run_stage("score", settings)
+    with pytest.raises(UserError, match=r"a teacher worker .* whose rollouts pass generate → verify → train") as caught:
+        run_kind("teacher", settings)
     assert caught.value.exit is Exit.REFUSED
+
+
+def test_a_worker_that_asks_endpoints_needs_their_addresses(redis_url: str, settings: Settings, bus: Bus) -> None:
+    overrides = [
+        *(f"run.name={bus.run}", f"redis.url={redis_url}", "redis.block=0.05"),
+        *("teacher_inference.model.name=big", "trainer.loss.teacher_tau=1"),
+    ]
+    scored = load_settings(overrides=overrides, environ={})
+    write_plan(bus, scored)
+    with pytest.raises(UserError, match=r"a teacher-external worker .* Set orchestrator\.teacher_model for a teacher-external"):
+        run_kind("teacher-external", scored)
+
+
+def test_the_generator_of_hard_distillation_asks_an_endpoint(settings: Settings) -> None:
+    hard = load_settings(
+        overrides=[
+            *("trainer.loss.type=sft", "orchestrator.use_token_client=false", "orchestrator.teacher_rollout_model.model.name=big"),
+            "orchestrator.teacher_rollout_model.client.base_url=http://a/v1",
+        ],
+        environ={},
+    )
+    assert class_path("generator", settings) == "workers.generator.stage:Generator"
+    assert class_path("generator", hard) == "workers.generator.chat:ChatGenerator"
 
 
 def test_a_plan_of_another_version_is_refused(settings: Settings, bus: Bus) -> None:
     bus.write_plan(bus.acquire_lease(30), b"{}")
     with pytest.raises(UserError, match="the run's plan does not decode"):
-        run_stage("verify", settings)
+        run_kind("verifier", settings)
 
 
 def test_a_worker_waits_for_the_plan_saying_so_and_stops_cleanly_when_told_to(settings: Settings, bus: Bus) -> None:

@@ -7,8 +7,7 @@ import os
 import resource
 import signal
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -17,7 +16,9 @@ from rich.console import Console
 from pipeline import telemetry
 from pipeline.errors import Exit, UserError
 from pipeline.streams import Bus
-from settings.deployment import StageName
+from settings.deployment import WorkerKind
+from settings.devices import gpus_found
+from settings.gpus import Place, placement
 from settings.plan import Plan, make_plan
 from settings.root import Settings
 from settings.text import toml_text
@@ -34,7 +35,7 @@ from workers.launcher.watch import MetricsTail, Watcher, waits
 TICK_S = 0.05
 WATCH_S = 0.25
 DRAIN_MARGIN_S = 10.0
-START_ORDER: tuple[StageName, ...] = ("train", "score", "generate", "verify")  # the slowest to be ready first
+START_ORDER: tuple[WorkerKind, ...] = ("trainer", "teacher", "teacher-external", "generator", "verifier")  # the slowest to be ready first
 EVAL = "eval"
 COMMAND = "workers.cli"
 
@@ -66,8 +67,9 @@ def up(settings: Settings, files: Sequence[Path], overrides: Sequence[str], cons
     Raises:
         UserError: something is wrong that shows before the first worker starts. Nothing was changed then.
     """
-    plan, trains = make_plan(settings), bool(make_plan(settings).workers.get("train"))
+    plan, trains = make_plan(settings), bool(make_plan(settings).workers.get("trainer"))
     _refuse_lonely_workers(settings, trains)
+    preflight.check_gpus(settings, plan, gpus_found())
     preflight.check_files(settings, plan.teacher)
     stop = Stop()
     with contextlib.ExitStack() as stack:
@@ -114,6 +116,7 @@ class Launch:
         self._arguments = arguments
         environ = environment(settings.deployment, plan.workers, server.url if server else None)
         self._supervisor = Supervisor(environ, settings.deployment.max_restarts, display.say)
+        self._gpus = placement(settings, plan, gpus_found()) or {}
         self._metrics = MetricsTail(self._run_dir / "metrics.jsonl")
         self._watcher = Watcher(bus, WATCH_S)
         self._startup_cpu_s: dict[str, float] = {}
@@ -137,17 +140,24 @@ class Launch:
             self._supervisor.kill()
 
     def _start(self) -> None:
-        for stage in START_ORDER:
-            for index in range(self._plan.workers.get(stage, 0)):
-                child = self._start_child(f"{stage}-{index}", stage, ["worker", stage, *self._arguments])
-                self._trainer = child if stage == "train" else self._trainer
+        for kind in START_ORDER:
+            for index in range(self._plan.workers.get(kind, 0)):
+                child = self._start_child(f"{kind}-{index}", kind, ["worker", kind, *self._arguments], environ=self._gpu_of((kind, index)))
+                self._trainer = child if kind == "trainer" else self._trainer
         self._display.say(f"run {self._settings.run.name}: {len(self._supervisor.children)} workers, logs in {self._run_dir / 'logs'}")
         if self._trainer is not None:
             self._final_eval_due = self._settings.eval.samples > 0
             self._evaluate(0)
 
-    def _start_child(self, name: str, kind: str, arguments: Sequence[str], *, once: bool = False) -> Child:
-        return self._supervisor.start(name, kind, COMMAND, arguments, self._run_dir / "logs" / f"{name}.log", once=once)
+    def _gpu_of(self, place: Place) -> dict[str, str]:
+        """The variable that keeps a worker to its GPU; none where workers compute on the CPU, or are more than GPUs."""
+        return {"CUDA_VISIBLE_DEVICES": self._gpus[place]} if place in self._gpus else {}
+
+    def _start_child(
+        self, name: str, kind: str, arguments: Sequence[str], *, once: bool = False, environ: Mapping[str, str] | None = None
+    ) -> Child:
+        file = self._run_dir / "logs" / f"{name}.log"
+        return self._supervisor.start(name, kind, COMMAND, arguments, file, once=once, environ=environ)
 
     def _evaluate(self, version: int) -> None:
         """Evaluate a policy version in a process of its own, unless a former launch did."""
@@ -174,11 +184,13 @@ class Launch:
             self._server.start()
 
     def _view(self) -> View:
-        snapshot, started = self._watcher.latest, Counter(child.kind for child in self._supervisor.children if not child.done)
+        snapshot, kinds = self._watcher.latest, {stage: self._plan.kinds(stage) for stage in self._plan.streams}
+        left_over = [child.kind for child in self._supervisor.children if not child.done]
+        started = {stage: sum(kind in kinds[stage] for kind in left_over) for stage in kinds}
         stages = [
             StageView(
                 name=stage,
-                processes=len(self._supervisor.running(stage)),
+                processes=len(self._supervisor.running(*kinds[stage])),
                 heartbeats=len(snapshot.workers.get(stage, ())),
                 ready=stage in snapshot.ready,
                 # The trainer holds what it has trained until a checkpoint is durable: that waits for nobody.
@@ -195,7 +207,7 @@ class Launch:
             rollouts_per_s=self._metrics.rollouts_per_s,
             eta_s=seconds * left if seconds is not None and left > 0 else None,
             stages=stages,
-            waits=[] if snapshot.finished or not snapshot.taken else waits(snapshot, self._plan.streams, started),
+            waits=[] if snapshot.finished or not snapshot.taken else waits(snapshot, self._plan.streams, started, kinds),
         )
 
     def _finished(self) -> Exit:

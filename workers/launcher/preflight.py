@@ -5,18 +5,30 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Exit, UserError
+from settings.gpus import gpu_problems
 from settings.plan import Plan, refuse_differences
+from settings.problem import SettingsError
 from settings.root import Settings
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 FLOAT32_BYTES = 4
 TRAINED_BYTES = 3 * FLOAT32_BYTES  # of one parameter in a checkpoint: its master weight and AdamW's two moments
+
+
+def check_gpus(settings: Settings, plan: Plan, gpus: Sequence[str]) -> None:
+    """Check that the workers that start here beside a teacher of its own find room on `gpus`.
+
+    Raises:
+        SettingsError: they do not.
+    """
+    if problems := gpu_problems(settings, plan, gpus):
+        raise SettingsError(problems)
 
 
 def check_files(settings: Settings, teacher: str | None) -> None:

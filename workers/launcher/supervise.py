@@ -40,6 +40,7 @@ class Child:
     arguments: Sequence[str]
     log: Path
     once: bool = False
+    environ: Mapping[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
     deaths: int = 0
     restarts: int = 0
@@ -72,9 +73,19 @@ class Supervisor:
     say: Callable[[str], None]
     children: list[Child] = field(default_factory=list)
 
-    def start(self, name: str, kind: str, module: str, arguments: Sequence[str], log: Path, *, once: bool = False) -> Child:
-        """Start `python -m module arguments…`, its output appended to `log`."""
-        child = Child(name, kind, module, arguments, log, once)
+    def start(
+        self,
+        name: str,
+        kind: str,
+        module: str,
+        arguments: Sequence[str],
+        log: Path,
+        *,
+        once: bool = False,
+        environ: Mapping[str, str] | None = None,
+    ) -> Child:
+        """Start `python -m module arguments…`, its output appended to `log`, with `environ` on top of what all children get."""
+        child = Child(name, kind, module, arguments, log, once, environ or {})
         self.children.append(child)
         self._spawn(child)
         return child
@@ -137,7 +148,7 @@ class Supervisor:
         with child.log.open("ab") as log:
             # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which then stops the others in order.
             child.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(self.environ), start_new_session=True
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**self.environ, **child.environ}, start_new_session=True
             )
 
     def _reap(self, child: Child) -> int | None:

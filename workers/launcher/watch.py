@@ -15,7 +15,9 @@ import msgspec
 from redis.exceptions import RedisError
 
 from pipeline.records import StageName
+from settings.deployment import STAGE_OF
 
+KINDS_OF: Mapping[StageName, Sequence[str]] = {stage: [kind for kind in STAGE_OF if STAGE_OF[kind] == stage] for stage in STAGE_OF.values()}
 RECENT_STEPS = 10
 
 
@@ -100,25 +102,33 @@ def take(bus: Reads) -> Snapshot:
     )
 
 
-def waits(snapshot: Snapshot, stages: Sequence[str], started: Mapping[str, int]) -> list[str]:
+def waits(
+    snapshot: Snapshot,
+    stages: Sequence[StageName],
+    started: Mapping[StageName, int],
+    kinds: Mapping[StageName, Sequence[str]] = KINDS_OF,
+) -> list[str]:
     """What the run waits for, a sentence each. `started` counts the workers that the launcher itself runs, by stage.
 
+    `kinds` are the workers that serve each stage; by default all that can.
+
     >>> waits(Snapshot(ready=frozenset({"verify"}), backlog={"verify": 7}), ["verify"], {})
-    ['verify: 7 records wait and no worker takes them; start one with `onstream worker verify`']
+    ['verify: 7 records wait and no worker takes them; start one with `onstream worker verifier`']
     """
     if snapshot.unreachable:
         return [snapshot.unreachable]
     found: dict[str, list[str]] = {}
     for stage in stages:
-        if why := _wait(snapshot, stage, started.get(stage, 0)):
+        if why := _wait(snapshot, stage, started.get(stage, 0), kinds[stage]):
             found.setdefault(why, []).append(stage)
     return [f"{', '.join(together)}: {why}" for why, together in found.items()]
 
 
-def _wait(snapshot: Snapshot, stage: str, started: int) -> str:
+def _wait(snapshot: Snapshot, stage: str, started: int, kinds: Sequence[str]) -> str:
     """Why `stage` keeps the run waiting; nothing if it does not."""
     present, backlog = snapshot.workers.get(stage, ()), snapshot.backlog.get(stage, 0)
-    remedy = "one is being started" if started else f"start one with `onstream worker {stage}`"
+    commands = " or ".join(f"`onstream worker {kind}`" for kind in kinds)
+    remedy = "one is being started" if started else f"start one with {commands}"
     if not present and backlog:
         return f"{backlog} records wait and no worker takes them; {remedy}"
     if stage in snapshot.ready:

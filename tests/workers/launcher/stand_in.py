@@ -1,6 +1,6 @@
 """Stands in for the command `onstream` where a test needs workers that start in no time and die when told to.
 
-`worker train FILES… --set …` takes a step every 20 ms on a real Redis and writes `metrics.jsonl`; the other workers wait for the
+`worker trainer FILES… --set …` takes a step every 20 ms on a real Redis and writes `metrics.jsonl`; the other workers wait for the
 end of the run. `eval RUN --version N` appends to `evals.jsonl`. A file `<run directory>/<stage>` holds what a stage shall do instead:
 `exit CODE WORDS` once it has started, or `hold` (train: stay at step 3 until the file is gone).
 """
@@ -18,6 +18,7 @@ import click
 
 from pipeline.stage import Stats
 from pipeline.streams import Bus
+from settings.deployment import STAGE_OF, WorkerKind
 from settings.load import load_settings
 from settings.plan import make_plan
 from settings.root import Settings
@@ -30,18 +31,18 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("stage")
+@click.argument("kind")
 @sources
-def worker(stage: str, files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
+def worker(kind: WorkerKind, files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
     """Be a worker."""
-    settings = load_settings(files, overrides)
+    settings, stage = load_settings(files, overrides), STAGE_OF[kind]
     signal.signal(signal.SIGTERM, lambda *_: leave(settings, stage))
     url = settings.redis.url
     assert url is not None
     bus = Bus.connect(url.get_secret_value(), settings.run.name, consumer=stage, block_s=0.2, connect_timeout_s=5)
     obey(settings.run_dir / stage)
-    bus.mark_ready(stage)  # type: ignore[arg-type]
-    bus.heartbeat(stage, Stats())  # type: ignore[arg-type]
+    bus.mark_ready(stage)
+    bus.heartbeat(stage, Stats())
     (settings.run_dir / f"{stage}.up").write_text("")
     if stage == "train":
         train(settings, bus)

@@ -85,7 +85,7 @@ def test_a_run_goes_from_one_command_to_its_report_and_on_from_there(run: Run) -
     report = run.read("report.json")
     assert (report["steps"], report["eval"]["before"], report["eval"]["after"]) == (5, 0.5, 0.55)
     assert report["rollouts"] == 40
-    assert set(report["cpu_seconds"]) == {"generate", "verify", "train", "eval", "redis", "launcher"}
+    assert set(report["cpu_seconds"]) == {"generator", "verifier", "trainer", "eval", "redis", "launcher"}
     assert (run.directory / "curves.png").exists()
     assert load_settings([run.directory], environ={}).trainer.max_steps == 5
     assert "teacher_kl (nats a token)" in run.printed.getvalue()
@@ -104,7 +104,7 @@ def test_a_worker_that_refuses_stops_the_run_with_its_last_words(run: Run) -> No
     run.orders("verify", "exit 2 no such scorer")
     run.orders("train", "hold")
     assert run.up() == Exit.USAGE
-    assert "the run stops: verify-0 exited with 2 (usage)\n  no such scorer" in run.printed.getvalue()
+    assert "the run stops: verifier-0 exited with 2 (usage)\n  no such scorer" in run.printed.getvalue()
     assert run.pids() == []
 
 
@@ -112,8 +112,8 @@ def test_a_worker_that_dies_is_replaced_and_the_run_goes_on(run: Run) -> None:
     run.orders("train", "hold")
 
     def kill() -> None:
-        os.kill(run.pids("worker generate")[0], signal.SIGKILL)
-        run.when(lambda: "generate-0 was killed" in run.printed.getvalue(), (run.directory / "train").unlink)
+        os.kill(run.pids("worker generator")[0], signal.SIGKILL)
+        run.when(lambda: "generator-0 was killed" in run.printed.getvalue(), (run.directory / "train").unlink)
 
     run.when(lambda: run.steps() == 3 and (run.directory / "generate.up").exists(), kill)
     assert run.up() == Exit.OK
@@ -187,7 +187,7 @@ def test_workers_without_a_trainer_need_a_redis_to_join(run: Run) -> None:
 
 
 def test_threads_are_one_on_few_cores_and_shared_out_on_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    workers = {"generate": 2, "verify": 4, "score": 1, "train": 1}
+    workers = {"generator": 2, "verifier": 4, "teacher": 1, "teacher-external": 3, "trainer": 1}
     assert default_threads(workers, cores=4) == 1  # type: ignore[arg-type]
     assert default_threads(workers, cores=64) == 16  # type: ignore[arg-type]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")

@@ -124,7 +124,7 @@ ALL = frozenset(STAGES)
         (
             Snapshot(ready=ALL, workers={"generate": [""], "train": [""]}, backlog={"verify": 900}),
             {},
-            ["verify: 900 records wait and no worker takes them; start one with `onstream worker verify`"],
+            ["verify: 900 records wait and no worker takes them; start one with `onstream worker verifier`"],
         ),
         (
             Snapshot(ready=ALL, workers={"generate": [""], "train": [""]}, backlog={"verify": 900}),
@@ -134,7 +134,7 @@ ALL = frozenset(STAGES)
         (
             Snapshot(ready=frozenset({"generate"}), workers={"train": ["loading the optimizer"]}),
             {"train": 1},
-            ["verify: not ready: no worker; start one with `onstream worker verify`", "train: not ready: loading the optimizer"],
+            ["verify: not ready: no worker; start one with `onstream worker verifier`", "train: not ready: loading the optimizer"],
         ),
         (Snapshot(ready=frozenset({"generate", "train"})), {"verify": 2}, ["verify: not ready: starting"]),
         (Snapshot(), {"generate": 1, "verify": 1, "train": 1}, ["generate, verify, train: not ready: starting"]),

@@ -1,0 +1,32 @@
+"""Where models run: the GPUs of this machine, found by their device files, since asking torch would mean importing it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from settings.deployment import DeploymentSettings
+
+
+def device_of(deployment: DeploymentSettings) -> Literal["cpu", "cuda"]:
+    """Where models run: as `deployment.device` says, or on CUDA where a GPU is found."""
+    if deployment.device != "auto":
+        return deployment.device
+    return "cuda" if gpus_found() else "cpu"
+
+
+def gpus_found(devices: Path = Path("/dev"), environ: Mapping[str, str] = os.environ) -> list[str]:
+    """The CUDA devices to be used, as `CUDA_VISIBLE_DEVICES` names them; where that is set, no others.
+
+    >>> gpus_found(Path("/nowhere"), {})
+    []
+    """
+    present = sorted(int(path.name.removeprefix("nvidia")) for path in devices.glob("nvidia[0-9]*"))
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if not present or visible is None:
+        return [str(index) for index in range(len(present))]
+    named = [name.strip() for name in visible.split(",")]
+    end = next((at for at, name in enumerate(named) if name in ("", "-1")), len(named))  # as CUDA reads it
+    return named[:end]

@@ -1,0 +1,67 @@
+"""What rollouts pass and who serves it: verification, the teachers, and where completions come from."""
+
+from __future__ import annotations
+
+from settings.deployment import StageName
+from settings.root import Settings
+
+
+def route_of(settings: Settings) -> tuple[StageName, ...]:
+    """The stages of a rollout after it was generated."""
+    route: list[StageName] = []
+    if verification_on(settings):
+        route.append("verify")
+    if teacher_on(settings):
+        route.append("score")
+    return (*route, "train")
+
+
+def verification_on(settings: Settings) -> bool:
+    """Whether rollouts are verified: what `orchestrator.verification.enabled` says, else whether a verifier is deployed."""
+    enabled, stages = settings.orchestrator.verification.enabled, settings.deployment.stages
+    if enabled is not None:
+        return enabled
+    return stages is None or "verify" in stages
+
+
+def teacher_on(settings: Settings) -> bool:
+    """Whether a teacher scores: with `teacher_tau` > 0 always, else where one is deployed or configured (metric only).
+
+    Never with `sft`, which reads no teacher's logprobs.
+    """
+    if settings.trainer.loss.type == "sft":
+        return False
+    if settings.trainer.loss.teacher_tau > 0:
+        return True
+    stages = settings.deployment.stages
+    return teacher_configured(settings) if stages is None else "score" in stages
+
+
+def teacher_configured(settings: Settings) -> bool:
+    """Whether the settings say where the teacher's scores come from."""
+    return local_teacher_configured(settings) or settings.orchestrator.teacher_model is not None
+
+
+def local_teacher_configured(settings: Settings) -> bool:
+    """Whether the settings ask for a teacher beside the run."""
+    return settings.deployment.num_teacher_gpus is not None or settings.teacher_inference.model.name is not None
+
+
+def local_teacher(settings: Settings) -> str | None:
+    """The model of the teacher beside the run: its own, or the student's starting model. None where none scores."""
+    external_alone = settings.orchestrator.teacher_model is not None and not local_teacher_configured(settings)
+    if external_alone or not teacher_on(settings):
+        return None
+    return settings.teacher_inference.model.name or settings.model.name
+
+
+def external_teacher(settings: Settings) -> str | None:
+    """The name by which external endpoints know the teacher; None where they are not asked."""
+    external = settings.orchestrator.teacher_model
+    return external.model.name if external is not None and teacher_on(settings) else None
+
+
+def rollout_teacher(settings: Settings) -> str | None:
+    """Hard distillation: the name of the model whose completions are trained on. None where the student writes them."""
+    source = settings.orchestrator.teacher_rollout_model
+    return source.model.name if source is not None else None
