@@ -2,7 +2,7 @@
 
     python benchmarks/trainer.py
 
-Three ways take the same step, forward, backward and AdamW, on the same rollouts in groups of 8, each in a process of its own, on one thread:
+Three ways take the same step, forward, backward and AdamW, on the same rollouts in groups of 8, each in its own process on one thread:
 
 - the learner, computing a group's prompt once, with the top-k form of the objective and all of a step's metrics;
 - the same learner on one padded row a rollout, as it takes models whose code cannot share prompts;

@@ -9,7 +9,15 @@ from typing import Any, Literal, TypeVar
 import torch
 from huggingface_hub import constants as hub_constants
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import UserError
@@ -117,3 +125,17 @@ def _not_usable(name: str, what: str, reason: Exception) -> UserError:
         expected="a directory in Hugging Face form, or the id of a public model",
         next_step="Check the spelling and the directory; a gated or private model needs `hf auth login` first.",
     )
+
+
+def load_configs(name: str | Path) -> tuple[PretrainedConfig, GenerationConfig]:
+    """A model's configuration and generation configuration, without its weights; the latter is empty where the model has none.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    config: PretrainedConfig = _cached_first(name, "configuration", AutoConfig.from_pretrained)
+    try:
+        generation: GenerationConfig = _cached_first(name, "generation configuration", GenerationConfig.from_pretrained)
+    except UserError:
+        generation = GenerationConfig()
+    return config, generation

@@ -17,8 +17,10 @@ import numpy.typing as npt
 Ids = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-DENSE_ROW_TOKENS = 512
-"""Up to this length a prompt and its completions attend as one row under a mask: the mask's square costs less than further calls."""
+DENSE_ROW_TOKENS = 256
+"""Up to this length a prompt and its completions attend as one row under a mask: its square costs less than further calls (measured)."""
+BRANCH_SHARE = 0.25
+"""Completions that attend in one row are together at most this share of their prompt's length."""
 ROW_PADDING = 0.25
 """Rows that differ more than this share in length do not go into one call."""
 
@@ -231,21 +233,30 @@ def _causal_rows(rows: Sequence[Ids]) -> AttentionCall:
 
 def _masked_rows(batch: Sequence[_Placed]) -> AttentionCall:
     index = _pad([one.row for one in batch])
-    branch = np.full(index.shape, -1)
+    return AttentionCall(index, index, _visible(batch, width=index.shape[1], first=0))
+
+
+def _visible(batch: Sequence[_Placed], *, width: int, first: int) -> Bools:
+    """[b, width − first, width]: what the tokens of each row from `first` on see of it: the prompt, and their own completion's past."""
+    branch = np.full((len(batch), width), -1)
     for row, one in enumerate(batch):
         branch[row, : len(one.row)] = one.branches
-    causal = np.tri(index.shape[1], dtype=np.bool_)
-    visible = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-    return AttentionCall(index, index, causal & visible)
+    causal = np.tri(width - first, width, first, dtype=np.bool_)
+    seen: Bools = causal & ((branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, first:, None]))
+    return seen
 
 
 def _prompt_and_branches(one: _Placed) -> list[AttentionCall]:
-    own = [completion for completion in one.completions if len(completion)]
+    """The prompt alone, then rows of completions that have it before them as keys.
+
+    Several completions in one row mean fewer copies of the prompt's keys, for a few scores among siblings that the mask
+    throws away: with long prompts a good bargain.
+    """
     calls = [_causal_rows([one.prompt])]
+    own = [completion for completion in one.completions if len(completion)]
     if own:
-        queries = _pad(own)
-        keys = np.concatenate((np.broadcast_to(one.prompt, (len(own), len(one.prompt))), queries), axis=1)
-        prompt_tokens, width = len(one.prompt), queries.shape[1]
-        mask = np.concatenate((np.ones((width, prompt_tokens), dtype=np.bool_), np.tri(width, dtype=np.bool_)), axis=1)
-        calls.append(AttentionCall(queries, keys, mask[None]))
+        at_once = max(1, int(BRANCH_SHARE * len(one.prompt) / max(map(len, own))))
+        rows = [_Placed(one.prompt, tuple(own[start : start + at_once])) for start in range(0, len(own), at_once)]
+        index, first = _pad([row.row for row in rows]), len(one.prompt)
+        calls.append(AttentionCall(index[:, first:], index, _visible(rows, width=index.shape[1], first=first)))
     return calls

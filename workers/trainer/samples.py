@@ -50,7 +50,7 @@ def check_sample(sample: TrainSample, loss: LossSettings, vocabulary: int) -> No
         wanted["teacher_top_logprobs"] = sample.teacher_top_logprobs
         if sample.teacher_tail_logprobs is not None:
             wanted["teacher_tail_logprobs"] = sample.teacher_tail_logprobs
-        _check_top(sample, loss.teacher_top_k)
+        _check_top(sample, min(loss.teacher_top_k, vocabulary - 1), vocabulary)
     for name, logprobs in wanted.items():
         _check_logprobs(sample, name, logprobs)
 
@@ -66,12 +66,15 @@ def _check_ids(sample: TrainSample, vocabulary: int) -> None:
             raise ValueError(f"{_name(sample)} has the token ids {ids.min()} to {ids.max()}; expected 0 to {vocabulary - 1}")
 
 
-def _check_top(sample: TrainSample, top_k: int) -> None:
+def _check_top(sample: TrainSample, top_k: int, vocabulary: int) -> None:
     expected = (len(sample.completion_ids), top_k)
     for name in ("teacher_top_ids", "teacher_top_logprobs"):
         found = getattr(sample, name)
         if found is None or found.shape != expected:
             raise ValueError(f"{_name(sample)} has {name} of shape {getattr(found, 'shape', None)}; expected {expected}")
+    ids = sample.teacher_top_ids
+    if ids is not None and (ids.min() < 0 or ids.max() >= vocabulary):
+        raise ValueError(f"{_name(sample)} has teacher_top_ids {ids.min()} to {ids.max()}; expected 0 to {vocabulary - 1}")
 
 
 def _check_logprobs(sample: TrainSample, name: str, logprobs: Floats | None) -> None:

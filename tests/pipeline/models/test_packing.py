@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.models import packing
-from pipeline.models.packing import AttentionCall, Packed, pack, share_prompts, single_rows
+from pipeline.models.packing import Packed, pack, share_prompts, single_rows
 from tests.tiny import sequences
 
 
@@ -104,11 +104,18 @@ def test_rows_of_very_different_length_do_not_pad_each_other() -> None:
 
 
 def test_a_long_group_attends_to_its_prompt_without_a_square_mask() -> None:
-    (packed,) = pack(share_prompts([[1] * 600] * 4, [[2] * 20] * 4), max_tokens=1000)
+    (packed,) = pack(share_prompts([[1] * 300] * 4, [[2] * 100] * 4), max_tokens=1000)
     prompt, branches = packed.calls
-    assert (prompt.queries.shape, prompt.mask) == ((1, 600), None)
-    assert isinstance(branches, AttentionCall) and branches.mask is not None
-    assert (branches.queries.shape, branches.keys.shape, branches.mask.shape) == ((4, 19), (4, 619), (1, 19, 619))
+    assert (prompt.queries.shape, prompt.mask) == ((1, 300), None)
+    assert branches.mask is not None
+    assert (branches.queries.shape, branches.keys.shape, branches.mask.shape) == ((4, 99), (4, 399), (4, 99, 399))
+
+
+def test_short_completions_of_a_long_prompt_share_one_copy_of_its_keys() -> None:
+    (packed,) = pack(share_prompts([[1] * 600] * 9, [[2] * 20] * 9), max_tokens=1000)
+    _, branches = packed.calls
+    assert (branches.queries.shape, branches.keys.shape) == ((2, 7 * 19), (2, 600 + 7 * 19))
+    np.testing.assert_array_equal(visible(packed), expected_visible(packed))
 
 
 def test_a_long_prompt_whose_completions_are_one_token_needs_the_prompt_alone() -> None:

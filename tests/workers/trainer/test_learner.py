@@ -309,6 +309,7 @@ def flawed(**changes: Any) -> dict[str, Any]:
         (flawed(teacher_logprobs=None), "no teacher_logprobs; expected 3"),
         (flawed(teacher_logprobs=np.zeros(2, dtype=np.float32)), "2 teacher_logprobs; expected 3"),
         (flawed(teacher_top_ids=None), "teacher_top_ids of shape None; expected \\(3, 2\\)"),
+        (flawed(teacher_top_ids=np.array([[0, 1], [2, 3], [4, 48]], dtype=np.int32)), "teacher_top_ids 0 to 48; expected 0 to 47"),
         (flawed(loss_mask=np.ones(4, dtype=np.uint8)), "loss mask of 4; expected its 3 completion tokens"),
         (flawed(completion_ids=np.array([1, 2, VOCABULARY], dtype=np.int32)), "token ids 1 to 48; expected 0 to 47"),
         (flawed(prompt_ids=np.array([], dtype=np.int32)), "0 prompt and 3 completion tokens"),
