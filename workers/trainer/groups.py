@@ -65,11 +65,11 @@ class Unit:
         """How many members have not come."""
         return self.size - len(self.rollouts) - len(self.tombstones)
 
-    def judge(self, version: int, *, max_staleness: int, train_unscored: bool) -> Chosen | Dropped:
+    def judge(self, version: int, *, max_staleness: int, train_unscored: bool, least_reward: float | None = None) -> Chosen | Dropped:
         """What becomes of the settled unit in the step that `version` takes.
 
         A dead member leaves it and is not replaced; a unit with no live member, or none that anything trains, is. Too
-        stale, it is dropped whole.
+        stale, it is dropped whole. A member below `least_reward`, or without a reward to reach it, leaves as well.
         """
         dead = tuple(sorted(self.tombstones))
         if not self.rollouts:
@@ -77,17 +77,24 @@ class Unit:
         age = staleness(self.oldest, version)
         if age > max_staleness:
             return Dropped(self.group, dict.fromkeys(sorted(self.rollouts), "stale"), dead)
-        idle = sorted(number for number, rollout in self.rollouts.items() if rollout.reward is None and not train_unscored)
+        idle = sorted(number for number, rollout in self.rollouts.items() if not _trains(rollout.reward, train_unscored, least_reward))
         live = tuple(self.rollouts[number] for number in sorted(self.rollouts) if number not in idle)
         dropped: dict[int, DropReason] = dict.fromkeys(idle, "not_verified")
         return Chosen(self.group, live, age, dropped, dead) if live else Dropped(self.group, dropped, dead)
+
+
+def _trains(reward: float | None, train_unscored: bool, least_reward: float | None) -> bool:
+    if least_reward is not None:
+        return reward is not None and reward >= least_reward
+    return reward is not None or train_unscored
 
 
 class GroupBook:
     """Collects records into units and deals the settled ones out in batches.
 
     `max_staleness` is the staleness past which a unit is dropped. With `train_unscored` False, a rollout that has no
-    reward is dropped as not verified, since nothing else would train it.
+    reward is dropped as not verified, since nothing else would train it. `least_reward` keeps only the rollouts that
+    reach it.
 
     Raises:
         ValueError: a batch would not be whole groups.
@@ -101,13 +108,14 @@ class GroupBook:
         max_staleness: int,
         unit: Literal["group", "rollout"] = "group",
         train_unscored: bool = True,
+        least_reward: float | None = None,
     ) -> None:
         if batch_size % group_size:
             raise ValueError(f"a batch of {batch_size} rollouts is not whole groups of {group_size}")
         self.unit_size = group_size if unit == "group" else 1
         self.units_per_batch = batch_size // self.unit_size
         self.max_staleness = max_staleness
-        self.train_unscored = train_unscored
+        self.train_unscored, self.least_reward = train_unscored, least_reward
         self._group_size = group_size
         self._open: dict[int, Unit] = {}  # by the place of the unit in the run
         self._settled: list[Unit] = []  # in the order of settling
@@ -152,7 +160,7 @@ class GroupBook:
         return [verdict for _, verdict in dealt]
 
     def _judge(self, unit: Unit, version: int) -> Chosen | Dropped:
-        return unit.judge(version, max_staleness=self.max_staleness, train_unscored=self.train_unscored)
+        return unit.judge(version, max_staleness=self.max_staleness, train_unscored=self.train_unscored, least_reward=self.least_reward)
 
     def _keep(self, settled: list[Unit]) -> None:
         self._settled = settled

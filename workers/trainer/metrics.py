@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean, pstdev
@@ -40,6 +40,13 @@ def rollout_metrics(batch: Sequence[Chosen], version: int) -> Metrics:
         "truncated_share": fmean(rollout.finish_reason == "length" for rollout in rollouts),
         **_times(rollouts),
     }
+
+
+def scored_shares(batch: Sequence[Chosen]) -> dict[str, float] | None:
+    """The share of the rollouts of `batch` that each teacher scored, by what it calls itself; None where no teacher did."""
+    rollouts = [rollout for chosen in batch for rollout in chosen.rollouts]
+    counts = Counter(rollout.scored_by for rollout in rollouts if rollout.scored_by is not None)
+    return {name: count / len(rollouts) for name, count in sorted(counts.items())} or None
 
 
 def drop_metrics(dropped: Mapping[str, int]) -> Metrics:

@@ -28,7 +28,7 @@ from workers.trainer.groups import Chosen, Dropped, GroupBook
 from workers.trainer.issuer import Issuer
 from workers.trainer.keeper import Keeper
 from workers.trainer.learner import Learner
-from workers.trainer.metrics import LEARNED, drop_metrics, rollout_metrics
+from workers.trainer.metrics import LEARNED, drop_metrics, rollout_metrics, scored_shares
 from workers.trainer.opening import agree_on_plan, become_trainer, lost_numbers, unsettled_dead
 from workers.trainer.publisher import Publisher, student_files
 
@@ -37,6 +37,7 @@ log = get_logger()
 READ_AHEAD = 256  # records
 TICKETS_AT_ONCE = 512
 READY_POLL_S = 0.05
+RIGHT = 1.0  # the reward of an answer that is right in every respect
 
 
 class Trainer:
@@ -216,6 +217,7 @@ class Trainer:
                 **learned,
                 **rollout_metrics(batch, self.step),
                 **drop_metrics(self._dropped),
+                "scored_by": scored_shares(batch),
                 "wait_s": started - self._free_since,
                 "step_s": published_at - started,
                 "publish_s": published_at - learned_at,
@@ -288,7 +290,7 @@ class Trainer:
         self._free_since = time.monotonic()
 
     def _write_files(self, directory: Path) -> None:
-        self.learner.save_model(directory)
+        self.learner.save_checkpoint(directory)
         torch.save(self.learner.state(), directory / checkpoint.OPTIMIZER)
 
     def _tell(self) -> None:
@@ -325,7 +327,7 @@ def _issuer(settings: Settings, route: tuple[StageName, ...]) -> Issuer:
 
 def _group_book(settings: Settings) -> GroupBook:
     orchestrator, loss = settings.orchestrator, settings.trainer.loss
-    supervised = loss.type == "sft"
+    supervised, source = loss.type == "sft", orchestrator.teacher_rollout_model
     unit: Literal["group", "rollout"] = "rollout" if supervised or loss.adv_tau == 0 else "group"
     return GroupBook(
         group_size=orchestrator.group_size,
@@ -333,4 +335,5 @@ def _group_book(settings: Settings) -> GroupBook:
         max_staleness=orchestrator.max_off_policy_steps,
         unit=unit,
         train_unscored=supervised or loss.teacher_tau > 0,
+        least_reward=RIGHT if source is not None and source.keep == "verified" else None,
     )

@@ -129,6 +129,15 @@ def test_where_the_unit_is_the_rollout_each_one_settles_and_is_dropped_alone() -
     assert numbers(found.batch(9)) == [[1], [5], [6], [2]]
 
 
+def test_only_rollouts_that_reach_the_least_reward_are_kept() -> None:
+    records = [rollout(1), rollout(2, reward=0.9), rollout(3, reward=None), rollout(4)]
+    found = filled(records, unit="rollout", batch_size=4, least_reward=1.0)
+    assert [dropped.dropped for dropped in found.drop(0)] == [{2: "not_verified"}, {3: "not_verified"}]
+    for number in (5, 6):
+        found.add(rollout(number))
+    assert numbers(found.batch(0)) == [[1], [4], [5], [6]]
+
+
 def test_a_number_that_comes_twice_is_refused() -> None:
     found = filled(group(1))
     with pytest.raises(DuplicateNumber, match="number 3 came twice"):

@@ -9,7 +9,7 @@ import pytest
 from pipeline.records import Rollout, Ticket, Timing
 from tests.workers.trainer.driver import rollout
 from workers.trainer.groups import Chosen
-from workers.trainer.metrics import drop_metrics, rollout_metrics
+from workers.trainer.metrics import drop_metrics, rollout_metrics, scored_shares
 
 
 def unit(*members: Rollout) -> Chosen:
@@ -48,6 +48,12 @@ def test_times_are_split_into_work_and_waiting() -> None:
         "queue_score_s": 1.0,
         "queue_train_s": 1.0,
     }
+
+
+def test_each_teacher_has_its_share_of_what_was_scored() -> None:
+    members = [made(1, scored_by="a"), made(2, scored_by="b"), made(3, scored_by="a"), made(4, scored_by="a")]
+    assert scored_shares([unit(*members[:2]), unit(*members[2:])]) == {"a": 0.75, "b": 0.25}
+    assert scored_shares([unit(made(1))]) is None
 
 
 def test_lengths_and_truncation() -> None:
