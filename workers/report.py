@@ -13,15 +13,17 @@ import msgspec
 
 Row = Mapping[str, Any]
 LAST_STEPS = 10
+USAGE = ("cpu_seconds", "cpu_seconds_startup")
 
 
 def build(run_dir: Path, usage: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write `report.json` and `curves.png` into `run_dir` and return the report.
 
-    `usage` is what only the launcher knows (CPU seconds); it is put beside the rest.
+    `usage` is what only a launcher that saw the training knows (CPU seconds); it is put beside the rest, and without it what an
+    earlier report says of it stays.
     """
     rows, evals = read_rows(run_dir / "metrics.jsonl"), read_rows(run_dir / "evals.jsonl")
-    report = summary(rows, evals) | dict(usage or {})
+    report = summary(rows, evals) | dict(usage if usage is not None else _earlier_usage(run_dir / "report.json"))
     text = msgspec.json.format(msgspec.json.encode(report), indent=2)
     temporary = run_dir / "report.json.tmp"
     temporary.write_bytes(text + b"\n")
@@ -29,6 +31,11 @@ def build(run_dir: Path, usage: Mapping[str, Any] | None = None) -> dict[str, An
     if rows:
         draw(rows, evals, run_dir / "curves.png")
     return report
+
+
+def _earlier_usage(path: Path) -> dict[str, Any]:
+    earlier: dict[str, Any] = msgspec.json.decode(path.read_bytes()) if path.exists() else {}
+    return {name: earlier[name] for name in USAGE if name in earlier}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

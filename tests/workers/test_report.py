@@ -71,6 +71,7 @@ def test_build_leaves_a_report_and_a_picture(tmp_path: Path) -> None:
     assert report["cpu_seconds"] == {"train": 1.5}
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "report.json.tmp").exists()
+    assert build(tmp_path) == report
 
 
 def test_a_run_without_a_step_has_a_report_and_no_picture(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ DRAIN_MARGIN_S = 10.0
 START_ORDER: tuple[WorkerKind, ...] = ("trainer", "teacher", "teacher-external", "generator", "verifier")  # the slowest to be ready first
 EVAL = "eval"
 COMMAND = "workers.cli"
+log = telemetry.get_logger()
 
 
 class Stop:
@@ -65,7 +66,7 @@ def up(settings: Settings, files: Sequence[Path], overrides: Sequence[str], cons
     """Run what the settings' plan starts here, from the checks to the report; returns how it ended.
 
     Raises:
-        UserError: something is wrong that shows before the first worker starts. Nothing was changed then.
+        UserError: something is wrong that shows before the first worker starts. What a run had done already is as it was.
     """
     plan, trains = make_plan(settings), bool(make_plan(settings).workers.get("trainer"))
     _refuse_lonely_workers(settings, trains)
@@ -115,11 +116,12 @@ class Launch:
         self._run_dir = settings.run_dir
         self._arguments = arguments
         environ = environment(settings.deployment, plan.workers, server.url if server else None)
-        self._supervisor = Supervisor(environ, settings.deployment.max_restarts, display.say)
+        self._supervisor = Supervisor(environ, settings.deployment.max_restarts, self._say)
         self._gpus = placement(settings, plan, gpus_found()) or {}
         self._metrics = MetricsTail(self._run_dir / "metrics.jsonl")
         self._watcher = Watcher(bus, WATCH_S)
-        self._startup_cpu_s: dict[str, float] = {}
+        self._launched = time.time()
+        self._startup_cpu_s: dict[str, float] = {}  # until the first step of this launch
         self._trainer: Child | None = None
         self._final_eval_due = False
 
@@ -139,12 +141,21 @@ class Launch:
             self._watcher.stop()
             self._supervisor.kill()
 
+    def _say(self, sentence: str) -> None:
+        self._display.say(sentence)
+        log.info(sentence)
+
+    @property
+    def _step(self) -> int:
+        """Steps taken: by the metrics of the trainer here, or by the policy version of one elsewhere."""
+        return self._metrics.step if self._trainer is not None else self._watcher.latest.version
+
     def _start(self) -> None:
         for kind in START_ORDER:
             for index in range(self._plan.workers.get(kind, 0)):
                 child = self._start_child(f"{kind}-{index}", kind, ["worker", kind, *self._arguments], environ=self._gpu_of((kind, index)))
                 self._trainer = child if kind == "trainer" else self._trainer
-        self._display.say(f"run {self._settings.run.name}: {len(self._supervisor.children)} workers, logs in {self._run_dir / 'logs'}")
+        self._say(f"run {self._settings.run.name}: {len(self._supervisor.children)} workers, logs in {self._run_dir / 'logs'}")
         if self._trainer is not None:
             self._final_eval_due = self._settings.eval.samples > 0
             self._evaluate(0)
@@ -168,19 +179,19 @@ class Launch:
     def _tick(self) -> None:
         self._keep_redis()
         self._metrics.read()
-        self._supervisor.poll(progress=self._metrics.step, finished=self._watcher.finished)
+        self._supervisor.poll(progress=self._step, finished=self._watcher.finished)
         if self._final_eval_due and self._trainer is not None and self._trainer.done:
             self._final_eval_due = False
             self._metrics.read()
             self._evaluate(self._metrics.step)
-        if not self._startup_cpu_s and self._watcher.latest.ready.issuperset(self._plan.streams):
+        if not self._startup_cpu_s and self._metrics.stepped_since(self._launched):
             self._startup_cpu_s = {kind: seconds for kind, seconds in self._supervisor.cpu_seconds().items() if kind != EVAL}
         self._display.show(self._view())
         time.sleep(TICK_S)
 
     def _keep_redis(self) -> None:
         if self._server is not None and not self._server.alive:
-            self._display.say(f"the embedded Redis died; starting it again on the same data ({self._server.data})")
+            self._say(f"the embedded Redis died; starting it again on the same data ({self._server.data})")
             self._server.start()
 
     def _view(self) -> View:
@@ -199,16 +210,20 @@ class Launch:
             )
             for stage in self._plan.streams
         ]
-        seconds, left = self._metrics.step_seconds, self._settings.trainer.max_steps - self._metrics.step
+        seconds, left = self._metrics.step_seconds, self._settings.trainer.max_steps - self._step
         return View(
-            step=self._metrics.step,
+            step=self._step,
             max_steps=self._settings.trainer.max_steps,
             metrics=self._metrics.rows[-1] if self._metrics.rows else {},
             rollouts_per_s=self._metrics.rollouts_per_s,
             eta_s=seconds * left if seconds is not None and left > 0 else None,
             stages=stages,
-            waits=[] if snapshot.finished or not snapshot.taken else waits(snapshot, self._plan.streams, started, kinds),
+            waits=self._evaluations() if snapshot.finished or not snapshot.taken else waits(snapshot, self._plan.streams, started, kinds),
         )
+
+    def _evaluations(self) -> list[str]:
+        """What is left to wait for when training has ended."""
+        return [f"{child.name}: the held-out prompts are being answered" for child in self._supervisor.running(EVAL)]
 
     def _finished(self) -> Exit:
         if self._trainer is not None:
@@ -216,17 +231,19 @@ class Launch:
         return Exit.OK
 
     def _stopped_by_request(self) -> Exit:
-        self._display.say("stopping: the workers finish what they have in hand, then the trainer writes a checkpoint (again to kill them)")
+        self._say("stopping: the workers finish what they have in hand, then the trainer writes a checkpoint (again to kill them)")
         self._drain()
         self._metrics.read()
-        self._display.say(f"stopped at step {self._metrics.step}; `onstream up` with the same settings goes on from there")
+        self._say(f"stopped at step {self._step}; `onstream up` with the same settings goes on from there")
         return Exit.OK
 
     def _stopped_by(self, gave_up: GaveUp) -> Exit:
-        self._display.say(f"the run stops: {gave_up.reason}")
+        self._say(f"the run stops: {gave_up.reason}")
         for line in gave_up.log:
-            self._display.say(f"  {line}")
+            self._say(f"  {line}")
         self._drain()
+        if self._trainer is not None and self._trainer.done:  # it was only the evaluation that failed
+            self._report()
         return gave_up.exit
 
     def _drain(self) -> None:
@@ -244,21 +261,21 @@ class Launch:
         self._supervisor.drain(children, within_s=within_s, hurry=lambda: self._stop.requests > 1, tick=tick)
 
     def _report(self) -> None:
-        cpu = self._cpu_seconds()
-        startup = {kind: round(seconds, 2) for kind, seconds in self._startup_cpu_s.items()}
-        written = report.build(self._run_dir, {"cpu_seconds": cpu, "cpu_seconds_startup": startup})
-        self._display.result(result_table(written, cpu))
-        self._display.say(f"curves: {self._run_dir / 'curves.png'}\nreport: {self._run_dir / 'report.json'}")
+        written = report.build(self._run_dir, self._usage() if self._startup_cpu_s else None)
+        self._display.result(result_table(written))
+        for name in ("curves.png", "report.json"):
+            self._say(f"{self._run_dir / name}")
 
-    def _cpu_seconds(self) -> dict[str, float]:
-        """CPU seconds of each kind of process, start-up apart."""
+    def _usage(self) -> dict[str, dict[str, float]]:
+        """CPU seconds of each kind of process, those until the first step apart."""
         used = self._supervisor.cpu_seconds()
         used = {kind: seconds - self._startup_cpu_s.get(kind, 0.0) for kind, seconds in used.items()}
         if self._server is not None and self._server.pid is not None:
             used["redis"] = process_cpu_seconds(self._server.pid)
         own = resource.getrusage(resource.RUSAGE_SELF)
         used["launcher"] = own.ru_utime + own.ru_stime
-        return {kind: round(seconds, 2) for kind, seconds in used.items()}
+        rounded = {kind: round(seconds, 2) for kind, seconds in used.items()}
+        return {"cpu_seconds": rounded, "cpu_seconds_startup": {kind: round(seconds, 2) for kind, seconds in self._startup_cpu_s.items()}}
 
 
 @contextlib.contextmanager

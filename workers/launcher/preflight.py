@@ -209,12 +209,19 @@ def check_resume(settings: Settings, ours: Plan, theirs: Plan | None, in_flight:
         refuse_differences(ours, theirs)
 
 
+def _route_hint(ours: Plan, theirs: Plan) -> str:
+    """What to set, where leaving a stage out of `deployment.stages` has turned it off."""
+    settings = {"verify": "orchestrator.verification.enabled", "score": "the teacher's section"}
+    changed = set(ours.route) ^ set(theirs.route)
+    return "Set " + " and ".join(f"{name} as it was" for stage, name in settings.items() if stage in changed)
+
+
 def _refuse_other_route(ours: Plan, theirs: Plan, in_flight: Callable[[], int]) -> None:
     if ours.route != theirs.route:
         raise UserError(
             f"the settings route rollouts by {' → '.join(ours.streams)}, but run {theirs.run!r} by {' → '.join(theirs.streams)}, "
             f"with {in_flight()} rollouts in flight on that route",
             expected="the route that the run was started with",
-            next_step="Set verification and the teacher as they were, or choose another run.name for a new run.",
+            next_step=f"{_route_hint(ours, theirs)}, or choose another run.name for a new run.",
             exit=Exit.REFUSED,
         )

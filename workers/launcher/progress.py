@@ -114,7 +114,7 @@ def _stage_table(stages: Sequence[StageView]) -> Table:
     table.add_column("backlog", justify="right")
     table.add_column("", overflow="ellipsis", no_wrap=True)
     for stage in stages:
-        state = "ready" if stage.ready else "starting" if stage.processes or stage.heartbeats else "absent"
+        state = "absent" if not (stage.processes or stage.heartbeats) else "ready" if stage.ready else "starting"
         table.add_row(stage.name, str(max(stage.processes, stage.heartbeats)), state, str(stage.backlog), stage.detail)
     return table
 
@@ -137,7 +137,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
-def result_table(report: Mapping[str, Any], cpu_seconds: Mapping[str, float]) -> Table:
+def result_table(report: Mapping[str, Any]) -> Table:
     """The few figures that a person asks for when a run has ended."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_row("steps", str(report["steps"]))
@@ -146,7 +146,8 @@ def result_table(report: Mapping[str, Any], cpu_seconds: Mapping[str, float]) ->
     table.add_row("eval (exact, held out)", f"{_figure(report['eval']['before'])} → {_figure(report['eval']['after'])}")
     table.add_row("teacher_kl (nats a token)", f"{_figure(report['teacher_kl']['first'])} → {_figure(report['teacher_kl']['last'])}")
     table.add_row("reward", f"{_figure(report['reward']['first'])} → {_figure(report['reward']['last'])}")
-    table.add_row("CPU seconds", "  ".join(f"{kind} {seconds:.1f}" for kind, seconds in cpu_seconds.items()))
+    if cpu_seconds := report.get("cpu_seconds"):
+        table.add_row("CPU seconds", "  ".join(f"{kind} {seconds:.1f}" for kind, seconds in cpu_seconds.items()))
     return table
 
 

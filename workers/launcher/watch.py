@@ -7,18 +7,19 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
 from redis.exceptions import RedisError
 
-from pipeline.records import StageName
+from pipeline.records import PolicyVersion, RecordError, StageName
 from settings.deployment import STAGE_OF
 
 KINDS_OF: Mapping[StageName, Sequence[str]] = {stage: [kind for kind in STAGE_OF if STAGE_OF[kind] == stage] for stage in STAGE_OF.values()}
 RECENT_STEPS = 10
+LEAVE_S = 2.0
+SILENT_S = 5.0  # a worker that beats every second and was not heard of for so long is gone
 
 
 class Heartbeat(Protocol):
@@ -26,6 +27,8 @@ class Heartbeat(Protocol):
 
     @property
     def stage(self) -> str: ...
+    @property
+    def state(self) -> str: ...
     @property
     def detail(self) -> str: ...
 
@@ -35,9 +38,10 @@ class Reads(Protocol):
 
     def ready(self) -> set[StageName]: ...
     def finished(self) -> bool: ...
+    def newest_policy(self) -> PolicyVersion | None: ...
     def backlog(self) -> dict[StageName, int]: ...
     def pending_counts(self) -> dict[StageName, int]: ...
-    def workers(self) -> Sequence[Heartbeat]: ...
+    def workers(self, max_age_s: float = 10.0) -> Sequence[Heartbeat]: ...
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,11 @@ class Snapshot:
     taken: float = 0.0
     ready: frozenset[str] = frozenset()
     finished: bool = False
+    version: int = 0  # of the newest policy
     backlog: Mapping[str, int] = field(default_factory=dict)
     in_hand: Mapping[str, int] = field(default_factory=dict)  # the part of the backlog that workers hold
     workers: Mapping[str, Sequence[str]] = field(default_factory=dict)  # stage -> what each live worker of it says it does
+    taking: frozenset[str] = frozenset()  # stages with a worker that is done with starting
     unreachable: str = ""
 
 
@@ -70,8 +76,10 @@ class Watcher:
         self._thread.start()
 
     def stop(self) -> None:
-        """Let the thread end; it is not waited for, since it may hang in a read."""
+        """End the thread, so that its bus may be closed; one that hangs with its Redis is left behind."""
         self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join(LEAVE_S)
 
     def finished(self, since: float) -> bool | None:
         """Whether the run was over at some time after `since` (monotonic seconds); None while there is no later snapshot."""
@@ -81,8 +89,8 @@ class Watcher:
         while not self._stop.is_set():
             try:
                 self.latest = take(self._bus)
-            except (RedisError, OSError) as error:
-                self.latest = replace(self.latest, unreachable=f"Redis does not answer ({error})")
+            except (RedisError, RecordError, OSError) as error:
+                self.latest = replace(self.latest, unreachable=f"the run's state cannot be read from Redis ({error})")
             self._stop.wait(self._interval_s)
 
 
@@ -90,15 +98,18 @@ def take(bus: Reads) -> Snapshot:
     """A snapshot of the run now. It counts as of the moment when the first question was asked."""
     taken = time.monotonic()
     workers: dict[str, list[str]] = {}
-    for worker in bus.workers():
-        workers.setdefault(worker.stage, []).append(worker.detail)
+    beats = bus.workers(max_age_s=SILENT_S)
+    for beat in beats:
+        workers.setdefault(beat.stage, []).append(beat.detail)
     return Snapshot(
         taken=taken,
         ready=frozenset(bus.ready()),
         finished=bus.finished(),
+        version=policy.number if (policy := bus.newest_policy()) else 0,
         backlog={str(stage): count for stage, count in bus.backlog().items()},
         in_hand={str(stage): count for stage, count in bus.pending_counts().items()},
         workers=workers,
+        taking=frozenset(beat.stage for beat in beats if beat.state != "starting"),
     )
 
 
@@ -128,13 +139,13 @@ def _wait(snapshot: Snapshot, stage: str, started: int, kinds: Sequence[str]) ->
     """Why `stage` keeps the run waiting; nothing if it does not."""
     present, backlog = snapshot.workers.get(stage, ()), snapshot.backlog.get(stage, 0)
     commands = " or ".join(f"`onstream worker {kind}`" for kind in kinds)
-    remedy = "one is being started" if started else f"start one with {commands}"
-    if not present and backlog:
+    remedy = "one is starting" if started or present else f"start one with {commands}"
+    if stage not in snapshot.taking and backlog:
         return f"{backlog} records wait and no worker takes them; {remedy}"
     if stage in snapshot.ready:
         return ""
     detail = next((detail for detail in present if detail), "")
-    return f"not ready: {detail or ('starting' if present or started else f'no worker; {remedy}')}"
+    return f"not ready: {detail or ('starting' if started or present else f'no worker; {remedy}')}"
 
 
 class MetricsTail:
@@ -142,7 +153,7 @@ class MetricsTail:
 
     def __init__(self, path: Path) -> None:
         self._path, self._offset = path, 0
-        self.rows: deque[dict[str, Any]] = deque(maxlen=RECENT_STEPS + 1)
+        self.rows: deque[dict[str, Any]] = deque(maxlen=RECENT_STEPS)
 
     @property
     def step(self) -> int:
@@ -151,18 +162,21 @@ class MetricsTail:
 
     @property
     def step_seconds(self) -> float | None:
-        """Seconds per step over the last ten; None before the second."""
-        return self._elapsed_s / (len(self.rows) - 1) if len(self.rows) > 1 else None
+        """Seconds per step over the last ten; None before the first. Time between an interruption and its resume is in none."""
+        return self._elapsed_s / len(self.rows) if self.rows else None
 
     @property
     def rollouts_per_s(self) -> float | None:
-        """Rollouts trained per second over the last ten steps; None before the second."""
-        rollouts = sum(int(row["rollouts"]) for row in islice(self.rows, 1, None))
-        return rollouts / self._elapsed_s if self._elapsed_s > 0 else None
+        """Rollouts trained per second over the last ten steps; None before the first."""
+        return sum(int(row["rollouts"]) for row in self.rows) / self._elapsed_s if self.rows else None
+
+    def stepped_since(self, time_s: float) -> bool:
+        """Whether a step was taken after `time_s`, in seconds since the epoch."""
+        return bool(self.rows) and float(self.rows[-1]["time"]) > time_s
 
     @property
     def _elapsed_s(self) -> float:
-        return float(self.rows[-1]["time"] - self.rows[0]["time"]) if self.rows else 0.0
+        return sum(float(row["elapsed_s"]) for row in self.rows)
 
     def read(self) -> None:
         """Take in what was appended since the last call."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 
 from pipeline.stage import Stats
-from pipeline.streams import Bus
+from pipeline.streams import Bus, Lease, LeaseHeld
 from settings.deployment import STAGE_OF, WorkerKind
 from settings.load import load_settings
 from settings.plan import make_plan
@@ -51,7 +51,7 @@ def worker(kind: WorkerKind, files: tuple[Path, ...], overrides: tuple[str, ...]
 
 def train(settings: Settings, bus: Bus) -> None:
     """Take the steps that are missing, then end the run."""
-    lease = bus.acquire_lease(30)
+    lease = take_lease(bus)
     bus.write_plan(lease, make_plan(settings).encode())
     metrics = settings.run_dir / "metrics.jsonl"
     done = metrics.read_text().count("\n") if metrics.exists() else 0
@@ -64,6 +64,15 @@ def train(settings: Settings, bus: Bus) -> None:
             if step == 3:
                 wait_until(lambda: not (settings.run_dir / "train").exists())
     bus.finish(lease)
+
+
+def take_lease(bus: Bus) -> Lease:
+    """The trainer's lease, as soon as that of a dead one has run out."""
+    while True:
+        try:
+            return bus.acquire_lease(1)
+        except LeaseHeld:
+            time.sleep(0.05)
 
 
 def obey(orders: Path) -> None:

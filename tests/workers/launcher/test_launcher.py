@@ -39,7 +39,10 @@ class Run:
     def up(self, *overrides: str) -> Exit:
         every = [*self.overrides, *overrides]
         settings = load_settings(overrides=every, environ={})
-        return launcher.up(settings, [], every, Console(file=self.printed, width=200))
+        try:
+            return launcher.up(settings, [], every, Console(file=self.printed, width=200))
+        finally:
+            print(self.printed.getvalue())  # pytest shows it when a test fails
 
     def orders(self, stage: str, words: str) -> None:
         (self.directory / stage).write_text(words)

@@ -85,8 +85,9 @@ def test_the_result_says_a_dash_for_what_was_not_measured() -> None:
         "eval": {"before": 0.5, "after": None},
         "teacher_kl": nothing,
         "reward": nothing,
+        "cpu_seconds": {"trainer": 1.25, "redis": 0.5},
     }
-    Console(file=text, width=80).print(result_table(report, {"train": 1.25, "redis": 0.5}))
+    Console(file=text, width=80).print(result_table(report))
     rows = [" ".join(line.split()) for line in text.getvalue().splitlines()]
     assert "eval (exact, held out) 0.5 → –" in rows
-    assert "CPU seconds train 1.2 redis 0.5" in rows
+    assert "CPU seconds trainer 1.2 redis 0.5" in rows

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from redis.exceptions import ConnectionError
 
-from pipeline.records import Ticket, encode
+from pipeline.records import PolicyVersion, Ticket
 from pipeline.stage import Stats
 from pipeline.streams import Bus
 from workers.launcher.watch import MetricsTail, Snapshot, Watcher, take, waits
@@ -22,14 +22,14 @@ STAGES = ("generate", "verify", "train")
 def write(path: Path, *steps: int, mode: str = "a") -> None:
     with path.open(mode) as file:
         for step in steps:
-            file.write(json.dumps({"step": step, "time": 100.0 + 2 * step, "rollouts": 64}) + "\n")
+            file.write(json.dumps({"step": step, "time": 100.0 + 2 * step, "rollouts": 64, "elapsed_s": 2.0}) + "\n")
 
 
 def test_a_row_counts_when_its_line_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     tail = MetricsTail(path)
     tail.read()
-    assert tail.step == 0
+    assert (tail.step, tail.step_seconds, tail.rollouts_per_s) == (0, None, None)
     with path.open("a") as file:
         file.write('{"step": 1, "time": 5')
         file.flush()
@@ -45,11 +45,17 @@ def test_rates_are_over_the_last_ten_steps(tmp_path: Path) -> None:
     tail = MetricsTail(path)
     write(path, 1)
     tail.read()
-    assert (tail.step_seconds, tail.rollouts_per_s) == (None, None)
-    write(path, *range(2, 31))
-    tail.read()
-    assert [row["step"] for row in tail.rows] == list(range(20, 31))
     assert (tail.step_seconds, tail.rollouts_per_s) == (2.0, 32.0)
+    with path.open("a") as file:
+        file.write('{"step": 2, "time": 104.0, "rollouts": 128, "elapsed_s": 4.0}\n')
+    tail.read()
+    assert (tail.step_seconds, tail.rollouts_per_s) == (3.0, 32.0)
+    assert tail.stepped_since(103.9)
+    assert not tail.stepped_since(104.0)
+    write(path, *range(3, 31))
+    tail.read()
+    assert [row["step"] for row in tail.rows] == list(range(21, 31))
+    assert tail.step_seconds == 2.0
 
 
 def test_a_file_that_a_resume_cut_back_is_read_again(tmp_path: Path) -> None:
@@ -65,15 +71,17 @@ def test_a_file_that_a_resume_cut_back_is_read_again(tmp_path: Path) -> None:
 def test_a_snapshot_holds_what_redis_says(bus: Bus) -> None:
     lease = bus.acquire_lease(5)
     ticket = Ticket(number=1, group=0, group_size=1, index=0, seed=0, min_policy_version=0, route=["train"])
-    assert encode(ticket)
     bus.issue(lease, 0, [ticket], 100)
+    bus.announce(lease, PolicyVersion(number=3, digest="d", path="policies/000003", size_bytes=1))
     bus.mark_ready("generate")
-    bus.heartbeat("generate", Stats(detail="loading the weights"))
+    bus.heartbeat("generate", Stats(detail="loading the weights"), state="starting")
     snapshot = take(bus)
     assert snapshot.ready == {"generate"}
     assert snapshot.backlog == {"generate": 1, "verify": 0, "score": 0, "train": 0}
+    assert snapshot.version == 3
     assert snapshot.in_hand == {"generate": 0, "verify": 0, "score": 0, "train": 0}
     assert snapshot.workers == {"generate": ["loading the weights"]}
+    assert snapshot.taking == frozenset()
     assert not snapshot.finished
 
 
@@ -96,13 +104,13 @@ class Away:
         self.calls = 0
         self.asked_again = threading.Event()
 
-    def workers(self) -> list[Any]:
+    def workers(self, max_age_s: float = 10.0) -> list[Any]:
         self.calls += 1
         if self.calls > 1:
             self.asked_again.set()
         raise ConnectionError("connection refused")
 
-    ready = finished = backlog = pending_counts = workers
+    ready = finished = newest_policy = backlog = pending_counts = workers
 
 
 def test_a_redis_that_is_away_is_said_and_asked_again() -> None:
@@ -111,7 +119,7 @@ def test_a_redis_that_is_away_is_said_and_asked_again() -> None:
     watcher.start()
     assert bus.asked_again.wait(5)
     watcher.stop()
-    assert waits(watcher.latest, STAGES, {}) == ["Redis does not answer (connection refused)"]
+    assert waits(watcher.latest, STAGES, {}) == ["the run's state cannot be read from Redis (connection refused)"]
 
 
 ALL = frozenset(STAGES)
@@ -120,16 +128,16 @@ ALL = frozenset(STAGES)
 @pytest.mark.parametrize(
     ("snapshot", "started", "expected"),
     [
-        (Snapshot(ready=ALL, workers={stage: [""] for stage in STAGES}, backlog={"verify": 900}), {}, []),
+        (Snapshot(ready=ALL, taking=ALL, workers={stage: [""] for stage in STAGES}, backlog={"verify": 900}), {}, []),
         (
             Snapshot(ready=ALL, workers={"generate": [""], "train": [""]}, backlog={"verify": 900}),
             {},
             ["verify: 900 records wait and no worker takes them; start one with `onstream worker verifier`"],
         ),
         (
-            Snapshot(ready=ALL, workers={"generate": [""], "train": [""]}, backlog={"verify": 900}),
+            Snapshot(ready=ALL, taking=ALL - {"verify"}, workers={"verify": ["loading"]}, backlog={"verify": 900}),
             {"verify": 1},
-            ["verify: 900 records wait and no worker takes them; one is being started"],
+            ["verify: 900 records wait and no worker takes them; one is starting"],
         ),
         (
             Snapshot(ready=frozenset({"generate"}), workers={"train": ["loading the optimizer"]}),
