@@ -60,60 +60,99 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted, token_loss: TokenLoss, chunk: int) -> Tensor:
         compute_weight = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight)
-        grad_bias = None if bias is None else torch.zeros_like(bias)
+        grad_weight = torch.zeros_like(weight) if weight.requires_grad else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             at = slice(start, min(start + chunk, len(hidden)))
             logits = head_logits(hidden[at], compute_weight, bias)
             loss, grad_logits = _loss_and_gradient(logits, wanted.chunk(at), partial(token_loss, at))
+            del logits  # its memory is the gradient's, or free for the next chunk's
             total += loss
-            narrow = grad_logits.to(hidden.dtype)
-            torch.mm(narrow, compute_weight, out=grad_hidden[at])
-            grad_weight += narrow.t() @ hidden[at]
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
+            grad_logits = grad_logits.to(hidden.dtype)
+            torch.mm(grad_logits, compute_weight, out=grad_hidden[at])
+            if grad_weight is not None:
+                if grad_weight is not None:
+                _add_product(grad_weight, grad_logits.t(), hidden[at])
+            del grad_logits
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (upstream,) = grads
-        scaled = (None if saved is None else saved * upstream for saved in ctx.saved_tensors)
+        # In place, since the layer's gradient is as large as the layer; a second backward pass is an error of autograd's.
+        scaled = (None if saved is None else saved.mul_(upstream) for saved in ctx.saved_tensors)
         return (*scaled, None, None, None)
 
 
 def _loss_and_gradient(logits: Tensor, wanted: Wanted, token_loss: Callable[[Student], Tensor]) -> tuple[Tensor, Tensor]:
-    """The chunk's summed loss, and its gradient by `logits` [n, V]."""
-    normaliser = logits.logsumexp(-1)
-    scaled, scaled_normaliser = logits, normaliser
-    if wanted.temperatures is not None:
-        scaled = logits / wanted.temperatures[:, None]
-        scaled_normaliser = scaled.logsumexp(-1)
-    probabilities = (scaled - scaled_normaliser[:, None]).exp_()
-    top = tail = outside = None
-    if wanted.top_ids is not None:
-        outside = logits.scatter(1, wanted.top_ids, float("-inf"))
-        outside_normaliser = outside.logsumexp(-1)
-        outside = outside.sub_(outside_normaliser[:, None]).exp_()  # the distribution within the tail
-        top, tail = logits.gather(1, wanted.top_ids) - normaliser[:, None], outside_normaliser - normaliser
-    student = Student(
-        sampled=_pick(scaled, wanted.targets) - scaled_normaliser,
-        sampled_unscaled=_pick(logits, wanted.targets) - normaliser,
-        entropy=entropy_of(probabilities, scaled, scaled_normaliser),
-        top=top,
-        tail=tail,
-    )
-    loss, by_sampled, by_top, by_tail = _differentiate(student, token_loss)
-    if wanted.temperatures is not None:
-        by_sampled = by_sampled / wanted.temperatures
-    # The gradient of log softmax at one id is its one-hot less the probabilities; that of the tail, its own distribution less them.
-    gradient = (probabilities * -by_sampled[:, None]).scatter_add_(1, wanted.targets[:, None], by_sampled[:, None])
-    if wanted.top_ids is not None and outside is not None and by_top is not None and by_tail is not None:
-        unscaled = probabilities if wanted.temperatures is None else logits.sub_(normaliser[:, None]).exp_()
-        gradient -= unscaled.mul_((by_top.sum(-1) + by_tail)[:, None])
-        gradient += outside.mul_(by_tail[:, None]).scatter_add_(1, wanted.top_ids, by_top)
-    return loss, gradient
+    """The chunk's summed loss, and its gradient by `logits` [n, V], which are used up."""
+    chunk = _Chunk(logits, wanted)
+    loss, by_sampled, by_top, by_tail = _differentiate(chunk.student, token_loss)
+    return loss, chunk.gradient(by_sampled, by_top, by_tail)
+
+
+class _Chunk:
+    """The logits [n, V] of one chunk, what the loss reads off them, and their gradient, made in the same memory."""
+
+    def __init__(self, logits: Tensor, wanted: Wanted) -> None:
+        self._logits, self._wanted = logits, wanted
+        self._normaliser = logits.logsumexp(-1)
+        scaled, scaled_normaliser = logits, self._normaliser
+        if wanted.temperatures is not None:
+            scaled = logits / wanted.temperatures[:, None]
+            scaled_normaliser = scaled.logsumexp(-1)
+        self._probabilities = (scaled - scaled_normaliser[:, None]).exp_()
+        top, tail = self._bins()
+        self.student = Student(
+            sampled=_pick(scaled, wanted.targets) - scaled_normaliser,
+            sampled_unscaled=_pick(logits, wanted.targets) - self._normaliser,
+            entropy=entropy_of(self._probabilities, scaled, scaled_normaliser),
+            top=top,
+            tail=tail,
+        )
+
+    def _bins(self) -> tuple[Tensor | None, Tensor | None]:
+        """Logprobs of the top ids and of the tail, whose own distribution is kept for the gradient."""
+        if self._wanted.top_ids is None:
+            return None, None
+        outside = self._logits.scatter(1, self._wanted.top_ids, float("-inf"))
+        normaliser = outside.logsumexp(-1)
+        self._outside = outside.sub_(normaliser[:, None]).exp_()
+        top = self._logits.gather(1, self._wanted.top_ids) - self._normaliser[:, None]
+        return top, normaliser - self._normaliser
+
+    def gradient(self, by_sampled: Tensor, by_top: Tensor | None, by_tail: Tensor | None) -> Tensor:
+        """By the logits, from the loss's by what was read off them. The chunk's tensors are used up.
+
+        The gradient of a logprob is its one-hot less the probabilities; that of the tail, its own distribution less them.
+        """
+        temperatures, ids = self._wanted.temperatures, self._wanted.top_ids
+        if temperatures is not None:
+            by_sampled = by_sampled / temperatures
+        gradient = self._probabilities
+        if ids is None or by_top is None or by_tail is None:
+            gradient.mul_(-by_sampled[:, None])
+        else:
+            by_bins = by_top.sum(-1) + by_tail
+            if temperatures is None:
+                gradient.mul_(-(by_sampled + by_bins)[:, None])
+            else:
+                unscaled = self._logits.sub_(self._normaliser[:, None]).exp_()
+                gradient.mul_(-by_sampled[:, None]).sub_(unscaled.mul_(by_bins[:, None]))
+            gradient.add_(self._outside.mul_(by_tail[:, None])).scatter_add_(1, ids, by_top)
+        return gradient.scatter_add_(1, self._wanted.targets[:, None], by_sampled[:, None])
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right; without a temporary of its size where the precisions allow."""
+    if total.dtype == right.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _pick(logits: Tensor, ids: Tensor) -> Tensor:

@@ -81,6 +81,18 @@ def test_the_gradient_equals_a_finite_difference(draw: torch.Generator) -> None:
     assert found[1, 4].item() == pytest.approx(difference, rel=1e-2)
 
 
+def test_a_frozen_head_still_hands_the_gradient_on(draw: torch.Generator) -> None:
+    hidden, head = torch.randn(5, HIDDEN, generator=draw), nn.Linear(HIDDEN, VOCABULARY)
+    wanted, loss = Wanted(torch.arange(5)), some_loss(torch.ones(5))
+    found = []
+    for frozen in (False, True):
+        leaf = hidden.clone().requires_grad_()
+        head.requires_grad_(not frozen)
+        chunked_loss(leaf, head, wanted, loss, chunk=2).backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 def test_the_student_is_handed_over_once_a_chunk_and_in_order() -> None:
     seen: list[tuple[int, int]] = []
 
