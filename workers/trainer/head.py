@@ -74,7 +74,6 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_logits = grad_logits.to(hidden.dtype)
             torch.mm(grad_logits, compute_weight, out=grad_hidden[at])
             if grad_weight is not None:
-                if grad_weight is not None:
                 _add_product(grad_weight, grad_logits.t(), hidden[at])
             del grad_logits
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
