@@ -19,7 +19,7 @@ LONGEST_PAUSE_S = 10.0
 
 
 class GaveUp(Exception):
-    """A child will not be started again. `reason` says why, `log` are the last lines it wrote, `exit` the code to end with."""
+    """A child will not be started again. `reason` says why, `log` are the last lines it wrote and where, `exit` the code to end with."""
 
     def __init__(self, reason: str, log: list[str], exit: Exit) -> None:
         self.reason, self.log, self.exit = reason, log, exit
@@ -172,12 +172,12 @@ class Supervisor:
 
     def _judge_death(self, child: Child, why: str, progress: int, hopeless: Exit | None) -> None:
         if hopeless:
-            raise GaveUp(why, last_lines(child.log), hopeless)
+            raise GaveUp(why, _last_words(child), hopeless)
         child.deaths = child.deaths + 1 if progress <= child.progress_at_death else 1
         child.progress_at_death = progress
         if child.deaths > self.max_restarts:
             times = f", {child.deaths} times in a row without progress of the run" if child.deaths > 1 else ""
-            raise GaveUp(why + times, last_lines(child.log), Exit.FAILED)
+            raise GaveUp(why + times, _last_words(child), Exit.FAILED)
         pause_s = pause_before_restart_s(child.deaths)
         child.restart_at = time.monotonic() + pause_s
         self.say(f"{why}; restarting it{f' in {pause_s:g} s' if pause_s else ''} (its log: {child.log})")
@@ -193,6 +193,10 @@ class Supervisor:
         for child in children:
             if child.process is not None:
                 os.kill(child.process.pid, number)
+
+
+def _last_words(child: Child) -> list[str]:
+    return [*last_lines(child.log), f"(its log: {child.log})"]
 
 
 def pause_before_restart_s(deaths: int) -> float:

@@ -58,11 +58,11 @@ def test_a_worker_that_is_killed_is_started_again(supervisor: Supervisor, tmp_pa
 
 
 def test_deaths_without_progress_end_the_run_with_the_reason_and_the_log(supervisor: Supervisor, tmp_path: Path) -> None:
-    start(supervisor, tmp_path, "exit", "1", "out of", "luck")
+    child = start(supervisor, tmp_path, "exit", "1", "out of", "luck")
     with pytest.raises(GaveUp) as gave_up:
         until(lambda: False, poll(supervisor, progress=3))
     assert gave_up.value.reason == "verify-0 exited with 1 (failed), 2 times in a row without progress of the run"
-    assert gave_up.value.log == ["out of luck", "out of luck"]
+    assert gave_up.value.log == ["out of luck", "out of luck", f"(its log: {child.log})"]
     assert gave_up.value.exit == Exit.FAILED
 
 
@@ -78,7 +78,7 @@ def test_a_worker_that_refuses_is_never_restarted(supervisor: Supervisor, tmp_pa
     child = start(supervisor, tmp_path, "exit", str(code.value), "no such directory")
     with pytest.raises(GaveUp) as gave_up:
         until(lambda: False, poll(supervisor))
-    assert (gave_up.value.exit, gave_up.value.log, child.restarts) == (code, ["no such directory"], 0)
+    assert (gave_up.value.exit, gave_up.value.log, child.restarts) == (code, ["no such directory", f"(its log: {child.log})"], 0)
 
 
 def test_a_clean_exit_waits_until_it_is_known_whether_the_run_is_over(supervisor: Supervisor, tmp_path: Path) -> None:
