@@ -16,7 +16,6 @@ from settings.problem import SettingsError
 from settings.root import Settings
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-WEIGHT_FILES = ("*.safetensors", "*.bin")
 FLOAT32_BYTES = 4
 TRAINED_BYTES = 3 * FLOAT32_BYTES  # of one parameter in a checkpoint: its master weight and AdamW's two moments
 
@@ -96,10 +95,9 @@ def check_model(name: str, setting: str) -> Path:
     """
     directory = local_model(name)
     _json_file(directory / "config.json", setting, "the config.json of a model in Hugging Face form")
-    weights = any(any(directory.glob(pattern)) for pattern in WEIGHT_FILES)
-    _require(
-        weights or directory != Path(name).expanduser(), f"{setting}: {directory} has no weights", f"a file {' or '.join(WEIGHT_FILES)}"
-    )
+    if directory == Path(name).expanduser():  # a hub model's weights are fetched by whoever loads it first
+        weights = parameters(directory) > 0 or any(directory.glob("*.bin"))
+        _require(weights, f"{setting}: {directory} has no weights", "a file *.safetensors or *.bin")
     has_tokenizer = any((directory / file).exists() for file in TOKENIZER_FILES)
     _require(has_tokenizer, f"{setting}: {directory} has no tokenizer", f"one of {', '.join(TOKENIZER_FILES)}")
     if not _has_chat_template(directory, setting):
@@ -171,14 +169,30 @@ def check_disk(settings: Settings, student: Path) -> None:
 
 
 def parameters(directory: Path) -> int:
-    """Parameters of the safetensors files in `directory`, by their headers; 0 without such files."""
+    """Parameters of the safetensors files in `directory`, by their headers; 0 without such files.
+
+    Raises:
+        UserError: a file is cut short, or is none.
+    """
     return sum(_header_parameters(path) for path in directory.glob("*.safetensors"))
 
 
 def _header_parameters(path: Path) -> int:
     with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        header_bytes = int.from_bytes(file.read(8), "little")
+        header = file.read(min(header_bytes, path.stat().st_size))
+    try:
+        tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+    except ValueError:
+        tensors = {}
+    expected_bytes = 8 + header_bytes + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    if not tensors or path.stat().st_size != expected_bytes:
+        raise UserError(
+            f"{path} has {path.stat().st_size:,} bytes and is no whole safetensors file",
+            expected=f"{expected_bytes:,} bytes, by its header" if tensors else "a header and the tensors it tells of",
+            next_step="Save or download the model again.",
+        )
+    return sum(math.prod(entry["shape"]) for entry in tensors.values())
 
 
 def check_resume(settings: Settings, ours: Plan, theirs: Plan | None, in_flight: Callable[[], int]) -> None:

@@ -29,7 +29,7 @@ def make_model(directory: Path, shape: tuple[int, ...] = (4, 8)) -> Path:
     (directory / "tokenizer.json").write_text("{}")
     (directory / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
     header = json.dumps({"__metadata__": {"format": "pt"}, "weight": {"dtype": "BF16", "shape": shape, "data_offsets": [0, 64]}}).encode()
-    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
     return directory
 
 
@@ -104,6 +104,15 @@ def test_a_line_that_is_no_json_is_told_before_any_worker(tmp_path: Path) -> Non
 
 def test_parameters_are_counted_from_the_headers(tmp_path: Path) -> None:
     assert parameters(make_model(tmp_path / "student", shape=(128, 64))) == 8192
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, -1])
+def test_weights_that_are_cut_short_are_refused(tmp_path: Path, size: int) -> None:
+    model = make_model(tmp_path / "student")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(UserError, match=r"model\.safetensors has [\d,]+ bytes and is no whole safetensors file"):
+        check_model(str(model), "model.name")
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
