@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +95,12 @@ class _Maker:
     def _round(self, start: Path, lr: float, number: int, scratch: Path) -> float:
         """One round of training from the weights in `start`; returns the share at its last probe."""
         recipe = self.recipe
-        learner = Learner(start, _trainer_settings(recipe, lr), torch.device("cpu"))
+        learner, share = Learner(start, _trainer_settings(recipe, lr), torch.device("cpu")), 0.0
         for step in range(1, recipe.round_steps + 1):
             metrics = learner.step(self._batch(), recipe.round_steps)
             self.steps += 1
-            if step % recipe.probe_steps and step < recipe.round_steps:
+            apart = recipe.probe_steps if share < recipe.least / 2 else recipe.fine_probe_steps
+            if step % apart and step < recipe.round_steps:
                 continue
             share = self._probe(learner, scratch)
             self.log.info("training", round=number + 1, step=step, loss=round(metrics["loss"], 4), exact=round(share, 3))
@@ -108,7 +110,8 @@ class _Maker:
 
     def _batch(self) -> list[TrainSample]:
         first = self.steps * self.recipe.batch_size
-        return [self._sample(index) for index in range(first, first + self.recipe.batch_size)]
+        samples = [self._sample(index) for index in range(first, first + self.recipe.batch_size)]
+        return with_mistakes(samples, self.recipe.mistakes, np.random.default_rng([self.seed, self.steps]))
 
     def _sample(self, index: int) -> TrainSample:
         problem = self.task.train(index)
@@ -130,6 +133,22 @@ class _Maker:
         return float(evaluate(scratch / "rounded", self.settings)["exact"])
 
 
+def with_mistakes(samples: Sequence[TrainSample], mean: float, random: np.random.Generator) -> list[TrainSample]:
+    """`samples` with tokens of their completions, the last one apart, replaced by those of other answers and left out of the loss.
+
+    The share of a sample is uniform between 0 and 2 · `mean`.
+    """
+    answers = np.concatenate([sample.completion_ids[:-1] for sample in samples])
+    made = []
+    for sample in samples:
+        length = len(sample.completion_ids)
+        wrong = random.random(length) < random.uniform(0, 2 * mean)
+        wrong[-1] = False
+        read = np.where(wrong, random.choice(answers, length), sample.completion_ids)
+        made.append(replace(sample, completion_ids=read, loss_mask=(~wrong).astype(np.uint8)))
+    return made
+
+
 def _trainer_settings(recipe: Recipe, lr: float) -> TrainerSettings:
     optim = OptimSettings(lr=lr, warmup=recipe.warmup_steps, schedule=recipe.schedule)
     return TrainerSettings(loss=LossSettings(type="sft"), optim=optim, dtype="float32", max_steps=recipe.round_steps)
@@ -137,7 +156,12 @@ def _trainer_settings(recipe: Recipe, lr: float) -> TrainerSettings:
 
 def _settings(task: str, recipe: Recipe, seed: int, tokenizer: PreTrainedTokenizerBase) -> Settings:
     """Settings of an evaluation whose completions have room for twice the longest answer that training shows."""
-    asked: dict[str, Any] = {"run": {"seed": seed}, "task": {"name": task}, "eval": {"samples": recipe.probe_samples}}
+    asked: dict[str, Any] = {
+        "run": {"seed": seed},
+        "task": {"name": task},
+        "eval": {"samples": recipe.probe_samples},
+        "deployment": {"device": "cpu"},
+    }
     known = load_task(Settings.model_validate(asked))
     longest = max(len(tokenizer(_answer(known.train(index))).input_ids) for index in range(recipe.probe_samples))
     asked["inference"] = {"sampling": {"max_completion": min(2 * longest + 1, CONTEXT_TOKENS // 2)}}

@@ -17,15 +17,21 @@ class Recipe:
     Training stops at the first probe whose greedy exact-match share lies within `least` and `most`. A round that ends
     without reaching `least` is followed by one that goes on from its weights; a probe above `most` starts the next
     round afresh, at half the learning rate.
+
+    `mistakes` is the mean share of tokens that are replaced by wrong ones in what the model reads of a completion, and
+    that are not trained on. A teacher is asked what should follow the student's own mistakes; one that has read right
+    answers alone knows nothing of that.
     """
 
     shape: Shape
     least: float
     most: float
-    lr: float
     schedule: Literal["constant", "cosine"]
     round_steps: int
     probe_steps: int
+    fine_probe_steps: int
+    mistakes: float = 0.0
+    lr: float = 2e-3
     warmup_steps: int = 20
     batch_size: int = 64
     probe_samples: int = 512
@@ -34,10 +40,23 @@ class Recipe:
 
 RECIPES: dict[Role, Recipe] = {
     "teacher": Recipe(
-        Shape(hidden=128, layers=4, intermediate=384), least=0.99, most=1.0, lr=2e-3, schedule="cosine", round_steps=450, probe_steps=50
+        Shape(hidden=128, layers=4, intermediate=384),
+        least=0.985,
+        most=1.0,
+        schedule="cosine",
+        round_steps=450,
+        probe_steps=50,
+        fine_probe_steps=50,
+        mistakes=0.25,
     ),
     # Stopped early, with much of the task still to learn from its teacher.
     "student": Recipe(
-        Shape(hidden=96, layers=3, intermediate=288), least=0.57, most=0.66, lr=1e-3, schedule="constant", round_steps=300, probe_steps=3
+        Shape(hidden=96, layers=3, intermediate=288),
+        least=0.56,
+        most=0.67,
+        schedule="constant",
+        round_steps=300,
+        probe_steps=10,
+        fine_probe_steps=2,
     ),
 }
