@@ -9,9 +9,24 @@ import numpy as np
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.records import Rollout, Sample, ids_array, ids_bytes, logprobs_array, logprobs_bytes, mask_bytes
+from pipeline.loop import Worker
+from pipeline.records import (
+    Rollout,
+    Sample,
+    Ticket,
+    Tombstone,
+    decode_work,
+    encode,
+    ids_array,
+    ids_bytes,
+    logprobs_array,
+    logprobs_bytes,
+    mask_bytes,
+)
 from pipeline.stage import Delivery, Outcome
+from pipeline.streams import Bus, Move, Out
 from settings.root import Settings
+from settings.run import DeliverySettings
 from workers.models.fresh import Shape, write_fresh
 from workers.teacher.scorer import ScoreRequest, Scores
 from workers.teacher.setup import load_local
@@ -152,3 +167,20 @@ def test_a_teacher_that_is_not_there_is_refused_by_name(model_dir: Path) -> None
     settings = {"model": {"name": str(model_dir)}, "teacher_inference": {"model": {"name": "./no-such-teacher"}}}
     with pytest.raises(UserError, match="no-such-teacher"):
         Teacher(Settings.model_validate(settings), BUS).setup()
+
+
+def test_on_the_streams_a_scored_rollout_goes_to_the_trainer_and_one_too_long_becomes_a_tombstone(bus: Bus) -> None:
+    lease = bus.acquire_lease(5)
+    bus.issue(lease, 0, [Ticket(number, 0, 8, 0, 0, 0, ["score", "train"]) for number in (1, 2)], max_backlog=10)
+    written = [rollout(1), rollout(2, completion=[20] * 63)]
+    moves = [Move(entry.id, [Out("score", r.number, encode(r))]) for entry, r in zip(bus.read("generate", 2), written, strict=True)]
+    assert bus.settle("generate", moves) == [True, True]
+    worker = Worker(stage_with(Recorder()), bus, DeliverySettings(), block_s=0.2)
+    while bus.backlog()["score"]:
+        worker.turn()
+    arrived = {record.number: record for record in (decode_work(entry.payload) for entry in bus.read("train", 10))}
+    alive, dead = arrived[1], arrived[2]
+    assert isinstance(alive, Rollout) and alive.route == ["train"] and alive.timings[-1].stage == "score"
+    np.testing.assert_allclose(logprobs_array(alive.samples[0].teacher_logprobs or b""), [-0.2, -0.3])
+    assert isinstance(dead, Tombstone) and dead.stage == "score" and "longer than the teacher's context" in dead.reason
+    assert bus.dead_numbers() == [2]
