@@ -1,0 +1,238 @@
+"""The worker that asks a chat endpoint for completions: hard distillation, in which the student is trained on what a teacher wrote."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from pipeline.endpoints import Endpoints, Refused, Unavailable
+from pipeline.models.loading import load_configs, load_tokenizer
+from pipeline.records import Rollout, Sample, StageName, Ticket, ids_bytes, logprobs_bytes, mask_bytes
+from pipeline.stage import Delivery, Outcome, Stats
+from pipeline.tasks import load_task
+from pipeline.telemetry import get_logger
+from settings.root import Settings
+from workers.generator.reconstruct import REASONING_FIELDS, Reconstructed, ReconstructionError, Reconstructor
+from workers.generator.student import stop_ids
+
+if TYPE_CHECKING:
+    from pipeline.streams import Bus
+
+SETTING = "orchestrator.teacher_rollout_model"
+SLICE_S = 0.05
+
+log = get_logger()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request: tickets of one group, a choice for each. `doubts_n` where it is part of a request for several that was refused."""
+
+    deliveries: list[Delivery]
+    doubts_n: bool = False
+
+
+class ChatGenerator:
+    """Takes tickets; waits for answers of the endpoints; produces rollouts that no policy wrote.
+
+    Each `handle` starts requests for new tickets, lets the event loop run until one is answered, and turns answers into
+    tokens of the student. While no endpoint can be asked it takes no tickets, and `stats.detail` says why; those that it
+    holds wait for the endpoints to come back.
+    """
+
+    name: StageName = "generate"
+    holds_entries = False
+
+    def __init__(self, settings: Settings, bus: Bus) -> None:
+        source = settings.orchestrator.teacher_rollout_model
+        assert source is not None, "the chat generator is for runs with a teacher_rollout_model"
+        # All keys from the start: the heartbeat's thread reads this, and must not meet a dictionary that grows.
+        self.stats = Stats(numbers=dict.fromkeys(("running", "waiting", "tokens", "requests", "failures"), 0.0))
+        self._settings, self._source = settings, source
+        self._endpoints = Endpoints(source.client, SETTING)
+        self._loop = asyncio.new_event_loop()
+        self._queue: deque[Job] = deque()
+        self._running: dict[asyncio.Task[Any], Job] = {}
+        self._several = source.temperature > 0  # whether a request may ask for several choices; all equal when greedy
+        self._told: set[str] = set()
+
+    def setup(self) -> None:
+        """Load the task and the student's tokenizer, and ask the endpoints whether they serve the model.
+
+        Raises:
+            UserError: there is no such task or student, or the endpoints cannot be used.
+        """
+        self._task = load_task(self._settings)
+        tokenizer = load_tokenizer(self._settings.model.name)
+        config, generation = load_configs(self._settings.model.name)
+        self._context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self._reconstructor = Reconstructor(tokenizer, stop_ids(tokenizer, SimpleNamespace(config=config, generation_config=generation)))
+        self._loop.run_until_complete(self._endpoints.require_model(self._source.model.name))
+
+    @property
+    def room(self) -> int:
+        """How many more tickets it takes: as many groups as the endpoints take requests, or tickets where each is a request."""
+        if self._endpoints.problem:
+            return 0
+        at_once = self._endpoints.capacity * (self._settings.orchestrator.group_size if self._several else 1)
+        return max(0, at_once - self._in_hand)
+
+    @property
+    def busy(self) -> bool:
+        """Whether tickets are in hand."""
+        return bool(self._queue or self._running)
+
+    def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
+        """Ask for the new tickets' completions, and return those that have come."""
+        self._queue.extend(self._jobs(new))
+        while self._queue and len(self._running) < self._endpoints.capacity:
+            job = self._queue.popleft()
+            self._running[self._loop.create_task(self._endpoints.post("/chat/completions", self._body(job)))] = job
+        outcomes = [outcome for task, job in self._finished() for outcome in self._outcomes(task, job)]
+        self._tell()
+        return outcomes
+
+    def close(self, *, finished: bool) -> None:
+        """Forget what is in hand; the loop gives it back."""
+        for task in self._running:
+            task.cancel()
+        if self._running:
+            self._loop.run_until_complete(asyncio.wait(self._running))
+        self._loop.run_until_complete(self._endpoints.close())
+        self._loop.close()
+        self._running.clear()
+        self._queue.clear()
+
+    @property
+    def _in_hand(self) -> int:
+        return sum(len(job.deliveries) for job in (*self._queue, *self._running.values()))
+
+    def _jobs(self, new: Sequence[Delivery]) -> Iterator[Job]:
+        """The tickets as requests: those of a group together, where several choices may be asked for."""
+        groups: dict[int, list[Delivery]] = {}
+        for delivery in new:
+            groups.setdefault(_ticket(delivery).group if self._several else delivery.number, []).append(delivery)
+        return map(Job, groups.values())
+
+    def _body(self, job: Job) -> dict[str, Any]:
+        """The request, in the fields that every OpenAI-compatible endpoint knows."""
+        body = {
+            "model": self._source.model.name,
+            "messages": self._task.train(_ticket(job.deliveries[0]).index).messages,
+            "max_tokens": self._source.max_completion or self._settings.inference.sampling.max_completion,
+            "temperature": self._source.temperature,
+        }
+        return body | ({"n": len(job.deliveries)} if len(job.deliveries) > 1 else {})
+
+    def _finished(self) -> list[tuple[asyncio.Task[Any], Job]]:
+        if not self._running:
+            return []
+        waiting = asyncio.wait(self._running, timeout=SLICE_S, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = self._loop.run_until_complete(waiting)
+        return [(task, self._running.pop(task)) for task in [task for task in self._running if task in done]]
+
+    def _outcomes(self, task: asyncio.Task[Any], job: Job) -> list[Outcome]:
+        """What becomes of an answered request's tickets; those that another request is to answer go back to the queue."""
+        try:
+            answer = task.result()
+        except Unavailable as error:
+            log.warning("the endpoints fail; the tickets wait", error=str(error), tickets=len(job.deliveries))
+            self._queue.append(job)
+            return []
+        except Refused as error:
+            if len(job.deliveries) > 1:  # for the prompt, or for n: each alone will show
+                self._queue.extend(Job([delivery], doubts_n=True) for delivery in job.deliveries)
+                return []
+            return [Outcome(delivery, dead=f"the endpoint {error}") for delivery in job.deliveries]
+        choices = _choices(answer)
+        if job.doubts_n and choices:
+            self._ask_one_at_a_time()
+        if choices and len(choices) < len(job.deliveries):
+            self._ask_one_at_a_time()
+            self._queue.extend(Job([delivery]) for delivery in job.deliveries[len(choices) :])
+        elif not choices:
+            return [Outcome(delivery, dead=f"the endpoint's answer has no choices: {str(answer)[:200]}") for delivery in job.deliveries]
+        return [self._outcome(delivery, choice) for delivery, choice in zip(job.deliveries, choices, strict=False)]
+
+    def _ask_one_at_a_time(self) -> None:
+        if self._several:
+            log.info("the endpoint does not give several choices in one answer (n); asking for one at a time")
+            self._several = False
+
+    def _outcome(self, delivery: Delivery, choice: dict[str, Any]) -> Outcome:
+        """The rollout of one choice, or why there is none."""
+        finish, message = choice.get("finish_reason"), choice["message"]
+        if finish == "content_filter":
+            return Outcome(delivery, dead="the endpoint's content filter stopped the answer")
+        if not self._reconstructor.renders_reasoning() and any(message.get(name) for name in REASONING_FIELDS):
+            self._tell_once("the student's chat template does not render reasoning: the teacher's is left out")
+        problem = self._task.train(_ticket(delivery).index)
+        written = [{**message, "role": "assistant"}]
+        try:
+            samples = self._reconstructor.samples(problem.messages, written, truncated=finish == "length")
+            self._require_room(samples)
+        except ReconstructionError as error:
+            return Outcome(delivery, dead=f"the teacher's answer cannot be trained on: {error}")
+        self.stats.numbers["tokens"] += sum(len(sample.completion_ids) for sample in samples)
+        ticket = _ticket(delivery)
+        rollout = Rollout(
+            number=ticket.number,
+            group=ticket.group,
+            group_size=ticket.group_size,
+            index=ticket.index,
+            messages=problem.messages,
+            info=problem.info,
+            samples=[_sample(one) for one in samples],
+            temperature=self._source.temperature,
+            finish_reason="length" if finish == "length" else "stop",
+            route=list(ticket.route),
+        )
+        return Outcome(delivery, rollout)
+
+    def _require_room(self, samples: Sequence[Reconstructed]) -> None:
+        longest = max(len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples)
+        if self._context is not None and longest > self._context:
+            raise ReconstructionError(f"it comes to {longest} tokens with its prompt, and the student's context is {self._context}")
+
+    def _tell_once(self, words: str) -> None:
+        if words not in self._told:
+            log.warning(words)
+            self._told.add(words)
+
+    def _tell(self) -> None:
+        """What the heartbeat says; a new reason to wait is logged once."""
+        numbers, usage = self.stats.numbers, self._endpoints.usage
+        numbers["running"] = self._endpoints.in_flight
+        numbers["waiting"] = self._in_hand - sum(len(job.deliveries) for job in self._running.values())
+        numbers["requests"], numbers["failures"] = usage.requests, usage.failures
+        detail = self._endpoints.problem
+        if detail != self.stats.detail:
+            log.info(detail or "an endpoint can be asked again")
+        self.stats.detail = detail
+
+
+def _ticket(delivery: Delivery) -> Ticket:
+    assert isinstance(delivery.record, Ticket)
+    return delivery.record
+
+
+def _choices(answer: Any) -> list[dict[str, Any]]:
+    """The choices of an answer that hold a message."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    return [choice for choice in choices or () if isinstance(choice, dict) and isinstance(choice.get("message"), dict)]
+
+
+def _sample(made: Reconstructed) -> Sample:
+    """No policy wrote it: it has no versions, and its generator logprobs are zeros that nothing reads."""
+    return Sample(
+        prompt_ids=ids_bytes(made.prompt_ids),
+        completion_ids=ids_bytes(made.completion_ids),
+        loss_mask=mask_bytes(made.loss_mask),
+        generator_logprobs=logprobs_bytes([0.0] * len(made.completion_ids)),
+        version_spans=[],
+        completion_text=made.text,
+    )
