@@ -69,7 +69,12 @@ def check(files: tuple[Path, ...], overrides: tuple[str, ...], everything: bool)
 @cli.command()
 @click.argument("kind", type=click.Choice(KINDS), metavar="KIND")
 @sources
-def worker(kind: WorkerKind, files: tuple[Path, ...], overrides: tuple[str, ...]) -> Exit:
+@click.option(
+    "--slot",
+    metavar="NAME",
+    help="The place among this machine's workers that it takes: a restart under the same name goes on with its records.",
+)
+def worker(kind: WorkerKind, files: tuple[Path, ...], overrides: tuple[str, ...], slot: str | None) -> Exit:
     """Run one worker against a running Redis.
 
     KIND is generator, verifier, teacher, teacher-external or trainer. A teacher scores with a model of its own, a teacher-external asks
@@ -78,7 +83,7 @@ def worker(kind: WorkerKind, files: tuple[Path, ...], overrides: tuple[str, ...]
     settings = _settings(files, overrides)
     from workers.runner import run_kind
 
-    return run_kind(kind, settings)
+    return run_kind(kind, settings, slot)
 
 
 @cli.command()

@@ -34,13 +34,16 @@ REMINDER_S = 10.0
 log = telemetry.get_logger()
 
 
-def run_kind(kind: WorkerKind, settings: Settings) -> Exit:
+def run_kind(kind: WorkerKind, settings: Settings, slot: str | None = None) -> Exit:
     """Run one worker of `kind` until the run is finished or the worker is told to stop.
+
+    Its name among the run's consumers holds its process id, or its `slot`: then what it held when it died waits for no
+    lease, because its successor has the same name. No two living workers of a machine may take one slot.
 
     Raises:
         UserError: Redis cannot be used, the run's plan forbids this worker, or the worker cannot work with these settings.
     """
-    worker = f"{kind}-{socket.gethostname()}-{os.getpid()}"
+    worker = f"{kind}-{socket.gethostname()}-{slot or os.getpid()}"
     telemetry.configure(STAGE_OF[kind], worker, settings.run.name, settings.log)
     _limit_threads(settings)
     with contextlib.closing(connect(settings, redis_url(settings), consumer=worker)) as bus:

@@ -153,7 +153,12 @@ class Launch:
     def _start(self) -> None:
         for kind in START_ORDER:
             for index in range(self._plan.workers.get(kind, 0)):
-                child = self._start_child(f"{kind}-{index}", kind, ["worker", kind, *self._arguments], environ=self._gpu_of((kind, index)))
+                child = self._start_child(
+                    f"{kind}-{index}",
+                    kind,
+                    ["worker", kind, *self._arguments, "--slot", f"slot{index}"],
+                    environ=self._gpu_of((kind, index)),
+                )
                 self._trainer = child if kind == "trainer" else self._trainer
         self._say(f"run {self._settings.run.name}: {len(self._supervisor.children)} workers, logs in {self._run_dir / 'logs'}")
         if self._trainer is not None:

@@ -33,13 +33,14 @@ def cli() -> None:
 @cli.command()
 @click.argument("kind")
 @sources
-def worker(kind: WorkerKind, files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
+@click.option("--slot", required=True)
+def worker(kind: WorkerKind, files: tuple[Path, ...], overrides: tuple[str, ...], slot: str) -> None:
     """Be a worker."""
     settings, stage = load_settings(files, overrides), STAGE_OF[kind]
     signal.signal(signal.SIGTERM, lambda *_: leave(settings, stage))
     url = settings.redis.url
     assert url is not None
-    bus = Bus.connect(url.get_secret_value(), settings.run.name, consumer=stage, block_s=0.2, connect_timeout_s=5)
+    bus = Bus.connect(url.get_secret_value(), settings.run.name, consumer=f"{stage}-{slot}", block_s=0.2, connect_timeout_s=5)
     obey(settings.run_dir / stage)
     bus.mark_ready(stage)
     bus.heartbeat(stage, Stats())
