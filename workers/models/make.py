@@ -71,6 +71,7 @@ class _Maker:
         with tempfile.TemporaryDirectory(prefix="onstream-make-") as scratch:
             share = self._rounds(Path(scratch))
             shutil.copytree(Path(scratch) / "rounded", directory, dirs_exist_ok=True)
+        (directory / "model.safetensors").chmod(0o644)  # safetensors writes for its owner alone; the pair is made to be shared
         made = Made(self.role, directory, share, _parameters(directory), self.steps, time.monotonic() - started)
         self.log.info("made", directory=str(directory), exact=round(share, 3), parameters=made.parameters, seconds=round(made.seconds))
         return made
