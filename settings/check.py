@@ -40,7 +40,8 @@ def _print_settings(settings: Settings, origins: Mapping[str, str], console: Con
     count = 0
     for name, setting in known().items():
         value = setting.value(settings)
-        if everything or value != setting.default:
+        absent = value is None and name not in origins  # in a section that is not there
+        if everything or (value != setting.default and not absent):
             origin = origins.get(name, "default")
             _line(console, f"  {escape(name)} = [cyan]{escape(shown(value))}[/cyan]  [dim]{escape(origin)}[/dim]")
             count += 1

@@ -198,6 +198,17 @@ def _no_scores_for_sft(settings: Settings) -> Iterator[Problem]:
         )
 
 
+def _lora(settings: Settings) -> Iterator[Problem]:
+    adapter = settings.trainer.lora
+    if adapter is not None and adapter.dropout > 0 and settings.trainer.loss.type == "rl":
+        yield _problem(
+            settings,
+            ["trainer.lora.dropout", "trainer.loss.type"],
+            "no dropout with rl, whose importance ratios would compare the trainer's model less some of it with the generator's whole one",
+            "Leave trainer.lora.dropout out.",
+        )
+
+
 def _stages(settings: Settings) -> Iterator[Problem]:
     stages = settings.deployment.stages or ()
     if len(set(stages)) < len(stages):
@@ -221,7 +232,7 @@ def _task(settings: Settings) -> Iterator[Problem]:
 
 _RULES: tuple[Rule, ...] = (
     *(_batches, _training_signal, _teacher, _one_teacher, _endpoints, _sampling),
-    *(_hard_distillation, _token_client, _no_scores_for_sft, _stages, _task),
+    *(_hard_distillation, _token_client, _no_scores_for_sft, _lora, _stages, _task),
 )
 
 

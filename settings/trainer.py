@@ -63,6 +63,19 @@ class OptimSettings(Section):
     """Gradients are scaled down to this global norm."""
 
 
+class LoraSettings(Section):
+    """Train a low-rank adapter instead of the weights. Present: it is used; needs `pip install 'onstream[lora]'`."""
+
+    rank: Annotated[int, RUN, Unit("dimensions"), Field(ge=1, le=4096)] = 16
+    """Rank of each adapted layer's update."""
+    alpha: Annotated[float, RUN, Unit("weight"), Field(gt=0, le=10**6)] = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[float, RUN, Unit("probability"), Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input. With `rl` it has to be 0: the trainer's logprobs would differ from the generator's."""
+    target_modules: Annotated[tuple[str, ...] | None, RUN, Field(min_length=1)] = None
+    """The layers adapted, by the last part of their name, such as `["q_proj", "v_proj"]`. Unset: every linear layer but the output."""
+
+
 class TrainerSettings(Section):
     """The trainer."""
 
@@ -78,6 +91,7 @@ class TrainerSettings(Section):
     """A few rollouts are written to `samples.jsonl` every so many steps."""
     loss: LossSettings = LossSettings()
     optim: OptimSettings = OptimSettings()
+    lora: LoraSettings | None = None
 
 
 class CheckpointSettings(Section):

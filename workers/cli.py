@@ -129,6 +129,18 @@ def evaluate(run: Path, overrides: tuple[str, ...], version: int | None) -> None
     click.echo(json.dumps(evaluate_version(settings, version)))
 
 
+@cli.command()
+@looked_at
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The directory to write.")
+@click.option("--version", type=click.IntRange(min=0), help="The policy version; by default the newest on disk.")
+def export(run: Path, overrides: tuple[str, ...], out: Path, version: int | None) -> None:
+    """Write a policy version as a model directory that loads by itself; an adapter is merged."""
+    settings = _settings([run], overrides)
+    from workers.export import export
+
+    click.echo(f"version {export(settings, version, out)} is in {out}")
+
+
 @cli.group()
 def models() -> None:
     """Small models for the examples."""

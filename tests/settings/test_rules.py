@@ -59,6 +59,7 @@ REFUSED = [
     ([*HARD[:3]], 'orchestrator.teacher_rollout_model.model.name = ""', "the model's name at the endpoint"),
     ([*HARD[:2], HARD[3]], "orchestrator.teacher_rollout_model.client.base_url = []", "the address of an endpoint for the generator"),
     ([*HARD, "orchestrator.teacher_rollout_model.keep=verified", UNVERIFIED], 'keep = "verified"', "verification, to know which"),
+    ([*TEACHER, "trainer.lora.dropout=0.1"], "trainer.lora.dropout = 0.1", "no dropout with rl"),
     # Sampling.
     (["inference.sampling.top_p=0.9"], "inference.sampling.top_p = 0.9", "expected 1.0 in training"),
     (["inference.sampling.top_k=5"], "inference.sampling.top_k = 5", "expected 0 in training"),
@@ -126,6 +127,8 @@ def test_each_rule_tells_one_thing_and_nothing_else_is_told(overrides: list[str]
         [*TEACHER, *ENDPOINT],
         [ENDPOINT[1], "trainer.loss.teacher_tau=1", STAGES('["generate", "verify", "train"]')],
         [*HARD, UNVERIFIED],
+        [*HARD, "trainer.lora.dropout=0.1"],
+        [*TEACHER, "trainer.lora.rank=8"],
         [*HARD, "orchestrator.group_size=1"],
         [*HARD, "orchestrator.teacher_rollout_model.keep=verified"],
         ["task.name=jsonl", "task.path=a.jsonl", "task.eval_path=b.jsonl"],

@@ -15,6 +15,7 @@ from pipeline.models.logprobs import head_of, hidden_states
 from pipeline.models.packing import Packed, pack, share_prompts, single_rows
 from pipeline.models.probe import prepare
 from settings.trainer import TrainerSettings
+from workers.trainer import lora
 from workers.trainer.head import chunked_loss
 from workers.trainer.objective import Objective, Tally, gather_tokens
 from workers.trainer.samples import TrainSample, check_sample
@@ -24,26 +25,29 @@ __all__ = ["Learner", "TrainSample"]
 
 
 class Learner:
-    """The student with its optimizer: float32 master weights, computed with in `dtype`.
+    """The student with its optimizer: float32 master weights, computed with in `dtype`. With `trainer.lora` an adapter alone is trained.
 
     `padded_because` is None where shared prompts are computed once, else the reason why the model's code cannot.
     The model stays in evaluation mode: dropout would make its logprobs differ from the generator's.
 
     Raises:
-        UserError: the model or its tokenizer cannot be loaded, or its head is no plain projection.
+        UserError: the model or its tokenizer cannot be loaded, its head is no plain projection, or it has no such layers to adapt.
     """
 
     def __init__(self, model: str | Path, trainer: TrainerSettings, device: torch.device) -> None:
         self.trainer, self.device = trainer, device
         self.dtype = resolve_dtype(trainer.dtype, device)
         self.tokenizer = load_tokenizer(model)
-        self.model = load_model(model, dtype=torch.float32, device=device)
+        base = lora.base_of(model)
+        self.model = load_model(base or model, dtype=torch.float32, device=device)
         self.padded_because = prepare(self.model)
+        self._adapter = lora.attach(self.model, trainer.lora, saved=model if base else None) if trainer.lora else None
         self.vocabulary: int = self.model.get_input_embeddings().num_embeddings  # token ids are below it
         self.steps = 0
         optim = trainer.optim
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self._optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+            trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
         )
 
     def check(self, sample: TrainSample) -> None:
@@ -111,7 +115,7 @@ class Learner:
     def state(self) -> dict[str, Any]:
         """Steps taken, optimizer and RNG state, in tensors and plain values: `torch.load(weights_only=True)` reads them back.
 
-        With `save_model` it is all that a checkpoint needs. The learning rate follows from the step and the settings.
+        With `save_checkpoint` it is all that a checkpoint needs. The learning rate follows from the step and the settings.
         """
         cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
         return {"steps": self.steps, "optimizer": self._optimizer.state_dict(), "rng": torch.get_rng_state(), "cuda_rng": cuda}
@@ -125,18 +129,26 @@ class Learner:
             torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda_rng"]])
 
     def save_model(self, directory: Path) -> None:
-        """Writes Hugging Face files that any AutoModelForCausalLM loads: float32 weights, configuration, tokenizer."""
-        self.model.save_pretrained(directory)
+        """Writes Hugging Face files that any AutoModelForCausalLM loads: float32 weights, an adapter merged, and the tokenizer."""
+        self.model.save_pretrained(directory, state_dict=lora.merged_state(self.model) if self._adapter else None)
+        self.tokenizer.save_pretrained(directory)
+
+    def save_checkpoint(self, directory: Path) -> None:
+        """Writes what `Learner` starts from again: the model's files, or those of the adapter alone with its base's name."""
+        if self._adapter is None:
+            return self.save_model(directory)
+        lora.save_adapter(self._adapter, directory)
         self.tokenizer.save_pretrained(directory)
 
     def published_state(self) -> dict[str, Tensor]:
-        """The weights as generators get them: on the CPU, in the computing precision, tied weights once.
+        """The weights as generators get them: on the CPU, in the computing precision, tied weights once, an adapter merged.
 
         In float32 on a CPU they are the live weights themselves: write them before the next step.
         """
         seen: set[int] = set()
         published = {}
-        for name, weight in self.model.state_dict().items():
+        state = lora.merged_state(self.model) if self._adapter else self.model.state_dict()
+        for name, weight in state.items():
             if weight.data_ptr() not in seen:
                 seen.add(weight.data_ptr())
                 published[name] = weight.detach().to("cpu", self.dtype)

@@ -1,0 +1,122 @@
+"""LoRA: a low-rank adapter is trained and checkpointed; what is published and exported has it merged into the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from pipeline.models.loading import load_model, load_tokenizer
+from settings.trainer import LoraSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER = "default"
+
+
+def base_of(model: str | Path) -> str | None:
+    """The name of the base model if `model` is a directory that holds an adapter, else None."""
+    config = Path(model) / ADAPTER_CONFIG
+    if not config.is_file():
+        return None
+    name: str = msgspec.json.decode(config.read_bytes())["base_model_name_or_path"]
+    return name
+
+
+def attach(model: PreTrainedModel, lora: LoraSettings, saved: str | Path | None) -> Any:
+    """Put an adapter into `model` in place, a new one or the one in the directory `saved`; returns peft's wrapper of it.
+
+    A new adapter changes nothing until its first step. Only its weights require gradients.
+
+    Raises:
+        UserError: peft is not installed, or `target_modules` names no layer, or the output layer.
+    """
+    peft = _peft()
+    if saved is not None:
+        wrapped = peft.PeftModel.from_pretrained(model, str(saved), is_trainable=True)
+    else:
+        targets = list(lora.target_modules) if lora.target_modules else "all-linear"
+        config = peft.LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
+        )
+        try:
+            with torch.random.fork_rng():  # a trainer that starts over before its first checkpoint starts from the same adapter
+                torch.manual_seed(0)
+                wrapped = peft.get_peft_model(model, config)
+        except ValueError as error:
+            raise _no_such_layers(model, lora, error) from error
+    if not isinstance(model.get_output_embeddings(), nn.Linear) or not isinstance(model.get_input_embeddings(), nn.Embedding):
+        raise _no_such_layers(model, lora, "the embeddings and the output layer are trained whole or not at all")
+    wrapped.eval()
+    for layer in _layers(model).values():
+        layer.lora_dropout.train()
+    return wrapped
+
+
+@torch.no_grad()
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights under the names of a model without an adapter, the adapter added where it sits; the live model stays as it is."""
+    layers, merged = _layers(model), {}
+    for name, weight in model.state_dict().items():
+        if ".lora_" in name:
+            continue
+        owner, inside, leaf = name.rpartition(".base_layer.")
+        if inside and leaf == "weight":
+            weight = weight + layers[owner].get_delta_weight(_ADAPTER).to(weight.dtype)
+        merged[f"{owner}.{leaf}" if inside else name] = weight
+    return merged
+
+
+def save_adapter(wrapped: Any, directory: Path) -> None:
+    """Write the adapter's weights and configuration, which names the base model."""
+    wrapped.save_pretrained(directory, save_embedding_layers=False)
+    (directory / "README.md").unlink(missing_ok=True)  # an empty form for a model card
+
+
+def write_merged(directory: Path, out: Path) -> None:
+    """Write the model whose adapter is in `directory` to `out`, merged in float32, with its tokenizer.
+
+    Raises:
+        UserError: peft is not installed, or the base model cannot be loaded.
+    """
+    base = base_of(directory)
+    assert base is not None, "a directory with an adapter"
+    model = load_model(base, dtype=torch.float32, device=torch.device("cpu"))
+    _peft().PeftModel.from_pretrained(model, str(directory)).merge_and_unload().save_pretrained(out)
+    load_tokenizer(directory).save_pretrained(out)
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(
+            "trainer.lora is set, and peft is not installed", expected="peft", next_step="Install it: pip install 'onstream[lora]'."
+        ) from error
+    return peft
+
+
+def _no_such_layers(model: PreTrainedModel, lora: LoraSettings, reason: object) -> UserError:
+    linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+    return UserError(
+        f"trainer.lora.target_modules = {_named(lora.target_modules)} ({' '.join(str(reason).split())[:200]})",
+        expected=f"names of linear layers inside the model: {', '.join(name for name in linear if name != 'lm_head')}",
+        next_step="Name some of those, or leave trainer.lora.target_modules out for all of them.",
+    )
+
+
+def _named(modules: Sequence[str] | None) -> str:
+    return "[" + ", ".join(map(repr, modules or ())) + "]"
