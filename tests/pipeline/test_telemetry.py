@@ -6,22 +6,9 @@ import io
 import json
 import logging
 import threading
-from collections.abc import Iterator
-
-import pytest
-import structlog
 
 from pipeline import telemetry
 from settings.run import LogSettings
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    handlers, level = logging.root.handlers[:], logging.root.level
-    yield
-    logging.root.handlers[:], logging.root.level = handlers, level
-    logging.captureWarnings(False)
-    structlog.reset_defaults()
 
 
 def configured(**log: str) -> io.StringIO:

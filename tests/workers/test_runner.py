@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
-import structlog
 
 from pipeline.errors import Exit, UserError
 from pipeline.streams import Bus
@@ -17,15 +14,6 @@ from settings.load import load_settings
 from settings.plan import make_plan
 from settings.root import Settings
 from workers.runner import class_path, run_kind
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    handlers, level = logging.root.handlers[:], logging.root.level
-    yield
-    logging.root.handlers[:], logging.root.level = handlers, level
-    logging.captureWarnings(False)
-    structlog.reset_defaults()
 
 
 @pytest.fixture
