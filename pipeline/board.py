@@ -154,9 +154,10 @@ class Board(Connection):
         """Dead letters in Redis."""
         return int(self._ask("XLEN", self.keys.dead))
 
-    def dead_letters(self, count: int = 100) -> list[DeadLetter]:
-        """The oldest `count` dead letters."""
-        return [_letter(entry_id, fields) for entry_id, fields in self._ask("XRANGE", self.keys.dead, "-", "+", "COUNT", count)]
+    def dead_letters(self, count: int = 100, after: bytes | None = None) -> list[DeadLetter]:
+        """The oldest `count` dead letters, or the oldest after the entry `after`."""
+        start = "-" if after is None else b"(" + after
+        return [_letter(entry_id, fields) for entry_id, fields in self._ask("XRANGE", self.keys.dead, start, "+", "COUNT", count)]
 
     def drop_dead(self, ids: Sequence[bytes]) -> None:
         """Delete dead letters that were written elsewhere."""

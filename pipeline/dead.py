@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import msgspec
@@ -10,6 +11,7 @@ import msgspec
 from pipeline.board import DeadLetter
 from pipeline.streams import Bus
 
+FILE = "dead.jsonl"
 AT_ONCE = 100
 
 
@@ -21,7 +23,8 @@ def spill_dead(bus: Bus, path: Path, keep: int) -> int:
     Raises:
         OSError: the disk is full; what was not written stays in Redis.
     """
-    spilled = 0
+    moved = 0
+    _mend(path)
     while (excess := bus.dead_count() - keep) > 0:
         letters = bus.dead_letters(min(excess, AT_ONCE))
         with path.open("ab") as file:
@@ -29,14 +32,58 @@ def spill_dead(bus: Bus, path: Path, keep: int) -> int:
             file.flush()
             os.fsync(file.fileno())
         bus.drop_dead([letter.entry_id for letter in letters])
-        spilled += len(letters)
-    return spilled
+        moved += len(letters)
+    return moved
+
+
+def _mend(path: Path) -> None:
+    """Cut off a last line that a crash tore: what is appended to it would be lost as well."""
+    if path.exists() and not (data := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)
+
+
+def spilled(path: Path) -> Iterator[DeadLetter]:
+    """The dead letters in `path`, in order, each once. A last line that a crash tore is passed over: Redis has that letter still."""
+    seen: set[bytes] = set()
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n") and (letter := msgspec.json.decode(line, type=DeadLetter)).entry_id not in seen:
+                seen.add(letter.entry_id)
+                yield letter
 
 
 def spilled_numbers(path: Path) -> list[int]:
-    """The numbers of the dead letters in `path`, in order. A last line that a crash tore is passed over: Redis has that letter still."""
-    if not path.exists():
-        return []
-    whole = (line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n"))
-    letters = {letter.entry_id: letter.number for letter in (msgspec.json.decode(line, type=DeadLetter) for line in whole)}
-    return list(letters.values())
+    """The numbers of the dead letters in `path`, in order."""
+    return [letter.number for letter in spilled(path)]
+
+
+def forget_spilled(path: Path, entry_ids: Collection[bytes]) -> None:
+    """Take the letters of `entry_ids` out of `path`, whole or not at all. For the trainer alone, which writes that file."""
+    if not entry_ids or not path.exists():
+        return
+    fresh = path.with_name(f"{path.name}.new")
+    with fresh.open("wb") as file:
+        for letter in spilled(path):
+            if letter.entry_id not in entry_ids:
+                file.write(msgspec.json.encode(letter) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.rename(path)
+
+
+def all_letters(bus: Bus, run_dir: Path) -> Iterator[DeadLetter]:
+    """Every dead letter of the run once, those in Redis first: one that spills meanwhile is met after that. A page of them in memory."""
+    seen: set[bytes] = set()
+    letters = bus.dead_letters(AT_ONCE)
+    while letters:
+        seen.update(letter.entry_id for letter in letters)
+        yield from letters
+        letters = bus.dead_letters(AT_ONCE, after=letters[-1].entry_id)
+    yield from (letter for letter in spilled(run_dir / FILE) if letter.entry_id not in seen)
+
+
+def dead_numbers(bus: Bus, run_dir: Path) -> set[int]:
+    """The numbers of all dead letters, in Redis and spilled. Redis first: a letter that spills meanwhile is met at least once."""
+    return {*bus.dead_numbers(), *spilled_numbers(run_dir / FILE)}

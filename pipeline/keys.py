@@ -81,6 +81,16 @@ class Keys:
         return self._key("finished")
 
     @property
+    def requests(self) -> str:
+        """Stream: what operators ask of the trainer; no group."""
+        return self._key("requests")
+
+    @property
+    def requeued(self) -> str:
+        """Hash: numbers issued in place of dead ones, and the dead ones."""
+        return self._key("requeued")
+
+    @property
     def workers(self) -> str:
         """Hash: the last heartbeat of each worker."""
         return self._key("workers")

@@ -52,6 +52,16 @@ class RangeSet:
         self._first[low:high] = [first]
         self._last[low:high] = [last]
 
+    def discard(self, number: int) -> None:
+        """Take out `number`, if it is there."""
+        at = bisect_right(self._first, number) - 1
+        if number not in self:
+            return
+        first, last = self._first[at], self._last[at]
+        rest = [(low, high) for low, high in ((first, number - 1), (number + 1, last)) if low <= high]
+        self._first[at : at + 1] = [low for low, _ in rest]
+        self._last[at : at + 1] = [high for _, high in rest]
+
     def update(self, other: RangeSet) -> None:
         """Put in every number of `other`."""
         for first, last in other.ranges():

@@ -30,7 +30,8 @@ class Ticket(msgspec.Struct, tag="ticket/1", array_like=True, frozen=True):
     """Leave to write one rollout.
 
     `number` is consecutive in the run and is the uid of the rollout that comes of it. Tickets of one group are
-    consecutive and ask the same problem: `index` of the task's train split.
+    consecutive and ask the same problem: `index` of the task's train split. `requeued_from` is the number of a dead rollout
+    that this one is asked for in place of; that one stays dead.
     """
 
     number: int
@@ -40,6 +41,7 @@ class Ticket(msgspec.Struct, tag="ticket/1", array_like=True, frozen=True):
     seed: int
     min_policy_version: int
     route: list[StageName]
+    requeued_from: int | None = None
 
 
 class VersionSpan(msgspec.Struct, array_like=True, frozen=True):

@@ -163,6 +163,40 @@ for i = 4, #ARGV, 2 do redis.call('XADD', KEYS[3], '*', 'n', ARGV[i], 'b', ARGV[
 return 1
 """)
 
+# KEYS: epoch, issued, tickets, requests, requeued, gated streams. ARGV: epoch, expected count, max backlog, requests, then per
+# request its id, the new number and the dead one, then number, payload, … ISSUE, and the requests are served, all or none.
+ISSUE_REQUEUED = _fenced("""
+local first = 5 + 3 * tonumber(ARGV[4])
+local issued, expected, count = tonumber(redis.call('GET', KEYS[2]) or 0), tonumber(ARGV[2]), (#ARGV - first + 1) / 2
+if issued >= expected + count then return 1 end
+if issued ~= expected then return redis.error_reply('MISCOUNT ' .. issued .. ' tickets were issued, not ' .. expected) end
+for i = 6, #KEYS do
+  if redis.call('XLEN', KEYS[i]) > tonumber(ARGV[3]) then return 0 end
+end
+redis.call('INCRBY', KEYS[2], count)
+for i = 5, first - 1, 3 do
+  redis.call('XDEL', KEYS[4], ARGV[i])
+  redis.call('HSET', KEYS[5], ARGV[i + 1], ARGV[i + 2])
+end
+for i = first, #ARGV, 2 do redis.call('XADD', KEYS[3], '*', 'n', ARGV[i], 'b', ARGV[i + 1]) end
+return 1
+""")
+
+# KEYS: epoch, requests, dead. ARGV: epoch, then per request its id and that of the dead letter to delete, '' for none.
+CLOSE_REQUESTS = _fenced("""
+for i = 2, #ARGV, 2 do
+  redis.call('XDEL', KEYS[2], ARGV[i])
+  if ARGV[i + 1] ~= '' then redis.call('XDEL', KEYS[3], ARGV[i + 1]) end
+end
+return 1
+""")
+
+# KEYS: epoch, hash. ARGV: epoch, field, value, …
+FILL_HASH = _fenced("""
+redis.call('HSET', KEYS[2], unpack(ARGV, 2))
+return 1
+""")
+
 # KEYS: epoch, reissued, tickets. ARGV: epoch, token, then number, payload, …
 REISSUE = _fenced("""
 if redis.call('SADD', KEYS[2], ARGV[2]) == 1 then

@@ -13,8 +13,9 @@ import structlog
 from redis.exceptions import ResponseError
 
 from pipeline import scripts
-from pipeline.authority import Authority, Lease, LeaseHeld, LeaseLost, batched_ids
+from pipeline.authority import Lease, LeaseHeld, LeaseLost, batched_ids
 from pipeline.board import Board, DeadLetter, WorkerState
+from pipeline.desk import Desk
 from pipeline.keys import GROUP, PARKED, STAGES, WORKING
 from pipeline.records import StageName
 
@@ -70,7 +71,7 @@ class Move:
         return sum(len(out.payload) for out in self.outs)
 
 
-class Bus(Authority, Board):
+class Bus(Desk, Board):
     """One worker's way to the streams of one run."""
 
     @classmethod

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pipeline.dead import dead_numbers
 from pipeline.ledger import Ledger
 from pipeline.records import StageName
 from pipeline.streams import STAGES, Bus
@@ -24,7 +25,7 @@ def audit(run_dir: Path, bus: Bus) -> dict[str, Any]:
     """
     issued = range(1, bus.issued() + 1)
     streams = {stage: bus.numbers(stage) for stage in STAGES}
-    dead = set(bus.dead_numbers())
+    dead = dead_numbers(bus, run_dir)
     doubled = _doubled(bus, streams)
     ledger = list(Ledger(run_dir / "trained.jsonl").read())
     fates = {line.number: line.fate for line in ledger}
@@ -33,8 +34,10 @@ def audit(run_dir: Path, bus: Bus) -> dict[str, Any]:
     sets: dict[str, list[int]] = {name: [] for name in ("trained", *DROPPED, "dead", "in_flight", "lost")}
     for number in issued:
         sets[_class(number, fates.get(number), dead, under_way)].append(number)
-    trained_twice = [number for number, lines in Counter(line.number for line in ledger).items() if lines > 1]
-    sets["duplicated"] = sorted({*trained_twice, *(number for number in doubled if number not in fates)})
+    # A dead number that is purged has a line for each; anything else is written once.
+    lines = Counter((line.number, line.fate == "purged") for line in ledger)
+    settled_twice = [number for (number, _), times in lines.items() if times > 1]
+    sets["duplicated"] = sorted({*settled_twice, *(number for number in doubled if number not in fates)})
     return _report(bus.run, issued, sets)
 
 

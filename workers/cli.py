@@ -142,6 +142,81 @@ def export(run: Path, overrides: tuple[str, ...], out: Path, version: int | None
 
 
 @cli.group()
+def dead() -> None:
+    """Rollouts that were given up: look at them, ask for them anew, or purge them."""
+
+
+@dead.command("list")
+@looked_at
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def dead_list(run: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """List the dead letters by reason."""
+    settings = _settings([run], overrides)
+    from rich.console import Console
+
+    from workers.access import opened
+    from workers.dead import dead, show_list
+
+    with opened(settings, purpose="dead") as bus:
+        found = dead(bus, settings.run_dir)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        show_list(found, Console())
+
+
+@dead.command("show")
+@looked_at
+@click.argument("uid")
+def dead_show(run: Path, overrides: tuple[str, ...], uid: str) -> None:
+    """Print the dead letter of UID (such as 17) as JSON, with the record that failed."""
+    settings = _settings([run], overrides)
+    from workers.access import opened
+    from workers.dead import show
+
+    with opened(settings, purpose="dead") as bus:
+        click.echo(json.dumps(show(bus, settings.run_dir, uid), indent=2))
+
+
+def chosen_letters(command: Command) -> Command:
+    """Give `command` its ways to say which dead letters are meant."""
+    command = click.option("--all", "everything", is_flag=True, help="Every dead letter.")(command)
+    command = click.option("--reason", metavar="TEXT", help="Those whose reason holds TEXT.")(command)
+    return click.argument("uids", nargs=-1)(command)
+
+
+@dead.command("requeue")
+@looked_at
+@chosen_letters
+def dead_requeue(run: Path, overrides: tuple[str, ...], uids: tuple[str, ...], reason: str | None, everything: bool) -> None:
+    """Ask the trainer for new rollouts in place of dead ones, which stay dead."""
+    _ask_trainer("requeue", run, overrides, uids, reason, everything)
+
+
+@dead.command("purge")
+@looked_at
+@chosen_letters
+def dead_purge(run: Path, overrides: tuple[str, ...], uids: tuple[str, ...], reason: str | None, everything: bool) -> None:
+    """Ask the trainer to delete dead letters; the audit then counts their rollouts as dropped.purged."""
+    _ask_trainer("purge", run, overrides, uids, reason, everything)
+
+
+def _ask_trainer(
+    wish: Literal["requeue", "purge"], run: Path, overrides: tuple[str, ...], uids: tuple[str, ...], reason: str | None, everything: bool
+) -> None:
+    settings = _settings([run], overrides)
+    from workers.access import opened
+    from workers.dead import ask
+
+    with opened(settings, purpose="dead") as bus:
+        asked = ask(bus, settings.run_dir, wish, uids, reason, everything=everything)
+        at_work = any(worker.stage == "train" for worker in bus.workers())
+    click.echo(f"asked the trainer to {wish} {len(asked)}: {', '.join(asked[:20])}{', …' if len(asked) > 20 else ''}")
+    if not at_work:
+        click.echo("no trainer is at work on this run: it does so when the run is resumed")
+
+
+@cli.group()
 def models() -> None:
     """Small models for the examples."""
 

@@ -93,3 +93,10 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     path.write_text('{"number":1,"fate":"trained","step":1}\n{"number":2,"fate":"eaten","step":1}\n')
     with pytest.raises(ValueError, match=r"trained\.jsonl, line 2: .*eaten"):
         list(Ledger(path).read())
+
+
+def test_a_number_taken_out_splits_its_range() -> None:
+    numbers = RangeSet([(1, 5), (8, 8)])
+    for number in (3, 8, 5, 7):
+        numbers.discard(number)
+    assert numbers.ranges() == [(1, 2), (4, 4)]

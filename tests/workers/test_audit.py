@@ -103,3 +103,12 @@ def test_what_is_issued_while_it_reads_belongs_to_the_next_audit(bus: Bus, tmp_p
     issue(bus, 1)
     monkeypatch.setattr(bus, "issued", lambda: counted)
     assert audit(tmp_path, bus)["counts"]["issued"] == 1
+
+
+def test_a_dead_number_that_was_purged_is_dropped_as_such_and_no_duplicate(bus: Bus, tmp_path: Path) -> None:
+    issue(bus, 2)
+    move(bus, "generate", [1, 2])
+    Ledger(tmp_path / "trained.jsonl").append([Settled(1, "dead", 1), Settled(2, "trained", 1), Settled(1, "purged", 2)])
+    found = audit(tmp_path, bus)
+    assert found["dropped"]["purged"] == uids(bus, 1)
+    assert (found["dead"], found["duplicated"], found["lost"]) == ([], [], [])

@@ -12,6 +12,7 @@ from pipeline.ledger import Fate, RangeSet, Settled
 from pipeline.stage import Delivery
 from workers.trainer.checkpoint import TrainerState
 
+DEAD: tuple[Fate, ...] = ("dead", "group_dead")
 Entries = dict[bytes, int]  # payload bytes by entry id
 
 
@@ -48,6 +49,17 @@ class Accounts:
             self.settled.add(number)
             self._since.update(self._open.pop(number, {}))
             self.lines.append(Settled(number, fate, step))
+
+    def purge(self, number: int, step: int) -> None:
+        """Count a dead number as purged from `step` on: an operator took its dead letter away."""
+        for fate in DEAD:
+            self.fates.get(fate, RangeSet()).discard(number)
+        self.fates.setdefault("purged", RangeSet()).add(number)
+        self.lines.append(Settled(number, "purged", step))
+
+    def is_dead(self, number: int) -> bool:
+        """Whether `number` is settled as dead."""
+        return any(number in self.fates.get(fate, ()) for fate in DEAD)
 
     def durable(self) -> None:
         """A checkpoint of everything settled so far is durable; what the one before it held may be acknowledged."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from safetensors import SafetensorError
 
 from pipeline.ledger import Fate
 from pipeline.records import PolicyVersion
@@ -34,7 +35,10 @@ class CheckpointError(Exception):
 
 
 class TrainerState(msgspec.Struct, frozen=True):
-    """`trainer.json`. `settled` holds every settled number as ranges, by fate; `before` those that the checkpoint before this one held."""
+    """`trainer.json`. `settled` holds every settled number as ranges, by fate; `before` those that the checkpoint before this one held.
+
+    `requeued` gives, for numbers that were issued in place of dead ones, those.
+    """
 
     sequence: int
     step: int
@@ -44,6 +48,7 @@ class TrainerState(msgspec.Struct, frozen=True):
     before: list[tuple[int, int]]
     ledger_bytes: int
     totals: dict[str, float]
+    requeued: dict[int, int] = {}
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ def save(directory: Path, state: TrainerState, write_files: Callable[[Path], Non
     temporary = directory / f"{_TEMPORARY}{path.name}"
     try:
         _write(temporary, state, write_files)
-    except Exception as error:  # torch and safetensors report a full disk by exceptions of their own
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk by a RuntimeError
         free = shutil.disk_usage(directory).free
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"checkpoint {path} could not be written ({error}); {free >> 20} MiB are free on its disk") from error

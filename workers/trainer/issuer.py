@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.records import StageName, Ticket
 
 
 @dataclass(frozen=True)
 class Issuer:
-    """Plans tickets for a run of `max_steps` steps of `batch_size` rollouts, in whole groups of `group_size`."""
+    """Plans tickets for a run of `max_steps` steps of `batch_size` rollouts, in whole groups of `group_size`.
+
+    `requeued` gives, for numbers that are asked for in place of dead ones, those. A group with such a number asks what the
+    dead one's group asked.
+    """
 
     seed: int
     group_size: int
@@ -23,6 +27,7 @@ class Issuer:
     max_off_policy_steps: int
     max_steps: int
     route: tuple[StageName, ...]
+    requeued: dict[int, int] = field(default_factory=dict)
 
     def due(self, *, version: int, issued: int, outstanding: int) -> list[Ticket]:
         """The tickets that the window of `version` (the steps taken so far) has room for, whole groups only.
@@ -47,11 +52,18 @@ class Issuer:
             number=number,
             group=group,
             group_size=self.group_size,
-            index=group,
+            index=self.problem(group),
             seed=sampling_seed(self.seed, number),
             min_policy_version=min_policy_version,
             route=list(self.route),
+            requeued_from=self.requeued.get(number),
         )
+
+    def problem(self, group: int) -> int:
+        """The index of the problem that `group` asks: its own, unless it is asked for in place of dead rollouts of another one."""
+        numbers = range(group * self.group_size + 1, (group + 1) * self.group_size + 1)
+        dead = next((self.requeued[number] for number in numbers if number in self.requeued), None)
+        return group if dead is None else self.problem((dead - 1) // self.group_size)
 
     def _min_version(self, version: int, ahead: int) -> int:
         """The oldest version that may write a rollout with `ahead` others in flight before it, to be fresh when its turn comes.

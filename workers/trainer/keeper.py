@@ -32,6 +32,7 @@ class Keeper:
         self._failures, self._retry_at = 0, 0.0
         self.accounts = Accounts(state)
         self.totals: dict[str, float] = dict(state.totals) if state else {}
+        self.requeued: dict[int, int] = dict(state.requeued) if state else {}
         self.ledger = Ledger(run_dir / "trained.jsonl")
         self._ledger_bytes = state.ledger_bytes if state else 0
         if self.ledger.cut(self._ledger_bytes):
@@ -108,6 +109,7 @@ class Keeper:
             before=self.accounts.before,
             ledger_bytes=size_bytes,
             totals=self.totals,
+            requeued=self.requeued,
         )
         checkpoint.save(self._directory, state, write_files, fence=lambda: self._bus.renew_lease(self._lease))
         return size_bytes

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import structlog
 
+from pipeline.dead import dead_numbers
 from pipeline.errors import Exit, UserError
 from pipeline.jsonl import JsonLines
 from pipeline.ledger import RangeSet
@@ -61,7 +62,7 @@ def agree_on_plan(bus: Bus, lease: Lease, ours: Plan, run: RunSettings, run_dir:
     fresh.rename(run_dir / PLAN)
 
 
-def lost_numbers(bus: Bus, settled: RangeSet, issued: int) -> RangeSet:
+def lost_numbers(bus: Bus, settled: RangeSet, issued: int, run_dir: Path) -> RangeSet:
     """The numbers up to `issued` that are neither settled nor in any stream, dead letters included.
 
     Streams are read in the order of the flow, so that a record which moves meanwhile is met at least once.
@@ -70,15 +71,15 @@ def lost_numbers(bus: Bus, settled: RangeSet, issued: int) -> RangeSet:
     for stage in STAGES:
         for number in bus.numbers(stage):
             known.add(number)
-    for number in bus.dead_numbers():
+    for number in dead_numbers(bus, run_dir):
         known.add(number)
     return RangeSet.of(known.missing(issued))
 
 
-def unsettled_dead(bus: Bus, settled: RangeSet) -> list[int]:
+def unsettled_dead(bus: Bus, settled: RangeSet, run_dir: Path) -> list[int]:
     """Dead letters whose tombstone has gone: acknowledged by a checkpoint that was lost since. They stay dead."""
     # Before the streams: whoever dies in between has its tombstone in them.
-    dead = {number for number in bus.dead_numbers() if number > 0 and number not in settled}
+    dead = {number for number in dead_numbers(bus, run_dir) if number > 0 and number not in settled}
     return sorted(dead.difference(*(bus.numbers(stage) for stage in STAGES))) if dead else []
 
 

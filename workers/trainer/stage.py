@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from workers.trainer.learner import Learner
 from workers.trainer.metrics import LEARNED, drop_metrics, rollout_metrics, scored_shares
 from workers.trainer.opening import agree_on_plan, become_trainer, lost_numbers, unsettled_dead
 from workers.trainer.publisher import Publisher, student_files
+from workers.trainer.requests import Requests
 
 log = get_logger()
 
@@ -82,6 +84,8 @@ class Trainer:
         with writing_to(self.run_dir):
             self.keeper = Keeper(self.bus, self.lease, self.run_dir, self.settings.checkpoint, state)
             self.accounts = self.keeper.accounts
+            self.issuer = replace(self.issuer, requeued=self.keeper.requeued)  # one dictionary: what is asked for anew is checkpointed
+            self.requests = Requests(self.bus, self.lease, self.run_dir, self.accounts, self.issuer)
             self._open_files()
             files = student_files(self.run_dir, self.learner)
             self.publisher = Publisher(self.bus, self.lease, self.run_dir, files, self.settings.checkpoint.keep_policies)
@@ -112,10 +116,10 @@ class Trainer:
         if state and state.issued > self.issued:
             log.error("redis lost data: it counts fewer tickets than the checkpoint", redis=self.issued, checkpoint=state.issued)
             self.issued = self.bus.set_issued(self.lease, state.issued)
-        for number in unsettled_dead(self.bus, self.accounts.settled):
+        for number in unsettled_dead(self.bus, self.accounts.settled, self.run_dir):
             self.accounts.take_without_entry(number)
             self.book.add(Tombstone(number, "train", "found among the dead letters"))
-        lost = lost_numbers(self.bus, self.accounts.settled, self.issued)
+        lost = lost_numbers(self.bus, self.accounts.settled, self.issued, self.run_dir)
         if lost:
             log.error("rollouts got lost with redis's data; issuing them again", count=len(lost), numbers=lost.ranges()[:20])
         self._again = self.issuer.again(lost, version=self.step)
@@ -146,6 +150,7 @@ class Trainer:
         if self.busy:
             self._train()
             self._advance()
+        self.requests.look(self.step + 1)
         self._issue()
         if self.keeper.due(self.step, self.max_steps):
             self._checkpoint()
@@ -248,7 +253,9 @@ class Trainer:
         tickets = self.issuer.due(version=self.step, issued=self.issued, outstanding=self.issued - len(self.accounts.settled))
         if (tickets or self._again) and self._stages_ready():
             self._issue_again()
-            self._issue_new(tickets)
+            taken = self.requests.issue(tickets, self.issued, self.settings.orchestrator.max_backlog)
+            self.issued += taken
+            self._issue_new(tickets[taken:])
 
     def _issue_again(self) -> None:
         while self._again:
@@ -286,6 +293,9 @@ class Trainer:
             self.metrics.sync()
             self.samples.sync()
         if self.keeper.save(self.step, self.policy, self.issued, self._write_files):
+            with writing_to(self.run_dir):
+                self.requests.durable()
+                self.requests.spill(self.settings.delivery.max_dead)
             log.info("checkpoint", step=self.step, seconds=round(time.monotonic() - started, 3))
         self._free_since = time.monotonic()
 
