@@ -23,7 +23,7 @@ from settings.root import Settings
 from settings.trainer import LossSettings, OptimSettings, TrainerSettings
 from workers.evaluate import evaluate
 from workers.models.fresh import write_fresh
-from workers.models.recipes import RECIPES, Recipe, Role
+from workers.models.recipes import Recipe, Role, recipe_of
 from workers.models.tokenizer import CONTEXT_TOKENS, character_tokenizer
 from workers.trainer.learner import Learner, TrainSample
 
@@ -54,7 +54,7 @@ class _Maker:
     """Makes one model, in rounds of training that `recipes` describes."""
 
     def __init__(self, task: str, role: Role, seed: int) -> None:
-        self.role, self.recipe, self.seed = role, RECIPES[role], seed
+        self.role, self.recipe, self.seed = role, recipe_of(task, role), seed
         self.tokenizer = character_tokenizer()
         self.settings = _settings(task, self.recipe, seed, self.tokenizer)
         self.task = load_task(self.settings)

@@ -22,6 +22,13 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|><|assistant|>' }}{% endif %}"
 )
 
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": f"{START}<|assistant|>",
+    "fields": {"content": {"close": END, "content": "text"}},
+}
+"""Where an answer begins and ends, for `transformers serve`, which would take the markers of the Qwen3 family for granted."""
+
 
 def special_tokens() -> list[str]:
     """The named special tokens, then as many reserved ones as fill the vocabulary."""
@@ -58,4 +65,5 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
     )
     tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.response_template = RESPONSE_TEMPLATE
     return tokenizer

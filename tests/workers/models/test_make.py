@@ -30,7 +30,7 @@ def sample(completion: list[int]) -> TrainSample:
 
 def with_recipe(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
     quick = replace(RECIPES["student"], shape=TINY, round_steps=2, probe_samples=8, batch_size=4, warmup_steps=0, **changes)  # type: ignore[arg-type]
-    monkeypatch.setitem(make_module.RECIPES, "student", quick)
+    monkeypatch.setitem(RECIPES, "student", quick)
 
 
 def test_what_is_made_is_a_bfloat16_directory_that_transformers_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
