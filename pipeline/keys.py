@@ -71,6 +71,11 @@ class Keys:
         return self._key("plan")
 
     @property
+    def spent(self) -> str:
+        """Hash: tokens that each worker sent to external teachers."""
+        return self._key("spent")
+
+    @property
     def ready(self) -> str:
         """Set: the stages of which a worker has been ready once."""
         return self._key("ready")
@@ -94,3 +99,19 @@ class Keys:
     def workers(self) -> str:
         """Hash: the last heartbeat of each worker."""
         return self._key("workers")
+
+
+@dataclass(frozen=True)
+class ScoreKeys:
+    """The keys of the scores that external teachers gave, which all runs of a Redis share."""
+
+    scores: str = "{onstream:scores}:scores"
+    """Hash: scores by digest."""
+    used: str = "{onstream:scores}:used"
+    """Sorted set: the same digests by when they were last used."""
+    clock: str = "{onstream:scores}:clock"
+    """String: counts uses."""
+    size: str = "{onstream:scores}:bytes"
+    """String: bytes of all scores."""
+    teachers: str = "{onstream:scores}:teachers"
+    """Hash: by name, what each teacher scored a text that it was probed with."""

@@ -244,3 +244,39 @@ return 1
 CLEAR_KEY = _fenced("""
 return redis.call('DEL', KEYS[2])
 """)
+
+# KEYS: scores, used, clock. ARGV: digests. Returns a value or false for each, and marks those that it has as used now.
+RECALL_SCORES = Script("""
+local found = {}
+for i = 1, #ARGV do
+  local value = redis.call('HGET', KEYS[1], ARGV[i])
+  found[i] = value
+  if value then redis.call('ZADD', KEYS[2], 'XX', redis.call('INCR', KEYS[3]), ARGV[i]) end
+end
+return found
+""")
+
+# KEYS: scores, used, clock, bytes. ARGV: most entries, most bytes, then digest, value, … Forgets the least recently used.
+KEEP_SCORES = Script("""
+for i = 3, #ARGV, 2 do
+  if redis.call('HSETNX', KEYS[1], ARGV[i], ARGV[i + 1]) == 1 then redis.call('INCRBY', KEYS[4], #ARGV[i + 1]) end
+  redis.call('ZADD', KEYS[2], redis.call('INCR', KEYS[3]), ARGV[i])
+end
+local most, bytes = tonumber(ARGV[1]), tonumber(ARGV[2])
+while redis.call('ZCARD', KEYS[2]) > most or tonumber(redis.call('GET', KEYS[4])) > bytes do
+  local oldest = redis.call('ZPOPMIN', KEYS[2])[1]
+  if not oldest then break end
+  redis.call('DECRBY', KEYS[4], redis.call('HSTRLEN', KEYS[1], oldest))
+  redis.call('HDEL', KEYS[1], oldest)
+end
+return 1
+""")
+
+# KEYS: spent. ARGV: me, my total so far. Returns the total of all. A total never falls: my predecessor may have had my name.
+SPENT = Script("""
+local before = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or 0)
+redis.call('HSET', KEYS[1], ARGV[1], math.max(before, tonumber(ARGV[2])))
+local total = 0
+for _, spent in ipairs(redis.call('HVALS', KEYS[1])) do total = total + tonumber(spent) end
+return total
+""")

@@ -1,6 +1,7 @@
 """Streams: how entries are read, moved on, renewed, handed over and given back. The only module that speaks stream commands of work.
 
-`Bus` adds what the trainer alone may do (`pipeline.authority`) and what everybody may read (`pipeline.board`).
+`Bus` adds what the trainer alone may do (`pipeline.authority`), what everybody may read (`pipeline.board`), and the
+scores that are kept (`pipeline.scores`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pipeline.board import Board, DeadLetter, WorkerState
 from pipeline.desk import Desk
 from pipeline.keys import GROUP, PARKED, STAGES, WORKING
 from pipeline.records import StageName
+from pipeline.scores import ScoreShelf
 
 log = structlog.get_logger(__name__)
 
@@ -71,7 +73,7 @@ class Move:
         return sum(len(out.payload) for out in self.outs)
 
 
-class Bus(Desk, Board):
+class Bus(Desk, Board, ScoreShelf):
     """One worker's way to the streams of one run."""
 
     @classmethod

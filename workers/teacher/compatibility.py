@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 
-_TURNS = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "2 + 2"}]
+TURNS = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "2 + 2"}]
 _CHOOSE = "Choose a teacher of the student's family with teacher_inference.model.name, or another student with model.name."
 
 
@@ -63,7 +63,7 @@ def _check_vocabulary(student: Party, teacher: Party) -> None:
 
 
 def _check_template(student: Party, teacher: Party) -> None:
-    ours, theirs = (party.tokenizer.apply_chat_template(_TURNS, tokenize=False, add_generation_prompt=True) for party in (student, teacher))
+    ours, theirs = (party.tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True) for party in (student, teacher))
     if ours != theirs:
         raise UserError(
             f"the teacher {teacher.name!r} writes a conversation as {_clipped(theirs)}, the student {student.name!r} as {_clipped(ours)}",

@@ -27,7 +27,8 @@ class Scores:
     """The teacher's judgement of one completion, in nats at temperature 1.
 
     `top_ids` and `top_logprobs` are the teacher's k likeliest tokens of each position, likeliest first, and
-    `tail_logprobs` is the logprob of everything else together, computed from all logits; None when k = 0.
+    `tail_logprobs` is the logprob of everything else together, computed from all logits; None when k = 0. An endpoint
+    gives no tail: then that alone is None, and the trainer computes it from the k.
     """
 
     logprobs: Logprobs  # [C]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
-from pipeline.records import Rollout, Sample, StageName, ids_array, ids_bytes, logprobs_bytes
+from pipeline.records import StageName
 from pipeline.stage import Delivery, Outcome
 from pipeline.streams import Bus
 from settings.root import Settings
-from workers.teacher.scorer import Scorer, ScoreRequest, Scores
+from workers.teacher.samples import objection, request_of, rollout_of, write
+from workers.teacher.scorer import Scorer
 
 ROOM = 256
 """Rollouts in hand at once: enough that the groups among them are whole when they come from a busy stream."""
@@ -65,24 +64,9 @@ class Teacher:
 
     def _objection(self, delivery: Delivery) -> str | None:
         """Why this rollout cannot be scored, in words; None when it can."""
-        reasons = (self._sample_objection(sample) for sample in _rollout(delivery).samples)
+        name, context, size = self._scorer.name, self._scorer.context_tokens, self._scorer.vocabulary_size
+        reasons = (objection(sample, name, context_tokens=context, vocabulary_size=size) for sample in rollout_of(delivery).samples)
         return next((reason for reason in reasons if reason), None)
-
-    def _sample_objection(self, sample: Sample) -> str | None:
-        request, teacher = _request(sample), self._scorer
-        if not len(request.prompt_ids) or not len(request.completion_ids):
-            return (
-                f"a sample has {len(request.prompt_ids)} prompt and {len(request.completion_ids)} completion tokens; expected ≥ 1 of each"
-            )
-        if request.tokens > teacher.context_tokens:
-            return (
-                f"a sample of {request.tokens} tokens is longer than the teacher's context of {teacher.context_tokens} "
-                f"({teacher.name}); lower inference.sampling.max_completion or shorten the prompts"
-            )
-        ids = np.concatenate((request.prompt_ids, request.completion_ids))
-        if ids.max() >= teacher.vocabulary_size or ids.min() < 0:
-            return f"token ids from {ids.min()} to {ids.max()}; the teacher {teacher.name} knows 0 to {teacher.vocabulary_size - 1}"
-        return None
 
     def _next_slice(self) -> list[Delivery]:
         """Takes about one forward pass of rollouts out of hand, group by group, oldest group first; at least one rollout."""
@@ -100,14 +84,14 @@ class Teacher:
         return taken
 
     def _score(self, deliveries: Sequence[Delivery]) -> list[Outcome]:
-        samples = [sample for delivery in deliveries for sample in _rollout(delivery).samples]
+        samples = [sample for delivery in deliveries for sample in rollout_of(delivery).samples]
         if samples:
-            scored = self._scorer.score([_request(sample) for sample in samples], top_k=self._top_k)
+            scored = self._scorer.score([request_of(sample) for sample in samples], top_k=self._top_k)
             for sample, scores in zip(samples, scored, strict=True):
-                _write(sample, scores)
+                write(sample, scores)
         for delivery in deliveries:
-            _rollout(delivery).scored_by = self._scorer.name
-        return [Outcome(delivery, _rollout(delivery)) for delivery in deliveries]
+            rollout_of(delivery).scored_by = self._scorer.name
+        return [Outcome(delivery, rollout_of(delivery)) for delivery in deliveries]
 
 
 def _load_local(settings: Settings) -> Scorer:
@@ -116,30 +100,13 @@ def _load_local(settings: Settings) -> Scorer:
     return load_local(settings)
 
 
-def _rollout(delivery: Delivery) -> Rollout:
-    assert isinstance(delivery.record, Rollout)
-    return delivery.record
-
-
 def _group(delivery: Delivery) -> int:
-    return _rollout(delivery).group
-
-
-def _request(sample: Sample) -> ScoreRequest:
-    return ScoreRequest(ids_array(sample.prompt_ids), ids_array(sample.completion_ids))
+    return rollout_of(delivery).group
 
 
 def _prompt_tokens(delivery: Delivery) -> int:
-    return sum(len(sample.prompt_ids) for sample in _rollout(delivery).samples) // 4
+    return sum(len(sample.prompt_ids) for sample in rollout_of(delivery).samples) // 4
 
 
 def _completion_tokens(delivery: Delivery) -> int:
-    return sum(len(sample.completion_ids) for sample in _rollout(delivery).samples) // 4
-
-
-def _write(sample: Sample, scores: Scores) -> None:
-    sample.teacher_logprobs = logprobs_bytes(scores.logprobs)
-    if scores.top_ids is not None and scores.top_logprobs is not None and scores.tail_logprobs is not None:
-        sample.teacher_top_ids = ids_bytes(scores.top_ids)
-        sample.teacher_top_logprobs = logprobs_bytes(scores.top_logprobs)
-        sample.teacher_tail_logprobs = logprobs_bytes(scores.tail_logprobs)
+    return sum(len(sample.completion_ids) for sample in rollout_of(delivery).samples) // 4

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import uuid
+
+import pytest
+
+from pipeline import scores
+from pipeline.streams import Bus
+
+
+def some(count: int) -> list[tuple[bytes, bytes]]:
+    return [(uuid.uuid4().bytes, b"%d" % number) for number in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def empty(bus: Bus) -> None:
+    bus.keep_scores([(b"any", b"thing")], 0)
+
+
+def test_scores_that_were_kept_are_found(bus: Bus) -> None:
+    pairs = some(3)
+    bus.keep_scores(pairs, 10)
+    bus.keep_scores(pairs, 10)  # as a repeated call would
+    assert bus.recall_scores([pairs[2][0], b"unknown", pairs[0][0]]) == [b"2", None, b"0"]
+    assert bus.recall_scores([]) == []
+
+
+def test_the_least_recently_used_go_first(bus: Bus) -> None:
+    pairs = some(4)
+    bus.keep_scores(pairs[:3], 3)
+    bus.recall_scores([pairs[0][0]])
+    bus.keep_scores(pairs[3:], 3)
+    assert bus.recall_scores([digest for digest, _ in pairs]) == [b"0", None, b"2", b"3"]
+
+
+def test_their_bytes_are_bounded_too(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores, "KEPT_BYTES", 250)
+    pairs = [(digest, value * 100) for digest, value in some(4)]
+    bus.keep_scores(pairs, 100)
+    assert [value is not None for value in bus.recall_scores([digest for digest, _ in pairs])] == [False, False, True, True]
+
+
+def test_what_every_worker_of_the_run_has_spent_is_added_up(bus: Bus) -> None:
+    assert bus.report_spent(10) == 10
+    assert bus.report_spent(25) == 25
+    assert bus.report_spent(10) == 25, "a total never falls"
+    assert bus.own_spent() == 25
+    bus.consumer = "another"
+    assert (bus.own_spent(), bus.report_spent(5)) == (0, 30)
+
+
+def test_a_teacher_is_remembered_by_what_it_was_probed_with(bus: Bus) -> None:
+    name = uuid.uuid4().bytes
+    assert bus.probed_teacher(name) is None
+    bus.note_teacher(name, b"first")
+    assert bus.probed_teacher(name) == b"first"

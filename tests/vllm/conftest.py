@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.vllm.server import VllmServer
+from workers.models.fresh import Shape, write_fresh
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if find_spec("vllm") is None:
+        for item in items:
+            if HERE in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason="needs vLLM: `make test-vllm` installs it and runs this"))
+
+
+@pytest.fixture(scope="session")
+def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher whose weights are wide enough that its distributions are not flat."""
+    return write_fresh(tmp_path_factory.mktemp("teacher"), Shape(hidden=64, layers=2, intermediate=128), seed=7, initializer_range=0.3)
+
+
+@pytest.fixture(scope="session")
+def student_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student of the same vocabulary."""
+    return write_fresh(tmp_path_factory.mktemp("student"), Shape(hidden=64, layers=2, intermediate=128), seed=8, initializer_range=0.3)
+
+
+@pytest.fixture(scope="session")
+def server(teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    """A real server of the teacher, started once for the session."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    server = VllmServer(teacher_dir, tmp_path_factory.mktemp("vllm") / "vllm.log")
+    server.start()
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.kill()

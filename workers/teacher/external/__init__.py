@@ -1,0 +1,5 @@
+"""Teachers that run elsewhere and are asked for logprobs over HTTP. docs/teachers.md is their manual."""
+
+from workers.teacher.external.stage import ExternalTeacher
+
+__all__ = ["ExternalTeacher"]

@@ -1,0 +1,230 @@
+"""The worker that has rollouts scored by a teacher that runs elsewhere."""
+
+from __future__ import annotations
+
+import queue
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from pipeline.errors import UserError
+from pipeline.records import StageName
+from pipeline.stage import Delivery, Outcome, Stats
+from pipeline.streams import Bus
+from settings.root import Settings
+from workers.teacher.external.background import Background
+from workers.teacher.external.cache import ScoreCache
+from workers.teacher.external.endpoint import http_client
+from workers.teacher.external.faults import Refused
+from workers.teacher.external.pool import Pool, Scored, summary
+from workers.teacher.external.probe import SECTION, Probe
+from workers.teacher.external.student import judged_student
+from workers.teacher.samples import objection, request_of, rollout_of, write
+from workers.teacher.scorer import ScoreRequest, Scores
+
+SLICE_S = 0.02
+CACHED = "cache"
+"""What `scored_by` says of scores that were kept from before."""
+
+
+@dataclass
+class Job:
+    """A rollout in hand: a request and, in time, the scores for each of its samples."""
+
+    delivery: Delivery
+    requests: list[ScoreRequest]
+    scored: dict[int, Scored] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """What sending the requests still without scores takes, the one token that each generates included."""
+        return sum(request.tokens + 1 for at, request in enumerate(self.requests) if at not in self.scored)
+
+
+Reply = tuple[bytes, int, "Future[Scored]"]  # the entry, the sample of its rollout, and what came of it
+
+
+class ExternalTeacher:
+    """Takes rollouts, has their tokens scored over HTTP, many at once, and sends them on.
+
+    Waits for replies, which a thread of its own collects. While no endpoint serves it keeps what it holds and takes no
+    more, and `stats.detail` says what it waits for; past its budget of tokens the same.
+    """
+
+    name: StageName = "score"
+    holds_entries = False
+
+    def __init__(self, settings: Settings, bus: Bus) -> None:
+        # All keys from the start: the heartbeat's thread reads this, and must not meet a dictionary that grows.
+        self.stats = Stats(numbers=dict.fromkeys(("in_flight", "endpoints", "cached", "tokens"), 0.0))
+        self._settings, self._bus = settings, bus
+        self._jobs: dict[bytes, Job] = {}
+        self._unasked: deque[Job] = deque()  # those of _jobs that nothing was asked about yet
+        self._replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
+        self._cache: ScoreCache | None = None
+        self._sent_tokens = self._spent_tokens = 0
+
+    def setup(self) -> None:
+        """Ask every endpoint all that must hold before it may judge the student.
+
+        Raises:
+            UserError: none answers, or one that answers cannot be this run's teacher.
+        """
+        teacher = self._settings.orchestrator.teacher_model
+        if teacher is None or not teacher.client.base_url or not teacher.model.name:
+            raise UserError(
+                f"no {SECTION} with a client.base_url and a model.name",
+                expected="the address and the model of an external teacher",
+                next_step=f'Set {SECTION}.client.base_url = ["http://…/v1"] and {SECTION}.model.name.',
+            )
+        self._teacher, self._student = teacher, judged_student(self._settings)
+        self._top_k = min(self._settings.trainer.loss.teacher_top_k, self._student.party.vocabulary_size - 1)
+        self._background, http = Background(), http_client(teacher.client)
+        self._pool = Pool(teacher, http, self._top_k, Probe(self._student, teacher, self._top_k))
+        try:
+            # A run that was scored before waits for its teacher; one that begins is told of a wrong address at once.
+            self._background.run(self._pool.open(patient="score" in self._bus.ready()))
+        except BaseException:
+            self._background.stop(self._pool.close)
+            raise
+        self._sent_tokens = self._bus.own_spent()
+        self._report_spent()
+        self._tell()
+
+    @property
+    def room(self) -> int:
+        """How many more rollouts it takes: a request for each of those that its endpoints may be sent at once."""
+        if self._unasked or self._over_budget(1):
+            return 0
+        return max(0, self._pool.serving * self._teacher.client.max_in_flight - len(self._jobs))
+
+    @property
+    def busy(self) -> bool:
+        """Whether replies may come soon."""
+        return self._pool.serving > 0 and len(self._jobs) > len(self._unasked)
+
+    def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
+        """Send what there is to send, and wait for replies for a moment."""
+        outcomes = [Outcome(delivery, dead=reason) for delivery in new if (reason := self._objection(delivery))]
+        refused = {outcome.delivery.entry_id for outcome in outcomes}
+        self._take([delivery for delivery in new if delivery.entry_id not in refused])
+        outcomes += self._finished()
+        self._send()
+        outcomes += self._collect(wait_s=0.0 if outcomes or not self.busy else SLICE_S)
+        self._tell()
+        return outcomes
+
+    def close(self, *, finished: bool) -> None:
+        """Drop what is in flight; the loop gives it back."""
+        self._background.stop(self._pool.close)
+        self._jobs.clear()
+        self._unasked.clear()
+
+    def _objection(self, delivery: Delivery) -> str | None:
+        name, size = self._teacher.model.name, self._student.party.vocabulary_size
+        reasons = (objection(sample, name, context_tokens=None, vocabulary_size=size) for sample in rollout_of(delivery).samples)
+        return next((reason for reason in reasons if reason), None)
+
+    def _take(self, deliveries: Sequence[Delivery]) -> None:
+        """Take rollouts in hand, with the scores that are known of them."""
+        jobs = [Job(delivery, [request_of(sample) for sample in rollout_of(delivery).samples]) for delivery in deliveries]
+        requests = [request for job in jobs for request in job.requests]
+        known = iter(self._known(requests))
+        for job in jobs:
+            found = {at: scores for at in range(len(job.requests)) if (scores := next(known)) is not None}
+            job.scored = {at: Scored(scores, CACHED) for at, scores in found.items()}
+            self.stats.numbers["cached"] += len(found)
+            self._jobs[job.delivery.entry_id] = job
+            if job.tokens:
+                self._unasked.append(job)
+
+    def _known(self, requests: Sequence[ScoreRequest]) -> Sequence[Scores | None]:
+        if self._cache is None and self._pool.reference is not None:
+            self._cache = ScoreCache(
+                self._bus,
+                self._settings.orchestrator.score_cache,
+                teacher=self._teacher.model.name,
+                top_k=self._top_k,
+                probe=self._student.probe,
+                reference=self._pool.reference,
+            )
+        return [None] * len(requests) if self._cache is None else self._cache.find(requests)
+
+    def _send(self) -> None:
+        """Ask about every rollout that the budget allows."""
+        sent = self._sent_tokens
+        while self._unasked and not self._over_budget(self._unasked[0].tokens):
+            job = self._unasked.popleft()
+            self._sent_tokens += job.tokens
+            self._spent_tokens += job.tokens
+            for at, request in enumerate(job.requests):
+                if at not in job.scored:
+                    self._ask(job.delivery.entry_id, at, request)
+        if self._sent_tokens > sent:
+            self._report_spent()
+
+    def _ask(self, entry_id: bytes, at: int, request: ScoreRequest) -> None:
+        future = self._background.submit(self._pool.score(request))
+        future.add_done_callback(lambda done: self._replies.put((entry_id, at, done)))
+
+    def _collect(self, wait_s: float) -> list[Outcome]:
+        """The outcomes that the replies complete, after waiting up to `wait_s` for the first."""
+        outcomes, kept = [], []
+        for entry_id, at, future in self._arrived(wait_s):
+            if (job := self._jobs.get(entry_id)) is None:
+                continue  # another sample of this rollout was refused
+            try:
+                job.scored[at] = future.result()
+            except Refused as refusal:
+                outcomes.append(Outcome(self._jobs.pop(entry_id).delivery, dead=f"the teacher {self._teacher.model.name!r}: {refusal}"))
+                continue
+            kept.append((job.requests[at], job.scored[at].scores))
+        if self._cache is not None:
+            self._cache.keep(kept)
+        return outcomes + self._finished()
+
+    def _arrived(self, wait_s: float) -> list[Reply]:
+        replies: list[Reply] = []
+        try:
+            while True:
+                replies.append(self._replies.get(timeout=wait_s) if wait_s and not replies else self._replies.get_nowait())
+        except queue.Empty:
+            return replies
+
+    def _finished(self) -> list[Outcome]:
+        """The rollouts in hand whose samples all have scores, taken out of hand."""
+        done = [job for job in self._jobs.values() if len(job.scored) == len(job.requests)]
+        return [self._outcome(self._jobs.pop(job.delivery.entry_id)) for job in done]
+
+    def _outcome(self, job: Job) -> Outcome:
+        rollout, size = rollout_of(job.delivery), self._student.party.vocabulary_size
+        for at, sample in enumerate(rollout.samples):
+            scores = job.scored[at].scores
+            if scores.top_ids is not None and scores.top_ids.max() >= size:
+                reason = f"the teacher finds token {scores.top_ids.max()} likely, and the student knows 0 to {size - 1}"
+                return Outcome(job.delivery, dead=reason)
+            write(sample, scores)
+        rollout.scored_by = ", ".join(sorted({scored.endpoint for scored in job.scored.values()})) or CACHED
+        return Outcome(job.delivery, rollout)
+
+    def _over_budget(self, tokens: int) -> bool:
+        budget = self._teacher.client.max_tokens_per_run
+        return budget is not None and self._spent_tokens + tokens > budget
+
+    def _report_spent(self) -> None:
+        if self._teacher.client.max_tokens_per_run is not None:
+            self._spent_tokens = self._bus.report_spent(self._sent_tokens)
+
+    def _tell(self) -> None:
+        numbers = {"in_flight": self._pool.in_flight, "endpoints": self._pool.serving, "tokens": self._sent_tokens}
+        self.stats.numbers.update({name: float(number) for name, number in numbers.items()})
+        self.stats.detail = summary(self._pool) or self._spent_words()
+
+    def _spent_words(self) -> str:
+        if not self._over_budget(self._unasked[0].tokens if self._unasked else 1):
+            return ""
+        return (
+            f"the budget is spent: {self._spent_tokens:,} of {SECTION}.client.max_tokens_per_run = "
+            f"{self._teacher.client.max_tokens_per_run:,} tokens; raise it and start this worker again"
+        )
