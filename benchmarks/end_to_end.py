@@ -1,0 +1,110 @@
+"""The whole pipeline on an example: rollouts/s with the CPU seconds of each stage, and steps and seconds to 95 % for both teacher terms.
+
+    python benchmarks/end_to_end.py [--example reverse-text] [--seeds 3] [--steps 80]
+
+Each run is a real `onstream up`: separate workers, Redis Streams, evaluation apart. For scale stand beside it what a plain
+synchronous loop needs on such a pair (more than 60 steps of 128 with the sampled term, 30 with the top-k term), and the 213
+rollouts/s of a synchronous trainer with padded batches; both were measured on two idle cores of another machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from settings.load import load_settings
+from workers.evaluate import evaluate
+
+GOAL = 0.95
+PROBE_STEPS = 5
+TERMS = {"top-k": ["trainer.loss.teacher_top_k=4"], "sampled": ["trainer.loss.teacher_top_k=0"]}
+PEER_STEPS = {"top-k": "30", "sampled": "more than 60"}
+PEER_ROLLOUTS_PER_S = 213
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--example", default="reverse-text", help="a directory of examples/")
+    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--steps", type=int, default=80)
+    asked = options.parse_args()
+    table = Table(
+        "term", "seed", "exact before", "exact after", f"steps to {GOAL}", "synchronous", "seconds", "rollouts/s", "peer", "CPU s by worker"
+    )
+    with tempfile.TemporaryDirectory(prefix="onstream-bench-") as runs:
+        for term, seed in itertools.product(TERMS, range(asked.seeds)):
+            table.add_row(*row(term, seed, asked.example, asked.steps, Path(runs)))
+            Console().print(table)
+
+
+def row(term: str, seed: int, example: str, steps: int, runs: Path) -> list[str]:
+    """One run of the example and what it showed."""
+    file = Path("examples") / example / "onstream.toml"
+    given = [f"run.seed={seed}", f"run.name={example}-{term}-{seed}", f"run.dir={runs}", f"trainer.max_steps={steps}"]
+    given += ["checkpoint.keep_policies=100000", *TERMS[term]]
+    run(file, given)
+    directory = runs / f"{example}-{term}-{seed}"
+    report = json.loads((directory / "report.json").read_text())
+    reached, seconds = first_at_goal(file, given, directory)
+    cpu = {kind: spent for kind, spent in report["cpu_seconds"].items() if kind != "eval"}
+    return [
+        term,
+        str(seed),
+        f"{report['eval']['before']:.3f}",
+        f"{report['eval']['after']:.3f}",
+        str(reached) if reached else f"not in {steps}",
+        PEER_STEPS[term],
+        f"{seconds:.1f} of {report['seconds']:.1f}",
+        f"{report['rollouts_per_s']:.0f}",
+        str(PEER_ROLLOUTS_PER_S),
+        shares(cpu),
+    ]
+
+
+def run(file: Path, given: list[str]) -> None:
+    """`onstream up` with `given` on top of `file`.
+
+    Raises:
+        SystemExit: it failed; its output is shown.
+    """
+    command = [sys.executable, "-m", "workers.cli", "up", str(file), *(word for value in given for word in ("--set", value))]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def first_at_goal(file: Path, given: list[str], directory: Path) -> tuple[int | None, float]:
+    """The first evaluated step whose policy reaches the goal, and the seconds of training until then (of all, if none did)."""
+    settings = load_settings([file], given)
+    seconds = 0.0
+    for line in (directory / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        seconds += metrics["elapsed_s"]
+        if metrics["step"] % PROBE_STEPS == 0 and exact(directory / "policies" / f"{metrics['step']:06d}", settings) >= GOAL:
+            return metrics["step"], seconds
+    return None, seconds
+
+
+def exact(policy: Path, settings: Any) -> float:
+    """The greedy exact-match share of a published policy."""
+    return float(evaluate(policy, settings)["exact"])
+
+
+def shares(seconds: Mapping[str, float]) -> str:
+    """CPU seconds by worker, on one line."""
+    return ", ".join(f"{kind} {spent:.1f}" for kind, spent in seconds.items())
+
+
+if __name__ == "__main__":
+    main()
