@@ -18,8 +18,8 @@ from settings.client import ClientSettings
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 20.0
 LONGEST_RETRY_AFTER_S = 600.0
-_PASSING = frozenset((408, 409, 425, 429))  # beside 5xx: the same request may succeed later
-_ACCESS = frozenset((401, 403, 404, 405))  # concern every request, so no rollout is to blame
+_PASSING = frozenset((408, 409, 423, 425, 429))  # beside 5xx: the same request may succeed later
+_ACCESS = frozenset((401, 402, 403, 404, 405, 407, 421, 426, 451))  # concern every request, so no rollout is to blame
 _WORDS_CHARACTERS = 400
 
 
@@ -218,7 +218,7 @@ class Endpoints:
         finally:
             endpoint.in_flight -= 1
             async with self._free:
-                self._free.notify()
+                self._free.notify_all()  # a trial that succeeded makes room for many
 
     def _open(self) -> Endpoint | None:
         now = time.monotonic()

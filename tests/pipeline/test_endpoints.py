@@ -165,6 +165,23 @@ def test_the_breaker_leaves_a_failing_endpoint_alone_and_lets_one_request_try_it
         assert len(times) == 7
 
 
+def test_after_the_trial_all_that_waited_go_on_together() -> None:
+    def slowly(body: Body) -> Answer:
+        if len(server.bodies) == 1:
+            return Answer(500, {"error": "boom"})
+        time.sleep(0.02)
+        return FINE
+
+    async def use(made: Endpoints) -> None:
+        with pytest.raises(Unavailable):
+            await post(made)
+        await asyncio.gather(*(post(made) for _ in range(9)))
+
+    with serving(slowly) as (server, url):
+        ask(client(url, breaker_failures=1, max_retries=0, max_in_flight=4), use)
+        assert server.most == 4
+
+
 def test_an_endpoint_that_is_gone_does_not_hold_up_the_others() -> None:
     async def use(made: Endpoints) -> Any:
         await asyncio.gather(*(post(made) for _ in range(10)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
+from pipeline.streams import Bus
 from settings.trainer import TrainerSettings
 from tests.tiny import sequences, write_tiny
+from tests.workers.trainer.driver import Run
 from workers.trainer.learner import Learner
 from workers.trainer.lora import ADAPTER_CONFIG, base_of
 from workers.trainer.samples import TrainSample
@@ -101,6 +104,24 @@ def test_a_checkpoint_holds_the_adapter_and_its_bases_name_and_training_goes_on_
             one.step(samples(), 6)
     wanted, got = adapted.published_state(), resumed.published_state()
     assert all(torch.equal(got[name], weight) for name, weight in wanted.items())
+
+
+def test_a_killed_trainer_goes_on_from_the_adapters_checkpoint_to_the_same_bits(
+    run: Callable[..., Run], redis_url: str, run_name: str, model: Path, tmp_path: Path
+) -> None:
+    twin = Bus.connect(redis_url, f"{run_name}-twin", consumer="tester", block_s=0.2, connect_timeout_s=5)
+    undisturbed, job = Run(twin, model, tmp_path, trainer__lora={"rank": 4}), run(trainer__lora={"rank": 4})
+    for one in (undisturbed, job):
+        one.ready()
+    job.until(3)
+    assert base_of(job.directory / job.bus.run / "checkpoints" / "step-000002") == str(model)
+    assert job.start().step == 2
+    for one in (undisturbed, job):
+        one.to_the_end()
+    ends = [bus.newest_policy() for bus in (twin, job.bus)]
+    assert ends[0] is not None and ends[1] is not None and ends[0].digest == ends[1].digest
+    undisturbed.close_files()
+    twin.close()
 
 
 def test_dropout_is_on_in_the_adapter_alone(student: Path) -> None:
