@@ -21,7 +21,7 @@ def audit(run_dir: Path, bus: Bus) -> dict[str, Any]:
     Exact when the run stands still. While it moves, the count of issued is read first, then the streams in the order of
     the flow and the ledger last, so that a rollout on its way is met at least once; and it counts once.
 
-    `dropped` holds a set for each reason; `counts` the sizes of all sets.
+    `dropped` holds a set for each reason.
     """
     issued = range(1, bus.issued() + 1)
     streams = {stage: bus.numbers(stage) for stage in STAGES}
@@ -39,6 +39,11 @@ def audit(run_dir: Path, bus: Bus) -> dict[str, Any]:
     settled_twice = [number for (number, _), times in lines.items() if times > 1]
     sets["duplicated"] = sorted({*settled_twice, *(number for number in doubled if number not in fates)})
     return _report(bus.run, issued, sets)
+
+
+def counted(found: dict[str, Any]) -> dict[str, Any]:
+    """How many uids each set of an audit has."""
+    return {name: counted(members) if isinstance(members, dict) else len(members) for name, members in found.items()}
 
 
 def _class(number: int, fate: str | None, dead: set[int], under_way: set[int]) -> str:
@@ -67,7 +72,6 @@ def _doubled(bus: Bus, streams: dict[StageName, list[int]]) -> set[int]:
 def _report(run: str, issued: Iterable[int], sets: dict[str, list[int]]) -> dict[str, Any]:
     uids = {name: [f"{run}/{number}" for number in numbers] for name, numbers in {"issued": list(issued), **sets}.items()}
     dropped = {reason: uids.pop(reason) for reason in DROPPED}
-    counts = {**{name: len(members) for name, members in uids.items()}, "dropped": sum(map(len, dropped.values()))}
     return {
         "issued": uids["issued"],
         "trained": uids["trained"],
@@ -76,5 +80,4 @@ def _report(run: str, issued: Iterable[int], sets: dict[str, list[int]]) -> dict
         "in_flight": uids["in_flight"],
         "lost": uids["lost"],
         "duplicated": uids["duplicated"],
-        "counts": counts,
     }

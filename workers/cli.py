@@ -108,14 +108,17 @@ def status(files: tuple[Path, ...], overrides: tuple[str, ...], as_json: bool) -
 
 @cli.command()
 @looked_at
-def audit(run: Path, overrides: tuple[str, ...]) -> None:
-    """Print, as JSON, what became of every rollout that was ever issued."""
+@click.option("--uids", is_flag=True, help="Print the uids themselves, not only how many they are.")
+def audit(run: Path, overrides: tuple[str, ...], uids: bool) -> Exit:
+    """Print, as JSON, what became of every rollout that was ever issued. Exits with 1 if any is lost or duplicated."""
     settings = _settings([run], overrides)
     from workers.access import opened
-    from workers.audit import audit
+    from workers.audit import audit, counted
 
     with opened(settings, purpose="audit") as bus:
-        click.echo(json.dumps(audit(settings.run_dir, bus), indent=2))
+        found = audit(settings.run_dir, bus)
+    click.echo(json.dumps(found if uids else counted(found), indent=2))
+    return Exit.FAILED if found["lost"] or found["duplicated"] else Exit.OK
 
 
 @cli.command("eval")

@@ -26,7 +26,7 @@ from pipeline.records import (
 )
 from pipeline.streams import Bus, Move, Out
 from settings.root import Settings
-from workers.audit import audit
+from workers.audit import audit, counted
 from workers.trainer.stage import Trainer
 
 Answer = Callable[[Ticket, int], Rollout | Tombstone]
@@ -160,7 +160,8 @@ class Run:
 
     def counts(self) -> dict[str, int]:
         """Sizes of the audit's sets, those that are not empty."""
-        return {name: count for name, count in audit(self.trainer.run_dir, self.bus)["counts"].items() if count}
+        found = counted(audit(self.trainer.run_dir, self.bus))
+        return {name: count for name, count in {**found, "dropped": sum(found["dropped"].values())}.items() if count}
 
     def lose_redis(self) -> None:
         """Every key of the run is gone, as after a restart without data."""
