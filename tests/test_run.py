@@ -1,0 +1,85 @@
+"""One short run of the shipped example, whole: real workers, a real Redis, kills in its middle, and the audit afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STEPS = 30
+
+
+class Run:
+    """`onstream up` on the example, cut short, in a directory of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        given = [f"run.dir={directory}", f"trainer.max_steps={STEPS}", "checkpoint.interval=10", "delivery.lease=2"]
+        command = [sys.executable, "-m", "workers.cli", "up", "examples/reverse-text/onstream.toml"]
+        command += [word for value in given for word in ("--set", value)]
+        self.directory = directory / "reverse-text"
+        self.output = directory / "output"
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+
+    @property
+    def step(self) -> int:
+        metrics = self.directory / "metrics.jsonl"
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    def wait_for_step(self, step: int) -> None:
+        while self.step < step:
+            assert self.process.poll() is None, self.output.read_text()
+            time.sleep(0.02)
+
+    def kill(self, kind: str) -> None:
+        """SIGKILL the worker of `kind` that lives now."""
+        children = psutil.Process(self.process.pid).children()
+        workers = [child for child in children if f" worker {kind} " in " ".join(child.cmdline())]
+        assert len(workers) == 1, [child.cmdline() for child in children]
+        os.kill(workers[0].pid, signal.SIGKILL)
+
+    def report(self) -> dict[str, Any]:
+        assert self.process.wait() == 0, self.output.read_text()
+        report: dict[str, Any] = json.loads((self.directory / "report.json").read_text())
+        return report
+
+    def audit(self) -> dict[str, Any]:
+        done = subprocess.run([sys.executable, "-m", "workers.cli", "audit", str(self.directory)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    run = Run(tmp_path)
+    yield run
+    if run.process.poll() is None:
+        run.process.kill()
+        run.process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_the_student_learns_though_a_generator_a_verifier_and_the_teacher_are_killed_and_nothing_is_lost(run: Run) -> None:
+    for step, kind in ((3, "generator"), (6, "verifier"), (9, "teacher")):
+        run.wait_for_step(step)
+        run.kill(kind)
+    report, found = run.report(), run.audit()
+    assert report["steps"] == STEPS
+    assert report["eval"]["after"] > report["eval"]["before"] + 0.1
+    assert report["teacher_kl"]["last"] < report["teacher_kl"]["first"] / 2
+    assert found["lost"] == found["duplicated"] == found["dead"] == 0
+    assert found["trained"] == STEPS * 128
+    assert found["issued"] == found["trained"] + sum(found["dropped"].values()) + found["in_flight"]
+    assert run.output.read_text().count("was killed by SIGKILL") == 3
