@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
-from pipeline.models.loading import load_model, load_tokenizer
+from pipeline.models.loading import load_model
 from pipeline.tasks import Problem, load_task
 from pipeline.telemetry import get_logger
 from settings.root import Settings
@@ -183,7 +183,7 @@ def _answer(problem: Problem) -> str:
 def _round_to_bfloat16(source: Path, target: Path) -> None:
     model = load_model(source, dtype=torch.bfloat16, device=torch.device("cpu"))
     model.save_pretrained(target)
-    load_tokenizer(source).save_pretrained(target)
+    character_tokenizer().save_pretrained(target)  # one that was loaded would also save where from
 
 
 def _parameters(directory: Path) -> int:
