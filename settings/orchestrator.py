@@ -10,6 +10,25 @@ from settings.base import RUN, WORKER, Section, Unit
 from settings.client import TeacherModelSettings, TeacherRolloutModelSettings
 
 
+class SandboxSettings(Section):
+    """Limits of one program that `task.scorer = "code"` runs."""
+
+    wall: Annotated[float, WORKER, Unit("s"), Field(gt=0, le=3600)] = 5.0
+    """How long all tests of one rollout may take together; less than `verification.timeout`."""
+    cpu: Annotated[float, WORKER, Unit("s"), Field(ge=1, le=3600)] = 5.0
+    """CPU time of each process, in whole seconds."""
+    memory: Annotated[int, WORKER, Unit("MiB"), Field(ge=32, le=1 << 20)] = 256
+    """Address space of each process."""
+    processes: Annotated[int, WORKER, Unit("processes"), Field(ge=1, le=4096)] = 16
+    """Processes and threads that a program may have at once."""
+    file_size: Annotated[int, WORKER, Unit("MiB"), Field(ge=1, le=1 << 16)] = 16
+    """Size of a file that it writes."""
+    scratch: Annotated[int, WORKER, Unit("MiB"), Field(ge=1, le=1 << 16)] = 64
+    """Size of all files that it writes, which lie in memory."""
+    output: Annotated[int, WORKER, Unit("bytes"), Field(ge=1, le=1 << 26)] = 65_536
+    """What it may write to standard output; past it, it is killed."""
+
+
 class VerificationSettings(Section):
     """Scoring of whole answers by the task's scorer."""
 
@@ -21,6 +40,9 @@ class VerificationSettings(Section):
     """Child processes of one verifier; each scores one rollout at a time and can be killed."""
     max_memory: Annotated[int, WORKER, Unit("MiB"), Field(ge=64, le=1 << 24)] = 4096
     """Memory that one child process may take beyond what importing the scorer took; a scorer that asks for more gets a MemoryError."""
+    allow_unsandboxed: Annotated[bool, WORKER] = False
+    """Let `task.scorer = "code"` run programs on a machine that does not permit a sandbox: they may then read what the verifier may."""
+    sandbox: SandboxSettings = SandboxSettings()
 
 
 class OrchestratorSettings(Section):

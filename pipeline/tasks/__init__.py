@@ -45,9 +45,13 @@ def load_scorer(settings: Settings) -> Scorer:
     """The function that scores a completion: `task.scorer`, or else the task's own.
 
     Raises:
-        UserError: it cannot be imported, or the task does not exist.
+        UserError: it cannot be imported, the task does not exist, or this machine cannot confine the programs it would run.
     """
     name = settings.task.name
+    if settings.task.scorer == "code":
+        from pipeline.tasks.code import code_scorer
+
+        return code_scorer(settings)
     if settings.task.scorer:
         return import_function(settings.task.scorer)
     if name.startswith(GYM):

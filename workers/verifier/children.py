@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from pipeline.errors import UserError
+from settings.orchestrator import OrchestratorSettings
 from settings.root import Settings
 from workers.verifier.wire import PACKET_BYTES, Exited, Frames, Job, Kill, Ready, Refused, Spawn, Start, Verdict, WireError, framed
 
@@ -74,8 +75,9 @@ class Children:
         verification = settings.orchestrator.verification
         self._timeout_s, self._processes = verification.timeout, verification.processes
         # The nursery loads the scorer alone, and gets no secrets to do so.
-        task = Settings(task=settings.task).model_dump_json(include={"task"}).encode()
-        self._start = Start(task, verification.max_memory << 20)
+        scorer = Settings(task=settings.task, orchestrator=OrchestratorSettings(verification=verification))
+        sections = scorer.model_dump_json(include={"task": True, "orchestrator": {"verification"}}).encode()
+        self._start = Start(sections, verification.max_memory << 20)
         self._children: dict[int, Child] = {}
         self._waiting: deque[Waiting] = deque()
         self._verdicts: list[tuple[int, Verdict]] = []

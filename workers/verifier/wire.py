@@ -44,7 +44,7 @@ class Verdict(msgspec.Struct, array_like=True, frozen=True):
 
 # verifier -> nursery
 class Start(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """The first message: the settings of the task, as JSON, and the memory that one child may take."""
+    """The first message: the settings of task and verification, as JSON, and the memory that one child may take."""
 
     settings: bytes
     max_memory_bytes: int

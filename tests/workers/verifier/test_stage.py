@@ -25,8 +25,8 @@ def rollout(number: int, text: str = "", *earlier: str, **info: Any) -> Rollout:
     return Rollout(number, 0, 1, 0, [{"role": "user", "content": "?"}], info, samples, 1.0, "stop", ["verify", "score", "train"])
 
 
-def worker_of(bus: Bus, **task: Any) -> Worker:
-    settings = Settings.model_validate({"task": task, "orchestrator": {"verification": {"timeout": 0.3}}})
+def worker_of(bus: Bus, limits: dict[str, Any] | None = None, **task: Any) -> Worker:
+    settings = Settings.model_validate({"task": task, "orchestrator": {"verification": limits or {"timeout": 0.3}}})
     return Worker(Verifier(settings, bus), bus, DeliverySettings(), block_s=0.05)
 
 
@@ -105,3 +105,12 @@ def test_the_verifier_imports_no_tensor_library() -> None:
         "print({'torch', 'transformers', 'datasets', 'reasoning_gym'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_a_program_is_run_in_its_sandbox_and_an_endless_one_scores_0_with_the_reason(verify: Any) -> None:
+    right, endless = rollout(1, "print(input()[::-1])"), rollout(2, "while True: pass")
+    for each in (right, endless):
+        each.info = {"tests": [{"input": "abc", "output": "cba"}]}
+    verdicts = verify(right, endless, scorer="code", limits={"timeout": 5, "sandbox": {"wall": 1}})
+    assert (verdicts[1].reward, verdicts[1].reward_parts) == (1.0, {"passed": 1.0})
+    assert (verdicts[2].reward, verdicts[2].reward_parts) == (0.0, {"passed": 0.0, "program_timed_out": 1.0})

@@ -1,0 +1,120 @@
+"""The scorer `code`: runs the program in a completion against the problem's tests, in a sandbox."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.sandbox import NEEDED, Result, Sandbox, SandboxError
+from pipeline.tasks.scorers import Score, Scorer, answer_text
+from settings.root import Settings
+
+CODE = "code"
+"""The value of `task.scorer` that stands for this scorer."""
+_FENCE = re.compile(r"```[ \t]*(?:python|py|python3)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+_MEANING = {
+    "user": "an unprivileged user",
+    "kill": "a way to end all that a program starts",
+    "files": "a file system of its own (programs read what any user of this machine may read)",
+    "processes": "a process tree of its own",
+    "network": "a network of its own (programs may open connections)",
+}
+
+
+def code_scorer(settings: Settings) -> Scorer:
+    """The scorer, once it is known what the machine permits.
+
+    Raises:
+        UserError: programs cannot be confined here, and `orchestrator.verification.allow_unsandboxed` does not allow that.
+    """
+    verification = settings.orchestrator.verification
+    if verification.sandbox.wall >= verification.timeout:
+        raise UserError(
+            f"orchestrator.verification.sandbox.wall = {verification.sandbox.wall:g} s",
+            expected=f"less than orchestrator.verification.timeout ({verification.timeout:g} s), which kills the scorer itself",
+            next_step="Lower the one or raise the other.",
+        )
+    _refuse_unconfined(Sandbox(verification.sandbox), allowed=verification.allow_unsandboxed)
+
+    def score(completion: str, info: dict[str, Any]) -> Score:
+        # Made here, in the scoring child: each child runs its programs as a user of its own.
+        return score_program(Sandbox(verification.sandbox), program_of(completion), info.get("tests"), verification.sandbox.wall)
+
+    return score
+
+
+def _refuse_unconfined(sandbox: Sandbox, *, allowed: bool) -> None:
+    try:
+        missing = sandbox.missing()
+    except SandboxError as error:
+        raise UserError(
+            f"task.scorer = 'code': {error}", expected="a machine that runs programs in a sandbox", next_step="See docs/sandbox.md."
+        ) from error
+    lacking = [_MEANING[name] for name in missing]
+    if any(name in NEEDED for name in missing) and not allowed:
+        raise UserError(
+            f"task.scorer = 'code' on a machine that does not permit {', '.join(lacking)}",
+            expected="a Linux where the verifier is root or may make user namespaces",
+            next_step="See docs/sandbox.md; orchestrator.verification.allow_unsandboxed = true runs the programs all the same.",
+        )
+    if lacking:
+        print(f"onstream: the sandbox of task.scorer = 'code' does without {', '.join(lacking)}", file=sys.stderr)
+
+
+def program_of(completion: str) -> str:
+    """The program in a completion: its last fenced block after the reasoning, or else all of it.
+
+    >>> program_of("Here it is:\\n```python\\nprint(1)\\n```")
+    'print(1)\\n'
+    """
+    answer = answer_text(completion)
+    blocks = _FENCE.findall(answer)
+    return str(blocks[-1]) if blocks else answer
+
+
+def score_program(sandbox: Sandbox, program: str, tests: object, wall_s: float) -> dict[str, float]:
+    """1 if `program` passes every test, else 0. Parts: `passed`, the share of tests; and the first reason why not, as 1.
+
+    `wall_s` bounds all tests together. Tests are Python code that is appended to the program, or a list of `{"input", "output"}`, what
+    it reads and has to write (space at the ends of lines and of the whole does not count).
+
+    Raises:
+        ValueError: the problem has no such tests.
+    """
+    end, reasons, runs = time.monotonic() + wall_s, list[str](), list(_runs(program, tests))
+    for source, given, expected in runs:
+        left_s = end - time.monotonic()
+        reason = _verdict(sandbox.run(source, given, wall_s=left_s), expected) if left_s > 0 else "timed_out"
+        reasons.append(reason)
+    passed = sum(not reason for reason in reasons) / len(runs)
+    first = next((reason for reason in reasons if reason), None)
+    return {"reward": float(first is None), "passed": passed, **({f"program_{first}": 1.0} if first else {})}
+
+
+def _runs(program: str, tests: object) -> Iterator[tuple[str, bytes, str | None]]:
+    """What to run: source, standard input, and the output expected (None: only the exit status counts)."""
+    if isinstance(tests, str) and tests.strip():
+        yield f"{program}\n\n{tests}\n", b"", None
+        return
+    if not isinstance(tests, list) or not tests:
+        raise ValueError(f"the problem's `tests` are {type(tests).__name__}; expected Python code or a list of input and output")
+    for test in tests:
+        if not isinstance(test, dict) or not isinstance(test.get("output"), str) or not isinstance(test.get("input", ""), str):
+            raise ValueError("a test is not {'input': text, 'output': text}")
+        yield program, test.get("input", "").encode(), test["output"]
+
+
+def _verdict(result: Result, expected: str | None) -> str:
+    """Why a run did not pass; empty where it did."""
+    if result.problem is not None:
+        return result.problem
+    right = expected is None or _lines(result.output.decode(errors="replace")) == _lines(expected)
+    return "" if right else "wrong_output"
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.strip().splitlines()]
