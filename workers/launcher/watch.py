@@ -19,6 +19,7 @@ from settings.deployment import STAGE_OF
 KINDS_OF: Mapping[StageName, Sequence[str]] = {stage: [kind for kind in STAGE_OF if STAGE_OF[kind] == stage] for stage in STAGE_OF.values()}
 RECENT_STEPS = 10
 LEAVE_S = 2.0
+NEXT_WEIGHTS = "waits for policy version"  # the rhythm of a run, and nothing that keeps it from going on
 SILENT_S = 5.0  # a worker that beats every second and was not heard of for so long is gone
 
 
@@ -142,9 +143,10 @@ def _wait(snapshot: Snapshot, stage: str, started: int, kinds: Sequence[str]) ->
     remedy = "one is starting" if started or present else f"start one with {commands}"
     if stage not in snapshot.taking and backlog:
         return f"{backlog} records wait and no worker takes them; {remedy}"
-    if stage in snapshot.ready:
-        return ""
     detail = next((detail for detail in present if detail), "")
+    if stage in snapshot.ready:
+        held_up = stage != "train" and backlog and all(present) and not detail.startswith(NEXT_WEIGHTS)
+        return detail if held_up else ""
     return f"not ready: {detail or ('starting' if started or present else f'no worker; {remedy}')}"
 
 

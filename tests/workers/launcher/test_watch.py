@@ -125,6 +125,11 @@ def test_a_redis_that_is_away_is_said_and_asked_again() -> None:
 ALL = frozenset(STAGES)
 
 
+def held_up(details: list[str], backlog: int = 9) -> Snapshot:
+    """A run whose workers of one stage say `details`."""
+    return Snapshot(ready=ALL, taking=ALL, workers={"verify": details}, backlog={"verify": backlog})
+
+
 @pytest.mark.parametrize(
     ("snapshot", "started", "expected"),
     [
@@ -146,6 +151,14 @@ ALL = frozenset(STAGES)
         ),
         (Snapshot(ready=frozenset({"generate", "train"})), {"verify": 2}, ["verify: not ready: starting"]),
         (Snapshot(), {"generate": 1, "verify": 1, "train": 1}, ["generate, verify, train: not ready: starting"]),
+        (
+            held_up(["waiting for the teacher: http://t/v1: ConnectError"]),
+            {},
+            ["verify: waiting for the teacher: http://t/v1: ConnectError"],
+        ),
+        (held_up(["waiting for the teacher", ""]), {}, []),
+        (held_up(["waits for policy version 3; 2 is the newest announced"]), {}, []),
+        (held_up(["waiting for the teacher"], backlog=0), {}, []),
     ],
 )
 def test_what_a_run_waits_for_is_named(snapshot: Snapshot, started: dict[str, int], expected: list[str]) -> None:
