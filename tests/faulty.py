@@ -72,7 +72,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(None)
 
     def do_POST(self) -> None:
-        self._reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        length = int(self.headers["Content-Length"])
+        data = self.rfile.read(length)
+        if len(data) < length:  # the client was killed
+            self.close_connection = True
+            return
+        self._reply(json.loads(data))
 
     def _reply(self, body: Body | None) -> None:
         answer = self.owner.reply(self.path, dict(self.headers), body)

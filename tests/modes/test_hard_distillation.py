@@ -6,16 +6,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
 from pipeline.errors import UserError
 from settings.load import load_settings
 from tests.chat_server import chat_server
+from tests.faulty import Answer, Body, serving
 from workers.evaluate import evaluate
 from workers.generator.chat import ChatGenerator
 
@@ -52,6 +56,33 @@ class Run:
 
     def up(self) -> str:
         return self.onstream("up", *self.files, *self.sets)
+
+    @contextmanager
+    def started(self) -> Iterator[subprocess.Popen[bytes]]:
+        """`onstream up` in the background; what it prints is what `said` returns."""
+        command = [str(Path(sys.executable).with_name("onstream")), "up", *self.files, *self.sets]
+        with self.said_in.open("wb") as out, subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out) as up:
+            try:
+                yield up
+            finally:
+                up.terminate()
+
+    @property
+    def said_in(self) -> Path:
+        return self.directory.parent / "said"
+
+    def said(self) -> str:
+        return self.said_in.read_text()
+
+    def steps(self) -> int:
+        metrics = self.directory / "metrics.jsonl"
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    def wait_for(self, happens: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not happens():
+            assert time.monotonic() < deadline, self.said()[-3000:]
+            time.sleep(0.02)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.directory / name).read_text().splitlines()]
@@ -96,6 +127,34 @@ def test_the_pages_reference_configs_run_on_the_cpu_pair(tmp_path: Path, endpoin
     assert load_file(policy / "model.safetensors").keys() == load_file(STUDENT / "model.safetensors").keys()
     run.onstream("export", str(run.directory), "--out", str(tmp_path / "exported"))
     assert (tmp_path / "exported" / "config.json").exists()
+
+
+def test_an_endpoint_that_is_away_and_a_generator_that_is_killed_lose_nothing(tmp_path: Path) -> None:
+    def answer(body: Body) -> Answer:
+        word = body["messages"][-1]["content"].removeprefix("Reverse: ")
+        message = {"role": "assistant", "content": word[::-1]}
+        return Answer(body={"choices": [{"finish_reason": "stop", "message": message}] * body.get("n", 1)})
+
+    with serving(answer) as (server, url):
+        run = Run(
+            *(tmp_path, url, SNIPPET, "trainer.max_steps=24", "orchestrator.batch_size=32", "eval.samples=0"),
+            *("deployment.status_interval=0.2", f"{SOURCE}.client.breaker_pause=0.5"),
+        )
+        with run.started() as up:
+            run.wait_for(lambda: run.steps() >= 6)
+            server.answer = lambda body: Answer(503, {"error": {"message": "overloaded"}})
+            run.wait_for(lambda: "waits for" in run.said())
+            server.answer = answer
+            run.wait_for(lambda: run.steps() >= 12)
+            generators = [child for child in psutil.Process(up.pid).children(recursive=True) if "generator" in child.cmdline()]
+            assert generators
+            for generator in generators:
+                generator.kill()
+            assert up.wait(120) == 0, run.said()[-3000:]
+    assert f"waits for {url} (status 503: overloaded)" in run.said()
+    assert "generator-0 " in run.said(), "its death is told"
+    audit = json.loads(run.onstream("audit", str(run.directory)))
+    assert (audit["lost"], audit["duplicated"], audit["dead"], audit["trained"]) == (0, 0, 0, 24 * 32)
 
 
 def test_the_model_check_names_what_the_server_lists(tmp_path: Path, endpoint: str) -> None:
