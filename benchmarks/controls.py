@@ -32,6 +32,7 @@ from workers.teacher.setup import load_local
 from workers.trainer.learner import Learner
 from workers.trainer.samples import TrainSample
 
+WIDTH = 140  # characters; a file has no width of its own
 CONTROLS = {
     "teacher": [],
     "shuffled": [],
@@ -52,7 +53,7 @@ def main() -> None:
         if control == "itself":
             settings = settings.model_copy(update={"teacher_inference": type(settings.teacher_inference)()})
         table.add_row(control, *Loop(control, settings).run(1 if control == "itself" else asked.steps))
-        Console().print(table)
+        Console(width=WIDTH).print(table)
 
 
 class Loop:

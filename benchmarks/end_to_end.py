@@ -31,6 +31,7 @@ PROBE_STEPS = 5
 TERMS = {"top-k": ["trainer.loss.teacher_top_k=4"], "sampled": ["trainer.loss.teacher_top_k=0"]}
 PEER_STEPS = {"top-k": "30", "sampled": "more than 60"}
 PEER_ROLLOUTS_PER_S = 213
+WIDTH = 200  # characters; a file has no width of its own
 
 
 def main() -> None:
@@ -45,14 +46,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="onstream-bench-") as runs:
         for term, seed in itertools.product(TERMS, range(asked.seeds)):
             table.add_row(*row(term, seed, asked.example, asked.steps, Path(runs)))
-            Console().print(table)
+            Console(width=WIDTH).print(table)
 
 
 def row(term: str, seed: int, example: str, steps: int, runs: Path) -> list[str]:
     """One run of the example and what it showed."""
     file = Path("examples") / example / "onstream.toml"
     given = [f"run.seed={seed}", f"run.name={example}-{term}-{seed}", f"run.dir={runs}", f"trainer.max_steps={steps}"]
-    given += ["checkpoint.keep_policies=100000", *TERMS[term]]
+    given += [f"checkpoint.keep_policies={steps + 1}", *TERMS[term]]
     run(file, given)
     directory = runs / f"{example}-{term}-{seed}"
     report = json.loads((directory / "report.json").read_text())
