@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from redis.exceptions import ResponseError
@@ -26,7 +26,7 @@ class WorkerState(msgspec.Struct, frozen=True):
     """A worker's last heartbeat. `beat` is in seconds since the epoch by the server's clock, `age_s` seconds ago."""
 
     worker: str
-    stage: StageName
+    stage: StageName | Literal["jobs"]
     host: str
     pid: int
     state: str  # "starting", "running" or "draining"
@@ -90,7 +90,7 @@ class Board(Connection):
         """Whether the run has ended."""
         return bool(self._ask("EXISTS", self.keys.finished))
 
-    def heartbeat(self, stage: StageName, stats: Stats, *, state: str = "running", in_hand: int = 0) -> None:
+    def heartbeat(self, stage: StageName | Literal["jobs"], stats: Stats, *, state: str = "running", in_hand: int = 0) -> None:
         """Say that this worker lives, what it did and what it waits for."""
         me = WorkerState(
             worker=self.consumer,
@@ -115,7 +115,7 @@ class Board(Connection):
             stamp, _, payload = beat.partition(b" ")
             if (age_s := now - float(stamp)) <= max_age_s:
                 states.append(msgspec.structs.replace(_state.decode(payload), age_s=max(0.0, age_s)))
-        return sorted(states, key=lambda state: (STAGES.index(state.stage), state.worker))
+        return sorted(states, key=lambda state: ((*STAGES, "jobs").index(state.stage), state.worker))
 
     def backlog(self) -> dict[StageName, int]:
         """Entries in each stage's stream, waiting or in hand. The trainer's counts what it trained and did not yet acknowledge."""

@@ -54,7 +54,7 @@ class Connection:
     def __init__(self, url: str, run: str, *, consumer: str, block_s: float, connect_timeout_s: float) -> None:
         self.run, self.consumer, self.keys = run, consumer, Keys(run)
         self.patience_s = connect_timeout_s
-        self._where = shown(url)
+        self.url, self._where = url, shown(url)
         self._db = self._client(url, CALL_TIMEOUT_S)
         self._reader = self._client(url, block_s + READ_MARGIN_S)
         self._reader_id: int | None = None

@@ -9,7 +9,7 @@ from pydantic import Field
 from settings.base import RUN, WORKER, Section, Unit
 
 StageName = Literal["generate", "verify", "score", "train"]
-WorkerKind = Literal["generator", "verifier", "teacher", "teacher-external", "trainer"]
+WorkerKind = Literal["generator", "verifier", "teacher", "teacher-external", "trainer", "jobs"]
 
 STAGE_OF: dict[WorkerKind, StageName] = {
     "generator": "generate",
@@ -18,6 +18,7 @@ STAGE_OF: dict[WorkerKind, StageName] = {
     "teacher-external": "score",
     "trainer": "train",
 }
+"""The stage that each kind of worker serves; `jobs` workers serve none."""
 
 Share = Annotated[float | None, WORKER, Unit("share"), Field(gt=0, le=1)]
 
@@ -48,6 +49,8 @@ class DeploymentSettings(Section):
     """Verifier workers that `onstream up` starts."""
     external_teachers: Annotated[int, WORKER, Unit("workers"), Field(ge=0, le=1024)] = 1
     """Workers that ask the external teacher, which `onstream up` starts where `orchestrator.teacher_model` is set."""
+    jobs: Annotated[int, WORKER, Unit("workers"), Field(ge=0, le=64)] = 1
+    """Workers for jobs that `onstream up` starts where `eval.interval` is set."""
     share_gpus: Annotated[bool, WORKER] = False
     """Let workers share GPUs where there are fewer than workers, by the shares of `deployment.gpu_memory_shares`."""
     device: Annotated[Literal["auto", "cpu", "cuda"], WORKER] = "auto"

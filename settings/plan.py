@@ -43,7 +43,7 @@ class Plan(msgspec.Struct, frozen=True):
 
     def kinds(self, stage: StageName) -> list[WorkerKind]:
         """The kinds of worker that serve `stage` by this plan."""
-        return [kind for kind in self.workers if STAGE_OF[kind] == stage]
+        return [kind for kind in self.workers if STAGE_OF.get(kind) == stage]
 
     @property
     def streams(self) -> tuple[StageName, ...]:
@@ -145,4 +145,7 @@ def _workers(settings: Settings, route: tuple[StageName, ...], *, local: bool, e
         wanted["teacher-external"] = deployment.external_teachers
     wanted["trainer"] = 1
     here = deployment.stages or ("generate", *route)
-    return {kind: count if STAGE_OF[kind] in here else 0 for kind, count in wanted.items() if STAGE_OF[kind] in ("generate", *route)}
+    workers = {kind: count if STAGE_OF[kind] in here else 0 for kind, count in wanted.items() if STAGE_OF[kind] in ("generate", *route)}
+    if settings.eval.interval and settings.eval.samples:
+        workers["jobs"] = deployment.jobs if "train" in here else 0  # beside the trainer, which asks for the evaluations
+    return workers

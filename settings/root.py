@@ -7,6 +7,7 @@ from pathlib import Path
 from settings.base import Section
 from settings.deployment import DeploymentSettings
 from settings.inference import InferenceSettings, TeacherInferenceSettings
+from settings.jobs import JobsSettings
 from settings.orchestrator import OrchestratorSettings
 from settings.run import DeliverySettings, LogSettings, ModelSettings, RedisSettings, RunSettings
 from settings.task import EvalSettings, TaskSettings
@@ -26,6 +27,7 @@ class Settings(Section):
     orchestrator: OrchestratorSettings = OrchestratorSettings()
     trainer: TrainerSettings = TrainerSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    jobs: JobsSettings = JobsSettings()
     redis: RedisSettings = RedisSettings()
     delivery: DeliverySettings = DeliverySettings()
     log: LogSettings = LogSettings()

@@ -230,9 +230,14 @@ def _task(settings: Settings) -> Iterator[Problem]:
             )
 
 
+def _evaluations(settings: Settings) -> Iterator[Problem]:
+    if settings.eval.interval and not settings.eval.samples:
+        yield _problem(settings, ["eval.interval", "eval.samples"], "held-out prompts to evaluate on", "Set eval.samples = 256.")
+
+
 _RULES: tuple[Rule, ...] = (
     *(_batches, _training_signal, _teacher, _one_teacher, _endpoints, _sampling),
-    *(_hard_distillation, _token_client, _no_scores_for_sft, _lora, _stages, _task),
+    *(_hard_distillation, _token_client, _no_scores_for_sft, _lora, _stages, _task, _evaluations),
 )
 
 
@@ -266,6 +271,8 @@ def _deployment_warnings(settings: Settings) -> Iterator[str]:
     for stage, why in (("verify", "orchestrator.verification.enabled = false"), ("score", 'trainer.loss.type = "sft"')):
         if stage in (settings.deployment.stages or ()) and stage not in route_of(settings):
             yield f"deployment.stages names {stage}, but {why}: no {stage} worker runs."
+    if plan.workers.get("jobs") == 0:
+        yield "No jobs worker is started here: evaluations of eval.interval wait until one joins (onstream worker jobs)."
 
 
 def _problem(settings: Settings, names: list[str], expected: str, next_step: str) -> Problem:

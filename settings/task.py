@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from settings.base import RUN, WORKER, Section, Unit
+from settings.base import CHANGEABLE, RUN, WORKER, Section, Unit
 
 
 class TaskSettings(Section):
@@ -35,7 +35,9 @@ class TaskSettings(Section):
 
 
 class EvalSettings(Section):
-    """Evaluation on held-out prompts, greedy, before and after the run."""
+    """Evaluation on held-out prompts, greedy: before and after the run, and in its course where asked for."""
 
     samples: Annotated[int, RUN, Unit("prompts"), Field(ge=0, le=10**6)] = 256
     """Held-out prompts; 0 turns evaluation off. They never overlap with the prompts trained on."""
+    interval: Annotated[int, CHANGEABLE, Unit("steps"), Field(ge=0, le=10**9)] = 0
+    """Evaluate every so many steps too, beside the training, by a jobs worker; 0 does not."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-KINDS: tuple[WorkerKind, ...] = ("generator", "verifier", "teacher", "teacher-external", "trainer")
+KINDS: tuple[WorkerKind, ...] = ("generator", "verifier", "teacher", "teacher-external", "trainer", "jobs")
 
 
 def sources(command: Command) -> Command:
@@ -77,8 +77,8 @@ def check(files: tuple[Path, ...], overrides: tuple[str, ...], everything: bool)
 def worker(kind: WorkerKind, files: tuple[Path, ...], overrides: tuple[str, ...], slot: str | None) -> Exit:
     """Run one worker against a running Redis.
 
-    KIND is generator, verifier, teacher, teacher-external or trainer. A teacher scores with a model of its own, a teacher-external asks
-    the endpoints of orchestrator.teacher_model; a run may have both.
+    KIND is generator, verifier, teacher, teacher-external, trainer or jobs. A teacher scores with a model of its own, a teacher-external
+    asks the endpoints of orchestrator.teacher_model; a run may have both. A jobs worker evaluates and exports beside the training.
     """
     settings = _settings(files, overrides)
     from workers.runner import run_kind
@@ -217,6 +217,71 @@ def _ask_trainer(
     click.echo(f"asked the trainer to {wish} {len(asked)}: {', '.join(asked[:20])}{', …' if len(asked) > 20 else ''}")
     if not at_work:
         click.echo("no trainer is at work on this run: it does so when the run is resumed")
+
+
+class ListByDefault(click.Group):
+    """A group whose command `list` need not be named: `onstream jobs RUN` lists the jobs of RUN."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command of `args`, or `list`."""
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["list", *args])
+
+
+@cli.group(cls=ListByDefault)
+def jobs() -> None:
+    """Work beside the training: `onstream jobs RUN` shows what there is and what it came to."""
+
+
+@jobs.command("list")
+@looked_at
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def jobs_list(run: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """List the jobs of a run, the newest first."""
+    settings = _settings([run], overrides)
+    from rich.console import Console
+
+    from workers.jobs.commands import listed, show
+
+    rows = listed(settings)
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    else:
+        show(rows, Console())
+
+
+@jobs.command("evaluate")
+@looked_at
+@click.option("--version", type=click.IntRange(min=0), help="The policy version; by default the newest on disk.")
+def jobs_evaluate(run: Path, overrides: tuple[str, ...], version: int | None) -> None:
+    """Ask for the evaluation of a policy version."""
+    settings = _settings([run], overrides)
+    from workers.jobs.commands import ask_evaluation
+
+    click.echo(ask_evaluation(settings, version))
+
+
+@jobs.command("export")
+@looked_at
+@click.option("--version", type=click.IntRange(min=0), help="The policy version; by default the newest on disk.")
+@click.option("--to", type=click.Path(path_type=Path), help="The directory to make, on the machine of the jobs worker.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Cast the weights; by default they stay as they are.")
+@click.option("--upload", is_flag=True, help="Run the command of jobs.upload on it.")
+def jobs_export(run: Path, overrides: tuple[str, ...], version: int | None, to: Path | None, dtype: str | None, upload: bool) -> None:
+    """Ask for a policy version as a model directory, or for its upload."""
+    settings = _settings([run], overrides)
+    from workers.jobs.commands import ask_export
+
+    click.echo(ask_export(settings, version, to, dtype, upload=upload))
+
+
+@jobs.command("prune")
+@looked_at
+def jobs_prune(run: Path, overrides: tuple[str, ...]) -> None:
+    """Ask for the removal of policies and checkpoints that nothing keeps."""
+    settings = _settings([run], overrides)
+    from workers.jobs.commands import ask_prune
+
+    click.echo(ask_prune(settings))
 
 
 @cli.group()

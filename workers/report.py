@@ -68,6 +68,7 @@ def summary(rows: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str
         "rollouts": rollouts,
         "rollouts_per_s": round(rollouts / seconds, 2) if seconds else None,
         "eval": evaluations(evals),
+        "evals": [{"version": row["version"], "exact": row["exact"]} for row in latest(evals)],
         "teacher_kl": first_and_last(rows, "teacher_kl"),
         "reward": first_and_last(rows, "reward"),
         "loss": first_and_last(rows, "loss"),
@@ -81,7 +82,7 @@ def summary(rows: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str
 
 def evaluations(evals: list[dict[str, Any]]) -> dict[str, Any]:
     """Exact-match shares of the first policy (`before`) and of the last one evaluated (`after`), and what they were taken on."""
-    last_of = {int(row["version"]): row for row in evals}
+    last_of = {int(row["version"]): row for row in latest(evals)}
     before = last_of.get(0)
     after = last_of[max(last_of)] if last_of and max(last_of) > 0 else None
     return {
@@ -90,6 +91,11 @@ def evaluations(evals: list[dict[str, Any]]) -> dict[str, Any]:
         "version": after and after["version"],
         "samples": (after or before or {}).get("samples"),
     }
+
+
+def latest(evals: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last evaluation of each version, in the order of the versions."""
+    return [row for _, row in sorted({int(row["version"]): row for row in evals}.items())]
 
 
 def first_and_last(rows: list[dict[str, Any]], name: str) -> dict[str, float | None]:

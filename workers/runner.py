@@ -44,9 +44,13 @@ def run_kind(kind: WorkerKind, settings: Settings, slot: str | None = None) -> E
         UserError: Redis cannot be used, the run's plan forbids this worker, or the worker cannot work with these settings.
     """
     worker = f"{kind}-{socket.gethostname()}-{slot or os.getpid()}"
-    telemetry.configure(STAGE_OF[kind], worker, settings.run.name, settings.log)
+    telemetry.configure(STAGE_OF.get(kind, kind), worker, settings.run.name, settings.log)
     _limit_threads(settings)
     with contextlib.closing(connect(settings, redis_url(settings), consumer=worker)) as bus:
+        if kind == "jobs":
+            from workers.jobs.worker import run_jobs
+
+            return run_jobs(settings, bus, redis_url(settings))
         if kind != "trainer" and not _admitted(kind, settings, bus):
             return Exit.OK
         from pipeline.loop import run_worker

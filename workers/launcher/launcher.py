@@ -35,7 +35,8 @@ from workers.launcher.watch import MetricsTail, Watcher, waits
 TICK_S = 0.05
 WATCH_S = 0.25
 DRAIN_MARGIN_S = 10.0
-START_ORDER: tuple[WorkerKind, ...] = ("trainer", "teacher", "teacher-external", "generator", "verifier")  # the slowest to be ready first
+START_ORDER: tuple[WorkerKind, ...] = ("trainer", "teacher", "teacher-external", "generator", "verifier", "jobs")
+"""The slowest to be ready first."""
 EVAL = "eval"
 COMMAND = "workers.cli"
 log = telemetry.get_logger()
@@ -177,6 +178,8 @@ class Launch:
 
     def _evaluate(self, version: int) -> None:
         """Evaluate a policy version in a process of its own, unless a former launch did."""
+        if version and self._plan.workers.get("jobs") and version % self._settings.eval.interval == 0:
+            return  # the trainer has asked a jobs worker for it
         done = {row["version"] for row in report.read_rows(self._run_dir / "evals.jsonl")}
         if self._settings.eval.samples and version not in done:
             self._start_child(f"{EVAL}-{version}", EVAL, [EVAL, str(self._run_dir), "--version", str(version)], once=True)
@@ -228,7 +231,7 @@ class Launch:
 
     def _evaluations(self) -> list[str]:
         """What is left to wait for when training has ended."""
-        return [f"{child.name}: the held-out prompts are being answered" for child in self._supervisor.running(EVAL)]
+        return [f"{child.name}: the held-out prompts are being answered" for child in self._supervisor.running(EVAL, "jobs")]
 
     def _finished(self) -> Exit:
         if self._trainer is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import weights
+from pipeline.pins import pinned
 from pipeline.records import PolicyVersion
 from pipeline.streams import Bus, Lease
 from workers.trainer import checkpoint
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 class Publisher:
     """Publishes the versions of one run. Remembers what was announced, so that a replayed step announces nothing anew.
 
-    Versions that fell behind `keep` are removed, but for the first one, which evaluations compare with.
+    Versions that fell behind `keep` are removed, but for the first one, which evaluations compare with, and those pinned for a job.
     """
 
     def __init__(self, bus: Bus, lease: Lease, run_dir: Path, model_files: Path, keep: int) -> None:
@@ -42,7 +43,7 @@ class Publisher:
             self._bus.announce(self._lease, policy)
             self._remember(policy)
         newest = max(self._announced)
-        weights.prune(self._run_dir, self._keep, pinned={0, number, newest})
+        weights.prune(self._run_dir, self._keep, pinned={0, number, newest, *pinned(self._run_dir)})
         return policy
 
     def _remember(self, policy: PolicyVersion) -> None:

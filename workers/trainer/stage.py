@@ -20,10 +20,12 @@ from pipeline.streams import Bus
 from pipeline.telemetry import get_logger
 from settings.plan import make_plan
 from settings.root import Settings
+from workers.access import redis_url
 from workers.trainer import checkpoint
 from workers.trainer.batches import flaw, training_samples
 from workers.trainer.checkpoint import Checkpoint, TrainerState
 from workers.trainer.disk import writing_to
+from workers.trainer.evaluations import Evaluations
 from workers.trainer.excerpts import excerpts
 from workers.trainer.groups import Chosen, Dropped, GroupBook
 from workers.trainer.issuer import Issuer
@@ -62,6 +64,7 @@ class Trainer:
         self.issuer, self.book = _issuer(settings, self.plan.route), _group_book(settings)
         self._batch: list[Chosen] | None = None
         self._dropped: Counter[str] = Counter()  # since the last step, by fate
+        self._evaluations: Evaluations | None = None
         self._finished = False
         self._waits_for = "the stages of the route"
         self._next_poll = 0.0
@@ -91,6 +94,9 @@ class Trainer:
             self.publisher = Publisher(self.bus, self.lease, self.run_dir, files, self.settings.checkpoint.keep_policies)
             self.policy = self.publisher.publish(self.step, self.learner.published_state())
         self._recover(state)
+        if self.settings.eval.interval:
+            self._evaluations = Evaluations(self.settings, redis_url(self.settings), self.run_dir)
+            self._evaluations.ask_again(self.step)
         if self.step < self.max_steps and self.bus.finished():
             self.bus.reopen(self.lease)
         self._free_since = self._stepped_at = time.monotonic()
@@ -168,6 +174,8 @@ class Trainer:
             self.keeper.pay()
         self.metrics.close()
         self.samples.close()
+        if self._evaluations:
+            self._evaluations.close()
 
     def _take(self, delivery: Delivery) -> None:
         record = delivery.record
@@ -226,8 +234,11 @@ class Trainer:
                 "wait_s": started - self._free_since,
                 "step_s": published_at - started,
                 "publish_s": published_at - learned_at,
+                **(self._evaluations.arrived() if self._evaluations else {}),
             }
             self.step += 1
+            if self._evaluations:
+                self._evaluations.ask(self.step)
             self._write_down(row, batch, learn_s=learned_at - started)
 
     def _write_down(self, row: dict[str, Any], batch: Sequence[Chosen], *, learn_s: float) -> None:

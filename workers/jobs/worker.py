@@ -1,0 +1,186 @@
+"""`onstream worker jobs`: RQ's worker, with a time limit that holds, a drain that ends, and heartbeats like every other worker's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from types import FrameType
+from typing import Any
+
+from redis import Redis
+from redis.exceptions import RedisError
+from rq import Queue, Worker
+from rq.executions import Execution
+from rq.job import Job
+
+from pipeline.errors import Exit
+from pipeline.jobs import FUNCTIONS, SERIALIZER, Jobs, pin_use, queue_name
+from pipeline.pins import pins, unpin
+from pipeline.stage import Stats
+from pipeline.streams import Bus
+from pipeline.telemetry import get_logger
+from settings.root import Settings
+from workers.jobs import tasks
+from workers.jobs.offspring import adopt_orphans, descendants, kill_below, reap
+from workers.jobs.tasks import Context
+
+GRACE_S = 1.0  # RQ's own limit comes first, and gives a job that listens to it the chance to say where it was
+MONITORING_S, MAINTENANCE_S = 5, 30
+"""RQ's own values would leave the job of a killed worker alone for ten minutes."""
+BEAT_S = 1.0
+log = get_logger()
+
+
+class JobsWorker(Worker):  # type: ignore[misc]  # RQ says nothing of its types
+    """Runs one job after the other, each in a process that is killed with all it has started: at its time limit, or when it has ended.
+
+    Told to stop, it gives the job in hand `drain_s` to finish; past that the job is killed, and goes back to the queue without a try being
+    counted.
+    """
+
+    def __init__(self, settings: Settings, connection: Redis) -> None:
+        self._run_dir, self._drain_s = settings.run_dir, settings.delivery.drain
+        self._drained = False
+        self.done = self.failed = 0
+        super().__init__(
+            [Queue(queue_name(settings.run.name), connection=connection, serializer=SERIALIZER)],
+            name=f"jobs-{os.getpid()}-{uuid.uuid4().hex[:8]}",
+            connection=connection,
+            serializer=SERIALIZER,
+            job_monitoring_interval=MONITORING_S,
+            maintenance_interval=MAINTENANCE_S,
+        )
+
+    @property
+    def dequeue_timeout(self) -> int:
+        """How long one wait for a job takes, in seconds."""
+        return 1
+
+    @property
+    def current(self) -> str:
+        """The job in hand, in words; empty while there is none."""
+        execution = next(iter(self.executions.values()), None)
+        return execution.job.description or execution.job_id if execution is not None else ""
+
+    def execute_job(self, job: Job, queue: Queue) -> None:
+        """Run `job`, and see to it that nothing of it is left."""
+        if job.func_name not in FUNCTIONS.values():
+            job.args, job.func_name = (str(job.func_name),), "workers.jobs.tasks.refuse"
+        job.meta["tries"] = int(job.meta.get("tries", 0)) + 1
+        job.save_meta()
+        log.info("job begins", job=job.description, tries=job.meta["tries"])
+        super().execute_job(job, queue)
+        if not kill_below(os.getpid()):
+            log.error("processes that a job has started cannot be killed", job=job.description, processes=sorted(descendants(os.getpid())))
+        reap()
+        self._note_end(job)
+
+    def monitor_work_horse(self, job: Job, queue: Queue, execution: Execution) -> None:
+        """Wait for the job's process; kill it with its descendants when it has not ended at its time limit."""
+        timer = threading.Timer(float(job.timeout or Queue.DEFAULT_TIMEOUT) + GRACE_S, self._kill, ["its time limit"])
+        timer.daemon = True
+        timer.start()
+        try:
+            super().monitor_work_horse(job, queue, execution)
+        finally:
+            timer.cancel()
+
+    def handle_work_horse_killed(self, job: Job, retpid: int, ret_val: int, rusage: Any) -> None:
+        """A job that a drain has killed did nothing wrong: that try does not count."""
+        if self._drained:
+            job.retries_left = (job.retries_left or 0) + 1
+
+    def request_stop(self, signum: int, frame: FrameType | None) -> None:
+        """Take no more jobs, and end within the drain time."""
+        timer = threading.Timer(self._drain_s, self._drain)
+        timer.daemon = True
+        timer.start()
+        super().request_stop(signum, frame)
+
+    def _drain(self) -> None:
+        self._drained = True
+        self._kill("the worker stops")
+
+    def _kill(self, why: str) -> None:
+        """Kill the job's process and all below it. What it has orphaned is below this worker, and goes when the job has ended."""
+        if horse := self.horse_pid:
+            log.warning("killing the job in hand", job=self.current, why=why)
+            kill_below(horse, within_s=0.5)
+            self.kill_horse(signal.SIGKILL)
+
+    def _note_end(self, job: Job) -> None:
+        """Let go of the policy version that was kept for a job that is over."""
+        status = str(job.get_status().value)
+        log.info("job ended", job=job.description, status=status)
+        self.done += status == "finished"
+        self.failed += status == "failed"
+        if status in ("finished", "failed", "stopped"):
+            use = pin_use(str(job.meta.get("kind")), str(job.meta.get("key")))
+            for version in [version for version, kept_for in pins(self._run_dir) if kept_for == use]:
+                unpin(self._run_dir, version, use)
+
+
+class Overseer(threading.Thread):
+    """Says once a second that the worker lives, asks for sweeps, and ends the worker once the run has ended and no job is left.
+
+    Consumes nothing; waits for its interval; is unblocked by `stop`; produces heartbeats, sweeps and one SIGTERM.
+    """
+
+    def __init__(self, settings: Settings, bus: Bus, jobs: Jobs, worker: JobsWorker) -> None:
+        super().__init__(name="overseer", daemon=True)
+        self._settings, self._bus, self._jobs, self._worker = settings, bus, jobs, worker
+        self._stopping = threading.Event()
+        self.finished = False
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopping.set()
+        self.join()
+
+    def run(self) -> None:
+        """The thread's life. An outage of Redis is waited out: the worker itself decides when it has lasted too long."""
+        while not self._stopping.wait(BEAT_S):
+            try:
+                self._beat()
+            except (RedisError, OSError) as error:
+                log.warning("redis does not answer", error=str(error))
+
+    def _beat(self) -> None:
+        worker = self._worker
+        stats = Stats(done=worker.done, dead=worker.failed, detail=worker.current or "waits for jobs")
+        self._bus.heartbeat("jobs", stats, in_hand=int(bool(worker.current)))
+        if self._bus.finished():
+            if not worker.current and self._jobs.idle():
+                self.finished = True
+                self._stopping.set()
+                os.kill(os.getpid(), signal.SIGTERM)
+        elif interval_s := self._settings.jobs.sweep_interval:
+            # Every jobs worker asks for the sweep of this interval, and one of them is the first.
+            self._jobs.ask("sweep", str(int(time.time() // interval_s)))
+
+
+def run_jobs(settings: Settings, bus: Bus, url: str) -> Exit:
+    """Do jobs until the run has ended and none is left, or until told to stop.
+
+    Raises:
+        UserError: Redis cannot be used.
+    """
+    tasks.context = Context(settings, url)
+    if sys.platform == "linux":
+        adopt_orphans()
+    connection = Redis.from_url(url)
+    worker = JobsWorker(settings, connection)
+    with Jobs(url, settings.run.name, settings.jobs) as jobs:
+        overseer = Overseer(settings, bus, jobs, worker)
+        overseer.start()
+        try:
+            worker.work(logging_level="WARNING")
+        finally:
+            overseer.stop()
+            connection.close()
+    stopped = overseer.finished or worker._shutdown_requested_date is not None
+    return Exit.OK if stopped else Exit.UNREACHABLE
