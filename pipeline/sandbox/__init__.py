@@ -7,6 +7,7 @@ kernel lets users make their own. `Sandbox.missing` says what could not be had.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import selectors
@@ -26,11 +27,14 @@ JAIL = Path(__file__).with_name("jail.py")
 NEEDED = ("user", "kill")
 """Without these the program could read the environment of the process that runs it, or outlive it."""
 WISHED = ("files", "processes", "network")
-FIRST_USER, USERS = 61184, 4336  # a range that no system gives to people; one user for each process that runs programs
+FIRST_USER, USERS = 61184, 4336  # a range that no system gives to people
 PROBE = "import os, sys\nprint(sum(range(10)))"
 PROBE_S = 10.0
 END_S = 5.0
+ALL_GONE = b'{"gone": true}\n'
+"""Stands for the jail's last words where it had none."""
 
+_runs = itertools.count()
 Problem = Literal["timed_out", "output_limit", "cpu_limit", "killed", "failed"]
 
 
@@ -53,7 +57,7 @@ class Sandbox:
 
     def __init__(self, settings: SandboxSettings) -> None:
         self._settings = settings
-        self._user = FIRST_USER + os.getpid() % USERS
+        self._user = FIRST_USER
 
     def missing(self) -> list[str]:
         """What of NEEDED and WISHED cannot be had here.
@@ -75,6 +79,8 @@ class Sandbox:
             SandboxError: it could not be started.
         """
         wall_s = self._settings.wall if wall_s is None else wall_s
+        # Another user for each run: what the last one left dead, and nobody has waited for, counts against the limit of its user.
+        self._user = FIRST_USER + (os.getpid() * 64 + next(_runs)) % USERS
         scratch = tempfile.mkdtemp(prefix="onstream-")
         status, status_end = os.pipe()
         try:
@@ -130,19 +136,20 @@ class Sandbox:
         with jail.stdout, selectors.DefaultSelector() as selector:
             selector.register(jail.stdout, selectors.EVENT_READ)
             selector.register(status, selectors.EVENT_READ)
-            while not message and len(output) <= self._settings.output and (left_s := deadline - time.monotonic()) > 0:
+            while not _is_over(message) and len(output) <= self._settings.output and (left_s := deadline - time.monotonic()) > 0:
                 for key, _ in selector.select(left_s):
                     data = os.read(key.fd, 1 << 16)
                     if key.fd == status:
-                        message = data or b"{}\n"
+                        message += data or ALL_GONE
                     elif data:
                         output += data
                     else:
                         selector.unregister(key.fileobj)
-            self._end(jail)
-            if message:
+            said = _said(message)
+            self._end(jail, "processes" in said.get("had", ()))
+            if _is_over(message):
                 self._drain(jail.stdout, output)
-        return self._result(bytes(output), message, wall_s)
+        return self._result(bytes(output), said, wall_s)
 
     def _drain(self, stdout: IO[bytes], output: bytearray) -> None:
         """What was written before the end, and not read yet: all who could write are gone."""
@@ -153,11 +160,12 @@ class Sandbox:
         except BlockingIOError:
             return
 
-    def _end(self, jail: subprocess.Popen[bytes]) -> None:
+    def _end(self, jail: subprocess.Popen[bytes], takes_all: bool) -> None:
+        """Kill all that was started: with the first process where that `takes_all`, else by their user."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(jail.pid, signal.SIGKILL)
         jail.wait(END_S)
-        if os.geteuid() == 0:
+        if os.geteuid() == 0 and not takes_all:
             self._kill_user()
 
     def _kill_user(self) -> None:
@@ -171,18 +179,27 @@ class Sandbox:
                 os._exit(0)
         os.waitpid(killer, 0)
 
-    def _result(self, output: bytes, message: bytes, wall_s: float) -> Result:
-        said = json.loads(message) if message.strip() else {}
+    def _result(self, output: bytes, said: dict[str, Any], wall_s: float) -> Result:
         if "error" in said:
             raise SandboxError(f"the sandbox could not start a program: {said['error']}")
         had = (*said.get("had", ()), *(("kill",) if os.geteuid() == 0 or "processes" in said.get("had", ()) else ()))
         if len(output) > self._settings.output:
             return Result(output[: self._settings.output], "output_limit", f"it wrote more than {self._settings.output} bytes", had)
-        if message and not said:
+        if "gone" in said:
             return Result(output, "killed", "all of it was killed, perhaps for want of memory", had)
-        if not said:
+        if "code" not in said:
             return Result(output, "timed_out", f"it ran longer than {wall_s:g} s", had)
         return Result(output, *_ending(said["code"]), had)
+
+
+def _said(message: bytes) -> dict[str, Any]:
+    """What the jail has told so far: how it is isolated, then how the program ended, or what stopped it."""
+    lines = message.split(b"\n")[:-1]
+    return {name: value for line in lines for name, value in json.loads(line).items()}
+
+
+def _is_over(message: bytes) -> bool:
+    return not {"code", "error", "gone"}.isdisjoint(_said(message))
 
 
 def _ending(code: int) -> tuple[Problem | None, str]:

@@ -145,13 +145,14 @@ def first_process(spec: dict[str, Any], had: list[str], status: int) -> None:
     os.chmod(path, 0o444)
     if os.getuid() == 0:
         os.chown(spec["scratch"], spec["user"], spec["user"])
+    tell(status, {"had": had})
     program = os.fork()
     if not program:
         attempt(become_program, spec, status=status)
     while True:
         ended, code = os.wait()
         if ended == program:
-            tell(status, {"code": os.waitstatus_to_exitcode(code), "had": had})
+            tell(status, {"code": os.waitstatus_to_exitcode(code)})
             os._exit(0)
 
 

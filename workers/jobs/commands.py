@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -35,10 +34,17 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
     for row in rows:
         asked = time.strftime("%m-%d %H:%M:%S", time.localtime(row["asked"])) if row["asked"] else ""
         took = f"{row['seconds']:.1f} s" if row["seconds"] is not None else ""
-        result = row["reason"] or (msgspec.json.encode(row["result"]).decode() if row["result"] is not None else "")
-        cells = (f"{row['kind']} {row['key']}", row["status"], row["tries"], asked, took, result[:SHOWN])
+        cells = (f"{row['kind']} {row['key']}", row["status"], row["tries"], asked, took, row["reason"] or _short(row["result"]))
         table.add_row(*(Text(str(cell)) for cell in cells))
     console.print(table if rows else Text("no jobs"))
+
+
+def _short(result: Any) -> str:
+    """What a job returned, for people: neither what is empty nor what the line says already."""
+    if not isinstance(result, dict):
+        return "" if result is None else str(result)
+    shown = {name: value for name, value in result.items() if value not in (None, [], {}, 0) and name not in ("version", "time", "seconds")}
+    return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items())[:SHOWN]
 
 
 def ask_evaluation(settings: Settings, version: int | None) -> str:

@@ -129,6 +129,7 @@ class Trainer:
         if lost:
             log.error("rollouts got lost with redis's data; issuing them again", count=len(lost), numbers=lost.ranges()[:20])
         self._again = self.issuer.again(lost, version=self.step)
+        self.requests.look(self.step + 1)  # a run that has ended is taken up for its purges alone
 
     # Work ------------------------------------------------------------------------------------------------------------
 

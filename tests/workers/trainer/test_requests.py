@@ -189,3 +189,14 @@ def test_an_entry_that_is_no_request_is_refused_and_removed(run: RunMaker) -> No
     started.bus._ask("XADD", started.bus.keys.requests, "*", "words", "none")
     look_again(started)
     assert list(started.bus.requests()) == []
+
+
+def test_a_purge_of_a_run_that_has_ended_is_served_when_it_is_taken_up_again(run: RunMaker) -> None:
+    started = start(run)
+    started.to_the_end()
+    [letter] = [letter for letter in all_letters(started.bus, started.trainer.run_dir) if letter.number == 3]
+    started.bus.leave_request("purge", 3, letter.entry_id)
+    started.start()
+    started.trainer.close(finished=True)
+    assert dead_numbers(started.bus, started.trainer.run_dir) == {10}
+    assert started.counts()["dropped"] == 1
