@@ -9,8 +9,8 @@ import msgspec
 
 from pipeline.errors import UserError
 from pipeline.tasks.base import FiniteTask, Message, Problem
-from settings.route import verification_on
 from settings.root import Settings
+from settings.route import verification_on
 
 Value = TypeVar("Value")
 
