@@ -16,6 +16,7 @@ from settings.plan import Plan, make_plan
 from settings.problem import Problem
 from settings.root import Settings
 from settings.rules import warnings_of
+from settings.serving import engine_problems
 from settings.text import shown
 
 
@@ -27,7 +28,7 @@ def report(resolved: Resolved, console: Console, *, everything: bool) -> Exit:
     problems = list(resolved.problems)
     if resolved.settings is not None:
         plan = make_plan(resolved.settings)
-        problems += gpu_problems(resolved.settings, plan, gpus_found())
+        problems += engine_problems(plan.teacher_server) + gpu_problems(resolved.settings, plan, gpus_found())
         _print_settings(resolved.settings, resolved.origins, console, everything=everything)
         _print_plan(plan, resolved.settings, console)
         _print_warnings(warnings_of(resolved.settings), console)
@@ -67,7 +68,7 @@ def _print_plan(plan: Plan, settings: Settings, console: Console) -> None:
 
 def _teacher(plan: Plan, settings: Settings) -> str:
     """The teacher and where it runs; in hard distillation, who writes what is trained on."""
-    where = [f"{plan.teacher} beside the run"] if plan.teacher else []
+    where = [f"{plan.teacher} beside the run{_server(plan)}"] if plan.teacher else []
     for name, section, does in (
         (plan.external_teacher, settings.orchestrator.teacher_model, ""),
         (plan.rollout_teacher, settings.orchestrator.teacher_rollout_model, ", which writes what is trained on"),
@@ -75,6 +76,13 @@ def _teacher(plan: Plan, settings: Settings) -> str:
         if name is not None and section is not None:
             where.append(f"{name} at {', '.join(section.client.base_url) or 'endpoints that others bring'}{does}")
     return "; ".join(where) or "none"
+
+
+def _server(plan: Plan) -> str:
+    if not plan.teacher_server:
+        return ""
+    gpus = f" on {plan.teacher_server} GPU{'s' if plan.teacher_server > 1 else ''}" if plan.device == "cuda" else ""
+    return f" by a vLLM server{gpus}"
 
 
 def _devices(plan: Plan, settings: Settings) -> str:

@@ -41,8 +41,8 @@ class DeploymentSettings(Section):
     """The stages that have consumers in this deployment. Unset: what the other settings ask for. Leaving out `verify` or `score`
     turns verification or the teacher off, unless a setting says so explicitly."""
     num_teacher_gpus: Annotated[int | None, RUN, Unit("GPUs"), Field(ge=1, le=1024)] = None
-    """Starts the teacher beside the run, on so many GPUs; on `device = "cpu"`, so many teacher processes. Without
-    `teacher_inference.model.name` the teacher is the student's starting model."""
+    """Starts the teacher beside the run, on so many GPUs; on `device = "cpu"`, so many teacher processes, or one vLLM server where
+    `teacher_inference.engine = "vllm"`. Without `teacher_inference.model.name` the teacher is the student's starting model."""
     generators: Annotated[int, WORKER, Unit("workers"), Field(ge=0, le=1024)] = 1
     """Generator workers that `onstream up` starts."""
     verifiers: Annotated[int, WORKER, Unit("workers"), Field(ge=0, le=1024)] = 1

@@ -16,6 +16,7 @@ from settings.devices import device_of
 from settings.fields import known
 from settings.root import Settings
 from settings.route import external_teacher, local_teacher, rollout_teacher, route_of
+from settings.serving import teacher_engine
 from settings.text import shown
 
 TEACHER_NAMES = ("teacher_inference.model.name", "orchestrator.teacher_model.model.name")
@@ -27,6 +28,7 @@ class Plan(msgspec.Struct, frozen=True):
     `route` is what a rollout passes after it was generated, and ends in `train`. `workers` counts the processes that
     `onstream up` starts here, 0 for a kind that others bring. `teacher` is the model that scores beside the run,
     `external_teacher` the name of one that endpoints serve, `rollout_teacher` that of the one whose completions are trained on.
+    `teacher_server` is how many GPUs the vLLM server takes that is started here to serve `teacher`, 1 on a CPU; 0 where none is.
     `run_settings` are the settings of scope `run` by dotted name, of which those in `changeable` may change on resume.
     """
 
@@ -40,6 +42,7 @@ class Plan(msgspec.Struct, frozen=True):
     device: Literal["cpu", "cuda"]
     run_settings: dict[str, Any]
     changeable: tuple[str, ...]
+    teacher_server: int = 0
 
     def kinds(self, stage: StageName) -> list[WorkerKind]:
         """The kinds of worker that serve `stage` by this plan."""
@@ -94,10 +97,12 @@ def make_plan(settings: Settings) -> Plan:
     if local or external:
         # One teacher, wherever it runs: a worker may join with endpoints of its own, or with a model of its own.
         values |= dict.fromkeys(TEACHER_NAMES, external or local)
+    served = local is not None and teacher_engine(settings) == "vllm"
+    workers = _workers(settings, route, local=local is not None, served=served, external=external is not None)
     return Plan(
         run=settings.run.name,
         route=route,
-        workers=_workers(settings, route, local=local is not None, external=external is not None),
+        workers=workers,
         student=settings.model.name,
         teacher=local,
         external_teacher=external,
@@ -105,6 +110,7 @@ def make_plan(settings: Settings) -> Plan:
         device=device_of(settings.deployment),
         run_settings=values,
         changeable=tuple(name for name, setting in shared.items() if setting.scope.changeable),
+        teacher_server=_server_gpus(settings) if served and workers["teacher-external"] else 0,
     )
 
 
@@ -135,14 +141,20 @@ def refuse_differences(ours: Plan, theirs: Plan) -> None:
         )
 
 
-def _workers(settings: Settings, route: tuple[StageName, ...], *, local: bool, external: bool) -> dict[WorkerKind, int]:
+def _server_gpus(settings: Settings) -> int:
+    """GPUs of the teacher's server; on a CPU it is one process group, whatever the number of teacher processes would be."""
+    return (settings.deployment.num_teacher_gpus or 1) if device_of(settings.deployment) == "cuda" else 1
+
+
+def _workers(settings: Settings, route: tuple[StageName, ...], *, local: bool, served: bool, external: bool) -> dict[WorkerKind, int]:
     """Worker processes per kind that this deployment starts."""
     deployment = settings.deployment
     wanted: dict[WorkerKind, int] = {"generator": deployment.generators, "verifier": deployment.verifiers}
     if local:
-        wanted["teacher"] = deployment.num_teacher_gpus or 1
-    if external:
-        wanted["teacher-external"] = deployment.external_teachers
+        wanted["teacher"] = 0 if served else deployment.num_teacher_gpus or 1
+    if external or served:
+        # The last of them asks the server that is started here.
+        wanted["teacher-external"] = (deployment.external_teachers if external else 0) + served
     wanted["trainer"] = 1
     here = deployment.stages or ("generate", *route)
     workers = {kind: count if STAGE_OF[kind] in here else 0 for kind, count in wanted.items() if STAGE_OF[kind] in ("generate", *route)}

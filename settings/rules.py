@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 
 from settings.deployment import WorkerKind
 from settings.fields import known
-from settings.plan import make_plan
+from settings.plan import Plan, make_plan
 from settings.problem import Problem
 from settings.root import Settings
 from settings.route import local_teacher, local_teacher_configured, route_of, teacher_configured, teacher_on, verification_on
+from settings.serving import taken_flags, teacher_engine
 from settings.text import shown
 
 Rule = Callable[[Settings], Iterator[Problem]]
@@ -104,13 +105,28 @@ def _endpoints(settings: Settings) -> Iterator[Problem]:
             yield _problem(
                 settings, [f"{name}.model.name"], "the model's name at the endpoint", f"Set {name}.model.name as its /models lists it."
             )
-        if not endpoint.client.base_url and make_plan(settings).workers.get(kind):
+        if not endpoint.client.base_url and _ask_endpoints(make_plan(settings), kind):
             yield _problem(
                 settings,
                 [f"{name}.client.base_url"],
                 f"the address of an endpoint for the {kind} worker to ask",
                 f'Set {name}.client.base_url = ["http://host:8000/v1"].',
             )
+
+
+def _ask_endpoints(plan: Plan, kind: WorkerKind) -> int:
+    """Workers of `kind` that ask configured endpoints, and not the server that is started for the teacher."""
+    return plan.workers.get(kind, 0) - (kind == "teacher-external" and plan.teacher_server > 0)
+
+
+def _server_arguments(settings: Settings) -> Iterator[Problem]:
+    for flag, setting in taken_flags(settings):
+        yield _problem(
+            settings,
+            ["teacher_inference.extra_args"],
+            f"no {flag}, which {f'follows from {setting}' if setting else 'onstream up chooses'}",
+            f"Leave {flag} out{f' and set {setting}' if setting else ''}.",
+        )
 
 
 def _sampling(settings: Settings) -> Iterator[Problem]:
@@ -236,7 +252,7 @@ def _evaluations(settings: Settings) -> Iterator[Problem]:
 
 
 _RULES: tuple[Rule, ...] = (
-    *(_batches, _training_signal, _teacher, _one_teacher, _endpoints, _sampling),
+    *(_batches, _training_signal, _teacher, _one_teacher, _endpoints, _server_arguments, _sampling),
     *(_hard_distillation, _token_client, _no_scores_for_sft, _lora, _stages, _task, _evaluations),
 )
 
@@ -249,6 +265,8 @@ def _teacher_warnings(settings: Settings) -> Iterator[str]:
         yield f"The teacher is the student's own starting model ({settings.model.name}) and adv_tau is 0: nothing to learn."
     if loss.teacher_top_k > 0 and loss.teacher_tau == 0:
         yield f"trainer.loss.teacher_top_k = {loss.teacher_top_k} has no effect: trainer.loss.teacher_tau is 0."
+    if settings.teacher_inference.extra_args and local_teacher(settings) and teacher_engine(settings) != "vllm":
+        yield "teacher_inference.extra_args has no effect: the teacher's engine is transformers."
     if loss.teacher_tau > 0 and loss.adv_tau != 0 and not verification_on(settings):
         yield "trainer.loss.adv_tau has no effect: deployment.stages leaves the verifier out, so no rollout has a reward."
 

@@ -86,6 +86,20 @@ def worker(kind: WorkerKind, files: tuple[Path, ...], overrides: tuple[str, ...]
     return run_kind(kind, settings, slot)
 
 
+@cli.command("teacher-server", hidden=True)
+@sources
+@click.option("--port", type=click.IntRange(1, 65535), required=True, help="Where to listen on this machine.")
+def teacher_server(files: tuple[Path, ...], overrides: tuple[str, ...], port: int) -> None:
+    """Become the vLLM server of the teacher beside the run; `onstream up` starts it."""
+    settings = _settings(files, overrides)
+    from workers.launcher.tether import guard_group
+
+    guard_group()
+    from workers.teacher.serving import serve
+
+    serve(settings, port)
+
+
 @cli.command()
 @sources
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -1,10 +1,13 @@
-"""The plan and the rules are those of a machine without GPUs, wherever these tests run."""
+"""The plan and the rules are those of a machine without GPUs and without vLLM, wherever these tests run."""
 
 from __future__ import annotations
 
 import pytest
 
+from settings import serving
+
 
 @pytest.fixture(autouse=True)
 def without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(serving, "vllm_importable", lambda: False)

@@ -60,6 +60,18 @@ REFUSED = [
     ([*HARD[:2], HARD[3]], "orchestrator.teacher_rollout_model.client.base_url = []", "the address of an endpoint for the generator"),
     ([*HARD, "orchestrator.teacher_rollout_model.keep=verified", UNVERIFIED], 'keep = "verified"', "verification, to know which"),
     ([*TEACHER, "trainer.lora.dropout=0.1"], "trainer.lora.dropout = 0.1", "no dropout with rl"),
+    # The teacher's server.
+    (
+        [*TEACHER, 'teacher_inference.extra_args=["--max-num-seqs", "8", "--tensor_parallel_size=2"]'],
+        "teacher_inference.extra_args",
+        "no --tensor-parallel-size, which follows from deployment.num_teacher_gpus",
+    ),
+    ([*TEACHER, 'teacher_inference.extra_args=["--port", "80"]'], '"--port"', "no --port, which onstream up chooses"),
+    (
+        [ENDPOINT[1], *TEACHER, "teacher_inference.engine=vllm"],
+        "orchestrator.teacher_model.client.base_url = []",
+        "the address of an endpoint for the teacher-external worker",
+    ),
     # Sampling.
     (["inference.sampling.top_p=0.9"], "inference.sampling.top_p = 0.9", "expected 1.0 in training"),
     (["inference.sampling.top_k=5"], "inference.sampling.top_k = 5", "expected 0 in training"),
@@ -87,6 +99,7 @@ WARNED = [
     (ENDPOINT, "metric-only"),
     (["deployment.num_teacher_gpus=1", "trainer.loss.teacher_tau=1", "trainer.loss.adv_tau=0"], "nothing to learn"),
     (["trainer.loss.teacher_top_k=4"], "teacher_top_k = 4 has no effect"),
+    ([*TEACHER, 'teacher_inference.extra_args=["--seed", "1"]'], "extra_args has no effect: the teacher's engine is transformers"),
     ([*TEACHER, STAGES('["generate", "score", "train"]')], "adv_tau has no effect"),
     ([*TEACHER, STAGES('["generate", "verify", "train"]')], "onstream worker teacher)"),
     ([*ENDPOINT, "trainer.loss.teacher_tau=1", "deployment.external_teachers=0"], "onstream worker teacher-external)"),

@@ -7,7 +7,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from pipeline import telemetry
 from pipeline.errors import Exit, UserError
 from pipeline.streams import Bus
-from settings.deployment import WorkerKind
+from settings.deployment import StageName, WorkerKind
 from settings.devices import gpus_found
 from settings.gpus import Place, placement
 from settings.plan import Plan, make_plan
@@ -29,12 +29,14 @@ from workers.launcher.embedded_redis import EmbeddedRedis
 from workers.launcher.environment import environment
 from workers.launcher.lock import only_launcher
 from workers.launcher.progress import Display, StageView, View, result_table
-from workers.launcher.supervise import Child, GaveUp, Supervisor, process_cpu_seconds
+from workers.launcher.supervise import Child, GaveUp, Supervisor, always, process_cpu_seconds
+from workers.launcher.teacher_server import TEACHER_SERVER, TeacherServer
 from workers.launcher.watch import MetricsTail, Watcher, waits
 
 TICK_S = 0.05
 WATCH_S = 0.25
 DRAIN_MARGIN_S = 10.0
+SERVER_STOP_S = 20.0
 START_ORDER: tuple[WorkerKind, ...] = ("trainer", "teacher", "teacher-external", "generator", "verifier", "jobs")
 """The slowest to be ready first."""
 EVAL = "eval"
@@ -91,7 +93,7 @@ def up(settings: Settings, files: Sequence[Path], overrides: Sequence[str], cons
         display = stack.enter_context(Display(settings.run.name, console or Console(highlight=False), settings.deployment.status_interval))
         # Whether the run may exist has been decided here; a trainer that is restarted would find its own.
         every_override = [*overrides, "run.resume=auto"]
-        arguments = [*map(str, files), *(part for override in every_override for part in ("--set", override))]
+        arguments = [*map(str, files), *_as_options(every_override)]
         return Launch(settings, plan, arguments, server, bus, display, stop).run()
 
 
@@ -124,6 +126,7 @@ class Launch:
         self._launched = time.time()
         self._startup_cpu_s: dict[str, float] = {}  # until the first step of this launch
         self._trainer: Child | None = None
+        self._teacher_server = TeacherServer(self._log_file(TEACHER_SERVER)) if plan.teacher_server else None
         self._final_eval_due = False
 
     def run(self) -> Exit:
@@ -131,7 +134,7 @@ class Launch:
         self._watcher.start()
         try:
             self._start()
-            while not all(child.done for child in self._supervisor.children):
+            while not all(child.done for child in self._supervisor.children if child.kind != TEACHER_SERVER):
                 if self._stop.requests:
                     return self._stopped_by_request()
                 self._tick()
@@ -141,6 +144,8 @@ class Launch:
         finally:
             self._watcher.stop()
             self._supervisor.kill()
+            if self._teacher_server is not None:
+                self._teacher_server.stop()
 
     def _say(self, sentence: str) -> None:
         self._display.say(sentence)
@@ -152,29 +157,61 @@ class Launch:
         return self._metrics.step if self._trainer is not None else self._watcher.latest.version
 
     def _start(self) -> None:
+        if self._teacher_server is not None:
+            self._start_teacher_server(self._teacher_server)
         for kind in START_ORDER:
             for index in range(self._plan.workers.get(kind, 0)):
-                child = self._start_child(
-                    f"{kind}-{index}",
-                    kind,
-                    ["worker", kind, *self._arguments, "--slot", f"slot{index}"],
-                    environ=self._gpu_of((kind, index)),
-                )
+                child = self._start_worker(kind, index)
                 self._trainer = child if kind == "trainer" else self._trainer
         self._say(f"run {self._settings.run.name}: {len(self._supervisor.children)} workers, logs in {self._run_dir / 'logs'}")
         if self._trainer is not None:
             self._final_eval_due = self._settings.eval.samples > 0
             self._evaluate(0)
 
+    def _start_teacher_server(self, server: TeacherServer) -> None:
+        """Start the server. What keeps it from serving at all, a restart will not mend."""
+        ranks: list[Place] = [("teacher", rank) for rank in range(self._plan.teacher_server)]
+        gpus = [self._gpus[rank] for rank in ranks if rank in self._gpus]
+        environ = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else None
+        arguments = [TEACHER_SERVER, *self._arguments, "--port", str(server.port)]
+        self._start_child(TEACHER_SERVER, TEACHER_SERVER, arguments, environ=environ, mendable=lambda: server.has_served)
+        server.start()
+        self._say(f"{TEACHER_SERVER}: vLLM loads {self._plan.teacher} (its log: {self._log_file(TEACHER_SERVER)})")
+
+    def _start_worker(self, kind: WorkerKind, index: int) -> Child:
+        """Start the index-th worker of `kind`; one that asks the teacher's server waits for its health."""
+        server, overrides, may_start = self._teacher_server, list[str](), always
+        if server is not None and (kind, index) == ("teacher-external", self._plan.workers[kind] - 1):
+            overrides = server.overrides(self._plan.teacher or "", self._settings.teacher_inference.max_in_flight)
+            may_start = self._teacher_server_serves
+        arguments = ["worker", kind, *self._arguments, *_as_options(overrides), "--slot", f"slot{index}"]
+        return self._start_child(f"{kind}-{index}", kind, arguments, environ=self._gpu_of((kind, index)), may_start=may_start)
+
+    def _teacher_server_serves(self) -> bool:
+        """Whether its worker may start: also to learn that the run is over."""
+        return self._watcher.latest.finished or (self._teacher_server is not None and self._teacher_server.healthy)
+
     def _gpu_of(self, place: Place) -> dict[str, str]:
         """The variable that keeps a worker to its GPU; none where workers compute on the CPU, or are more than GPUs."""
         return {"CUDA_VISIBLE_DEVICES": self._gpus[place]} if place in self._gpus else {}
 
     def _start_child(
-        self, name: str, kind: str, arguments: Sequence[str], *, once: bool = False, environ: Mapping[str, str] | None = None
+        self,
+        name: str,
+        kind: str,
+        arguments: Sequence[str],
+        *,
+        once: bool = False,
+        environ: Mapping[str, str] | None = None,
+        may_start: Callable[[], bool] = always,
+        mendable: Callable[[], bool] = always,
     ) -> Child:
-        file = self._run_dir / "logs" / f"{name}.log"
-        return self._supervisor.start(name, kind, COMMAND, arguments, file, once=once, environ=environ)
+        return self._supervisor.start(
+            name, kind, COMMAND, arguments, self._log_file(name), once=once, environ=environ, may_start=may_start, mendable=mendable
+        )
+
+    def _log_file(self, name: str) -> Path:
+        return self._run_dir / "logs" / f"{name}.log"
 
     def _evaluate(self, version: int) -> None:
         """Evaluate a policy version in a process of its own, unless a former launch did."""
@@ -187,6 +224,8 @@ class Launch:
     def _tick(self) -> None:
         self._keep_redis()
         self._metrics.read()
+        if self._teacher_server is not None and (news := self._teacher_server.news()):
+            self._say(news)
         self._supervisor.poll(progress=self._step, finished=self._watcher.finished)
         if self._final_eval_due and self._trainer is not None and self._trainer.done:
             self._final_eval_due = False
@@ -226,14 +265,22 @@ class Launch:
             rollouts_per_s=self._metrics.rollouts_per_s,
             eta_s=seconds * left if seconds is not None and left > 0 else None,
             stages=stages,
-            waits=self._evaluations() if snapshot.finished or not snapshot.taken else waits(snapshot, self._plan.streams, started, kinds),
+            waits=self._waits(started, kinds),
         )
+
+    def _waits(self, started: Mapping[StageName, int], kinds: Mapping[StageName, Sequence[str]]) -> list[str]:
+        """What the run waits for, by the newest snapshot of its streams; the server first, which its worker waits for in turn."""
+        snapshot = self._watcher.latest
+        if snapshot.finished or not snapshot.taken:
+            return self._evaluations()
+        return [*(self._teacher_server.waits() if self._teacher_server else []), *waits(snapshot, self._plan.streams, started, kinds)]
 
     def _evaluations(self) -> list[str]:
         """What is left to wait for when training has ended."""
         return [f"{child.name}: the held-out prompts are being answered" for child in self._supervisor.running(EVAL, "jobs")]
 
     def _finished(self) -> Exit:
+        self._drain_children(self._supervisor.running(TEACHER_SERVER), SERVER_STOP_S)
         if self._trainer is not None:
             self._report()
         return Exit.OK
@@ -255,10 +302,14 @@ class Launch:
         return gave_up.exit
 
     def _drain(self) -> None:
-        """The workers first, then the trainer, whose checkpoint takes what they finished; it is never killed for being slow."""
-        workers = [child for child in self._supervisor.running() if child is not self._trainer]
+        """The workers first and the server that they ask, then the trainer, whose checkpoint takes what they finished.
+
+        It is never killed for being slow.
+        """
+        workers = [child for child in self._supervisor.running() if child is not self._trainer and child.kind != TEACHER_SERVER]
         within_s = self._settings.delivery.drain + DRAIN_MARGIN_S
         self._drain_children(workers, within_s)
+        self._drain_children(self._supervisor.running(TEACHER_SERVER), SERVER_STOP_S)
         self._drain_children([self._trainer] if self._trainer else [], None)
 
     def _drain_children(self, children: Sequence[Child], within_s: float | None) -> None:
@@ -284,6 +335,10 @@ class Launch:
         used["launcher"] = own.ru_utime + own.ru_stime
         rounded = {kind: round(seconds, 2) for kind, seconds in used.items()}
         return {"cpu_seconds": rounded, "cpu_seconds_startup": {kind: round(seconds, 2) for kind, seconds in self._startup_cpu_s.items()}}
+
+
+def _as_options(overrides: Sequence[str]) -> list[str]:
+    return [part for override in overrides for part in ("--set", override)]
 
 
 @contextlib.contextmanager

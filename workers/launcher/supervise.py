@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,6 +17,11 @@ from workers.launcher.logs import last_lines
 
 HOPELESS = (Exit.USAGE, Exit.REFUSED)
 LONGEST_PAUSE_S = 10.0
+
+
+def always() -> bool:
+    """True."""
+    return True
 
 
 class GaveUp(Exception):
@@ -42,6 +48,9 @@ class Child:
     once: bool = False
     environ: Mapping[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
+    may_start: Callable[[], bool] = always  # while it says no, the place stays empty
+    mendable: Callable[[], bool] = always  # whether a restart may mend a death
+    started: bool = False
     deaths: int = 0
     restarts: int = 0
     progress_at_death: int = -1
@@ -83,11 +92,17 @@ class Supervisor:
         *,
         once: bool = False,
         environ: Mapping[str, str] | None = None,
+        may_start: Callable[[], bool] = always,
+        mendable: Callable[[], bool] = always,
     ) -> Child:
-        """Start `python -m module arguments…`, its output appended to `log`, with `environ` on top of what all children get."""
-        child = Child(name, kind, module, arguments, log, once, environ or {})
+        """Start `python -m module arguments…`, its output appended to `log`, with `environ` on top of what all children get.
+
+        It is started, and started again, only while `may_start()`: until then `poll` waits. A death while not `mendable()` ends the run.
+        """
+        child = Child(name, kind, module, arguments, log, once, environ or {}, may_start=may_start, mendable=mendable)
         self.children.append(child)
-        self._spawn(child)
+        child.restart_at = time.monotonic()
+        self._spawn_if_due(child)
         return child
 
     def poll(self, *, progress: int, finished: Callable[[float], bool | None]) -> None:
@@ -102,12 +117,12 @@ class Supervisor:
         for child in self.children:
             code = self._reap(child)
             if code:
-                self._judge_death(child, f"{child.name} {describe_exit(code)}", progress, Exit(code) if code in HOPELESS else None)
+                hopeless = Exit(code) if code in HOPELESS else None if child.mendable() else Exit.FAILED
+                self._judge_death(child, f"{child.name} {describe_exit(code)}", progress, hopeless)
             elif child.clean_exit is not None:
                 self._judge_clean_exit(child, True if child.once else finished(child.clean_exit), progress)
-            elif child.restart_at is not None and time.monotonic() >= child.restart_at:
-                child.restarts += 1
-                self._spawn(child)
+            else:
+                self._spawn_if_due(child)
 
     def running(self, *kinds: str) -> list[Child]:
         """Children with a live process, of these kinds or of all."""
@@ -141,8 +156,13 @@ class Supervisor:
             used[child.kind] = used.get(child.kind, 0.0) + child.cpu_s + live
         return used
 
+    def _spawn_if_due(self, child: Child) -> None:
+        if child.restart_at is not None and time.monotonic() >= child.restart_at and child.may_start():
+            child.restarts += child.started
+            child.restart_at, child.started = None, True
+            self._spawn(child)
+
     def _spawn(self, child: Child) -> None:
-        child.restart_at = None
         child.log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "workers.launcher.tether", str(os.getpid()), child.module, *child.arguments]
         with child.log.open("ab") as log:
@@ -158,6 +178,8 @@ class Supervisor:
         pid, status, usage = os.wait4(child.process.pid, os.WNOHANG)
         if not pid:
             return None
+        with contextlib.suppress(ProcessLookupError):  # what it left behind would keep its memory and its ports
+            os.killpg(pid, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(status)
         child.process.returncode = code
         child.process = None

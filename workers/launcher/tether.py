@@ -23,6 +23,25 @@ def tie_to(parent_pid: int) -> bool:
     return os.getppid() == parent_pid
 
 
+def guard_group() -> None:
+    """Leave a process behind in this one's process group that kills the whole group as soon as this process has ended, in whatever way.
+
+    For a program whose own child processes would outlive its kill, and keep their memory and ports. Call it while this process has
+    no thread but the first. Only on Linux; elsewhere the launcher alone ends what is left, and only while it lives itself.
+    """
+    if sys.platform != "linux" or os.getpgrp() != os.getpid():
+        return
+    guarded = os.getpid()
+    if os.fork():
+        return
+    ended = (signal.SIGTERM, signal.SIGUSR1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ended)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)
+    while os.getppid() == guarded:  # a SIGTERM to the group lets the others end by themselves
+        signal.sigwait(ended)
+    os.killpg(guarded, signal.SIGKILL)  # this process is of the group too
+
+
 def main() -> None:
     """Run the module named in the arguments, unless the parent is already gone."""
     parent_pid, module, *arguments = sys.argv[1:]

@@ -1,17 +1,20 @@
 """Stands in for the command `onstream` where a test needs workers that start in no time and die when told to.
 
 `worker trainer FILES… --set …` takes a step every 20 ms on a real Redis and writes `metrics.jsonl`; the other workers wait for the
-end of the run. `eval RUN --version N` appends to `evals.jsonl`. A file `<run directory>/<stage>` holds what a stage shall do instead:
-`exit CODE WORDS` once it has started, or `hold` (train: stay at step 3 until the file is gone).
+end of the run. `eval RUN --version N` appends to `evals.jsonl`. `teacher-server` stands in for vLLM: a health page, and a child process
+that would outlive it. A file `<run directory>/<stage>` holds what a stage shall do instead: `exit CODE WORDS` once it has started, or
+`hold` (train: stay at step 3 until the file is gone; teacher-server: do not serve until then).
 """
 
 from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import click
@@ -44,10 +47,40 @@ def worker(kind: WorkerKind, files: tuple[Path, ...], overrides: tuple[str, ...]
     obey(settings.run_dir / stage)
     bus.mark_ready(stage)
     bus.heartbeat(stage, Stats())
-    (settings.run_dir / f"{stage}.up").write_text("")
+    external = settings.orchestrator.teacher_model
+    (settings.run_dir / f"{stage}.up").write_text(" ".join(external.client.base_url) if external else "")
     if stage == "train":
         train(settings, bus)
     wait_until(bus.finished)
+
+
+@cli.command("teacher-server")
+@sources
+@click.option("--port", type=int, required=True)
+def teacher_server(files: tuple[Path, ...], overrides: tuple[str, ...], port: int) -> None:
+    """Be a server of the teacher."""
+    settings = load_settings(files, overrides)
+    signal.signal(signal.SIGTERM, lambda *_: leave(settings, "teacher-server"))
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", str(settings.run_dir)])
+    orders = settings.run_dir / "teacher-server"
+    obey(orders)
+    wait_until(lambda: not orders.exists())
+    Server(("127.0.0.1", port), Healthy).serve_forever()
+
+
+class Server(HTTPServer):
+    """Shares its port with whoever keeps it for it, as vLLM does."""
+
+    allow_reuse_port = True
+
+
+class Healthy(BaseHTTPRequestHandler):
+    """Answers every question well."""
+
+    def do_GET(self) -> None:
+        """Answer."""
+        self.send_response(200)
+        self.end_headers()
 
 
 def train(settings: Settings, bus: Bus) -> None:
