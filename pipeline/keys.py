@@ -70,10 +70,9 @@ class Keys:
         """String: the run's plan."""
         return self._key("plan")
 
-    @property
-    def spent(self) -> str:
-        """Hash: tokens that each worker sent to external teachers."""
-        return self._key("spent")
+    def spent(self, stage: StageName) -> str:
+        """Hash: tokens that each worker of `stage` had endpoints read and write."""
+        return self._key(f"spent:{stage}")
 
     @property
     def ready(self) -> str:

@@ -1,4 +1,4 @@
-"""Scores of external teachers, kept so that a replay does not ask for them again, and what was spent on them."""
+"""Scores of external teachers, kept so that a replay does not ask for them again, and what was spent on endpoints."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from redis.exceptions import OutOfMemoryError
 from pipeline import scripts
 from pipeline.connection import Connection
 from pipeline.keys import ScoreKeys
+from pipeline.records import StageName
 
 KEPT_BYTES = 64 << 20  # of a Redis that carries the run's records first of all
 log = structlog.get_logger(__name__)
@@ -44,10 +45,10 @@ class ScoreShelf(Connection):
         """Note what the teacher `name` scored the text that it was probed with, so that another one of that name is found out."""
         self._ask("HSET", _KEYS.teachers, name, probed)
 
-    def own_spent(self) -> int:
-        """The tokens that this worker, and former ones of its name, have sent in this run."""
-        return int(self._ask("HGET", self.keys.spent, self.consumer) or 0)
+    def own_spent(self, stage: StageName) -> int:
+        """The tokens that this worker, and former ones of its name, have spent in this run on the endpoints of `stage`."""
+        return int(self._ask("HGET", self.keys.spent(stage), self.consumer) or 0)
 
-    def report_spent(self, tokens: int) -> int:
-        """Say that workers of this name have sent `tokens` so far; returns what all workers of the run have."""
-        return int(self._run(scripts.SPENT, [self.keys.spent], [self.consumer, tokens]))
+    def report_spent(self, stage: StageName, tokens: int) -> int:
+        """Say that workers of this name have spent `tokens` so far; returns what all workers of `stage` have."""
+        return int(self._run(scripts.SPENT, [self.keys.spent(stage)], [self.consumer, tokens]))

@@ -47,12 +47,12 @@ class ClientSettings(Section):
     requests_per_second: Annotated[float | None, WORKER, Unit("requests/s"), Field(gt=0, le=10**6)] = None
     """Budget of this worker over all its endpoints. Unset: none."""
     max_tokens_per_run: Annotated[int | None, WORKER, Unit("tokens"), Field(ge=1, le=10**15)] = None
-    """Budget in tokens sent and received; past it the worker takes no more rollouts and says so. External teachers share one budget
-    for the whole run, restarts included; a worker that asks for completions has one of its own. Unset: none."""
+    """Budget in tokens sent and received; past it the workers take no more rollouts and say so. It is one budget for the
+    whole run, which all workers that ask these endpoints share, restarts included. Unset: none."""
     breaker_failures: Annotated[int, WORKER, Unit("failures"), Field(ge=1, le=1000)] = 5
     """Failures of one endpoint in a row, after which it is left alone for a while."""
     breaker_pause: Annotated[float, WORKER, Unit("s"), Field(ge=0.05, le=3600)] = 5.0
-    """How long it is left alone before one request tries it again."""
+    """How long it is left alone before it is tried again."""
 
 
 class TeacherClientSettings(ClientSettings):

@@ -17,9 +17,10 @@ import pytest
 from safetensors.torch import load_file
 
 from pipeline.errors import UserError
+from pipeline.streams import Bus
 from settings.load import load_settings
 from tests.chat_server import chat_server
-from tests.faulty import Answer, Body, serving
+from tests.faulty_server import Answer, Body, serving
 from workers.evaluate import evaluate
 from workers.generator.chat import ChatGenerator
 
@@ -143,7 +144,7 @@ def test_an_endpoint_that_is_away_and_a_generator_that_is_killed_lose_nothing(tm
         with run.started() as up:
             run.wait_for(lambda: run.steps() >= 6)
             server.answer = lambda body: Answer(503, {"error": {"message": "overloaded"}})
-            run.wait_for(lambda: "waits for" in run.said())
+            run.wait_for(lambda: "waiting for the teacher" in run.said())
             server.answer = answer
             run.wait_for(lambda: run.steps() >= 12)
             generators = [child for child in psutil.Process(up.pid).children(recursive=True) if "generator" in child.cmdline()]
@@ -151,15 +152,15 @@ def test_an_endpoint_that_is_away_and_a_generator_that_is_killed_lose_nothing(tm
             for generator in generators:
                 generator.kill()
             assert up.wait(120) == 0, run.said()[-3000:]
-    assert f"waits for {url} (status 503: overloaded)" in run.said()
+    assert f"waiting for the teacher: {url}: 503 overloaded" in run.said()
     assert "generator-0 " in run.said(), "its death is told"
     audit = json.loads(run.onstream("audit", str(run.directory)))
     assert (audit["lost"], audit["duplicated"], audit["dead"], audit["trained"]) == (0, 0, 0, 24 * 32)
 
 
-def test_the_model_check_names_what_the_server_lists(tmp_path: Path, endpoint: str) -> None:
+def test_the_model_check_names_what_the_server_lists(tmp_path: Path, endpoint: str, bus: Bus) -> None:
     run = Run(tmp_path, endpoint, SNIPPET, f"{SOURCE}.client.skip_model_check=false")
-    stage = ChatGenerator(load_settings(run.files, overrides=run.sets[1::2], environ={}), None)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"does not list the model .*; it lists none"):
+    stage = ChatGenerator(load_settings(run.files, overrides=run.sets[1::2], environ={}), bus)
+    with pytest.raises(UserError, match=r"which .* does not serve; .* it lists: none"):
         stage.setup()
     stage.close(finished=False)

@@ -40,13 +40,14 @@ def test_their_bytes_are_bounded_too(bus: Bus, monkeypatch: pytest.MonkeyPatch) 
     assert [value is not None for value in bus.recall_scores([digest for digest, _ in pairs])] == [False, False, True, True]
 
 
-def test_what_every_worker_of_the_run_has_spent_is_added_up(bus: Bus) -> None:
-    assert bus.report_spent(10) == 10
-    assert bus.report_spent(25) == 25
-    assert bus.report_spent(10) == 25, "a total never falls"
-    assert bus.own_spent() == 25
+def test_what_every_worker_of_a_stage_has_spent_is_added_up(bus: Bus) -> None:
+    assert bus.report_spent("score", 10) == 10
+    assert bus.report_spent("score", 25) == 25
+    assert bus.report_spent("score", 10) == 25, "a total never falls"
+    assert bus.own_spent("score") == 25
     bus.consumer = "another"
-    assert (bus.own_spent(), bus.report_spent(5)) == (0, 30)
+    assert (bus.own_spent("score"), bus.report_spent("score", 5)) == (0, 30)
+    assert (bus.own_spent("generate"), bus.report_spent("generate", 7)) == (0, 7)
 
 
 def test_a_teacher_is_remembered_by_what_it_was_probed_with(bus: Bus) -> None:

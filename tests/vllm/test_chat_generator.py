@@ -62,6 +62,6 @@ def test_a_group_is_one_request_for_several_choices(stage: ChatGenerator) -> Non
 
 def test_a_model_that_it_does_not_serve_is_refused_with_the_one_that_it_does(server: VllmServer, student_dir: Path, bus: Bus) -> None:
     stage = ChatGenerator(configure(server, student_dir, model="gpt-9"), bus)
-    with pytest.raises(UserError, match=r"does not list the model 'gpt-9' .*; it lists teacher"):
+    with pytest.raises(UserError, match=r"model.name = 'gpt-9', which .* does not serve; .* it lists: 'teacher'"):
         stage.setup()
     stage.close(finished=False)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from pipeline.endpoints import Endpoints, Refused, Unavailable
+from pipeline.http import Answered, Background, Budget, Endpoint, Pool, Refused, decoded, require_model
 from pipeline.models.loading import load_configs, load_tokenizer
 from pipeline.records import Rollout, Sample, StageName, Ticket, ids_bytes, logprobs_bytes, mask_bytes
 from pipeline.stage import Delivery, Outcome, Stats
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SETTING = "orchestrator.teacher_rollout_model"
 SLICE_S = 0.05
+Reply = Future[Answered[Any]]
 
 log = get_logger()
 
@@ -37,11 +38,11 @@ class Job:
 
 
 class ChatGenerator:
-    """Takes tickets; waits for answers of the endpoints; produces rollouts that no policy wrote.
+    """Takes tickets; waits for answers of the endpoints, which a thread of its own collects; produces rollouts that no policy wrote.
 
-    Each `handle` starts requests for new tickets, lets the event loop run until one is answered, and turns answers into
-    tokens of the student. While no endpoint can be asked it takes no tickets, and `stats.detail` says why; those that it
-    holds wait for the endpoints to come back.
+    Each `handle` starts requests for new tickets, waits a moment for one to be answered, and turns answers into tokens of
+    the student. While no endpoint can be asked it takes no tickets, and `stats.detail` says why; those that it holds wait
+    for the endpoints to come back. Past its budget of tokens the same.
     """
 
     name: StageName = "generate"
@@ -52,11 +53,13 @@ class ChatGenerator:
         assert source is not None, "the chat generator is for runs with a teacher_rollout_model"
         # All keys from the start: the heartbeat's thread reads this, and must not meet a dictionary that grows.
         self.stats = Stats(numbers=dict.fromkeys(("running", "waiting", "tokens", "requests", "failures"), 0.0))
-        self._settings, self._source = settings, source
-        self._endpoints = Endpoints(source.client, SETTING)
-        self._loop = asyncio.new_event_loop()
+        self._settings, self._source, self._bus = settings, source, bus
+        client, model = source.client, source.model.name
+        self._pool = Pool(client, Endpoint, model=model, section=SETTING, probe=self._probe, proves=False)
+        self._budget = Budget(bus, self.name, client.max_tokens_per_run, f"{SETTING}.client.max_tokens_per_run")
+        self._background = Background()
         self._queue: deque[Job] = deque()
-        self._running: dict[asyncio.Task[Any], Job] = {}
+        self._running: dict[Reply, Job] = {}
         self._several = source.temperature > 0  # whether a request may ask for several choices; all equal when greedy
         self._told: set[str] = set()
 
@@ -71,41 +74,49 @@ class ChatGenerator:
         config, generation = load_configs(self._settings.model.name)
         self._context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
         self._reconstructor = Reconstructor(tokenizer, stop_ids(tokenizer, SimpleNamespace(config=config, generation_config=generation)))
-        self._loop.run_until_complete(self._endpoints.require_model(self._source.model.name))
+        # A run that had completions before waits for its endpoints; one that begins is told of a wrong address at once.
+        self._background.run(self._pool.open(patient=self.name in self._bus.ready()))
+        self._budget.open()
+        self._tell()
 
     @property
     def room(self) -> int:
         """How many more tickets it takes: as many groups as the endpoints take requests, or tickets where each is a request."""
-        if self._endpoints.problem:
+        if not self._budget.allows():
             return 0
-        at_once = self._endpoints.capacity * (self._settings.orchestrator.group_size if self._several else 1)
+        at_once = self._pool.capacity * (self._settings.orchestrator.group_size if self._several else 1)
         return max(0, at_once - self._in_hand)
 
     @property
     def busy(self) -> bool:
-        """Whether tickets are in hand."""
-        return bool(self._queue or self._running)
+        """Whether answers may come soon. Past the budget, what was not asked waits."""
+        return bool(self._running) or (bool(self._queue) and self._may_ask)
 
     def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
         """Ask for the new tickets' completions, and return those that have come."""
         self._queue.extend(self._jobs(new))
-        while self._queue and len(self._running) < self._endpoints.capacity:
+        while self._queue and self._may_ask:
             job = self._queue.popleft()
-            self._running[self._loop.create_task(self._endpoints.post("/chat/completions", self._body(job)))] = job
-        outcomes = [outcome for task, job in self._finished() for outcome in self._outcomes(task, job)]
+            self._running[self._background.submit(self._pool.ask(_completions(self._body(job))))] = job
+        outcomes = [outcome for reply, job in self._finished() for outcome in self._outcomes(reply, job)]
+        self._budget.tell()
         self._tell()
         return outcomes
 
     def close(self, *, finished: bool) -> None:
         """Forget what is in hand; the loop gives it back."""
-        for task in self._running:
-            task.cancel()
-        if self._running:
-            self._loop.run_until_complete(asyncio.wait(self._running))
-        self._loop.run_until_complete(self._endpoints.close())
-        self._loop.close()
+        self._background.stop(self._pool.close)
         self._running.clear()
         self._queue.clear()
+
+    async def _probe(self, endpoint: Endpoint) -> None:
+        """What must hold of an endpoint, at the start and when it comes back."""
+        if not self._source.client.skip_model_check:
+            await require_model(endpoint, self._source.model.name, SETTING)
+
+    @property
+    def _may_ask(self) -> bool:
+        return len(self._running) < self._pool.capacity and self._budget.allows()
 
     @property
     def _in_hand(self) -> int:
@@ -128,26 +139,22 @@ class ChatGenerator:
         }
         return body | ({"n": len(job.deliveries)} if len(job.deliveries) > 1 else {})
 
-    def _finished(self) -> list[tuple[asyncio.Task[Any], Job]]:
+    def _finished(self) -> list[tuple[Reply, Job]]:
         if not self._running:
             return []
-        waiting = asyncio.wait(self._running, timeout=SLICE_S, return_when=asyncio.FIRST_COMPLETED)
-        done, _ = self._loop.run_until_complete(waiting)
-        return [(task, self._running.pop(task)) for task in [task for task in self._running if task in done]]
+        done, _ = wait(self._running, timeout=SLICE_S, return_when=FIRST_COMPLETED)
+        return [(reply, self._running.pop(reply)) for reply in [reply for reply in self._running if reply in done]]
 
-    def _outcomes(self, task: asyncio.Task[Any], job: Job) -> list[Outcome]:
+    def _outcomes(self, reply: Reply, job: Job) -> list[Outcome]:
         """What becomes of an answered request's tickets; those that another request is to answer go back to the queue."""
         try:
-            answer = task.result()
-        except Unavailable as error:
-            log.warning("the endpoints fail; the tickets wait", error=str(error), tickets=len(job.deliveries))
-            self._queue.append(job)
-            return []
-        except Refused as error:
+            answer = reply.result().answer
+        except Refused as refusal:
             if len(job.deliveries) > 1:  # for the prompt, or for n: each alone will show
-                self._queue.extend(Job([delivery], doubts_n=True) for delivery in job.deliveries)
+                self._queue.extend(Job([delivery], doubts_n=refusal.status is not None) for delivery in job.deliveries)
                 return []
-            return [Outcome(delivery, dead=f"the endpoint {error}") for delivery in job.deliveries]
+            return [Outcome(delivery, dead=f"the teacher {self._source.model.name!r}: {refusal}") for delivery in job.deliveries]
+        self._budget.spend(_tokens(answer))
         choices = _choices(answer)
         if job.doubts_n and choices:
             self._ask_one_at_a_time()
@@ -205,14 +212,30 @@ class ChatGenerator:
 
     def _tell(self) -> None:
         """What the heartbeat says; a new reason to wait is logged once."""
-        numbers, usage = self.stats.numbers, self._endpoints.usage
-        numbers["running"] = self._endpoints.in_flight
+        numbers = self.stats.numbers
+        numbers["running"] = self._pool.in_flight
         numbers["waiting"] = self._in_hand - sum(len(job.deliveries) for job in self._running.values())
-        numbers["requests"], numbers["failures"] = usage.requests, usage.failures
-        detail = self._endpoints.problem
+        numbers["requests"], numbers["failures"] = self._pool.requests, self._pool.failures
+        detail = self._pool.problem or self._budget.problem()
         if detail != self.stats.detail:
             log.info(detail or "an endpoint can be asked again")
         self.stats.detail = detail
+
+
+def _completions(body: dict[str, Any]) -> Callable[[Endpoint], Awaitable[Any]]:
+    """The question for the completions of `body`."""
+
+    async def ask(endpoint: Endpoint) -> Any:
+        return decoded(await endpoint.post("/v1/chat/completions", body))
+
+    return ask
+
+
+def _tokens(answer: Any) -> int:
+    """The tokens that an answer says were read and written."""
+    usage = answer.get("usage") if isinstance(answer, dict) else None
+    total = usage.get("total_tokens") if isinstance(usage, dict) else None
+    return total if isinstance(total, int) else 0
 
 
 def _ticket(delivery: Delivery) -> Ticket:

@@ -326,6 +326,7 @@ class Trainer:
             detail = "waits for a checkpoint: none could be written, see the log"
         else:
             detail = f"step {self.step + 1} of {self.max_steps}; {sum(missing.values())} rollouts of {len(missing)} open groups to come"
+            detail += self._fruitless()
         self.stats.detail = detail
         self.stats.numbers = {
             "step": self.step,
@@ -333,6 +334,13 @@ class Trainer:
             "outstanding": self.issued - len(self.accounts.settled),
             "unacked_bytes": self.accounts.unacked_bytes,
         }
+
+    def _fruitless(self) -> str:
+        """What to add where a batch's worth of completions came since the last step and none was right enough to be trained on."""
+        wrong, verified = self._dropped["not_verified"], self.book.least_reward is not None
+        if not verified or self.book.settled_units or wrong < self.settings.orchestrator.batch_size:
+            return ""
+        return f'; none of the {wrong} completions since the last step was right, and keep = "verified" trains on no others'
 
 
 def _issuer(settings: Settings, route: tuple[StageName, ...]) -> Issuer:

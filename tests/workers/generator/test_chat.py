@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from pipeline import endpoints
 from pipeline.errors import Exit, UserError
+from pipeline.http import pool
 from pipeline.loop import Worker
 from pipeline.records import Rollout, StageName, Ticket, decode_work, ids_array, logprobs_array, mask_array
 from pipeline.stage import Delivery, Outcome
 from pipeline.streams import Bus
 from pipeline.tasks import load_task
 from settings.root import Settings
-from tests.faulty import Answer, Body, serving
+from tests.faulty_server import Answer, Body, serving
 from workers.generator.chat import ChatGenerator
 from workers.models.tokenizer import character_tokenizer
 from workers.trainer.staleness import oldest_version
@@ -28,7 +28,7 @@ STOCK_FIELDS = {"model", "messages", "max_tokens", "temperature", "n"}
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoints, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(pool, "FIRST_WAIT_S", 0.001)
 
 
 def settings_of(student_dir: Path, tmp_path: Path, *urls: str, client: dict[str, Any] | None = None, **source: Any) -> Settings:
@@ -168,7 +168,7 @@ def test_a_prompt_that_is_refused_costs_its_tickets_and_not_several_choices(make
         first = stage._task.train(0).messages
         refused = finish(stage, [delivery(number) for number in range(1, 5)])
         fine = finish(stage, [delivery(number) for number in range(5, 9)])
-    assert {outcome.dead for outcome in refused.values()} == {"the endpoint refused with status 400: I cannot answer that"}
+    assert {outcome.dead for outcome in refused.values()} == {f"the teacher 'teacher': {url} refused it: 400 I cannot answer that"}
     assert all(isinstance(outcome.record, Rollout) for outcome in fine.values())
     assert [body.get("n") for body in server.bodies] == [4, None, None, None, None, 4]
 
@@ -207,7 +207,7 @@ def test_tickets_wait_while_the_endpoint_is_away_and_are_answered_when_it_is_bac
     while not stage.stats.detail:
         outcomes += stage.handle([])
     assert (outcomes, stage.room, stage.busy) == ([], 0, True)
-    assert stage.stats.detail.startswith(f"waits for {url} (ConnectError")
+    assert stage.stats.detail.startswith(f"waiting for the teacher: {url}: ConnectError")
     with serving(as_asked, port=port):
         while stage.busy:
             outcomes += stage.handle([])
@@ -231,9 +231,44 @@ def test_a_spent_budget_stops_new_tickets_and_says_so(make: Callable[..., ChatGe
         assert "max_tokens_per_run = 10" in stage.stats.detail
 
 
+def test_a_budget_is_the_whole_runs(make: Callable[..., ChatGenerator], bus: Bus) -> None:
+    with serving(as_asked) as (server, url):
+        finish(make(url, client={"max_tokens_per_run": 10}), [delivery(number) for number in range(1, 5)])
+        for name in (bus.consumer, "another"):
+            bus.consumer = name
+            restarted = make(url, client={"max_tokens_per_run": 10})
+            assert restarted.handle([delivery(5)]) == [], "a restart brings no new budget"
+            assert (restarted.room, restarted.busy) == (0, False)
+            assert restarted.stats.detail.startswith("the budget is spent: 10 of")
+        assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize("code", [401, 403, 404])
+def test_a_status_about_the_endpoint_is_waited_out_and_told(make: Callable[..., ChatGenerator], code: int) -> None:
+    with serving(lambda body: Answer(code, {"error": {"message": "not for you"}})) as (server, url):
+        stage = make(url, client={"max_retries": 1, "breaker_failures": 2})
+        outcomes = stage.handle([delivery(number) for number in range(1, 5)])
+        while not stage.stats.detail:
+            outcomes += stage.handle([])
+        assert stage.stats.detail == f"waiting for the teacher: {url}: {code} not for you"
+        assert (outcomes, stage.room) == ([], 0)
+        server.answer = as_asked
+        while stage.busy:
+            outcomes += stage.handle([])
+    assert all(isinstance(outcome.record, Rollout) for outcome in outcomes) and len(outcomes) == 4
+
+
+def test_a_generator_of_a_run_that_had_completions_waits_for_its_endpoint(make: Callable[..., ChatGenerator], bus: Bus) -> None:
+    bus.mark_ready("generate")
+    stage = make("http://127.0.0.1:1/v1")
+    assert stage.stats.detail.startswith("waiting for the teacher: http://127.0.0.1:1/v1: ConnectError")
+    assert (stage.room, stage.busy) == (0, False)
+
+
 def test_a_model_that_is_not_served_is_refused_before_the_first_ticket(make: Callable[..., ChatGenerator]) -> None:
-    with serving(as_asked, models=["another"]) as (_, url), pytest.raises(UserError, match="does not list the model 'teacher'") as raised:
+    with serving(as_asked, models=["another"]) as (_, url), pytest.raises(UserError, match="does not serve") as raised:
         make(url)
+    assert raised.value.got == f"orchestrator.teacher_rollout_model.model.name = 'teacher', which {url} does not serve"
     assert raised.value.exit == Exit.USAGE
 
 

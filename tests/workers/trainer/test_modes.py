@@ -127,3 +127,18 @@ def test_only_right_answers_are_kept_where_that_is_asked_and_the_others_are_repl
     assert [row["reward"] for row in rows] == [1.0, 1.0]
     assert counts["trained"] == 16
     assert counts["dropped"] == sum(row["dropped_other"] for row in rows) > 0
+
+
+def test_a_teacher_that_is_never_right_is_told_of(run: Callable[..., Run]) -> None:
+    job = run(**HARD | {"orchestrator__teacher_rollout_model": {**HARD["orchestrator__teacher_rollout_model"], "keep": "verified"}})
+    job.ready()
+    for count, told in ((7, False), (1, True), (8, True)):
+        while (done := job.answer(lambda ticket, version: written_by_a_teacher(ticket, version, reward=0.5), count)) == 0:
+            job.turn()
+        assert done == count
+        job.turn(2)
+        assert ("completions since the last step was right" in job.trainer.stats.detail) == told
+    assert "none of the 16 completions since" in job.trainer.stats.detail
+    job.until(1, lambda ticket, version: written_by_a_teacher(ticket, version, reward=1.0))
+    job.turn()
+    assert "was right" not in job.trainer.stats.detail

@@ -1,156 +1,31 @@
-"""One server: its address, how a request reaches it, and what its replies mean."""
+"""One server that scores, and how it is asked for scores."""
 
 from __future__ import annotations
 
-import asyncio
-import re
-import time
-from email.utils import parsedate_to_datetime
-from typing import Any
-from urllib.parse import urlsplit, urlunsplit
-
 import httpx
-import msgspec
 
-from settings.client import ClientSettings
-from workers.teacher.external.faults import EndpointFault, Refused
+from pipeline.http import Endpoint, Refused
 from workers.teacher.external.protocols import TeacherProtocol
-
-NOT_THE_SAMPLES_FAULT = {401, 402, 403, 404, 405, 407, 408, 409, 421, 423, 425, 426, 429, 451}
-"""Statuses 4xx that speak of the caller, the address or the moment; any other refuses the sample itself."""
-WORDS_CHARACTERS = 300
-MAX_RETRY_AFTER_S = 600.0
+from workers.teacher.scorer import ScoreRequest, Scores
 
 
-class Endpoint:
-    """A server and what is known of it.
-
-    The probe fills in `protocol` and `context_tokens` (None where the server does not say). `away` says why nothing is
-    sent to it, and is empty while it serves; `failures` counts those in a row. It rests until `rest_until` (monotonic
-    seconds), where it asked for that.
-    """
+class TeacherEndpoint(Endpoint):
+    """The probe fills in `protocol`, and `context_tokens` where the server says them."""
 
     def __init__(self, base_url: str, http: httpx.AsyncClient, timeout_s: float) -> None:
-        self.name, self._root, self._api = addresses(base_url)
-        self._http, self._timeout_s = http, timeout_s
+        super().__init__(base_url, http, timeout_s)
         self.protocol: TeacherProtocol | None = None
         self.context_tokens: int | None = None
-        self.in_flight = 0
-        self.failures = 0
-        self.rest_until = 0.0
-        self.away = ""
 
-    @property
-    def resting(self) -> bool:
-        """Whether it asked to be left alone, and the time is not over."""
-        return time.monotonic() < self.rest_until
-
-    async def models(self) -> Any:
-        """The reply of `/models`, decoded.
+    async def score(self, request: ScoreRequest, model: str, top_k: int) -> Scores:
+        """The scores of `request`.
 
         Raises:
-            EndpointFault, Refused: there is none.
+            EndpointFault: there are none, through no fault of the request.
+            Refused: the request is too long, or the server will not have it.
         """
-        return decoded(await self._ask("GET", f"{self._api}/models"))
-
-    async def post(self, path: str, body: dict[str, Any]) -> bytes:
-        """The reply to `body`; `path` is a protocol's, from the server's root.
-
-        Raises:
-            EndpointFault: no reply, or one that says that the server could not; asking again may help.
-            Refused: the server will not have this body.
-        """
-        url = self._api + path.removeprefix("/v1") if path.startswith("/v1/") else self._root + path
-        return await self._ask("POST", url, msgspec.json.encode(body))
-
-    async def _ask(self, method: str, url: str, content: bytes | None = None) -> bytes:
-        headers = {"content-type": "application/json"} if content is not None else None
-        try:
-            async with asyncio.timeout(self._timeout_s):  # httpx bounds each read alone: a slow drip would outlive it
-                reply = await self._http.request(method, url, content=content, headers=headers)
-        except TimeoutError as error:
-            raise EndpointFault(f"no whole answer within {self._timeout_s:g} s") from error
-        except httpx.TimeoutException as error:
-            raise EndpointFault(f"{type(error).__name__} at {self.name}") from error
-        except (httpx.TransportError, httpx.InvalidURL) as error:
-            raise EndpointFault(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
-        if reply.status_code != 200:
-            raise _fault(reply)
-        return reply.content
-
-
-def addresses(base_url: str) -> tuple[str, str, str]:
-    """The endpoint's name, the server's root and the address of its OpenAI routes, for a `base_url`.
-
-    The name carries no password. A bare host has its OpenAI routes under `/v1`.
-
-    >>> addresses("http://me:secret@host:8000/v1")
-    ('http://host:8000/v1', 'http://me:secret@host:8000', 'http://me:secret@host:8000/v1')
-    >>> addresses("http://host:8000")
-    ('http://host:8000', 'http://host:8000', 'http://host:8000/v1')
-    """
-    parts = urlsplit(base_url)
-    name = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-    if re.search(r"/v\d+$", parts.path):
-        return name, base_url.rpartition("/")[0], base_url
-    return name, base_url, base_url if parts.path else f"{base_url}/v1"
-
-
-def decoded(reply: bytes) -> Any:
-    """`reply` as JSON.
-
-    Raises:
-        EndpointFault: it is none.
-    """
-    try:
-        return msgspec.json.decode(reply)
-    except msgspec.DecodeError as error:
-        raise EndpointFault(f"a reply that is no JSON ({error})") from error
-
-
-def _fault(reply: httpx.Response) -> EndpointFault | Refused:
-    status, words = reply.status_code, f"{reply.status_code} {_words(reply)}"
-    if 400 <= status < 500 and status not in NOT_THE_SAMPLES_FAULT:
-        return Refused(words, status=status)
-    retry_after_s = _retry_after_s(reply.headers.get("retry-after"), time.time())
-    return EndpointFault(words, status=status, retry_after_s=retry_after_s, breaks=status != 429 and retry_after_s is None)
-
-
-def _words(reply: httpx.Response) -> str:
-    """What the server says of its refusal, on one line; servers put it in one of three places."""
-    try:
-        body = msgspec.json.decode(reply.content)
-    except msgspec.DecodeError:
-        body = reply.text
-    if isinstance(body, dict):
-        error = body.get("error", body)
-        body = error.get("message", error.get("detail", error)) if isinstance(error, dict) else error
-    words = " ".join(str(body).split())
-    return words[:WORDS_CHARACTERS] or reply.reason_phrase
-
-
-def _retry_after_s(header: str | None, now: float) -> float | None:
-    """The seconds that a `Retry-After` header asks for, as a number or as a date; None for none, or for nonsense."""
-    if header is None:
-        return None
-    if re.fullmatch(r"\s*\d+(\.\d+)?\s*", header):
-        seconds = float(header)
-    else:
-        try:
-            seconds = parsedate_to_datetime(header).timestamp() - now
-        except ValueError:
-            return None
-    return min(max(0.0, seconds), MAX_RETRY_AFTER_S)
-
-
-def http_client(client: ClientSettings) -> httpx.AsyncClient:
-    """The HTTP client of all endpoints, with the settings' headers and key."""
-    headers = {name: value.get_secret_value() for name, value in client.headers.items()}
-    if client.api_key is not None:
-        headers["authorization"] = f"Bearer {client.api_key.get_secret_value()}"
-    connections = client.max_in_flight * max(1, len(client.base_url)) + len(client.base_url)
-    return httpx.AsyncClient(
-        headers=headers,
-        timeout=httpx.Timeout(client.timeout, connect=client.connect_timeout, pool=None),
-        limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
-    )
+        assert self.protocol is not None, "an endpoint that serves has been probed"
+        if self.context_tokens is not None and request.tokens + 1 > self.context_tokens:
+            raise Refused(f"{request.tokens} tokens, and one that scoring takes, exceed its context of {self.context_tokens}")
+        reply = await self.post(self.protocol.path, self.protocol.body(model, request, top_k))
+        return self.protocol.scores(reply, request, top_k)

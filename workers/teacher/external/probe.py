@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from pipeline.errors import UserError
+from pipeline.http import BadReply, EndpointError, EndpointFault, Refused, require_model
+from pipeline.http.models import locked
 from pipeline.records import Logprobs
 from settings.client import TeacherModelSettings
-from workers.teacher.external.endpoint import Endpoint
-from workers.teacher.external.faults import BadReply, EndpointFault, Refused
+from workers.teacher.external.endpoint import TeacherEndpoint
 from workers.teacher.external.protocols import VARIANTS, Echo, TeacherProtocol
 from workers.teacher.external.student import Judged
 from workers.teacher.external.vocabulary import compare_by_routes, compare_by_texts
@@ -24,19 +24,23 @@ SAME_NATS = 0.05
 """Mean distance of two scores of one prompt by one endpoint; bfloat16 in changing batches stays below it."""
 ALIKE_NATS = 0.2
 """The same between endpoints, whose hardware and precision may differ."""
-NAMES_SHOWN = 5
 
 
-@dataclass(frozen=True)
+@dataclass
 class Probe:
-    """Asks an endpoint all that must hold. `top_k` likeliest tokens will be asked for."""
+    """Asks an endpoint all that must hold. `top_k` likeliest tokens will be asked for.
+
+    `reference` is what the first endpoint that passed scored the probe's text; the others, and whatever comes back, must
+    score it alike.
+    """
 
     student: Judged
     teacher: TeacherModelSettings
     top_k: int
+    reference: Logprobs | None = None
 
-    async def __call__(self, endpoint: Endpoint) -> Logprobs:
-        """Checks `endpoint` and fills in its protocol and context; returns its scores of the probe's text.
+    async def __call__(self, endpoint: TeacherEndpoint) -> None:
+        """Checks `endpoint` and fills in its protocol and context.
 
         Raises:
             UserError: it answers, and cannot be this run's teacher.
@@ -44,17 +48,25 @@ class Probe:
         """
         try:
             async with asyncio.timeout(PROBE_S):
-                return await self._check(endpoint)
+                logprobs = await self._check(endpoint)
         except TimeoutError as error:
             raise EndpointFault(f"the questions of the start took longer than {PROBE_S:g} s") from error
+        if self.reference is None:
+            self.reference = logprobs
+        if (nats := distance(self.reference, logprobs)) > ALIKE_NATS:
+            raise UserError(
+                f"{endpoint.name} scores one text {nats:.3g} nats a token away from what this teacher scored it first",
+                expected=f"at most {ALIKE_NATS:g}, from one teacher with the same weights everywhere",
+                next_step=f"Serve {self._model!r} with the same weights at every address of {SECTION}.client.base_url.",
+            )
 
-    async def _check(self, endpoint: Endpoint) -> Logprobs:
-        listed = None if self.teacher.client.skip_model_check else await self._listed_model(endpoint)
+    async def _check(self, endpoint: TeacherEndpoint) -> Logprobs:
+        listed = {} if self.teacher.client.skip_model_check else await require_model(endpoint, self._model, SECTION)
         protocol, scores, texts = await self._negotiate(endpoint)
         tokenized = await compare_by_routes(self.student.party, endpoint, self._model)
         if tokenized is None:
             compare_by_texts(self.student.party, endpoint, texts or await self._texts(endpoint, protocol))
-        context = (listed or {}).get("max_model_len") or (tokenized.max_model_len if tokenized else None)
+        context = listed.get("max_model_len") or (tokenized.max_model_len if tokenized else None)
         await self._check_context(endpoint, protocol, context)
         await self._check_repeatable(endpoint, protocol, scores)
         endpoint.protocol, endpoint.context_tokens = protocol, context
@@ -64,41 +76,13 @@ class Probe:
     def _model(self) -> str:
         return self.teacher.model.name
 
-    async def _listed_model(self, endpoint: Endpoint) -> dict[str, Any]:
-        listing = await self._listing(endpoint)
-        entries = listing.get("data", []) if isinstance(listing, dict) else []
-        models = {entry["id"]: entry for entry in entries if isinstance(entry, dict) and "id" in entry}
-        if self._model in models:
-            return dict(models[self._model])
-        names = ", ".join(repr(name) for name in list(models)[:NAMES_SHOWN]) or "none"
-        more = f" and {len(models) - NAMES_SHOWN} more" if len(models) > NAMES_SHOWN else ""
-        raise UserError(
-            f"{SECTION}.model.name = {self._model!r}, which {endpoint.name} does not serve",
-            expected=f"one of the models it lists: {names}{more}",
-            next_step=f"Correct the name, or set {SECTION}.client.skip_model_check = true where the list is not complete.",
-        )
-
-    async def _listing(self, endpoint: Endpoint) -> Any:
-        try:
-            return await endpoint.models()
-        except (EndpointFault, Refused) as fault:
-            if fault.status in (401, 403):
-                raise self._locked(endpoint, fault) from fault
-            if fault.status is None or fault.status >= 500 or fault.status in (408, 429):
-                raise
-            raise UserError(
-                f"{endpoint.name} has no list of models ({fault})",
-                expected="an OpenAI-compatible address, which usually ends in /v1",
-                next_step=f"Correct {SECTION}.client.base_url, or set {SECTION}.client.skip_model_check = true.",
-            ) from fault
-
-    async def _negotiate(self, endpoint: Endpoint) -> tuple[TeacherProtocol, Scores, dict[int, str]]:
+    async def _negotiate(self, endpoint: TeacherEndpoint) -> tuple[TeacherProtocol, Scores, dict[int, str]]:
         """The first protocol that gives the logprobs of a prompt, and as many likeliest tokens as are asked for."""
-        pinned, refusals, most = self.teacher.client.protocol, dict[str, EndpointFault | Refused](), -1
+        pinned, refusals, most = self.teacher.client.protocol, dict[str, EndpointError](), -1
         for protocol in (variant for variant in VARIANTS if pinned in ("auto", variant.name)):
             try:
                 most = max(most, await self._most(endpoint, protocol))
-            except (EndpointFault, Refused) as fault:
+            except EndpointError as fault:
                 if fault.status is None and not isinstance(fault, BadReply):
                     raise
                 refusals.setdefault(protocol.name, fault)
@@ -109,7 +93,7 @@ class Probe:
             raise self._too_few(endpoint, most)
         raise self._speechless(endpoint, refusals)
 
-    async def _most(self, endpoint: Endpoint, protocol: TeacherProtocol) -> int:
+    async def _most(self, endpoint: TeacherEndpoint, protocol: TeacherProtocol) -> int:
         """The most likeliest tokens that `protocol` gives here, up to `top_k`, by halving.
 
         Raises:
@@ -124,7 +108,7 @@ class Probe:
             most, refused = (middle, refused) if await self._gives(endpoint, protocol, middle) else (most, middle)
         return most
 
-    async def _gives(self, endpoint: Endpoint, protocol: TeacherProtocol, top_k: int) -> bool:
+    async def _gives(self, endpoint: TeacherEndpoint, protocol: TeacherProtocol, top_k: int) -> bool:
         try:
             await self._asked(endpoint, protocol, self.student.probe, top_k)
         except (BadReply, Refused):
@@ -136,18 +120,18 @@ class Probe:
         return True
 
     async def _asked(
-        self, endpoint: Endpoint, protocol: TeacherProtocol, request: ScoreRequest, top_k: int
+        self, endpoint: TeacherEndpoint, protocol: TeacherProtocol, request: ScoreRequest, top_k: int
     ) -> tuple[Scores, dict[int, str]]:
         reply = await endpoint.post(protocol.path, protocol.body(self._model, request, top_k))
         return protocol.scores(reply, request, top_k), protocol.texts(reply, request)
 
-    async def _texts(self, endpoint: Endpoint, protocol: TeacherProtocol) -> dict[int, str]:
+    async def _texts(self, endpoint: TeacherEndpoint, protocol: TeacherProtocol) -> dict[int, str]:
         """The texts of the probe's tokens, asked for in the one protocol that has them or ids and not both."""
         if not isinstance(protocol, Echo):
             return {}
         return (await self._asked(endpoint, replace(protocol, named_ids=False), self.student.probe, 0))[1]
 
-    async def _check_context(self, endpoint: Endpoint, protocol: TeacherProtocol, context: int | None) -> None:
+    async def _check_context(self, endpoint: TeacherEndpoint, protocol: TeacherProtocol, context: int | None) -> None:
         """By what the server says of its context; where it says nothing, by sending a sample as long as they come."""
         longest = self.student.longest_sample
         if context is not None and context < longest + 1:
@@ -159,7 +143,7 @@ class Probe:
             except Refused as refusal:
                 raise self._too_short(endpoint, f"too short for {longest} tokens ({refusal})") from refusal
 
-    async def _check_repeatable(self, endpoint: Endpoint, protocol: TeacherProtocol, first: Scores) -> None:
+    async def _check_repeatable(self, endpoint: TeacherEndpoint, protocol: TeacherProtocol, first: Scores) -> None:
         again, _ = await self._asked(endpoint, protocol, self.student.probe, self.top_k)
         nats = distance(first.logprobs, again.logprobs)
         if nats > SAME_NATS:
@@ -169,14 +153,7 @@ class Probe:
                 next_step=f"Check that {SECTION}.client.base_url is one server, or several with the same weights.",
             )
 
-    def _locked(self, endpoint: Endpoint, fault: Exception) -> UserError:
-        return UserError(
-            f"{endpoint.name} refuses this worker ({fault})",
-            expected="a key or headers that it accepts",
-            next_step=f"Set {SECTION}.client.api_key (ONSTREAM_ORCHESTRATOR__TEACHER_MODEL__CLIENT__API_KEY) or {SECTION}.client.headers.",
-        )
-
-    def _too_few(self, endpoint: Endpoint, most: int) -> UserError:
+    def _too_few(self, endpoint: TeacherEndpoint, most: int) -> UserError:
         gives = f"the {most} likeliest tokens of a position at most" if most else "no likeliest tokens beside the one asked for"
         return UserError(
             f"trainer.loss.teacher_top_k = {self.top_k}, but the teacher at {endpoint.name} gives {gives}",
@@ -184,11 +161,11 @@ class Probe:
             next_step=f"Set trainer.loss.teacher_top_k = {most}, or raise the server's own limit (vLLM: --max-logprobs).",
         )
 
-    def _speechless(self, endpoint: Endpoint, refusals: dict[str, EndpointFault | Refused]) -> Exception:
+    def _speechless(self, endpoint: TeacherEndpoint, refusals: dict[str, EndpointError]) -> Exception:
         answers = "; ".join(f"{name}: {fault}" for name, fault in refusals.items())
         statuses = {fault.status or 0 for fault in refusals.values()}
         if statuses <= {401}:
-            return self._locked(endpoint, next(iter(refusals.values())))
+            return locked(endpoint, next(iter(refusals.values())), SECTION)
         if all(status >= 500 or status == 429 for status in statuses):
             return EndpointFault(answers, status=max(statuses))
         return UserError(
@@ -198,7 +175,7 @@ class Probe:
             "orchestrator.teacher_rollout_model alone.",
         )
 
-    def _too_short(self, endpoint: Endpoint, context: str) -> UserError:
+    def _too_short(self, endpoint: TeacherEndpoint, context: str) -> UserError:
         longest = self.student.longest_sample
         return UserError(
             f"the context of the teacher at {endpoint.name} is {context}",

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
-from workers.teacher.external.faults import BadReply
+from pipeline.http import BadReply
 from workers.teacher.scorer import ScoreRequest, Scores
 
 TOKEN_ID = "token_id:"

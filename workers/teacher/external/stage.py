@@ -9,15 +9,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from pipeline.errors import UserError
+from pipeline.http import Answered, Background, Budget, Pool, Refused
 from pipeline.records import StageName
 from pipeline.stage import Delivery, Outcome, Stats
 from pipeline.streams import Bus
 from settings.root import Settings
-from workers.teacher.external.background import Background
 from workers.teacher.external.cache import ScoreCache
-from workers.teacher.external.endpoint import http_client
-from workers.teacher.external.faults import Refused
-from workers.teacher.external.pool import Pool, Scored, summary
+from workers.teacher.external.endpoint import TeacherEndpoint
 from workers.teacher.external.probe import SECTION, Probe
 from workers.teacher.external.student import judged_student
 from workers.teacher.samples import objection, request_of, rollout_of, write
@@ -26,6 +24,7 @@ from workers.teacher.scorer import ScoreRequest, Scores
 SLICE_S = 0.02
 CACHED = "cache"
 """What `scored_by` says of scores that were kept from before."""
+Scored = Answered[Scores]
 
 
 @dataclass
@@ -42,7 +41,7 @@ class Job:
         return sum(request.tokens + 1 for at, request in enumerate(self.requests) if at not in self.scored)
 
 
-Reply = tuple[bytes, int, "Future[Scored]"]  # the entry, the sample of its rollout, and what came of it
+Reply = tuple[bytes, int, Future[Scored]]  # the entry, the sample of its rollout, and what came of it
 
 
 class ExternalTeacher:
@@ -63,7 +62,6 @@ class ExternalTeacher:
         self._unasked: deque[Job] = deque()  # those of _jobs that nothing was asked about yet
         self._replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
         self._cache: ScoreCache | None = None
-        self._sent_tokens = self._spent_tokens = 0
 
     def setup(self) -> None:
         """Ask every endpoint all that must hold before it may judge the student.
@@ -80,24 +78,24 @@ class ExternalTeacher:
             )
         self._teacher, self._student = teacher, judged_student(self._settings)
         self._top_k = min(self._settings.trainer.loss.teacher_top_k, self._student.party.vocabulary_size - 1)
-        self._background, http = Background(), http_client(teacher.client)
-        self._pool = Pool(teacher, http, self._top_k, Probe(self._student, teacher, self._top_k))
+        self._background, self._probe = Background(), Probe(self._student, teacher, self._top_k)
+        self._pool = Pool(teacher.client, TeacherEndpoint, model=teacher.model.name, section=SECTION, probe=self._probe, proves=True)
+        self._budget = Budget(self._bus, self.name, teacher.client.max_tokens_per_run, f"{SECTION}.client.max_tokens_per_run")
         try:
             # A run that was scored before waits for its teacher; one that begins is told of a wrong address at once.
             self._background.run(self._pool.open(patient="score" in self._bus.ready()))
         except BaseException:
             self._background.stop(self._pool.close)
             raise
-        self._sent_tokens = self._bus.own_spent()
-        self._report_spent()
+        self._budget.open()
         self._tell()
 
     @property
     def room(self) -> int:
         """How many more rollouts it takes: a request for each of those that its endpoints may be sent at once."""
-        if self._unasked or self._over_budget(1):
+        if self._unasked or not self._budget.allows():
             return 0
-        return max(0, self._pool.serving * self._teacher.client.max_in_flight - len(self._jobs))
+        return max(0, self._pool.capacity - len(self._jobs))
 
     @property
     def busy(self) -> bool:
@@ -140,32 +138,30 @@ class ExternalTeacher:
                 self._unasked.append(job)
 
     def _known(self, requests: Sequence[ScoreRequest]) -> Sequence[Scores | None]:
-        if self._cache is None and self._pool.reference is not None:
+        if self._cache is None and self._probe.reference is not None:
             self._cache = ScoreCache(
                 self._bus,
                 self._settings.orchestrator.score_cache,
                 teacher=self._teacher.model.name,
                 top_k=self._top_k,
                 probe=self._student.probe,
-                reference=self._pool.reference,
+                reference=self._probe.reference,
             )
         return [None] * len(requests) if self._cache is None else self._cache.find(requests)
 
     def _send(self) -> None:
         """Ask about every rollout that the budget allows."""
-        sent = self._sent_tokens
-        while self._unasked and not self._over_budget(self._unasked[0].tokens):
+        while self._unasked and self._budget.allows(self._unasked[0].tokens):
             job = self._unasked.popleft()
-            self._sent_tokens += job.tokens
-            self._spent_tokens += job.tokens
+            self._budget.spend(job.tokens)
             for at, request in enumerate(job.requests):
                 if at not in job.scored:
                     self._ask(job.delivery.entry_id, at, request)
-        if self._sent_tokens > sent:
-            self._report_spent()
+        self._budget.tell()
 
     def _ask(self, entry_id: bytes, at: int, request: ScoreRequest) -> None:
-        future = self._background.submit(self._pool.score(request))
+        model, top_k = self._teacher.model.name, self._top_k
+        future = self._background.submit(self._pool.ask(lambda endpoint: endpoint.score(request, model, top_k)))
         future.add_done_callback(lambda done: self._replies.put((entry_id, at, done)))
 
     def _collect(self, wait_s: float) -> list[Outcome]:
@@ -179,7 +175,7 @@ class ExternalTeacher:
             except Refused as refusal:
                 outcomes.append(Outcome(self._jobs.pop(entry_id).delivery, dead=f"the teacher {self._teacher.model.name!r}: {refusal}"))
                 continue
-            kept.append((job.requests[at], job.scored[at].scores))
+            kept.append((job.requests[at], job.scored[at].answer))
         if self._cache is not None:
             self._cache.keep(kept)
         return outcomes + self._finished()
@@ -200,7 +196,7 @@ class ExternalTeacher:
     def _outcome(self, job: Job) -> Outcome:
         rollout, size = rollout_of(job.delivery), self._student.party.vocabulary_size
         for at, sample in enumerate(rollout.samples):
-            scores = job.scored[at].scores
+            scores = job.scored[at].answer
             if scores.top_ids is not None and scores.top_ids.max() >= size:
                 reason = f"the teacher finds token {scores.top_ids.max()} likely, and the student knows 0 to {size - 1}"
                 return Outcome(job.delivery, dead=reason)
@@ -208,23 +204,7 @@ class ExternalTeacher:
         rollout.scored_by = ", ".join(sorted({scored.endpoint for scored in job.scored.values()})) or CACHED
         return Outcome(job.delivery, rollout)
 
-    def _over_budget(self, tokens: int) -> bool:
-        budget = self._teacher.client.max_tokens_per_run
-        return budget is not None and self._spent_tokens + tokens > budget
-
-    def _report_spent(self) -> None:
-        if self._teacher.client.max_tokens_per_run is not None:
-            self._spent_tokens = self._bus.report_spent(self._sent_tokens)
-
     def _tell(self) -> None:
-        numbers = {"in_flight": self._pool.in_flight, "endpoints": self._pool.serving, "tokens": self._sent_tokens}
+        numbers = {"in_flight": self._pool.in_flight, "endpoints": self._pool.serving, "tokens": self._budget.own}
         self.stats.numbers.update({name: float(number) for name, number in numbers.items()})
-        self.stats.detail = summary(self._pool) or self._spent_words()
-
-    def _spent_words(self) -> str:
-        if not self._over_budget(self._unasked[0].tokens if self._unasked else 1):
-            return ""
-        return (
-            f"the budget is spent: {self._spent_tokens:,} of {SECTION}.client.max_tokens_per_run = "
-            f"{self._teacher.client.max_tokens_per_run:,} tokens; raise it and start this worker again"
-        )
+        self.stats.detail = self._pool.problem or self._budget.problem(self._unasked[0].tokens if self._unasked else 1)

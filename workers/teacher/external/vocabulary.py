@@ -8,10 +8,9 @@ import msgspec
 import numpy as np
 
 from pipeline.errors import UserError
+from pipeline.http import Endpoint, EndpointError, EndpointFault, Refused, decoded
 from pipeline.telemetry import get_logger
 from workers.teacher.compatibility import TURNS, Party
-from workers.teacher.external.endpoint import Endpoint
-from workers.teacher.external.faults import EndpointFault, Refused
 from workers.teacher.external.student import TEXT, prompt_ids
 
 SPECIAL_TOKENS = 64
@@ -74,7 +73,7 @@ async def _tokenized(endpoint: Endpoint, body: dict[str, Any]) -> Tokenized | No
         return msgspec.json.decode(await endpoint.post("/tokenize", body), type=Tokenized)
     except msgspec.DecodeError:
         return None  # another server's /tokenize, of another form
-    except (EndpointFault, Refused) as fault:
+    except EndpointError as fault:
         if fault.status is not None and (fault.status < 500 or fault.status == 501):
             return None
         raise
@@ -104,7 +103,8 @@ async def _same_decoding(student: Party, endpoint: Endpoint, model: str) -> None
         if fault.status in NO_ROUTE:
             return
         raise
-    theirs = str(msgspec.json.decode(reply).get("prompt"))
+    body = decoded(reply)
+    theirs = str(body.get("prompt") if isinstance(body, dict) else body)
     ours = student.tokenizer.decode(ids)
     if _bare(ours) != _bare(theirs):
         raise _differs(student, endpoint, f"{len(ids)} ids from 0 to {ids[-1]} read {_around(ours, theirs)}")

@@ -12,21 +12,22 @@ from pipeline.records import Rollout, Sample, ids_bytes, logprobs_bytes, mask_by
 from pipeline.stage import Delivery, Outcome
 from pipeline.streams import Bus
 from settings.root import Settings
-from tests.faulty_server import FaultyServer
+from tests.table_teacher import TableTeacher
 from workers.teacher.external import ExternalTeacher
 
-Servers = Callable[..., FaultyServer]
+Servers = Callable[..., TableTeacher]
 Configure = Callable[..., Settings]
 Stages = Callable[[Settings], ExternalTeacher]
 
 
 @pytest.fixture
 def servers() -> Iterator[Servers]:
-    """Starts hand-written servers."""
-    started: list[FaultyServer] = []
+    """Starts servers with hand-written faults."""
+    started: list[TableTeacher] = []
 
-    def start(**how: Any) -> FaultyServer:
-        started.append(FaultyServer(**how).start())
+    def start(**how: Any) -> TableTeacher:
+        started.append(TableTeacher(**how))
+        started[-1].start()
         return started[-1]
 
     yield start
@@ -39,7 +40,7 @@ def servers() -> Iterator[Servers]:
 def configure(model_dir: Path) -> Configure:
     """Settings of a run with the given servers as its teacher; keywords are the client's settings, `top_k` and `score_cache`."""
 
-    def make(*servers: FaultyServer, top_k: int = 0, score_cache: int = 0, max_completion: int = 16, **client: Any) -> Settings:
+    def make(*servers: TableTeacher, top_k: int = 0, score_cache: int = 0, max_completion: int = 16, **client: Any) -> Settings:
         fast = {"breaker_pause": 0.05, "timeout": 5, "connect_timeout": 1}
         client = {"base_url": [server.base_url for server in servers], **fast, **client}
         return Settings.model_validate(

@@ -7,7 +7,8 @@ import pytest
 from tokenizers import AddedToken
 
 from pipeline.errors import Exit, UserError
-from tests.faulty_server import ALL_ROUTES, FaultyServer, drip, status
+from tests.faulty_server import drip, status
+from tests.table_teacher import ALL_ROUTES, TableTeacher
 from tests.workers.teacher.external.conftest import Configure, Servers, Stages
 from workers.models.tokenizer import character_tokenizer
 
@@ -52,7 +53,7 @@ def test_a_pinned_protocol_is_the_only_one_asked_for(servers: Servers, configure
         stages(configure(servers(routes=ALL_ROUTES - {"vllm-generate"}), protocol="vllm-generate"))
 
 
-def refusal(server: FaultyServer, configure: Configure, stages: Stages, **how: Any) -> UserError:
+def refusal(server: TableTeacher, configure: Configure, stages: Stages, **how: Any) -> UserError:
     """Why the stage is refused with this server, which takes less than ten seconds to find out."""
     started = time.monotonic()
     with pytest.raises(UserError) as refused:
@@ -153,7 +154,7 @@ def test_a_wrong_key_is_refused_naming_the_setting(servers: Servers, configure: 
 
 
 def test_nothing_at_the_address_is_refused_as_unreachable(configure: Configure, stages: Stages) -> None:
-    found = refusal(FaultyServer(port=1), configure, stages)
+    found = refusal(TableTeacher(port=1), configure, stages)
     assert found.exit is Exit.UNREACHABLE
     assert "no endpoint of the teacher 'teacher' answers (http://127.0.0.1:1/v1: ConnectError" in found.got
 
@@ -168,13 +169,13 @@ def test_a_server_that_does_not_work_yet_is_refused_as_unreachable(
 
 
 def test_one_endpoint_that_answers_is_enough_to_begin(servers: Servers, configure: Configure, stages: Stages) -> None:
-    stage = stages(configure(servers(), FaultyServer(port=1)))
+    stage = stages(configure(servers(), TableTeacher(port=1)))
     assert stage.stats.detail.startswith("1 of 2 endpoints are away: http://127.0.0.1:1/v1: ConnectError")
     assert stage.room == 16
 
 
 def test_a_worker_of_a_run_that_was_scored_before_waits_for_its_teacher(bus: Any, configure: Configure, stages: Stages) -> None:
     bus.mark_ready("score")
-    stage = stages(configure(FaultyServer(port=1)))
+    stage = stages(configure(TableTeacher(port=1)))
     assert stage.stats.detail.startswith("waiting for the teacher: http://127.0.0.1:1/v1: ConnectError")
     assert (stage.room, stage.busy) == (0, False)

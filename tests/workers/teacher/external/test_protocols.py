@@ -6,17 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.faulty_server import FaultyServer
-from workers.teacher.external.faults import BadReply
+from pipeline.http import BadReply
+from tests.table_teacher import TableTeacher
 from workers.teacher.external.protocols import VARIANTS, Echo, Sglang, TeacherProtocol, VllmCompletions, VllmGenerate
 from workers.teacher.scorer import ScoreRequest
 
 REQUEST = ScoreRequest(np.array([2, 5, 40], dtype=np.int32), np.array([50, 60, 70, 3], dtype=np.int32))
-TABLE = FaultyServer()
+TABLE = TableTeacher()
 
 
-def reply(protocol: TeacherProtocol, top_k: int, table: FaultyServer = TABLE) -> bytes:
-    return json.dumps(table.answer(protocol.path, protocol.body("teacher", REQUEST, top_k))).encode()
+def reply(protocol: TeacherProtocol, top_k: int, table: TableTeacher = TABLE) -> bytes:
+    return json.dumps(table.scores(protocol.path, protocol.body("teacher", REQUEST, top_k))).encode()
 
 
 def changed(answer: bytes, change: Any) -> bytes:
@@ -54,7 +54,7 @@ def test_logprobs_are_looked_up_by_id_whatever_their_order() -> None:
 
 
 def test_echo_in_text_is_taken_in_order_and_cannot_give_the_likeliest() -> None:
-    textual = FaultyServer(named_ids=False)
+    textual = TableTeacher(named_ids=False)
     scores = Echo().scores(reply(Echo(), 0, textual), REQUEST, 0)
     np.testing.assert_allclose(scores.logprobs, TABLE.expected(REQUEST.prompt_ids, REQUEST.completion_ids), rtol=1e-6)
     with pytest.raises(BadReply, match="the likeliest tokens as text"):

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,12 +11,13 @@ from pipeline.records import Rollout, decode_work, encode, ids_array, logprobs_a
 from pipeline.stage import Outcome
 from pipeline.streams import Bus, Move, Out
 from settings.run import DeliverySettings
-from tests.faulty_server import FaultyServer, cut, drip, status, wrong_ids
+from tests.faulty_server import Fault, cut, drip, status
+from tests.table_teacher import TableTeacher, wrong_ids
 from tests.workers.teacher.external.conftest import Configure, Servers, Stages, delivered, rollout, until, work
 from workers.teacher.external.stage import CACHED
 
 
-def check(outcome: Outcome, server: FaultyServer) -> Rollout:
+def check(outcome: Outcome, server: TableTeacher) -> Rollout:
     """The outcome's rollout, every sample of it scored rightly."""
     record = outcome.record
     assert isinstance(record, Rollout), outcome.dead
@@ -57,7 +57,7 @@ def test_load_goes_to_the_endpoint_with_less_in_flight(servers: Servers, configu
 
 
 @pytest.mark.parametrize("fault", [status(500), status(502), cut, drip, wrong_ids], ids=["500", "502", "cut", "drip", "wrong ids"])
-def test_a_request_that_failed_is_sent_again(servers: Servers, configure: Configure, stages: Stages, fault: Callable[..., None]) -> None:
+def test_a_request_that_failed_is_sent_again(servers: Servers, configure: Configure, stages: Stages, fault: Fault) -> None:
     server = servers()
     stage = stages(configure(server, timeout=0.3))
     server.faults.extend([fault] * 3)
@@ -75,6 +75,19 @@ def test_one_rollout_refused_is_a_dead_letter_with_the_servers_words_and_the_oth
     refused, *others = work(stage, delivered(*(rollout(number, samples=2) for number in range(1, 4))))
     assert refused.dead == f"the teacher 'teacher': {server.base_url} refused it: 422 I do not score this"
     assert [check(outcome, server).number for outcome in others] == [2, 3]
+
+
+@pytest.mark.parametrize("code", [401, 403, 404])
+def test_a_status_about_the_endpoint_is_waited_out_and_told(servers: Servers, configure: Configure, stages: Stages, code: int) -> None:
+    server = servers()
+    stage = stages(configure(server, max_retries=1, breaker_failures=2))
+    server.forever = status(code, "not for you")
+    assert stage.handle(delivered(*(rollout(number) for number in range(1, 5)))) == []
+    until(lambda: stage.stats.detail.startswith(f"waiting for the teacher: {server.base_url}"), stage)
+    assert f"{code} not for you" in stage.stats.detail and stage.room == 0
+    server.forever = None
+    outcomes = work(stage, [], count=4)
+    assert sorted(check(outcome, server).number for outcome in outcomes) == [1, 2, 3, 4]
 
 
 def test_a_sample_too_long_for_the_endpoint_is_a_dead_letter_and_is_not_sent(
@@ -95,20 +108,20 @@ def test_a_sample_too_long_for_the_endpoint_is_a_dead_letter_and_is_not_sent(
 def test_a_sample_that_fails_while_others_are_scored_is_given_up_at_last(servers: Servers, configure: Configure, stages: Stages) -> None:
     server = servers()
     stage = stages(configure(server, max_retries=0, max_in_flight=2, breaker_failures=1000, breaker_pause=0.1))
-    answer = server.answer
+    scores = server.scores
 
     def poisoned(path: str, asked: dict[str, list[int]]) -> object:
         if 99 in asked.get("token_ids", []):
             raise RuntimeError("engine died")
-        return answer(path, asked)
+        return scores(path, asked)
 
-    server.answer = poisoned  # type: ignore[method-assign]
+    server.scores = poisoned  # type: ignore[method-assign]
     healthy = [rollout(number) for number in range(2, 200)]
     outcomes = stage.handle(delivered(rollout(1, completion=[99, 3])))
     while not any(outcome.dead for outcome in outcomes):
         outcomes += stage.handle(delivered(healthy.pop()) if stage.room else [])
     (dead,) = [outcome.dead for outcome in outcomes if outcome.dead]
-    assert "failed 3 times while other samples were scored" in dead
+    assert "failed 3 times while others were answered" in dead
 
 
 def test_an_endpoint_that_dies_is_waited_for_and_nothing_is_lost(servers: Servers, configure: Configure, stages: Stages) -> None:
@@ -140,7 +153,7 @@ def test_a_server_that_comes_back_with_other_weights_stays_away(servers: Servers
     stage = stages(configure(server, breaker_failures=1, max_retries=0))
     server.stop()
     assert stage.handle(delivered(rollout(1))) == []
-    FaultyServer.__post_init__(other := FaultyServer(seed=1, port=server.port))
+    other = TableTeacher(seed=1, port=server.port)
     other.start()
     until(lambda: "nats a token away from what this teacher scored it first" in stage.stats.detail, stage)
     other.stop()
