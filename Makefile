@@ -20,7 +20,7 @@ lint: .venv/dev ## ruff and mypy
 test: .venv/dev ## all tests, on a real Redis of their own
 	@$(BIN)/python -m pytest --ignore tests/modes
 
-test-modes: .venv/dev ## whole runs of the modes that docs/modes.md describes, on this machine's CPU
+test-modes: .venv/dev .venv-vllm/ready ## whole runs of the modes that docs/modes.md describes, on this machine's CPU
 	@$(BIN)/python -m pytest tests/modes
 
 test-vllm: .venv-vllm/ready ## the tests on a real vLLM server, in an environment of its own

