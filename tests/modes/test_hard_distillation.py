@@ -82,7 +82,7 @@ def test_an_endpoint_that_is_away_and_a_generator_that_is_killed_lose_nothing(tm
         return Answer(body={"choices": [{"finish_reason": "stop", "message": message}] * body.get("n", 1)})
 
     with serving(answer) as (server, url):
-        run = Run(
+        run = hard_run(
             *(tmp_path, url, SNIPPET, "trainer.max_steps=24", "orchestrator.batch_size=32", "eval.samples=0"),
             *("deployment.status_interval=0.2", f"{SOURCE}.client.breaker_pause=0.5"),
         )
