@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.files import digest_of, sync
 from pipeline.records import PolicyVersion
 
 if TYPE_CHECKING:
@@ -44,16 +45,16 @@ def publish(run_dir: Path, number: int, state: Mapping[str, Tensor], model_files
     unfinished.mkdir()
     _link_model_files(model_files_from, unfinished)
     _write(state, unfinished / _WEIGHTS)
-    digest = _digest(unfinished / _WEIGHTS)
+    digest = digest_of(unfinished / _WEIGHTS)
     size = (unfinished / _WEIGHTS).stat().st_size
-    if (final / _WEIGHTS).is_file() and _digest(final / _WEIGHTS) == digest:
+    if (final / _WEIGHTS).is_file() and digest_of(final / _WEIGHTS) == digest:
         shutil.rmtree(unfinished)
     else:
-        _sync(unfinished / _WEIGHTS)
-        _sync(unfinished)
+        sync(unfinished / _WEIGHTS)
+        sync(unfinished)
         _discard(final)
         unfinished.rename(final)
-        _sync(folder)
+        sync(folder)
     return PolicyVersion(number=number, digest=digest, path=f"{_FOLDER}/{final.name}", size_bytes=size)
 
 
@@ -118,7 +119,7 @@ def _link_model_files(source: Path, target: Path) -> None:
                 os.link(path.resolve(), target / path.name)
             except OSError:  # another file system, or one without links
                 shutil.copyfile(path, target / path.name)
-                _sync(target / path.name)
+                sync(target / path.name)
 
 
 def _discard(path: Path) -> None:
@@ -128,16 +129,3 @@ def _discard(path: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

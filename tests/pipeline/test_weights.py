@@ -114,7 +114,7 @@ def test_weights_replaced_while_they_are_read_are_refused(tmp_path: Path, model_
         read_weights(tmp_path, policy)
 
 
-@pytest.mark.parametrize("killed_at", ["_link_model_files", "_write", "_sync", "_discard"])
+@pytest.mark.parametrize("killed_at", ["_link_model_files", "_write", "sync", "_discard"])
 def test_a_crash_while_publishing_leaves_no_version_and_the_next_attempt_succeeds(
     tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str
 ) -> None:

@@ -7,7 +7,6 @@ synced and renamed, so a kill leaves either the whole checkpoint or none; what a
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 import msgspec
 from safetensors import SafetensorError
 
+from pipeline.files import digest_of, sync
 from pipeline.ledger import Fate
 from pipeline.records import PolicyVersion
 from pipeline.telemetry import get_logger
@@ -79,7 +79,7 @@ def save(directory: Path, state: TrainerState, write_files: Callable[[Path], Non
         raise CheckpointError(f"checkpoint {path} could not be written ({error}); {free >> 20} MiB are free on its disk") from error
     fence()
     os.rename(temporary, path)
-    _sync(directory)
+    sync(directory)
     return Checkpoint(path, state)
 
 
@@ -108,7 +108,7 @@ def damage(path: Path) -> str | None:
     for name, digest in manifest.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if _digest(path / name) != digest:
+        if digest_of(path / name) != digest:
             return f"{name} does not have the digest that the manifest gives"
     return None
 
@@ -133,14 +133,14 @@ def _write(temporary: Path, state: TrainerState, write_files: Callable[[Path], N
     write_files(temporary)
     (temporary / STATE).write_bytes(msgspec.json.encode(state))
     files = sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file())
-    (temporary / MANIFEST).write_bytes(msgspec.json.encode({name: _digest(temporary / name) for name in files}))
+    (temporary / MANIFEST).write_bytes(msgspec.json.encode({name: digest_of(temporary / name) for name in files}))
     sync_tree(temporary)
 
 
 def sync_tree(directory: Path) -> None:
     """Make `directory` and all in it durable."""
     for path in (*directory.rglob("*"), directory):
-        _sync(path)
+        sync(path)
 
 
 def _forget_optimizer(path: Path) -> None:
@@ -167,16 +167,3 @@ def _order(path: Path) -> tuple[int, int]:
     match = _NAME.match(path.name)
     assert match is not None
     return int(match[1]), int(match[2] or 0)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
