@@ -28,7 +28,10 @@ from workers.evaluate import evaluate
 
 GOAL = 0.95
 PROBE_STEPS = 5
-TERMS = {"top-k": ["trainer.loss.teacher_top_k=4"], "sampled": ["trainer.loss.teacher_top_k=0"]}
+TERMS = {
+    "top-k": ["trainer.loss.teacher_top_k=4"],
+    "sampled": ["trainer.loss.teacher_top_k=0", "trainer.optim.lr=5e-4"],
+}  # 1e-3 is too high a rate for it
 PEER_STEPS = {"top-k": "30", "sampled": "more than 60"}
 PEER_ROLLOUTS_PER_S = 213
 WIDTH = 200  # characters; a file has no width of its own
