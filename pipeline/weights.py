@@ -64,20 +64,31 @@ def read_weights(run_dir: Path, policy: PolicyVersion) -> dict[str, Tensor]:
     Raises:
         WeightsError: the file is missing, is not what was announced, or was replaced while it was read.
     """
+    try:
+        return read_file(run_dir / policy.path / _WEIGHTS, policy.digest)
+    except WeightsError as error:
+        raise WeightsError(f"version {policy.number} cannot be read: {error}") from error
+
+
+def read_file(path: Path, digest: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose bytes have the sha256 `digest`, mapped from the file rather than copied.
+
+    Raises:
+        WeightsError: the file is missing, has another digest, or was replaced while it was read.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = run_dir / policy.path / _WEIGHTS
     try:
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != policy.digest:
-                raise WeightsError(f"{path} has digest {digest[:12]}; version {policy.number} was announced with {policy.digest[:12]}")
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != digest:
+                raise WeightsError(f"{path} has digest {found[:12]}; it was announced with {digest[:12]}")
             tensors: dict[str, Tensor] = load_file(path)
             if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 raise WeightsError(f"{path} was replaced while it was read")
     except (OSError, SafetensorError) as error:
-        raise WeightsError(f"version {policy.number} cannot be read from {path}: {error}") from error
+        raise WeightsError(f"{path} cannot be read: {error}") from error
     return tensors
 
 
