@@ -89,6 +89,8 @@ class TrainerSettings(Section):
     """Precision of the computation; master weights and optimizer state are float32. `auto` is float32 on a CPU and bfloat16 on CUDA."""
     sample_interval: Annotated[int, WORKER, Unit("steps"), Field(ge=1, le=10**6)] = 10
     """A few rollouts are written to `samples.jsonl` every so many steps."""
+    record: Annotated[bool, WORKER] = False
+    """Write every record that the training depends on to `recording/` in the run's directory, for `onstream replay`."""
     loss: LossSettings = LossSettings()
     optim: OptimSettings = OptimSettings()
     lora: LoraSettings | None = None
@@ -102,7 +104,7 @@ class CheckpointSettings(Section):
     keep: Annotated[int, CHANGEABLE, Unit("checkpoints"), Field(ge=2, le=10**6)] = 2
     """Newest checkpoints kept with their optimizer state. At least 2: what one holds is acknowledged when the next is durable."""
     keep_every: Annotated[int | None, CHANGEABLE, Unit("steps"), Field(ge=1, le=10**9)] = None
-    """Checkpoints of steps that divide by this are kept for good."""
+    """Checkpoints of steps that divide by this are kept for good; without their optimizer's state, unless `trainer.record` is on."""
     max_unacked_bytes: Annotated[int, WORKER, Unit("bytes"), Field(ge=1 << 16, le=1 << 50)] = 256 << 20
     """A checkpoint is taken early when the records it would acknowledge hold this much of Redis's memory."""
     keep_policies: Annotated[int, CHANGEABLE, Unit("versions"), Field(ge=2, le=10**6)] = 4

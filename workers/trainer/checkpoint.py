@@ -37,7 +37,8 @@ class CheckpointError(Exception):
 class TrainerState(msgspec.Struct, frozen=True):
     """`trainer.json`. `settled` holds every settled number as ranges, by fate; `before` those that the checkpoint before this one held.
 
-    `requeued` gives, for numbers that were issued in place of dead ones, those.
+    `requeued` gives, for numbers that were issued in place of dead ones, those. `dropped` counts what was dropped since the last step,
+    by fate. `recorded` is the length of the recording in bytes, where there is one.
     """
 
     sequence: int
@@ -49,6 +50,8 @@ class TrainerState(msgspec.Struct, frozen=True):
     ledger_bytes: int
     totals: dict[str, float]
     requeued: dict[int, int] = {}
+    dropped: dict[str, int] = {}
+    recorded: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,15 +116,15 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def prune(directory: Path, keep: int, keep_every: int | None) -> None:
+def prune(directory: Path, keep: int, keep_every: int | None, *, keep_optimizer: bool = False) -> None:
     """Remove all but the newest `keep` checkpoints and the leavings of unfinished ones.
 
-    Checkpoints of steps that divide by `keep_every` stay for good, without their optimizer's state.
+    Checkpoints of steps that divide by `keep_every` stay for good, without their optimizer's state unless `keep_optimizer`.
     """
     for path in _newest_first(directory)[keep:]:
         if keep_every is None or _order(path)[0] % keep_every:
             shutil.rmtree(path)
-        elif (path / OPTIMIZER).exists():
+        elif not keep_optimizer and (path / OPTIMIZER).exists():
             _forget_optimizer(path)
     for leaving in directory.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(leaving)

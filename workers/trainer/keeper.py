@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.ledger import Ledger
@@ -21,6 +22,17 @@ log = get_logger()
 STREAM_OVERHEAD = 1.3  # what Redis takes for an entry, to its payload
 FAILURES_ALLOWED = 10
 LONGEST_RETRY_S = 30.0
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where the training stands when a checkpoint is taken: `TrainerState` explains the fields."""
+
+    step: int
+    policy: PolicyVersion
+    issued: int
+    dropped: Mapping[str, int]
+    recorded: int | None
 
 
 class Keeper:
@@ -60,8 +72,8 @@ class Keeper:
         """Whether to train nothing more: checkpoints fail, and what waits for them has reached its bound."""
         return self._failures > 0 and self.accounts.unacked_bytes * STREAM_OVERHEAD >= self._settings.max_unacked_bytes
 
-    def save(self, step: int, policy: PolicyVersion, issued: int, write_files: Callable[[Path], None]) -> bool:
-        """Write a checkpoint; False when it could not be, which is said, and tried again later.
+    def save(self, now: Standing, write_files: Callable[[Path], None]) -> bool:
+        """Write a checkpoint of `now`; False when it could not be, which is said, and tried again later.
 
         Raises:
             LeaseLost: another trainer took over.
@@ -69,14 +81,15 @@ class Keeper:
         """
         self._bus.renew_lease(self._lease)  # the ledger and the checkpoints belong to the trainer alone
         try:
-            size_bytes = self._write(step, policy, issued, write_files)
+            size_bytes = self._write(now, write_files)
         except (CheckpointError, OSError) as error:
             self._failed(error)
             return False
         self._failures, self._retry_at = 0, 0.0
-        self._ledger_bytes, self._saved_step, self._sequence = size_bytes, step, self._sequence + 1
+        self._ledger_bytes, self._saved_step, self._sequence = size_bytes, now.step, self._sequence + 1
         self.accounts.durable()
-        checkpoint.prune(self._directory, self._settings.keep, self._settings.keep_every)
+        settings = self._settings
+        checkpoint.prune(self._directory, settings.keep, settings.keep_every, keep_optimizer=now.recorded is not None)
         return True
 
     def pay(self) -> None:
@@ -97,19 +110,21 @@ class Keeper:
         # Half of the bound: what a checkpoint settles waits for the one after it while as much again gathers.
         return self.accounts.since_bytes * STREAM_OVERHEAD >= self._settings.max_unacked_bytes / 2
 
-    def _write(self, step: int, policy: PolicyVersion, issued: int, write_files: Callable[[Path], None]) -> int:
+    def _write(self, now: Standing, write_files: Callable[[Path], None]) -> int:
         self.ledger.cut(self._ledger_bytes)  # an attempt that failed may have left its lines
         size_bytes = self.ledger.append(self.accounts.lines)
         state = TrainerState(
             sequence=self._sequence + 1,
-            step=step,
-            policy=policy,
-            issued=issued,
+            step=now.step,
+            policy=now.policy,
+            issued=now.issued,
             settled={fate: numbers.ranges() for fate, numbers in self.accounts.fates.items()},
             before=self.accounts.before,
             ledger_bytes=size_bytes,
             totals=self.totals,
             requeued=self.requeued,
+            dropped=dict(now.dropped),
+            recorded=now.recorded,
         )
         checkpoint.save(self._directory, state, write_files, fence=lambda: self._bus.renew_lease(self._lease))
         return size_bytes

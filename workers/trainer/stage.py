@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from pipeline.jsonl import JsonLines, cut
 from pipeline.ledger import Fate
-from pipeline.models.loading import resolve_device
-from pipeline.records import Rollout, StageName, Ticket, Timing, Tombstone
+from pipeline.records import Rollout, StageName, Ticket, Tombstone
 from pipeline.stage import Delivery, Outcome, Stats
 from pipeline.streams import Bus
 from pipeline.telemetry import get_logger
@@ -22,18 +20,17 @@ from settings.plan import make_plan
 from settings.root import Settings
 from workers.access import redis_url
 from workers.trainer import checkpoint
-from workers.trainer.batches import flaw, training_samples
 from workers.trainer.checkpoint import Checkpoint, TrainerState
+from workers.trainer.course import Course, learner_at
 from workers.trainer.disk import writing_to
 from workers.trainer.evaluations import Evaluations
 from workers.trainer.excerpts import excerpts
-from workers.trainer.groups import Chosen, Dropped, GroupBook
+from workers.trainer.groups import Chosen
 from workers.trainer.issuer import Issuer
-from workers.trainer.keeper import Keeper
-from workers.trainer.learner import Learner
-from workers.trainer.metrics import LEARNED, drop_metrics, rollout_metrics, scored_shares
+from workers.trainer.keeper import Keeper, Standing
 from workers.trainer.opening import agree_on_plan, become_trainer, lost_numbers, unsettled_dead
 from workers.trainer.publisher import Publisher, student_files
+from workers.trainer.recording import Recording
 from workers.trainer.requests import Requests
 
 log = get_logger()
@@ -41,7 +38,6 @@ log = get_logger()
 READ_AHEAD = 256  # records
 TICKETS_AT_ONCE = 512
 READY_POLL_S = 0.05
-RIGHT = 1.0  # the reward of an answer that is right in every respect
 
 
 class Trainer:
@@ -60,10 +56,7 @@ class Trainer:
         self.run_dir = settings.run.dir / settings.run.name
         self.stats = Stats(detail="starting")
         self.max_steps = settings.trainer.max_steps
-        self.step = 0
-        self.issuer, self.book = _issuer(settings, self.plan.route), _group_book(settings)
-        self._batch: list[Chosen] | None = None
-        self._dropped: Counter[str] = Counter()  # since the last step, by fate
+        self.issuer = _issuer(settings, self.plan.route)
         self._evaluations: Evaluations | None = None
         self._finished = False
         self._waits_for = "the stages of the route"
@@ -93,6 +86,7 @@ class Trainer:
             files = student_files(self.run_dir, self.learner)
             self.publisher = Publisher(self.bus, self.lease, self.run_dir, files, self.settings.checkpoint.keep_policies)
             self.policy = self.publisher.publish(self.step, self.learner.published_state())
+            self.recording = Recording(self.settings, found, self.policy.digest)
         self._recover(state)
         if self.settings.eval.interval:
             self._evaluations = Evaluations(self.settings, redis_url(self.settings), self.run_dir)
@@ -102,12 +96,17 @@ class Trainer:
         self._free_since = self._stepped_at = time.monotonic()
 
     def _load(self, found: Checkpoint | None) -> None:
-        device = resolve_device(self.settings.deployment.device)
-        self.learner = Learner(found.path if found else self.settings.model.name, self.settings.trainer, device)
+        self.learner = learner_at(self.settings, found)
+        state = found.state if found else None
+        step, dropped = (state.step, state.dropped) if state else (0, {})
+        self.course = Course(self.settings, self.learner, self, worker=self.bus.consumer, step=step, dropped=dropped)
         if found:
-            self.learner.load_state(torch.load(found.path / checkpoint.OPTIMIZER, map_location="cpu", weights_only=True))
-            self.step = found.state.step
             log.info("resuming", checkpoint=str(found.path), step=self.step, issued=found.state.issued)
+
+    @property
+    def step(self) -> int:
+        """How many steps are taken."""
+        return self.course.step
 
     def _open_files(self) -> None:
         """Cut what tells of steps past the checkpoint off the run's files, and open them."""
@@ -124,7 +123,7 @@ class Trainer:
             self.issued = self.bus.set_issued(self.lease, state.issued)
         for number in unsettled_dead(self.bus, self.accounts.settled, self.run_dir):
             self.accounts.take_without_entry(number)
-            self.book.add(Tombstone(number, "train", "found among the dead letters"))
+            self.course.take(Tombstone(number, "train", "found among the dead letters"), time.time())
         lost = lost_numbers(self.bus, self.accounts.settled, self.issued, self.run_dir)
         if lost:
             log.error("rollouts got lost with redis's data; issuing them again", count=len(lost), numbers=lost.ranges()[:20])
@@ -137,12 +136,12 @@ class Trainer:
     def room(self) -> int:
         """Nothing more while a batch waits or the run has ended; nor while nothing is under way that could come."""
         under_way = self.issued > len(self.accounts.settled)
-        return READ_AHEAD if under_way and self._batch is None and not self._finished else 0
+        return READ_AHEAD if under_way and self.course.batch is None and not self._finished else 0
 
     @property
     def busy(self) -> bool:
         """Whether a batch waits to be trained."""
-        return self._batch is not None and not self.keeper.stalled
+        return self.course.batch is not None and not self.keeper.stalled
 
     def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
         """Book `new`, take at most one step, ask for more, and checkpoint where due. Returns no outcomes: entries are held.
@@ -152,7 +151,8 @@ class Trainer:
             UserError: the disk is full, and stayed so.
         """
         for delivery in new:
-            self._take(delivery)
+            if not isinstance(delivery.record, Ticket) and self.accounts.take(delivery):
+                self.course.take(delivery.record, delivery.taken)
         self._advance()
         if self.busy:
             self._train()
@@ -175,72 +175,43 @@ class Trainer:
             self.keeper.pay()
         self.metrics.close()
         self.samples.close()
+        self.recording.close()
         if self._evaluations:
             self._evaluations.close()
 
-    def _take(self, delivery: Delivery) -> None:
-        record = delivery.record
-        if isinstance(record, Ticket) or not self.accounts.take(delivery):
-            return
-        if isinstance(record, Rollout):
-            if reason := flaw(record, group_size=self.issuer.group_size, check=self.learner.check):
-                log.error("a rollout cannot be trained on; it counts as dead", number=record.number, reason=reason)
-                record = Tombstone(record.number, "train", reason)
-            else:
-                record.timings = [*record.timings, Timing("train", self.bus.consumer, delivery.taken, delivery.taken)]
-        self.book.add(record)
-
     def _advance(self) -> None:
-        """Drop what became too stale, and take the next batch out of the book if it is complete."""
-        if self._batch is not None or self.step >= self.max_steps:
-            return
-        for unit in self.book.drop(self.step):
-            self._settle(unit)
-            log.info("dropped", group=unit.group, reasons=dict(Counter(unit.dropped.values())), dead=len(unit.dead))
-        self._batch = self.book.batch(self.step)
+        with writing_to(self.run_dir):
+            self.course.advance()
 
-    def _settle(self, unit: Chosen | Dropped) -> None:
-        """Fix the fates of a unit's members in the step that is being gathered."""
-        fates: dict[int, Fate] = {**unit.dropped, **dict.fromkeys(unit.dead, "dead")}
-        if isinstance(unit, Chosen):
-            self.accounts.settle((rollout.number for rollout in unit.rollouts), "trained", self.step + 1)
-        for number, fate in fates.items():
-            if fate == "group_dead" and self.book.unit_size == 1:
-                fate = "dead"
-            self.accounts.settle([number], fate, self.step + 1)
-            self._dropped[fate] += 1
+    def considered(self, record: Rollout | Tombstone, taken: float) -> None:
+        """The training depends on `record` next: it is recorded."""
+        self.recording.record(record, taken)
+
+    def settle(self, numbers: Iterable[int], fate: Fate, step: int) -> None:
+        """Book the fate of `numbers`."""
+        self.accounts.settle(numbers, fate, step)
 
     def _train(self) -> None:
         """One step: learn, publish, settle, and write down what happened."""
-        batch, self._batch = self._batch or [], None
         started = time.monotonic()
-        samples = training_samples(batch, normalize=self.settings.trainer.loss.normalize_advantage)
-        learned: dict[str, Any] = dict(self.learner.step(samples, self.max_steps))
+        learned = self.course.learn()
         learned_at = time.monotonic()
         self.bus.renew_lease(self.lease)  # what follows writes files that belong to the trainer alone
         with writing_to(self.run_dir):
             self.policy = self.publisher.publish(self.step + 1, self.learner.published_state())
             published_at = time.monotonic()
-            for unit in batch:
-                self._settle(unit)
-            row = {
-                "step": self.step + 1,
+            row = self.course.conclude(learned)
+            self.recording.stepped(self.step, self.policy.digest, row)
+            row |= {
                 "time": time.time(),
-                "policy_version": self.policy.number,
-                **dict.fromkeys(LEARNED),
-                **learned,
-                **rollout_metrics(batch, self.step),
-                **drop_metrics(self._dropped),
-                "scored_by": scored_shares(batch),
                 "wait_s": started - self._free_since,
                 "step_s": published_at - started,
                 "publish_s": published_at - learned_at,
                 **(self._evaluations.arrived() if self._evaluations else {}),
             }
-            self.step += 1
             if self._evaluations:
                 self._evaluations.ask(self.step)
-            self._write_down(row, batch, learn_s=learned_at - started)
+            self._write_down(row, learned.batch, learn_s=learned_at - started)
 
     def _write_down(self, row: dict[str, Any], batch: Sequence[Chosen], *, learn_s: float) -> None:
         now = time.monotonic()
@@ -248,7 +219,6 @@ class Trainer:
         row["elapsed_s"] = now - self._stepped_at
         row["rollouts_per_s"] = row["rollouts"] / row["elapsed_s"]
         self._free_since = self._stepped_at = now
-        self._dropped.clear()
         self.metrics.write(row)
         if self.step % self.settings.trainer.sample_interval == 0 or self.step == 1:
             for sample in excerpts(batch, self.settings.run.name, self.step):
@@ -304,7 +274,9 @@ class Trainer:
         with writing_to(self.run_dir):
             self.metrics.sync()
             self.samples.sync()
-        if self.keeper.save(self.step, self.policy, self.issued, self._write_files):
+            self.recording.sync()
+        now = Standing(self.step, self.policy, self.issued, self.course.dropped, self.recording.position)
+        if self.keeper.save(now, self._write_files):
             with writing_to(self.run_dir):
                 self.requests.durable()
                 self.requests.spill(self.settings.delivery.max_dead)
@@ -317,7 +289,7 @@ class Trainer:
 
     def _tell(self) -> None:
         """Put into the heartbeat what the trainer does or waits for."""
-        missing = self.book.missing()
+        missing = self.course.book.missing()
         if self._finished:
             detail = f"finished after step {self.step}"
         elif self._waits_for:
@@ -337,8 +309,8 @@ class Trainer:
 
     def _fruitless(self) -> str:
         """What to add where a batch's worth of completions came since the last step and none was right enough to be trained on."""
-        wrong, verified = self._dropped["not_verified"], self.book.least_reward is not None
-        if not verified or self.book.settled_units or wrong < self.settings.orchestrator.batch_size:
+        wrong, verified = self.course.dropped["not_verified"], self.course.book.least_reward is not None
+        if not verified or self.course.book.settled_units or wrong < self.settings.orchestrator.batch_size:
             return ""
         return f'; none of the {wrong} completions since the last step was right, and keep = "verified" trains on no others'
 
@@ -352,18 +324,4 @@ def _issuer(settings: Settings, route: tuple[StageName, ...]) -> Issuer:
         max_off_policy_steps=orchestrator.max_off_policy_steps,
         max_steps=settings.trainer.max_steps,
         route=route,
-    )
-
-
-def _group_book(settings: Settings) -> GroupBook:
-    orchestrator, loss = settings.orchestrator, settings.trainer.loss
-    supervised, source = loss.type == "sft", orchestrator.teacher_rollout_model
-    unit: Literal["group", "rollout"] = "rollout" if supervised or loss.adv_tau == 0 else "group"
-    return GroupBook(
-        group_size=orchestrator.group_size,
-        batch_size=orchestrator.batch_size,
-        max_staleness=orchestrator.max_off_policy_steps,
-        unit=unit,
-        train_unscored=supervised or loss.teacher_tau > 0,
-        least_reward=RIGHT if source is not None and source.keep == "verified" else None,
     )
