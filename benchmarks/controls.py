@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.tasks import load_task
+from pipeline.weights import LoadedPolicy
 from settings.load import load_settings
 from settings.root import Settings
 from workers.evaluate import evaluate
@@ -90,7 +91,7 @@ class Loop:
         if self.control == "shuffled":
             samples = self.shuffled(samples)
         metrics = self.learner.step(samples, self.settings.trainer.max_steps)
-        self.engine.load(self.learner.published_state(), number + 1)
+        self.engine.load(LoadedPolicy.of(number + 1, self.learner.published_state()))
         return metrics
 
     def requests(self, number: int) -> dict[int, Request]:

@@ -17,6 +17,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from pipeline.weights import LoadedPolicy
 from workers.generator.engine import Request
 from workers.generator.transformers_engine import TransformersEngine
 
@@ -60,7 +61,7 @@ def run_engine(model: Any, requests: Sequence[Request], slots: int, swap_every: 
         done += len(engine.step())
         if swap_every and done // swap_every > version:
             version = done // swap_every
-            engine.load(weights, version)
+            engine.load(LoadedPolicy.of(version, weights))
 
 
 @torch.inference_mode()

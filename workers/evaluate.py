@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,12 @@ def _answers(student: Student, task: Task, max_completion: int) -> list[str]:
                 next_step="Change `[task]`.",
             ) from error
         requests.append(Request(index, prompt_ids, room, seed=0, sampling=GREEDY))
-    student.engine.add(requests)
     texts = [""] * len(requests)
-    while student.engine.active:
-        for completion in student.engine.step():
-            texts[completion.key] = student.text(completion.token_ids)
+    with contextlib.closing(student.engine) as engine:
+        engine.add(requests)
+        while engine.active:
+            for completion in engine.step():
+                texts[completion.key] = student.text(completion.token_ids)
     return texts
 
 

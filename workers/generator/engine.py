@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from pipeline.records import FinishReason, Ids, Logprobs, VersionSpan
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from pipeline.weights import LoadedPolicy
 
 
 @dataclass(frozen=True)
@@ -84,10 +82,19 @@ class Engine(Protocol):
         """Write one token of every completion that has a slot; returns those that are finished."""
         ...
 
-    def load(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Continue under these weights: every token of a later step is written by policy `version`.
+    @property
+    def version(self) -> int:
+        """The policy version that the next step writes with; 0, the starting student, before the first `load`."""
+        ...
+
+    def load(self, policy: LoadedPolicy) -> None:
+        """Continue under these weights. An engine that first finishes what runs returns before: `version` tells when.
 
         Raises:
             WeightsError: the weights are not those of this model; the engine goes on with what it had.
         """
+        ...
+
+    def close(self) -> None:
+        """End what the engine started, processes above all; it is used no more."""
         ...

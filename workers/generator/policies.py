@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from pipeline.records import PolicyVersion
-from pipeline.weights import WeightsError, read_weights
+from pipeline.weights import WeightsError, WeightsReader
 from workers.generator.engine import Engine
 
 LOOK_S = 0.02
@@ -17,13 +16,13 @@ RETRY_S = 0.5
 class Policies:
     """Looks for a newer version, at most every `LOOK_S`, and loads it; what cannot be loaded is tried again every `RETRY_S`.
 
-    `newest` gives the newest announced version, None before the first.
+    `newest` gives the newest announced version, None before the first, and `reader` its weights.
     """
 
     def __init__(
-        self, engine: Engine, run_dir: Path, newest: Callable[[], PolicyVersion | None], clock: Callable[[], float] = time.monotonic
+        self, engine: Engine, reader: WeightsReader, newest: Callable[[], PolicyVersion | None], clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._engine, self._run_dir, self._newest, self._clock = engine, run_dir, newest, clock
+        self._engine, self._reader, self._newest, self._clock = engine, reader, newest, clock
         self._next_look = float("-inf")
         self._loaded: PolicyVersion | None = None
         self._failing_since: float | None = None
@@ -31,8 +30,8 @@ class Policies:
 
     @property
     def version(self) -> int:
-        """The number of the loaded version; −1 before the first."""
-        return -1 if self._loaded is None else self._loaded.number
+        """The number of the version that the engine writes with; −1 before the first was loaded."""
+        return -1 if self._loaded is None else self._engine.version
 
     @property
     def failing_s(self) -> float:
@@ -52,7 +51,7 @@ class Policies:
         if newest is None or newest == self._loaded:
             return
         try:
-            self._engine.load(read_weights(self._run_dir, newest), newest.number)
+            self._engine.load(self._reader.fetch(newest))
         except WeightsError as error:
             self.problem = f"cannot load policy version {newest.number}: {error}"
             self._next_look = now + RETRY_S

@@ -14,6 +14,7 @@ from pipeline.records import Ids, PolicyVersion, Rollout, Sample, StageName, Tic
 from pipeline.stage import Delivery, Outcome, Stats
 from pipeline.tasks import Problem, load_task
 from pipeline.telemetry import get_logger
+from pipeline.weights import Directory
 from settings.root import Settings
 from workers.generator.engine import Completion, Request, Sampling
 from workers.generator.policies import Policies
@@ -57,7 +58,7 @@ class Generator:
         """
         self._task = load_task(self._settings)
         self._student = load_student(self._settings.model.name, self._settings)
-        self._policies = Policies(self._student.engine, self._settings.run_dir, self._newest)
+        self._policies = Policies(self._student.engine, Directory(self._settings.run_dir), self._newest)
         self._asked = lru_cache(maxsize=RENDERED)(self._ask)
         self._policies.refresh()
         self._tell()
@@ -90,9 +91,10 @@ class Generator:
         return refused + written
 
     def close(self, *, finished: bool) -> None:
-        """Forget what is in hand; the loop gives it back."""
+        """Forget what is in hand, which the loop gives back, and end the engine."""
         self._in_hand.clear()
         self._early.clear()
+        self._student.engine.close()
 
     def _start(self) -> list[Outcome]:
         """Hand the engine every ticket whose version is there; returns those that cannot be answered."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.records import FinishReason, VersionSpan
-from pipeline.weights import WeightsError
+from pipeline.weights import LoadedPolicy, WeightsError
 from workers.generator.cache import ATTENTION, SlotCache, UnsupportedAttention
 from workers.generator.engine import Completion, Request
 from workers.generator.layout import Layout, Running, lay_out
@@ -96,15 +96,22 @@ class TransformersEngine:
             row.logprobs.append(logprob)
         return self._finish()
 
-    def load(self, weights: Mapping[str, Tensor], version: int) -> None:
-        _copy_weights(self._model, weights)
-        self._version = version
+    @property
+    def version(self) -> int:
+        return self._version
+
+    def load(self, policy: LoadedPolicy) -> None:
+        _copy_weights(self._model, policy.tensors())
+        self._version = policy.number
         if self._on_new_weights == "keep":
             for row in self._running:
-                row.spans.append((version, len(row.token_ids)))
+                row.spans.append((policy.number, len(row.token_ids)))
             return
         self._waiting.extendleft(reversed(self._running))
         self._running, self._settled = [], 0
+
+    def close(self) -> None:
+        """Nothing runs but in `step`."""
 
     def _drain(self) -> list[Completion]:
         written = []

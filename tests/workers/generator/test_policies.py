@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.records import PolicyVersion
-from pipeline.weights import WeightsError, publish
+from pipeline.weights import Directory, LoadedPolicy, WeightsError, publish
 from workers.generator.policies import LOOK_S, RETRY_S, Policies
 
 
@@ -19,10 +19,14 @@ class Recorder:
     def __init__(self) -> None:
         self.loaded: list[tuple[int, float]] = []
 
-    def load(self, weights: dict[str, torch.Tensor], version: int) -> None:
-        if "w" not in weights:
+    @property
+    def version(self) -> int:
+        return self.loaded[-1][0]
+
+    def load(self, policy: LoadedPolicy) -> None:
+        if "w" not in policy.tensors():
             raise WeightsError("not of this model")
-        self.loaded.append((version, weights["w"].item()))
+        self.loaded.append((policy.number, policy.tensors()["w"].item()))
 
 
 class Watched:
@@ -32,7 +36,7 @@ class Watched:
         self.engine, self.run_dir, self.now, self.looks = Recorder(), run_dir, 100.0, 0
         self.announced: PolicyVersion | None = None
         engine: Any = self.engine
-        self.policies = Policies(engine, run_dir, self._newest, clock=lambda: self.now)
+        self.policies = Policies(engine, Directory(run_dir), self._newest, clock=lambda: self.now)
 
     def publish(self, number: int, value: float, name: str = "w") -> PolicyVersion:
         model = self.run_dir / "model"

@@ -24,7 +24,7 @@ from transformers import (
 
 from pipeline.errors import UserError
 from pipeline.records import VersionSpan
-from pipeline.weights import WeightsError
+from pipeline.weights import LoadedPolicy, WeightsError
 from workers.generator.engine import Completion, Request, Sampling
 from workers.generator.transformers_engine import TransformersEngine
 
@@ -127,11 +127,11 @@ def test_new_weights_between_steps_write_every_later_token_and_the_spans_say_so(
     wanted = requests(12, max_tokens=10)
     first = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     engine = TransformersEngine(student, (), slots=8)
-    engine.load(first, 4)
+    engine.load(LoadedPolicy.of(4, first))
     engine.add(wanted)
     for _ in range(3):
         assert engine.step() == []
-    engine.load(other_weights, 7)
+    engine.load(LoadedPolicy.of(7, other_weights))
     for key, one in finish(engine).items():
         old, new = VersionSpan(4, 0, 3), VersionSpan(7, 3, 10)
         assert one.version_spans == ([old, new] if key < 8 else [VersionSpan(7, 0, 10)])
@@ -145,8 +145,8 @@ def test_two_versions_loaded_before_the_next_step_leave_no_empty_span(student: A
     engine = TransformersEngine(student, (), slots=4)
     engine.add(requests(4, max_tokens=4))
     engine.step()
-    engine.load(other_weights, 1)
-    engine.load(other_weights, 2)
+    engine.load(LoadedPolicy.of(1, other_weights))
+    engine.load(LoadedPolicy.of(2, other_weights))
     assert {tuple(one.version_spans) for one in finish(engine).values()} == {(VersionSpan(0, 0, 1), VersionSpan(2, 1, 4))}
 
 
@@ -156,7 +156,7 @@ def test_kept_keys_and_values_are_labelled_with_the_new_version_all_the_same(
     engine = TransformersEngine(student, (), slots=4, on_new_weights="keep")
     engine.add(requests(4, max_tokens=6))
     engine.step()
-    engine.load(other_weights, 3)
+    engine.load(LoadedPolicy.of(3, other_weights))
     written = finish(engine)
     assert {tuple(one.version_spans) for one in written.values()} == {(VersionSpan(0, 0, 1), VersionSpan(3, 1, 6))}
     gaps = [
@@ -176,7 +176,7 @@ def test_a_small_prefill_budget_spreads_admission_and_recomputation_over_steps(
     assert engine.room == 0 and engine.active == 24
     for _ in range(4):
         engine.step()
-    engine.load(other_weights, 1)
+    engine.load(LoadedPolicy.of(1, other_weights))
     written = finish(engine)
     for request in wanted:
         one = written[request.key]
@@ -215,7 +215,7 @@ def test_new_weights_compute_a_shared_prompt_once_again(student: Any, other_weig
     engine.add([Request(key, PROMPTS[key // 4], 4, seed=key) for key in range(8)])
     engine.step()
     engine.step()
-    engine.load(other_weights, 1)
+    engine.load(LoadedPolicy.of(1, other_weights))
     taken.clear()
     finish(engine)
     assert taken == [len(PROMPTS[0]) + len(PROMPTS[1]) + 8 * 2, 8]
@@ -291,13 +291,14 @@ def test_weights_of_another_shape_are_refused_and_nothing_changes(student: Any, 
     lacking = {name: tensor for name, tensor in other_weights.items() if name != "model.norm.weight"}
     for weights, words in ((torn, r"model.norm.weight \[3\], not \[48\]"), (lacking, "missing .'model.norm.weight'")):
         with pytest.raises(WeightsError, match=words):
-            engine.load(weights, 1)
+            engine.load(LoadedPolicy.of(1, weights))
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
 
 
 def test_weights_may_leave_out_a_tied_head(student: Any, other_weights: dict[str, torch.Tensor]) -> None:
     engine = TransformersEngine(student, (), slots=4)
-    engine.load({name: tensor for name, tensor in other_weights.items() if name != "lm_head.weight"}, 1)
+    headless = {name: tensor for name, tensor in other_weights.items() if name != "lm_head.weight"}
+    engine.load(LoadedPolicy.of(1, headless))
     assert torch.equal(student.lm_head.weight, other_weights["model.embed_tokens.weight"])
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import pipeline.weights
+import pipeline.weights.directory
 from pipeline.records import PolicyVersion
-from pipeline.weights import WeightsError, prune, publish, read_weights
+from pipeline.weights import Directory, WeightsError, prune, publish
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 
@@ -37,13 +37,17 @@ def folder_names(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "policies").iterdir())
 
 
+def read(run_dir: Path, policy: PolicyVersion) -> dict[str, torch.Tensor]:
+    return Directory(run_dir).fetch(policy).tensors()
+
+
 def test_a_published_version_is_read_back_as_it_was(tmp_path: Path, model_dir: Path) -> None:
     policy = publish(tmp_path, 7, STATE, model_dir)
     assert (policy.number, policy.path) == (7, "policies/000007")
     assert policy.size_bytes == (tmp_path / "policies/000007/model.safetensors").stat().st_size
-    read = read_weights(tmp_path, policy)
-    assert read.keys() == STATE.keys()
-    assert all(torch.equal(read[name], STATE[name]) and read[name].dtype == STATE[name].dtype for name in STATE)
+    found = read(tmp_path, policy)
+    assert found.keys() == STATE.keys()
+    assert all(torch.equal(found[name], STATE[name]) and found[name].dtype == STATE[name].dtype for name in STATE)
 
 
 def test_a_version_holds_the_models_other_files_and_no_weights_but_its_own(tmp_path: Path, model_dir: Path) -> None:
@@ -65,16 +69,16 @@ def test_other_weights_under_the_same_number_replace_it_and_the_old_announcement
     old = publish(tmp_path, 3, STATE, model_dir)
     new = publish(tmp_path, 3, {"a": torch.zeros(2)}, model_dir)
     assert new.digest != old.digest
-    assert torch.equal(read_weights(tmp_path, new)["a"], torch.zeros(2))
+    assert torch.equal(read(tmp_path, new)["a"], torch.zeros(2))
     with pytest.raises(WeightsError, match="announced with"):
-        read_weights(tmp_path, old)
+        read(tmp_path, old)
     assert folder_names(tmp_path) == ["000003"]
 
 
 def test_tensors_that_share_memory_are_written_once(tmp_path: Path, model_dir: Path) -> None:
     shared = torch.ones(3, 2)
     policy = publish(tmp_path, 0, {"embed": shared, "head": shared, "view": shared[:1]}, model_dir)
-    assert sorted(read_weights(tmp_path, policy)) == ["embed", "view"]
+    assert sorted(read(tmp_path, policy)) == ["embed", "view"]
 
 
 @pytest.mark.parametrize("damage", ["cut short", "one byte other", "missing"])
@@ -87,7 +91,7 @@ def test_damaged_weights_are_never_loaded(tmp_path: Path, model_dir: Path, damag
     else:
         path.write_bytes(data[:-4] if damage == "cut short" else data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(WeightsError):
-        read_weights(tmp_path, policy)
+        read(tmp_path, policy)
 
 
 def test_bytes_that_are_no_safetensors_are_a_weights_error_even_under_their_own_digest(tmp_path: Path) -> None:
@@ -98,23 +102,17 @@ def test_bytes_that_are_no_safetensors_are_a_weights_error_even_under_their_own_
     (directory / "model.safetensors").write_bytes(b"not tensors")
     policy = PolicyVersion(1, hashlib.sha256(b"not tensors").hexdigest(), "policies/000001", 11)
     with pytest.raises(WeightsError, match="version 1 cannot be read"):
-        read_weights(tmp_path, policy)
+        read(tmp_path, policy)
 
 
-def test_weights_replaced_while_they_are_read_are_refused(tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = publish(tmp_path, 1, STATE, model_dir)
-    import safetensors.torch
-
-    def replaced_meanwhile(path: Path) -> dict[str, torch.Tensor]:
-        publish(tmp_path, 1, {"a": torch.zeros(1)}, model_dir)
-        return load_file(path)
-
-    monkeypatch.setattr(safetensors.torch, "load_file", replaced_meanwhile)
-    with pytest.raises(WeightsError, match="replaced while it was read"):
-        read_weights(tmp_path, policy)
+def test_what_was_checked_is_what_is_loaded_even_if_the_file_is_replaced_meanwhile(tmp_path: Path, model_dir: Path) -> None:
+    loaded = Directory(tmp_path).fetch(publish(tmp_path, 1, STATE, model_dir))
+    (tmp_path / "policies/000001/model.safetensors").write_bytes(b"")
+    publish(tmp_path, 1, {"a": torch.zeros(1)}, model_dir)
+    assert torch.equal(loaded.tensors()["a"], STATE["a"])
 
 
-@pytest.mark.parametrize("killed_at", ["_link_model_files", "_write", "sync", "_discard"])
+@pytest.mark.parametrize("killed_at", ["_link_model_files", "serialised", "sync", "_discard"])
 def test_a_crash_while_publishing_leaves_no_version_and_the_next_attempt_succeeds(
     tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str
 ) -> None:
@@ -125,11 +123,11 @@ def test_a_crash_while_publishing_leaves_no_version_and_the_next_attempt_succeed
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(pipeline.weights, killed_at, die)
+        patch.setattr(pipeline.weights.directory, killed_at, die)
         publish(tmp_path, 5, STATE, model_dir)
     assert not (tmp_path / "policies/000005").exists()
     policy = publish(tmp_path, 5, STATE, model_dir)
-    assert read_weights(tmp_path, policy).keys() == STATE.keys()
+    assert read(tmp_path, policy).keys() == STATE.keys()
     assert folder_names(tmp_path) == ["000005"]
 
 

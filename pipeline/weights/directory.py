@@ -7,28 +7,25 @@ machine, a failing disk or a replaced version would leave.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pipeline.files import digest_of, sync
 from pipeline.records import PolicyVersion
+from pipeline.weights.policy import WEIGHTS_FILE, LoadedPolicy, WeightsError, digest_of_bytes, serialised
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _FOLDER = "policies"
-_WEIGHTS = "model.safetensors"
 _UNFINISHED = ".unfinished-"
 _REMOVED = ".removed-"
 _LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json", ".onnx")
-
-
-class WeightsError(Exception):
-    """A policy version that cannot be loaded: missing, torn, replaced, or of another model."""
 
 
 def publish(run_dir: Path, number: int, state: Mapping[str, Tensor], model_files_from: Path) -> PolicyVersion:
@@ -44,52 +41,41 @@ def publish(run_dir: Path, number: int, state: Mapping[str, Tensor], model_files
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     _link_model_files(model_files_from, unfinished)
-    _write(state, unfinished / _WEIGHTS)
-    digest = digest_of(unfinished / _WEIGHTS)
-    size = (unfinished / _WEIGHTS).stat().st_size
-    if (final / _WEIGHTS).is_file() and digest_of(final / _WEIGHTS) == digest:
+    data = serialised(state)
+    (unfinished / WEIGHTS_FILE).write_bytes(data.data)
+    digest = digest_of_bytes(data)
+    if (final / WEIGHTS_FILE).is_file() and digest_of(final / WEIGHTS_FILE) == digest:
         shutil.rmtree(unfinished)
     else:
-        sync(unfinished / _WEIGHTS)
+        sync(unfinished / WEIGHTS_FILE)
         sync(unfinished)
         _discard(final)
         unfinished.rename(final)
         sync(folder)
-    return PolicyVersion(number=number, digest=digest, path=f"{_FOLDER}/{final.name}", size_bytes=size)
+    return PolicyVersion(number=number, digest=digest, path=f"{_FOLDER}/{final.name}", size_bytes=data.size)
 
 
-def read_weights(run_dir: Path, policy: PolicyVersion) -> dict[str, Tensor]:
-    """The tensors of `policy`, on the CPU.
+class Directory:
+    """A generator's end of the transport `filesystem`: reads versions from the trainer's run directory."""
 
-    Raises:
-        WeightsError: the file is missing, is not what was announced, or was replaced while it was read.
-    """
-    try:
-        return read_file(run_dir / policy.path / _WEIGHTS, policy.digest)
-    except WeightsError as error:
-        raise WeightsError(f"version {policy.number} cannot be read: {error}") from error
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
 
+    def fetch(self, policy: PolicyVersion) -> LoadedPolicy:
+        """The weights of `policy`, read at once: what is checked is what is loaded, whatever becomes of the file.
 
-def read_file(path: Path, digest: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file whose bytes have the sha256 `digest`, mapped from the file rather than copied.
-
-    Raises:
-        WeightsError: the file is missing, has another digest, or was replaced while it was read.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != digest:
-                raise WeightsError(f"{path} has digest {found[:12]}; it was announced with {digest[:12]}")
-            tensors: dict[str, Tensor] = load_file(path)
-            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise WeightsError(f"{path} was replaced while it was read")
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path} cannot be read: {error}") from error
-    return tensors
+        Raises:
+            WeightsError: the file is missing, or is not what was announced.
+        """
+        path = self._run_dir / policy.path / WEIGHTS_FILE
+        try:
+            data = np.fromfile(path, dtype=np.uint8)
+        except OSError as error:
+            raise WeightsError(f"version {policy.number} cannot be read from {path}: {error}") from error
+        try:
+            return LoadedPolicy(policy.number, policy.digest, data)
+        except WeightsError as error:
+            raise WeightsError(f"{path}: {error}") from error
 
 
 def prune(run_dir: Path, keep: int, pinned: Collection[int] = ()) -> list[int]:
@@ -104,22 +90,6 @@ def prune(run_dir: Path, keep: int, pinned: Collection[int] = ()) -> list[int]:
     for number in gone:
         _discard(folder / f"{number:06d}")
     return gone
-
-
-def _write(state: Mapping[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    seen: set[tuple[object, ...]] = set()
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        same = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if same in seen:
-            continue
-        # The file format has no views: what merely overlaps another tensor is written as a tensor of its own.
-        storage = (tensor.untyped_storage().data_ptr(),)
-        tensors[name] = (tensor.clone() if storage in seen else tensor).detach().cpu().contiguous()
-        seen |= {same, storage}
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _link_model_files(source: Path, target: Path) -> None:

@@ -1,0 +1,132 @@
+"""A policy version in memory: the bytes of one safetensors file, their digest checked, and the tensors in them."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.records import PolicyVersion
+from pipeline.weights.layout import layout_of, view
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Bytes = NDArray[np.uint8]
+WEIGHTS_FILE = "model.safetensors"
+
+
+class WeightsError(Exception):
+    """A policy version that cannot be loaded: missing, torn, replaced, or of another model."""
+
+
+class LoadedPolicy:
+    """All weights of policy version `number`, as a transport delivered them. They do not change; do not change them.
+
+    Args:
+        number: of the version.
+        digest: SHA-256 of `data`, in hexadecimal.
+        data: [n], a whole safetensors file.
+
+    Raises:
+        WeightsError: `data` has another digest, or is no safetensors file.
+    """
+
+    def __init__(self, number: int, digest: str, data: Bytes) -> None:
+        found = digest_of_bytes(data)
+        if found != digest:
+            raise WeightsError(f"the weights have the digest {found[:12]}; version {number} was announced with {digest[:12]}")
+        try:
+            self.layout = layout_of(data)
+        except ValueError as error:
+            raise WeightsError(f"version {number} cannot be read: {error}") from error
+        self.number, self.digest, self.data = number, digest, data
+
+    @classmethod
+    def of(cls, number: int, state: Mapping[str, Tensor]) -> LoadedPolicy:
+        """`state` as version `number`, for where nobody published it. Of tensors that share their memory the first counts."""
+        data = serialised(state)
+        return cls(number, digest_of_bytes(data), data)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights by name, on the CPU, without a copy: valid for as long as anybody holds them."""
+        return {name: view(self.data, entry) for name, entry in self.layout.items()}
+
+    def file(self) -> Path:
+        """These weights as a safetensors file that other processes of this machine can read, alone in its directory.
+
+        It is written at the first call, where temporary files go ($TMPDIR), and goes when this object does.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        return self._file
+
+    @cached_property
+    def _file(self) -> Path:
+        directory = tempfile.mkdtemp(prefix=f"onstream-policy-{self.number}-")
+        weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
+        path = Path(directory) / WEIGHTS_FILE
+        path.write_bytes(self.data.data)
+        return path
+
+
+def digest_of_bytes(data: Bytes) -> str:
+    """The SHA-256 of `data`, in hexadecimal: of a file's bytes, what `pipeline.files.digest_of` gives for the file."""
+    return hashlib.sha256(data.data).hexdigest()
+
+
+class WeightsReader(Protocol):
+    """A generator's end of a transport."""
+
+    def fetch(self, policy: PolicyVersion) -> LoadedPolicy:
+        """The weights of `policy`, an announced version.
+
+        Raises:
+            WeightsError: they are not there, or are not those that were announced. They may be a moment later.
+        """
+        ...
+
+
+def read_file(path: Path, digest: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose bytes have the SHA-256 `digest`, mapped from the file rather than copied.
+
+    Raises:
+        WeightsError: the file is missing, has another digest, or is no safetensors file.
+    """
+    try:
+        data = np.memmap(path, dtype=np.uint8, mode="c")
+        if (found := digest_of_bytes(data)) != digest:
+            raise WeightsError(f"{path} has the digest {found[:12]}; it was announced with {digest[:12]}")
+        return {name: view(data, entry) for name, entry in layout_of(data).items()}
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}") from error
+
+
+def serialised(state: Mapping[str, Tensor]) -> Bytes:
+    """[n], `state` as a safetensors file: the same weights give the same bytes. Of tensors that share their memory the first is in it."""
+    from safetensors.torch import save
+
+    return np.frombuffer(bytearray(save(_distinct(state), metadata={"format": "pt"})), dtype=np.uint8)
+
+
+def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    seen: set[tuple[object, ...]] = set()
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        same = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if same in seen:
+            continue
+        # The file format has no views: what merely overlaps another tensor is written as a tensor of its own.
+        storage = (tensor.untyped_storage().data_ptr(),)
+        tensors[name] = (tensor.clone() if storage in seen else tensor).detach().cpu().contiguous()
+        seen |= {same, storage}
+    return tensors
