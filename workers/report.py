@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
+from math import fsum
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -75,6 +76,7 @@ def summary(rows: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str
         "staleness": {"mean": mean(rows, "staleness_mean"), "max": largest(rows, "staleness_max")},
         "masked_share": mean(rows, "masked_share"),
         "mismatch_max": largest(rows, "mismatch_max"),
+        "mismatch_by_staleness": mismatch_by_staleness(rows),
         "wait_share": _share(rows, "wait_s", seconds),
         "tokens": int(sum(number(row, "tokens") or 0 for row in rows)),
     }
@@ -101,6 +103,22 @@ def latest(evals: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def first_and_last(rows: list[dict[str, Any]], name: str) -> dict[str, float | None]:
     """The metric at the first step, and its mean over the last 10 steps."""
     return {"first": number(rows[0], name) if rows else None, "last": mean(rows[-LAST_STEPS:], name)}
+
+
+def mismatch_by_staleness(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean and largest |trainer − generator| over the tokens of all steps, in nats, by the tokens' staleness."""
+    found: dict[int, list[dict[str, float]]] = {}
+    for row in rows:
+        for age, mismatch in (row.get("mismatch_by_staleness") or {}).items():
+            found.setdefault(int(age), []).append(mismatch)
+    return {
+        str(age): {
+            "mean": fsum(one["mean"] * one["tokens"] for one in found[age]) / fsum(one["tokens"] for one in found[age]),
+            "max": max(one["max"] for one in found[age]),
+            "tokens": sum(one["tokens"] for one in found[age]),
+        }
+        for age in sorted(found)
+    }
 
 
 def number(row: Row, name: str) -> float | None:
@@ -140,9 +158,15 @@ PANELS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "rollouts/s": (("rollouts_per_s", "rollouts/s", INK),),
     "staleness (steps)": (("staleness_mean", "mean", INK), ("staleness_max", "max", QUIET)),
     "entropy (nats per token)": (("entropy", "entropy", INK),),
+    "|trainer − generator| (nats)": (
+        ("mismatch_fresh_mean", "same version, mean", INK),
+        ("mismatch_fresh_max", "same version, max", SECOND),
+        ("mismatch_mean", "all tokens, mean", QUIET),
+    ),
 }
 
 FROM_ZERO = ("rollouts/s", "staleness (steps)")
+LOGARITHMIC = ("|trainer − generator| (nats)",)
 
 
 def draw(rows: list[dict[str, Any]], evals: list[dict[str, Any]], path: Path) -> None:
@@ -179,6 +203,8 @@ def _draw_panel(axis: Any, rows: list[dict[str, Any]], title: str, lines: tuple[
     axis.margins(y=0.12)
     if title in FROM_ZERO:
         axis.set_ylim(bottom=0)
+    if title in LOGARITHMIC:
+        axis.set_yscale("log", nonpositive="mask")
     axis.set_title(title, fontsize=9, loc="left")
     axis.set_xlabel("step", fontsize=8)
     axis.xaxis.get_major_locator().set_params(integer=True)

@@ -38,6 +38,18 @@ def test_staleness_is_the_mean_of_means_and_the_greatest() -> None:
     assert summary(rows, [])["staleness"] == {"mean": 0.75, "max": 2.0}
 
 
+def test_the_mismatch_by_staleness_weighs_every_token_the_same() -> None:
+    rows = [
+        row(1, mismatch_by_staleness={"0": {"mean": 1.0, "max": 2.0, "tokens": 3}}),
+        row(2, mismatch_by_staleness=None),
+        row(3, mismatch_by_staleness={"0": {"mean": 5.0, "max": 9.0, "tokens": 1}, "1": {"mean": 4.0, "max": 4.0, "tokens": 2}}),
+    ]
+    assert summary(rows, [])["mismatch_by_staleness"] == {
+        "0": {"mean": 2.0, "max": 9.0, "tokens": 4},
+        "1": {"mean": 4.0, "max": 4.0, "tokens": 2},
+    }
+
+
 def test_eval_before_is_version_zero_and_after_the_newest_one() -> None:
     evals = [{"version": version, "exact": exact, "samples": 256} for version, exact in ((0, 0.6), (20, 0.8), (60, 0.97), (60, 0.98))]
     assert summary([row(1)], evals)["eval"] == {"before": 0.6, "after": 0.98, "version": 60, "samples": 256}

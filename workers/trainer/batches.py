@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from pipeline.records import Ids, Logprobs, Rollout, Sample, ids_array, logprobs_array, mask_array
 from workers.trainer.advantages import group_advantages
 from workers.trainer.groups import Chosen
 from workers.trainer.samples import TrainSample
+from workers.trainer.staleness import token_staleness
 
 
 def flaw(rollout: Rollout, *, group_size: int, check: Callable[[TrainSample], None]) -> str | None:
@@ -19,26 +22,30 @@ def flaw(rollout: Rollout, *, group_size: int, check: Callable[[TrainSample], No
         return "it has no samples"
     try:
         for sample in rollout.samples:
-            check(_train_sample(sample, rollout, advantage=0.0))
+            check(_train_sample(sample, rollout, advantage=0.0, version=0))
     except ValueError as error:
         return str(error)
     return None
 
 
-def training_samples(batch: Sequence[Chosen], *, normalize: bool) -> list[TrainSample]:
-    """The samples of the live rollouts of `batch`, each with its rollout's advantage within its unit."""
+def training_samples(batch: Sequence[Chosen], *, normalize: bool, version: int) -> list[TrainSample]:
+    """The samples of the live rollouts of `batch`, each with its rollout's advantage within its unit.
+
+    The weights of `version` take the step; the staleness of the tokens counts from it.
+    """
     samples = []
     for chosen in batch:
         advantages = group_advantages([rollout.reward for rollout in chosen.rollouts], normalize=normalize)
         for rollout, advantage in zip(chosen.rollouts, advantages, strict=True):
-            samples += [_train_sample(sample, rollout, advantage) for sample in rollout.samples]
+            samples += [_train_sample(sample, rollout, advantage, version) for sample in rollout.samples]
     return samples
 
 
-def _train_sample(sample: Sample, rollout: Rollout, advantage: float) -> TrainSample:
+def _train_sample(sample: Sample, rollout: Rollout, advantage: float, version: int) -> TrainSample:
+    completion_ids = ids_array(sample.completion_ids)
     return TrainSample(
         prompt_ids=ids_array(sample.prompt_ids),
-        completion_ids=ids_array(sample.completion_ids),
+        completion_ids=completion_ids,
         loss_mask=mask_array(sample.loss_mask),
         generator_logprobs=logprobs_array(sample.generator_logprobs),
         teacher_logprobs=_logprobs(sample.teacher_logprobs),
@@ -48,6 +55,7 @@ def _train_sample(sample: Sample, rollout: Rollout, advantage: float) -> TrainSa
         advantage=advantage,
         group=rollout.group,
         temperature=rollout.temperature,
+        staleness=np.array(token_staleness(sample.version_spans, len(completion_ids), version), dtype=np.int32),
     )
 
 

@@ -47,7 +47,7 @@ class Learned:
     """A step that the learner took: the units it trained on, and its metrics."""
 
     batch: list[Chosen]
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
 
 
 class Course:
@@ -98,7 +98,7 @@ class Course:
             UserError: the gradient is not finite; the weights are as they were.
         """
         batch, self.batch = self.batch or [], None
-        samples = training_samples(batch, normalize=self._normalize)
+        samples = training_samples(batch, normalize=self._normalize, version=self.step)
         return Learned(batch, self.learner.step(samples, self.max_steps))
 
     def conclude(self, learned: Learned) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pipeline.models.probe import prepare
 from settings.trainer import TrainerSettings
 from workers.trainer import lora
 from workers.trainer.head import chunked_loss
+from workers.trainer.mismatch import mismatch_metrics
 from workers.trainer.objective import Objective, Tally, gather_tokens
 from workers.trainer.samples import TrainSample, check_sample
 from workers.trainer.schedule import learning_rate
@@ -54,7 +55,7 @@ class Learner:
         """Raises ValueError where a step could not train on `sample`; `step` does the same before it changes anything."""
         check_sample(sample, self.trainer.loss, self.vocabulary)
 
-    def step(self, samples: Sequence[TrainSample], max_steps: int, *, global_tokens: int | None = None) -> dict[str, float]:
+    def step(self, samples: Sequence[TrainSample], max_steps: int, *, global_tokens: int | None = None) -> dict[str, Any]:
         """One optimizer step over `samples`; returns its metrics by their names in metrics.jsonl.
 
         `max_steps` is where a falling schedule ends. `global_tokens` is the count of loss-mask tokens that the loss is
@@ -73,7 +74,8 @@ class Learner:
         tally, divisor = Tally(), global_tokens or tokens
         for packed in self._pack(samples):
             (self._loss(packed, samples, tally) / divisor).backward()  # type: ignore[no-untyped-call]
-        return {**tally.means(divisor), **self._update(max_steps), "tokens": float(tokens)}
+        means = {**tally.means(divisor), **mismatch_metrics(tally.mismatch.found())}
+        return {**means, **self._update(max_steps), "tokens": float(tokens)}
 
     def _pack(self, samples: Sequence[TrainSample]) -> list[Packed]:
         arrange = single_rows if self.padded_because else share_prompts

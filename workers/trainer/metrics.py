@@ -15,7 +15,8 @@ Metrics = dict[str, float | None]
 
 LEARNED = (
     *("loss", "loss_policy", "loss_teacher", "loss_kl", "teacher_kl", "teacher_kl_k3", "entropy", "ratio_mean", "ratio_max"),
-    *("mismatch_mean", "mismatch_max", "masked_share", "tail_floored_share", "grad_norm", "lr", "tokens"),
+    *("mismatch_mean", "mismatch_max", "mismatch_fresh_mean", "mismatch_fresh_max", "mismatch_by_staleness"),
+    *("masked_share", "tail_floored_share", "grad_norm", "lr", "tokens"),
 )
 """What the learner tells of a step; None in a row where the objective or the teacher leaves it without meaning."""
 

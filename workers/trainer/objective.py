@@ -14,7 +14,9 @@ from pipeline.models.packing import Packed
 from settings.trainer import LossSettings
 from workers.trainer.head import Student, Wanted
 from workers.trainer.loss import policy_loss, reverse_kl, reverse_kl_k3, sft_loss, tail_from_top, top_k_reverse_kl
+from workers.trainer.mismatch import MismatchTally
 from workers.trainer.samples import TrainSample
+from workers.trainer.staleness import UNWRITTEN
 
 
 class Tally:
@@ -23,6 +25,7 @@ class Tally:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._maxima: dict[str, Tensor] = {}
+        self.mismatch = MismatchTally()
 
     def add(self, **values: Tensor) -> None:
         """Adds per-token values, each [n]."""
@@ -54,6 +57,8 @@ class Tokens:
     teacher_logprobs: Tensor | None
     teacher_top: Tensor | None  # [N, k]
     teacher_tail: Tensor | None  # [N], NaN where it is to be computed from the top k
+    staleness: Tensor  # [N]
+    ages: tuple[int, ...]  # every staleness that a token has, of those that a policy wrote
 
 
 def gather_tokens(packed: Packed, samples: Sequence[TrainSample], loss: LossSettings, device: torch.device) -> Tokens:
@@ -71,6 +76,7 @@ def gather_tokens(packed: Packed, samples: Sequence[TrainSample], loss: LossSett
     top_k = rl and loss.teacher_tau > 0 and loss.teacher_top_k > 0
     heated = rl and any(sample.temperature != 1.0 for sample in members)
     teacher = [sample.teacher_logprobs for sample in members if rl and sample.teacher_logprobs is not None]
+    ages = np.concatenate([_staleness(sample) for sample in members])[mask]
     tops = [sample.teacher_top_logprobs for sample in members if top_k and sample.teacher_top_logprobs is not None]
     top_ids = [sample.teacher_top_ids for sample in members if top_k and sample.teacher_top_ids is not None]
     return Tokens(
@@ -85,7 +91,16 @@ def gather_tokens(packed: Packed, samples: Sequence[TrainSample], loss: LossSett
         teacher_logprobs=tensor(teacher) if len(teacher) == len(members) else None,
         teacher_top=tensor(tops) if top_k else None,
         teacher_tail=tensor([_tail(sample) for sample in members]) if top_k else None,
+        staleness=torch.from_numpy(ages).to(device),
+        ages=tuple(int(age) for age in np.unique(ages) if age != UNWRITTEN),
     )
+
+
+def _staleness(sample: TrainSample) -> npt.NDArray[np.int32]:
+    """[C], `UNWRITTEN` everywhere where nobody said who wrote it."""
+    if sample.staleness is not None:
+        return sample.staleness
+    return np.full(len(sample.completion_ids), UNWRITTEN, dtype=np.int32)
 
 
 def _tail(sample: TrainSample) -> npt.NDArray[np.float32]:
@@ -127,6 +142,7 @@ class Objective:
         self._tally.add(loss_policy=terms.reward, loss_teacher=teacher, loss_kl=terms.drift)
         self._tally.add(ratio_mean=terms.ratio, mismatch_mean=mismatch, masked_share=1 - terms.keep)
         self._tally.top(ratio_max=terms.ratio, mismatch_max=mismatch)
+        self._tally.mismatch.add(mismatch, self._tokens.staleness[at], self._tokens.ages)
         return terms.reward + teacher + terms.drift
 
     def _teacher_advantage(self, at: slice, student: Student) -> Tensor:

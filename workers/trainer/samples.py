@@ -18,7 +18,7 @@ class TrainSample:
     """One prompt and completion with all that its loss needs. P prompt tokens, C completion tokens, k teacher alternatives.
 
     Logprobs are in nats: the generator's at the sampling temperature, the teacher's at temperature 1. `sft` reads
-    neither.
+    neither. No loss reads `staleness`; it is for the metrics.
     """
 
     prompt_ids: Ids  # [P]
@@ -32,6 +32,7 @@ class TrainSample:
     advantage: float = 0.0
     group: int = 0
     temperature: float = 1.0
+    staleness: Ids | None = None  # [C], steps; UNWRITTEN where no policy wrote
 
 
 def check_sample(sample: TrainSample, loss: LossSettings, vocabulary: int) -> None:

@@ -1,11 +1,15 @@
-"""How old the policy was that wrote a rollout. Pure: it reads the version spans and nothing else."""
+"""How old the policy was that wrote a rollout, or a token of it. Pure: it reads the version spans and nothing else."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from pipeline.records import Rollout
+    from pipeline.records import Rollout, VersionSpan
+
+UNWRITTEN: Final = -1
+"""The staleness of a token that no policy wrote."""
 
 
 def oldest_version(rollout: Rollout) -> int | None:
@@ -20,3 +24,11 @@ def staleness(oldest: int | None, version: int) -> int:
     run meets it that was resumed from a checkpoint older than its last announced version.
     """
     return 0 if oldest is None else max(0, version - oldest)
+
+
+def token_staleness(spans: Iterable[VersionSpan], tokens: int, version: int) -> list[int]:
+    """The staleness of each of `tokens` completion tokens, trained with the weights of `version`; `UNWRITTEN` outside all spans."""
+    ages = [UNWRITTEN] * tokens
+    for span in spans:
+        ages[span.start : span.end] = [staleness(span.version, version)] * len(ages[span.start : span.end])
+    return ages

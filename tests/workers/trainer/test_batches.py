@@ -37,20 +37,21 @@ def test_every_field_arrives_as_an_array_of_its_shape() -> None:
         teacher_tail_logprobs=logprobs_bytes([-7, -8, -9]),
     )
     record = made(samples=[sample], temperature=0.5)
-    (found,) = training_samples([Chosen(1, (record,), 0, {}, ())], normalize=False)
+    (found,) = training_samples([Chosen(1, (record,), 0, {}, ())], normalize=False, version=2)
     assert (found.prompt_ids.tolist(), found.completion_ids.tolist(), found.loss_mask.tolist()) == ([7, 8], [5, 6, 1], [1, 0, 1])
     assert found.generator_logprobs.tolist() == [-0.5, 0, -1.5]
     assert found.teacher_top_ids is not None and found.teacher_top_ids.tolist() == [[1, 2], [3, 4], [5, 6]]
     assert found.teacher_top_logprobs is not None and found.teacher_top_logprobs.tolist() == [[-1, -2], [-3, -4], [-5, -6]]
     assert found.teacher_tail_logprobs is not None and found.teacher_tail_logprobs.tolist() == [-7, -8, -9]
     assert (found.group, found.temperature, found.advantage) == (1, 0.5, 0.0)
+    assert found.staleness is not None and found.staleness.tolist() == [0, 0, 0]
 
 
 def test_advantages_are_within_a_unit_and_every_sample_of_a_rollout_has_its_own() -> None:
     two = made(5, reward=1.0)
     two.samples = [*two.samples, *two.samples]
     units = [Chosen(1, (two, made(6, reward=0.0)), 0, {}, ()), Chosen(2, (made(9, reward=5.0),), 0, {}, ())]
-    assert [sample.advantage for sample in training_samples(units, normalize=False)] == [0.5, 0.5, -0.5, 0.0]
+    assert [sample.advantage for sample in training_samples(units, normalize=False, version=2)] == [0.5, 0.5, -0.5, 0.0]
 
 
 def test_a_sound_rollout_has_no_flaw() -> None:

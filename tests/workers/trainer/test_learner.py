@@ -187,6 +187,25 @@ def test_each_term_is_at_its_own_temperature(student: Path, tmp_path: Path) -> N
     assert metrics["teacher_kl"] == pytest.approx(float(np.concatenate(difference).mean()), abs=1e-5)
 
 
+def test_the_mismatch_is_told_by_the_staleness_of_each_token(student: Path) -> None:
+    """Tokens of staleness 1 were sampled 0.5 nats away, those of a tool anywhere; the loss mask counts, and packing does not."""
+    batch = samples(learner(student))
+    for index, sample in enumerate(batch):
+        sample.staleness = np.array([[0, 1, -1][(index + at) % 3] for at in range(len(sample.completion_ids))], dtype=np.int32)
+        sample.generator_logprobs = sample.generator_logprobs - np.array([0, 0.5, -3])[sample.staleness].astype(np.float32)
+    masks = [sample.loss_mask.astype(bool) for sample in batch]
+    counts = [sum(int((mask & (sample.staleness == age)).sum()) for mask, sample in zip(masks, batch, strict=True)) for age in (0, 1)]
+    for microbatch in (16, 8192):
+        metrics = learner(student, microbatch=microbatch).step(batch, 10)
+        fresh, stale = metrics["mismatch_by_staleness"]["0"], metrics["mismatch_by_staleness"]["1"]
+        assert len(metrics["mismatch_by_staleness"]) == 2
+        assert (fresh["tokens"], stale["tokens"]) == tuple(counts)
+        assert (fresh["mean"], fresh["max"]) == (metrics["mismatch_fresh_mean"], metrics["mismatch_fresh_max"])
+        assert fresh["max"] < 1e-4
+        assert (stale["mean"], stale["max"]) == (pytest.approx(0.5, abs=1e-4), pytest.approx(0.5, abs=1e-4))
+        assert metrics["mismatch_max"] == pytest.approx(3, abs=1e-4)
+
+
 def test_supervised_loss_is_at_temperature_1_whatever_the_sampling(student: Path) -> None:
     found = learner(student, type="sft")
     hot = [replace(sample, temperature=3.0) for sample in samples(found)]
@@ -347,9 +366,11 @@ def test_the_metrics_of_a_step_are_those_of_metrics_jsonl(student: Path, tmp_pat
     found = learner(student, teacher_tau=0.5, teacher_top_k=2)
     metrics = found.step(samples(found, teacher, top_k=2), 10)
     losses = {"loss", "loss_policy", "loss_teacher", "loss_kl"}
-    ratios = {"ratio_mean", "ratio_max", "mismatch_mean", "mismatch_max", "masked_share"}
+    mismatches = {f"mismatch_{name}" for name in ("mean", "max", "fresh_mean", "fresh_max", "by_staleness")}
+    ratios = {"ratio_mean", "ratio_max", "masked_share", *mismatches}
     teachers = {"teacher_kl", "teacher_kl_k3", "tail_floored_share"}
     assert set(metrics) == {*losses, *ratios, *teachers, "entropy", "grad_norm", "lr", "tokens"}
-    assert all(math.isfinite(value) for value in metrics.values())
+    assert {name for name, value in metrics.items() if value is None} == mismatches - {"mismatch_mean", "mismatch_max"}  # no version named
+    assert all(math.isfinite(value) for value in metrics.values() if value is not None)
     assert metrics["loss"] == pytest.approx(metrics["loss_policy"] + metrics["loss_teacher"] + metrics["loss_kl"], rel=1e-5)
     assert 0 < metrics["entropy"] < math.log(VOCABULARY)

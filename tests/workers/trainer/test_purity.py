@@ -31,7 +31,8 @@ def test_groups_need_the_records_and_no_tensors() -> None:
 
 
 @pytest.mark.timeout(30)
-def test_the_loss_needs_torch_and_nothing_of_ours() -> None:
-    names = imported_by("workers.trainer.loss")
+@pytest.mark.parametrize("module", ["workers.trainer.loss", "workers.trainer.mismatch"])
+def test_the_loss_needs_torch_and_nothing_of_ours(module: str) -> None:
+    names = imported_by(module)
     assert "torch" in names
     assert not names & {"transformers", "redis", "pydantic", "msgspec", "settings", "pipeline"}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from pipeline.records import VersionSpan
 from tests.workers.trainer.records import rollout
-from workers.trainer.staleness import oldest_version, staleness
+from workers.trainer.staleness import UNWRITTEN, oldest_version, staleness, token_staleness
 
 
 def test_the_oldest_version_of_any_span_counts() -> None:
@@ -21,3 +22,12 @@ def test_trained_at_its_own_version_staleness_is_zero() -> None:
 
 def test_what_a_version_wrote_that_a_resumed_run_has_not_reached_again_is_not_stale() -> None:
     assert staleness(9, 7) == 0
+
+
+def test_each_token_is_as_old_as_the_version_of_its_own_span() -> None:
+    spans = [VersionSpan(4, 0, 2), VersionSpan(6, 3, 4), VersionSpan(7, 4, 5)]  # token 2 is a tool's
+    assert token_staleness(spans, 6, version=6) == [2, 2, UNWRITTEN, 0, 0, UNWRITTEN]
+
+
+def test_a_span_past_the_end_of_the_completion_ages_no_more_tokens_than_there_are() -> None:
+    assert token_staleness([VersionSpan(1, 1, 9)], 3, version=2) == [UNWRITTEN, 1, 1]
