@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any, Literal
 
 import msgspec
 from redis.exceptions import ResponseError
 
-from pipeline import scripts
+from pipeline import scripts, telemetry
 from pipeline.connection import Connection
 from pipeline.keys import GROUP, STAGES
 from pipeline.records import PolicyVersion, StageName, decode_policy
@@ -20,23 +21,44 @@ from pipeline.stage import Stats
 
 PAGE = 500
 STARTED = time.time()
+VERSION = version("onstream")
+FAILED = "failed"
+ALIVE_S = 10.0
+FORGOTTEN_S = 3600.0
 
 
 class WorkerState(msgspec.Struct, frozen=True):
-    """A worker's last heartbeat. `beat` is in seconds since the epoch by the server's clock, `age_s` seconds ago."""
+    """A worker's last heartbeat, `age_s` seconds ago. `error` is the last error in its log, `error_time` in seconds since the epoch."""
 
     worker: str
     stage: StageName | Literal["jobs"]
     host: str
     pid: int
-    state: str  # "starting", "running" or "draining"
+    state: str  # "starting", "running", "draining" or, said at its end, "failed"
     started: float
     in_hand: int
     done: int
     dead: int
     detail: str
     numbers: dict[str, float]
+    version: str = ""  # of Onstream
+    error: str = ""
+    error_time: float = 0.0
     age_s: float = 0.0
+
+    @property
+    def alive(self) -> bool:
+        """Whether it was heard of lately, and not for the last time."""
+        return self.age_s <= ALIVE_S and self.state != FAILED
+
+
+@dataclass(frozen=True)
+class Held:
+    """What workers have in hand of one stage's stream. `oldest_s`: how long ago the oldest of it came into the stream."""
+
+    count: int = 0
+    oldest_s: float | None = None
+    by_worker: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,6 +72,11 @@ class DeadLetter:
     deliveries: int
     worker: str
     payload: bytes
+
+    @property
+    def time(self) -> float:
+        """When it was written, in seconds since the epoch by the server's clock."""
+        return float(self.entry_id.partition(b"-")[0]) / 1000
 
 
 _state = msgspec.json.Decoder(WorkerState)
@@ -91,7 +118,8 @@ class Board(Connection):
         return bool(self._ask("EXISTS", self.keys.finished))
 
     def heartbeat(self, stage: StageName | Literal["jobs"], stats: Stats, *, state: str = "running", in_hand: int = 0) -> None:
-        """Say that this worker lives, what it did and what it waits for."""
+        """Say that this worker lives, what it did, what it waits for, and what went wrong last."""
+        error = telemetry.last_error()
         me = WorkerState(
             worker=self.consumer,
             stage=stage,
@@ -104,11 +132,18 @@ class Board(Connection):
             dead=stats.dead,
             detail=stats.detail,
             numbers=stats.numbers,
+            version=VERSION,
+            error=error.words if error else "",
+            error_time=error.time if error else 0.0,
         )
         self._run(scripts.HEARTBEAT, [self.keys.workers], [self.consumer, msgspec.json.encode(me)])
 
-    def workers(self, max_age_s: float = 10.0) -> list[WorkerState]:
-        """The workers heard of within `max_age_s`, by stage and name."""
+    def workers(self, max_age_s: float = ALIVE_S) -> list[WorkerState]:
+        """The workers heard of within `max_age_s` that have not failed, by stage and name."""
+        return [state for state in self.heard_of(max_age_s) if state.state != FAILED]
+
+    def heard_of(self, max_age_s: float = FORGOTTEN_S) -> list[WorkerState]:
+        """The last heartbeats not older than `max_age_s`, also of workers that died, by stage and name."""
         now = self.server_time()
         states = []
         for beat in self._ask("HGETALL", self.keys.workers).values():
@@ -126,12 +161,25 @@ class Board(Connection):
         return {stage: self._pending_count(stage) for stage in STAGES}
 
     def _pending_count(self, stage: StageName) -> int:
+        return int(self._pending_summary(stage).get("pending", 0))
+
+    def held(self, stage: StageName) -> Held:
+        """What workers have in hand of the stream of `stage`, and whose it is."""
+        summary = self._pending_summary(stage)
+        if not summary.get("pending"):
+            return Held()
+        written = float(summary["min"].partition(b"-")[0]) / 1000
+        by_worker = {consumer["name"].decode(): int(consumer["pending"]) for consumer in summary["consumers"]}
+        return Held(int(summary["pending"]), max(0.0, self.server_time() - written), by_worker)
+
+    def _pending_summary(self, stage: StageName) -> dict[str, Any]:
         try:
-            return int(self._ask("XPENDING", self.keys.stream(stage), GROUP)["pending"])
+            summary: dict[str, Any] = self._ask("XPENDING", self.keys.stream(stage), GROUP)
         except ResponseError as error:
             if "NOGROUP" in str(error):
-                return 0
+                return {}
             raise
+        return summary
 
     def numbers(self, stage: StageName) -> list[int]:
         """The numbers of all entries in the stream of `stage`, in order."""
@@ -158,6 +206,11 @@ class Board(Connection):
         """The oldest `count` dead letters, or the oldest after the entry `after`."""
         start = "-" if after is None else b"(" + after
         return [_letter(entry_id, fields) for entry_id, fields in self._ask("XRANGE", self.keys.dead, start, "+", "COUNT", count)]
+
+    def newest_dead_letter(self) -> DeadLetter | None:
+        """The dead letter written last, where there is one."""
+        rows = self._ask("XREVRANGE", self.keys.dead, "+", "-", "COUNT", 1)
+        return _letter(*rows[0]) if rows else None
 
     def drop_dead(self, ids: Sequence[bytes]) -> None:
         """Delete dead letters that were written elsewhere."""

@@ -7,10 +7,13 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 
 import structlog
+from redis.exceptions import RedisError
 
+from pipeline.board import FAILED
 from pipeline.connection import OUTAGE
 from pipeline.errors import Exit, UserError
 from pipeline.intake import Intake
@@ -68,13 +71,7 @@ class Worker:
             UserError: the stage cannot work with these settings.
         """
         try:
-            with self.pulse, self._signals():
-                self.stage.setup()
-                self.bus.mark_ready(self.stage.name)
-                self.life.state = "running"
-                while not self.life.ends:
-                    self.turn()
-                return self._end()
+            return self._live()
         except Interrupted:
             log.info("told to stop before it was ready")
             self._leave_run()
@@ -85,11 +82,29 @@ class Worker:
         except LeaseLost as error:
             log.error("another trainer took the run over", error=str(error))
             return Exit.REFUSED
-        except UserError:
+        except UserError as error:
+            self._say_failed(str(error))
             raise
         except Exception:
             log.exception("the worker failed; what was in hand stays pending and is handed to another one")
+            self._say_failed("see its last error")
             return Exit.FAILED
+
+    def _live(self) -> Exit:
+        with self.pulse, self._signals():
+            self.stage.setup()
+            self.bus.mark_ready(self.stage.name)
+            self.life.state = "running"
+            while not self.life.ends:
+                self.turn()
+            return self._end()
+
+    def _say_failed(self, why: str) -> None:
+        """A last heartbeat, so that `onstream status` says what this worker died of."""
+        try:
+            self.bus.heartbeat(self.stage.name, replace(self.life.stats, detail=why), state=FAILED, in_hand=len(self.life.hand))
+        except RedisError as error:
+            log.warning("redis does not take the last heartbeat", error=str(error))
 
     def turn(self) -> None:
         """Take entries, let the stage do one slice of work, and move on what is ready."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+from dataclasses import dataclass
 from typing import TextIO
 
 import structlog
@@ -11,7 +13,24 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 from settings.run import LogSettings
 
+ERROR_CHARACTERS = 300
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+@dataclass(frozen=True)
+class Said:
+    """One line of the log: its words, and when, in seconds since the epoch."""
+
+    words: str
+    time: float
+
+
+_last_error: Said | None = None
+
+
+def last_error() -> Said | None:
+    """The last line of level error or critical that this process wrote, once `configure` was called."""
+    return _last_error
 
 
 def configure(stage: str, worker: str, run: str, log: LogSettings, *, stream: TextIO | None = None) -> None:
@@ -26,6 +45,7 @@ def configure(stage: str, worker: str, run: str, log: LogSettings, *, stream: Te
         _Identity(run=run, stage=stage, worker=worker),
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _remember_error,
     ]
     renderers = _renderers(log, stream)
     structlog.configure(
@@ -60,6 +80,16 @@ class _Identity:
         if (number := event.pop("number", None)) is not None:
             event["uid"] = f"{self._identity['run']}/{number}"
         return {**self._identity, **event}
+
+
+def _remember_error(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    """Keep what went wrong for the heartbeat: a worker's log may be on another machine."""
+    global _last_error
+    if event.get("level") in ("error", "critical"):
+        cause = event.get("error") or event.get("reason") or (sys.exc_info()[1] if event.get("exc_info") else None)
+        words = f"{event.get('event')}: {cause}" if cause else str(event.get("event"))
+        _last_error = Said(words[:ERROR_CHARACTERS], time.time())
+    return event
 
 
 def _renderers(log: LogSettings, stream: TextIO) -> list[Processor]:

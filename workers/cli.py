@@ -86,6 +86,21 @@ def worker(kind: WorkerKind, files: tuple[Path, ...], overrides: tuple[str, ...]
     return run_kind(kind, settings, slot)
 
 
+@cli.command()
+@click.argument("kind", type=click.Choice(KINDS), metavar="KIND")
+@sources
+@click.option("--live", is_flag=True, help="Ask only whether it lives: still starting is well, too.")
+@click.option("--slot", metavar="NAME", help="The worker that was started with this --slot; by default any of KIND on this machine.")
+def health(kind: WorkerKind, files: tuple[Path, ...], overrides: tuple[str, ...], live: bool, slot: str | None) -> Exit:
+    """Exit with 0 if the worker of KIND on this machine is ready, and not otherwise: the health check of a container."""
+    settings = _settings(files, overrides)
+    from workers.health import health
+
+    found = health(kind, settings, live=live, slot=slot)
+    click.echo(found.words)
+    return found.exit
+
+
 @cli.command("teacher-server", hidden=True)
 @sources
 @click.option("--port", type=click.IntRange(1, 65535), required=True, help="Where to listen on this machine.")

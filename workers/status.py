@@ -1,14 +1,16 @@
-"""`onstream status`: who works on a run, what waits where, and for what."""
+"""`onstream status`: who works on a run and what each holds, what waits where and for how long, and what went wrong last."""
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.board import WorkerState
+from pipeline.board import VERSION, WorkerState
 from pipeline.keys import STAGES
 from pipeline.streams import Bus
 from settings.plan import Plan
@@ -21,9 +23,12 @@ def status(bus: Bus) -> dict[str, Any]:
     plan = Plan.decode(data) if data else None
     route = list(plan.streams) if plan else list(STAGES)
     kinds = {stage: plan.kinds(stage) for stage in plan.streams} if plan else KINDS_OF
-    workers, in_hand = bus.workers(), bus.pending_counts()
+    held = {stage: bus.held(stage) for stage in STAGES}
+    holds = sum((Counter(held[stage].by_worker) for stage in STAGES), Counter[str]())
+    heard_of = [_worker(worker, holds[worker.worker]) for worker in bus.heard_of()]
     return {
         "run": bus.run,
+        "version": VERSION,
         "started": data is not None,
         "finished": snapshot.finished,
         "route": route,
@@ -31,22 +36,42 @@ def status(bus: Bus) -> dict[str, Any]:
         "issued": bus.issued(),
         "dead": bus.dead_count(),
         "stages": {
-            stage: {"ready": stage in snapshot.ready, "backlog": snapshot.backlog[stage], "in_hand": in_hand[stage]}
+            stage: {
+                "ready": stage in snapshot.ready,
+                "backlog": snapshot.backlog[stage],
+                "in_hand": held[stage].count,
+                "oldest_in_hand_s": held[stage].oldest_s,
+            }
             for stage in STAGES
             if stage in route
         },
-        "workers": [_worker(worker) for worker in workers],
+        "workers": [worker for worker in heard_of if worker["alive"]],
+        "gone": [worker for worker in heard_of if not worker["alive"]],
+        "last_dead": _last_dead(bus),
         "waits": [] if snapshot.finished else _waits(data is not None, waits(snapshot, route, {}, kinds)),
     }
+
+
+def _last_dead(bus: Bus) -> dict[str, Any] | None:
+    letter = bus.newest_dead_letter()
+    if letter is None:
+        return None
+    return {"number": letter.number, "stage": letter.stage, "reason": letter.reason, "age_s": bus.server_time() - letter.time}
 
 
 def _waits(started: bool, found: list[str]) -> list[str]:
     return found if started else ["the run has no plan yet: no trainer has started", *found]
 
 
-def _worker(worker: WorkerState) -> dict[str, Any]:
-    names = ("worker", "stage", "host", "pid", "state", "in_hand", "done", "dead", "detail", "numbers")
-    return {name: getattr(worker, name) for name in names} | {"heartbeat_age_s": round(worker.age_s, 1)}
+def _worker(state: WorkerState, holds: int) -> dict[str, Any]:
+    """A worker as JSON data. `holds` counts what Redis has pending with it, `in_hand` what it said itself."""
+    names = ("worker", "stage", "host", "pid", "state", "version", "in_hand", "done", "dead", "detail", "numbers", "alive")
+    return {name: getattr(state, name) for name in names} | {
+        "holds": holds,
+        "heartbeat_age_s": round(state.age_s, 1),
+        "error": state.error or None,
+        "error_age_s": round(time.time() - state.error_time, 1) if state.error else None,
+    }
 
 
 def show(state: dict[str, Any], console: Console) -> None:
@@ -55,12 +80,43 @@ def show(state: dict[str, Any], console: Console) -> None:
     version = state["policy_version"]
     _say(console, f"run {state['run']}: {where}, policy version {'none' if version is None else version}")
     _say(console, f"route {' → '.join(state['route'])}; {state['issued']} rollouts issued, {state['dead']} dead letters\n")
-    stages = [[name, "yes" if row["ready"] else "no", row["backlog"], row["in_hand"]] for name, row in state["stages"].items()]
-    console.print(_table(["stage", "ready", "backlog", "in hand"], stages))
-    workers = [[row["worker"], row["state"], f"{row['heartbeat_age_s']:.1f} s", row["done"], row["detail"]] for row in state["workers"]]
-    console.print(_table(["worker", "state", "last heard", "done", "detail"], workers))
-    for sentence in state["waits"]:
-        _say(console, f"waits: {sentence}")
+    stages = [
+        [name, "yes" if row["ready"] else "no", row["backlog"], row["in_hand"], _seconds(row["oldest_in_hand_s"])]
+        for name, row in state["stages"].items()
+    ]
+    console.print(_table(["stage", "ready", "backlog", "in hand", "oldest in hand"], stages))
+    console.print(_table(["worker", "state", "last heard", "holds", "policy", "done", "detail"], [_row(row) for row in state["workers"]]))
+    for sentence in (*_troubles(state), *(f"waits: {sentence}" for sentence in state["waits"])):
+        _say(console, sentence)
+
+
+def _row(worker: dict[str, Any]) -> list[Any]:
+    policy = worker["numbers"].get("policy_version")
+    names = (worker["worker"], worker["state"], _seconds(worker["heartbeat_age_s"]), worker["holds"])
+    return [*names, "" if policy is None else int(policy), worker["done"], worker["detail"]]
+
+
+def _troubles(state: dict[str, Any]) -> list[str]:
+    """What went wrong last, a sentence each."""
+    found = [
+        f"gone: {worker['worker']}, {worker['state']}, last heard of {_seconds(worker['heartbeat_age_s'])} ago, holds {worker['holds']}"
+        f"{'; ' + worker['detail'] if worker['detail'] else ''}"
+        for worker in state["gone"]
+    ]
+    wrong = [worker for worker in (*state["workers"], *state["gone"]) if worker["error"]]
+    found += [
+        f"last error of {worker['worker']}, {_seconds(worker['error_age_s'])} ago: {worker['error']}"
+        for worker in sorted(wrong, key=lambda worker: worker["error_age_s"])
+    ]
+    if (dead := state["last_dead"]) is not None:
+        found.append(f"last dead letter, {_seconds(dead['age_s'])} ago: {dead['number']} at {dead['stage']}: {dead['reason']}")
+    if others := {worker["version"] for worker in state["workers"]} - {state["version"]}:
+        found.append(f"workers of another version of Onstream than {state['version']}: {', '.join(sorted(others))}")
+    return found
+
+
+def _seconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.1f} s"
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> Table:

@@ -303,6 +303,9 @@ def test_a_user_error_in_setup_reaches_the_caller(bus: Bus) -> None:
 
     with pytest.raises(UserError, match="no model at nowhere/; expected a model directory"):
         run_worker(Misconfigured("generate"), bus, LASTING, block_s=0.2)
+    [last] = bus.heard_of()
+    assert (last.state, last.detail) == ("failed", "no model at nowhere/; expected a model directory. Set model.name.")
+    assert bus.workers() == []
 
 
 class Holding(Passing):

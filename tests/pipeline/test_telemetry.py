@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import threading
+import time
 
 from pipeline import telemetry
 from settings.run import LogSettings
@@ -31,6 +32,20 @@ def test_a_json_line_carries_run_stage_and_worker_and_the_uid_of_its_rollout() -
         "uid": "mine/12",
         "reason": "ü",
     }
+
+
+def test_the_last_error_is_remembered_with_its_cause() -> None:
+    configured(format="json")
+    telemetry.get_logger().error("no checkpoint could be written", error="disk full")
+    try:
+        raise ValueError("bad shape")
+    except ValueError:
+        telemetry.get_logger().exception("the worker failed")
+    telemetry.get_logger().warning("all is well again")
+    error = telemetry.last_error()
+    assert error is not None
+    assert error.words == "the worker failed: bad shape"
+    assert abs(error.time - time.time()) < 5
 
 
 def test_lines_of_other_threads_and_of_libraries_take_the_same_form() -> None:

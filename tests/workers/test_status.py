@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+from rich.console import Console
+
+from pipeline import telemetry
+from pipeline.board import VERSION
 from pipeline.records import PolicyVersion, StageName, Ticket
 from pipeline.stage import Stats
-from pipeline.streams import Bus
+from pipeline.streams import Bus, Move, Out
 from settings.load import load_settings
 from settings.plan import make_plan
+from settings.run import LogSettings
 from workers.access import opened, running_server
 from workers.launcher.embedded_redis import EmbeddedRedis
-from workers.status import status
+from workers.status import show, status
 
 
 def ticket(number: int) -> Ticket:
@@ -38,11 +44,38 @@ def test_status_tells_backlog_hands_heartbeats_versions_and_what_is_waited_for(b
     bus.heartbeat("train", Stats(done=5, detail="trains step 4"))
     state = status(bus)
     assert (state["route"], state["policy_version"], state["issued"], state["finished"]) == (["generate", "verify", "train"], 3, 2, False)
+    oldest_s = state["stages"]["generate"].pop("oldest_in_hand_s")
+    assert 0 < oldest_s < 10
     assert state["stages"]["generate"] == {"ready": False, "backlog": 2, "in_hand": 1}
-    assert state["stages"]["train"] == {"ready": True, "backlog": 0, "in_hand": 0}
+    assert state["stages"]["train"] == {"ready": True, "backlog": 0, "in_hand": 0, "oldest_in_hand_s": None}
     [worker] = state["workers"]
     assert (worker["worker"], worker["stage"], worker["done"], worker["detail"]) == ("tester", "train", 5, "trains step 4")
+    assert (worker["holds"], worker["version"], state["version"]) == (1, VERSION, VERSION)
+    assert (state["gone"], state["last_dead"]) == ([], None)
     assert any("generate" in sentence for sentence in state["waits"])
+
+
+def test_status_tells_who_is_gone_with_what_in_hand_and_what_went_wrong_last(bus: Bus) -> None:
+    assert bus.issue(bus.acquire_lease(30), 0, [ticket(1), ticket(2)], max_backlog=10)
+    assert len(bus.read("generate", 1)) == 1
+    telemetry.configure("generate", "tester", bus.run, LogSettings())
+    telemetry.get_logger().error("the engine failed", error="no memory")
+    bus.heartbeat("generate", Stats(detail="see its last error"), state="failed")
+    bus.settle("generate", [Move(bus.pending("generate")[0].id, [Out("dead", 1, b"x", "handed out too often", 4)])])
+    state = status(bus)
+    assert state["workers"] == []
+    [gone] = state["gone"]
+    assert (gone["worker"], gone["state"], gone["holds"], gone["error"]) == ("tester", "failed", 0, "the engine failed: no memory")
+    assert {name: state["last_dead"][name] for name in ("number", "stage", "reason")} == {
+        "number": 1,
+        "stage": "generate",
+        "reason": "handed out too often",
+    }
+    out = io.StringIO()
+    show(state, Console(file=out, width=200))
+    assert "gone: tester, failed, last heard of 0.0 s ago, holds 0; see its last error" in out.getvalue()
+    assert "ago: the engine failed: no memory" in out.getvalue()
+    assert "ago: 1 at generate: handed out too often" in out.getvalue()
 
 
 def test_the_command_finds_a_run_that_stands_still_by_its_directory_and_starts_its_redis_for_so_long(tmp_path: Path) -> None:
