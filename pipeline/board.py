@@ -106,7 +106,7 @@ class Board(Connection):
 
     def mark_ready(self, stage: StageName) -> None:
         """Say that a worker of `stage` has been ready once."""
-        self._ask("SADD", self.keys.ready, stage)
+        self._run(scripts.MARK_READY, [self.keys.ready], [stage])
 
     def ready(self) -> set[StageName]:
         """The stages that a worker has been ready for."""
@@ -136,7 +136,8 @@ class Board(Connection):
             error=error.words if error else "",
             error_time=error.time if error else 0.0,
         )
-        self._run(scripts.HEARTBEAT, [self.keys.workers], [self.consumer, msgspec.json.encode(me)])
+        ready = stage if stage in STAGES and state != "starting" else ""
+        self._run(scripts.HEARTBEAT, [self.keys.workers, self.keys.ready], [self.consumer, msgspec.json.encode(me), ready])
 
     def workers(self, max_age_s: float = ALIVE_S) -> list[WorkerState]:
         """The workers heard of within `max_age_s` that have not failed, by stage and name."""

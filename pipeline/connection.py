@@ -58,6 +58,7 @@ class Connection:
         self._db = self._client(url, CALL_TIMEOUT_S)
         self._reader = self._client(url, block_s + READ_MARGIN_S)
         self._reader_id: int | None = None
+        self._server: str | None = None
 
     def _client(self, url: str, timeout_s: float) -> Any:  # redis-py types every reply as sync-or-async, which helps nobody
         try:
@@ -96,7 +97,13 @@ class Connection:
         except OUTAGE as error:
             raise self._unreachable(error) from error
         self._refuse_unfit(info)
+        self._server = info.get("run_id")
         self.create_groups()
+
+    def server_id(self) -> str | None:
+        """What tells one server process from another; None where the server does not say."""
+        found: str | None = self._ask("INFO", "server").get("run_id")
+        return found
 
     def _locked(self, error: Exception) -> UserError:
         return UserError(
@@ -148,8 +155,18 @@ class Connection:
         )
 
     def _ask(self, *command: Any, **parsing: Any) -> Any:
-        """The reply to a command that may be repeated, asked again through an outage of up to `patience_s`."""
-        return self._patiently(lambda: self._db.execute_command(*command, **parsing))
+        """The reply to a command that may be repeated, asked again through an outage of up to `patience_s`.
+
+        Where Redis has lost the streams' groups, they are made anew first.
+        """
+        try:
+            return self._patiently(lambda: self._db.execute_command(*command, **parsing))
+        except ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            log.warning("streams or their groups are gone; creating them anew", error=str(error))
+            self.create_groups()
+            return self._patiently(lambda: self._db.execute_command(*command, **parsing))
 
     def _run(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """The reply of `script`, repeated through an outage like any command: each script allows it.
@@ -177,7 +194,15 @@ class Connection:
             raise
         except OUTAGE as error:
             log.warning("redis does not answer", redis=self._where, error=str(error), patience_s=self.patience_s)
-            return self._retrying()(call)
+            return self._retrying()(lambda: self._connected_anew(call))
+
+    def _connected_anew(self, call: Callable[[], T]) -> T:
+        """The reply to `call`. A server that takes no writes has become a replica: the next try asks for the address again."""
+        try:
+            return call()
+        except ReadOnlyError:
+            self._db.connection_pool.disconnect(inuse_connections=False)
+            raise
 
     def _retrying(self) -> tenacity.Retrying:
         return tenacity.Retrying(
@@ -195,6 +220,7 @@ class Connection:
             return self._reader.execute_command(*command)
         except OUTAGE:
             self._reader_id = None
+            self._reader.connection_pool.disconnect()
             raise
 
     def unblock(self) -> None:

@@ -10,15 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import structlog
-from redis.exceptions import OutOfMemoryError
-
 from pipeline import scripts
 from pipeline.authority import Authority, Lease
 from pipeline.keys import WORKING
 from pipeline.records import Ticket, encode
-
-log = structlog.get_logger(__name__)
 
 Wish = Literal["requeue", "purge"]
 AT_ONCE = 500
@@ -69,7 +64,7 @@ class Desk(Authority):
     ) -> bool:
         """Issue `tickets` as `issue` does; those that name a dead number serve the request for it in `served`.
 
-        Returns False, with nothing issued or served, while the backlog forbids it or Redis is full.
+        Returns False, with nothing issued or served, where `issue` would.
 
         Raises:
             LeaseLost: another trainer took over.
@@ -80,11 +75,7 @@ class Desk(Authority):
         payloads = [value for ticket in tickets for value in (ticket.number, encode(ticket))]
         keys = [self.keys.issued, self.keys.stream("generate"), self.keys.requests, self.keys.requeued, *self.stage_keys(WORKING)]
         args: list[Any] = [expected_issued, max_backlog, len(served), *named, *payloads]
-        try:
-            return bool(self._fenced(scripts.ISSUE_REQUEUED, lease, keys, args))
-        except OutOfMemoryError:
-            log.warning("redis is full; no tickets until records have moved on")
-            return False
+        return self._issue(scripts.ISSUE_REQUEUED, lease, keys, args)
 
     def close_requests(self, lease: Lease, requests: Iterable[Request], *, with_letters: bool = False) -> None:
         """Delete `requests` that were served or refused, and their dead letters too where asked.

@@ -104,7 +104,7 @@ class Pulse(threading.Thread):
     def _tell(self) -> None:
         life = self._life
         if (lease := self._bus.lease) is not None:
-            self._bus.renew_lease(lease)
+            self._bus.keep_lease(lease)
         stats = life.stats if life.holds_entries else replace(life.stats, done=life.done, dead=life.dead)
         self._bus.heartbeat(life.stage, stats, state=life.state, in_hand=len(life.hand))
         self._beaten = time.monotonic()

@@ -84,6 +84,7 @@ return 0
 # KEYS: stream, workers. ARGV: group, idle ms. Deletes consumers without pending entries that were not heard of for so long.
 BURY = Script("""
 local buried = 0
+if redis.call('EXISTS', KEYS[1]) == 0 then return redis.error_reply('NOGROUP the stream is gone') end
 for _, flat in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
   local consumer = {}
   for i = 1, #flat, 2 do consumer[flat[i]] = flat[i + 1] end
@@ -96,12 +97,20 @@ end
 return buried
 """)
 
-# KEYS: workers. ARGV: me, state. The leading HDEL lets heartbeats go on when Redis is out of memory.
+# KEYS: workers, ready. ARGV: me, state, the stage that I have been ready for, or ''. The leading HDEL lets heartbeats go on when Redis
+# is out of memory; that readiness is said again with each brings it back when Redis has lost it.
 HEARTBEAT = Script("""
 redis.call('HDEL', KEYS[1], ARGV[1])
 local now = redis.call('TIME')
 redis.call('HSET', KEYS[1], ARGV[1], now[1] .. '.' .. string.format('%06d', now[2]) .. ' ' .. ARGV[2])
+if ARGV[3] ~= '' then redis.call('SADD', KEYS[2], ARGV[3]) end
 return 1
+""")
+
+# KEYS: ready. ARGV: stage. The leading SREM is for a Redis that is out of memory.
+MARK_READY = Script("""
+redis.call('SREM', KEYS[1], ARGV[1])
+return redis.call('SADD', KEYS[1], ARGV[1])
 """)
 
 # KEYS: stream. ARGV: first id, count. Returns the last id and the numbers, without moving the payloads to the client.
@@ -116,17 +125,21 @@ end
 return {last, numbers}
 """)
 
-# KEYS: epoch, lease. ARGV: me, ttl ms, a holder known to be dead. Returns the new epoch, or 0 and the holder.
+# KEYS: epoch, lease. ARGV: me, ttl ms, the highest epoch known elsewhere, a holder known to be dead. Returns the new epoch, above that
+# one and all before, or 0 and the holder.
 ACQUIRE = Script("""
 local holder = redis.call('GET', KEYS[2])
-if holder and holder ~= ARGV[1] and holder ~= ARGV[3] then return {0, holder} end
+if holder and holder ~= ARGV[1] and holder ~= ARGV[4] then return {0, holder} end
 redis.call('DEL', KEYS[2])
 redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
-return {redis.call('INCR', KEYS[1]), ARGV[1]}
+local epoch = math.max(tonumber(redis.call('GET', KEYS[1]) or 0), tonumber(ARGV[3])) + 1
+redis.call('SET', KEYS[1], string.format('%.0f', epoch))
+return {epoch, ARGV[1]}
 """)
 
 _FENCE = """
 local epoch = redis.call('GET', KEYS[1])
+if tonumber(epoch or 0) < tonumber(ARGV[1]) then return redis.error_reply('DATALOST epoch ' .. ARGV[1] .. ' is not known') end
 if epoch ~= ARGV[1] then return redis.error_reply('LEASELOST epoch ' .. ARGV[1] .. ' was followed by ' .. tostring(epoch)) end
 """
 
@@ -154,6 +167,7 @@ return 0
 ISSUE = _fenced("""
 local issued, expected, count = tonumber(redis.call('GET', KEYS[2]) or 0), tonumber(ARGV[2]), (#ARGV - 3) / 2
 if issued >= expected + count then return 1 end
+if issued < expected then return redis.error_reply('DATALOST ' .. issued .. ' tickets are known, not ' .. expected) end
 if issued ~= expected then return redis.error_reply('MISCOUNT ' .. issued .. ' tickets were issued, not ' .. expected) end
 for i = 4, #KEYS do
   if redis.call('XLEN', KEYS[i]) > tonumber(ARGV[3]) then return 0 end
@@ -169,6 +183,7 @@ ISSUE_REQUEUED = _fenced("""
 local first = 5 + 3 * tonumber(ARGV[4])
 local issued, expected, count = tonumber(redis.call('GET', KEYS[2]) or 0), tonumber(ARGV[2]), (#ARGV - first + 1) / 2
 if issued >= expected + count then return 1 end
+if issued < expected then return redis.error_reply('DATALOST ' .. issued .. ' tickets are known, not ' .. expected) end
 if issued ~= expected then return redis.error_reply('MISCOUNT ' .. issued .. ' tickets were issued, not ' .. expected) end
 for i = 6, #KEYS do
   if redis.call('XLEN', KEYS[i]) > tonumber(ARGV[3]) then return 0 end
@@ -193,6 +208,7 @@ return 1
 
 # KEYS: epoch, hash. ARGV: epoch, field, value, …
 FILL_HASH = _fenced("""
+redis.call('HDEL', KEYS[2], ARGV[2])
 redis.call('HSET', KEYS[2], unpack(ARGV, 2))
 return 1
 """)

@@ -14,10 +14,11 @@ import structlog
 from redis.exceptions import ResponseError
 
 from pipeline import scripts
-from pipeline.authority import Lease, LeaseHeld, LeaseLost, batched_ids
+from pipeline.authority import Lease, LeaseHeld, batched_ids
 from pipeline.board import Board, DeadLetter, WorkerState
 from pipeline.desk import Desk
 from pipeline.keys import GROUP, PARKED, STAGES, WORKING
+from pipeline.ownership import LeaseLost
 from pipeline.records import StageName
 from pipeline.scores import ScoreShelf
 

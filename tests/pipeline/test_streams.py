@@ -107,8 +107,14 @@ def test_tickets_that_do_not_follow_on_the_count_are_refused(bus: Bus, lease: Le
     issue(bus, lease, 2)
     with pytest.raises(ValueError, match="do not follow on 2"):
         bus.issue(lease, 2, [ticket(4)], max_backlog=10)
-    with pytest.raises(ValueError, match="2 tickets were issued, not 5"):
-        bus.issue(lease, 5, [ticket(6)], max_backlog=10)
+    with pytest.raises(ValueError, match="2 tickets were issued, not 1"):
+        bus.issue(lease, 1, [ticket(2), ticket(3)], max_backlog=10)
+
+
+def test_tickets_on_top_of_some_that_redis_has_lost_are_not_issued_and_the_loss_is_told(bus: Bus, lease: Lease) -> None:
+    issue(bus, lease, 2)
+    assert not bus.issue(lease, 5, [ticket(6)], max_backlog=10)
+    assert bus.shaken and bus.numbers("generate") == [1, 2]
 
 
 def test_no_tickets_while_a_working_stream_holds_more_than_the_bound(bus: Bus, lease: Lease) -> None:

@@ -21,6 +21,7 @@ from pipeline.dead import all_letters
 from pipeline.errors import UserError
 from pipeline.jobs import Jobs, pin_use
 from pipeline.keys import WORKING
+from pipeline.ownership import Ownership
 from pipeline.pins import pinned, pins, unpin
 from pipeline.streams import Bus, LeaseHeld
 from pipeline.telemetry import get_logger
@@ -107,11 +108,13 @@ def prune() -> dict[str, Any]:
     found: dict[str, Any] = {"pins": _drop_stale_pins(settings)}
     with _bus() as bus:
         try:
-            lease = bus.acquire_lease(PRUNING_TTL_S)  # a trainer writes these directories, and does its own pruning
+            # A trainer writes these directories, and does its own pruning.
+            lease = bus.acquire_lease(PRUNING_TTL_S, Ownership(settings.run_dir))
         except LeaseHeld as held:
             return {**found, "policies": [], "left_to": held.holder}
         try:
-            return {**found, **_prune_directories(settings, bus)}
+            with bus.writing(lease):
+                return {**found, **_prune_directories(settings, bus)}
         finally:
             bus.release_lease(lease)
 

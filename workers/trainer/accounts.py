@@ -42,6 +42,13 @@ class Accounts:
         """Book a number whose entry is gone for good; one that comes after all does not count again."""
         self._open.setdefault(number, {})
 
+    def known(self) -> RangeSet:
+        """Every number that has settled, or is in hand for it."""
+        known = self.settled.copy()
+        for number in self._open:
+            known.add(number)
+        return known
+
     def settle(self, numbers: Iterable[int], fate: Fate, step: int) -> None:
         """Fix the fate of `numbers` in `step`."""
         for number in numbers:

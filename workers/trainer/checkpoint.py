@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,27 +64,29 @@ class Checkpoint:
     state: TrainerState
 
 
-def save(directory: Path, state: TrainerState, write_files: Callable[[Path], None], fence: Callable[[], None]) -> Checkpoint:
+def save(
+    directory: Path, state: TrainerState, write_files: Callable[[Path], None], fence: Callable[[], AbstractContextManager[None]]
+) -> Checkpoint:
     """Write the checkpoint of `state` under `directory` and make it durable.
 
-    `write_files` puts the model, tokenizer and optimizer files into the directory it is given. `fence` is called last
-    before the checkpoint gets its name, and stops by its own exception a trainer whose lease has passed to another.
+    `write_files` puts the model, tokenizer and optimizer files into the directory it is given, whose name no other process has. The
+    checkpoint gets its own name inside `fence`, which stops by an exception a trainer whose lease has passed to another.
 
     Raises:
         CheckpointError: it could not be written (a full disk, say); nothing is left of it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = _free_name(directory, state.step)
-    temporary = directory / f"{_TEMPORARY}{path.name}"
+    temporary = directory / f"{_TEMPORARY}{path.name}-{socket.gethostname()}-{os.getpid()}"
     try:
         _write(temporary, state, write_files)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk by a RuntimeError
         free = shutil.disk_usage(directory).free
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"checkpoint {path} could not be written ({error}); {free >> 20} MiB are free on its disk") from error
-    fence()
-    os.rename(temporary, path)
-    sync(directory)
+    with fence():
+        os.rename(temporary, path)
+        sync(directory)
     return Checkpoint(path, state)
 
 

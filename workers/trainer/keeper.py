@@ -59,13 +59,17 @@ class Keeper:
         """Whether there is anything at `step` that no checkpoint holds."""
         return step != self._saved_step or bool(self.accounts.lines)
 
-    def due(self, step: int, max_steps: int) -> bool:
-        """Whether a checkpoint should be taken at `step`: by the interval, at the end, or early for the bytes that wait for one."""
+    def due(self, step: int, max_steps: int, *, full: bool) -> bool:
+        """Whether a checkpoint should be taken at `step`: by the interval, at the end, or early for the bytes that wait for one.
+
+        While Redis is `full`, any bytes will do: what one checkpoint settles is acknowledged by the next.
+        """
         if time.monotonic() < self._retry_at:
             return False
         interval = self._settings.interval
         at_end = step >= max_steps and not self.saved(step)
-        return at_end or step // interval > self._saved_step // interval or self._bytes_press()
+        press = self._bytes_press() or (full and self.accounts.unacked_bytes > 0)
+        return at_end or step // interval > self._saved_step // interval or press
 
     @property
     def stalled(self) -> bool:
@@ -79,7 +83,6 @@ class Keeper:
             LeaseLost: another trainer took over.
             UserError: it could not be written many times in a row.
         """
-        self._bus.renew_lease(self._lease)  # the ledger and the checkpoints belong to the trainer alone
         try:
             size_bytes = self._write(now, write_files)
         except (CheckpointError, OSError) as error:
@@ -89,7 +92,8 @@ class Keeper:
         self._ledger_bytes, self._saved_step, self._sequence = size_bytes, now.step, self._sequence + 1
         self.accounts.durable()
         settings = self._settings
-        checkpoint.prune(self._directory, settings.keep, settings.keep_every, keep_optimizer=now.recorded is not None)
+        with self._bus.writing(self._lease):
+            checkpoint.prune(self._directory, settings.keep, settings.keep_every, keep_optimizer=now.recorded is not None)
         return True
 
     def pay(self) -> None:
@@ -111,8 +115,9 @@ class Keeper:
         return self.accounts.since_bytes * STREAM_OVERHEAD >= self._settings.max_unacked_bytes / 2
 
     def _write(self, now: Standing, write_files: Callable[[Path], None]) -> int:
-        self.ledger.cut(self._ledger_bytes)  # an attempt that failed may have left its lines
-        size_bytes = self.ledger.append(self.accounts.lines)
+        with self._bus.writing(self._lease):
+            self.ledger.cut(self._ledger_bytes)  # an attempt that failed may have left its lines
+            size_bytes = self.ledger.append(self.accounts.lines)
         state = TrainerState(
             sequence=self._sequence + 1,
             step=now.step,
@@ -126,12 +131,13 @@ class Keeper:
             dropped=dict(now.dropped),
             recorded=now.recorded,
         )
-        checkpoint.save(self._directory, state, write_files, fence=lambda: self._bus.renew_lease(self._lease))
+        checkpoint.save(self._directory, state, write_files, fence=lambda: self._bus.writing(self._lease))
         return size_bytes
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
-        self.ledger.cut(self._ledger_bytes)
+        with self._bus.writing(self._lease):
+            self.ledger.cut(self._ledger_bytes)
         pause_s = min(2.0**self._failures / 2, LONGEST_RETRY_S)
         log.error(
             "no checkpoint could be written; the ones before stand, and training goes on",

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import structlog
 
+from pipeline.authority import while_it_may_expire
 from pipeline.dead import dead_numbers
 from pipeline.errors import Exit, UserError
 from pipeline.jsonl import JsonLines
 from pipeline.ledger import RangeSet
-from pipeline.streams import STAGES, Bus, Lease, LeaseHeld
+from pipeline.ownership import Ownership
+from pipeline.streams import STAGES, Bus, Lease
 from settings.plan import Plan, differences, refuse_differences
 from settings.run import RunSettings
 from workers.trainer.accounts import Accounts
@@ -20,26 +22,16 @@ from workers.trainer.checkpoint import TrainerState
 log = structlog.get_logger(__name__)
 
 PLAN, CHANGES = "plan.json", "changes.jsonl"
-_POLL_S = 0.1
 
 
-def become_trainer(bus: Bus, ttl_s: float) -> Lease:
-    """The run's lease. Waits as long as that of a dead trainer could still run.
+def become_trainer(bus: Bus, ttl_s: float, files: Ownership) -> Lease:
+    """The run's lease, and the claim to its `files`. Waits as long as the lease of a dead trainer could still run.
 
     Raises:
         LeaseHeld: another trainer renews it.
+        LeaseLost: another trainer was faster to claim the files.
     """
-    deadline, told = time.monotonic() + ttl_s + 2 * _POLL_S, False
-    while True:
-        try:
-            return bus.acquire_lease(ttl_s)
-        except LeaseHeld as held:
-            if time.monotonic() > deadline:
-                raise
-            if not told:
-                log.info("another trainer has this run; waiting whether it still lives", holder=held.holder, wait_s=ttl_s)
-                told = True
-            time.sleep(_POLL_S)
+    return while_it_may_expire(lambda: bus.acquire_lease(ttl_s, files), ttl_s)
 
 
 def agree_on_plan(bus: Bus, lease: Lease, ours: Plan, run: RunSettings, run_dir: Path, state: TrainerState | None) -> None:
@@ -62,12 +54,12 @@ def agree_on_plan(bus: Bus, lease: Lease, ours: Plan, run: RunSettings, run_dir:
     fresh.rename(run_dir / PLAN)
 
 
-def lost_numbers(bus: Bus, settled: RangeSet, issued: int, run_dir: Path) -> RangeSet:
-    """The numbers up to `issued` that are neither settled nor in any stream, dead letters included.
+def lost_numbers(bus: Bus, known: RangeSet, issued: int, run_dir: Path) -> RangeSet:
+    """The numbers up to `issued` that are neither `known` (settled, or in the trainer's hands) nor in any stream, dead letters included.
 
     Streams are read in the order of the flow, so that a record which moves meanwhile is met at least once.
     """
-    known = settled.copy()
+    known = known.copy()
     for stage in STAGES:
         for number in bus.numbers(stage):
             known.add(number)
@@ -76,10 +68,10 @@ def lost_numbers(bus: Bus, settled: RangeSet, issued: int, run_dir: Path) -> Ran
     return RangeSet.of(known.missing(issued))
 
 
-def unsettled_dead(bus: Bus, settled: RangeSet, run_dir: Path) -> list[int]:
+def unsettled_dead(bus: Bus, known: RangeSet, run_dir: Path) -> list[int]:
     """Dead letters whose tombstone has gone: acknowledged by a checkpoint that was lost since. They stay dead."""
     # Before the streams: whoever dies in between has its tombstone in them.
-    dead = {number for number in dead_numbers(bus, run_dir) if number > 0 and number not in settled}
+    dead = {number for number in dead_numbers(bus, run_dir) if number > 0 and number not in known}
     return sorted(dead.difference(*(bus.numbers(stage) for stage in STAGES))) if dead else []
 
 

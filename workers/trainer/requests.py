@@ -34,9 +34,8 @@ class Requests:
         self._purges: list[Request] = []  # in the accounts, and not yet in a durable checkpoint
         self._taken: set[bytes] = set()
         self._next_look = 0.0
-        self._take_up_requeued()
 
-    def _take_up_requeued(self) -> None:
+    def take_up_requeued(self) -> None:
         """Bring together what the checkpoint and Redis know of numbers that were asked for anew."""
         known = self._bus.requeued()
         self._bus.keep_requeued(self._lease, {new: dead for new, dead in self._issuer.requeued.items() if new not in known})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from pipeline.jsonl import JsonLines, cut
 from pipeline.ledger import Fate
+from pipeline.ownership import Ownership
 from pipeline.records import Rollout, StageName, Ticket, Tombstone
 from pipeline.stage import Delivery, Outcome, Stats
 from pipeline.streams import Bus
@@ -20,7 +22,7 @@ from settings.plan import make_plan
 from settings.root import Settings
 from workers.access import redis_url
 from workers.trainer import checkpoint
-from workers.trainer.checkpoint import Checkpoint, TrainerState
+from workers.trainer.checkpoint import Checkpoint
 from workers.trainer.course import Course, learner_at
 from workers.trainer.disk import writing_to
 from workers.trainer.evaluations import Evaluations
@@ -71,13 +73,14 @@ class Trainer:
         Raises:
             UserError: another trainer has the run, the settings are not the run's, the student cannot be loaded, the disk is full.
         """
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.lease = become_trainer(self.bus, self.settings.delivery.lease)
-        found = checkpoint.load_newest(self.run_dir / checkpoint.FOLDER)
-        state = found.state if found else None
-        agree_on_plan(self.bus, self.lease, self.plan, self.settings.run, self.run_dir, state)
+        self.files = Ownership(self.run_dir)
+        self.lease = become_trainer(self.bus, self.settings.delivery.lease, self.files)
+        with self.bus.writing(self.lease):
+            found = checkpoint.load_newest(self.run_dir / checkpoint.FOLDER)
+            state = found.state if found else None
+            agree_on_plan(self.bus, self.lease, self.plan, self.settings.run, self.run_dir, state)
         self._load(found)
-        with writing_to(self.run_dir):
+        with self._writing():
             self.keeper = Keeper(self.bus, self.lease, self.run_dir, self.settings.checkpoint, state)
             self.accounts = self.keeper.accounts
             self.issuer = replace(self.issuer, requeued=self.keeper.requeued)  # one dictionary: what is asked for anew is checkpointed
@@ -87,10 +90,11 @@ class Trainer:
             self.publisher = Publisher(self.bus, self.lease, self.run_dir, files, self.settings.checkpoint.keep_policies)
             self.policy = self.publisher.publish(self.step, self.learner.published_state())
             self.recording = Recording(self.settings, found, self.policy.digest)
-        self._recover(state)
         if self.settings.eval.interval:
             self._evaluations = Evaluations(self.settings, redis_url(self.settings), self.run_dir)
-            self._evaluations.ask_again(self.step)
+        self.issued = state.issued if state else 0
+        self._recover()
+        self.requests.look(self.step + 1)  # a run that has ended is taken up for its purges alone
         if self.step < self.max_steps and self.bus.finished():
             self.bus.reopen(self.lease)
         self._free_since = self._stepped_at = time.monotonic()
@@ -115,20 +119,40 @@ class Trainer:
                 log.info("lines past the checkpoint cut off", file=name, lines=gone)
         self.metrics, self.samples = JsonLines(self.run_dir / "metrics.jsonl"), JsonLines(self.run_dir / "samples.jsonl")
 
-    def _recover(self, state: TrainerState | None) -> None:
-        """Settle what died unnoticed, and issue again what Redis has lost."""
-        self.issued = self.bus.issued()
-        if state and state.issued > self.issued:
-            log.error("redis lost data: it counts fewer tickets than the checkpoint", redis=self.issued, checkpoint=state.issued)
-            self.issued = self.bus.set_issued(self.lease, state.issued)
-        for number in unsettled_dead(self.bus, self.accounts.settled, self.run_dir):
+    def _recover(self) -> None:
+        """Compare what Redis has with what it should have: settle what died unnoticed, and ask again for what is lost.
+
+        At the start, and whenever Redis may have lost data under a trainer at work: then it is what the trainer remembers that counts.
+        """
+        self.bus.shaken = False
+        if (known := self.bus.issued()) < self.issued:
+            log.error("redis lost data: it counts fewer tickets than were issued", redis=known, issued=self.issued)
+        self.issued = self.bus.set_issued(self.lease, self.issued)
+        self.bus.write_plan(self.lease, self.plan.encode())
+        newest = self.bus.newest_policy()
+        if newest is None or newest.number < self.policy.number:
+            self.bus.announce(self.lease, self.policy)
+        self.requests.take_up_requeued()
+        for number in unsettled_dead(self.bus, self.accounts.known(), self.run_dir):
             self.accounts.take_without_entry(number)
             self.course.take(Tombstone(number, "train", "found among the dead letters"), time.time())
-        lost = lost_numbers(self.bus, self.accounts.settled, self.issued, self.run_dir)
+        lost = lost_numbers(self.bus, self.accounts.known(), self.issued, self.run_dir)
         if lost:
             log.error("rollouts got lost with redis's data; issuing them again", count=len(lost), numbers=lost.ranges()[:20])
         self._again = self.issuer.again(lost, version=self.step)
-        self.requests.look(self.step + 1)  # a run that has ended is taken up for its purges alone
+        if self._evaluations:
+            self._evaluations.ask_again(self.step)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Change files of the run meanwhile.
+
+        Raises:
+            LeaseLost: another trainer took over.
+            UserError: the disk is full.
+        """
+        with self.bus.writing(self.lease), writing_to(self.run_dir):
+            yield
 
     # Work ------------------------------------------------------------------------------------------------------------
 
@@ -150,6 +174,9 @@ class Trainer:
             LeaseLost: another trainer took over.
             UserError: the disk is full, and stayed so.
         """
+        if self.bus.shaken:
+            log.warning("redis was restarted, replaced or emptied; looking what it has lost", step=self.step, issued=self.issued)
+            self._recover()
         for delivery in new:
             if not isinstance(delivery.record, Ticket) and self.accounts.take(delivery):
                 self.course.take(delivery.record, delivery.taken)
@@ -159,7 +186,7 @@ class Trainer:
             self._advance()
         self.requests.look(self.step + 1)
         self._issue()
-        if self.keeper.due(self.step, self.max_steps):
+        if self.keeper.due(self.step, self.max_steps, full=self.bus.full):
             self._checkpoint()
         self.keeper.pay()
         if self.step >= self.max_steps and not self._finished and self.keeper.saved(self.step):
@@ -180,7 +207,7 @@ class Trainer:
             self._evaluations.close()
 
     def _advance(self) -> None:
-        with writing_to(self.run_dir):
+        with self.files.held(), writing_to(self.run_dir):
             self.course.advance()
 
     def considered(self, record: Rollout | Tombstone, taken: float) -> None:
@@ -196,8 +223,7 @@ class Trainer:
         started = time.monotonic()
         learned = self.course.learn()
         learned_at = time.monotonic()
-        self.bus.renew_lease(self.lease)  # what follows writes files that belong to the trainer alone
-        with writing_to(self.run_dir):
+        with self._writing():
             self.policy = self.publisher.publish(self.step + 1, self.learner.published_state())
             published_at = time.monotonic()
             row = self.course.conclude(learned)
@@ -252,7 +278,7 @@ class Trainer:
         for at in range(0, len(tickets), at_once):
             some = tickets[at : at + at_once]
             if not self.bus.issue(self.lease, self.issued, some, self.settings.orchestrator.max_backlog):
-                self._waits_for = "room for tickets: the backlog has reached orchestrator.max_backlog, or Redis is full"
+                self._waits_for = f"room for tickets: {'Redis is full' if self.bus.full else 'the backlog is at orchestrator.max_backlog'}"
                 return
             self.issued += len(some)
 
@@ -271,13 +297,13 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         started = time.monotonic()
-        with writing_to(self.run_dir):
+        with self._writing():
             self.metrics.sync()
             self.samples.sync()
             self.recording.sync()
         now = Standing(self.step, self.policy, self.issued, self.course.dropped, self.recording.position)
         if self.keeper.save(now, self._write_files):
-            with writing_to(self.run_dir):
+            with self._writing():
                 self.requests.durable()
                 self.requests.spill(self.settings.delivery.max_dead)
             log.info("checkpoint", step=self.step, seconds=round(time.monotonic() - started, 3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +35,9 @@ def write(path: Path) -> None:
     (path / "nested/template.jinja").write_bytes(b"words")
 
 
-def nothing() -> None:
+def nothing() -> AbstractContextManager[None]:
     """A fence that lets everybody pass."""
+    return nullcontext()
 
 
 def names(directory: Path) -> list[str]:
@@ -76,7 +78,7 @@ def test_one_that_cannot_be_written_leaves_nothing_and_names_the_reason(tmp_path
 
 
 def test_one_whose_writer_lost_its_lease_never_gets_its_name(tmp_path: Path) -> None:
-    def lost() -> None:
+    def lost() -> AbstractContextManager[None]:
         raise PermissionError("another trainer took over")
 
     with pytest.raises(PermissionError):

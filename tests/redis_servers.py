@@ -1,0 +1,71 @@
+"""A Redis with a replica, at one address that can be made to mean either."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from redis import Redis
+
+from workers.launcher.embedded_redis import find_server
+
+
+class Server:
+    """One redis-server, over TCP (replication knows nothing else) and a Unix socket."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir()
+        self.socket, self.port = directory / "s.sock", free_port()
+        listens = ["--port", str(self.port), "--bind", "127.0.0.1", "--unixsocket", str(self.socket), "--dir", str(directory)]
+        command = [str(find_server(None)), *listens, "--save", "", "--maxmemory-policy", "noeviction", "--repl-diskless-sync-delay", "0"]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        self.client = Redis(unix_socket_path=str(self.socket), socket_timeout=5)
+        while not self.socket.exists():
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.client.close()
+
+
+class Pair:
+    """A server and its replica. `url` means the server until `fail_over`, and then the replica."""
+
+    def __init__(self, directory: Path) -> None:
+        self.main, self.replica = Server(directory / "main"), Server(directory / "replica")
+        self._address = directory / "address.sock"
+        self._address.symlink_to(self.main.socket)
+        self.url = f"unix://{self._address}"
+        self.replica.client.execute_command("REPLICAOF", "127.0.0.1", self.main.port)
+        while self.replica.client.info("replication")["master_link_status"] != "up":
+            time.sleep(0.02)
+
+    def cut_off_replica(self) -> None:
+        """From now on the replica gets nothing: what is written now, a fail-over loses."""
+        self.main.client.execute_command("WAIT", 1, 5000)
+        self.replica.client.execute_command("REPLICAOF", "NO", "ONE")
+
+    def fail_over(self) -> None:
+        """The server dies, and the replica takes its address."""
+        self.main.kill()
+        self._address.unlink()
+        self._address.symlink_to(self.replica.socket)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for server in (self.main, self.replica):
+            server.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
