@@ -46,7 +46,7 @@ def test_a_trainer_whose_redis_is_emptied_under_it_asks_again_for_what_is_lost_a
     job.until(3)
     job.answer(count=3)
     job.turn()
-    epoch, held, issued = job.trainer.lease.epoch, len(list(job.trainer.book.held())), bus.issued()
+    epoch, held, issued = job.trainer.lease.epoch, len(list(job.trainer.course.book.held())), bus.issued()
     job.lose_redis()
     beat(job)
     job.turn(3)
