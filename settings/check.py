@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from pipeline.errors import Exit
 from settings.devices import gpus_found
+from settings.engines import engine_problems
 from settings.fields import known
 from settings.gpus import gpu_problems
 from settings.load import Resolved
@@ -16,7 +17,6 @@ from settings.plan import Plan, make_plan
 from settings.problem import Problem
 from settings.root import Settings
 from settings.rules import warnings_of
-from settings.serving import engine_problems
 from settings.text import shown
 
 
@@ -28,7 +28,7 @@ def report(resolved: Resolved, console: Console, *, everything: bool) -> Exit:
     problems = list(resolved.problems)
     if resolved.settings is not None:
         plan = make_plan(resolved.settings)
-        problems += engine_problems(plan.teacher_server) + gpu_problems(resolved.settings, plan, gpus_found())
+        problems += engine_problems(resolved.settings, plan) + gpu_problems(resolved.settings, plan, gpus_found())
         _print_settings(resolved.settings, resolved.origins, console, everything=everything)
         _print_plan(plan, resolved.settings, console)
         _print_warnings(warnings_of(resolved.settings), console)

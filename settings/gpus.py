@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from settings.deployment import WorkerKind
+from settings.engines import student_engine
 from settings.plan import Plan
 from settings.problem import Problem
 from settings.root import Settings
 from settings.text import shown
 
 Place = tuple[WorkerKind, int]
-"""A worker that this deployment starts: the index-th of its kind."""
+"""A worker that this deployment starts: the index-th of its kind. Where a model is spread over GPUs, each of its parts is one."""
 
 ROLES: dict[WorkerKind, str] = {"trainer": "train", "generator": "inference", "teacher": "teacher"}
 """The workers that compute on a GPU, by the names of their shares in `deployment.gpu_memory_shares`."""
 
+SPLIT: dict[str, WorkerKind] = {"teacher": "teacher", "student": "generator"}
+"""The models that vLLM may spread over GPUs, and who runs them."""
+
 
 def gpu_problems(settings: Settings, plan: Plan, gpus: Sequence[str]) -> list[Problem]:
-    """Why the workers that this deployment starts beside a teacher of its own cannot have `gpus`; empty where they can."""
-    if plan.device != "cuda" or (settings.deployment.num_teacher_gpus is None and not plan.teacher_server):
+    """Why the workers that this deployment starts cannot have `gpus`, where it says how many it needs; empty where they can."""
+    stated = settings.deployment.num_teacher_gpus is not None or plan.teacher_server or _parts(settings, plan, "generator") > 1
+    if plan.device != "cuda" or not stated:
         return []
     if settings.deployment.share_gpus and (unstated := _unstated(settings, plan)):
         return [_without_shares(unstated)]
@@ -29,21 +34,26 @@ def gpu_problems(settings: Settings, plan: Plan, gpus: Sequence[str]) -> list[Pr
 def placement(settings: Settings, plan: Plan, gpus: Sequence[str]) -> dict[Place, str] | None:
     """A GPU for each worker that computes on one, largest share first; None where they do not fit, or compute on the CPU.
 
-    Where a server spreads the teacher over GPUs, each part of it is a `teacher` here and has another GPU.
+    The parts of one model, which `gpus_of` puts together again, have different GPUs.
     """
     if plan.device != "cuda":
         return None
     room = dict.fromkeys(gpus, 1.0)
     placed: dict[Place, str] = {}
     for place, share in sorted(_shares(settings, plan).items(), key=lambda item: -item[1]):
+        barred = {placed[other] for other in placed if _whole(settings, plan, other) == _whole(settings, plan, place)}
         # Shares such as 0.1 and 0.7 do not add up exactly.
-        barred = {placed[other] for other in placed if plan.teacher_server and place[0] == other[0] == "teacher"}
         gpu = next((gpu for gpu, free in room.items() if free >= share - 1e-9 and gpu not in barred), None)
         if gpu is None:
             return None
         room[gpu] -= share
         placed[place] = gpu
     return placed
+
+
+def gpus_of(settings: Settings, plan: Plan, placed: Mapping[Place, str], whole: Place) -> str:
+    """The GPUs that hold the index-th model of a kind, as `CUDA_VISIBLE_DEVICES` names them; nothing where it has none."""
+    return ",".join(gpu for place, gpu in sorted(placed.items()) if _whole(settings, plan, place) == whole)
 
 
 def memory_share(settings: Settings, kind: WorkerKind) -> float | None:
@@ -54,11 +64,26 @@ def memory_share(settings: Settings, kind: WorkerKind) -> float | None:
     return share
 
 
+def _parts(settings: Settings, plan: Plan, kind: WorkerKind) -> int:
+    """GPUs that one model of `kind` is spread over."""
+    if kind == "teacher" and plan.teacher_server:
+        return plan.teacher_server
+    if kind == "generator" and student_engine(settings) == "vllm":
+        return settings.inference.tensor_parallel_size * settings.inference.data_parallel_size
+    return 1
+
+
+def _whole(settings: Settings, plan: Plan, part: Place) -> Place:
+    """The model that `part` belongs to: the how-manieth of its kind."""
+    kind, index = part
+    return kind, index // _parts(settings, plan, kind)
+
+
 def _computing(settings: Settings, plan: Plan) -> dict[WorkerKind, int]:
-    """Workers started here that compute on a GPU; in hard distillation the generators only ask an endpoint."""
+    """Parts of models that workers started here compute on a GPU; in hard distillation the generators only ask an endpoint."""
     kinds = [kind for kind in ROLES if kind != "generator" or plan.rollout_teacher is None]
-    counts: dict[WorkerKind, int] = plan.workers | ({"teacher": plan.teacher_server} if plan.teacher_server else {})
-    return {kind: counts[kind] for kind in kinds if counts.get(kind)}
+    counts: dict[WorkerKind, int] = plan.workers | ({"teacher": 1} if plan.teacher_server else {})
+    return {kind: counts[kind] * _parts(settings, plan, kind) for kind in kinds if counts.get(kind)}
 
 
 def _shares(settings: Settings, plan: Plan) -> dict[Place, float]:
@@ -89,10 +114,11 @@ def _too_few(settings: Settings, plan: Plan, gpus: Sequence[str]) -> Problem:
         else ', or set deployment.share_gpus = true with deployment.gpu_memory_shares, or deployment.device = "cpu".'
     )
     stated, served = shown(settings.deployment.num_teacher_gpus), plan.teacher_server
+    split = [f"each part of the {what}" for what, kind in SPLIT.items() if counts.get(kind) and _parts(settings, plan, kind) > 1]
     return Problem(
         ("deployment.num_teacher_gpus", "deployment.share_gpus"),
         f"{' + '.join(parts)} = {sum(shares.values()):g} GPUs (deployment.num_teacher_gpus = {stated})",
-        f"workers that fit the {len(gpus)} found here{', each part of the teacher on another one' if served > 1 else ''}",
+        f"workers that fit the {len(gpus)} found here{', ' + ' and '.join(split) + ' on another one' if split else ''}",
         advice + (' teacher_inference.engine = "transformers" starts no vLLM server.' if served else ""),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -27,17 +27,35 @@ class SamplingSettings(Section):
 class InferenceSettings(Section):
     """The generator's engine."""
 
-    engine: Annotated[Literal["auto", "transformers"], WORKER] = "auto"
-    """The engine that generates rollouts. `transformers` is built in."""
+    engine: Annotated[Literal["auto", "transformers", "vllm"], WORKER] = "auto"
+    """The engine that generates rollouts: `transformers`, which is built in, or `vllm`, inside the generator, where it is installed.
+    `auto` is vLLM on CUDA where it is installed and knows the model, and transformers otherwise; on a CPU, where vLLM takes
+    longer to start than a small model to learn, only where it is asked for."""
     max_batch: Annotated[int, WORKER, Unit("rollouts"), Field(ge=1, le=65536)] = 256
-    """Rollouts that one generator decodes at once."""
+    """Rollouts that one generator decodes at once; with `data_parallel_size` replicas, each of them."""
     prefetch: Annotated[int, WORKER, Unit("rollouts"), Field(ge=0, le=65536)] = 64
     """Tickets that a generator holds beyond those it decodes, so that a slot never waits for Redis."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], WORKER] = "auto"
     """Precision of the engine's weights; `auto` is float32 on a CPU and bfloat16 on CUDA."""
-    on_new_weights: Annotated[Literal["recompute", "keep"], WORKER] = "recompute"
+    on_new_weights: Annotated[Literal["recompute", "keep", "wait", "abort"], WORKER] = "recompute"
     """What becomes of completions in progress when a new policy version arrives: `recompute` their keys and values under it, so that
-    each token is drawn from one policy alone, or `keep` those of the old one, which is cheaper for long completions and inexact."""
+    each token is drawn from one policy alone; `keep` those of the old one, which is cheaper for long completions and inexact; `wait`
+    until they are finished, and start no others meanwhile; or `abort` them and ask anew with what was written, which comes to the
+    same as `recompute` and loses a draw to the seeds."""
+    tensor_parallel_size: Annotated[int, WORKER, Unit("GPUs"), Field(ge=1, le=1024)] = 1
+    """GPUs that each layer is split over, by vLLM."""
+    data_parallel_size: Annotated[int, WORKER, Unit("replicas"), Field(ge=1, le=1024)] = 1
+    """Replicas of the model inside one vLLM engine. More generators (`deployment.generators`) do the same, and fail one by one."""
+    gpu_memory_utilization: Annotated[float | None, WORKER, Unit("share"), Field(gt=0, le=1)] = None
+    """Share of its GPU's memory that vLLM takes. Unset: `deployment.gpu_memory_shares.inference` where GPUs are shared, else vLLM's
+    own choice."""
+    max_model_len: Annotated[int | None, WORKER, Unit("tokens"), Field(ge=2, le=1 << 24)] = None
+    """The longest prompt and completion together that vLLM keeps room for. Unset: the model's context."""
+    enforce_eager: Annotated[bool | None, WORKER] = None
+    """Keep vLLM from compiling the model and capturing CUDA graphs. Unset: true on a CPU, false on CUDA."""
+    extra_args: Annotated[dict[str, Any], WORKER] = Field(default_factory=dict)
+    """Further arguments of vLLM's engine by their Python names, such as `{ max_num_batched_tokens = 16384 }`; they win over those that
+    follow from the settings."""
     sampling: SamplingSettings = SamplingSettings()
 
 

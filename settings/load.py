@@ -26,6 +26,8 @@ from settings.root import Settings
 from settings.rules import problems_of
 from settings.unknown import PREFIX, field_problem, unknown_variable
 
+FREE_FORM = (("task", "args"), ("inference", "extra_args"))
+"""Tables whose keys are not settings, by section and name."""
 _SETTINGS = cast(type[BaseSettings], Settings)  # sources ask for its fields and config alone, which every model has
 
 
@@ -163,10 +165,11 @@ def _not_json(origin: str, name: str, text: str) -> Problem:
 
 
 def _with_json_leaves(values: dict[str, Any]) -> dict[str, Any]:
-    """Texts inside `task.args` as the numbers and lists they spell: its fields have no types to go by."""
-    args = values.get("task", {}).get("args") if isinstance(values.get("task"), dict) else None
-    if isinstance(args, dict):
-        args.update({key: _json_or_text(text) for key, text in args.items() if isinstance(text, str)})
+    """Texts inside the tables of free form as the numbers and lists they spell: their fields have no types to go by."""
+    for section, name in FREE_FORM:
+        args = values.get(section, {}).get(name) if isinstance(values.get(section), dict) else None
+        if isinstance(args, dict):
+            args.update({key: _json_or_text(text) for key, text in args.items() if isinstance(text, str)})
     return values
 
 

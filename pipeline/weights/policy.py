@@ -60,6 +60,11 @@ class LoadedPolicy:
         """The weights by name, on the CPU, without a copy: valid for as long as anybody holds them."""
         return {name: view(self.data, entry) for name, entry in self.layout.items()}
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors' shapes by name."""
+        return {name: entry.shape for name, entry in self.layout.items()}
+
     def file(self) -> Path:
         """These weights as a safetensors file that other processes of this machine can read, alone in its directory.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from settings.devices import device_of, gpus_found
-from settings.gpus import gpu_problems, memory_share, placement
+from settings.gpus import gpu_problems, gpus_of, memory_share, placement
 from settings.load import load_settings
 from settings.plan import Plan, make_plan
 from settings.root import Settings
@@ -94,3 +94,18 @@ def test_without_a_started_teacher_workers_without_a_gpu_of_their_own_are_not_re
     settings, plan = made("deployment.device=cuda")
     assert gpu_problems(settings, plan, ["0"]) == []
     assert placement(settings, plan, ["0"]) is None
+
+
+def test_a_student_that_vllm_splits_has_all_gpus_of_each_generator_to_itself() -> None:
+    split = ("deployment.device=cuda", "inference.engine=vllm", "inference.tensor_parallel_size=2", "deployment.generators=2")
+    settings, plan = made(*split)
+    gpus = ["0", "1", "2", "3", "4"]
+    assert gpu_problems(settings, plan, gpus) == []
+    placed = placement(settings, plan, gpus)
+    assert placed is not None
+    assert gpus_of(settings, plan, placed, ("trainer", 0)) == "0"
+    assert [gpus_of(settings, plan, placed, ("generator", index)) for index in range(2)] == ["1,2", "3,4"]
+    assert gpus_of(settings, plan, placed, ("generator", 2)) == ""
+    [problem] = gpu_problems(settings, plan, gpus[:4])
+    assert problem.got.startswith("train 1 + inference 4 = 5 GPUs")
+    assert problem.expected == "workers that fit the 4 found here, each part of the student on another one"

@@ -72,6 +72,19 @@ REFUSED = [
         "orchestrator.teacher_model.client.base_url = []",
         "the address of an endpoint for the teacher-external worker",
     ),
+    # The student's engine.
+    (
+        ["inference.engine=vllm", 'inference.extra_args={"seed": 1, "max_num_seqs": 8}'],
+        "inference.extra_args = {seed = 1, max_num_seqs = 8}",
+        "no max_num_seqs, which follows from inference.max_batch",
+    ),
+    (["inference.engine=vllm", "inference.extra_args.logprobs_mode=raw_logprobs"], "raw_logprobs", "which the engine chooses"),
+    (
+        ["inference.engine=vllm", "inference.max_model_len=512"],
+        "inference.max_model_len = 512 with inference.sampling.max_completion = 512",
+        "room for a prompt",
+    ),
+    (["inference.engine=vllm", "inference.sampling.temperature=0.001"], "temperature = 0.001", "at least 0.01 with vLLM"),
     # Sampling.
     (["inference.sampling.top_p=0.9"], "inference.sampling.top_p = 0.9", "expected 1.0 in training"),
     (["inference.sampling.top_k=5"], "inference.sampling.top_k = 5", "expected 0 in training"),
@@ -100,6 +113,7 @@ WARNED = [
     (["deployment.num_teacher_gpus=1", "trainer.loss.teacher_tau=1", "trainer.loss.adv_tau=0"], "nothing to learn"),
     (["trainer.loss.teacher_top_k=4"], "teacher_top_k = 4 has no effect"),
     ([*TEACHER, 'teacher_inference.extra_args=["--seed", "1"]'], "extra_args has no effect: the teacher's engine is transformers"),
+    (["inference.tensor_parallel_size=2"], "inference.tensor_parallel_size has no effect: the student's engine is transformers"),
     ([*TEACHER, STAGES('["generate", "score", "train"]')], "adv_tau has no effect"),
     ([*TEACHER, STAGES('["generate", "verify", "train"]')], "onstream worker teacher)"),
     ([*ENDPOINT, "trainer.loss.teacher_tau=1", "deployment.external_teachers=0"], "onstream worker teacher-external)"),

@@ -10,11 +10,12 @@ from rich.console import Console
 
 from settings import serving
 from settings.check import report
+from settings.engines import engine_problems
 from settings.gpus import gpu_problems, placement
 from settings.load import load_settings, resolve
 from settings.plan import Plan, make_plan, refuse_differences
 from settings.rules import problems_of
-from settings.serving import engine_problems, teacher_engine, vllm_importable
+from settings.serving import teacher_engine, vllm_importable
 
 CUDA = "deployment.device=cuda"
 SERVED = ("trainer.loss.teacher_tau=0.5", "teacher_inference.engine=vllm")
@@ -105,7 +106,8 @@ def test_vllm_that_is_asked_for_and_missing_is_refused_before_anything_starts(mo
     assert 'teacher_inference.engine = "vllm", which is not installed here' in printed.getvalue()
     assert "pip install 'onstream[vllm]'" in printed.getvalue()
     monkeypatch.setattr(serving, "vllm_importable", lambda: True)
-    assert engine_problems(1) == []
+    settings = load_settings(overrides=[*SERVED, TWO], environ={})
+    assert engine_problems(settings, make_plan(settings)) == []
 
 
 def test_endpoints_that_others_ask_need_no_address_here_beside_a_server() -> None:

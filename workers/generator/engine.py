@@ -52,6 +52,19 @@ class Completion:
     version_spans: list[VersionSpan]
 
 
+def require_possible(request: Request, max_context: int | None) -> None:
+    """Check that there is something to write, and that it fits.
+
+    Raises:
+        ValueError: an empty prompt, no token to write, or more tokens than `max_context`.
+    """
+    total = len(request.prompt_ids) + request.max_tokens
+    if not len(request.prompt_ids) or request.max_tokens < 1:
+        raise ValueError(f"request {request.key} has {len(request.prompt_ids)} prompt tokens and asks for {request.max_tokens}")
+    if max_context is not None and total > max_context:
+        raise ValueError(f"request {request.key} may come to {total} tokens; the model takes {max_context}")
+
+
 class Engine(Protocol):
     """Writes completions, many at once. Not thread-safe: one thread adds, steps and loads."""
 
@@ -61,13 +74,13 @@ class Engine(Protocol):
         ...
 
     @property
-    def active(self) -> int:
-        """Requests added and not yet handed back, whether they are being decoded or wait for a slot."""
+    def slots(self) -> int:
+        """How many completions are decoded at once."""
         ...
 
     @property
-    def room(self) -> int:
-        """How many more requests would get a slot in the next step."""
+    def active(self) -> int:
+        """Requests added and not yet handed back, whether they are being decoded or wait for a slot."""
         ...
 
     def add(self, requests: Sequence[Request]) -> None:

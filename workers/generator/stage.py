@@ -18,7 +18,7 @@ from pipeline.weights import Directory
 from settings.root import Settings
 from workers.generator.engine import Completion, Request, Sampling
 from workers.generator.policies import Policies
-from workers.generator.student import PromptTooLong, load_student
+from workers.generator.student import PromptTooLong, open_student
 
 if TYPE_CHECKING:
     from pipeline.streams import Bus
@@ -57,7 +57,7 @@ class Generator:
             UserError: there is no such task or model, or the engine cannot serve the model.
         """
         self._task = load_task(self._settings)
-        self._student = load_student(self._settings.model.name, self._settings)
+        self._student = open_student(self._settings)
         self._policies = Policies(self._student.engine, Directory(self._settings.run_dir), self._newest)
         self._asked = lru_cache(maxsize=RENDERED)(self._ask)
         self._policies.refresh()
@@ -68,7 +68,7 @@ class Generator:
         """How many more tickets it takes: for its slots, and `inference.prefetch` beyond them."""
         if self._policies.problem is not None:
             return 0
-        wanted = self._settings.inference.max_batch + self._settings.inference.prefetch
+        wanted = self._student.engine.slots + self._settings.inference.prefetch
         return max(0, wanted - self._student.engine.active - len(self._early))
 
     @property

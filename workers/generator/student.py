@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from pipeline.models.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+from pipeline.models.fit import shapes_of
+from pipeline.models.loading import limit_gpu_memory, load_configs, load_model, load_tokenizer, resolve_device, resolve_dtype
 from pipeline.records import Ids
+from pipeline.telemetry import get_logger
+from settings.engines import student_engine
+from settings.gpus import memory_share
 from settings.root import Settings
 from workers.generator.engine import Engine
 from workers.generator.transformers_engine import TransformersEngine
+from workers.generator.vllm_start import NotServed, configure, did_not_start
+
+log = get_logger()
 
 
 class PromptTooLong(ValueError):
@@ -53,8 +61,26 @@ class Student:
         return text
 
 
+def open_student(settings: Settings) -> Student:
+    """The student with the engine that `inference.engine` means here.
+
+    Raises:
+        UserError: there is no such model, it has no usable tokenizer, or the engine cannot serve it.
+    """
+    if student_engine(settings) == "vllm":
+        try:
+            return _on_vllm(settings)
+        except NotServed as error:
+            if settings.inference.engine == "vllm":
+                raise
+            log.warning("the student is served by transformers", reason=error.got)
+            if (share := memory_share(settings, "generator")) is not None:
+                limit_gpu_memory(share)
+    return load_student(settings.model.name, settings)
+
+
 def load_student(name: str | Path, settings: Settings) -> Student:
-    """The model `name`, on the device and at the precision of `settings`.
+    """The model `name` with the engine `transformers`, on the device and at the precision of `settings`.
 
     Raises:
         UserError: there is no such model, it has no usable tokenizer, or the engine cannot serve it.
@@ -68,6 +94,21 @@ def load_student(name: str | Path, settings: Settings) -> Student:
         slots=settings.inference.max_batch,
         on_new_weights=settings.inference.on_new_weights,
     )
+    return Student(tokenizer, engine)
+
+
+def _on_vllm(settings: Settings) -> Student:
+    tokenizer = load_tokenizer(settings.model.name)
+    config, generation = load_configs(settings.model.name)
+    configured = configure(settings)
+    from workers.generator.vllm_engine import VllmEngine
+
+    stops = stop_ids(tokenizer, SimpleNamespace(config=config, generation_config=generation))
+    shapes = shapes_of(config)
+    try:
+        engine = VllmEngine(configured, stops, shapes, on_new_weights=settings.inference.on_new_weights)
+    except Exception as error:
+        raise did_not_start(error, settings) from error
     return Student(tokenizer, engine)
 
 

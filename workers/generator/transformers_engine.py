@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.models.fit import Shapes
 from pipeline.records import FinishReason, VersionSpan
 from pipeline.weights import LoadedPolicy, WeightsError
 from workers.generator.cache import ATTENTION, SlotCache, UnsupportedAttention
-from workers.generator.engine import Completion, Request
+from workers.generator.engine import Completion, Request, require_possible
 from workers.generator.layout import Layout, Running, lay_out
 from workers.generator.sampling import draw, uniforms
 
@@ -37,7 +38,8 @@ class TransformersEngine:
         prefill_tokens: tokens, padding in attention included, that one step takes beside one for each running completion; more
             only where a single prompt is longer.
         on_new_weights: `recompute` the running completions' keys and values under new weights, so that each token is drawn
-            from what the new weights alone would give, or `keep` the old ones, which is cheaper and inexact.
+            from what the new weights alone would give (`abort` does the same here); `keep` the old ones, which is cheaper and
+            inexact; or `wait` until they are finished, and start no others meanwhile.
 
     Raises:
         UserError: the model is not one that slot attention computes exactly.
@@ -50,11 +52,12 @@ class TransformersEngine:
         *,
         slots: int,
         prefill_tokens: int = 8192,
-        on_new_weights: Literal["recompute", "keep"] = "recompute",
+        on_new_weights: Literal["recompute", "keep", "wait", "abort"] = "recompute",
     ) -> None:
         self._model, self._stop = model, frozenset(stop_ids)
         self._slots, self._prefill_tokens, self._on_new_weights = slots, prefill_tokens, on_new_weights
-        self._version = 0
+        self._version, self._shapes = 0, Shapes.of(model)
+        self._next: LoadedPolicy | None = None  # waits for what runs
         self._waiting: deque[Running] = deque()
         self._running: list[Running] = []
         self._settled = 0  # slots whose cache lacks only their last token
@@ -67,25 +70,24 @@ class TransformersEngine:
         return self._context
 
     @property
+    def slots(self) -> int:
+        return self._slots
+
+    @property
     def active(self) -> int:
         return len(self._waiting) + len(self._running)
 
-    @property
-    def room(self) -> int:
-        return max(0, self._slots - self.active)
-
     def add(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            total = len(request.prompt_ids) + request.max_tokens
-            if not len(request.prompt_ids) or request.max_tokens < 1:
-                raise ValueError(f"request {request.key} has {len(request.prompt_ids)} prompt tokens and asks for {request.max_tokens}")
-            if self._context is not None and total > self._context:
-                raise ValueError(f"request {request.key} may come to {total} tokens; the model takes {self._context}")
+            require_possible(request, self._context)
             self._waiting.append(Running(request))
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
-        self._admit()
+        if self._next is not None and not self._running:
+            self._switch(self._next)
+        if self._next is None:
+            self._admit()
         if not self._running:
             return []
         rows = self._running
@@ -101,8 +103,16 @@ class TransformersEngine:
         return self._version
 
     def load(self, policy: LoadedPolicy) -> None:
+        if misfit := self._shapes.misfit(policy.shapes):
+            raise WeightsError(misfit)
+        if self._on_new_weights == "wait" and self._running:
+            self._next = policy
+        else:
+            self._switch(policy)
+
+    def _switch(self, policy: LoadedPolicy) -> None:
         _copy_weights(self._model, policy.tensors())
-        self._version = policy.number
+        self._version, self._next = policy.number, None
         if self._on_new_weights == "keep":
             for row in self._running:
                 row.spans.append((policy.number, len(row.token_ids)))
@@ -245,17 +255,7 @@ def _cannot_serve(model: Any, why: str) -> UserError:
 
 @torch.no_grad()
 def _copy_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
-    """Overwrite the model's parameters, after checking that all of them fit: none, or all.
-
-    Raises:
-        WeightsError: a parameter is missing or has another shape.
-    """
-    own: dict[str, Tensor] = model.state_dict()
-    given = {tensor.data_ptr() for name, tensor in own.items() if name in weights}
-    missing = [name for name, tensor in own.items() if name not in weights and tensor.data_ptr() not in given]
-    wrong = [f"{n} {list(weights[n].shape)}, not {list(t.shape)}" for n, t in own.items() if n in weights and weights[n].shape != t.shape]
-    if missing or wrong:
-        raise WeightsError(f"weights do not fit {type(model).__name__}: missing {missing[:3]}, of another shape {wrong[:3]}")
-    for name, tensor in own.items():
+    """Overwrite the model's parameters; of those that share memory, those that `weights` has."""
+    for name, tensor in model.state_dict().items():
         if name in weights:
             tensor.copy_(weights[name])

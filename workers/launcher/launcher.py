@@ -18,7 +18,7 @@ from pipeline.errors import Exit, UserError
 from pipeline.streams import Bus
 from settings.deployment import StageName, WorkerKind
 from settings.devices import gpus_found
-from settings.gpus import Place, placement
+from settings.gpus import Place, gpus_of, placement
 from settings.plan import Plan, make_plan
 from settings.root import Settings
 from settings.text import toml_text
@@ -170,11 +170,10 @@ class Launch:
 
     def _start_teacher_server(self, server: TeacherServer) -> None:
         """Start the server. What keeps it from serving at all, a restart will not mend."""
-        ranks: list[Place] = [("teacher", rank) for rank in range(self._plan.teacher_server)]
-        gpus = [self._gpus[rank] for rank in ranks if rank in self._gpus]
-        environ = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else None
         arguments = [TEACHER_SERVER, *self._arguments, "--port", str(server.port)]
-        self._start_child(TEACHER_SERVER, TEACHER_SERVER, arguments, environ=environ, mendable=lambda: server.has_served)
+        self._start_child(
+            TEACHER_SERVER, TEACHER_SERVER, arguments, environ=self._gpus_of(("teacher", 0)), mendable=lambda: server.has_served
+        )
         server.start()
         self._say(f"{TEACHER_SERVER}: vLLM loads {self._plan.teacher} (its log: {self._log_file(TEACHER_SERVER)})")
 
@@ -185,15 +184,16 @@ class Launch:
             overrides = server.overrides(self._plan.teacher or "", self._settings.teacher_inference.max_in_flight)
             may_start = self._teacher_server_serves
         arguments = ["worker", kind, *self._arguments, *_as_options(overrides), "--slot", f"slot{index}"]
-        return self._start_child(f"{kind}-{index}", kind, arguments, environ=self._gpu_of((kind, index)), may_start=may_start)
+        return self._start_child(f"{kind}-{index}", kind, arguments, environ=self._gpus_of((kind, index)), may_start=may_start)
 
     def _teacher_server_serves(self) -> bool:
         """Whether its worker may start: also to learn that the run is over."""
         return self._watcher.latest.finished or (self._teacher_server is not None and self._teacher_server.healthy)
 
-    def _gpu_of(self, place: Place) -> dict[str, str]:
-        """The variable that keeps a worker to its GPU; none where workers compute on the CPU, or are more than GPUs."""
-        return {"CUDA_VISIBLE_DEVICES": self._gpus[place]} if place in self._gpus else {}
+    def _gpus_of(self, place: Place) -> dict[str, str]:
+        """The variable that keeps a model to its GPUs; none where workers compute on the CPU, or are more than GPUs."""
+        gpus = gpus_of(self._settings, self._plan, self._gpus, place)
+        return {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
 
     def _start_child(
         self,

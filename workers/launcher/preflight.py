@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Exit, UserError
+from settings.engines import engine_problems
 from settings.gpus import gpu_problems
 from settings.plan import Plan, refuse_differences
 from settings.problem import SettingsError
 from settings.root import Settings
-from settings.serving import engine_problems
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 FLOAT32_BYTES = 4
@@ -22,12 +22,12 @@ TRAINED_BYTES = 3 * FLOAT32_BYTES  # of one parameter in a checkpoint: its maste
 
 
 def check_gpus(settings: Settings, plan: Plan, gpus: Sequence[str]) -> None:
-    """Check that the workers that start here beside a teacher of its own find room on `gpus`, and its server vLLM.
+    """Check that the workers that start here find room on `gpus`, and vLLM where they are to use it.
 
     Raises:
         SettingsError: they do not.
     """
-    if problems := engine_problems(plan.teacher_server) + gpu_problems(settings, plan, gpus):
+    if problems := engine_problems(settings, plan) + gpu_problems(settings, plan, gpus):
         raise SettingsError(problems)
 
 

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from pipeline.errors import UserError
 from settings.devices import device_of
+from settings.engines import vllm_environment
 from settings.gpus import memory_share
 from settings.plan import make_plan
 from settings.root import Settings
@@ -19,11 +20,6 @@ from workers.teacher.setup import party
 SERVER = "vllm.entrypoints.openai.api_server"  # the command `vllm serve` does not start from the wheel for CPUs
 MAX_LOGPROBS = 20  # vLLM's own default
 LEAST_CONTEXT = 4096
-QUIET = {"VLLM_NO_USAGE_STATS": "1"}
-ON_CPU = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; without it vLLM takes a share of all memory
-    "TORCHDYNAMO_DISABLE": "1",  # two samplers would be compiled in the first request, for 20 s
-}
 
 
 def serve(settings: Settings, port: int) -> NoReturn:
@@ -33,7 +29,7 @@ def serve(settings: Settings, port: int) -> NoReturn:
         UserError: the teacher cannot judge the student's tokens, or its context is too short.
     """
     command = [sys.executable, "-m", SERVER, *arguments(settings, port, context_tokens(settings))]
-    os.execve(sys.executable, command, QUIET | (ON_CPU if device_of(settings.deployment) == "cpu" else {}) | dict(os.environ))
+    os.execve(sys.executable, command, vllm_environment(device_of(settings.deployment)) | dict(os.environ))
 
 
 def arguments(settings: Settings, port: int, context: int) -> list[str]:

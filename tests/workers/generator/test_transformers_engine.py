@@ -173,7 +173,7 @@ def test_a_small_prefill_budget_spreads_admission_and_recomputation_over_steps(
     engine = TransformersEngine(student, (), slots=24, prefill_tokens=30)
     engine.add(wanted)
     engine.step()
-    assert engine.room == 0 and engine.active == 24
+    assert engine.slots == 24 and engine.active == 24
     for _ in range(4):
         engine.step()
     engine.load(LoadedPolicy.of(1, other_weights))
@@ -319,3 +319,45 @@ def test_in_bfloat16_logprobs_are_those_of_a_bfloat16_forward_pass(student: Any)
         with torch.no_grad():
             plain = pristine(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1).numpy()
         assert np.abs(chosen(plain, one.token_ids) - one.logprobs).max() < 0.15
+
+
+def test_waiting_for_what_runs_writes_each_completion_under_one_version_and_starts_no_other_meanwhile(
+    student: Any, other_weights: dict[str, torch.Tensor], plain_logprobs: Callable[..., Any]
+) -> None:
+    engine = TransformersEngine(student, (), slots=4, on_new_weights="wait")
+    engine.add(requests(6, max_tokens=5))
+    engine.step()
+    engine.load(LoadedPolicy.of(1, student.state_dict()))
+    engine.load(LoadedPolicy.of(2, other_weights))  # overtakes the one that still waits
+    assert engine.version == 0
+    written = [one for _ in range(4) for one in engine.step()]
+    assert sorted(one.key for one in written) == [0, 1, 2, 3] and engine.version == 0
+    assert {tuple(one.version_spans) for one in written} == {(VersionSpan(0, 0, 5),)}
+    for key, one in finish(engine).items():
+        assert engine.version == 2 and one.version_spans == [VersionSpan(2, 0, 5)]
+        plain = plain_logprobs(PROMPTS[key // 4], one.token_ids, weights=other_weights)
+        assert np.abs(chosen(plain, one.token_ids) - one.logprobs).max() < EXACT
+
+
+def test_new_weights_are_loaded_at_once_where_nothing_runs_that_they_would_wait_for(
+    student: Any, other_weights: dict[str, torch.Tensor]
+) -> None:
+    engine = TransformersEngine(student, (), slots=4, on_new_weights="wait")
+    engine.load(LoadedPolicy.of(3, other_weights))
+    assert engine.version == 3
+
+
+def test_an_abort_writes_the_same_as_recomputing(student: Any, other_weights: dict[str, torch.Tensor]) -> None:
+    first = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    written = []
+    for mode in ("recompute", "abort"):
+        engine = TransformersEngine(student, (), slots=4, on_new_weights=mode)
+        engine.load(LoadedPolicy.of(0, first))
+        engine.add(requests(4, max_tokens=6))
+        engine.step()
+        engine.load(LoadedPolicy.of(1, other_weights))
+        written.append({key: (one.token_ids.tolist(), one.version_spans) for key, one in finish(engine).items()})
+        assert all(spans == [VersionSpan(0, 0, 1), VersionSpan(1, 1, 6)] for _, spans in written[-1].values())
+        student = engine._model
+        student.set_attn_implementation("sdpa")
+    assert written[0] == written[1]

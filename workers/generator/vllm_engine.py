@@ -1,0 +1,222 @@
+"""The engine over vLLM: requests are written by vLLM's own processes, and a thread of this one collects what comes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Literal
+
+from vllm import SamplingParams
+from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+from vllm.inputs.engine import tokens_input
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from pipeline.http import Background
+from pipeline.models.fit import Shapes
+from pipeline.weights import LoadedPolicy, WeightsError
+from workers.generator.engine import Completion, Request, require_possible
+from workers.generator.vllm_extension import READING, READY
+from workers.generator.vllm_request import Writing
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.outputs import CompletionOutput
+
+OnNewWeights = Literal["recompute", "keep", "wait", "abort"]
+STEP_S = 0.02
+STAGED_S = 0.002
+PAUSES: dict[OnNewWeights, tuple[str, bool]] = {
+    "recompute": ("keep", True),
+    "keep": ("keep", False),
+    "wait": ("wait", True),
+    "abort": ("abort", True),
+}
+"""What vLLM's pause does with running requests, and whether it clears the caches: the keys and values of what runs, and of prefixes."""
+
+
+class VllmEngine:
+    """An `Engine` over vLLM's AsyncLLM.
+
+    `add` hands requests to vLLM at once, which decodes `slots` of them and queues the others. `step` takes what is finished, and waits
+    a moment where nothing is. `load` stages the weights while requests go on, and pauses them for the switch alone; but for the mode
+    `wait` it returns after it.
+
+    Args:
+        config: as `vllm_start.configure` makes it.
+        stop_ids: a completion ends with any of these.
+        shapes: of the student's weights; others are refused before vLLM is asked.
+        on_new_weights: what becomes of running completions when weights are loaded.
+
+    Raises:
+        Exception: of whatever kind; vLLM did not start.
+    """
+
+    def __init__(
+        self, config: VllmConfig, stop_ids: Collection[int], shapes: Shapes, *, on_new_weights: OnNewWeights = "recompute"
+    ) -> None:
+        self._stop_ids, self._shapes, self._on_new_weights = frozenset(stop_ids), shapes, on_new_weights
+        self._slots = int(config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size)
+        self._context = int(config.model_config.max_model_len)
+        self._active = 0
+        self._finished = SimpleQueue[Writing | BaseException]()
+        self._version = 0
+        self._target: LoadedPolicy | None = None  # kept for as long as vLLM may read its file
+        self._switching: Future[LoadedPolicy] | None = None
+        self._background = Background()
+        self._llm: AsyncLLM = self._background.run(_start(config))
+        self._running = self._background.run(_opened())
+
+    @property
+    def max_context(self) -> int:
+        return self._context
+
+    @property
+    def slots(self) -> int:
+        return self._slots
+
+    @property
+    def active(self) -> int:
+        return self._active
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    def add(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            require_possible(request, self._context)
+        self._active += len(requests)
+        if requests:
+            self._background.submit(self._write_all([Writing(request) for request in requests]))
+
+    def step(self) -> list[Completion]:
+        if self._switching is not None and self._switching.done():
+            self._switched()
+        if not self._active:
+            return []
+        finished: list[Completion] = []
+        with suppress(Empty):
+            finished.append(self._take(timeout_s=STEP_S))
+            while True:
+                finished.append(self._take(timeout_s=0.0))
+        return finished
+
+    def load(self, policy: LoadedPolicy) -> None:
+        if misfit := self._shapes.misfit(policy.shapes):
+            raise WeightsError(misfit)
+        try:
+            path = str(policy.file())
+        except OSError as error:
+            raise WeightsError(f"version {policy.number} cannot be written for vLLM to read: {error}") from error
+        self._stage(path, policy.digest)
+        self._target = policy
+        if self._switching is None:
+            self._switching = self._background.submit(self._switch())
+        if self._on_new_weights != "wait":
+            self._switched()
+
+    def close(self) -> None:
+        self._background.stop(_nothing)  # what runs is cancelled, and aborted by that
+        self._llm.shutdown()
+        del self._llm  # or it is shut down again when the interpreter is half gone
+
+    def _take(self, *, timeout_s: float) -> Completion:
+        """The next that is finished.
+
+        Raises:
+            Empty: none is within `timeout_s`.
+            Exception: vLLM failed; the engine cannot go on.
+        """
+        writing = self._finished.get(timeout=timeout_s) if timeout_s else self._finished.get_nowait()
+        if isinstance(writing, BaseException):
+            raise writing
+        self._active -= 1
+        return writing.completion()
+
+    def _stage(self, path: str, digest: str) -> None:
+        """Have every process of vLLM read and check the weights, while requests go on.
+
+        Raises:
+            WeightsError: one of them cannot; nothing was touched.
+        """
+        self._background.run(self._llm.collective_rpc("onstream_stage", args=(path, digest)))
+        while READING in (states := self._background.run(self._llm.collective_rpc("onstream_staged"))):
+            time.sleep(STAGED_S)
+        if problems := [state for state in states if state != READY]:
+            raise WeightsError(problems[0])
+
+    def _switched(self) -> None:
+        """Wait for the switch, and begin another where newer weights came in its course."""
+        assert self._switching is not None
+        loaded = self._switching.result()
+        self._version, self._switching = loaded.number, None
+        if self._target is not loaded:
+            self._switching = self._background.submit(self._switch())
+
+    async def _write_all(self, writings: Sequence[Writing]) -> None:
+        await asyncio.gather(*(self._write(writing) for writing in writings))
+
+    async def _write(self, writing: Writing) -> None:
+        try:
+            while writing.finish_reason is None:
+                await self._running.wait()
+                output = await self._ask(writing)
+                writing.take(*_piece(output))
+        except Exception as error:  # `step` raises it where the worker's loop sees it
+            self._finished.put(error)
+        else:
+            self._finished.put(writing)
+
+    async def _ask(self, writing: Writing) -> CompletionOutput:
+        """What vLLM writes until the request is finished, or aborted."""
+        sampling = SamplingParams(**writing.sampling(self._stop_ids), output_kind=RequestOutputKind.FINAL_ONLY)
+        # Stale blocks of the old weights stay in the cache with `keep`; the salt hides them from requests of newer ones.
+        salt = str(self._version) if self._on_new_weights == "keep" else None
+        prompt = tokens_input(writing.prompt_ids, cache_salt=salt)
+        [answer] = [one async for one in self._llm.generate(prompt, sampling, request_id=str(writing.request.key))]
+        return answer.outputs[0]
+
+    async def _switch(self) -> LoadedPolicy:
+        """Pause, replace the weights by those staged last, and go on under them. Fails halfway only for good: it stays paused."""
+        mode, clear_cache = PAUSES[self._on_new_weights]
+        self._running.clear()
+        await self._llm.pause_generation(mode=mode, clear_cache=clear_cache)
+        assert self._target is not None
+        policy = self._target
+        await self._llm.start_weight_update()
+        await self._llm.update_weights(WeightTransferUpdateRequest({"path": str(policy.file()), "digest": policy.digest}))
+        await self._llm.finish_weight_update(str(policy.number))
+        await self._llm.resume_generation()
+        self._running.set()
+        return policy
+
+
+async def _start(config: VllmConfig) -> AsyncLLM:
+    """The engine, with all its processes, as a part of the running loop. What it writes before the first update is of version 0."""
+    llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+    await llm.update_weight_version("0")
+    return llm
+
+
+async def _opened() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event
+
+
+async def _nothing() -> None:
+    pass
+
+
+def _piece(output: CompletionOutput) -> tuple[list[int], list[float], list[tuple[int, int, int]], str]:
+    """What `Writing.take` takes. A request that was aborted before its first token has neither logprobs nor versions."""
+    tokens = list(output.token_ids)
+    logprobs: list[Any] = output.logprobs or []
+    chosen = [position[token].logprob for position, token in zip(logprobs, tokens, strict=True)]
+    spans = [(int(span.version), span.start, span.end) for span in output.weight_versions or []]
+    return tokens, chosen, spans, output.finish_reason or ""
