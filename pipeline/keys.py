@@ -46,6 +46,20 @@ class Keys:
         return self._key("policy")
 
     @property
+    def weights(self) -> str:
+        """Hash: what there is of weights, whole sets and deltas, by place; only with `weights.transport = "redis"`."""
+        return self._key("weights")
+
+    @property
+    def weight_places(self) -> str:
+        """Set: every place that weights were ever written to and not removed from, finished or not."""
+        return self._key("weights:places")
+
+    def weight_chunks(self, place: str) -> str:
+        """Hash: the chunks of one part of weights, by their index."""
+        return self._key(f"weights:{place}")
+
+    @property
     def issued(self) -> str:
         """String: how many tickets were issued; the number of the last one."""
         return self._key("issued")

@@ -239,6 +239,23 @@ redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[3], '*', 'b', ARGV[2])
 return 1
 """)
 
+# KEYS: epoch, places, chunks. ARGV: epoch, place, index, chunk. The place is noted first: what is never finished can be found.
+KEEP_CHUNK = _fenced("""
+redis.call('SADD', KEYS[2], ARGV[2])
+redis.call('HSET', KEYS[3], ARGV[3], ARGV[4])
+return 1
+""")
+
+# KEYS: epoch, weights, places, chunks of what goes. ARGV: epoch, how many go, their places, then place and part of each that stays.
+OFFER_WEIGHTS = _fenced("""
+redis.call('DEL', KEYS[2])
+for i = 4, #KEYS do redis.call('UNLINK', KEYS[i]) end
+local gone = tonumber(ARGV[2])
+for i = 3, 2 + gone do redis.call('SREM', KEYS[3], ARGV[i]) end
+for i = 3 + gone, #ARGV, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
+return 1
+""")
+
 # KEYS: epoch, stream. ARGV: epoch, group, ids.
 ACKNOWLEDGE = _fenced("""
 local done = 0

@@ -21,6 +21,7 @@ from pipeline.keys import GROUP, PARKED, STAGES, WORKING
 from pipeline.ownership import LeaseLost
 from pipeline.records import StageName
 from pipeline.scores import ScoreShelf
+from pipeline.shelf import WeightShelf
 
 log = structlog.get_logger(__name__)
 
@@ -74,7 +75,7 @@ class Move:
         return sum(len(out.payload) for out in self.outs)
 
 
-class Bus(Desk, Board, ScoreShelf):
+class Bus(Desk, Board, ScoreShelf, WeightShelf):
     """One worker's way to the streams of one run."""
 
     @classmethod

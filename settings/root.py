@@ -12,6 +12,7 @@ from settings.orchestrator import OrchestratorSettings
 from settings.run import DeliverySettings, LogSettings, ModelSettings, RedisSettings, RunSettings
 from settings.task import EvalSettings, TaskSettings
 from settings.trainer import CheckpointSettings, TrainerSettings
+from settings.weights import WeightsSettings
 
 
 class Settings(Section):
@@ -27,6 +28,7 @@ class Settings(Section):
     orchestrator: OrchestratorSettings = OrchestratorSettings()
     trainer: TrainerSettings = TrainerSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    weights: WeightsSettings = WeightsSettings()
     jobs: JobsSettings = JobsSettings()
     redis: RedisSettings = RedisSettings()
     delivery: DeliverySettings = DeliverySettings()

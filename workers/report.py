@@ -60,6 +60,7 @@ def summary(rows: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str
     `seconds` is the wall-clock time of training: over all steps, the time since the step before was done or, for the first step
     after a start, since all stages were ready and the first ticket was issued. Waiting, publishing and checkpoints are in it; start-up,
     and the time between an interruption and the resume, are not. `last` of a metric is the mean of the last 10 steps.
+    `publish_bytes` is the mean size of an update, `delta_share` that of the share of weights that changed in a step, None without deltas.
     """
     seconds = sum(value for _, value in points(rows, "elapsed_s"))
     rollouts = int(sum(number(row, "rollouts") or 0 for row in rows))
@@ -79,6 +80,8 @@ def summary(rows: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str
         "mismatch_by_staleness": mismatch_by_staleness(rows),
         "wait_share": _share(rows, "wait_s", seconds),
         "tokens": int(sum(number(row, "tokens") or 0 for row in rows)),
+        "publish_bytes": mean(rows, "publish_bytes"),
+        "delta_share": mean(rows, "delta_share"),
     }
 
 

@@ -1,6 +1,26 @@
 """Policy versions: how the trainer publishes them, and how a generator gets them, whole or not at all."""
 
-from pipeline.weights.directory import Directory, prune, publish
-from pipeline.weights.policy import LoadedPolicy, WeightsError, WeightsReader, read_file
+from pipeline.weights.directory import Directory, DirectoryOutlet, announced, prune, publish, write_directory
+from pipeline.weights.parts import Outlet, Part, Shelf, Version
+from pipeline.weights.policy import LoadedPolicy, WeightsError, read_file
+from pipeline.weights.reader import Reader
+from pipeline.weights.sender import Sender, Sent
 
-__all__ = ["Directory", "LoadedPolicy", "WeightsError", "WeightsReader", "prune", "publish", "read_file"]
+__all__ = [
+    "Directory",
+    "DirectoryOutlet",
+    "LoadedPolicy",
+    "Outlet",
+    "Part",
+    "Reader",
+    "Sender",
+    "Sent",
+    "Shelf",
+    "Version",
+    "WeightsError",
+    "announced",
+    "prune",
+    "publish",
+    "read_file",
+    "write_directory",
+]

@@ -9,12 +9,11 @@ import weakref
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.records import PolicyVersion
 from pipeline.weights.layout import layout_of, view
 
 if TYPE_CHECKING:
@@ -87,18 +86,6 @@ class LoadedPolicy:
 def digest_of_bytes(data: Bytes) -> str:
     """The SHA-256 of `data`, in hexadecimal: of a file's bytes, what `pipeline.files.digest_of` gives for the file."""
     return hashlib.sha256(data.data).hexdigest()
-
-
-class WeightsReader(Protocol):
-    """A generator's end of a transport."""
-
-    def fetch(self, policy: PolicyVersion) -> LoadedPolicy:
-        """The weights of `policy`, an announced version.
-
-        Raises:
-            WeightsError: they are not there, or are not those that were announced. They may be a moment later.
-        """
-        ...
 
 
 def read_file(path: Path, digest: str) -> dict[str, Tensor]:

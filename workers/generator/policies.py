@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from pipeline.records import PolicyVersion
-from pipeline.weights import WeightsError, WeightsReader
+from pipeline.weights import Reader, WeightsError
 from workers.generator.engine import Engine
 
 LOOK_S = 0.02
@@ -20,7 +20,7 @@ class Policies:
     """
 
     def __init__(
-        self, engine: Engine, reader: WeightsReader, newest: Callable[[], PolicyVersion | None], clock: Callable[[], float] = time.monotonic
+        self, engine: Engine, reader: Reader, newest: Callable[[], PolicyVersion | None], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._engine, self._reader, self._newest, self._clock = engine, reader, newest, clock
         self._next_look = float("-inf")
@@ -54,7 +54,7 @@ class Policies:
             self._engine.load(self._reader.fetch(newest))
         except WeightsError as error:
             self.problem = f"cannot load policy version {newest.number}: {error}"
-            self._next_look = now + RETRY_S
+            self._next_look = now + (RETRY_S if self._newest() == newest else 0)  # replaced while it was read: the newest one at once
             self._failing_since = self._failing_since or now
             return
         self._loaded, self.problem, self._failing_since = newest, None, None

@@ -14,7 +14,8 @@ from pipeline.records import Ids, PolicyVersion, Rollout, Sample, StageName, Tic
 from pipeline.stage import Delivery, Outcome, Stats
 from pipeline.tasks import Problem, load_task
 from pipeline.telemetry import get_logger
-from pipeline.weights import Directory
+from pipeline.weights import Directory, Reader, Shelf
+from pipeline.weights.chunks import Chunks
 from settings.root import Settings
 from workers.generator.engine import Completion, Request, Sampling
 from workers.generator.policies import Policies
@@ -43,7 +44,7 @@ class Generator:
     def __init__(self, settings: Settings, bus: Bus, newest: Callable[[], PolicyVersion | None] | None = None) -> None:
         # All keys from the start: the heartbeat's thread reads this, and must not meet a dictionary that grows.
         self.stats = Stats(numbers=dict.fromkeys(("policy_version", "running", "waiting", "tokens"), 0.0))
-        self._settings, self._newest = settings, newest or bus.newest_policy
+        self._settings, self._bus, self._newest = settings, bus, newest or bus.newest_policy
         sampling = settings.inference.sampling
         self._sampling = Sampling(sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
         self._in_hand: dict[int, Delivery] = {}  # in the engine, by the request's key
@@ -58,7 +59,7 @@ class Generator:
         """
         self._task = load_task(self._settings)
         self._student = open_student(self._settings)
-        self._policies = Policies(self._student.engine, Directory(self._settings.run_dir), self._newest)
+        self._policies = Policies(self._student.engine, Reader(self._shelf(), deltas=self._settings.weights.deltas), self._newest)
         self._asked = lru_cache(maxsize=RENDERED)(self._ask)
         self._policies.refresh()
         self._tell()
@@ -96,6 +97,9 @@ class Generator:
         self._early.clear()
         self._student.engine.close()
 
+    def _shelf(self) -> Shelf:
+        return Chunks(self._bus) if self._settings.weights.transport == "redis" else Directory(self._settings.run_dir)
+
     def _start(self) -> list[Outcome]:
         """Hand the engine every ticket whose version is there; returns those that cannot be answered."""
         outcomes, wait, requests = [], deque[Delivery](), []
@@ -115,8 +119,8 @@ class Generator:
         if self._early and not self.busy and self._policies.failing_s > self._settings.delivery.max_handle:
             raise UserError(
                 f"{self._policies.problem}, for {self._policies.failing_s:.0f} s",
-                expected="the trainer's run directory, readable from here",
-                next_step="Check `run.dir` and its disk; the tickets in hand go to another generator.",
+                expected="the weights that the trainer announced, within reach of this generator",
+                next_step="Check `weights.transport`, and `run.dir` with filesystem; the tickets in hand go to another generator.",
                 exit=Exit.UNREACHABLE,
             )
 

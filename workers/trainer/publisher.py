@@ -1,9 +1,9 @@
-"""Policy versions: written to the run directory, announced to the generators, and not announced again when replayed."""
+"""Policy versions: given to the generators, announced, and not announced again when replayed."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,9 @@ from pipeline import weights
 from pipeline.pins import pinned
 from pipeline.records import PolicyVersion
 from pipeline.streams import Bus, Lease
+from pipeline.weights import DirectoryOutlet, LoadedPolicy, Outlet, Sender, Sent, Version
+from pipeline.weights.chunks import ChunksOutlet
+from settings.root import Settings
 from workers.trainer import checkpoint
 
 if TYPE_CHECKING:
@@ -22,29 +25,73 @@ if TYPE_CHECKING:
 class Publisher:
     """Publishes the versions of one run. Remembers what was announced, so that a replayed step announces nothing anew.
 
-    Versions that fell behind `keep` are removed, but for the first one, which evaluations compare with, and those pinned for a job.
+    `sent` says what the last version took. Model directories that fell behind `checkpoint.keep_policies` are removed, but for the first
+    one, which evaluations compare with, those pinned for a job, and one that deltas in use start from.
     """
 
-    def __init__(self, bus: Bus, lease: Lease, run_dir: Path, model_files: Path, keep: int) -> None:
-        self._bus, self._lease, self._run_dir, self._model_files, self._keep = bus, lease, run_dir, model_files, keep
+    def __init__(self, bus: Bus, lease: Lease, settings: Settings, model_files: Path) -> None:
+        self._bus, self._lease, self._settings, self._model_files = bus, lease, settings, model_files
+        self._run_dir, self._on_disk = settings.run_dir, settings.weights.transport == "filesystem"
+        self._sender = Sender(self._outlet(), settings.weights.full_every if settings.weights.deltas else None)
+        self.sent = Sent(0, None)
         self._announced: dict[int, str] = {}
         for _, policy in bus.announcements():
             self._remember(policy)
 
     def publish(self, number: int, state: Mapping[str, Tensor]) -> PolicyVersion:
-        """Write version `number` and announce it, unless it was announced with the same weights.
+        """Give version `number` to the generators and announce it, unless it was announced with the same weights.
 
         Raises:
             LeaseLost: another trainer took over.
-            OSError: the version could not be written.
+            UserError: Redis has no room for it.
+            OSError: it could not be written.
         """
-        policy = weights.publish(self._run_dir, number, state, self._model_files)
-        if self._announced.get(number) != policy.digest:
-            self._bus.announce(self._lease, policy)
-            self._remember(policy)
-        newest = max(self._announced)
-        weights.prune(self._run_dir, self._keep, pinned={0, number, newest, *pinned(self._run_dir)})
-        return policy
+        policy = LoadedPolicy.of(number, state)
+        announced, whole = weights.announced(policy), self._whole(number)
+        known = self._announced.get(number) == policy.digest
+        if replayed := known and self._offered(number, policy.digest):
+            self.sent = self._sender.skip(policy)
+        else:
+            self.sent = self._sender.send(policy, whole=whole)
+        if whole and (replayed or not self._on_disk):
+            weights.write_directory(self._run_dir, number, policy.digest, policy.data, self._model_files)
+        if not known:
+            self._bus.announce(self._lease, announced)
+            self._remember(announced)
+        kept = {0, number, max(self._announced), *pinned(self._run_dir)}
+        weights.prune(self._run_dir, self._settings.checkpoint.keep_policies, kept)
+        return announced
+
+    def restore(self, policy: PolicyVersion, state: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Where Redis has forgotten `policy`, the newest, announce it anew; first give its weights, `state`, again if they went with it.
+
+        Raises:
+            LeaseLost: another trainer took over.
+            UserError: Redis has no room for it.
+        """
+        newest = self._bus.newest_policy()
+        if newest is not None and newest.number >= policy.number:
+            return
+        if not self._sender.offers(Version(policy.number, policy.digest)):
+            self._sender.send(LoadedPolicy.of(policy.number, state()), whole=True)
+        self._bus.announce(self._lease, policy)
+
+    def _outlet(self) -> Outlet:
+        if self._on_disk:
+            return DirectoryOutlet(self._run_dir, self._model_files)
+        return ChunksOutlet(self._bus, self._lease, self._settings.weights.max_share, self._settings.redis.connect_timeout)
+
+    def _whole(self, number: int) -> bool:
+        """Whether `number` becomes a model directory: what evaluations and exports read."""
+        interval = self._settings.eval.interval
+        if self._on_disk and not self._settings.weights.deltas:
+            return True
+        asked = bool(interval) and number % interval == 0
+        return asked or number % self._settings.weights.full_every == 0 or number == self._settings.trainer.max_steps
+
+    def _offered(self, number: int, digest: str) -> bool:
+        """Whether nobody needs version `number` anew: a later one is the newest, or it can be had still."""
+        return number < max(self._announced) or self._sender.offers(Version(number, digest))
 
     def _remember(self, policy: PolicyVersion) -> None:
         """Other weights under a number end the story that the later numbers told."""

@@ -87,7 +87,7 @@ class Trainer:
             self.requests = Requests(self.bus, self.lease, self.run_dir, self.accounts, self.issuer)
             self._open_files()
             files = student_files(self.run_dir, self.learner)
-            self.publisher = Publisher(self.bus, self.lease, self.run_dir, files, self.settings.checkpoint.keep_policies)
+            self.publisher = Publisher(self.bus, self.lease, self.settings, files)
             self.policy = self.publisher.publish(self.step, self.learner.published_state())
             self.recording = Recording(self.settings, found, self.policy.digest)
         if self.settings.eval.interval:
@@ -129,9 +129,8 @@ class Trainer:
             log.error("redis lost data: it counts fewer tickets than were issued", redis=known, issued=self.issued)
         self.issued = self.bus.set_issued(self.lease, self.issued)
         self.bus.write_plan(self.lease, self.plan.encode())
-        newest = self.bus.newest_policy()
-        if newest is None or newest.number < self.policy.number:
-            self.bus.announce(self.lease, self.policy)
+        with self._writing():
+            self.publisher.restore(self.policy, self.learner.published_state)
         self.requests.take_up_requeued()
         for number in unsettled_dead(self.bus, self.accounts.known(), self.run_dir):
             self.accounts.take_without_entry(number)
@@ -233,6 +232,8 @@ class Trainer:
                 "wait_s": started - self._free_since,
                 "step_s": published_at - started,
                 "publish_s": published_at - learned_at,
+                "publish_bytes": self.publisher.sent.update_bytes,
+                "delta_share": self.publisher.sent.changed_share,
                 **(self._evaluations.arrived() if self._evaluations else {}),
             }
             if self._evaluations:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.records import PolicyVersion
-from pipeline.weights import Directory, LoadedPolicy, WeightsError, publish
+from pipeline.weights import Directory, LoadedPolicy, Reader, WeightsError, publish
 from workers.generator.policies import LOOK_S, RETRY_S, Policies
 
 
@@ -36,7 +36,7 @@ class Watched:
         self.engine, self.run_dir, self.now, self.looks = Recorder(), run_dir, 100.0, 0
         self.announced: PolicyVersion | None = None
         engine: Any = self.engine
-        self.policies = Policies(engine, Directory(run_dir), self._newest, clock=lambda: self.now)
+        self.policies = Policies(engine, Reader(Directory(run_dir), deltas=False), self._newest, clock=lambda: self.now)
 
     def publish(self, number: int, value: float, name: str = "w") -> PolicyVersion:
         model = self.run_dir / "model"
@@ -109,3 +109,17 @@ def test_how_long_loading_has_failed_counts_from_the_first_failure(watched: Watc
         watched.refresh_after(RETRY_S)
     assert watched.engine.loaded == []
     assert watched.policies.failing_s == pytest.approx(3 * RETRY_S)
+
+
+def test_a_version_that_was_replaced_while_it_was_read_is_followed_by_the_newest_at_once(watched: Watched) -> None:
+    watched.publish(3, 0.5)
+    watched.refresh_after(1)
+    old = watched.publish(4, 0.6)
+    newest = watched.publish(4, 0.7)
+    announcements = iter([old, newest])
+    watched._newest = lambda: next(announcements, newest)  # type: ignore[method-assign]
+    watched.policies._newest = watched._newest
+    watched.refresh_after(1)
+    assert watched.policies.version == 3
+    watched.refresh_after(0)
+    assert watched.engine.loaded[-1] == (4, pytest.approx(0.7))

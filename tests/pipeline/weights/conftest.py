@@ -1,0 +1,16 @@
+"""Each transport in turn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.streams import Bus
+from tests.pipeline.weights.policies import Transport
+
+
+@pytest.fixture(params=["filesystem", "redis"])
+def transport(request: pytest.FixtureRequest, tmp_path: Path, bus: Bus) -> Transport:
+    """A transport of a run that has published nothing."""
+    return Transport(request.param, tmp_path, bus)

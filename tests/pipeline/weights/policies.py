@@ -1,0 +1,48 @@
+"""Policies that change a little from one version to the next, and both transports to send them through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.streams import Bus
+from pipeline.weights import Directory, DirectoryOutlet, LoadedPolicy, Outlet, Reader, Sender, Shelf
+from pipeline.weights.chunks import Chunks, ChunksOutlet
+
+
+def course(versions: int, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, rate: float = 1e-4) -> Iterator[LoadedPolicy]:
+    """`versions` policies, from number 0 on: float32 master weights that move by about `rate`, cast to `dtype`."""
+    draw = torch.Generator().manual_seed(seed)
+    master = {name: torch.randn(shape, generator=draw) for name, shape in (("embed", (300, 64)), ("w", (64, 192)), ("norm", (64,)))}
+    steps = torch.zeros(1, dtype=torch.int64)
+    for number in range(versions):
+        yield LoadedPolicy.of(number, {**{name: weight.to(dtype) for name, weight in master.items()}, "steps": steps + number})
+        for weight in master.values():
+            weight += rate * torch.randn(weight.shape, generator=draw)
+
+
+@dataclass
+class Transport:
+    """Both ends of one transport."""
+
+    name: str
+    run_dir: Path
+    bus: Bus
+
+    def outlet(self) -> Outlet:
+        if self.name == "redis":
+            return ChunksOutlet(self.bus, self.bus.acquire_lease(5), share=0.5, patience_s=1)
+        (self.run_dir / "model").mkdir(exist_ok=True)
+        return DirectoryOutlet(self.run_dir, self.run_dir / "model")
+
+    def shelf(self) -> Shelf:
+        return Chunks(self.bus) if self.name == "redis" else Directory(self.run_dir)
+
+    def sender(self, full_every: int | None = 10) -> Sender:
+        return Sender(self.outlet(), full_every)
+
+    def reader(self) -> Reader:
+        return Reader(self.shelf(), deltas=True)

@@ -1,0 +1,112 @@
+"""What the trainer publishes of a bfloat16 policy, by both transports, also when it was killed and replays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.streams import Bus
+from pipeline.weights import Directory, Reader, Shelf, WeightsError
+from pipeline.weights.chunks import Chunks
+from tests.workers.trainer.driver import Run
+
+CHANGES = {"weights__delta": True, "weights__full_every": 4, "trainer__dtype": "bfloat16", "trainer__optim__lr": 1e-5}
+
+
+def shelf(job: Run) -> Shelf:
+    return Chunks(job.bus) if job.settings().weights.transport == "redis" else Directory(job.trainer.run_dir)
+
+
+def directories(job: Run) -> list[str]:
+    return sorted(path.name for path in (job.trainer.run_dir / "policies").glob("[0-9]*"))
+
+
+@pytest.fixture(params=["filesystem", "redis"])
+def job(request: pytest.FixtureRequest, run: Callable[..., Run]) -> Run:
+    job = run(weights__transport=request.param, **CHANGES)
+    job.ready()
+    return job
+
+
+def test_a_step_says_how_many_bytes_it_published_and_what_share_of_the_weights_changed(job: Run) -> None:
+    job.to_the_end()
+    rows = job.rows()
+    full = job.bus.newest_policy().size_bytes  # type: ignore[union-attr]
+    assert all(0 < row["publish_bytes"] < full for row in rows)
+    assert all(0 < row["delta_share"] < 0.5 for row in rows)
+
+
+def test_every_version_can_be_had_by_a_reader_that_keeps_up_and_the_newest_by_one_that_joins(job: Run) -> None:
+    steady = Reader(shelf(job), deltas=True)
+    for step in range(7):
+        job.until(step)
+        policy = job.bus.newest_policy()
+        assert policy is not None and policy.number == step
+        for reader in (steady, Reader(shelf(job), deltas=True)):
+            assert reader.fetch(policy).digest == policy.digest
+
+
+def test_model_directories_are_the_first_every_fourth_and_the_last(job: Run) -> None:
+    job.to_the_end()
+    assert directories(job) == ["000000", "000004", "000006"]
+
+
+@pytest.mark.parametrize("killed_at", [3, 5])
+def test_a_killed_trainer_replays_without_publishing_anew_and_goes_on_where_it_was(job: Run, killed_at: int) -> None:
+    job.until(killed_at)
+    before = {part.place for part in shelf(job).parts()}
+    rows = job.rows()
+    newest = job.bus.newest_policy()
+    assert newest is not None
+    job.start()
+    assert {part.place for part in shelf(job).parts()} == before
+    job.until(killed_at)
+    assert {part.place for part in shelf(job).parts()} == before
+    assert job.bus.newest_policy() == newest
+    assert job.rows()[-1]["publish_bytes"] == 0
+    assert [row["delta_share"] for row in job.rows()] == [row["delta_share"] for row in rows]
+    reader = Reader(shelf(job), deltas=True)
+    reader.fetch(newest)
+    job.to_the_end()
+    policy = job.bus.newest_policy()
+    assert policy is not None
+    assert reader.fetch(policy).digest == policy.digest
+    assert job.announced() == list(range(7))
+
+
+def test_weights_that_redis_lost_with_everything_else_are_published_again(run: Callable[..., Run]) -> None:
+    job = run(weights__transport="redis", **CHANGES)
+    job.ready()
+    job.until(5)
+    job.lose_redis()
+    policy = job.bus.newest_policy()
+    assert policy is None
+    job.bus.create_groups()
+    job.start()
+    policy = job.bus.newest_policy()
+    assert policy is not None and policy.number == 4
+    assert Reader(Chunks(job.bus), deltas=True).fetch(policy).digest == policy.digest
+
+
+def test_weights_that_redis_lost_under_a_trainer_at_work_are_given_again(run: Callable[..., Run]) -> None:
+    job = run(weights__transport="redis", **CHANGES)
+    job.ready()
+    job.until(3)
+    job.lose_redis()
+    job.bus.keep_lease(job.trainer.lease)  # as the trainer's second thread does every second
+    job.ready()
+    job.turn(2)
+    policy = job.bus.newest_policy()
+    assert policy is not None and policy.number == 3
+    assert Reader(Chunks(job.bus), deltas=True).fetch(policy).digest == policy.digest
+    job.to_the_end()
+
+
+def test_a_missing_version_is_named_with_the_place_where_it_should_be(bus: Bus, run: Callable[..., Run], tmp_path: Path) -> None:
+    job = run(weights__transport="redis", **CHANGES)
+    policy: Any = job.bus.newest_policy()
+    with pytest.raises(WeightsError, match=r"no weights of version 0, digest [0-9a-f]{12}, in .*elsewhere"):
+        Reader(Directory(tmp_path / "elsewhere"), deltas=True).fetch(policy)
