@@ -32,9 +32,9 @@ class Background:
         finally:
             future.cancel()
 
-    def stop(self, last: Callable[[], Awaitable[None]]) -> None:
-        """Cancel what runs, wait for `last`, and end the thread."""
-        self.submit(_end(last)).result(LEAVE_S)
+    def stop(self, last: Callable[[], Awaitable[None]], *, within_s: float = LEAVE_S) -> None:
+        """Cancel what runs, wait for `last`, at most `within_s`, and end the thread."""
+        self.submit(_end(last)).result(within_s)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(LEAVE_S)
         self._loop.close()

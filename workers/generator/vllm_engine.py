@@ -10,6 +10,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from vllm import SamplingParams
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.inputs.engine import tokens_input
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 OnNewWeights = Literal["recompute", "keep", "wait", "abort"]
 STEP_S = 0.02
 STAGED_S = 0.002
+LEAVE_S = 30.0
 PAUSES: dict[OnNewWeights, tuple[str, bool]] = {
     "recompute": ("keep", True),
     "keep": ("keep", False),
@@ -50,7 +52,8 @@ class VllmEngine:
         config: as `vllm_start.configure` makes it.
         stop_ids: a completion ends with any of these.
         shapes: of the student's weights; others are refused before vLLM is asked.
-        on_new_weights: what becomes of running completions when weights are loaded.
+        on_new_weights: what becomes of running completions when weights are loaded; an attribute, too, to change between loads. With
+            `keep`, vLLM must not cache prefixes: those of old weights would begin completions of new ones.
 
     Raises:
         Exception: of whatever kind; vLLM did not start.
@@ -59,7 +62,7 @@ class VllmEngine:
     def __init__(
         self, config: VllmConfig, stop_ids: Collection[int], shapes: Shapes, *, on_new_weights: OnNewWeights = "recompute"
     ) -> None:
-        self._stop_ids, self._shapes, self._on_new_weights = frozenset(stop_ids), shapes, on_new_weights
+        self._stop_ids, self._shapes, self.on_new_weights = frozenset(stop_ids), shapes, on_new_weights
         self._slots = int(config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size)
         self._context = int(config.model_config.max_model_len)
         self._active = 0
@@ -68,8 +71,14 @@ class VllmEngine:
         self._target: LoadedPolicy | None = None  # kept for as long as vLLM may read its file
         self._switching: Future[LoadedPolicy] | None = None
         self._background = Background()
-        self._llm: AsyncLLM = self._background.run(_start(config))
-        self._running = self._background.run(_opened())
+        self._llm: Any = None  # an AsyncLLM, once it has started
+        try:
+            self._running = self._background.run(_opened())
+            self._llm = self._background.run(_start(config))
+            self._say_a_word()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def max_context(self) -> int:
@@ -117,13 +126,22 @@ class VllmEngine:
         self._target = policy
         if self._switching is None:
             self._switching = self._background.submit(self._switch())
-        if self._on_new_weights != "wait":
+        if self.on_new_weights != "wait":
             self._switched()
 
     def close(self) -> None:
-        self._background.stop(_nothing)  # what runs is cancelled, and aborted by that
-        self._llm.shutdown()
-        del self._llm  # or it is shut down again when the interpreter is half gone
+        async def end() -> None:
+            if self._llm is not None:
+                self._llm.shutdown()  # here, where vLLM's sockets belong
+
+        self._background.stop(end, within_s=LEAVE_S)  # what runs is cancelled, and aborted by that
+        self._llm = None  # or it is shut down again when the interpreter is half gone
+
+    def _say_a_word(self) -> None:
+        """Write a few tokens: of some models vLLM finds out no earlier that it cannot compute them."""
+        self.add([Request(0, np.zeros(4, dtype=np.int32), max_tokens=3, seed=0)])
+        while self._active:
+            self.step()
 
     def _take(self, *, timeout_s: float) -> Completion:
         """The next that is finished.
@@ -175,15 +193,13 @@ class VllmEngine:
     async def _ask(self, writing: Writing) -> CompletionOutput:
         """What vLLM writes until the request is finished, or aborted."""
         sampling = SamplingParams(**writing.sampling(self._stop_ids), output_kind=RequestOutputKind.FINAL_ONLY)
-        # Stale blocks of the old weights stay in the cache with `keep`; the salt hides them from requests of newer ones.
-        salt = str(self._version) if self._on_new_weights == "keep" else None
-        prompt = tokens_input(writing.prompt_ids, cache_salt=salt)
+        prompt = tokens_input(writing.prompt_ids)
         [answer] = [one async for one in self._llm.generate(prompt, sampling, request_id=str(writing.request.key))]
         return answer.outputs[0]
 
     async def _switch(self) -> LoadedPolicy:
         """Pause, replace the weights by those staged last, and go on under them. Fails halfway only for good: it stays paused."""
-        mode, clear_cache = PAUSES[self._on_new_weights]
+        mode, clear_cache = PAUSES[self.on_new_weights]
         self._running.clear()
         await self._llm.pause_generation(mode=mode, clear_cache=clear_cache)
         assert self._target is not None
@@ -207,10 +223,6 @@ async def _opened() -> asyncio.Event:
     event = asyncio.Event()
     event.set()
     return event
-
-
-async def _nothing() -> None:
-    pass
 
 
 def _piece(output: CompletionOutput) -> tuple[list[int], list[float], list[tuple[int, int, int]], str]:

@@ -79,6 +79,9 @@ def arguments(settings: Settings) -> dict[str, Any]:
     if cpu:
         # Where a prompt is computed in parts, vLLM winds back the draws of a request with a seed, which generators on a CPU cannot.
         stated["enable_chunked_prefill"] = False
+    if inference.on_new_weights == "keep":
+        # What is kept for running completions cannot be told from what would be kept for others that begin with the same prompt.
+        stated["enable_prefix_caching"] = False
     if cpu and _alone(settings):
         stated["distributed_executor_backend"] = "uni"
     return {name: value for name, value in stated.items() if value is not None} | inference.extra_args

@@ -67,5 +67,10 @@ def test_on_cuda_it_is_told_its_share_of_a_gpu_and_left_to_compile() -> None:
     assert arguments(settings_of("hub/model", "cuda", gpu_memory_utilization=0.6))["gpu_memory_utilization"] == 0.6
 
 
+def test_old_keys_and_values_are_kept_for_what_runs_and_not_for_prompts_that_come_again() -> None:
+    assert arguments(settings_of("hub/model", on_new_weights="keep"))["enable_prefix_caching"] is False
+    assert "enable_prefix_caching" not in arguments(settings_of("hub/model"))
+
+
 def test_a_directory_is_named_as_one(student_dir: Path) -> None:
     assert arguments(settings_of(os.path.relpath(student_dir)))["model"] == os.path.relpath(student_dir)

@@ -1,0 +1,116 @@
+"""From the announcement of a policy version to the first token that it writes, with requests in flight in vLLM and the trainer idle.
+
+The example's student by default. Run it as `OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_update`, once for each mode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.models.fit import shapes_of
+from pipeline.models.loading import load_configs
+from pipeline.records import PolicyVersion
+from pipeline.weights import Directory, publish
+from settings.root import Settings
+from workers.generator.engine import Completion, Engine, Request
+from workers.generator.policies import Policies
+from workers.generator.vllm_start import configure
+
+STUDENT = Path("examples/reverse-text/student")
+MODES = ("recompute", "keep", "abort", "wait")
+
+
+class Announcements:
+    """Stands where a generator reads the newest announced version."""
+
+    def __init__(self) -> None:
+        self.newest: PolicyVersion | None = None
+
+    def __call__(self) -> PolicyVersion | None:
+        return self.newest
+
+
+def first_token_s(engine: Engine, policies: Policies, announce: Callable[[], int], in_flight: int) -> float:
+    """Seconds from `announce()`, which returns the version's number, to the first token of that version.
+
+    One request more comes to its end with every token that is written, so that its completion tells of the token at once. The
+    engine is driven as a generator drives it: a look for news, then a step. It must have no stop tokens.
+    """
+    ids = np.arange(8, 32, dtype=np.int32)
+    engine.add([Request(key, ids, max_tokens=40 + key, seed=key) for key in range(in_flight)])
+    written = list[Completion]()
+    while len(written) < 2:
+        policies.refresh()
+        written += engine.step()
+    announced, number = time.perf_counter(), announce()
+    while True:
+        policies.refresh()
+        done = engine.step()
+        if any(one.version_spans[-1].version == number for one in done):
+            seconds = time.perf_counter() - announced
+            break
+    while engine.active:
+        engine.step()
+    return seconds
+
+
+def measure(settings: Settings, directory: Path, rounds: int, in_flight: int) -> list[float]:
+    """Seconds of each of `rounds` updates of the student that `settings` name, after one that is not counted."""
+    announcements, model = Announcements(), Path(settings.model.name)
+    state = load_file(model / "model.safetensors")
+    versions = [publish(directory, number, changed(state, number), model) for number in range(rounds + 2)]
+    config = configure(settings)
+    from workers.generator.vllm_engine import VllmEngine
+
+    engine = VllmEngine(config, (), shapes_of(load_configs(model)[0]), on_new_weights=settings.inference.on_new_weights)
+    policies = Policies(engine, Directory(directory), announcements)
+
+    def announce() -> int:
+        announcements.newest = versions.pop(0)
+        return announcements.newest.number
+
+    with contextlib.closing(engine):
+        announce()
+        policies.refresh()
+        return [first_token_s(engine, policies, announce, in_flight) for _ in range(rounds + 1)][1:]
+
+
+def changed(state: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    """Weights a little off `state`, others for an odd `number` than for an even one."""
+    return {name: tensor * (1 + number % 2 / 100) for name, tensor in state.items()}
+
+
+def settings_of(model: Path, mode: str, in_flight: int) -> Settings:
+    """A generator's on the CPU, with room for all requests at once and a few more."""
+    inference = {"engine": "vllm", "max_batch": in_flight + 8, "on_new_weights": mode, "sampling": {"max_completion": 200}}
+    return Settings.model_validate({"model": {"name": str(model)}, "deployment": {"device": "cpu"}, "inference": inference})
+
+
+def main() -> None:
+    """Print a table, a line for each mode."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=STUDENT)
+    parser.add_argument("--in-flight", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=20)
+    options = parser.parse_args()
+    table = Table("inference.on_new_weights", "median s", "least s", "most s")
+    for mode in MODES:
+        with tempfile.TemporaryDirectory() as directory:
+            found = measure(settings_of(options.model, mode, options.in_flight), Path(directory), options.rounds, options.in_flight)
+        table.add_row(mode, *(f"{value:.3f}" for value in (np.median(found), min(found), max(found))))
+    Console().print(table, f"{options.in_flight} requests in flight, {options.rounds} updates of {options.model} a mode", sep="\n")
+
+
+if __name__ == "__main__":
+    main()
