@@ -113,14 +113,29 @@ class Tombstone(msgspec.Struct, tag="tombstone/1", array_like=True, frozen=True)
     reason: str
 
 
+class Probe(msgspec.Struct, array_like=True, frozen=True):
+    """What the trainer says, under the weights of a version, of the next token after each of N fixed prompts.
+
+    Of each it gives the k likeliest ids, likeliest first, with their logprobs.
+    """
+
+    prompts: list[bytes]  # N times <i4 [P]
+    top_ids: bytes  # <i4 [N, k]
+    top_logprobs: bytes  # <f4 [N, k], nats, at temperature 1
+
+
 # trainer -> every generator (broadcast: the newest is a key, announcements a stream without a group)
 class PolicyVersion(msgspec.Struct, tag="policy/1", array_like=True, frozen=True):
-    """A published set of weights. `digest` covers the weight files; `path` is relative to the run directory."""
+    """A published set of weights. `digest` covers the weight files; `path` is relative to the run directory.
+
+    With `probe` a generator can tell whether what its engine computes is this version; None where the guard is off.
+    """
 
     number: int
     digest: str
     path: str
     size_bytes: int
+    probe: Probe | None = None
 
 
 Work = Ticket | Rollout | Tombstone

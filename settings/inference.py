@@ -24,6 +24,19 @@ class SamplingSettings(Section):
     """Drop tokens less likely than this share of the likeliest; 0 is off. Refused in training like `top_p`."""
 
 
+class GuardSettings(Section):
+    """Whether the engine really computes the policy that the trainer published: both are asked the same, and their answers compared."""
+
+    interval: Annotated[int, WORKER, Unit("versions"), Field(ge=0, le=10**6)] = 10
+    """A generator compares the first version that it loads, and then one every so many; 0 turns the guard off."""
+    tolerance: Annotated[float | None, WORKER, Unit("nats"), Field(gt=0, le=100)] = None
+    """The largest difference between a logprob of the engine's and the trainer's; beyond it the generator stops. Unset: 0.001
+    where both compute in float32, else 0.3."""
+    tokens: Annotated[int, WORKER, Unit("tokens"), Field(ge=8, le=1 << 16)] = 144
+    """Length of the prompts that are asked, or what the model's context leaves. More than one block of the engine's prefix cache
+    (16 tokens on a GPU, 128 on a CPU), so that blocks kept from an older version show."""
+
+
 class InferenceSettings(Section):
     """The generator's engine."""
 
@@ -57,6 +70,7 @@ class InferenceSettings(Section):
     """Further arguments of vLLM's engine by their Python names, such as `{ max_num_batched_tokens = 16384 }`; they win over those that
     follow from the settings."""
     sampling: SamplingSettings = SamplingSettings()
+    guard: GuardSettings = GuardSettings()
 
 
 class TeacherModelName(Section):

@@ -29,6 +29,8 @@ class Request:
 
     `seed` alone decides the draws, so the same request gives the same completion in whatever company. (The company does
     change the rounding of the forward pass, which can tip a draw that falls on the edge between two tokens.)
+
+    `replica` names which of the engine's copies of the model is to write it; None: any.
     """
 
     key: int
@@ -36,6 +38,7 @@ class Request:
     max_tokens: int
     seed: int
     sampling: Sampling = Sampling()
+    replica: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,11 @@ class Engine(Protocol):
     @property
     def slots(self) -> int:
         """How many completions are decoded at once."""
+        ...
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the model that are loaded apart and share the requests, such as data-parallel ranks or servers."""
         ...
 
     @property

@@ -34,6 +34,11 @@ class Policies:
         return -1 if self._loaded is None else self._engine.version
 
     @property
+    def loaded(self) -> PolicyVersion | None:
+        """What was loaded last; an engine that first finishes what runs may not write with it yet."""
+        return self._loaded
+
+    @property
     def failing_s(self) -> float:
         """For how long the newest version could not be loaded."""
         return 0.0 if self._failing_since is None else self._clock() - self._failing_since

@@ -18,6 +18,7 @@ from pipeline.weights import Directory, Reader, Shelf
 from pipeline.weights.chunks import Chunks
 from settings.root import Settings
 from workers.generator.engine import Completion, Request, Sampling
+from workers.generator.guard import Guard, tolerance_of
 from workers.generator.policies import Policies
 from workers.generator.student import PromptTooLong, open_student
 
@@ -61,7 +62,14 @@ class Generator:
         self._student = open_student(self._settings)
         self._policies = Policies(self._student.engine, Reader(self._shelf(), deltas=self._settings.weights.deltas), self._newest)
         self._asked = lru_cache(maxsize=RENDERED)(self._ask)
+        self._guard = Guard(
+            self._student.engine,
+            interval=self._settings.inference.guard.interval,
+            tolerance=tolerance_of(self._settings),
+            mixes=self._settings.inference.on_new_weights == "keep",
+        )
         self._policies.refresh()
+        self._guard.look(self._policies.loaded)
         self._tell()
 
     @property
@@ -81,13 +89,15 @@ class Generator:
         """Take the new tickets, load a newer policy if there is one, and write one token of every running rollout.
 
         Raises:
-            UserError: tickets have waited `delivery.max_handle` for a version that cannot be loaded.
+            UserError: tickets have waited `delivery.max_handle` for a version that cannot be loaded, or the engine computes another
+                policy than the one that it loaded.
         """
         self._early.extend(new)
         self._policies.refresh()
+        self._guard.look(self._policies.loaded)
         self._require_progress()
         refused = self._start()
-        written = [self._outcome(completion) for completion in self._student.engine.step()]
+        written = [self._outcome(completion) for completion in self._guard.take(self._student.engine.step())]
         self._tell()
         return refused + written
 

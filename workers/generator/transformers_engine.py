@@ -74,6 +74,10 @@ class TransformersEngine:
         return self._slots
 
     @property
+    def replicas(self) -> int:
+        return 1
+
+    @property
     def active(self) -> int:
         return len(self._waiting) + len(self._running)
 

@@ -64,6 +64,7 @@ class VllmEngine:
     ) -> None:
         self._stop_ids, self._shapes, self.on_new_weights = frozenset(stop_ids), shapes, on_new_weights
         self._slots = int(config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size)
+        self._replicas = int(config.parallel_config.data_parallel_size)
         self._context = int(config.model_config.max_model_len)
         self._active = 0
         self._finished = SimpleQueue[Writing | BaseException]()
@@ -87,6 +88,10 @@ class VllmEngine:
     @property
     def slots(self) -> int:
         return self._slots
+
+    @property
+    def replicas(self) -> int:
+        return self._replicas
 
     @property
     def active(self) -> int:
@@ -193,8 +198,8 @@ class VllmEngine:
     async def _ask(self, writing: Writing) -> CompletionOutput:
         """What vLLM writes until the request is finished, or aborted."""
         sampling = SamplingParams(**writing.sampling(self._stop_ids), output_kind=RequestOutputKind.FINAL_ONLY)
-        prompt = tokens_input(writing.prompt_ids)
-        [answer] = [one async for one in self._llm.generate(prompt, sampling, request_id=str(writing.request.key))]
+        prompt, key, rank = tokens_input(writing.prompt_ids), str(writing.request.key), writing.request.replica
+        [answer] = [one async for one in self._llm.generate(prompt, sampling, key, data_parallel_rank=rank)]
         return answer.outputs[0]
 
     async def _switch(self) -> LoadedPolicy:

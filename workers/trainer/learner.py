@@ -19,7 +19,7 @@ from workers.trainer import lora
 from workers.trainer.head import chunked_loss
 from workers.trainer.mismatch import mismatch_metrics
 from workers.trainer.objective import Objective, Tally, gather_tokens
-from workers.trainer.samples import TrainSample, check_sample
+from workers.trainer.samples import Ids, TrainSample, check_sample
 from workers.trainer.schedule import learning_rate
 
 __all__ = ["Learner", "TrainSample"]
@@ -72,25 +72,28 @@ class Learner:
         if not tokens:
             raise ValueError(f"none of the {len(samples)} samples has a token in its loss mask; expected at least one in a step")
         tally, divisor = Tally(), global_tokens or tokens
-        for packed in self._pack(samples):
+        for packed in self.pack([sample.prompt_ids for sample in samples], [sample.completion_ids for sample in samples]):
             (self._loss(packed, samples, tally) / divisor).backward()  # type: ignore[no-untyped-call]
         means = {**tally.means(divisor), **mismatch_metrics(tally.mismatch.found())}
         return {**means, **self._update(max_steps), "tokens": float(tokens)}
 
-    def _pack(self, samples: Sequence[TrainSample]) -> list[Packed]:
+    def pack(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Packed]:
+        """Prompts and their completions as the rows of this model's forward passes."""
         arrange = single_rows if self.padded_because else share_prompts
-        groups = arrange([sample.prompt_ids for sample in samples], [sample.completion_ids for sample in samples])
-        return pack(groups, self.trainer.microbatch)
+        return pack(arrange(prompts, completions), self.trainer.microbatch)
+
+    def hidden(self, packed: Packed) -> Tensor:
+        """The last hidden states that predict the packed targets, [N, H], in the computing precision."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return hidden_states(self.model, packed).to(self.dtype)
 
     def _loss(self, packed: Packed, samples: Sequence[TrainSample], tally: Tally) -> Tensor:
         """The summed loss of one packed row."""
-        tokens = gather_tokens(packed, samples, self.trainer.loss, self.device)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            hidden = hidden_states(self.model, packed)
+        tokens, hidden = gather_tokens(packed, samples, self.trainer.loss, self.device), self.hidden(packed)
         if tokens.kept is not None:
             hidden = hidden.index_select(0, tokens.kept)
         objective = Objective(tokens, self.trainer.loss, tally)
-        return chunked_loss(hidden.to(self.dtype), head_of(self.model), tokens.wanted, objective, chunk=self.trainer.head_chunk)
+        return chunked_loss(hidden, head_of(self.model), tokens.wanted, objective, chunk=self.trainer.head_chunk)
 
     def _update(self, max_steps: int) -> dict[str, float]:
         """Clips the gradient and lets the optimizer take it."""

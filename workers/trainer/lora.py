@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,19 @@ def attach(model: PreTrainedModel, lora: LoraSettings, saved: str | Path | None)
     for layer in _layers(model).values():
         layer.lora_dropout.train()
     return wrapped
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Meanwhile nothing of an adapter in `model`, if there is one, is dropped at random."""
+    dropouts = [module for name, module in model.named_modules() if name.endswith(".lora_dropout") and module.training]
+    for dropout in dropouts:
+        dropout.eval()
+    try:
+        yield
+    finally:
+        for dropout in dropouts:
+            dropout.train()
 
 
 @torch.no_grad()

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from pipeline import weights
 from pipeline.pins import pinned
-from pipeline.records import PolicyVersion
+from pipeline.records import PolicyVersion, Probe
 from pipeline.streams import Bus, Lease
 from pipeline.weights import DirectoryOutlet, LoadedPolicy, Outlet, Sender, Sent, Version
 from pipeline.weights.chunks import ChunksOutlet
@@ -38,8 +40,8 @@ class Publisher:
         for _, policy in bus.announcements():
             self._remember(policy)
 
-    def publish(self, number: int, state: Mapping[str, Tensor]) -> PolicyVersion:
-        """Give version `number` to the generators and announce it, unless it was announced with the same weights.
+    def publish(self, number: int, state: Mapping[str, Tensor], probe: Probe | None = None) -> PolicyVersion:
+        """Give version `number` to the generators and announce it with its `probe`, unless it was announced with the same weights.
 
         Raises:
             LeaseLost: another trainer took over.
@@ -47,7 +49,7 @@ class Publisher:
             OSError: it could not be written.
         """
         policy = LoadedPolicy.of(number, state)
-        announced, whole = weights.announced(policy), self._whole(number)
+        announced, whole = replace(weights.announced(policy), probe=probe), self._whole(number)
         known = self._announced.get(number) == policy.digest
         if replayed := known and self._offered(number, policy.digest):
             self.sent = self._sender.skip(policy)

@@ -14,7 +14,7 @@ import torch
 from pipeline.jsonl import JsonLines, cut
 from pipeline.ledger import Fate
 from pipeline.ownership import Ownership
-from pipeline.records import Rollout, StageName, Ticket, Tombstone
+from pipeline.records import PolicyVersion, Rollout, StageName, Ticket, Tombstone
 from pipeline.stage import Delivery, Outcome, Stats
 from pipeline.streams import Bus
 from pipeline.telemetry import get_logger
@@ -31,6 +31,7 @@ from workers.trainer.groups import Chosen
 from workers.trainer.issuer import Issuer
 from workers.trainer.keeper import Keeper, Standing
 from workers.trainer.opening import agree_on_plan, become_trainer, lost_numbers, unsettled_dead
+from workers.trainer.probe import prober
 from workers.trainer.publisher import Publisher, student_files
 from workers.trainer.recording import Recording
 from workers.trainer.requests import Requests
@@ -88,7 +89,8 @@ class Trainer:
             self._open_files()
             files = student_files(self.run_dir, self.learner)
             self.publisher = Publisher(self.bus, self.lease, self.settings, files)
-            self.policy = self.publisher.publish(self.step, self.learner.published_state())
+            self._prober = prober(self.learner, self.settings.inference)
+            self.policy = self._publish(self.step)
             self.recording = Recording(self.settings, found, self.policy.digest)
         if self.settings.eval.interval:
             self._evaluations = Evaluations(self.settings, redis_url(self.settings), self.run_dir)
@@ -223,7 +225,7 @@ class Trainer:
         learned = self.course.learn()
         learned_at = time.monotonic()
         with self._writing():
-            self.policy = self.publisher.publish(self.step + 1, self.learner.published_state())
+            self.policy = self._publish(self.step + 1)
             published_at = time.monotonic()
             row = self.course.conclude(learned)
             self.recording.stepped(self.step, self.policy.digest, row)
@@ -239,6 +241,9 @@ class Trainer:
             if self._evaluations:
                 self._evaluations.ask(self.step)
             self._write_down(row, learned.batch, learn_s=learned_at - started)
+
+    def _publish(self, number: int) -> PolicyVersion:
+        return self.publisher.publish(number, self.learner.published_state(), self._prober.ask() if self._prober else None)
 
     def _write_down(self, row: dict[str, Any], batch: Sequence[Chosen], *, learn_s: float) -> None:
         now = time.monotonic()

@@ -10,18 +10,35 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import load_file
 
 from pipeline.errors import Exit, UserError
 from pipeline.loop import Worker
-from pipeline.records import PolicyVersion, Rollout, StageName, Ticket, VersionSpan, decode_work, ids_array, logprobs_array, mask_array
+from pipeline.records import (
+    PolicyVersion,
+    Probe,
+    Rollout,
+    StageName,
+    Ticket,
+    VersionSpan,
+    decode_work,
+    ids_array,
+    logprobs_array,
+    mask_array,
+)
 from pipeline.stage import Delivery
 from pipeline.streams import Bus
 from pipeline.tasks import load_task
 from pipeline.weights import publish
+from settings.inference import InferenceSettings
 from settings.root import Settings
+from settings.trainer import TrainerSettings
 from workers.generator import policies
+from workers.generator.guard import tolerance_of
 from workers.generator.stage import Generator
+from workers.trainer.learner import Learner
+from workers.trainer.probe import prober
 
 ROUTE: list[StageName] = ["verify", "train"]
 
@@ -40,6 +57,13 @@ class Announced:
 
     def __call__(self) -> PolicyVersion | None:
         return self.newest
+
+
+def probe_of(student_dir: Path) -> Probe:
+    """What a trainer of the student there says of it."""
+    asking = prober(Learner(student_dir, TrainerSettings(), torch.device("cpu")), InferenceSettings())
+    assert asking is not None
+    return asking.ask()
 
 
 def settings_of(student_dir: Path, tmp_path: Path, **inference: Any) -> Settings:
@@ -254,3 +278,27 @@ def test_through_real_streams_every_ticket_arrives_at_the_next_stage(
     first = decode_work(bus.read("verify", 1)[0].payload)
     assert isinstance(first, Rollout)
     assert (first.route, [timing.stage for timing in first.timings]) == (ROUTE, ["generate"])
+
+
+def test_a_generator_stops_before_it_hands_out_what_another_policy_than_the_announced_one_wrote(
+    make: Callable[..., Generator], announced: Announced, student_dir: Path, other_weights: dict[str, torch.Tensor]
+) -> None:
+    probe = probe_of(student_dir)
+    announced.newest = replace(announced.publish(3), probe=probe)
+    stage = make()
+    assert stage.busy and stage.stats.numbers["running"] == 4  # asked before the first ticket
+    stage.handle([delivery(1)])
+    assert set(finish(stage)) == {1}
+    announced.newest = replace(announced.publish(13, other_weights), probe=probe)
+    with pytest.raises(UserError, match="under policy version 13 the engine gives token"):
+        stage.handle([delivery(2)])
+
+
+@pytest.mark.parametrize(
+    ("inference", "trainer", "expected"),
+    [({}, {}, 1e-3), ({"dtype": "bfloat16"}, {}, 0.3), ({}, {"dtype": "bfloat16"}, 0.3), ({"guard": {"tolerance": 2.5}}, {}, 2.5)],
+    ids=["float32 on both sides", "bfloat16 here", "bfloat16 at the trainer", "as set"],
+)
+def test_the_guard_tolerates_what_the_precisions_come_to(inference: dict[str, Any], trainer: dict[str, Any], expected: float) -> None:
+    sections = {"deployment": {"device": "cpu"}, "inference": inference, "trainer": trainer}
+    assert tolerance_of(Settings.model_validate(sections)) == expected

@@ -124,7 +124,7 @@ def test_a_model_that_cannot_share_prompts_has_the_same_gradient_from_padded_row
     padded.padded_because = "as if its code could not"
     padded.model.set_attn_implementation("sdpa")
     batch = samples(shared)
-    assert max(len(row.input_ids) for row in padded._pack(batch)) <= 64
+    assert max(len(row.input_ids) for row in padded.pack([one.prompt_ids for one in batch], [one.completion_ids for one in batch])) <= 64
     expected = gradient(shared, batch)
     torch.testing.assert_close(gradient(padded, batch), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
