@@ -5,7 +5,7 @@ PYTHON ?= python3
 export PYTHON
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
 
-.PHONY: help up lint test test-modes test-vllm bench models docs lock clean
+.PHONY: help up lint test test-modes test-vllm chaos bench models docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -18,10 +18,13 @@ lint: .venv/dev ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 test: .venv/dev ## all tests, on a real Redis of their own
-	@$(BIN)/python -m pytest --ignore tests/modes
+	@$(BIN)/python -m pytest --ignore tests/modes --ignore tests/chaos
 
-test-modes: .venv/dev .venv-vllm/ready ## whole runs of the modes that docs/modes.md describes, on this machine's CPU
-	@$(BIN)/python -m pytest tests/modes
+test-modes: .venv/dev .venv-vllm/ready ## whole runs of the modes that docs/modes.md describes, and one under blows, on this machine's CPU
+	@$(BIN)/python -m pytest tests/modes tests/chaos
+
+chaos: .venv/dev ## a long run whose every process is killed, Redis too, and the audit after it
+	@$(BIN)/python -m tests.chaos
 
 test-vllm: .venv-vllm/ready ## the tests on a real vLLM server, in an environment of its own
 	@.venv-vllm/bin/python -m pytest tests/vllm

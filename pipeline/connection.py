@@ -132,6 +132,11 @@ class Connection:
                 next_step="Run `redis-cli config set maxmemory-policy noeviction`, or use another server.",
             )
 
+    def has_room(self) -> bool:
+        """Whether Redis has memory for what is written next."""
+        memory = self._ask("INFO", "memory")
+        return not 0 < memory["maxmemory"] <= memory["used_memory"]
+
     def create_groups(self) -> None:
         """Create the consumer group of every stream, at its beginning, where it is missing."""
         for stage in STAGES:

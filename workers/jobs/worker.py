@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from redis import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from rq import Queue, Worker
 from rq.executions import Execution
 from rq.job import Job
@@ -32,6 +32,7 @@ GRACE_S = 1.0  # RQ's own limit comes first, and gives a job that listens to it 
 MONITORING_S, MAINTENANCE_S = 5, 30
 """RQ's own values would leave the job of a killed worker alone for ten minutes."""
 BEAT_S = 1.0
+JOBS = "jobs"
 log = get_logger()
 
 
@@ -132,9 +133,10 @@ class Overseer(threading.Thread):
 
     def __init__(self, settings: Settings, bus: Bus, jobs: Jobs, worker: JobsWorker) -> None:
         super().__init__(name="overseer", daemon=True)
-        self._settings, self._bus, self._jobs, self._worker = settings, bus, jobs, worker
+        self._settings, self._bus, self._jobs, self.worker = settings, bus, jobs, worker
         self._stopping = threading.Event()
         self.finished = False
+        self.waits_for = JOBS
 
     def stop(self) -> None:
         """End the thread."""
@@ -150,8 +152,8 @@ class Overseer(threading.Thread):
                 log.warning("redis does not answer", error=str(error))
 
     def _beat(self) -> None:
-        worker = self._worker
-        stats = Stats(done=worker.done, dead=worker.failed, detail=worker.current or "waits for jobs")
+        worker = self.worker
+        stats = Stats(done=worker.done, dead=worker.failed, detail=worker.current or f"waits for {self.waits_for}")
         self._bus.heartbeat("jobs", stats, in_hand=int(bool(worker.current)))
         if self._bus.finished():
             if not worker.current and self._jobs.idle():
@@ -173,14 +175,42 @@ def run_jobs(settings: Settings, bus: Bus, url: str) -> Exit:
     if sys.platform == "linux":
         adopt_orphans()
     connection = Redis.from_url(url)
-    worker = JobsWorker(settings, connection)
     with Jobs(url, settings.run.name, settings.jobs) as jobs:
-        overseer = Overseer(settings, bus, jobs, worker)
+        overseer = Overseer(settings, bus, jobs, JobsWorker(settings, connection))
         overseer.start()
         try:
-            worker.work(logging_level="WARNING")
+            told = False
+            while _ended_by_full_redis(overseer.worker, bus) and not (told := _told_before_room(bus, overseer)):
+                before, overseer.worker = overseer.worker, JobsWorker(settings, connection)
+                overseer.worker.done, overseer.worker.failed = before.done, before.failed
         finally:
             overseer.stop()
             connection.close()
-    stopped = overseer.finished or worker._shutdown_requested_date is not None
+    stopped = told or overseer.finished or overseer.worker._shutdown_requested_date is not None
     return Exit.OK if stopped else Exit.UNREACHABLE
+
+
+def _ended_by_full_redis(worker: JobsWorker, bus: Bus) -> bool:
+    """Do jobs until told to stop; True where it was a full Redis that ended the worker: RQ cannot work on one."""
+    try:
+        worker.work(logging_level="WARNING")
+    except ResponseError:
+        if bus.has_room():
+            raise
+    return worker._shutdown_requested_date is None and not bus.has_room()
+
+
+def _told_before_room(bus: Bus, overseer: Overseer) -> bool:
+    """Wait until Redis has room again, saying so; whether the worker was told to stop meanwhile."""
+    log.warning("redis is full; no jobs until it has room again")
+    told = threading.Event()
+    former = {number: signal.signal(number, lambda *_: told.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    overseer.waits_for = "room in Redis, which is full"
+    try:
+        while not bus.has_room() and not told.wait(BEAT_S):
+            pass
+    finally:
+        overseer.waits_for = JOBS
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    return told.is_set()

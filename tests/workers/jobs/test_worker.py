@@ -19,6 +19,7 @@ from pipeline.jobs import JobRow, Jobs, ask_pinned, queue_name
 from pipeline.pins import pinned
 from pipeline.streams import Bus
 from settings.root import Settings
+from workers.launcher.embedded_redis import EmbeddedRedis
 
 pytestmark = pytest.mark.timeout(40)
 Start = Callable[..., subprocess.Popen[bytes]]
@@ -207,3 +208,24 @@ def test_a_worker_that_is_killed_loses_no_job(jobs: Jobs, start: Start, tmp_path
     registry.cleanup(timestamp=time.time() + 3600)  # what another worker's maintenance does once the execution's lease is over
     start(jobs={"time_limit": 20})
     assert ended(jobs, "slow").result == "done"
+
+
+def test_a_worker_waits_while_redis_is_full_and_does_its_jobs_when_there_is_room_again(tmp_path: Path, settings: Settings) -> None:
+    server = EmbeddedRedis(tmp_path / "redis", max_memory_mb=64)
+    url = server.start()
+    bus = Bus.connect(url, settings.run.name, consumer="tester", block_s=0.2, connect_timeout_s=5)
+    command = [sys.executable, "-m", "tests.workers.jobs.worker_process", url, settings.model_dump_json()]
+    with Jobs(url, settings.run.name, settings.jobs) as jobs, subprocess.Popen(command) as worker:
+        try:
+            until(lambda: [beat for beat in bus.workers() if beat.stage == "jobs"])
+            bus._ask("CONFIG", "SET", "maxmemory", 1)
+            until(lambda: [beat for beat in bus.workers() if beat.detail == "waits for room in Redis, which is full"])
+            bus._ask("CONFIG", "SET", "maxmemory", 64 << 20)
+            assert ask(jobs, "answer", 7)
+            assert ended(jobs, "answer").status == "finished"
+            worker.terminate()
+            assert worker.wait() == 0
+        finally:
+            worker.kill()
+            bus.close()
+            server.stop()
