@@ -36,9 +36,9 @@ def main() -> int:
 
 def compared(directory: Path, seed: int, steps: int, *, alone: bool) -> int:
     """Run undisturbed and under blows; print the timeline, the audit and the result."""
-    usual = None if alone else undisturbed(directory / "undisturbed", seed, steps)
+    usual = None if alone else undisturbed(directory / "undisturbed", steps)
     began = time.monotonic()
-    run = ChaosRun(directory / "chaos", seed=seed, steps=steps, eval_interval=10, say=lambda line: print(line, flush=True))
+    run = ChaosRun(directory / "chaos", steps=steps, eval_interval=10, say=lambda line: print(line, flush=True))
     with run.running():
         run.through(schedule(seed, LONG, redis_kills=3, empty=1, steps=steps))
         wrong, found = problems(run), summary(run)
@@ -50,9 +50,9 @@ def compared(directory: Path, seed: int, steps: int, *, alone: bool) -> int:
     return 1 if wrong else 0
 
 
-def undisturbed(directory: Path, seed: int, steps: int) -> float | None:
+def undisturbed(directory: Path, steps: int) -> float | None:
     """What the run comes to when nothing happens to it."""
-    run = ChaosRun(directory, seed=seed, steps=steps, eval_interval=steps, say=lambda line: None)
+    run = ChaosRun(directory, steps=steps, eval_interval=steps, say=lambda line: None)
     print("the undisturbed run ...", flush=True)
     with run.running():
         run.through([])

@@ -46,11 +46,11 @@ class ChaosRun:
     A worker is restarted as by `docker compose` or `onstream up`: by its exit code, after a pause that grows while it keeps dying.
     """
 
-    def __init__(self, directory: Path, *, seed: int, steps: int, eval_interval: int, say: Say) -> None:
+    def __init__(self, directory: Path, *, steps: int, eval_interval: int, say: Say) -> None:
         self.directory, self.steps = directory / NAME, steps
         self.server = EmbeddedRedis(directory / "redis", max_memory_mb=MAX_MEMORY_MB)
         self._given = [
-            *(f"run.dir={directory}", f"run.seed={seed}", f"trainer.max_steps={steps}", f"eval.interval={eval_interval}"),
+            *(f"run.dir={directory}", f"trainer.max_steps={steps}", f"eval.interval={eval_interval}"),
             *("checkpoint.interval=4", "delivery.lease=2", "deployment.threads=1", f"redis.url={self.server.url}"),
         ]
         self._say, self._started = say, time.monotonic()

@@ -17,7 +17,7 @@ BEFORE = 0.57  # what the student of the example starts with
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_whose_every_process_is_killed_loses_nothing_trains_nothing_twice_and_learns(tmp_path: Path) -> None:
-    run = ChaosRun(tmp_path, seed=SEED, steps=STEPS, eval_interval=20, say=print)
+    run = ChaosRun(tmp_path, steps=STEPS, eval_interval=20, say=print)
     with run.running():
         run.through(schedule(SEED, SHORT, redis_kills=1, empty=0, steps=STEPS))
         assert problems(run) == []
