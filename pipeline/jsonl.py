@@ -10,6 +10,8 @@ from typing import Any
 
 import msgspec
 
+from pipeline.undecodable import UNDECODABLE
+
 
 class JsonLines:
     """One file of JSON objects, a line each. Every line is in the kernel's hands when `write` returns."""
@@ -57,5 +59,5 @@ def cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
 def _kept(line: bytes, keep: Callable[[dict[str, Any]], bool]) -> bool:
     try:
         return keep(msgspec.json.decode(line, type=dict[str, Any]))
-    except msgspec.DecodeError:
+    except UNDECODABLE:
         return False

@@ -14,6 +14,8 @@ from typing import Literal
 
 import msgspec
 
+from pipeline.undecodable import UNDECODABLE
+
 Fate = Literal["trained", "dead", "stale", "not_verified", "group_dead", "purged"]
 
 
@@ -142,5 +144,5 @@ class Ledger:
                     return
                 try:
                     yield decode(line)
-                except msgspec.DecodeError as error:
+                except UNDECODABLE as error:
                     raise ValueError(f"{self.path}, line {at}: {error}") from error

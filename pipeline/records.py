@@ -13,6 +13,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.undecodable import UNDECODABLE
+
 StageName = Literal["generate", "verify", "score", "train"]
 FinishReason = Literal["stop", "length"]
 
@@ -158,7 +160,7 @@ def decode_work(payload: bytes) -> Work:
     """
     try:
         return _work.decode(payload)
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         raise RecordError(f"{len(payload)} bytes do not decode as a ticket/1, rollout/1 or tombstone/1: {error}") from error
 
 
@@ -170,7 +172,7 @@ def decode_policy(payload: bytes) -> PolicyVersion:
     """
     try:
         return _policy.decode(payload)
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         raise RecordError(f"{len(payload)} bytes do not decode as a policy/1: {error}") from error
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from pipeline.errors import Exit, UserError
+from pipeline.undecodable import UNDECODABLE
 from settings.deployment import STAGE_OF, StageName, WorkerKind
 from settings.devices import device_of
 from settings.fields import known
@@ -66,7 +67,7 @@ class Plan(msgspec.Struct, frozen=True):
         """
         try:
             return msgspec.json.decode(data, type=Plan)
-        except msgspec.DecodeError as error:
+        except UNDECODABLE as error:
             raise UserError(
                 f"the run's plan does not decode: {error}",
                 expected="a plan of this version of Onstream",

@@ -7,11 +7,16 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import structlog
 
 from pipeline.streams import Bus
 from workers.launcher.embedded_redis import EmbeddedRedis
+
+# The same examples every time, since a test that fails one time in many is of no use to whoever happens to run it.
+hypothesis.settings.register_profile("onstream", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("onstream")
 
 
 @pytest.fixture(autouse=True)

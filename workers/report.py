@@ -12,6 +12,8 @@ from typing import Any
 
 import msgspec
 
+from pipeline.undecodable import UNDECODABLE
+
 Row = Mapping[str, Any]
 LAST_STEPS = 10
 USAGE = ("cpu_seconds", "cpu_seconds_startup")
@@ -50,7 +52,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     whole, _, _cut = path.read_bytes().rpartition(b"\n")
     try:
         return [msgspec.json.decode(line, type=dict[str, Any]) for line in whole.split(b"\n") if line]
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         raise ValueError(f"{path}: {error}") from error
 
 

@@ -13,6 +13,7 @@ import httpx
 import msgspec
 
 from pipeline.http.faults import BadReply, EndpointFault, Refused
+from pipeline.undecodable import UNDECODABLE
 from settings.client import ClientSettings
 
 NOT_THE_QUESTIONS_FAULT = {401, 402, 403, 404, 405, 407, 408, 409, 421, 423, 425, 426, 429, 451}
@@ -110,7 +111,7 @@ def decoded(reply: bytes) -> Any:
     """
     try:
         body = msgspec.json.decode(reply)
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         raise BadReply(f"a reply that is no JSON ({error})") from error
     if isinstance(body, dict) and body.get("error"):
         raise BadReply(f"an error in a reply that says success: {_said(body)}")
@@ -128,7 +129,7 @@ def _fault(reply: httpx.Response) -> EndpointFault | Refused:
 def _words(reply: httpx.Response) -> str:
     try:
         said = _said(msgspec.json.decode(reply.content))
-    except msgspec.DecodeError:
+    except UNDECODABLE:
         said = _line(reply.text)
     return said or reply.reason_phrase
 

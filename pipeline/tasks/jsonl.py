@@ -9,6 +9,7 @@ import msgspec
 from pipeline.errors import UserError
 from pipeline.tasks.base import FiniteTask, Problem
 from pipeline.tasks.rows import RowError, RowReader, finite_task, shown
+from pipeline.undecodable import UNDECODABLE
 from settings.root import Settings
 
 
@@ -60,5 +61,5 @@ def _problem(path: Path, number: int, line: bytes, reader: RowReader) -> Problem
 def _decoded(line: bytes) -> object:
     try:
         return msgspec.json.decode(line)
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         raise RowError(f"{shown(line.decode(errors='replace'))} is not JSON ({error})", expected="one JSON object a line") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -18,6 +17,7 @@ import pytest
 
 from pipeline.records import StageName
 from pipeline.streams import Bus
+from tests.forkserver import context
 from tests.pipeline.crash_workers import LEASE_S, read_lines, work
 from workers.launcher.embedded_redis import EmbeddedRedis
 
@@ -83,11 +83,8 @@ def server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
 
 @pytest.fixture
 def crew(server: EmbeddedRedis, tmp_path: Path, run_name: str) -> Iterator[Crew]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.pipeline.crash_workers"])
-
     def start(stage: StageName, name: str) -> BaseProcess:
-        process = context.Process(target=work, args=(stage, name, server.url, run_name, tmp_path / "ledger", RECORDS))
+        process = context().Process(target=work, args=(stage, name, server.url, run_name, tmp_path / "ledger", RECORDS))
         process.start()
         return process
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from pipeline.undecodable import UNDECODABLE
+
 KNOWN_ALREADY = ("timestamp", "level", "run", "stage", "worker", "event")
 
 
@@ -28,7 +30,7 @@ def as_text(line: str) -> list[str]:
     """
     try:
         row: dict[str, Any] = msgspec.json.decode(line, type=dict[str, Any])
-    except msgspec.DecodeError:
+    except UNDECODABLE:
         return [line]
     traceback = str(row.pop("exception", "")).splitlines()
     particulars = " ".join(f"{name}={value!r}" for name, value in row.items() if name not in KNOWN_ALREADY)

@@ -23,6 +23,7 @@ from pipeline.files import digest_of, sync
 from pipeline.ledger import Fate
 from pipeline.records import PolicyVersion
 from pipeline.telemetry import get_logger
+from pipeline.undecodable import UNDECODABLE
 
 FOLDER = "checkpoints"
 STATE, MANIFEST, OPTIMIZER = "trainer.json", "manifest.json", "optimizer.pt"
@@ -108,7 +109,7 @@ def damage(path: Path) -> str | None:
     """What differs between the checkpoint `path` and its manifest, or None for a whole one."""
     try:
         manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=dict[str, str])
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, *UNDECODABLE) as error:
         return f"no readable {MANIFEST}: {error}"
     if STATE not in manifest:
         return f"{STATE} is not in its manifest"

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from pipeline.errors import UserError
+from pipeline.undecodable import UNDECODABLE
 from settings.orchestrator import OrchestratorSettings
 from settings.root import Settings
 from workers.verifier.wire import PACKET_BYTES, Exited, Frames, Job, Kill, Ready, Refused, Spawn, Start, Verdict, WireError, framed
@@ -223,7 +224,7 @@ class Children:
                     self._settle(child, frame)
         except BlockingIOError:
             return
-        except (ConnectionResetError, WireError, msgspec.DecodeError):
+        except (ConnectionResetError, WireError, *UNDECODABLE):
             pass  # a child that died, or one whose socket somebody else wrote to: nothing that follows is to be trusted
         self._dismiss(child)
 

@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from pipeline.http import BadReply
+from pipeline.undecodable import UNDECODABLE
 from workers.teacher.scorer import ScoreRequest, Scores
 
 TOKEN_ID = "token_id:"
@@ -236,7 +237,7 @@ def _ids(request: ScoreRequest) -> list[int]:
 def _decoded(reply: bytes, form: type[Any]) -> Any:
     try:
         return msgspec.json.decode(reply, type=form)
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         raise BadReply(f"the reply does not have the protocol's form ({error})") from error
 
 

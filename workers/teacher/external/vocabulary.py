@@ -10,6 +10,7 @@ import numpy as np
 from pipeline.errors import UserError
 from pipeline.http import Endpoint, EndpointError, EndpointFault, Refused, decoded
 from pipeline.telemetry import get_logger
+from pipeline.undecodable import UNDECODABLE
 from workers.teacher.compatibility import TURNS, Party
 from workers.teacher.external.student import TEXT, prompt_ids
 
@@ -71,7 +72,7 @@ def _special_tokens(tokenizer: Any) -> list[str]:
 async def _tokenized(endpoint: Endpoint, body: dict[str, Any]) -> Tokenized | None:
     try:
         return msgspec.json.decode(await endpoint.post("/tokenize", body), type=Tokenized)
-    except msgspec.DecodeError:
+    except UNDECODABLE:
         return None  # another server's /tokenize, of another form
     except EndpointError as fault:
         if fault.status is not None and (fault.status < 500 or fault.status == 501):

@@ -1,0 +1,165 @@
+"""What holds of ranges, records, hops and frames, whatever the numbers."""
+
+from __future__ import annotations
+
+import itertools
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.ledger import RangeSet
+from pipeline.records import (
+    PolicyVersion,
+    RecordError,
+    Rollout,
+    Sample,
+    Ticket,
+    Timing,
+    Tombstone,
+    VersionSpan,
+    decode_policy,
+    decode_work,
+    encode,
+    ids_array,
+    ids_bytes,
+    logprobs_array,
+    logprobs_bytes,
+)
+from pipeline.streams import HOP_BYTES, HOP_RECORDS, Move, Out, hop_batches
+from workers.verifier.wire import Frames, framed
+
+pytestmark = pytest.mark.timeout(40)
+
+numbers = st.integers(1, 60)
+spans = st.tuples(numbers, numbers).map(lambda pair: (min(pair), max(pair)))
+names = st.sampled_from(["generate", "verify", "score", "train"])
+bytes_fields = st.none() | st.binary(max_size=64)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["add", "discard"]), spans)))
+def test_a_range_set_is_the_set_of_its_numbers(steps: list[tuple[str, tuple[int, int]]]) -> None:
+    ranges, plain = RangeSet(), set[int]()
+    for step, (first, last) in steps:
+        if step == "add":
+            ranges.add(first, last)
+            plain |= set(range(first, last + 1))
+        else:
+            ranges.discard(first)
+            plain.discard(first)
+        assert (list(ranges), len(ranges)) == (sorted(plain), len(plain))
+        pairs = ranges.ranges()
+        assert all(a <= b for a, b in pairs) and all(before[1] + 1 < after[0] for before, after in itertools.pairwise(pairs))
+    assert all((number in ranges) == (number in plain) for number in range(62))
+    assert list(ranges.missing(61)) == [number for number in range(1, 62) if number not in plain]
+    assert RangeSet(msgspec.json.decode(msgspec.json.encode(ranges.ranges()))) == ranges.copy() == ranges
+
+
+@given(st.sets(numbers), st.sets(numbers))
+def test_an_update_is_a_union(left: set[int], right: set[int]) -> None:
+    ranges = RangeSet.of(left)
+    ranges.update(RangeSet.of(right))
+    assert list(ranges) == sorted(left | right)
+
+
+samples = st.builds(
+    Sample,
+    prompt_ids=st.binary(max_size=64),
+    completion_ids=st.binary(max_size=64),
+    loss_mask=st.binary(max_size=16),
+    generator_logprobs=st.binary(max_size=64),
+    version_spans=st.lists(st.builds(VersionSpan, st.integers(0, 99), st.integers(0, 99), st.integers(0, 99)), max_size=3),
+    completion_text=st.text(max_size=20),
+    teacher_logprobs=bytes_fields,
+    teacher_top_ids=bytes_fields,
+    teacher_top_logprobs=bytes_fields,
+    teacher_tail_logprobs=bytes_fields,
+)
+rollouts = st.builds(
+    Rollout,
+    number=st.integers(1, 2**50),
+    group=st.integers(0, 2**50),
+    group_size=st.integers(1, 64),
+    index=st.integers(0, 2**50),
+    messages=st.lists(st.dictionaries(st.text(max_size=8), st.text(max_size=20), max_size=3), max_size=3),
+    info=st.dictionaries(st.text(max_size=8), st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.text(max_size=8), max_size=3),
+    samples=st.lists(samples, max_size=3),
+    temperature=st.floats(0.01, 4),
+    finish_reason=st.sampled_from(["stop", "length"]),
+    route=st.lists(names, max_size=3),
+    timings=st.lists(st.builds(Timing, names, st.text(max_size=8), st.floats(0, 1e10), st.floats(0, 1e10)), max_size=3),
+    reward=st.none() | st.floats(-10, 10),
+    reward_parts=st.dictionaries(st.text(max_size=8), st.floats(-10, 10), max_size=3),
+    unscored=st.none() | st.text(max_size=20),
+)
+tickets = st.builds(
+    Ticket,
+    number=st.integers(1, 2**50),
+    group=st.integers(0, 2**50),
+    group_size=st.integers(1, 64),
+    index=st.integers(0, 2**50),
+    seed=st.integers(0, 2**63 - 1),
+    min_policy_version=st.integers(0, 2**31),
+    route=st.lists(names, max_size=3),
+    requeued_from=st.none() | st.integers(1, 2**50),
+)
+tombstones = st.builds(Tombstone, st.integers(1, 2**50), names, st.text(max_size=20))
+
+
+@given(rollouts | tickets | tombstones)
+def test_a_record_comes_back_as_it_was(record: Rollout | Ticket | Tombstone) -> None:
+    assert decode_work(encode(record)) == record
+
+
+@given(st.builds(PolicyVersion, st.integers(0, 2**31), st.text(max_size=64), st.text(max_size=64), st.integers(0, 2**50)))
+def test_a_policy_version_comes_back_as_it_was(policy: PolicyVersion) -> None:
+    assert decode_policy(encode(policy)) == policy
+    with pytest.raises(RecordError):
+        decode_work(encode(policy))
+
+
+@given(tickets | tombstones, st.data())
+def test_bytes_that_were_cut_or_mangled_are_refused_in_words_or_are_a_record(record: Ticket | Tombstone, data: st.DataObject) -> None:
+    whole = encode(record)
+    at = data.draw(st.integers(0, len(whole) - 1))
+    with pytest.raises(RecordError):
+        decode_work(whole[:at])
+    mangled = whole[:at] + bytes([data.draw(st.integers(0, 255))]) + whole[at + 1 :]
+    try:
+        assert isinstance(decode_work(mangled), Ticket | Rollout | Tombstone)
+    except RecordError as error:
+        assert f"{len(whole)} bytes do not decode" in str(error)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_at_all_are_refused_in_words_or_are_a_record(payload: bytes) -> None:
+    try:
+        assert isinstance(decode_work(payload), Ticket | Rollout | Tombstone)
+    except RecordError as error:
+        assert "do not decode" in str(error)
+
+
+@given(st.lists(st.integers(-(2**31), 2**31 - 1)), st.lists(st.floats(width=32, allow_nan=False)))
+def test_arrays_come_back_as_they_were(ids: list[int], logprobs: list[float]) -> None:
+    assert ids_array(ids_bytes(ids)).tolist() == ids
+    assert logprobs_array(logprobs_bytes(logprobs)).tolist() == logprobs
+
+
+@given(st.lists(st.integers(0, HOP_BYTES * 3 // 2), max_size=100))
+def test_a_hop_is_cut_into_batches_that_keep_order_and_bounds(sizes: list[int]) -> None:
+    blob = bytes(HOP_BYTES * 3 // 2)
+    moves = [Move(str(at).encode(), [Out("train", at, memoryview(blob)[:size])]) for at, size in enumerate(sizes)]  # type: ignore[arg-type]
+    batches = list(hop_batches(moves))
+    assert [move for batch in batches for move in batch] == moves
+    assert all(0 < len(batch) <= HOP_RECORDS for batch in batches)
+    assert all(len(batch) == 1 or sum(move.size_bytes for move in batch) <= HOP_BYTES for batch in batches)
+
+
+@given(st.lists(st.binary(max_size=50)), st.lists(st.integers(1, 30)))
+def test_frames_come_back_however_the_stream_was_cut(bodies: list[bytes], cuts: list[int]) -> None:
+    stream, frames, found = b"".join(framed(body) for body in bodies), Frames(1 << 10), []
+    for cut in [*cuts, len(stream)]:
+        found += list(frames.feed(stream[:cut]))
+        stream = stream[cut:]
+    assert found == bodies
