@@ -55,6 +55,38 @@ def up(files: tuple[Path, ...], overrides: tuple[str, ...]) -> Exit:
 
 @cli.command()
 @sources
+def record(files: tuple[Path, ...], overrides: tuple[str, ...]) -> Exit:
+    """Do as `onstream up`, and record what the training depends on, for `onstream replay`.
+
+    The trainer writes the recording itself, to recording/ in the run's directory: the same as `onstream up --set trainer.record=true`. A
+    run that exists goes on, and is recorded from its checkpoint on. To record a run that is at work, stop it first: it loses nothing.
+    """
+    overrides = (*overrides, "trainer.record=true")
+    settings = _settings(files, overrides)
+    from workers.launcher.launcher import up
+
+    return up(settings, files, overrides)
+
+
+@cli.command()
+@looked_at
+@click.option("--from-step", type=click.IntRange(min=1), help="The first step wanted: start from the newest checkpoint before it.")
+@click.option("--stop-at", type=click.IntRange(min=1), help="The last step wanted.")
+@click.option("--out", type=click.Path(path_type=Path), help="The directory to make; by default RUN-replay beside the run's.")
+@click.option("--worst", type=click.IntRange(min=0), default=3, show_default=True, help="Show so many samples of the last step.")
+def replay(run: Path, overrides: tuple[str, ...], from_step: int | None, stop_at: int | None, out: Path | None, worst: int) -> Exit:
+    """Train a recorded run again, by its trainer alone, and tell whether it comes to the same weights.
+
+    No other worker and no Redis is needed. Exits with 1, and names the first step that differs, if any does. A setting of the trainer
+    that --set changes is a what-if: then a difference is no fault.
+    """
+    from workers.replay.command import replay
+
+    return replay(run, overrides, from_step=from_step, stop_at=stop_at, out=out, worst=worst, say=click.echo)
+
+
+@cli.command()
+@sources
 @click.option("--all", "everything", is_flag=True, help="Print settings at their defaults too.")
 def check(files: tuple[Path, ...], overrides: tuple[str, ...], everything: bool) -> Exit:
     """Print the resolved settings, the plan, and every problem at once."""

@@ -105,6 +105,12 @@ def load_newest(directory: Path) -> Checkpoint | None:
     return None
 
 
+def complete(directory: Path) -> list[Checkpoint]:
+    """The checkpoints under `directory` that a trainer could go on from, the newest first; their digests are not looked at."""
+    paths = [path for path in _newest_first(directory) if (path / OPTIMIZER).exists() and (path / MANIFEST).exists()]
+    return [Checkpoint(path, msgspec.json.decode((path / STATE).read_bytes(), type=TrainerState)) for path in paths]
+
+
 def damage(path: Path) -> str | None:
     """What differs between the checkpoint `path` and its manifest, or None for a whole one."""
     try:

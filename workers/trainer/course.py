@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from workers.trainer.checkpoint import OPTIMIZER, Checkpoint
 from workers.trainer.groups import Chosen, Dropped, GroupBook
 from workers.trainer.learner import Learner
 from workers.trainer.metrics import LEARNED, drop_metrics, rollout_metrics, scored_shares
+from workers.trainer.witness import Witness
 
 log = get_logger()
 
@@ -67,7 +69,8 @@ class Course:
         dropped: Mapping[str, int] | None = None,
     ) -> None:
         self.learner, self.step, self.max_steps = learner, step, settings.trainer.max_steps
-        self.book = group_book(settings)
+        self._empty_book = partial(group_book, settings)
+        self.book = self._empty_book()
         self.batch: list[Chosen] | None = None
         self.dropped: Counter[str] = Counter(dropped)
         self._around, self._worker = around, worker
@@ -91,15 +94,20 @@ class Course:
             if not self._waiting:
                 return
 
-    def learn(self) -> Learned:
-        """Let the learner take the step that the batch is complete for.
+    def forget(self) -> None:
+        """Forget every record that has not settled, as a trainer does that takes a run up: they come again."""
+        self.book, self.batch = self._empty_book(), None
+        self._waiting.clear()
+
+    def learn(self, witness: Witness | None = None) -> Learned:
+        """Let the learner take the step that the batch is complete for; `witness` is told of every sample.
 
         Raises:
             UserError: the gradient is not finite; the weights are as they were.
         """
         batch, self.batch = self.batch or [], None
         samples = training_samples(batch, normalize=self._normalize, version=self.step)
-        return Learned(batch, self.learner.step(samples, self.max_steps))
+        return Learned(batch, self.learner.step(samples, self.max_steps, witness=witness))
 
     def conclude(self, learned: Learned) -> dict[str, Any]:
         """Settle what `learned` trained on and count the step; returns its row of metrics, as far as it follows from the records."""

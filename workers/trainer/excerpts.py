@@ -13,10 +13,11 @@ SHOWN = 4  # rollouts a time, each of another unit
 
 def excerpts(batch: Sequence[Chosen], run: str, step: int) -> list[dict[str, Any]]:
     """One row for the first live rollout of each of the first few units of `batch`, trained in `step`."""
-    return [_row(chosen.rollouts[0], run, step) for chosen in batch[:SHOWN]]
+    return [excerpt(chosen.rollouts[0], run, step) for chosen in batch[:SHOWN]]
 
 
-def _row(rollout: Rollout, run: str, step: int) -> dict[str, Any]:
+def excerpt(rollout: Rollout, run: str, step: int) -> dict[str, Any]:
+    """What a person reads of `rollout`, trained in `step`."""
     return {
         "step": step,
         "uid": f"{run}/{rollout.number}",

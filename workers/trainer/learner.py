@@ -21,6 +21,7 @@ from workers.trainer.mismatch import mismatch_metrics
 from workers.trainer.objective import Objective, Tally, gather_tokens
 from workers.trainer.samples import Ids, TrainSample, check_sample
 from workers.trainer.schedule import learning_rate
+from workers.trainer.witness import Witness
 
 __all__ = ["Learner", "TrainSample"]
 
@@ -55,12 +56,14 @@ class Learner:
         """Raises ValueError where a step could not train on `sample`; `step` does the same before it changes anything."""
         check_sample(sample, self.trainer.loss, self.vocabulary)
 
-    def step(self, samples: Sequence[TrainSample], max_steps: int, *, global_tokens: int | None = None) -> dict[str, Any]:
+    def step(
+        self, samples: Sequence[TrainSample], max_steps: int, *, global_tokens: int | None = None, witness: Witness | None = None
+    ) -> dict[str, Any]:
         """One optimizer step over `samples`; returns its metrics by their names in metrics.jsonl.
 
         `max_steps` is where a falling schedule ends. `global_tokens` is the count of loss-mask tokens that the loss is
         divided by: over all ranks, where there are several, whose gradients are to be summed before they are clipped.
-        None: this process is alone.
+        None: this process is alone. `witness` is told of every sample.
 
         Raises:
             ValueError: a sample cannot be trained on, or no token is in the loss mask.
@@ -73,7 +76,7 @@ class Learner:
             raise ValueError(f"none of the {len(samples)} samples has a token in its loss mask; expected at least one in a step")
         tally, divisor = Tally(), global_tokens or tokens
         for packed in self.pack([sample.prompt_ids for sample in samples], [sample.completion_ids for sample in samples]):
-            (self._loss(packed, samples, tally) / divisor).backward()  # type: ignore[no-untyped-call]
+            (self._loss(packed, samples, tally, witness) / divisor).backward()  # type: ignore[no-untyped-call]
         means = {**tally.means(divisor), **mismatch_metrics(tally.mismatch.found())}
         return {**means, **self._update(max_steps), "tokens": float(tokens)}
 
@@ -87,13 +90,16 @@ class Learner:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return hidden_states(self.model, packed).to(self.dtype)
 
-    def _loss(self, packed: Packed, samples: Sequence[TrainSample], tally: Tally) -> Tensor:
+    def _loss(self, packed: Packed, samples: Sequence[TrainSample], tally: Tally, witness: Witness | None) -> Tensor:
         """The summed loss of one packed row."""
         tokens, hidden = gather_tokens(packed, samples, self.trainer.loss, self.device), self.hidden(packed)
         if tokens.kept is not None:
             hidden = hidden.index_select(0, tokens.kept)
-        objective = Objective(tokens, self.trainer.loss, tally)
-        return chunked_loss(hidden, head_of(self.model), tokens.wanted, objective, chunk=self.trainer.head_chunk)
+        objective = Objective(tokens, self.trainer.loss, tally, witness)
+        loss = chunked_loss(hidden, head_of(self.model), tokens.wanted, objective, chunk=self.trainer.head_chunk)
+        if witness:
+            witness.row(packed.sequences, [int(samples[sequence].loss_mask.sum()) for sequence in packed.sequences])
+        return loss
 
     def _update(self, max_steps: int) -> dict[str, float]:
         """Clips the gradient and lets the optimizer take it."""

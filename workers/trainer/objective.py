@@ -17,6 +17,7 @@ from workers.trainer.loss import policy_loss, reverse_kl, reverse_kl_k3, sft_los
 from workers.trainer.mismatch import MismatchTally
 from workers.trainer.samples import TrainSample
 from workers.trainer.staleness import UNWRITTEN
+from workers.trainer.witness import Witness
 
 
 class Tally:
@@ -113,14 +114,16 @@ def _tail(sample: TrainSample) -> npt.NDArray[np.float32]:
 class Objective:
     """The loss of one packed row's tokens, in the form `chunked_loss` calls it."""
 
-    def __init__(self, tokens: Tokens, loss: LossSettings, tally: Tally) -> None:
-        self._tokens, self._loss, self._tally = tokens, loss, tally
+    def __init__(self, tokens: Tokens, loss: LossSettings, tally: Tally, witness: Witness | None = None) -> None:
+        self._tokens, self._loss, self._tally, self._witness = tokens, loss, tally, witness
 
     def __call__(self, at: slice, student: Student) -> Tensor:
         """The loss of the tokens `at`, [n]."""
         self._tally.add(entropy=student.entropy)
         values = sft_loss(student.sampled) if self._loss.type == "sft" else self._rl(at, student)
         self._tally.add(loss=values)
+        if self._witness:
+            self._witness.see(loss=values)
         return values
 
     def _rl(self, at: slice, student: Student) -> Tensor:
@@ -143,6 +146,8 @@ class Objective:
         self._tally.add(ratio_mean=terms.ratio, mismatch_mean=mismatch, masked_share=1 - terms.keep)
         self._tally.top(ratio_max=terms.ratio, mismatch_max=mismatch)
         self._tally.mismatch.add(mismatch, self._tokens.staleness[at], self._tokens.ages)
+        if self._witness:
+            self._witness.see(mismatch=mismatch)
         return terms.reward + teacher + terms.drift
 
     def _teacher_advantage(self, at: slice, student: Student) -> Tensor:

@@ -30,6 +30,8 @@ from workers.audit import audit, counted
 from workers.trainer.stage import Trainer
 
 Answer = Callable[[Ticket, int], Rollout | Tombstone]
+CLOCKS = ("time", "wait_s", "step_s", "publish_s", "publish_bytes", "tokens_per_s", "elapsed_s", "rollouts_per_s")
+"""Metrics that tell of the machine and of the moment; all others follow from the records."""
 
 
 def rollout(ticket: Ticket, version: int, **changes: Any) -> Rollout:
@@ -107,7 +109,7 @@ class Run:
     def close_files(self) -> None:
         """What the kernel does for a killed process."""
         for trainer in self.trainers:
-            for name in ("metrics", "samples"):
+            for name in ("metrics", "samples", "recording"):
                 if hasattr(trainer, name):
                     getattr(trainer, name).close()
 

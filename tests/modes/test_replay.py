@@ -1,0 +1,90 @@
+"""A recorded run whose trainer is killed again and again, and its replay by an undisturbed trainer: the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pipeline.recording import FOLDER, Opened, Recorded, Recorder, Stepped, frames
+from tests.modes.run import ROOT, Run
+from tests.workers.trainer.driver import CLOCKS
+from workers.trainer.recording import SETTINGS
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+SEED, STEPS = 20, 24
+SHORT = (
+    *("trainer.record=true", f"trainer.max_steps={STEPS}", "checkpoint.interval=4", "eval.samples=0", "deployment.max_restarts=5"),
+    *("orchestrator.batch_size=32", "orchestrator.max_off_policy_steps=1", "trainer.loss.adv_tau=1"),
+)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def kill_trainer(run: Run, launcher: int) -> None:
+    """SIGKILL to the trainer's process, as the kernel's out-of-memory killer would."""
+    trainers = [child for child in psutil.Process(launcher).children(recursive=True) if "trainer" in child.cmdline()]
+    assert trainers, run.said()
+    for trainer in trainers:
+        trainer.kill()
+
+
+def test_a_trainer_killed_at_three_random_points_comes_to_the_weights_of_an_undisturbed_replay(tmp_path: Path) -> None:
+    draw = random.Random(SEED)
+    kills = sorted(draw.sample(range(2, STEPS - 4), 3))
+    run = Run(tmp_path, ROOT / "examples/reverse-text/onstream.toml", *SHORT)
+    with run.started() as up:
+        for at in kills:
+            run.wait_for(lambda at=at: run.steps() >= at)  # type: ignore[misc]
+            time.sleep(draw.uniform(0, 0.1))  # anywhere in a step, not at its end
+            kill_trainer(run, up.pid)
+        assert up.wait(180) == 0, run.said()[-3000:]
+    audit = run.audit()
+    assert (audit["lost"], audit["duplicated"], audit["trained"]) == (0, 0, STEPS * 32)
+    print(f"killed at steps {kills}")
+    assert_equal(run, run.directory, tmp_path / "twin")
+    assert_equal(run, stream_alone(run.directory, tmp_path / "undisturbed"), tmp_path / "undisturbed-twin")
+    steps = [row["step"] for row in run.rows("metrics.jsonl")]
+    assert steps == list(range(1, STEPS + 1))
+    assert lasting(tmp_path / "undisturbed-twin") == lasting(run.directory)
+
+
+def assert_equal(run: Run, recorded: Path, twin: Path) -> None:
+    """Replaying what `recorded` holds gives every version of the run, and the bits of its last checkpoint."""
+    said = run.onstream("replay", str(recorded), "--out", str(twin), "--worst", "0")
+    assert f"steps 1 to {STEPS}: the weights after each of them equal the recorded ones, bit for bit; so do the metrics" in said, said
+    for name in (f"policies/{STEPS:06d}/model.safetensors", f"checkpoints/step-{STEPS:06d}/model.safetensors"):
+        assert sha256(twin / name) == sha256(run.directory / name)
+
+
+def stream_alone(run_dir: Path, to: Path) -> Path:
+    """The recording of `run_dir` as one trainer would have made it that was never killed: no resumes, and no record twice."""
+    (to / FOLDER).mkdir(parents=True)
+    shutil.copy(run_dir / FOLDER / SETTINGS, to / FOLDER)
+    recorder, numbers, opened = Recorder(to / FOLDER, 0), set[int](), 0
+    for frame in frames(run_dir / FOLDER):
+        if isinstance(frame, Recorded) and frame.number not in numbers:
+            numbers.add(frame.number)
+            recorder.record(frame.number, frame.taken, frame.payload)
+        elif isinstance(frame, Stepped) or (isinstance(frame, Opened) and not opened):
+            recorder.mark(frame, 0.0)
+        opened += isinstance(frame, Opened)
+    recorder.close()
+    assert opened >= 2, "a trainer took the run up again, besides resumes that were cut away with the steps they led to"
+    return to
+
+
+def lasting(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics that follow from the stream. When a record was taken does not: after a kill it is taken again."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in (*CLOCKS, "queue_train_s")} for row in rows]

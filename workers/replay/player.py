@@ -1,0 +1,171 @@
+"""Feeds a recorded stream to the trainer's own course of training: the same batches, steps and weights, with nobody else at work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from pipeline import weights
+from pipeline.ledger import Fate, RangeSet
+from pipeline.recording import Frame, Opened, Recorded, Stepped
+from pipeline.records import PolicyVersion, Rollout, Ticket, Tombstone, decode_work
+from settings.root import Settings
+from workers.replay.source import Beginning, settled_in
+from workers.trainer import checkpoint
+from workers.trainer.checkpoint import TrainerState
+from workers.trainer.course import Course, Learned, learner_at
+from workers.trainer.publisher import student_files
+from workers.trainer.recording import conditions
+from workers.trainer.witness import Witness
+
+
+@dataclass(frozen=True)
+class Played:
+    """A step of the replay, and what the recording says of it; `recorded` is None for a step that the recorded run did not take there."""
+
+    policy: PolicyVersion
+    row: dict[str, Any]
+    recorded: Stepped | None
+    learned: Learned
+    witness: Witness
+
+    @property
+    def step(self) -> int:
+        """The step's number."""
+        return self.policy.number
+
+    @property
+    def same_weights(self) -> bool:
+        """Whether the recorded run came to these weights, bit for bit, in this step."""
+        return self.recorded is not None and (self.recorded.step, self.recorded.digest) == (self.policy.number, self.policy.digest)
+
+    @property
+    def other_metrics(self) -> list[str]:
+        """Names of the metrics that differ from the recorded ones."""
+        recorded = self.recorded.metrics if self.recorded else {}
+        return [name for name in {**recorded, **self.row} if recorded.get(name) != self.row.get(name)]
+
+
+class Player:
+    """Replays from `beginning` into `settings.run_dir`.
+
+    `settings_under` gives the settings that hold when a trainer takes the run up as recorded; `told` hears of conditions that
+    are not the recorded ones.
+
+    Raises:
+        UserError: the student cannot be loaded.
+    """
+
+    def __init__(self, beginning: Beginning, settings_under: Callable[[Opened], Settings], told: Callable[[str], None]) -> None:
+        self._settings_under, self._told = settings_under, told
+        self.settings, found = settings_under(beginning.opened), beginning.found
+        self._under_conditions(beginning.opened)
+        self.run_dir = self.settings.run_dir
+        self.fates: dict[Fate, RangeSet] = {fate: RangeSet(ranges) for fate, ranges in found.state.settled.items()} if found else {}
+        self.settled = settled_in(found)
+        learner = learner_at(self.settings, found)
+        dropped = found.state.dropped if found else {}
+        self.missed: int | None = None
+        """The first step that the recorded run took where none was due here."""
+        self.course = Course(self.settings, learner, self, worker="replay", step=beginning.step, dropped=dropped)
+        self._files = student_files(self.run_dir, learner)
+        self.policy = self._publish()
+        if not beginning.position and self.policy.digest != beginning.opened.digest:
+            told("the weights that the recorded run started from are not those that this replay starts from")
+        for record in beginning.held:
+            self._take(record)
+
+    def play(self, frames: Iterable[Frame], *, stop_at: int | None) -> Iterator[Played]:
+        """Take the steps that `frames` hold, up to `stop_at`."""
+        for frame in frames:
+            if stop_at is not None and self.course.step >= stop_at:
+                return
+            if isinstance(frame, Recorded):
+                self._take(frame)
+                continue
+            self.course.advance()
+            if isinstance(frame, Opened):
+                self._open(frame)
+            else:
+                yield from self._steps(frame)
+
+    def save(self) -> Path:
+        """Write a checkpoint of where the replay stands; returns its directory."""
+
+        def files(directory: Path) -> None:
+            self.course.learner.save_checkpoint(directory)
+            torch.save(self.course.learner.state(), directory / checkpoint.OPTIMIZER)
+
+        state = TrainerState(
+            sequence=1,
+            step=self.course.step,
+            policy=self.policy,
+            issued=max((last for numbers in self.fates.values() for _, last in numbers.ranges()), default=0),
+            settled={fate: numbers.ranges() for fate, numbers in self.fates.items()},
+            before=[],
+            ledger_bytes=0,
+            totals={},
+            dropped=dict(self.course.dropped),
+        )
+        return checkpoint.save(self.run_dir / checkpoint.FOLDER, state, files, fence=nullcontext).path
+
+    def considered(self, record: Rollout | Tombstone, taken: float) -> None:
+        """A replay is not recorded."""
+
+    def settle(self, numbers: Iterable[int], fate: Fate, step: int) -> None:
+        """Note the fate of `numbers`."""
+        for number in numbers:
+            self.fates.setdefault(fate, RangeSet()).add(number)
+            self.settled.add(number)
+
+    def _take(self, recorded: Recorded) -> None:
+        record = decode_work(recorded.payload)
+        if not isinstance(record, Ticket) and recorded.number not in self.settled:  # another batch size may have settled it before
+            self.course.take(record, recorded.taken)
+
+    def _open(self, opened: Opened) -> None:
+        """Do as the trainer that took the run up there: under its settings, and knowing only what had settled."""
+        self.course.forget()
+        self.settings = self._settings_under(opened)
+        self.course.learner.trainer, self.course.max_steps = self.settings.trainer, self.settings.trainer.max_steps
+        self._under_conditions(opened)
+
+    def _under_conditions(self, opened: Opened) -> None:
+        torch.set_num_threads(self.settings.deployment.threads or opened.conditions.get("threads") or torch.get_num_threads())
+        here = conditions(self.settings)
+        for name, recorded in opened.conditions.items():
+            if here.get(name) != recorded:
+                self._told(f"{name} was {recorded} when step {opened.step + 1} was recorded, and is {here.get(name)} here")
+
+    def _steps(self, recorded: Stepped) -> Iterator[Played]:
+        """The step that is due where the recorded run took one; with another batch size it may be none, or several."""
+        while self.course.batch is not None:
+            yield self._step(recorded if self.course.step + 1 == recorded.step else None)
+            self.course.advance()
+        if self.course.step < recorded.step and self.missed is None:
+            self.missed = recorded.step
+
+    def _step(self, recorded: Stepped | None) -> Played:
+        witness = Witness()
+        learned = self.course.learn(witness)
+        row = self.course.conclude(learned)
+        self.policy = self._publish()
+        return Played(self.policy, _as_read(row), recorded, learned, witness)
+
+    def _publish(self) -> PolicyVersion:
+        step = self.course.step
+        policy = weights.publish(self.run_dir, step, self.course.learner.published_state(), self._files)
+        weights.prune(self.run_dir, self.settings.checkpoint.keep_policies, pinned={step})
+        return policy
+
+
+def _as_read(row: dict[str, Any]) -> dict[str, Any]:
+    """`row` as it reads from a file of JSON."""
+    read: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(row))
+    return read
