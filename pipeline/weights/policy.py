@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.weights.layout import layout_of, view
+from pipeline.weights.scratch import scratch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +77,7 @@ class LoadedPolicy:
 
     @cached_property
     def _file(self) -> Path:
-        directory = tempfile.mkdtemp(prefix=f"onstream-policy-{self.number}-")
+        directory = tempfile.mkdtemp(prefix=f"{self.number:06d}-", dir=scratch())
         weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
         path = Path(directory) / WEIGHTS_FILE
         path.write_bytes(self.data.data)
