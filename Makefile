@@ -47,7 +47,7 @@ clean: ## remove the virtual environments and caches; runs/ stays
 .venv/run: pyproject.toml requirements.lock
 	@echo "Setting up .venv (a few minutes the first time) ..."
 	@.ci/python -m venv .venv
-	@$(INSTALL) '.[embedded]'
+	@$(INSTALL) '.[train,embedded]'
 	@touch $@
 
 .venv/dev: pyproject.toml requirements.lock

@@ -22,7 +22,8 @@ from rich.table import Table
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from pipeline.models.loading import load_model, load_tokenizer
+from pipeline.models.loading import load_model
+from pipeline.models.tokenizer import load_tokenizer
 from pipeline.tasks import load_task
 from settings.root import Settings
 from workers.models.fresh import write_fresh

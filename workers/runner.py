@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import os
 import signal
 import socket
@@ -30,6 +31,8 @@ STAGE_CLASSES: dict[WorkerKind, str] = {
     "teacher-external": "workers.teacher.external:ExternalTeacher",
     "trainer": "workers.trainer.stage:Trainer",
 }
+COMPUTING: tuple[WorkerKind, ...] = ("generator", "teacher", "trainer")
+"""The kinds that import torch."""
 CHAT_GENERATOR = "workers.generator.chat:ChatGenerator"
 REMINDER_S = 10.0
 log = telemetry.get_logger()
@@ -46,6 +49,7 @@ def run_kind(kind: WorkerKind, settings: Settings, slot: str | None = None) -> E
     """
     worker = f"{kind}-{socket.gethostname()}-{slot or os.getpid()}"
     telemetry.configure(STAGE_OF.get(kind, kind), worker, settings.run.name, settings.log)
+    _refuse_without_torch(kind)
     _limit_threads(settings)
     with contextlib.closing(connect(settings, redis_url(settings), consumer=worker)) as bus:
         if kind == "jobs":
@@ -58,6 +62,20 @@ def run_kind(kind: WorkerKind, settings: Settings, slot: str | None = None) -> E
 
         _limit_gpu_memory(kind, settings)
         return run_worker(stage_class(class_path(kind, settings))(settings, bus), bus, settings.delivery, block_s=settings.redis.block)
+
+
+def _refuse_without_torch(kind: WorkerKind) -> None:
+    """Tell in words, and not by an import's traceback, that this installation is one for the other kinds.
+
+    Raises:
+        UserError: `kind` computes with models, and torch is not installed.
+    """
+    if kind in COMPUTING and importlib.util.find_spec("torch") is None:
+        raise UserError(
+            f"a {kind} worker where torch is not installed",
+            expected="torch, which holds the models of generators, local teachers and the trainer",
+            next_step="Install it: pip install 'onstream[train]'; of the images, `slim` has none and `cpu` and `cuda` do.",
+        )
 
 
 def class_path(kind: WorkerKind, settings: Settings) -> str:

@@ -1,32 +1,18 @@
-"""Loads tokenizers and causal language models, and says plainly why one cannot be used."""
+"""Loads causal language models, and says plainly why one cannot be used."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-from huggingface_hub import constants as hub_constants
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.errors import UserError
+from pipeline.models.tokenizer import cached_first
 
 DeviceSetting = Literal["auto", "cpu", "cuda"]
 DtypeSetting = Literal["auto", "float32", "bfloat16"]
-Loaded = TypeVar("Loaded")
-
-_REASON_CHARACTERS = 300  # transformers' own errors run over a page
 
 
 def resolve_device(setting: DeviceSetting) -> torch.device:
@@ -57,28 +43,6 @@ def limit_gpu_memory(share: float) -> None:
     torch.cuda.set_per_process_memory_fraction(share)
 
 
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model id or directory, with a chat template and an end-of-sequence token.
-
-    Raises:
-        UserError: there is none, or it lacks either.
-    """
-    tokenizer: PreTrainedTokenizerBase = _cached_first(name, "tokenizer", AutoTokenizer.from_pretrained)
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"the tokenizer of {name} has no chat template",
-            expected="a chat_template in tokenizer_config.json, or chat_template.jinja beside it",
-            next_step="Use the instruction-tuned variant of the model, or add a chat_template.jinja to its directory.",
-        )
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer of {name} has no end-of-sequence token",
-            expected="eos_token in tokenizer_config.json",
-            next_step="Name the token that ends a turn as eos_token; without it no completion can stop.",
-        )
-    return tokenizer
-
-
 def load_model(name: str | Path, *, dtype: torch.dtype, device: torch.device, attention: str | None = None) -> PreTrainedModel:
     """A causal language model in evaluation mode, every weight of it read from the files.
 
@@ -94,7 +58,7 @@ def load_model(name: str | Path, *, dtype: torch.dtype, device: torch.device, at
         )
         return loaded
 
-    model, info = _cached_first(name, "model", load)
+    model, info = cached_first(name, "model", load)
     if missing := sorted(info["missing_keys"]):  # transformers would leave them random, with a warning
         raise UserError(
             f"the files of model {name} lack {len(missing)} of its weights, {missing[0]} first",
@@ -102,45 +66,3 @@ def load_model(name: str | Path, *, dtype: torch.dtype, device: torch.device, at
             next_step="Check that config.json belongs to these weights, and that the download is whole.",
         )
     return model.to(device).eval()
-
-
-def _cached_first(name: str | Path, what: str, load: Callable[..., Loaded]) -> Loaded:
-    """`load` from a directory or the local cache, and only then from the hub, so that what is here needs no network."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    name = str(name)
-    if Path(name).is_dir() or hub_constants.HF_HUB_OFFLINE:
-        attempts: list[dict[str, bool]] = [{"local_files_only": True}]
-    elif name.startswith((".", "/", "~")):
-        raise _not_usable(name, what, FileNotFoundError("no such directory"))
-    else:
-        attempts = [{"local_files_only": True}, {}]
-    for where in attempts:
-        try:
-            return load(name, **where)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            reason: Exception = error
-    raise _not_usable(name, what, reason) from reason
-
-
-def _not_usable(name: str, what: str, reason: Exception) -> UserError:
-    words = " ".join(str(reason).split())[:_REASON_CHARACTERS]
-    return UserError(
-        f"cannot load a {what} from {name}: {words}",
-        expected="a directory in Hugging Face form, or the id of a public model",
-        next_step="Check the spelling and the directory; a gated or private model needs `hf auth login` first.",
-    )
-
-
-def load_configs(name: str | Path) -> tuple[PretrainedConfig, GenerationConfig]:
-    """A model's configuration and generation configuration, without its weights; the latter is empty where the model has none.
-
-    Raises:
-        UserError: there is no such model.
-    """
-    config: PretrainedConfig = _cached_first(name, "configuration", AutoConfig.from_pretrained)
-    try:
-        generation: GenerationConfig = _cached_first(name, "generation configuration", GenerationConfig.from_pretrained)
-    except UserError:
-        generation = GenerationConfig()
-    return config, generation

@@ -100,3 +100,29 @@ def test_an_admitted_worker_takes_changeable_settings_of_its_own_and_exits_0_whe
     )
     assert done.returncode == Exit.OK, done.stderr
     assert "verify" in bus.ready()
+
+
+@pytest.mark.parametrize("kind", ["verifier", "teacher-external", "jobs"])
+def test_the_kinds_of_the_slim_image_come_up_where_torch_is_not_installed(kind: str) -> None:
+    module = {"jobs": "workers.jobs.worker"}.get(kind) or class_path(kind, Settings()).partition(":")[0]  # type: ignore[arg-type]
+    code = f"import sys\nsys.modules['torch'] = None\nimport {module}, workers.runner\nprint('numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_a_tokenizer_loads_where_torch_is_not_installed() -> None:
+    code = (
+        "import sys\nsys.modules['torch'] = None\nfrom workers.teacher.party import party\n"
+        "print(party('examples/reverse-text/student').context_tokens)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "512\n", done.stderr
+
+
+@pytest.mark.parametrize("kind", ["generator", "teacher", "trainer"])
+def test_a_kind_that_computes_says_how_to_install_torch(kind: str) -> None:
+    code = f"import sys\nsys.modules['torch'] = None\nsys.argv = ['onstream', 'worker', '{kind}']\nfrom workers.cli import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == Exit.USAGE
+    assert f"a {kind} worker where torch is not installed" in done.stderr
+    assert "pip install 'onstream[train]'" in done.stderr

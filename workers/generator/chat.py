@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.http import Answered, Background, Budget, Endpoint, Pool, Refused, decoded, require_model
-from pipeline.models.loading import load_configs, load_tokenizer
+from pipeline.models.tokenizer import load_configs, load_tokenizer
 from pipeline.records import Rollout, Sample, StageName, Ticket, ids_bytes, logprobs_bytes, mask_bytes
 from pipeline.stage import Delivery, Outcome, Stats
 from pipeline.tasks import load_task

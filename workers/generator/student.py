@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.models.fit import shapes_of
-from pipeline.models.loading import limit_gpu_memory, load_configs, load_model, load_tokenizer, resolve_device, resolve_dtype
+from pipeline.models.loading import limit_gpu_memory, load_model, resolve_device, resolve_dtype
+from pipeline.models.tokenizer import load_configs, load_tokenizer
 from pipeline.records import Ids
 from pipeline.telemetry import get_logger
 from settings.engines import student_engine

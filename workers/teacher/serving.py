@@ -15,7 +15,7 @@ from settings.plan import make_plan
 from settings.root import Settings
 from workers.teacher.compatibility import check
 from workers.teacher.external.student import judged_student
-from workers.teacher.setup import party
+from workers.teacher.party import party
 
 SERVER = "vllm.entrypoints.openai.api_server"  # the command `vllm serve` does not start from the wheel for CPUs
 MAX_LOGPROBS = 20  # vLLM's own default

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from transformers import AutoConfig, PreTrainedTokenizerBase
-
-from pipeline.models.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+from pipeline.models.loading import load_model, resolve_device, resolve_dtype
 from pipeline.models.probe import prepare
 from pipeline.telemetry import get_logger
 from settings.root import Settings
-from workers.teacher.compatibility import Party, check
+from workers.teacher.compatibility import check
 from workers.teacher.local import LocalScorer
+from workers.teacher.party import party
 
 
 def load_local(settings: Settings) -> LocalScorer:
@@ -36,22 +33,3 @@ def load_local(settings: Settings) -> LocalScorer:
         max_batch_tokens=local.max_batch_tokens,
         head_chunk=local.head_chunk,
     )
-
-
-def party(name: str) -> Party:
-    """What the comparison needs to know of the model `name`, from its tokenizer and its configuration alone.
-
-    Raises:
-        UserError: it has no usable tokenizer.
-    """
-    tokenizer = load_tokenizer(name)
-    config = AutoConfig.from_pretrained(name)
-    text = config.get_text_config()
-    return Party(name, tokenizer, _end_ids(tokenizer, config), int(text.max_position_embeddings), int(text.vocab_size))
-
-
-def _end_ids(tokenizer: PreTrainedTokenizerBase, config: Any) -> frozenset[int]:
-    """Every token that ends a turn, by the tokenizer or by the model's configuration, which may name several."""
-    named = getattr(config, "eos_token_id", None)
-    listed = named if isinstance(named, list) else [named]
-    return frozenset(int(token) for token in [tokenizer.eos_token_id, *listed] if token is not None)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import Exit, UserError
-from pipeline.models.loading import load_model, load_tokenizer, resolve_dtype
+from pipeline.models.loading import load_model, resolve_dtype
 from pipeline.models.logprobs import head_of, hidden_states
 from pipeline.models.packing import Packed, pack, share_prompts, single_rows
 from pipeline.models.probe import prepare
+from pipeline.models.tokenizer import load_tokenizer
 from settings.trainer import TrainerSettings
 from workers.trainer import lora
 from workers.trainer.head import chunked_loss

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.models.loading import load_model, load_tokenizer
+from pipeline.models.loading import load_model
+from pipeline.models.tokenizer import load_tokenizer
 from settings.trainer import LoraSettings
 
 if TYPE_CHECKING:

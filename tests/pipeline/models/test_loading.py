@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
-from pipeline.models.loading import load_configs, load_model, load_tokenizer, resolve_device, resolve_dtype
+from pipeline.models.loading import load_model, resolve_device, resolve_dtype
+from pipeline.models.tokenizer import load_configs, load_tokenizer
 from tests.tiny import tiny_tokenizer, write_tiny
 
 CPU = torch.device("cpu")

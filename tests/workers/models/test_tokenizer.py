@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline.models.loading import load_tokenizer
+from pipeline.models.tokenizer import load_tokenizer
 from workers.models.tokenizer import CONTEXT_TOKENS, VOCABULARY_SIZE, character_tokenizer, characters
 
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Reverse: ab\ncd"}]

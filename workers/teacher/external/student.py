@@ -11,8 +11,8 @@ from pipeline.tasks import load_task
 from pipeline.telemetry import get_logger
 from settings.root import Settings
 from workers.teacher.compatibility import Party
+from workers.teacher.party import party
 from workers.teacher.scorer import ScoreRequest
-from workers.teacher.setup import party
 
 PROMPTS = 64
 """Prompts of the task that are measured."""
