@@ -139,6 +139,10 @@ class Board(Connection):
         ready = stage if stage in STAGES and state != "starting" else ""
         self._run(scripts.HEARTBEAT, [self.keys.workers, self.keys.ready], [self.consumer, msgspec.json.encode(me), ready])
 
+    def leave(self) -> None:
+        """Take this worker's heartbeat back; `retire` does so too, for one that serves a stage."""
+        self._ask("HDEL", self.keys.workers, self.consumer)
+
     def workers(self, max_age_s: float = ALIVE_S) -> list[WorkerState]:
         """The workers heard of within `max_age_s` that have not failed, by stage and name."""
         return [state for state in self.heard_of(max_age_s) if state.state != FAILED]

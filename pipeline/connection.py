@@ -233,6 +233,10 @@ class Connection:
         if (reader := self._reader_id) is not None:
             self._ask("CLIENT", "UNBLOCK", reader)
 
+    def shut_down(self) -> None:
+        """Have the server write what it holds to its disk, and end."""
+        self._db.shutdown()
+
     def server_time(self) -> float:
         """The server's clock, in seconds since the epoch."""
         seconds, micros = self._ask("TIME")

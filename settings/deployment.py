@@ -34,6 +34,32 @@ class GpuMemoryShares(Section):
     """Each teacher worker's share."""
 
 
+Count = Annotated[int | None, WORKER, Unit("workers"), Field(ge=0, le=1024)]
+
+
+class ScaleSettings(Section):
+    """Workers that somebody else starts beside this process: Docker Compose, Swarm, Kubernetes. `onstream up` starts none of these kinds.
+
+    A kind without workers counts as left out: without a `verifier` nothing is verified, without a `teacher` there is none beside the run.
+    """
+
+    generator: Count = None
+    """Generators that others start."""
+    verifier: Count = None
+    """Verifiers that others start. 0 turns verification off, unless a setting says so explicitly."""
+    teacher: Count = None
+    """Teachers with a model of their own that others start. 0: there is none, whatever `teacher_inference.model.name` says."""
+    teacher_external: Count = None
+    """Workers that ask the endpoints of `orchestrator.teacher_model`, which others start."""
+    jobs: Count = None
+    """Workers for jobs that others start."""
+
+    def of(self, kind: WorkerKind) -> int | None:
+        """How many workers of `kind` others start; None where it is not said, and always for the trainer."""
+        count: int | None = getattr(self, kind.replace("-", "_"), None)
+        return count
+
+
 class DeploymentSettings(Section):
     """The processes of a run."""
 
@@ -62,3 +88,4 @@ class DeploymentSettings(Section):
     status_interval: Annotated[float, WORKER, Unit("s"), Field(ge=0.1, le=3600)] = 2.0
     """How often `onstream up` prints the state of the run where standard output is not a terminal."""
     gpu_memory_shares: GpuMemoryShares = GpuMemoryShares()
+    scale: ScaleSettings = ScaleSettings()

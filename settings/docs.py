@@ -17,6 +17,7 @@ Written by `python -m settings.docs` from the fields in `settings/`; edit those.
 Sources, strongest first: the command line (`--set trainer.loss.teacher_tau=0.5`), the environment
 (`ONSTREAM_TRAINER__LOSS__TEACHER_TAU=0.5`), TOML files (several: a later one wins), the defaults. Lists and tables are
 written as JSON on the command line and in the environment, `null` unsets a value there, and an empty variable counts as not set.
+A *secret* may also be in a file, whose path is in the variable's name with `_FILE` at its end: `ONSTREAM_REDIS__PASSWORD_FILE`.
 A key that no section has is an error. `onstream check [FILE…]` prints what the sources add up to.
 
 **Scope**: *run* settings define the run. They are written to Redis once, and a worker that disagrees stops; *run, changeable* ones

@@ -24,10 +24,12 @@ from settings.fields import HIDDEN, known
 from settings.problem import Problem, SettingsError
 from settings.root import Settings
 from settings.rules import problems_of
-from settings.unknown import PREFIX, field_problem, unknown_variable
+from settings.unknown import PREFIX, field_problem, setting_of, unknown_variable
 
 FREE_FORM = (("task", "args"), ("inference", "extra_args"))
 """Tables whose keys are not settings, by section and name."""
+FILE = "_FILE"
+"""At the end of a secret's variable: its value is in the file of that name."""
 _SETTINGS = cast(type[BaseSettings], Settings)  # sources ask for its fields and config alone, which every model has
 
 
@@ -99,7 +101,10 @@ def _fragments(
         (name for name, text in environ.items() if name.upper().startswith(PREFIX) and text), key=lambda name: (name.count("__"), name)
     )
     for name in names:
-        yield from _variable_fragment(name, environ[name], problems)
+        if name.upper().endswith(FILE) and (secret := setting_of(name[: -len(FILE)])) is not None and secret.secret:
+            yield from _secret_fragment(name, Path(environ[name]), environ, problems)
+        else:
+            yield from _variable_fragment(name, environ[name], problems)
     for override in overrides:
         yield from _override_fragment(override, problems)
 
@@ -139,6 +144,20 @@ def _variable_fragment(name: str, text: str, problems: list[Problem]) -> Iterabl
         yield Fragment(name, _with_json_leaves(values))
     else:
         problems.append(unknown_variable(name))
+
+
+def _secret_fragment(name: str, path: Path, environ: Mapping[str, str], problems: list[Problem]) -> Iterable[Fragment]:
+    """What the file of a secret says, as its variable would; an empty one counts as not set, like an empty variable."""
+    plain = name[: -len(FILE)]
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(Problem((), f"{name}={path}: {error}", "a file with the secret in it", "Check the path and who may read it."))
+        return
+    if text and environ.get(plain):
+        problems.append(Problem((), f"both {plain} and {name}", "one of them", f"Unset {plain}, which others may see."))
+    elif text:
+        yield from (Fragment(f"{name}={path}", fragment.values) for fragment in _variable_fragment(plain, text, problems))
 
 
 def _override_fragment(override: str, problems: list[Problem]) -> Iterable[Fragment]:

@@ -98,7 +98,7 @@ def make_plan(settings: Settings) -> Plan:
     if local or external:
         # One teacher, wherever it runs: a worker may join with endpoints of its own, or with a model of its own.
         values |= dict.fromkeys(TEACHER_NAMES, external or local)
-    served = local is not None and teacher_engine(settings) == "vllm"
+    served = local is not None and teacher_engine(settings) == "vllm" and settings.deployment.scale.teacher is None
     workers = _workers(settings, route, local=local is not None, served=served, external=external is not None)
     return Plan(
         run=settings.run.name,
@@ -161,4 +161,4 @@ def _workers(settings: Settings, route: tuple[StageName, ...], *, local: bool, s
     workers = {kind: count if STAGE_OF[kind] in here else 0 for kind, count in wanted.items() if STAGE_OF[kind] in ("generate", *route)}
     if settings.eval.interval and settings.eval.samples:
         workers["jobs"] = deployment.jobs if "train" in here else 0  # beside the trainer, which asks for the evaluations
-    return workers
+    return {kind: count if deployment.scale.of(kind) is None else 0 for kind, count in workers.items()}

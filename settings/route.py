@@ -18,10 +18,10 @@ def route_of(settings: Settings) -> tuple[StageName, ...]:
 
 def verification_on(settings: Settings) -> bool:
     """Whether rollouts are verified: what `orchestrator.verification.enabled` says, else whether a verifier is deployed."""
-    enabled, stages = settings.orchestrator.verification.enabled, settings.deployment.stages
+    enabled, deployment = settings.orchestrator.verification.enabled, settings.deployment
     if enabled is not None:
         return enabled
-    return stages is None or "verify" in stages
+    return deployment.scale.verifier != 0 if deployment.stages is None else "verify" in deployment.stages
 
 
 def teacher_on(settings: Settings) -> bool:
@@ -34,7 +34,7 @@ def teacher_on(settings: Settings) -> bool:
     if settings.trainer.loss.teacher_tau > 0:
         return True
     stages = settings.deployment.stages
-    return teacher_configured(settings) if stages is None else "score" in stages
+    return teacher_configured(settings) if stages is None else "score" in stages  # a `deployment.scale` of 0 makes it unconfigured
 
 
 def teacher_configured(settings: Settings) -> bool:
@@ -43,14 +43,16 @@ def teacher_configured(settings: Settings) -> bool:
 
 
 def local_teacher_configured(settings: Settings) -> bool:
-    """Whether the settings ask for a teacher beside the run."""
+    """Whether the settings ask for a teacher beside the run, and `deployment.scale` does not leave it out."""
+    if settings.deployment.scale.teacher == 0:
+        return False
     return settings.deployment.num_teacher_gpus is not None or settings.teacher_inference.model.name is not None
 
 
 def local_teacher(settings: Settings) -> str | None:
     """The model of the teacher beside the run: its own, or the student's starting model. None where none scores."""
     external_alone = settings.orchestrator.teacher_model is not None and not local_teacher_configured(settings)
-    if external_alone or not teacher_on(settings):
+    if external_alone or settings.deployment.scale.teacher == 0 or not teacher_on(settings):
         return None
     return settings.teacher_inference.model.name or settings.model.name
 

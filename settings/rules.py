@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
 
 from settings.deployment import WorkerKind
 from settings.engines import student_engine, taken_arguments
 from settings.fields import known
 from settings.plan import Plan, make_plan
 from settings.problem import Problem
+from settings.redis import TLS
 from settings.root import Settings
 from settings.route import local_teacher, local_teacher_configured, route_of, teacher_configured, teacher_on, verification_on
 from settings.serving import taken_flags, teacher_engine
@@ -78,20 +80,29 @@ def _training_signal(settings: Settings) -> Iterator[Problem]:
 
 
 def _teacher(settings: Settings) -> Iterator[Problem]:
-    deployed = "score" in (settings.deployment.stages or ())
+    deployed, left_out = "score" in (settings.deployment.stages or ()), settings.deployment.scale.teacher == 0
     if settings.trainer.loss.type == "rl" and settings.trainer.loss.teacher_tau > 0 and not teacher_configured(settings) and not deployed:
         yield _problem(
             settings,
             [
                 "trainer.loss.teacher_tau",
+                *(["deployment.scale.teacher"] if left_out else []),
                 "deployment.num_teacher_gpus",
                 "teacher_inference.model.name",
                 "orchestrator.teacher_model.model.name",
             ],
             "a teacher",
-            "Set deployment.num_teacher_gpus = 1 to start one, and teacher_inference.model.name unless it is the student's starting model; "
-            "or orchestrator.teacher_model for one that runs elsewhere.",
+            _teacher_advice(left_out),
         )
+
+
+def _teacher_advice(left_out: bool) -> str:
+    if left_out:
+        return "Set deployment.scale.teacher = 1, or orchestrator.teacher_model for one elsewhere, or trainer.loss.teacher_tau = 0."
+    return (
+        "Set deployment.num_teacher_gpus = 1 to start one, and teacher_inference.model.name unless it is the student's starting model; "
+        "or orchestrator.teacher_model for one that runs elsewhere."
+    )
 
 
 def _one_teacher(settings: Settings) -> Iterator[Problem]:
@@ -281,6 +292,18 @@ def _stages(settings: Settings) -> Iterator[Problem]:
         )
 
 
+def _redis_login(settings: Settings) -> Iterator[Problem]:
+    redis = settings.redis
+    url = urlsplit(redis.url.get_secret_value()) if redis.url is not None else urlsplit("")
+    if redis.password is not None and (redis.url is None or url.password is not None):
+        yield _problem(settings, ["redis.password", "redis.url"], "one password, and an address to use it at", "Set redis.url without one.")
+    given = [f"redis.{name}" for name in TLS if getattr(redis, name) is not None]
+    if given and url.scheme != "rediss":
+        yield _problem(settings, ["redis.url", *given], "rediss://, which is TLS", f"Set redis.url to that, or leave {given[0]} out.")
+    if (redis.tls_cert is None) != (redis.tls_key is None):
+        yield _problem(settings, ["redis.tls_cert", "redis.tls_key"], "a certificate and its key, or neither", "Set both.")
+
+
 def _task(settings: Settings) -> Iterator[Problem]:
     if settings.task.name == "jsonl" and settings.task.path is None:
         yield _problem(settings, ["task.name", "task.path"], "the file of the jsonl task", "Set task.path.")
@@ -298,7 +321,7 @@ def _evaluations(settings: Settings) -> Iterator[Problem]:
 
 _RULES: tuple[Rule, ...] = (
     *(_batches, _training_signal, _teacher, _one_teacher, _endpoints, _server_arguments, _engine_arguments, _model_len, _cold, _sampling),
-    *(_hard_distillation, _token_client, _no_scores_for_sft, _lora, _stages, _task, _evaluations),
+    *(_hard_distillation, _token_client, _no_scores_for_sft, _lora, _stages, _redis_login, _task, _evaluations),
 )
 
 
@@ -338,12 +361,12 @@ def _deployment_warnings(settings: Settings) -> Iterator[str]:
     plan = make_plan(settings)
     for stage in plan.streams:
         kinds = plan.kinds(stage)
-        if not any(plan.workers[kind] for kind in kinds):
+        if not any(plan.workers[kind] or settings.deployment.scale.of(kind) for kind in kinds):
             yield f"No {kinds[0]} worker is started here: the run waits until one joins (onstream worker {kinds[0]})."
     for stage, why in (("verify", "orchestrator.verification.enabled = false"), ("score", 'trainer.loss.type = "sft"')):
         if stage in (settings.deployment.stages or ()) and stage not in route_of(settings):
             yield f"deployment.stages names {stage}, but {why}: no {stage} worker runs."
-    if plan.workers.get("jobs") == 0:
+    if plan.workers.get("jobs") == 0 and not settings.deployment.scale.jobs:
         yield "No jobs worker is started here: evaluations of eval.interval wait until one joins (onstream worker jobs)."
 
 

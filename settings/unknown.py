@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from settings.fields import HIDDEN, known, sections
+from settings.fields import HIDDEN, Setting, known, sections
 from settings.problem import Problem
 from settings.text import shown
 
@@ -36,6 +36,11 @@ def unknown_key(name: str, origin: str) -> Problem:
 def unknown_variable(variable: str) -> Problem:
     """The problem of an `ONSTREAM_` variable that belongs to no section."""
     return unknown_key(variable[len(PREFIX) :].lower().replace("__", "."), variable)
+
+
+def setting_of(variable: str) -> Setting | None:
+    """The setting that the environment variable `variable` gives the whole value of; None where there is none."""
+    return known().get(variable[len(PREFIX) :].lower().replace("__", "."))
 
 
 def variable_of(name: str) -> str:

@@ -12,18 +12,19 @@ from redis.exceptions import RedisError
 
 from pipeline.errors import UserError
 from pipeline.streams import Bus
+from settings.redis import address
 from settings.root import Settings
 from workers.launcher.embedded_redis import ADDRESS, EmbeddedRedis
 
 
 def redis_url(settings: Settings) -> str:
-    """The address of the run's Redis: `redis.url`, or that of the server that `onstream up` started for this run.
+    """The address of the run's Redis, login included: that of `redis.url`, or that of the server that `onstream up` started for this run.
 
     Raises:
         UserError: none is configured, and no such server runs.
     """
-    if settings.redis.url is not None:
-        return settings.redis.url.get_secret_value()
+    if (configured := address(settings.redis)) is not None:
+        return configured
     if (url := running_server(settings.run_dir)) is not None:
         return url
     raise UserError(

@@ -106,7 +106,8 @@ def check(files: tuple[Path, ...], overrides: tuple[str, ...], everything: bool)
     metavar="NAME",
     help="The place among this machine's workers that it takes: a restart under the same name goes on with its records.",
 )
-def worker(kind: WorkerKind, files: tuple[Path, ...], overrides: tuple[str, ...], slot: str | None) -> Exit:
+@click.option("--optional", is_flag=True, help="Leave with exit code 0, saying so, where the run has no place for this worker.")
+def worker(kind: WorkerKind, files: tuple[Path, ...], overrides: tuple[str, ...], slot: str | None, optional: bool) -> Exit:
     """Run one worker against a running Redis.
 
     KIND is generator, verifier, teacher, teacher-external, trainer or jobs. A teacher scores with a model of its own, a teacher-external
@@ -120,7 +121,7 @@ def worker(kind: WorkerKind, files: tuple[Path, ...], overrides: tuple[str, ...]
         from workers.launcher.tether import guard_group
 
         guard_group()  # vLLM's processes outlive a kill of the one that started them
-    return run_kind(kind, settings, slot)
+    return run_kind(kind, settings, slot, optional=optional)
 
 
 @cli.command()

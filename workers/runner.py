@@ -38,8 +38,8 @@ REMINDER_S = 10.0
 log = telemetry.get_logger()
 
 
-def run_kind(kind: WorkerKind, settings: Settings, slot: str | None = None) -> Exit:
-    """Run one worker of `kind` until the run is finished or the worker is told to stop.
+def run_kind(kind: WorkerKind, settings: Settings, slot: str | None = None, *, optional: bool = False) -> Exit:
+    """Run one worker of `kind` until the run is finished or the worker is told to stop; an `optional` one leaves where it has no place.
 
     Its name among the run's consumers holds its process id, or its `slot`: then what it held when it died waits for no
     lease, because its successor has the same name. No two living workers of a machine may take one slot.
@@ -56,7 +56,7 @@ def run_kind(kind: WorkerKind, settings: Settings, slot: str | None = None) -> E
             from workers.jobs.worker import run_jobs
 
             return run_jobs(settings, bus, redis_url(settings))
-        if kind != "trainer" and not _admitted(kind, settings, bus):
+        if kind != "trainer" and not _admitted(kind, settings, bus, optional=optional):
             return Exit.OK
         from pipeline.loop import run_worker
 
@@ -92,16 +92,30 @@ def stage_class(path: str) -> Callable[[Settings, Bus], Stage]:
     return made
 
 
-def _admitted(kind: WorkerKind, settings: Settings, bus: Bus) -> bool:
+def _admitted(kind: WorkerKind, settings: Settings, bus: Bus, *, optional: bool) -> bool:
     """Whether the run's plan, once there is one, has a place for this worker; False when it was told to stop meanwhile.
 
     Raises:
-        UserError: it has none.
+        UserError: it has none, and the worker is not `optional`.
     """
     plan, ours = wait_for_plan(kind, bus, poll_s=min(1.0, settings.redis.block)), make_plan(settings)
     if plan is None:
+        bus.retire(STAGE_OF[kind])
         return False
     refuse_differences(ours, plan)
+    try:
+        _refuse_superfluous(kind, ours, plan)
+    except UserError as refusal:
+        if not optional:
+            raise
+        log.info("this run needs no such worker", kind=kind, reason=refusal.got)
+        bus.retire(STAGE_OF[kind])
+        return False
+    return True
+
+
+def _refuse_superfluous(kind: WorkerKind, ours: Plan, plan: Plan) -> None:
+    """Raises UserError where rollouts do not pass a worker of `kind`, or our settings give it nothing to work with."""
     if STAGE_OF[kind] not in plan.streams:
         raise UserError(
             f"a {kind} worker for run {plan.run!r}, whose rollouts pass {' → '.join(plan.streams)}",
@@ -115,7 +129,6 @@ def _admitted(kind: WorkerKind, settings: Settings, bus: Bus) -> bool:
             expected="settings that say where its scores come from",
             next_step="Set orchestrator.teacher_model for a teacher-external, or teacher_inference.model.name for a teacher.",
         )
-    return True
 
 
 def wait_for_plan(kind: WorkerKind, bus: Bus, *, poll_s: float) -> Plan | None:

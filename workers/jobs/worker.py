@@ -185,6 +185,7 @@ def run_jobs(settings: Settings, bus: Bus, url: str) -> Exit:
                 overseer.worker.done, overseer.worker.failed = before.done, before.failed
         finally:
             overseer.stop()
+            bus.leave()
             connection.close()
     stopped = told or overseer.finished or overseer.worker._shutdown_requested_date is not None
     return Exit.OK if stopped else Exit.UNREACHABLE

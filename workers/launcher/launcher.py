@@ -20,12 +20,14 @@ from settings.deployment import StageName, WorkerKind
 from settings.devices import gpus_found
 from settings.gpus import Place, gpus_of, placement
 from settings.plan import Plan, make_plan
+from settings.redis import address
 from settings.root import Settings
 from settings.text import toml_text
 from workers import report
 from workers.audit import audit
 from workers.launcher import preflight
 from workers.launcher.embedded_redis import EmbeddedRedis
+from workers.launcher.ending import wait_until_alone
 from workers.launcher.environment import environment
 from workers.launcher.lock import only_launcher
 from workers.launcher.progress import Display, StageView, View, result_table
@@ -122,7 +124,7 @@ class Launch:
         self._supervisor = Supervisor(environ, settings.deployment.max_restarts, self._say)
         self._gpus = placement(settings, plan, gpus_found()) or {}
         self._metrics = MetricsTail(self._run_dir / "metrics.jsonl")
-        self._watcher = Watcher(bus, WATCH_S)
+        self._bus, self._watcher = bus, Watcher(bus, WATCH_S)
         self._launched = time.time()
         self._startup_cpu_s: dict[str, float] = {}  # until the first step of this launch
         self._trainer: Child | None = None
@@ -215,7 +217,8 @@ class Launch:
 
     def _evaluate(self, version: int) -> None:
         """Evaluate a policy version in a process of its own, unless a former launch did."""
-        if version and self._plan.workers.get("jobs") and version % self._settings.eval.interval == 0:
+        jobs_workers = self._plan.workers.get("jobs") or self._settings.deployment.scale.jobs
+        if version and jobs_workers and self._settings.eval.interval and version % self._settings.eval.interval == 0:
             return  # the trainer has asked a jobs worker for it
         done = {row["version"] for row in report.read_rows(self._run_dir / "evals.jsonl")}
         if self._settings.eval.samples and version not in done:
@@ -282,7 +285,12 @@ class Launch:
     def _finished(self) -> Exit:
         self._drain_children(self._supervisor.running(TEACHER_SERVER), SERVER_STOP_S)
         if self._trainer is not None:
+            ends_redis = self._settings.redis.shut_down and self._server is None
+            if ends_redis:
+                wait_until_alone(self._bus, self._say, lambda: self._stop.requests > 0)
             self._report()
+            if ends_redis and not self._stop.requests:
+                self._bus.shut_down()
         return Exit.OK
 
     def _stopped_by_request(self) -> Exit:
@@ -368,7 +376,7 @@ def _embedded_redis(settings: Settings) -> EmbeddedRedis | None:
 
 def _connect(settings: Settings, server: EmbeddedRedis | None) -> Bus:
     redis = settings.redis
-    url = server.url if server is not None else redis.url.get_secret_value() if redis.url else ""
+    url = server.url if server is not None else address(redis) or ""
     consumer = f"launcher-{os.getpid()}"
     return Bus.connect(url, settings.run.name, consumer=consumer, block_s=redis.block, connect_timeout_s=redis.connect_timeout)
 
