@@ -21,7 +21,7 @@ from workers.generator.engine import Completion, Request, Sampling
 from workers.generator.student import Student, open_student
 from workers.models.fresh import Shape, write_fresh
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 MODES = ("recompute", "keep", "wait", "abort")
 NUMBERS = count(1)
 """Version numbers that no other test of the session has used."""

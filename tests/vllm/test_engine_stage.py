@@ -22,7 +22,7 @@ from workers.generator.policies import Policies
 from workers.generator.stage import Generator
 from workers.generator.student import Student
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 FIRST = 1000  # policy versions that no other test of the session uses
 IN_FLIGHT = 64
 
