@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.models.fit import shapes_of
-from pipeline.models.loading import load_configs
+from pipeline.models.tokenizer import load_configs
 from pipeline.records import PolicyVersion
 from pipeline.weights import Directory, publish
 from settings.root import Settings
