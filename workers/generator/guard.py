@@ -59,6 +59,8 @@ class Guard:
         tolerance: the largest difference, in nats.
         mixes: whether the engine goes on with what older weights computed of a prompt; an answer that an update fell into then
             says nothing.
+
+    `checked` is the version of the last answers, all of which were right; None before.
     """
 
     def __init__(self, engine: Engine, *, interval: int, tolerance: float, mixes: bool = False) -> None:
@@ -66,7 +68,7 @@ class Guard:
         self._loaded: PolicyVersion | None = None
         self._versions: dict[int, PolicyVersion] = {}  # that an answer under way may come from
         self._asked: dict[int, tuple[int, int]] = {}  # by the request's key, the numbers of the prompt and of the replica
-        self._checked: int | None = None
+        self.checked: int | None = None
         self._last_key = 0
         self._oldest, self._largest = 0, 0.0  # of the answers to one probe
 
@@ -76,7 +78,7 @@ class Guard:
             return
         if loaded is not self._loaded:
             self._turn_to(loaded)
-        due = self._checked is None or loaded.number - self._checked >= self._interval
+        due = self.checked is None or loaded.number - self.checked >= self._interval
         if due and not self._asked and loaded.probe is not None and self._engine.version == loaded.number:
             self._ask(loaded.probe, loaded.number)
 
@@ -99,7 +101,7 @@ class Guard:
         if replaced or self._mixes:
             self._asked.clear()
         if replaced:
-            self._checked = None
+            self.checked = None
         if not self._asked:
             self._versions.clear()
         self._versions[loaded.number] = self._loaded = loaded
@@ -130,7 +132,7 @@ class Guard:
             raise _mismatch(answer, policy.number, prompt, replica if self._engine.replicas > 1 else None, self._tolerance)
         self._oldest, self._largest = min(self._oldest, policy.number), max(self._largest, answer.difference)
         if not self._asked:
-            self._checked = self._oldest
+            self.checked = self._oldest
             log.info("the engine computes the trainer's policy", policy_version=self._oldest, largest_difference=self._largest)
 
 
