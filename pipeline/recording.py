@@ -11,6 +11,7 @@ trainer goes on from that checkpoint: so it never tells of anything that the tra
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import zlib
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 
@@ -71,13 +72,16 @@ _MARKS: dict[int, type[Opened | Stepped]] = {_OPENED: Opened, _STEPPED: Stepped}
 
 
 class Recorder:
-    """Appends to the recording in `directory`, cut back to its first `keep_bytes` bytes. `position` is its length in bytes."""
+    """Appends to the recording in `directory`, cut back to its first `keep_bytes` bytes. `position` is its length in bytes.
+
+    What is appended is in the kernel's hands at once. A frame that the disk takes only in part is taken back, by an OSError.
+    """
 
     def __init__(self, directory: Path, keep_bytes: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         cut(directory, keep_bytes)
         self._directory = directory
-        self._file = self._open(max(_starts(directory), default=0))
+        self._open(max(_starts(directory), default=0))
 
     @property
     def position(self) -> int:
@@ -99,7 +103,6 @@ class Recorder:
         Raises:
             OSError: the disk is full.
         """
-        self._file.flush()
         os.fsync(self._file.fileno())
         sync(self._directory)
 
@@ -112,20 +115,26 @@ class Recorder:
             self._next_segment()
         head = _HEAD.pack(len(payload), 0, kind, at, number)
         checksum = zlib.crc32(payload, zlib.crc32(head[_CHECKED_FROM:]))
-        self._file.write(_HEAD.pack(len(payload), checksum, kind, at, number) + payload)
+        self._write(_HEAD.pack(len(payload), checksum, kind, at, number) + payload)
+
+    def _write(self, data: bytes) -> None:
+        """Append `data` at once: nothing is left behind in this process for later, when the file may be another trainer's."""
+        written = self._file.write(data)
+        if written != len(data):
+            os.truncate(self._file.fileno(), self._file.tell() - (written or 0))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._directory))
 
     def _next_segment(self) -> None:
         position = self.position
         self.sync()
         self._file.close()
-        self._file = self._open(position)
+        self._open(position)
 
-    def _open(self, start: int) -> BinaryIO:
+    def _open(self, start: int) -> None:
         self._start = start
-        file = (self._directory / _name(start)).open("ab")
-        if not file.tell():
-            file.write(_HEADING)
-        return file
+        self._file = (self._directory / _name(start)).open("ab", buffering=0)
+        if not self._file.tell():
+            self._write(_HEADING)
 
 
 def exists(directory: Path) -> bool:

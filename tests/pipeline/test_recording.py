@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,31 @@ def test_a_file_of_another_version_is_refused_by_its_heading(tmp_path: Path) -> 
     (tmp_path / "000000000000000.segment").write_bytes(b"onstream recording 2\n" + bytes(60))
     with pytest.raises(RecordingError, match="does not begin with 'onstream recording 1'"):
         list(frames(tmp_path))
+
+
+def test_what_is_recorded_is_out_of_the_process_at_once(tmp_path: Path, story: list[Frame]) -> None:
+    recorder = Recorder(tmp_path, 0)
+    write(recorder, *story)
+    assert list(frames(tmp_path)) == story, "a trainer that was replaced leaves nothing behind that it would write at its end"
+    recorder.close()
+
+
+def test_a_frame_that_the_disk_takes_in_part_is_taken_back(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, 0)
+    (size,) = write(recorder, record(1))
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 30, former[1]))  # to the writer the same as a full disk: a short write
+    try:
+        with pytest.raises(OSError):
+            write(recorder, record(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert recording.size_bytes(tmp_path) == size
+    write(recorder, record(3))
+    recorder.close()
+    assert list(frames(tmp_path)) == [record(1), record(3)]
 
 
 def test_a_directory_without_segments_holds_no_recording(tmp_path: Path) -> None:
