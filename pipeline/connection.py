@@ -165,13 +165,21 @@ class Connection:
         Where Redis has lost the streams' groups, they are made anew first.
         """
         try:
-            return self._patiently(lambda: self._db.execute_command(*command, **parsing))
+            return self._patiently(lambda: self._execute(*command, **parsing))
         except ResponseError as error:
             if "NOGROUP" not in str(error):
                 raise
             log.warning("streams or their groups are gone; creating them anew", error=str(error))
             self.create_groups()
-            return self._patiently(lambda: self._db.execute_command(*command, **parsing))
+            return self._patiently(lambda: self._execute(*command, **parsing))
+
+    def _execute(self, *command: Any, **parsing: Any) -> Any:
+        try:
+            return self._db.execute_command(*command, **parsing)
+        except ResponseError as error:
+            if "-READONLY" in str(error):  # Redis 6.2 wraps it in an error of the script
+                raise ReadOnlyError(str(error)) from error
+            raise
 
     def _run(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """The reply of `script`, repeated through an outage like any command: each script allows it.

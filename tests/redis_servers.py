@@ -53,8 +53,17 @@ class Pair:
     def fail_over(self) -> None:
         """The server dies, and the replica takes its address."""
         self.main.kill()
+        self._point_to(self.replica)
+
+    def swap(self) -> None:
+        """The two change places, both alive; who is connected to the server is connected to a replica now, which takes no writes."""
+        self.cut_off_replica()
+        self.main.client.execute_command("REPLICAOF", "127.0.0.1", self.replica.port)
+        self._point_to(self.replica)
+
+    def _point_to(self, server: Server) -> None:
         self._address.unlink()
-        self._address.symlink_to(self.replica.socket)
+        self._address.symlink_to(server.socket)
 
     def __enter__(self) -> Self:
         return self
