@@ -42,8 +42,14 @@ class ScoreShelf(Connection):
         return noted
 
     def note_teacher(self, name: bytes, probed: bytes) -> None:
-        """Note what the teacher `name` scored the text that it was probed with, so that another one of that name is found out."""
-        self._ask("HSET", _KEYS.teachers, name, probed)
+        """Note what the teacher `name` scored the text that it was probed with, so that another one of that name is found out.
+
+        A full Redis notes nothing.
+        """
+        try:
+            self._ask("HSET", _KEYS.teachers, name, probed)
+        except OutOfMemoryError as error:
+            log.warning("redis is full; what the teacher scored at the start is not noted", error=str(error))
 
     def own_spent(self, stage: StageName) -> int:
         """The tokens that this worker, and former ones of its name, have spent in this run on the endpoints of `stage`."""

@@ -278,13 +278,15 @@ CLEAR_KEY = _fenced("""
 return redis.call('DEL', KEYS[2])
 """)
 
-# KEYS: scores, used, clock. ARGV: digests. Returns a value or false for each, and marks those that it has as used now.
+# KEYS: scores, used, clock. ARGV: digests. Returns a value or false for each, and marks those that it has as used now, unless Redis is
+# out of memory.
 RECALL_SCORES = Script("""
 local found = {}
 for i = 1, #ARGV do
   local value = redis.call('HGET', KEYS[1], ARGV[i])
   found[i] = value
-  if value then redis.call('ZADD', KEYS[2], 'XX', redis.call('INCR', KEYS[3]), ARGV[i]) end
+  local now = value and redis.pcall('INCR', KEYS[3])
+  if type(now) == 'number' then redis.pcall('ZADD', KEYS[2], 'XX', now, ARGV[i]) end
 end
 return found
 """)
@@ -305,9 +307,11 @@ end
 return 1
 """)
 
-# KEYS: spent. ARGV: me, my total so far. Returns the total of all. A total never falls: my predecessor may have had my name.
+# KEYS: spent. ARGV: me, my total so far. Returns the total of all. A total never falls: my predecessor may have had my name. The HDEL is
+# for a Redis that is out of memory.
 SPENT = Script("""
 local before = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or 0)
+redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('HSET', KEYS[1], ARGV[1], math.max(before, tonumber(ARGV[2])))
 local total = 0
 for _, spent in ipairs(redis.call('HVALS', KEYS[1])) do total = total + tonumber(spent) end

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import uuid
+from pathlib import Path
 
 import pytest
 
 from pipeline import scores
 from pipeline.streams import Bus
+from workers.launcher.embedded_redis import EmbeddedRedis
 
 
 def some(count: int) -> list[tuple[bytes, bytes]]:
@@ -55,3 +57,19 @@ def test_a_teacher_is_remembered_by_what_it_was_probed_with(bus: Bus) -> None:
     assert bus.probed_teacher(name) is None
     bus.note_teacher(name, b"first")
     assert bus.probed_teacher(name) == b"first"
+
+
+def test_on_a_full_redis_teachers_go_on_with_what_was_kept(tmp_path: Path, run_name: str) -> None:
+    server = EmbeddedRedis(tmp_path, max_memory_mb=64)
+    bus = Bus.connect(server.start(), run_name, consumer="tester", block_s=0.2, connect_timeout_s=5)
+    ((digest, value),) = some(1)
+    bus.keep_scores([(digest, value)], 10)
+    bus.report_spent("score", 10)
+    bus._ask("CONFIG", "SET", "maxmemory", 1)
+    bus.keep_scores(some(1), 10)
+    bus.note_teacher(b"teacher", b"first")
+    assert bus.recall_scores([digest, b"unknown"]) == [value, None]
+    assert bus.report_spent("score", 25) == bus.own_spent("score") == 25
+    assert bus.probed_teacher(b"teacher") is None
+    bus.close()
+    server.stop()
