@@ -57,7 +57,7 @@ def _print_plan(plan: Plan, settings: Settings, console: Console) -> None:
         ("route", " → ".join(plan.streams)),
         ("workers", ", ".join(f"{kind} × {count}" for kind, count in plan.workers.items())),
         ("streams", ", ".join(f"{{onstream:{plan.run}}}:stream:{stage}" for stage in plan.streams)),
-        ("student", plan.student),
+        ("student", f"{plan.student}{_servers(plan, settings)}"),
         ("teacher", _teacher(plan, settings)),
         ("devices", _devices(plan, settings)),
         ("redis", "as redis.url says" if settings.redis.url else "started by onstream up"),
@@ -76,6 +76,14 @@ def _teacher(plan: Plan, settings: Settings) -> str:
         if name is not None and section is not None:
             where.append(f"{name} at {', '.join(section.client.base_url) or 'endpoints that others bring'}{does}")
     return "; ".join(where) or "none"
+
+
+def _servers(plan: Plan, settings: Settings) -> str:
+    """The servers that write for the engine `server`."""
+    if plan.student_servers:
+        return f" by {plan.student_servers} vLLM server{'s' if plan.student_servers > 1 else ''} started here"
+    asked = settings.inference.engine == "server" and plan.rollout_teacher is None
+    return f" at {', '.join(settings.inference.client.base_url)}" if asked and settings.inference.client.base_url else ""
 
 
 def _server(plan: Plan) -> str:

@@ -1,8 +1,10 @@
-"""`client` and `model` of the endpoints that a run asks over HTTP: external teachers, and teachers whose completions are trained on."""
+"""`client` and `model` of the endpoints that a run asks over HTTP: external teachers, teachers whose completions are trained on, and
+servers of the student."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
@@ -24,8 +26,8 @@ def _listed(value: Any) -> Any:
 BaseUrl = Annotated[str, Field(pattern=r"^https?://[^\s/]+"), AfterValidator(lambda url: url.rstrip("/"))]
 
 
-class ClientSettings(Section):
-    """How the endpoints are reached, and what is asked of them at once."""
+class EndpointSettings(Section):
+    """How endpoints are reached, and what is asked of them at once."""
 
     base_url: Annotated[tuple[BaseUrl, ...], NoDecode, BeforeValidator(_listed), WORKER] = ()
     """The endpoints' addresses, such as `["http://teacher-server:8000/v1"]`; requests go to the one with the fewest in flight.
@@ -46,12 +48,39 @@ class ClientSettings(Section):
     """How often a request that failed for the server's sake is sent again before its rollout waits in the stream."""
     requests_per_second: Annotated[float | None, WORKER, Unit("requests/s"), Field(gt=0, le=10**6)] = None
     """Budget of this worker over all its endpoints. Unset: none."""
-    max_tokens_per_run: Annotated[int | None, WORKER, Unit("tokens"), Field(ge=1, le=10**15)] = None
-    """Budget in tokens sent and received; past it the workers take no more rollouts and say so. It is one budget for the
-    whole run, which all workers that ask these endpoints share, restarts included. Unset: none."""
     breaker_failures: Annotated[int, WORKER, Unit("failures"), Field(ge=1, le=1000)] = 5
     """Failures of one endpoint in a row, after which it is left alone for a while."""
     breaker_pause: Annotated[float, WORKER, Unit("s"), Field(ge=0.05, le=3600)] = 5.0
+    """How long it is left alone before it is tried again."""
+
+
+class ClientSettings(EndpointSettings):
+    """How a teacher's endpoints are reached, and what may be asked of them."""
+
+    max_tokens_per_run: Annotated[int | None, WORKER, Unit("tokens"), Field(ge=1, le=10**15)] = None
+    """Budget in tokens sent and received; past it the workers take no more rollouts and say so. It is one budget for the
+    whole run, which all workers that ask these endpoints share, restarts included. Unset: none."""
+
+
+class StudentClientSettings(EndpointSettings):
+    """The vLLM servers that generate for `inference.engine = "server"`, and whose weights the generator replaces."""
+
+    base_url: Annotated[tuple[BaseUrl, ...], NoDecode, BeforeValidator(_listed), WORKER] = ()
+    """The servers' addresses, such as `["http://gpu-host:8000"]`, for one generator alone. Unset: `onstream up` starts the servers, on
+    `deployment.num_infer_gpus`. The environment may hold one address as it is."""
+    model: Annotated[str | None, WORKER, Field(min_length=1)] = None
+    """The student's name there, as `/models` lists it. Unset: `model.name`."""
+    weights_dir: Annotated[Path | None, WORKER] = None
+    """A directory that the generator and the servers share, at the same path: there the generator puts each policy version for them.
+    Unset: the generator's directory for temporary files, which only servers on the same machine can read."""
+    timeout: Annotated[float, WORKER, Unit("s"), Field(ge=0.1, le=86400)] = 3600.0
+    """The longest that one completion may take, and one step of an update."""
+    max_in_flight: Annotated[int, WORKER, Unit("requests"), Field(ge=1, le=65536)] = 256
+    """Completions that one server is asked for at once. Servers that `onstream up` starts are given `inference.max_batch`."""
+    breaker_failures: Annotated[int, WORKER, Unit("failures"), Field(ge=1, le=1000)] = 1
+    """Failures of one server in a row, after which it gets no request until it was looked at anew: a server that was started again has
+    the weights that it was started with."""
+    breaker_pause: Annotated[float, WORKER, Unit("s"), Field(ge=0.05, le=3600)] = 1.0
     """How long it is left alone before it is tried again."""
 
 

@@ -69,6 +69,10 @@ class DeploymentSettings(Section):
     num_teacher_gpus: Annotated[int | None, RUN, Unit("GPUs"), Field(ge=1, le=1024)] = None
     """Starts the teacher beside the run, on so many GPUs; on `device = "cpu"`, so many teacher processes, or one vLLM server where
     `teacher_inference.engine = "vllm"`. Without `teacher_inference.model.name` the teacher is the student's starting model."""
+    num_infer_gpus: Annotated[int | None, WORKER, Unit("GPUs"), Field(ge=1, le=1024)] = None
+    """GPUs of the vLLM servers that `onstream up` starts for the student where `inference.engine = "server"` has no
+    `inference.client.base_url`: a server for each `tensor_parallel_size` × `data_parallel_size` of them; on `device = "cpu"`, so many
+    servers. Unset: one server."""
     generators: Annotated[int, WORKER, Unit("workers"), Field(ge=0, le=1024)] = 1
     """Generator workers that `onstream up` starts."""
     verifiers: Annotated[int, WORKER, Unit("workers"), Field(ge=0, le=1024)] = 1

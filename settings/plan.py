@@ -30,6 +30,7 @@ class Plan(msgspec.Struct, frozen=True):
     `onstream up` starts here, 0 for a kind that others bring. `teacher` is the model that scores beside the run,
     `external_teacher` the name of one that endpoints serve, `rollout_teacher` that of the one whose completions are trained on.
     `teacher_server` is how many GPUs the vLLM server takes that is started here to serve `teacher`, 1 on a CPU; 0 where none is.
+    `student_servers` is how many vLLM servers are started here for the generator to ask.
     `run_settings` are the settings of scope `run` by dotted name, of which those in `changeable` may change on resume.
     """
 
@@ -44,6 +45,7 @@ class Plan(msgspec.Struct, frozen=True):
     run_settings: dict[str, Any]
     changeable: tuple[str, ...]
     teacher_server: int = 0
+    student_servers: int = 0
 
     def kinds(self, stage: StageName) -> list[WorkerKind]:
         """The kinds of worker that serve `stage` by this plan."""
@@ -112,6 +114,7 @@ def make_plan(settings: Settings) -> Plan:
         run_settings=values,
         changeable=tuple(name for name, setting in shared.items() if setting.scope.changeable),
         teacher_server=_server_gpus(settings) if served and workers["teacher-external"] else 0,
+        student_servers=_student_servers(settings) if workers["generator"] and rollout_teacher(settings) is None else 0,
     )
 
 
@@ -145,6 +148,15 @@ def refuse_differences(ours: Plan, theirs: Plan) -> None:
 def _server_gpus(settings: Settings) -> int:
     """GPUs of the teacher's server; on a CPU it is one process group, whatever the number of teacher processes would be."""
     return (settings.deployment.num_teacher_gpus or 1) if device_of(settings.deployment) == "cuda" else 1
+
+
+def _student_servers(settings: Settings) -> int:
+    """vLLM servers that the engine `server` needs to be started here; 0 where it has addresses, or is not the one that was asked for."""
+    inference = settings.inference
+    if inference.engine != "server" or inference.client.base_url:
+        return 0
+    each = inference.tensor_parallel_size * inference.data_parallel_size if device_of(settings.deployment) == "cuda" else 1
+    return (settings.deployment.num_infer_gpus or each) // each
 
 
 def _workers(settings: Settings, route: tuple[StageName, ...], *, local: bool, served: bool, external: bool) -> dict[WorkerKind, int]:

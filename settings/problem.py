@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import Exit, UserError
+from settings.fields import known
+from settings.root import Settings
+from settings.text import shown
 
 
 @dataclass(frozen=True)
@@ -31,3 +34,9 @@ class SettingsError(UserError):
 
     def __str__(self) -> str:
         return "\n".join(str(problem) for problem in self.problems)
+
+
+def stated(settings: Settings, names: list[str], expected: str, next_step: str) -> Problem:
+    """The problem of the settings `names`, with their values."""
+    values = " with ".join(f"{name} = {shown(known()[name].value(settings))}" for name in names)
+    return Problem(tuple(names), values, expected, next_step)

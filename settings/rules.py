@@ -6,23 +6,14 @@ from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
 from settings.deployment import WorkerKind
-from settings.engines import student_engine, taken_arguments
+from settings.engine_rules import ENGINE_RULES, engine_warnings
 from settings.fields import known
 from settings.plan import Plan, make_plan
-from settings.problem import Problem
+from settings.problem import Problem, stated
 from settings.redis import TLS
 from settings.root import Settings
 from settings.route import local_teacher, local_teacher_configured, route_of, teacher_configured, teacher_on, verification_on
 from settings.serving import taken_flags, teacher_engine
-from settings.text import shown
-
-VLLM_ONLY = tuple(
-    f"inference.{name}"
-    for name in ("tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization", "max_model_len", "enforce_eager", "extra_args")
-)
-"""Settings that only vLLM reads."""
-
-VLLM_COLDEST = 0.01
 
 Rule = Callable[[Settings], Iterator[Problem]]
 
@@ -36,7 +27,7 @@ def warnings_of(settings: Settings) -> list[str]:
     """What works, but may not be what was meant."""
     return [
         *_teacher_warnings(settings),
-        *_engine_warnings(settings),
+        *engine_warnings(settings),
         *_hard_distillation_warnings(settings),
         *_deployment_warnings(settings),
     ]
@@ -46,7 +37,7 @@ def _batches(settings: Settings) -> Iterator[Problem]:
     batch, group = settings.orchestrator.batch_size, settings.orchestrator.group_size
     if batch % group:
         nearest = max(group, round(batch / group) * group)
-        yield _problem(
+        yield stated(
             settings,
             ["orchestrator.batch_size", "orchestrator.group_size"],
             "a batch of whole groups",
@@ -59,7 +50,7 @@ def _training_signal(settings: Settings) -> Iterator[Problem]:
     if loss.type == "sft":
         return
     if verification.enabled is False and loss.adv_tau != 0:
-        yield _problem(
+        yield stated(
             settings,
             ["orchestrator.verification.enabled", "trainer.loss.adv_tau"],
             "rewards for the advantage to come from",
@@ -67,11 +58,11 @@ def _training_signal(settings: Settings) -> Iterator[Problem]:
         )
     elif loss.teacher_tau == 0 and (loss.adv_tau == 0 or not verification_on(settings)):
         names = ["trainer.loss.teacher_tau", "trainer.loss.adv_tau"] + (["deployment.stages"] if settings.deployment.stages else [])
-        yield _problem(
+        yield stated(
             settings, names, "a teacher or rewards to learn from", "Set trainer.loss.teacher_tau > 0, or adv_tau > 0 with verification."
         )
     elif loss.adv_tau != 0 and settings.orchestrator.group_size == 1 and verification_on(settings):
-        yield _problem(
+        yield stated(
             settings,
             ["orchestrator.group_size", "trainer.loss.adv_tau"],
             "at least 2 rollouts a group, whose mean is the baseline of the advantage",
@@ -82,7 +73,7 @@ def _training_signal(settings: Settings) -> Iterator[Problem]:
 def _teacher(settings: Settings) -> Iterator[Problem]:
     deployed, left_out = "score" in (settings.deployment.stages or ()), settings.deployment.scale.teacher == 0
     if settings.trainer.loss.type == "rl" and settings.trainer.loss.teacher_tau > 0 and not teacher_configured(settings) and not deployed:
-        yield _problem(
+        yield stated(
             settings,
             [
                 "trainer.loss.teacher_tau",
@@ -111,7 +102,7 @@ def _one_teacher(settings: Settings) -> Iterator[Problem]:
         return
     if external.model.name != (settings.teacher_inference.model.name or settings.model.name):
         local = "teacher_inference.model.name" if settings.teacher_inference.model.name else "model.name"
-        yield _problem(
+        yield stated(
             settings,
             ["orchestrator.teacher_model.model.name", local, "deployment.num_teacher_gpus"],
             "one teacher, whether it is started here, runs elsewhere, or both",
@@ -127,11 +118,11 @@ def _endpoints(settings: Settings) -> Iterator[Problem]:
             continue
         name = f"orchestrator.{section}"
         if not endpoint.model.name:
-            yield _problem(
+            yield stated(
                 settings, [f"{name}.model.name"], "the model's name at the endpoint", f"Set {name}.model.name as its /models lists it."
             )
         if not endpoint.client.base_url and _ask_endpoints(make_plan(settings), kind):
-            yield _problem(
+            yield stated(
                 settings,
                 [f"{name}.client.base_url"],
                 f"the address of an endpoint for the {kind} worker to ask",
@@ -146,42 +137,11 @@ def _ask_endpoints(plan: Plan, kind: WorkerKind) -> int:
 
 def _server_arguments(settings: Settings) -> Iterator[Problem]:
     for flag, setting in taken_flags(settings):
-        yield _problem(
+        yield stated(
             settings,
             ["teacher_inference.extra_args"],
             f"no {flag}, which {f'follows from {setting}' if setting else 'onstream up chooses'}",
             f"Leave {flag} out{f' and set {setting}' if setting else ''}.",
-        )
-
-
-def _engine_arguments(settings: Settings) -> Iterator[Problem]:
-    for name, setting in taken_arguments(settings):
-        yield _problem(
-            settings,
-            ["inference.extra_args"],
-            f"no {name}, which {f'follows from {setting}' if setting else 'the engine chooses'}",
-            f"Leave {name} out{f' and set {setting}' if setting else ''}.",
-        )
-
-
-def _model_len(settings: Settings) -> Iterator[Problem]:
-    longest = settings.inference.max_model_len
-    if longest is not None and longest <= settings.inference.sampling.max_completion:
-        yield _problem(
-            settings,
-            ["inference.max_model_len", "inference.sampling.max_completion"],
-            "room for a prompt beside the longest completion",
-            "Raise inference.max_model_len, or lower inference.sampling.max_completion.",
-        )
-
-
-def _cold(settings: Settings) -> Iterator[Problem]:
-    if student_engine(settings) == "vllm" and settings.inference.sampling.temperature < VLLM_COLDEST:
-        yield _problem(
-            settings,
-            ["inference.sampling.temperature"],
-            f"at least {VLLM_COLDEST} with vLLM, which takes that for anything lower",
-            'Raise it, or set inference.engine = "transformers".',
         )
 
 
@@ -191,14 +151,14 @@ def _sampling(settings: Settings) -> Iterator[Problem]:
     sampling, loss = settings.inference.sampling, settings.trainer.loss
     for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
         if getattr(sampling, name) != off:
-            yield _problem(
+            yield stated(
                 settings,
                 [f"inference.sampling.{name}"],
                 f"{off} in training, where importance ratios would compare different distributions",
                 f"Leave inference.sampling.{name} out.",
             )
     if sampling.temperature != 1 and loss.teacher_tau > 0 and loss.teacher_top_k == 0:
-        yield _problem(
+        yield stated(
             settings,
             ["inference.sampling.temperature", "trainer.loss.teacher_tau", "trainer.loss.teacher_top_k"],
             "temperature 1 with the sampled teacher term, since the teacher judges at temperature 1",
@@ -209,21 +169,21 @@ def _sampling(settings: Settings) -> Iterator[Problem]:
 def _hard_distillation(settings: Settings) -> Iterator[Problem]:
     sft, source = settings.trainer.loss.type == "sft", settings.orchestrator.teacher_rollout_model
     if sft and source is None:
-        yield _problem(
+        yield stated(
             settings,
             ["trainer.loss.type", "orchestrator.teacher_rollout_model.model.name"],
             "a teacher whose completions are trained on: the student's own teach it nothing",
             'Set orchestrator.teacher_rollout_model, or trainer.loss.type = "rl".',
         )
     if not sft and source is not None:
-        yield _problem(
+        yield stated(
             settings,
             ["orchestrator.teacher_rollout_model.model.name", "trainer.loss.type"],
             'the loss "sft", since what the teacher wrote has no importance ratios',
             'Set trainer.loss.type = "sft", or leave orchestrator.teacher_rollout_model out.',
         )
     if source is not None and source.keep == "verified" and not verification_on(settings):
-        yield _problem(
+        yield stated(
             settings,
             ["orchestrator.teacher_rollout_model.keep", "orchestrator.verification.enabled", "deployment.stages"],
             "verification, to know which completions are right",
@@ -235,14 +195,14 @@ def _token_client(settings: Settings) -> Iterator[Problem]:
     tokens, source = settings.orchestrator.use_token_client, settings.orchestrator.teacher_rollout_model
     names = ["orchestrator.use_token_client", "orchestrator.teacher_rollout_model.model.name"]
     if tokens and source is not None:
-        yield _problem(
+        yield stated(
             settings,
             names,
             "chat messages with a teacher_rollout_model, whose token ids are not the student's",
             "Set orchestrator.use_token_client = false.",
         )
     if not tokens and source is None:
-        yield _problem(
+        yield stated(
             settings,
             names,
             "token ids, since the student itself writes the rollouts",
@@ -254,7 +214,7 @@ def _no_scores_for_sft(settings: Settings) -> Iterator[Problem]:
     if settings.trainer.loss.type != "sft":
         return
     if settings.trainer.loss.teacher_tau > 0:
-        yield _problem(
+        yield stated(
             settings,
             ["trainer.loss.type", "trainer.loss.teacher_tau"],
             "no teacher logprobs with sft",
@@ -262,7 +222,7 @@ def _no_scores_for_sft(settings: Settings) -> Iterator[Problem]:
         )
     teachers = ["deployment.num_teacher_gpus", "teacher_inference.model.name", "orchestrator.teacher_model.model.name"]
     if given := [name for name in teachers if known()[name].value(settings) is not None]:
-        yield _problem(
+        yield stated(
             settings,
             ["trainer.loss.type", *given],
             "no teacher that scores tokens: sft reads none of it",
@@ -273,7 +233,7 @@ def _no_scores_for_sft(settings: Settings) -> Iterator[Problem]:
 def _lora(settings: Settings) -> Iterator[Problem]:
     adapter = settings.trainer.lora
     if adapter is not None and adapter.dropout > 0 and settings.trainer.loss.type == "rl":
-        yield _problem(
+        yield stated(
             settings,
             ["trainer.lora.dropout", "trainer.loss.type"],
             "no dropout with rl, whose importance ratios would compare the trainer's model less some of it with the generator's whole one",
@@ -284,7 +244,7 @@ def _lora(settings: Settings) -> Iterator[Problem]:
 def _stages(settings: Settings) -> Iterator[Problem]:
     stages = settings.deployment.stages or ()
     if len(set(stages)) < len(stages):
-        yield _problem(
+        yield stated(
             settings,
             ["deployment.stages"],
             "each stage once",
@@ -296,31 +256,31 @@ def _redis_login(settings: Settings) -> Iterator[Problem]:
     redis = settings.redis
     url = urlsplit(redis.url.get_secret_value()) if redis.url is not None else urlsplit("")
     if redis.password is not None and (redis.url is None or url.password is not None):
-        yield _problem(settings, ["redis.password", "redis.url"], "one password, and an address to use it at", "Set redis.url without one.")
+        yield stated(settings, ["redis.password", "redis.url"], "one password, and an address to use it at", "Set redis.url without one.")
     given = [f"redis.{name}" for name in TLS if getattr(redis, name) is not None]
     if given and url.scheme != "rediss":
-        yield _problem(settings, ["redis.url", *given], "rediss://, which is TLS", f"Set redis.url to that, or leave {given[0]} out.")
+        yield stated(settings, ["redis.url", *given], "rediss://, which is TLS", f"Set redis.url to that, or leave {given[0]} out.")
     if (redis.tls_cert is None) != (redis.tls_key is None):
-        yield _problem(settings, ["redis.tls_cert", "redis.tls_key"], "a certificate and its key, or neither", "Set both.")
+        yield stated(settings, ["redis.tls_cert", "redis.tls_key"], "a certificate and its key, or neither", "Set both.")
 
 
 def _task(settings: Settings) -> Iterator[Problem]:
     if settings.task.name == "jsonl" and settings.task.path is None:
-        yield _problem(settings, ["task.name", "task.path"], "the file of the jsonl task", "Set task.path.")
+        yield stated(settings, ["task.name", "task.path"], "the file of the jsonl task", "Set task.path.")
     for name in ("path", "eval_path"):
         if settings.task.name != "jsonl" and getattr(settings.task, name) is not None:
-            yield _problem(
+            yield stated(
                 settings, ["task.name", f"task.{name}"], f"no task.{name}, which only a jsonl task reads", f"Leave task.{name} out."
             )
 
 
 def _evaluations(settings: Settings) -> Iterator[Problem]:
     if settings.eval.interval and not settings.eval.samples:
-        yield _problem(settings, ["eval.interval", "eval.samples"], "held-out prompts to evaluate on", "Set eval.samples = 256.")
+        yield stated(settings, ["eval.interval", "eval.samples"], "held-out prompts to evaluate on", "Set eval.samples = 256.")
 
 
 _RULES: tuple[Rule, ...] = (
-    *(_batches, _training_signal, _teacher, _one_teacher, _endpoints, _server_arguments, _engine_arguments, _model_len, _cold, _sampling),
+    *(*ENGINE_RULES, _batches, _training_signal, _teacher, _one_teacher, _endpoints, _server_arguments, _sampling),
     *(_hard_distillation, _token_client, _no_scores_for_sft, _lora, _stages, _redis_login, _task, _evaluations),
 )
 
@@ -337,15 +297,6 @@ def _teacher_warnings(settings: Settings) -> Iterator[str]:
         yield "teacher_inference.extra_args has no effect: the teacher's engine is transformers."
     if loss.teacher_tau > 0 and loss.adv_tau != 0 and not verification_on(settings):
         yield "trainer.loss.adv_tau has no effect: deployment.stages leaves the verifier out, so no rollout has a reward."
-
-
-def _engine_warnings(settings: Settings) -> Iterator[str]:
-    if student_engine(settings) == "vllm":
-        return
-    for name in VLLM_ONLY:
-        setting = known()[name]
-        if setting.value(settings) != setting.default:
-            yield f"{name} has no effect: the student's engine is transformers."
 
 
 def _hard_distillation_warnings(settings: Settings) -> Iterator[str]:
@@ -368,8 +319,3 @@ def _deployment_warnings(settings: Settings) -> Iterator[str]:
             yield f"deployment.stages names {stage}, but {why}: no {stage} worker runs."
     if plan.workers.get("jobs") == 0 and not settings.deployment.scale.jobs:
         yield "No jobs worker is started here: evaluations of eval.interval wait until one joins (onstream worker jobs)."
-
-
-def _problem(settings: Settings, names: list[str], expected: str, next_step: str) -> Problem:
-    values = " with ".join(f"{name} = {shown(known()[name].value(settings))}" for name in names)
-    return Problem(tuple(names), values, expected, next_step)

@@ -153,6 +153,24 @@ def teacher_server(files: tuple[Path, ...], overrides: tuple[str, ...], port: in
     serve(settings, port)
 
 
+@cli.command("student-server")
+@sources
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen. Its routes that replace weights ask for no key.")
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Where to listen.")
+def student_server(files: tuple[Path, ...], overrides: tuple[str, ...], host: str, port: int) -> None:
+    """Become a vLLM server of the student, for a generator with inference.engine = "server".
+
+    `onstream up` starts such servers itself where inference.client.base_url is unset; this is for servers on other machines.
+    """
+    settings = _settings(files, overrides)
+    from workers.launcher.tether import guard_group
+
+    guard_group()
+    from workers.generator.serving import serve
+
+    serve(settings, host, port)
+
+
 @cli.command()
 @sources
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

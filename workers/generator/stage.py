@@ -75,10 +75,10 @@ class Generator:
     @property
     def room(self) -> int:
         """How many more tickets it takes: for its slots, and `inference.prefetch` beyond them."""
-        if self._policies.problem is not None:
+        slots = self._student.engine.slots
+        if self._policies.problem is not None or not slots:
             return 0
-        wanted = self._student.engine.slots + self._settings.inference.prefetch
-        return max(0, wanted - self._student.engine.active - len(self._early))
+        return max(0, slots + self._settings.inference.prefetch - self._student.engine.active - len(self._early))
 
     @property
     def busy(self) -> bool:
@@ -179,7 +179,7 @@ class Generator:
         numbers, engine = self.stats.numbers, self._student.engine
         numbers["policy_version"], numbers["running"] = self._policies.version, engine.active
         numbers["waiting"] = len(self._early)
-        detail = self._policies.problem or ""
+        detail = self._policies.problem or engine.problem
         if not detail and self._early:
             wanted = min(_ticket(delivery).min_policy_version for delivery in self._early)
             detail = f"waits for policy version {wanted}; {self._policies.version} is the newest announced"

@@ -19,6 +19,7 @@ from settings.engines import student_engine
 from settings.gpus import memory_share
 from settings.root import Settings
 from workers.generator.engine import Engine
+from workers.generator.server_engine import ServerEngine
 from workers.generator.transformers_engine import TransformersEngine
 from workers.generator.vllm_start import NotServed, configure, did_not_start
 
@@ -77,6 +78,8 @@ def open_student(settings: Settings) -> Student:
             log.warning("the student is served by transformers", reason=error.got)
             if (share := memory_share(settings, "generator")) is not None:
                 limit_gpu_memory(share)
+    if student_engine(settings) == "server":
+        return _on_servers(settings)
     return load_student(settings.model.name, settings)
 
 
@@ -111,6 +114,14 @@ def _on_vllm(settings: Settings) -> Student:
     except Exception as error:
         raise did_not_start(error, settings) from error
     return Student(tokenizer, engine)
+
+
+def _on_servers(settings: Settings) -> Student:
+    tokenizer = load_tokenizer(settings.model.name)
+    config, generation = load_configs(settings.model.name)
+    stops = stop_ids(tokenizer, SimpleNamespace(config=config, generation_config=generation))
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return Student(tokenizer, ServerEngine(settings, tokenizer, stops, context))
 
 
 def stop_ids(tokenizer: Any, model: Any) -> set[int]:

@@ -78,6 +78,10 @@ class TransformersEngine:
         return 1
 
     @property
+    def problem(self) -> str:
+        return ""
+
+    @property
     def active(self) -> int:
         return len(self._waiting) + len(self._running)
 

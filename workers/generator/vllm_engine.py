@@ -94,6 +94,10 @@ class VllmEngine:
         return self._replicas
 
     @property
+    def problem(self) -> str:
+        return ""
+
+    @property
     def active(self) -> int:
         return self._active
 

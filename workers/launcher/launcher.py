@@ -30,9 +30,11 @@ from workers.launcher.embedded_redis import EmbeddedRedis
 from workers.launcher.ending import wait_until_alone
 from workers.launcher.environment import environment
 from workers.launcher.lock import only_launcher
+from workers.launcher.model_server import ModelServer
 from workers.launcher.progress import Display, StageView, View, result_table
+from workers.launcher.servers import KINDS as SERVER_KINDS
+from workers.launcher.servers import Servers, serve
 from workers.launcher.supervise import Child, GaveUp, Supervisor, always, process_cpu_seconds
-from workers.launcher.teacher_server import TEACHER_SERVER, TeacherServer
 from workers.launcher.watch import MetricsTail, Watcher, waits
 
 TICK_S = 0.05
@@ -128,7 +130,7 @@ class Launch:
         self._launched = time.time()
         self._startup_cpu_s: dict[str, float] = {}  # until the first step of this launch
         self._trainer: Child | None = None
-        self._teacher_server = TeacherServer(self._log_file(TEACHER_SERVER)) if plan.teacher_server else None
+        self._servers = Servers(settings, plan, self._log_file)
         self._final_eval_due = False
 
     def run(self) -> Exit:
@@ -136,7 +138,7 @@ class Launch:
         self._watcher.start()
         try:
             self._start()
-            while not all(child.done for child in self._supervisor.children if child.kind != TEACHER_SERVER):
+            while not all(child.done for child in self._supervisor.children if child.kind not in SERVER_KINDS):
                 if self._stop.requests:
                     return self._stopped_by_request()
                 self._tick()
@@ -146,8 +148,7 @@ class Launch:
         finally:
             self._watcher.stop()
             self._supervisor.kill()
-            if self._teacher_server is not None:
-                self._teacher_server.stop()
+            self._servers.stop()
 
     def _say(self, sentence: str) -> None:
         self._display.say(sentence)
@@ -159,8 +160,8 @@ class Launch:
         return self._metrics.step if self._trainer is not None else self._watcher.latest.version
 
     def _start(self) -> None:
-        if self._teacher_server is not None:
-            self._start_teacher_server(self._teacher_server)
+        for server in self._servers.all:
+            self._start_server(server)
         for kind in START_ORDER:
             for index in range(self._plan.workers.get(kind, 0)):
                 child = self._start_worker(kind, index)
@@ -170,27 +171,21 @@ class Launch:
             self._final_eval_due = self._settings.eval.samples > 0
             self._evaluate(0)
 
-    def _start_teacher_server(self, server: TeacherServer) -> None:
-        """Start the server. What keeps it from serving at all, a restart will not mend."""
-        arguments = [TEACHER_SERVER, *self._arguments, "--port", str(server.port)]
-        self._start_child(
-            TEACHER_SERVER, TEACHER_SERVER, arguments, environ=self._gpus_of(("teacher", 0)), mendable=lambda: server.has_served
-        )
+    def _start_server(self, server: ModelServer) -> None:
+        """Start a server. What keeps it from serving at all, a restart will not mend."""
+        arguments, gpus = [server.kind, *self._arguments, "--port", str(server.port)], self._gpus_of(self._servers.place(server))
+        self._start_child(server.name, server.kind, arguments, environ=gpus, mendable=lambda: server.has_served)
         server.start()
-        self._say(f"{TEACHER_SERVER}: vLLM loads {self._plan.teacher} (its log: {self._log_file(TEACHER_SERVER)})")
+        self._say(f"{server.name}: vLLM loads {self._servers.model(server)} (its log: {self._log_file(server.name)})")
 
     def _start_worker(self, kind: WorkerKind, index: int) -> Child:
-        """Start the index-th worker of `kind`; one that asks the teacher's server waits for its health."""
-        server, overrides, may_start = self._teacher_server, list[str](), always
-        if server is not None and (kind, index) == ("teacher-external", self._plan.workers[kind] - 1):
-            overrides = server.overrides(self._plan.teacher or "", self._settings.teacher_inference.max_in_flight)
-            may_start = self._teacher_server_serves
-        arguments = ["worker", kind, *self._arguments, *_as_options(overrides), "--slot", f"slot{index}"]
-        return self._start_child(f"{kind}-{index}", kind, arguments, environ=self._gpus_of((kind, index)), may_start=may_start)
-
-    def _teacher_server_serves(self) -> bool:
-        """Whether its worker may start: also to learn that the run is over."""
-        return self._watcher.latest.finished or (self._teacher_server is not None and self._teacher_server.healthy)
+        """Start the index-th worker of `kind`; one that asks servers waits for them, or for the end of the run."""
+        asked = self._servers.asked_by(kind, index)
+        overrides = _as_options(self._servers.overrides(kind, asked))
+        arguments = ["worker", kind, *self._arguments, *overrides, "--slot", f"slot{index}"]
+        if not asked:
+            return self._start_child(f"{kind}-{index}", kind, arguments, environ=self._gpus_of((kind, index)))
+        return self._start_child(f"{kind}-{index}", kind, arguments, may_start=lambda: self._watcher.latest.finished or serve(asked))
 
     def _gpus_of(self, place: Place) -> dict[str, str]:
         """The variable that keeps a model to its GPUs; none where workers compute on the CPU, or are more than GPUs."""
@@ -227,7 +222,7 @@ class Launch:
     def _tick(self) -> None:
         self._keep_redis()
         self._metrics.read()
-        if self._teacher_server is not None and (news := self._teacher_server.news()):
+        for news in self._servers.news():
             self._say(news)
         self._supervisor.poll(progress=self._step, finished=self._watcher.finished)
         if self._final_eval_due and self._trainer is not None and self._trainer.done:
@@ -272,18 +267,18 @@ class Launch:
         )
 
     def _waits(self, started: Mapping[StageName, int], kinds: Mapping[StageName, Sequence[str]]) -> list[str]:
-        """What the run waits for, by the newest snapshot of its streams; the server first, which its worker waits for in turn."""
+        """What the run waits for, by the newest snapshot of its streams; the servers first, which their workers wait for in turn."""
         snapshot = self._watcher.latest
         if snapshot.finished or not snapshot.taken:
             return self._evaluations()
-        return [*(self._teacher_server.waits() if self._teacher_server else []), *waits(snapshot, self._plan.streams, started, kinds)]
+        return [*self._servers.waits(), *waits(snapshot, self._plan.streams, started, kinds)]
 
     def _evaluations(self) -> list[str]:
         """What is left to wait for when training has ended."""
         return [f"{child.name}: the held-out prompts are being answered" for child in self._supervisor.running(EVAL, "jobs")]
 
     def _finished(self) -> Exit:
-        self._drain_children(self._supervisor.running(TEACHER_SERVER), SERVER_STOP_S)
+        self._drain_children(self._supervisor.running(*SERVER_KINDS), SERVER_STOP_S)
         if self._trainer is not None:
             ends_redis = self._settings.redis.shut_down and self._server is None
             if ends_redis:
@@ -310,14 +305,14 @@ class Launch:
         return gave_up.exit
 
     def _drain(self) -> None:
-        """The workers first and the server that they ask, then the trainer, whose checkpoint takes what they finished.
+        """The workers first and the servers that they ask, then the trainer, whose checkpoint takes what they finished.
 
         It is never killed for being slow.
         """
-        workers = [child for child in self._supervisor.running() if child is not self._trainer and child.kind != TEACHER_SERVER]
+        workers = [child for child in self._supervisor.running() if child is not self._trainer and child.kind not in SERVER_KINDS]
         within_s = self._settings.delivery.drain + DRAIN_MARGIN_S
         self._drain_children(workers, within_s)
-        self._drain_children(self._supervisor.running(TEACHER_SERVER), SERVER_STOP_S)
+        self._drain_children(self._supervisor.running(*SERVER_KINDS), SERVER_STOP_S)
         self._drain_children([self._trainer] if self._trainer else [], None)
 
     def _drain_children(self, children: Sequence[Child], within_s: float | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -15,10 +14,10 @@ from redis.exceptions import RedisError
 
 from pipeline.records import PolicyVersion, RecordError, StageName
 from settings.deployment import STAGE_OF
+from workers.launcher.polling import Polling
 
 KINDS_OF: Mapping[StageName, Sequence[str]] = {stage: [kind for kind in STAGE_OF if STAGE_OF[kind] == stage] for stage in STAGE_OF.values()}
 RECENT_STEPS = 10
-LEAVE_S = 2.0
 NEXT_WEIGHTS = "waits for policy version"  # the rhythm of a run, and nothing that keeps it from going on
 SILENT_S = 5.0  # a worker that beats every second and was not heard of for so long is gone
 
@@ -68,31 +67,26 @@ class Watcher:
 
     def __init__(self, bus: Reads, interval_s: float) -> None:
         self.latest = Snapshot()
-        self._bus, self._interval_s = bus, interval_s
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
+        self._bus = bus
+        self._polling = Polling("watcher", interval_s, self._look)
 
     def start(self) -> None:
         """Start the thread."""
-        self._thread.start()
+        self._polling.start()
 
     def stop(self) -> None:
         """End the thread, so that its bus may be closed; one that hangs with its Redis is left behind."""
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join(LEAVE_S)
+        self._polling.stop()
 
     def finished(self, since: float) -> bool | None:
         """Whether the run was over at some time after `since` (monotonic seconds); None while there is no later snapshot."""
         return self.latest.finished if self.latest.taken > since else None
 
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            try:
-                self.latest = take(self._bus)
-            except (RedisError, RecordError, OSError) as error:
-                self.latest = replace(self.latest, unreachable=f"the run's state cannot be read from Redis ({error})")
-            self._stop.wait(self._interval_s)
+    def _look(self) -> None:
+        try:
+            self.latest = take(self._bus)
+        except (RedisError, RecordError, OSError) as error:
+            self.latest = replace(self.latest, unreachable=f"the run's state cannot be read from Redis ({error})")
 
 
 def take(bus: Reads) -> Snapshot:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import NoReturn
 
 from pipeline.errors import UserError
+from pipeline.vllm_server import become_server
 from settings.devices import device_of
-from settings.engines import vllm_environment
 from settings.gpus import memory_share
 from settings.plan import make_plan
 from settings.root import Settings
@@ -17,7 +15,6 @@ from workers.teacher.compatibility import check
 from workers.teacher.external.student import judged_student
 from workers.teacher.party import party
 
-SERVER = "vllm.entrypoints.openai.api_server"  # the command `vllm serve` does not start from the wheel for CPUs
 MAX_LOGPROBS = 20  # vLLM's own default
 LEAST_CONTEXT = 4096
 
@@ -28,8 +25,7 @@ def serve(settings: Settings, port: int) -> NoReturn:
     Raises:
         UserError: the teacher cannot judge the student's tokens, or its context is too short.
     """
-    command = [sys.executable, "-m", SERVER, *arguments(settings, port, context_tokens(settings))]
-    os.execve(sys.executable, command, vllm_environment(device_of(settings.deployment)) | dict(os.environ))
+    become_server(arguments(settings, port, context_tokens(settings)), settings.deployment)
 
 
 def arguments(settings: Settings, port: int, context: int) -> list[str]:

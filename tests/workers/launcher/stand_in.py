@@ -1,9 +1,9 @@
 """Stands in for the command `onstream` where a test needs workers that start in no time and die when told to.
 
 `worker trainer FILES… --set …` takes a step every 20 ms on a real Redis and writes `metrics.jsonl`; the other workers wait for the
-end of the run. `eval RUN --version N` appends to `evals.jsonl`. `teacher-server` stands in for vLLM: a health page, and a child process
-that would outlive it. A file `<run directory>/<stage>` holds what a stage shall do instead: `exit CODE WORDS` once it has started, or
-`hold` (train: stay at step 3 until the file is gone; teacher-server: do not serve until then).
+end of the run. `eval RUN --version N` appends to `evals.jsonl`. `teacher-server` and `student-server` stand in for vLLM: a health page,
+and a child process that would outlive it. A file `<run directory>/<stage>` holds what a stage shall do instead: `exit CODE WORDS` once
+it has started, or `hold` (train: stay at step 3 until the file is gone; a server: do not serve until then).
 """
 
 from __future__ import annotations
@@ -48,24 +48,27 @@ def worker(kind: WorkerKind, files: tuple[Path, ...], overrides: tuple[str, ...]
     bus.mark_ready(stage)
     bus.heartbeat(stage, Stats())
     external = settings.orchestrator.teacher_model
-    (settings.run_dir / f"{stage}.up").write_text(" ".join(external.client.base_url) if external else "")
+    client = external.client if external else None
+    asked = settings.inference.client if stage == "generate" else client
+    (settings.run_dir / f"{stage}.up").write_text(" ".join(asked.base_url) if asked else "")
     if stage == "train":
         train(settings, bus)
     wait_until(bus.finished)
 
 
-@cli.command("teacher-server")
-@sources
-@click.option("--port", type=int, required=True)
-def teacher_server(files: tuple[Path, ...], overrides: tuple[str, ...], port: int) -> None:
-    """Be a server of the teacher."""
-    settings = load_settings(files, overrides)
-    signal.signal(signal.SIGTERM, lambda *_: leave(settings, "teacher-server"))
+def served(files: tuple[Path, ...], overrides: tuple[str, ...], port: int) -> None:
+    """Be a server of a model."""
+    settings, name = load_settings(files, overrides), click.get_current_context().info_name or ""
+    signal.signal(signal.SIGTERM, lambda *_: leave(settings, name))
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", str(settings.run_dir)])
-    orders = settings.run_dir / "teacher-server"
+    orders = settings.run_dir / name
     obey(orders)
     wait_until(lambda: not orders.exists())
     Server(("127.0.0.1", port), Healthy).serve_forever()
+
+
+for command in ("teacher-server", "student-server"):
+    cli.command(command)(sources(click.option("--port", type=int, required=True)(served)))
 
 
 class Server(HTTPServer):

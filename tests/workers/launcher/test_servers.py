@@ -1,5 +1,6 @@
-"""The teacher's server under the launcher. Where a whole run is made, vLLM's place is taken by a stand-in, `stand_in.py`, that starts at
-once, dies when told to, and has a child process that would outlive it; tests/vllm makes the same run with vLLM itself."""
+"""The vLLM servers of teacher and student under the launcher. Where a whole run is made, vLLM's place is taken by a stand-in,
+`stand_in.py`, that starts at once, dies when told to, and has a child process that would outlive it; tests/vllm makes the same runs with
+vLLM itself."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from settings.load import load_settings
 from settings.plan import differences, make_plan
 from tests.workers.launcher.test_launcher import Run
 from workers.launcher import launcher
-from workers.launcher.teacher_server import HOST, TeacherServer
+from workers.launcher.model_server import HOST, ModelServer
+from workers.launcher.servers import TEACHER_SERVER, student_overrides, teacher_overrides
 
 pytestmark = pytest.mark.timeout(30)
 SERVED = (
@@ -29,7 +31,8 @@ SERVED = (
     "trainer.loss.teacher_tau=0.5",
     "deployment.status_interval=0.1",
 )
-ORDERS = "teacher-server"
+ORDERS = TEACHER_SERVER
+TWO_STUDENTS = ("inference.engine=server", "deployment.num_infer_gpus=2", "deployment.status_interval=0.1")
 
 
 @pytest.fixture
@@ -104,12 +107,12 @@ def test_a_stopped_run_stops_the_server_after_its_workers_and_before_the_trainer
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> TeacherServer:
-    return TeacherServer(tmp_path / "teacher-server.log")
+def server(tmp_path: Path) -> ModelServer:
+    return ModelServer(TEACHER_SERVER, TEACHER_SERVER, tmp_path / "teacher-server.log")
 
 
-def test_a_port_is_kept_for_the_server_and_given_to_nobody_else(server: TeacherServer, tmp_path: Path) -> None:
-    other = TeacherServer(tmp_path / "other.log")
+def test_a_port_is_kept_for_the_server_and_given_to_nobody_else(server: ModelServer, tmp_path: Path) -> None:
+    other = ModelServer("other", TEACHER_SERVER, tmp_path / "other.log")
     assert other.port != server.port
     with socket.socket() as stranger, pytest.raises(OSError, match="Address already in use"):
         stranger.bind((HOST, server.port))
@@ -123,16 +126,44 @@ def test_a_port_is_kept_for_the_server_and_given_to_nobody_else(server: TeacherS
     server.stop()
 
 
-def test_the_worker_of_the_server_has_the_runs_plan_and_no_budget_of_paid_endpoints(server: TeacherServer) -> None:
+def test_the_worker_of_the_server_has_the_runs_plan_and_no_budget_of_paid_endpoints(server: ModelServer) -> None:
     run = ["trainer.loss.teacher_tau=0.5", "teacher_inference.model.name=org/big"]
     paid = [f"orchestrator.teacher_model.client.{setting}" for setting in ("base_url=https://paid/v1", "max_tokens_per_run=9")]
     of_run = [*run, *paid, "orchestrator.teacher_model.model.name=org/big"]
-    settings = load_settings(overrides=[*of_run, *server.overrides("org/big", 32)], environ={})
+    beside = load_settings(overrides=[*run, "teacher_inference.max_in_flight=32"], environ={})
+    settings = load_settings(overrides=[*of_run, *teacher_overrides(beside, make_plan(beside), [server])], environ={})
     assert settings.orchestrator.teacher_model is not None
     client = settings.orchestrator.teacher_model.client
     assert (client.base_url, client.max_in_flight, client.max_tokens_per_run) == ((server.base_url,), 32, None)
     for overrides in (run, of_run):
         assert differences(make_plan(settings), make_plan(load_settings(overrides=overrides, environ={}))) == []
+    server.stop()
+
+
+def test_the_generator_waits_for_all_servers_of_the_student_and_asks_them_all_and_nothing_of_them_is_left(run: Run) -> None:
+    up = run.directory / "generate.up"
+    run.orders("student-server", "hold")
+
+    def go_on() -> None:
+        assert not up.exists()
+        (run.directory / "student-server").unlink()
+        run.when(up.exists, (run.directory / "train").unlink)
+
+    run.when(lambda: run.steps() == 3 and "waiting: student-server-0: loading its model" in run.printed.getvalue(), go_on)
+    assert run.up(*TWO_STUDENTS) == Exit.OK
+    asked = up.read_text().split()
+    assert len(set(asked)) == 2
+    for index, address in enumerate(asked):
+        assert f"student-server-{index}: healthy at {address} " in run.printed.getvalue()
+    assert (run.directory / "stopped").read_text().split() == ["student-server"] * 2, "the others end by themselves"
+    assert run.pids() == []
+
+
+def test_the_generator_gives_each_server_what_it_decodes_at_once(server: ModelServer) -> None:
+    settings = load_settings(overrides=["inference.max_batch=48", "inference.data_parallel_size=2"], environ={})
+    asking = load_settings(overrides=[*TWO_STUDENTS, *student_overrides(settings, [server])], environ={})
+    assert (asking.inference.client.base_url, asking.inference.client.max_in_flight) == ((server.base_url,), 96)
+    assert make_plan(asking).student_servers == 0
     server.stop()
 
 
