@@ -4,7 +4,7 @@
 
 The first table trains the example for real at each learning rate (AdamW, no warm-up, constant, after `WARM` steps that are not counted),
 and compares each published version with the one before. The second sends a larger policy of random weights through both transports, the
-same share of which changed: what the trainer spends, and what a generator does, until the weights are checked and in memory.
+same share of which changed: the CPU seconds that the trainer spends, and a generator, until the weights are checked and in memory.
 """
 
 from __future__ import annotations
@@ -96,14 +96,14 @@ def versions(parameters: int, share: float) -> Iterator[LoadedPolicy]:
 
 
 def transported(transport: str, share: float, parameters: int) -> list[str]:
-    """Cells: the megabytes of a full set and of a delta, then median seconds of the trainer, and of a generator, for each."""
+    """Cells: the megabytes of a full set and of a delta, then median CPU seconds of the trainer, and of a generator, for each."""
     found = {deltas: sent_and_fetched(transport, share, parameters, deltas) for deltas in (False, True)}
     cells = [f"{found[deltas][0] / _MB:.1f}" for deltas in (False, True)]
     return cells + [f"{found[deltas][column]:.3f} s" for column in (1, 2) for deltas in (False, True)]
 
 
 def sent_and_fetched(transport: str, share: float, parameters: int, deltas: bool) -> tuple[float, float, float]:
-    """Bytes of an update, and the median seconds that it takes the trainer and a generator."""
+    """Bytes of an update, and the median CPU seconds that it takes the trainer and a generator."""
     took: list[tuple[float, float, float]] = []
     with opened(transport, parameters) as (outlet, shelf):
         sender, reader = Sender(outlet, 10**6 if deltas else None), Reader(shelf, deltas=deltas)
@@ -132,10 +132,10 @@ def opened(transport: str, parameters: int) -> Iterator[tuple[Outlet, Shelf]]:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long `work` takes."""
-    started = time.perf_counter()
+    """CPU seconds of this process that `work` takes: a busy machine disturbs them less. Those of Redis are not in them."""
+    started = time.process_time()
     work()
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 if __name__ == "__main__":

@@ -34,6 +34,10 @@ class WeightShelf(Authority):
         chunk: bytes | None = self._ask("HGET", self.keys.weight_chunks(place), index)
         return chunk
 
+    def chunks_kept(self, place: str) -> int:
+        """How many chunks lie at `place`."""
+        return int(self._ask("HLEN", self.keys.weight_chunks(place)))
+
     def keep_chunk(self, lease: Lease, place: str, index: int, chunk: memoryview) -> None:
         """Write one chunk. Nobody looks for it before `offer_weights`.
 

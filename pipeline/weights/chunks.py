@@ -65,6 +65,10 @@ class ChunksOutlet(Chunks):
         self._bus, self._lease, self._share, self._patience_s = bus, lease, share, patience_s
         self.keep(self.parts())  # frees what a trainer that was killed left unfinished
 
+    def parts(self) -> list[Part]:
+        """What is offered, and there: a Redis that lost its data while it was written to may list what it has only the end of."""
+        return [part for part in super().parts() if self._bus.chunks_kept(part.place) == -(-part.size_bytes // CHUNK_BYTES)]
+
     def room_bytes(self) -> float:
         """What weights may still take of Redis's memory."""
         return self._budget() - sum(part.size_bytes for part in self.parts())

@@ -1,8 +1,9 @@
 """Sparse overwrite deltas: which weights differ from those of a base version, and what they are now.
 
-A delta is a safetensors file with two arrays a tensor: `at/<name>`, the distances between the changed elements, less one, as
-uint8 or uint16, and `to/<name>`, their new values, bit for bit. Where more than 256 (65,536) unchanged elements lie between two, one of
-them is written with the value it has: overwriting does not mind. A tensor most of which changed is there whole, as `all/<name>`.
+A delta is a safetensors file. Of each tensor that changed it has `to/<name>`, the new values, bit for bit, and where they go, in the way of
+the fewest bytes: `at/<name>`, the distances between the changed elements, less one, as uint8 or uint16 (where more than 256, or 65,536,
+elements lie between two, one of them is written with the value it has: overwriting does not mind); `in/<name>`, a bit for each
+element, as numpy.packbits lays them; or neither, where the values are the whole tensor.
 Overwriting is idempotent, and what comes of it is checked by the digest of the whole file that it must give.
 """
 
@@ -38,25 +39,33 @@ def encode(base: LoadedPolicy, new: LoadedPolicy) -> Delta | None:
     arrays: dict[str, NDArray[np.generic]] = {}
     changed = 0
     for name, entry in new.layout.items():
-        before, after = _elements(base.data, entry), _elements(new.data, entry)
-        indices = np.flatnonzero(before != after)
-        changed += indices.size
-        if indices.size:
-            arrays |= _encoded(name, indices, after)
+        after = _elements(new.data, entry)
+        differs = _elements(base.data, entry) != after
+        count = int(np.count_nonzero(differs))
+        changed += count
+        if count:
+            arrays |= {f"{kind}/{name}": array for kind, array in _encoded(after, differs, count).items()}
     data = np.frombuffer(bytearray(save(arrays, metadata=_FORMAT)), dtype=np.uint8)
     total = sum(_count(entry) for entry in new.layout.values())
     return Delta(data if data.size < new.data.size else None, changed / total if total else 0.0)
 
 
-def _encoded(name: str, indices: NDArray[np.int64], values: NDArray[np.generic]) -> dict[str, NDArray[np.generic]]:
-    """The arrays that overwrite `values[indices]`: the fewest bytes of the three ways."""
+def _encoded(values: NDArray[np.generic], differs: NDArray[np.bool_], count: int) -> dict[str, NDArray[np.generic]]:
+    """The arrays that overwrite the `count` elements of `values` that differ, in the way of the fewest bytes."""
+    bits_bytes = -(-values.size // 8) + count * values.itemsize
+    if count * (1 + values.itemsize) < bits_bytes:  # the least that distances can take
+        arrays = _by_distances(values, np.flatnonzero(differs))
+        if sum(array.nbytes for array in arrays.values()) < bits_bytes:
+            return arrays
+    if bits_bytes < values.nbytes:
+        return {"in": np.packbits(differs), "to": values[differs]}
+    return {"to": values}
+
+
+def _by_distances(values: NDArray[np.generic], indices: NDArray[np.int64]) -> dict[str, NDArray[np.generic]]:
     found = {width: _within_reach(indices, reach) for width, reach in _REACH.items()}
-    cost = {width: positions.size * (width + values.itemsize) for width, positions in found.items()}
-    width = min(cost, key=lambda width: cost[width])
-    if cost[width] >= values.nbytes:
-        return {f"all/{name}": values}
-    distances = (np.diff(found[width], prepend=-1) - 1).astype(f"<u{width}")
-    return {f"at/{name}": distances, f"to/{name}": values[found[width]]}
+    width = min(found, key=lambda width: found[width].size * (width + values.itemsize))
+    return {"at": (np.diff(found[width], prepend=-1) - 1).astype(f"<u{width}"), "to": values[found[width]]}
 
 
 def _within_reach(indices: NDArray[np.int64], reach: int) -> NDArray[np.int64]:
@@ -86,21 +95,26 @@ def overwrite(data: Bytes, layout: Mapping[str, Entry], delta: Bytes) -> None:
 
     try:
         arrays = load(delta.tobytes())
-        for key, array in arrays.items():
+        for key, values in arrays.items():
             kind, _, name = key.partition("/")
-            target = _elements(data, layout[name])
-            if kind == "all":
-                target[:] = _bits(array, target)
-            elif kind == "at":
-                target[np.cumsum(array.astype(np.int64) + 1) - 1] = _bits(arrays[f"to/{name}"], target)
+            if kind == "to":
+                target = _elements(data, layout[name])
+                if values.dtype != target.dtype:
+                    raise ValueError(f"values of {values.dtype} for a tensor of {target.dtype}")
+                target[_where(arrays, name, target.size)] = values
     except (SafetensorError, KeyError, ValueError, IndexError) as error:
         raise WeightsError(f"{delta.size} bytes are no delta of these weights: {error}") from error
 
 
-def _bits(array: NDArray[np.generic], target: NDArray[np.generic]) -> NDArray[np.generic]:
-    if array.dtype != target.dtype:
-        raise ValueError(f"values of {array.dtype} for a tensor of {target.dtype}")
-    return array
+def _where(arrays: Mapping[str, NDArray[np.generic]], name: str, size: int) -> NDArray[np.generic] | slice:
+    """Which of the `size` elements of the tensor `name` are overwritten."""
+    if (distances := arrays.get(f"at/{name}")) is not None:
+        return np.cumsum(distances.astype(np.int64) + 1) - 1
+    if (bits := arrays.get(f"in/{name}")) is not None:
+        if bits.size != -(-size // 8):
+            raise ValueError(f"{bits.size} bytes of bits for {size} elements")
+        return np.unpackbits(bits.astype(np.uint8, copy=False), count=size).view(np.bool_)
+    return slice(None)
 
 
 def _elements(data: Bytes, entry: Entry) -> NDArray[np.generic]:

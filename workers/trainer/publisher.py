@@ -54,7 +54,7 @@ class Publisher:
         if replayed := known and self._offered(number, policy.digest):
             self.sent = self._sender.skip(policy)
         else:
-            self.sent = self._sender.send(policy, whole=whole)
+            self.sent = self._give(policy, whole=whole)
         if whole and (replayed or not self._on_disk):
             weights.write_directory(self._run_dir, number, policy.digest, policy.data, self._model_files)
         if not known:
@@ -75,8 +75,15 @@ class Publisher:
         if newest is not None and newest.number >= policy.number:
             return
         if not self._sender.offers(Version(policy.number, policy.digest)):
-            self._sender.send(LoadedPolicy.of(policy.number, state()), whole=True)
+            self._give(LoadedPolicy.of(policy.number, state()), whole=True)
         self._bus.announce(self._lease, policy)
+
+    def _give(self, policy: LoadedPolicy, *, whole: bool) -> Sent:
+        """Give `policy` to the generators; a second time where Redis lost the first half of it meanwhile."""
+        sent = self._sender.send(policy, whole=whole)
+        if not self._sender.offers(Version(policy.number, policy.digest)):
+            sent = self._sender.send(policy, whole=True)
+        return sent
 
     def _outlet(self) -> Outlet:
         if self._on_disk:

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load
 
 from pipeline.weights import LoadedPolicy, WeightsError
 from pipeline.weights.delta import _within_reach, applied, encode, overwrite
@@ -51,8 +52,9 @@ def test_whatever_changed_arrives(dtype: torch.dtype, share: float) -> None:
     flat[chosen] = (flat[chosen] + 1).to(dtype)
     base, new = policy(w=before, still=torch.ones(50_000)), policy(1, w=flat.reshape(before.shape), still=torch.ones(50_000))
     size = roundtrip(base, new)
-    bound = chosen.numel() * (before.element_size() + 2) + 700 * 300 / 65536 * (before.element_size() + 2) + 1000
-    assert size <= min(bound, before.nbytes + 1000)
+    wide = (chosen.numel() + 700 * 300 / 65536) * (before.element_size() + 2)
+    bits = chosen.numel() * before.element_size() + 700 * 300 / 8
+    assert size <= min(wide, bits, before.nbytes) + 1000
 
 
 def test_bits_are_compared_so_that_negative_zero_and_nan_arrive_too() -> None:
@@ -62,6 +64,15 @@ def test_bits_are_compared_so_that_negative_zero_and_nan_arrive_too() -> None:
     roundtrip(base, new)
     delta = encode(base, new)
     assert delta is not None and delta.share == 1 / 1003
+
+
+@pytest.mark.parametrize(("share", "kind"), [(0.001, "at"), (0.05, "at"), (0.3, "in"), (0.97, "to")])
+def test_the_way_of_the_fewest_bytes_is_taken(share: float, kind: str) -> None:
+    after = torch.zeros(40_000, dtype=torch.bfloat16)
+    after[torch.rand(40_000, generator=torch.Generator().manual_seed(3)) < share] = 1
+    delta = encode(policy(w=after * 0, still=torch.ones(50_000)), policy(1, w=after, still=torch.ones(50_000)))
+    assert delta is not None and delta.data is not None
+    assert {name.partition("/")[0] for name in load(delta.data.tobytes())} == {kind, "to"}
 
 
 def test_equal_weights_are_an_empty_delta() -> None:
@@ -75,6 +86,15 @@ def test_no_delta_where_it_would_be_no_smaller() -> None:
     delta = encode(policy(w=torch.zeros(1000)), policy(1, w=torch.ones(1000)))
     assert delta is not None and delta.data is None
     assert delta.share == 1
+
+
+def test_bits_for_a_tensor_of_another_size_are_refused() -> None:
+    base = policy(w=torch.zeros(5000))
+    delta = encode(base, policy(1, w=torch.zeros(5000).index_fill(0, torch.arange(0, 5000, 3), 1.0)))
+    assert delta is not None and delta.data is not None
+    longer = policy(w=torch.zeros(5100))
+    with pytest.raises(WeightsError, match="625 bytes of bits for 5100 elements"):
+        overwrite(longer.data.copy(), longer.layout, delta.data)
 
 
 @pytest.mark.parametrize(

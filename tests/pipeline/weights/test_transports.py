@@ -188,7 +188,7 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_readers_that_are_killed_leave_nothing_wrong_and_their_successors_load_the_newest(transport: Transport, redis_url: str) -> None:
     command = [sys.executable, "-c", READER, transport.name, str(transport.run_dir), redis_url, transport.bus.run]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}

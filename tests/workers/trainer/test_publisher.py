@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import pipeline.weights.chunks
 from pipeline.streams import Bus
 from pipeline.weights import Directory, Reader, Shelf, WeightsError
 from pipeline.weights.chunks import Chunks
@@ -102,6 +103,31 @@ def test_weights_that_redis_lost_under_a_trainer_at_work_are_given_again(run: Ca
     policy = job.bus.newest_policy()
     assert policy is not None and policy.number == 3
     assert Reader(Chunks(job.bus), deltas=True).fetch(policy).digest == policy.digest
+    job.to_the_end()
+
+
+def test_weights_that_redis_lost_while_they_were_written_are_written_again(
+    run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.weights.chunks, "CHUNK_BYTES", 2048)
+    job = run(weights__transport="redis", **CHANGES | {"weights__delta": False})
+    job.ready()
+    job.until(2)
+    keep_chunk, kept = job.bus.keep_chunk, []
+
+    def lose_the_third(*args: Any) -> None:
+        kept.append(args[2])
+        if len(kept) == 3:
+            job.lose_redis()
+        keep_chunk(*args)
+
+    monkeypatch.setattr(job.bus, "keep_chunk", lose_the_third)
+    job.until(3)
+    assert kept.count(0) == 2
+    policy = job.bus.newest_policy()
+    assert policy is not None and policy.number == 3
+    assert Reader(Chunks(job.bus), deltas=True).fetch(policy).digest == policy.digest
+    job.ready()
     job.to_the_end()
 
 
