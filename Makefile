@@ -5,7 +5,7 @@ PYTHON ?= python3
 export PYTHON
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
 
-.PHONY: help up lint test test-modes test-vllm chaos bench models docs lock clean
+.PHONY: help up lint test test-modes test-vllm chaos bench bench-vllm models docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -30,7 +30,10 @@ test-vllm: .venv-vllm/ready ## the tests on a real vLLM server, in an environmen
 	@.venv-vllm/bin/python -m pytest tests/vllm
 
 bench: .venv/dev ## every benchmark, each beside what it compares with
-	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for file in $(filter-out benchmarks/vllm_%,$(wildcard benchmarks/[a-z]*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+bench-vllm: .venv-vllm/ready ## vLLM beside the built-in engine: rollouts, scores, updates, and sizes
+	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_engine --sweep && OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_update
 
 models: .venv/run ## make the shipped teacher and student of reverse-text again
 	@$(BIN)/onstream models make reverse-text --out examples/reverse-text
