@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from redis import Redis
 from rq import Queue, Retry
@@ -20,13 +21,14 @@ from rq.job import Job
 from pipeline.pins import pin, unpin
 from settings.jobs import JobsSettings
 
-JobKind = Literal["evaluate", "export", "prune", "sweep"]
-FUNCTIONS: dict[str, str] = {kind: f"workers.jobs.tasks.{kind}" for kind in ("evaluate", "export", "prune", "sweep")}
+JobKind = Literal["evaluate", "export", "prune", "sweep", "verify"]
+FUNCTIONS: dict[str, str] = {kind: f"workers.jobs.tasks.{kind}" for kind in get_args(JobKind)}
 """What a jobs worker calls for each kind; it calls nothing else, whatever stands in Redis."""
 SERIALIZER = "json"
 CALL_TIMEOUT_S = 5.0
 OPEN = ("queued", "started", "scheduled", "deferred", "ready_to_enqueue", "created")
-SWEEPS_KEPT_S = 3600
+PASSING: tuple[JobKind, ...] = ("sweep", "verify")  # of which there are many, and nobody looks at them for long
+PASSING_KEPT_S = 3600
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,16 @@ class Jobs:
         """Close the client."""
         self._redis.close()
 
-    def ask(self, kind: JobKind, key: str, *args: Any, again: bool = False) -> bool:
+    def ask(self, kind: JobKind, key: str, *args: Any, again: bool = False, time_limit_s: int | None = None) -> bool:
         """Ask for the job `kind` of `key` (a step, say), unless it was asked for before; returns whether it is new.
 
-        `again` asks for it anew where the earlier one has ended.
+        `again` asks for it anew where the earlier one has ended. `time_limit_s` stands in for `jobs.time_limit`.
 
         Raises:
             redis.RedisError: Redis is away, or full.
         """
         settings, job_id = self._settings, _job_id(self.run, kind, key)
+        kept_s = PASSING_KEPT_S if kind in PASSING else settings.keep_results
         if again and (earlier := self._fetch([job_id])) and earlier[0].get_status().value not in OPEN:
             earlier[0].delete()
         try:
@@ -78,9 +81,9 @@ class Jobs:
                 args=args,
                 job_id=job_id,
                 unique=True,
-                job_timeout=settings.time_limit,
-                result_ttl=SWEEPS_KEPT_S if kind == "sweep" else settings.keep_results,
-                failure_ttl=SWEEPS_KEPT_S if kind == "sweep" else settings.keep_results,
+                job_timeout=time_limit_s or settings.time_limit,
+                result_ttl=kept_s,
+                failure_ttl=kept_s,
                 retry=Retry(settings.retries) if settings.retries else None,
                 description=f"{kind} {key}",
                 meta={"kind": kind, "key": key},
@@ -93,6 +96,11 @@ class Jobs:
         """Whether such a job waits or is under way."""
         found = self._fetch([_job_id(self.run, kind, key)])
         return bool(found) and found[0].get_status().value in OPEN
+
+    def find(self, kind: JobKind, keys: Iterable[str]) -> dict[str, JobRow]:
+        """What is known of the jobs of `keys`; those that Redis does not know are left out."""
+        rows = (_row(job) for job in self._fetch([_job_id(self.run, kind, key) for key in keys]))
+        return {row.key: row for row in rows}
 
     def idle(self) -> bool:
         """Whether no job of the run waits or is under way."""

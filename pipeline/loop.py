@@ -18,8 +18,8 @@ from pipeline.connection import OUTAGE
 from pipeline.errors import Exit, UserError
 from pipeline.intake import Intake
 from pipeline.pulse import Life, Pulse
-from pipeline.records import RecordError, Rollout, StageName, Ticket, Timing, Tombstone, Work, decode_work, encode
-from pipeline.stage import Delivery, Outcome, Stage, Stats
+from pipeline.records import RecordError, Rollout, StageName, Ticket, Tombstone, Work, decode_work, encode
+from pipeline.stage import Delivery, Outcome, Stage, Stats, leave
 from pipeline.streams import Bus, Entry, LeaseLost, Move, Out
 from settings.run import DeliverySettings
 
@@ -127,7 +127,10 @@ class Worker:
         self.life.slice_since = time.monotonic()
         outcomes = self.stage.handle(new)
         self.life.slice_since = None
-        self._settle([self._move(outcome) for outcome in outcomes])
+        self._settle([self._move(outcome) for outcome in outcomes if not outcome.elsewhere])
+        for outcome in outcomes:
+            if outcome.elsewhere:
+                self.life.hand.discard(outcome.delivery.entry_id)
         if not new and not outcomes and not self.stage.busy:
             time.sleep(IDLE_S)  # the stage is full, or waits for something that is no entry
 
@@ -180,17 +183,10 @@ class Worker:
             return Move(delivery.entry_id, [Out("train", delivery.number, encode(record))])
         if record is None:
             raise ValueError(f"{self.stage.name} returned neither a record nor a reason for the rollout {delivery.number}")
-        self._leave(record, delivery)
+        leave(record, self.stage.name, self.bus.consumer, delivery.taken)
         if not record.route:
             raise ValueError(f"{self.stage.name} returned the rollout {delivery.number} with an empty route")
         return Move(delivery.entry_id, [Out(record.route[0], delivery.number, encode(record))])
-
-    def _leave(self, record: Rollout, delivery: Delivery) -> None:
-        """Strike this stage from the route still to go, and note how long it had the record."""
-        name = self.stage.name
-        record.route = [stage for stage in record.route if stage != name]
-        if not record.timings or record.timings[-1].stage != name:
-            record.timings = [*record.timings, Timing(name, self.bus.consumer, delivery.taken, time.time())]
 
     def _dead(self, entry_id: bytes, number: int, payload: bytes, reason: str, deliveries: int) -> Move:
         log.error("dead letter", number=number, reason=reason, deliveries=deliveries)

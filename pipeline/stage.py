@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pipeline.records import Rollout, StageName, Ticket, Tombstone, Work
+from pipeline.records import Rollout, StageName, Ticket, Timing, Tombstone, Work
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,20 @@ class Outcome:
 
     `record` moves to the first stage of its own route, and a tombstone to the trainer. With `dead` set, the entry goes
     to the dead-letter stream with those words, and a tombstone to the trainer. The loop strikes the handler's stage from
-    the route and appends its timing; the handler need do neither.
+    the route and appends its timing; the handler need do neither. With `elsewhere` set, somebody else has moved the entry, a job say.
     """
 
     delivery: Delivery
     record: Rollout | Tombstone | None = None
     dead: str | None = None
+    elsewhere: bool = False
+
+
+def leave(record: Rollout, stage: StageName, worker: str, taken: float) -> None:
+    """Strike `stage` from the route still to go, and note how long `worker` had the record: from `taken`, in seconds since the epoch."""
+    record.route = [name for name in record.route if name != stage]
+    if not record.timings or record.timings[-1].stage != stage:
+        record.timings = [*record.timings, Timing(stage, worker, taken, time.time())]
 
 
 @dataclass
@@ -88,4 +97,4 @@ class Stage(Protocol):
         ...
 
 
-__all__ = ["Delivery", "Outcome", "Rollout", "Stage", "Stats", "Ticket", "Tombstone"]
+__all__ = ["Delivery", "Outcome", "Rollout", "Stage", "Stats", "Ticket", "Tombstone", "leave"]

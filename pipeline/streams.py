@@ -115,6 +115,11 @@ class Bus(Desk, Board, ScoreShelf, WeightShelf):
             return []
         return [_entry(entry_id, fields, 1) for _, entries in reply or [] for entry_id, fields in entries]
 
+    def look_at(self, stage: StageName, entry_id: bytes) -> Entry | None:
+        """The entry `entry_id` as it lies in the stream, whoever has it; None where it has moved on. Counts as no delivery."""
+        found = self._ask("XRANGE", self.keys.stream(stage), entry_id, entry_id)
+        return next((_entry(found_id, fields, 0) for found_id, fields in found), None)
+
     def pending(self, stage: StageName, after: bytes = b"0", count: int = 256) -> list[Entry]:
         """Up to `count` entries that are pending with this worker, in order, after the entry `after`. Counts as a delivery."""
         return self.claim(stage, self.pending_rows(stage, after=after, count=count, consumer=self.consumer))

@@ -80,7 +80,7 @@ class DeploymentSettings(Section):
     external_teachers: Annotated[int, WORKER, Unit("workers"), Field(ge=0, le=1024)] = 1
     """Workers that ask the external teacher, which `onstream up` starts where `orchestrator.teacher_model` is set."""
     jobs: Annotated[int, WORKER, Unit("workers"), Field(ge=0, le=64)] = 1
-    """Workers for jobs that `onstream up` starts where `eval.interval` is set."""
+    """Workers for jobs that `onstream up` starts where `eval.interval` is set, or `verification.in_jobs` asks for them."""
     share_gpus: Annotated[bool, WORKER] = False
     """Let workers share GPUs where there are fewer than workers, by the shares of `deployment.gpu_memory_shares`."""
     device: Annotated[Literal["auto", "cpu", "cuda"], WORKER] = "auto"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -40,6 +40,9 @@ class VerificationSettings(Section):
     """Child processes of one verifier; each scores one rollout at a time and can be killed."""
     max_memory: Annotated[int, WORKER, Unit("MiB"), Field(ge=64, le=1 << 24)] = 4096
     """Memory that one child process may take beyond what importing the scorer took; a scorer that asks for more gets a MemoryError."""
+    in_jobs: Annotated[Literal["never", "slow", "always"], WORKER] = "never"
+    """Which rollouts are scored by jobs workers instead of children of the verifier (docs/jobs.md): `slow` are those whose problem says
+    `"slow": true`, and those that have taken longer than a second."""
     allow_unsandboxed: Annotated[bool, WORKER] = False
     """Let `task.scorer = "code"` run programs on a machine that does not permit a sandbox: they may then read what the verifier may."""
     sandbox: SandboxSettings = SandboxSettings()

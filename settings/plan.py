@@ -171,6 +171,8 @@ def _workers(settings: Settings, route: tuple[StageName, ...], *, local: bool, s
     wanted["trainer"] = 1
     here = deployment.stages or ("generate", *route)
     workers = {kind: count if STAGE_OF[kind] in here else 0 for kind, count in wanted.items() if STAGE_OF[kind] in ("generate", *route)}
-    if settings.eval.interval and settings.eval.samples:
-        workers["jobs"] = deployment.jobs if "train" in here else 0  # beside the trainer, which asks for the evaluations
+    evaluates = bool(settings.eval.interval and settings.eval.samples)
+    verifies = "verifier" in workers and settings.orchestrator.verification.in_jobs != "never"
+    if evaluates or verifies:  # beside whoever asks for them: the trainer, or the verifiers
+        workers["jobs"] = deployment.jobs if (evaluates and "train" in here) or (verifies and workers["verifier"]) else 0
     return {kind: count if deployment.scale.of(kind) is None else 0 for kind, count in workers.items()}

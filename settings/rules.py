@@ -318,4 +318,4 @@ def _deployment_warnings(settings: Settings) -> Iterator[str]:
         if stage in (settings.deployment.stages or ()) and stage not in route_of(settings):
             yield f"deployment.stages names {stage}, but {why}: no {stage} worker runs."
     if plan.workers.get("jobs") == 0 and not settings.deployment.scale.jobs:
-        yield "No jobs worker is started here: evaluations of eval.interval wait until one joins (onstream worker jobs)."
+        yield "No jobs worker is started here: evaluations and verifications in jobs wait until one joins (onstream worker jobs)."

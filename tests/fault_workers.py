@@ -12,6 +12,7 @@ from settings.root import Settings
 from settings.run import DeliverySettings
 from tests.pipeline.stages import Passing
 from workers.trainer.stage import Trainer
+from workers.verifier.stage import Verifier
 
 LEASE_S = 0.5
 PATIENCE_S = 20.0
@@ -38,3 +39,10 @@ def train(name: str, url: str, settings: str) -> None:
     parsed = Settings.model_validate_json(settings)
     bus = Bus.connect(url, parsed.run.name, consumer=name, block_s=BLOCK_S, connect_timeout_s=PATIENCE_S)
     sys.exit(run_worker(Trainer(parsed, bus), bus, parsed.delivery, block_s=BLOCK_S))
+
+
+def verify(name: str, url: str, settings: str) -> None:
+    """The body of a verifier."""
+    parsed = Settings.model_validate_json(settings)
+    bus = Bus.connect(url, parsed.run.name, consumer=name, block_s=BLOCK_S, connect_timeout_s=PATIENCE_S)
+    sys.exit(run_worker(Verifier(parsed, bus), bus, parsed.delivery, block_s=BLOCK_S))

@@ -22,7 +22,7 @@ from tests.fault_workers import work
 from tests.forkserver import context
 from tests.pipeline.stages import ticket
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(30)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
 NUMBERS = list(range(1, 13))
 VICTIM, OTHER, DEAD = "victim", "other", "dead"
@@ -125,7 +125,7 @@ def crew(bus: Bus, redis_url: str) -> Iterator[Crew]:
     crew.proxy.close()
 
 
-def until(holds: Callable[[], object], within_s: float = 15) -> None:
+def until(holds: Callable[[], object], within_s: float = 30) -> None:
     deadline = time.monotonic() + within_s
     while not holds():
         assert time.monotonic() < deadline, "it did not come to that"

@@ -10,6 +10,12 @@ from settings.plan import Plan, differences, make_plan, refuse_differences
 
 STAGES = 'deployment.stages=["generate", "train"{}]'
 ENDPOINT = ("orchestrator.teacher_model.client.base_url=http://a/v1", "orchestrator.teacher_model.model.name=big")
+PURE_DISTILLATION = (
+    "orchestrator.verification.enabled=false",
+    "trainer.loss.adv_tau=0",
+    "trainer.loss.teacher_tau=1",
+    "teacher_inference.model.name=big",
+)
 HARD = (
     "trainer.loss.type=sft",
     "orchestrator.use_token_client=false",
@@ -101,6 +107,21 @@ def test_workers_are_those_of_the_route_that_this_deployment_starts() -> None:
 )
 def test_each_mode_starts_the_workers_it_needs(overrides: list[str], workers: dict[str, int]) -> None:
     assert plan(*overrides).workers == workers
+
+
+@pytest.mark.parametrize(
+    ("overrides", "jobs"),
+    [
+        ([], None),
+        (["eval.interval=2"], 1),
+        (["orchestrator.verification.in_jobs=slow"], 1),
+        (["orchestrator.verification.in_jobs=slow", "deployment.jobs=3"], 3),
+        (["orchestrator.verification.in_jobs=slow", "deployment.verifiers=0"], 0),
+        (["orchestrator.verification.in_jobs=always", *PURE_DISTILLATION], None),
+    ],
+)
+def test_jobs_workers_are_started_beside_those_who_ask_for_jobs(overrides: list[str], jobs: int | None) -> None:
+    assert plan(*overrides).workers.get("jobs") == jobs
 
 
 def test_a_plan_names_each_teacher_by_where_it_works() -> None:

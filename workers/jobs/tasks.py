@@ -132,6 +132,17 @@ def sweep() -> dict[str, Any]:
     return {"consumers": buried, "pins": _drop_stale_pins(settings), "dead": dict(dead.most_common(20)), "backlog": backlog}
 
 
+@job
+def verify(entry_id: str) -> dict[str, Any]:
+    """Score the rollout in an entry of the verifiers' stream and move it on, unless somebody has."""
+    from workers.verifier.jobs import verify_entry
+
+    settings = _context().settings
+    with _bus() as bus:
+        _refuse_other_plan(settings, bus)
+        return verify_entry(settings, bus, entry_id)
+
+
 def refuse(name: str) -> None:
     """What runs in place of a function that is no job of ours."""
     raise UserError(f"a job that calls {name}", expected="one that Onstream asked for", next_step="Look who else writes to this Redis.")

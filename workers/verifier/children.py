@@ -72,9 +72,10 @@ class Children:
     scores 0 (part `crashed`).
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, timeout_s: float | None = None, processes: int | None = None) -> None:
+        """`timeout_s` and `processes` stand in for the settings' own."""
         verification = settings.orchestrator.verification
-        self._timeout_s, self._processes = verification.timeout, verification.processes
+        self._timeout_s, self._processes = timeout_s or verification.timeout, processes or verification.processes
         # The nursery loads the scorer alone, and gets no secrets to do so.
         scorer = Settings(task=settings.task, orchestrator=OrchestratorSettings(verification=verification))
         sections = scorer.model_dump_json(include={"task": True, "orchestrator": {"verification"}}).encode()

@@ -12,6 +12,7 @@ from pipeline.stage import Delivery, Outcome, Stats
 from pipeline.telemetry import get_logger
 from settings.root import Settings
 from workers.verifier.children import Children
+from workers.verifier.jobs import SLOW_S, JobsInHand, answer_of, give
 from workers.verifier.wire import Verdict
 
 if TYPE_CHECKING:
@@ -35,9 +36,13 @@ class Verifier:
 
     def __init__(self, settings: Settings, bus: Bus) -> None:
         self._trouble = Counter[str]()
+        self._in_jobs = settings.orchestrator.verification.in_jobs
+        self._jobs = JobsInHand(settings, bus, bus.url) if self._in_jobs != "never" else None
         # All keys from the start: the heartbeat's thread reads this, and must not meet a dictionary that grows.
-        self.stats = Stats(numbers=dict.fromkeys(("unscored", *FORCED_ZERO), 0.0))
-        self._children = Children(settings)
+        self.stats = Stats(numbers=dict.fromkeys(("unscored", *FORCED_ZERO, *(["in_jobs"] if self._jobs is not None else [])), 0.0))
+        # In jobs a rollout starts anew with the whole time, when it has turned out to be slow here.
+        self._hands_over = self._in_jobs == "slow" and settings.orchestrator.verification.timeout > SLOW_S
+        self._children = Children(settings, timeout_s=SLOW_S if self._hands_over else None)
         self._in_hand: dict[int, Delivery] = {}
         self._keys = count()
 
@@ -52,33 +57,53 @@ class Verifier:
     @property
     def room(self) -> int:
         """How many more rollouts it takes in hand."""
-        return self._children.room
+        if self._jobs is None:
+            return self._children.room
+        return self._jobs.room if self._in_jobs == "always" else min(self._children.room, self._jobs.room)
 
     @property
     def busy(self) -> bool:
-        """Whether rollouts are in hand."""
+        """Whether rollouts are in children's hands."""
         return bool(self._in_hand)
 
     def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
         """Hand out the new rollouts, and collect the verdicts that come within a moment."""
         for delivery in new:
-            self._submit(delivery)
-        return [self._outcome(self._in_hand.pop(key), verdict) for key, verdict in self._children.collect(SLICE_S)]
+            if self._jobs is not None and (self._in_jobs == "always" or _rollout(delivery).info.get("slow") is True):
+                self._jobs.submit(delivery)
+            else:
+                self._submit(delivery)
+        outcomes = []
+        for key, verdict in self._children.collect(SLICE_S):
+            delivery = self._in_hand.pop(key)
+            if self._jobs is not None and self._hands_over and "timed_out" in verdict.parts:
+                self._jobs.submit(delivery)
+            else:
+                outcomes.append(self._outcome(delivery, verdict))
+        return outcomes + self._from_jobs()
 
     def close(self, *, finished: bool) -> None:
-        """End the children. The loop gives back what they had in hand."""
+        """End the children. The loop gives back what they had in hand; jobs go on."""
         self._children.close()
         self._in_hand.clear()
+        if self._jobs is not None:
+            self._jobs.close()
+
+    def _from_jobs(self) -> list[Outcome]:
+        if self._jobs is None:
+            return []
+        outcomes = self._jobs.collect()
+        self.stats.detail, self.stats.numbers["in_jobs"] = self._jobs.waits, len(self._jobs)
+        return outcomes
 
     def _submit(self, delivery: Delivery) -> None:
         rollout, key = _rollout(delivery), next(self._keys)
         self._in_hand[key] = delivery
-        # Of several samples the last holds the final answer: it comes after every tool's.
-        self._children.submit(key, rollout.samples[-1].completion_text if rollout.samples else "", rollout.info)
+        self._children.submit(key, answer_of(rollout), rollout.info)
 
     def _outcome(self, delivery: Delivery, verdict: Verdict) -> Outcome:
         rollout = _rollout(delivery)
-        rollout.reward, rollout.reward_parts, rollout.unscored = verdict.reward, verdict.parts, verdict.unscored
+        give(rollout, verdict)
         trouble = "unscored" if verdict.unscored is not None else next((name for name in FORCED_ZERO if name in verdict.parts), None)
         if trouble is not None:
             self._note(trouble, delivery.number, verdict.unscored)

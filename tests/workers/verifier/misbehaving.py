@@ -131,3 +131,17 @@ def be_killed_once(info: dict[str, Any]) -> Any:
 
 def tell_pid(info: dict[str, Any]) -> Any:
     return {"reward": 1.0, "pid": os.getpid(), "parent": os.getppid()}
+
+
+def wait_to_be_told(info: dict[str, Any]) -> Any:
+    """Says that it has begun, and goes on when it is told to."""
+    Path(info["begun"]).touch()
+    while not Path(info["go_on"]).exists():
+        time.sleep(0.01)
+    return 1.0
+
+
+def take_a_while(info: dict[str, Any]) -> Any:
+    """Longer than a verifier's children have where slow rollouts go to jobs."""
+    time.sleep(1.3)
+    return 1.0
