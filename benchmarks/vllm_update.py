@@ -21,7 +21,7 @@ from torch import Tensor
 from pipeline.models.fit import shapes_of
 from pipeline.models.tokenizer import load_configs
 from pipeline.records import PolicyVersion
-from pipeline.weights import Directory, publish
+from pipeline.weights import Directory, Reader, publish
 from settings.root import Settings
 from workers.generator.engine import Completion, Engine, Request
 from workers.generator.policies import Policies
@@ -74,7 +74,7 @@ def measure(settings: Settings, directory: Path, rounds: int, in_flight: int) ->
     from workers.generator.vllm_engine import VllmEngine
 
     engine = VllmEngine(config, (), shapes_of(load_configs(model)[0]), on_new_weights=settings.inference.on_new_weights)
-    policies = Policies(engine, Directory(directory), announcements)
+    policies = Policies(engine, Reader(Directory(directory), deltas=False), announcements)
 
     def announce() -> int:
         announcements.newest = versions.pop(0)

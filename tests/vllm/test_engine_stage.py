@@ -13,7 +13,7 @@ from benchmarks.vllm_update import Announcements, changed, first_token_s
 from pipeline.records import Rollout, Ticket, ids_array, logprobs_array
 from pipeline.stage import Delivery, Outcome
 from pipeline.streams import Bus
-from pipeline.weights import Directory, publish
+from pipeline.weights import Directory, Reader, publish
 from tests.vllm.conftest import on_vllm
 from tests.vllm.reference import CLOSE_NATS, gaps, model_of
 from workers.generator import policies, stage
@@ -123,7 +123,7 @@ def test_the_first_token_of_a_new_version_comes_while_requests_are_in_flight(
         announced.newest = versions.pop(0)
         return announced.newest.number
 
-    followed = Policies(engine, Directory(tmp_path), announced)
+    followed = Policies(engine, Reader(Directory(tmp_path), deltas=False), announced)
     try:
         seconds = [first_token_s(engine, followed, announce, IN_FLIGHT) for _ in range(len(versions))]
     finally:
