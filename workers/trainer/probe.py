@@ -36,6 +36,9 @@ class Prober:
     def __init__(self, learner: Learner, tokens: int) -> None:
         self._learner = learner
         self._prompts = probe_prompts(learner.tokenizer, learner.vocabulary, tokens)
+        asked = np.zeros(1, dtype=np.int32)  # the token that would come next, whichever
+        shared, own = [prompt[:-OWN] for prompt in self._prompts], [np.append(prompt[-OWN:], asked) for prompt in self._prompts]
+        self._rows = learner.pack(shared, own)
 
     def ask(self) -> Probe:
         """The likeliest next tokens under the weights as they are. Changes neither them nor any random state."""
@@ -43,10 +46,8 @@ class Prober:
         top = min(TOP, learner.vocabulary - 1)
         ids = np.empty((len(self._prompts), top), dtype=np.int32)
         logprobs = np.empty((len(self._prompts), top), dtype=np.float32)
-        asked = np.zeros(1, dtype=np.int32)  # the token that would come next, whichever
-        shared, own = [prompt[:-OWN] for prompt in self._prompts], [np.append(prompt[-OWN:], asked) for prompt in self._prompts]
         with torch.no_grad(), lora.without_dropout(learner.model):
-            for packed in learner.pack(shared, own):
+            for packed in self._rows:
                 last = torch.tensor(packed.lengths, device=learner.device).cumsum(0) - 1
                 hidden = learner.hidden(packed)[last]
                 found = token_logprobs(hidden, head_of(learner.model), torch.zeros_like(last), top_k=top).top
