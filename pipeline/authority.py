@@ -210,10 +210,12 @@ class Authority(Connection):
     def acknowledge(self, lease: Lease, ids: Sequence[bytes]) -> int:
         """Delete entries of the trainer's stream whose fate a durable checkpoint records; returns how many were there.
 
+        Images that no other number needs go with them.
+
         Raises:
             LeaseLost: another trainer took over.
         """
-        keys = [self.keys.stream("train")]
+        keys = [self.keys.stream("train"), self.keys.images_held, self.keys.images_counted, self.keys.images]
         chunks = batched_ids(ids, ACKNOWLEDGED_AT_ONCE)
         return sum(int(self._fenced(scripts.ACKNOWLEDGE, lease, keys, [GROUP, *chunk])) for chunk in chunks)
 

@@ -109,6 +109,21 @@ class Keys:
         return self._key("requeued")
 
     @property
+    def images(self) -> str:
+        """Hash: the bytes of images, by digest."""
+        return self._key("images")
+
+    @property
+    def images_counted(self) -> str:
+        """Hash: how many numbers need each image, by digest."""
+        return self._key("images:counted")
+
+    @property
+    def images_held(self) -> str:
+        """Hash: the digests that each number needs, until it has settled."""
+        return self._key("images:held")
+
+    @property
     def workers(self) -> str:
         """Hash: the last heartbeat of each worker."""
         return self._key("workers")

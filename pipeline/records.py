@@ -79,6 +79,7 @@ class Sample(msgspec.Struct, array_like=True):
     teacher_top_ids: bytes | None = None  # <i4 [C, k]
     teacher_top_logprobs: bytes | None = None  # <f4 [C, k]
     teacher_tail_logprobs: bytes | None = None  # <f4 [C], logprob of everything outside the k
+    images: list[str] = []  # digests of those that the prompt shows, in order; their tokens are in prompt_ids
 
 
 # generator -> verify, score or train -> … -> trainer

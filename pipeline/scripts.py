@@ -256,14 +256,64 @@ for i = 3 + gone, #ARGV, 2 do redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) 
 return 1
 """)
 
-# KEYS: epoch, stream. ARGV: epoch, group, ids.
-ACKNOWLEDGE = _fenced("""
-local done = 0
+_RELEASE = """
+local function release(held, counts, images, number)
+  local digests = redis.call('HGET', held, number)
+  if not digests then return end
+  redis.call('HDEL', held, number)
+  for digest in string.gmatch(digests, '%S+') do
+    if redis.call('HINCRBY', counts, digest, -1) <= 0 then
+      redis.call('HDEL', counts, digest)
+      redis.call('HDEL', images, digest)
+    end
+  end
+end
+"""
+
+# KEYS: epoch, stream, held, counts, images. ARGV: epoch, group, ids. The images of what is acknowledged are let go with it.
+ACKNOWLEDGE = _fenced(
+    _RELEASE
+    + """
+local done, holds = 0, redis.call('EXISTS', KEYS[3]) == 1
 for i = 3, #ARGV do
+  local entry = holds and redis.call('XRANGE', KEYS[2], ARGV[i], ARGV[i])[1]
   redis.call('XACK', KEYS[2], ARGV[2], ARGV[i])
   done = done + redis.call('XDEL', KEYS[2], ARGV[i])
+  for at = 1, entry and #entry[2] or 0, 2 do
+    if entry[2][at] == 'n' then release(KEYS[3], KEYS[4], KEYS[5], entry[2][at + 1]) end
+  end
 end
 return done
+"""
+)
+
+# KEYS: epoch, held, counts, images. ARGV: epoch, numbers.
+RELEASE_IMAGES = _fenced(
+    _RELEASE
+    + """
+for i = 2, #ARGV do release(KEYS[2], KEYS[3], KEYS[4], ARGV[i]) end
+return #ARGV - 1
+"""
+)
+
+# KEYS: stream, held, counts, images. ARGV: group, entry id, number, how many images, their digests, then digest, bytes, …
+# Counts the number as one that needs the images, once, while its entry is in somebody's hands. Returns {1} when they are held, {0} when
+# the entry is not pending any more, or the digests of those whose bytes are needed first.
+HOLD_IMAGES = Script("""
+if #redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[2], ARGV[2], 1) == 0 then return {0} end
+local last, brought, missing = 4 + tonumber(ARGV[4]), {}, {}
+for i = last + 1, #ARGV, 2 do brought[ARGV[i]] = ARGV[i + 1] end
+for i = 5, last do
+  if not brought[ARGV[i]] and redis.call('HEXISTS', KEYS[4], ARGV[i]) == 0 then missing[#missing + 1] = ARGV[i] end
+end
+if #missing > 0 then return missing end
+if redis.call('HEXISTS', KEYS[2], ARGV[3]) == 1 then return {1} end
+for i = 5, last do
+  if brought[ARGV[i]] then redis.call('HSETNX', KEYS[4], ARGV[i], brought[ARGV[i]]) end
+  redis.call('HINCRBY', KEYS[3], ARGV[i], 1)
+end
+redis.call('HSET', KEYS[2], ARGV[3], table.concat(ARGV, ' ', 5, last))
+return {1}
 """)
 
 # KEYS: epoch, key. ARGV: epoch, value.

@@ -1,7 +1,7 @@
 """Streams: how entries are read, moved on, renewed, handed over and given back. The only module that speaks stream commands of work.
 
-`Bus` adds what the trainer alone may do (`pipeline.authority`), what everybody may read (`pipeline.board`), and the
-scores that are kept (`pipeline.scores`).
+`Bus` adds what the trainer alone may do (`pipeline.authority`), what everybody may read (`pipeline.board`), the scores that are
+kept (`pipeline.scores`), weights (`pipeline.shelf`), and the images that rollouts name (`pipeline.images.shelf`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pipeline import scripts
 from pipeline.authority import Lease, LeaseHeld, batched_ids
 from pipeline.board import Board, DeadLetter, WorkerState
 from pipeline.desk import Desk
+from pipeline.images.shelf import ImageShelf
 from pipeline.keys import GROUP, PARKED, STAGES, WORKING
 from pipeline.ownership import LeaseLost
 from pipeline.records import StageName
@@ -75,7 +76,7 @@ class Move:
         return sum(len(out.payload) for out in self.outs)
 
 
-class Bus(Desk, Board, ScoreShelf, WeightShelf):
+class Bus(Desk, Board, ScoreShelf, WeightShelf, ImageShelf):
     """One worker's way to the streams of one run."""
 
     @classmethod

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from settings.base import Section
 from settings.deployment import DeploymentSettings
+from settings.images import ImagesSettings
 from settings.inference import InferenceSettings, TeacherInferenceSettings
 from settings.jobs import JobsSettings
 from settings.orchestrator import OrchestratorSettings
@@ -21,6 +22,7 @@ class Settings(Section):
     run: RunSettings = RunSettings()
     model: ModelSettings = ModelSettings()
     task: TaskSettings = TaskSettings()
+    images: ImagesSettings = ImagesSettings()
     eval: EvalSettings = EvalSettings()
     deployment: DeploymentSettings = DeploymentSettings()
     inference: InferenceSettings = InferenceSettings()

@@ -14,7 +14,8 @@ class TaskSettings(Section):
     """The prompts and their scorer."""
 
     name: Annotated[str, RUN, Field(min_length=1)] = "reverse-text"
-    """`reverse-text`, `alphabet-sort`, `arithmetic`, `reasoning-gym:<dataset>`, `jsonl`, or `hf:<path>` (a Hugging Face dataset)."""
+    """`reverse-text`, `alphabet-sort`, `arithmetic`, `colour-words`, `reasoning-gym:<dataset>`, `jsonl`, or `hf:<path>` (a Hugging
+    Face dataset)."""
     path: Annotated[Path | None, WORKER] = None
     """The file of a `jsonl` task: one object a line, with `messages` (or `prompt`) and `answer`."""
     eval_path: Annotated[Path | None, WORKER] = None

@@ -91,6 +91,8 @@ class TrainerSettings(Section):
     """A few rollouts are written to `samples.jsonl` every so many steps."""
     record: Annotated[bool, WORKER] = False
     """Write every record that the training depends on to `recording/` in the run's directory, for `onstream replay`."""
+    train_vision: Annotated[bool, RUN] = False
+    """Train the vision tower of a student that reads images too; else it stays as it is, and only the rest of the model is trained."""
     loss: LossSettings = LossSettings()
     optim: OptimSettings = OptimSettings()
     lora: LoraSettings | None = None

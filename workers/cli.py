@@ -379,14 +379,15 @@ def models() -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory that gets teacher/ and student/.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of weights and problems.")
 @click.option("--only", type=click.Choice(["teacher", "student"]), help="Make only one of them.")
-def make(task: str, out: Path, seed: int, only: Literal["teacher", "student"] | None) -> None:
+@click.option("--family", default="llava", show_default=True, type=click.Choice(["llava", "qwen2.5-vl", "qwen3-vl"]), help="For pictures.")
+def make(task: str, out: Path, seed: int, only: Literal["teacher", "student"] | None, family: Any) -> None:
     """Make a teacher and a weaker student for TASK, by training on its ground truth."""
     from pipeline import telemetry
     from settings.run import LogSettings
     from workers.models.make import make
 
     telemetry.configure("models", "make", task, LogSettings())
-    for made in make(task, out, seed, only):
+    for made in make(task, out, seed, only, family):
         click.echo(f"{made.directory}: {made.exact:.1%} exact, {made.parameters:,} parameters, {made.steps} steps, {made.seconds:.0f} s")
 
 

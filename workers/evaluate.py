@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.images import ImageError
 from pipeline.tasks import Task, load_task
 from settings.root import Settings
 from workers.generator.engine import Request, Sampling
@@ -52,16 +53,16 @@ def _answers(student: Student, task: Task, max_completion: int) -> list[str]:
     """The likeliest answer to each held-out problem, in their order."""
     requests = []
     for index in range(task.held_out_size):
-        prompt_ids = student.prompt_ids(task.held_out(index).messages)
         try:
-            room = student.completion_room(prompt_ids, max_completion)
-        except PromptTooLong as error:
+            prompt = student.prompt(task.held_out(index).messages)
+            room = student.completion_room(prompt.ids, max_completion)
+        except (PromptTooLong, ImageError) as error:
             raise UserError(
                 f"held-out problem {index}: {error}",
-                expected="prompts shorter than the context",
+                expected="prompts shorter than the context, and images within `[images]`",
                 next_step="Change `[task]`.",
             ) from error
-        requests.append(Request(index, prompt_ids, room, seed=0, sampling=GREEDY))
+        requests.append(Request(index, prompt.ids, room, seed=0, sampling=GREEDY, images=prompt.images))
     texts = [""] * len(requests)
     with contextlib.closing(student.engine) as engine:
         engine.add(requests)

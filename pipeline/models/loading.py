@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from pipeline.errors import UserError
-from pipeline.models.tokenizer import cached_first
+from pipeline.models.tokenizer import cached_first, has_vision
 
 DeviceSetting = Literal["auto", "cpu", "cuda"]
 DtypeSetting = Literal["auto", "float32", "bfloat16"]
@@ -44,7 +44,7 @@ def limit_gpu_memory(share: float) -> None:
 
 
 def load_model(name: str | Path, *, dtype: torch.dtype, device: torch.device, attention: str | None = None) -> PreTrainedModel:
-    """A causal language model in evaluation mode, every weight of it read from the files.
+    """A causal language model in evaluation mode, every weight of it read from the files; one that reads images too.
 
     `attention` names an attention implementation of transformers, or one registered with it; sdpa by default.
 
@@ -53,7 +53,8 @@ def load_model(name: str | Path, *, dtype: torch.dtype, device: torch.device, at
     """
 
     def load(name: str, **where: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+        family = AutoModelForImageTextToText if has_vision(AutoConfig.from_pretrained(name, **where)) else AutoModelForCausalLM
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = family.from_pretrained(
             name, dtype=dtype, attn_implementation=attention or "sdpa", output_loading_info=True, **where
         )
         return loaded
@@ -66,3 +67,14 @@ def load_model(name: str | Path, *, dtype: torch.dtype, device: torch.device, at
             next_step="Check that config.json belongs to these weights, and that the download is whole.",
         )
     return model.to(device).eval()
+
+
+def text_config(model: PreTrainedModel) -> PretrainedConfig:
+    """The configuration of the language model, which is the whole model's own where it reads no images."""
+    config: PretrainedConfig = model.config.get_text_config()
+    return config
+
+
+def set_text_attention(model: PreTrainedModel, name: str) -> None:
+    """Sets the language model's attention; a vision tower keeps its own."""
+    model.set_attn_implementation({"text_config": name} if has_vision(model.config) else name)

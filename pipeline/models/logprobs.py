@@ -11,7 +11,11 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
 from pipeline.models.attention import SHARED_PREFIX, layout_of
+from pipeline.models.loading import text_config
+from pipeline.models.multimodal import Features, image_tensors, packed_positions, padded_inputs
 from pipeline.models.packing import Packed
+
+NO_IMAGES: Features = {}
 
 
 @dataclass(frozen=True)
@@ -32,29 +36,32 @@ class TokenLogprobs:
     top: TopLogprobs | None  # with top_k > 0
 
 
-def hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
+def hidden_states(model: PreTrainedModel, packed: Packed, features: Features = NO_IMAGES) -> Tensor:
     """The last hidden states that predict the packed targets: [N, H], in the order of `packed.targets`.
 
-    Shared prompts are computed once where `probe.share_prefixes` switched the model to it; other models take one
-    padded row a sequence.
+    Shared prompts, and the images in them, are computed once where `probe.prepare` switched the model to it; other models
+    take one padded row a sequence. `features` holds the images that the prompts show.
     """
-    if model.config._attn_implementation != SHARED_PREFIX:
-        return _padded_hidden_states(model, packed)
+    if text_config(model)._attn_implementation != SHARED_PREFIX:
+        return _padded_hidden_states(model, packed, features)
     row: Tensor = model.base_model(
         input_ids=torch.from_numpy(packed.input_ids).to(model.device)[None],
-        position_ids=torch.from_numpy(packed.position_ids).to(model.device)[None],
+        position_ids=packed_positions(model, packed, features),
         use_cache=False,  # at its default a packed row is wrong by nats, silently
         layout=layout_of(packed, model.device),
+        **image_tensors(model, packed.groups, features),
     ).last_hidden_state[0]
     return row.index_select(0, torch.from_numpy(packed.predicted_at).to(model.device))
 
 
-def _padded_hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
+def _padded_hidden_states(model: PreTrainedModel, packed: Packed, features: Features) -> Tensor:
     """Rows padded on the right and no mask: the model is causal, so nothing that is read sees the padding."""
-    sequences = [(group.prompt_ids, completion) for group in packed.groups for completion in group.completions]
-    rows = [torch.cat((torch.from_numpy(prompt), torch.from_numpy(completion[:-1]))) for prompt, completion in sequences]
-    states = model.base_model(input_ids=pad_sequence(rows, batch_first=True).to(model.device), use_cache=False).last_hidden_state
-    return torch.cat([states[row, len(prompt) - 1 : len(rows[row])] for row, (prompt, _) in enumerate(sequences)])
+    sequences = [(group, completion) for group in packed.groups for completion in group.completions]
+    rows = [torch.cat((torch.from_numpy(group.prompt_ids), torch.from_numpy(completion[:-1]))) for group, completion in sequences]
+    input_ids = pad_sequence(rows, batch_first=True).to(model.device)
+    images = padded_inputs(model, input_ids, [group for group, _ in sequences], features)
+    states = model.base_model(input_ids=input_ids, use_cache=False, **images).last_hidden_state
+    return torch.cat([states[row, len(group.prompt_ids) - 1 : len(rows[row])] for row, (group, _) in enumerate(sequences)])
 
 
 def head_of(model: PreTrainedModel) -> nn.Linear:

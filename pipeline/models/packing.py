@@ -27,11 +27,15 @@ ROW_PADDING = 0.25
 
 @dataclass(frozen=True)
 class PrefixGroup:
-    """One prompt and the completions that share it. `sequences` says which sequence of the caller each completion is."""
+    """One prompt and the completions that share it. `sequences` says which sequence of the caller each completion is.
+
+    `images` names the images that the prompt shows, in order: two prompts of equal ids may show different ones.
+    """
 
     prompt_ids: Ids  # [P], P ≥ 1
     completions: tuple[Ids, ...]  # each [C], C ≥ 1
     sequences: tuple[int, ...]
+    images: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -75,32 +79,41 @@ class Packed:
     output_index: Ids = field(repr=False)  # [T], where each token's output is in the calls' outputs, laid end to end
 
 
-def share_prompts(prompts: Sequence[npt.ArrayLike], completions: Sequence[npt.ArrayLike]) -> list[PrefixGroup]:
+def share_prompts(
+    prompts: Sequence[npt.ArrayLike], completions: Sequence[npt.ArrayLike], images: Sequence[tuple[str, ...]] | None = None
+) -> list[PrefixGroup]:
     """Groups the sequences that have equal prompts, in the order in which their prompts first come.
+
+    `images` names those that each prompt shows; None: no prompt shows any.
 
     Raises:
         ValueError: a prompt or a completion is empty.
     """
-    members: dict[bytes, tuple[Ids, list[Ids], list[int]]] = {}
-    for sequence, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+    members: dict[tuple[bytes, tuple[str, ...]], tuple[Ids, list[Ids], list[int]]] = {}
+    shown = images if images is not None else [()] * len(prompts)
+    for sequence, (prompt, completion, own) in enumerate(zip(prompts, completions, shown, strict=True)):
         prompt_ids, completion_ids = np.asarray(prompt, dtype=np.int64), np.asarray(completion, dtype=np.int64)
         if not len(prompt_ids) or not len(completion_ids):
             raise ValueError(
                 f"sequence {sequence} has {len(prompt_ids)} prompt and {len(completion_ids)} completion tokens; expected ≥ 1 of each"
             )
-        _, grouped, sequences = members.setdefault(prompt_ids.tobytes(), (prompt_ids, [], []))
+        _, grouped, sequences = members.setdefault((prompt_ids.tobytes(), own), (prompt_ids, [], []))
         grouped.append(completion_ids)
         sequences.append(sequence)
-    return [PrefixGroup(prompt_ids, tuple(grouped), tuple(sequences)) for prompt_ids, grouped, sequences in members.values()]
+    return [
+        PrefixGroup(prompt_ids, tuple(grouped), tuple(sequences), own) for (_, own), (prompt_ids, grouped, sequences) in members.items()
+    ]
 
 
-def single_rows(prompts: Sequence[npt.ArrayLike], completions: Sequence[npt.ArrayLike]) -> list[PrefixGroup]:
+def single_rows(
+    prompts: Sequence[npt.ArrayLike], completions: Sequence[npt.ArrayLike], images: Sequence[tuple[str, ...]] | None = None
+) -> list[PrefixGroup]:
     """Every sequence with its own prompt, longest first: for models that take padded rows, which then pad each other little.
 
     Raises:
         ValueError: a prompt or a completion is empty.
     """
-    groups = share_prompts(prompts, completions)
+    groups = share_prompts(prompts, completions, images)
     singles = [_part(group, index, index + 1) for group in groups for index in range(len(group.completions))]
     return sorted(singles, key=lambda single: -single.tokens)
 
@@ -133,7 +146,7 @@ def _split(group: PrefixGroup, max_tokens: int) -> Iterator[PrefixGroup]:
 
 
 def _part(group: PrefixGroup, start: int, end: int) -> PrefixGroup:
-    return PrefixGroup(group.prompt_ids, group.completions[start:end], group.sequences[start:end])
+    return PrefixGroup(group.prompt_ids, group.completions[start:end], group.sequences[start:end], group.images)
 
 
 @dataclass(frozen=True)

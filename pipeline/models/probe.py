@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
 from pipeline.models.attention import SHARED_PREFIX
+from pipeline.models.loading import set_text_attention, text_config
 from pipeline.models.logprobs import head_logits, head_of, hidden_states
 from pipeline.models.packing import Packed, pack, share_prompts
 
@@ -25,12 +26,12 @@ def prepare(model: PreTrainedModel) -> str | None:
     Raises:
         UserError: its logits are scaled, capped or otherwise more than its last hidden states times its output layer.
     """
-    probe = _probe(model.config.vocab_size)
+    probe = _probe(text_config(model).vocab_size)
     _check_head(model, probe)
-    before = model.config._attn_implementation
+    before = text_config(model)._attn_implementation
     reason = _windowed(model) or _differs(model, probe)
     if reason:
-        model.set_attn_implementation(before)
+        set_text_attention(model, before)
     return reason
 
 
@@ -47,7 +48,7 @@ def _check_head(model: PreTrainedModel, probe: Packed) -> None:
     head = head_of(model)
     wanted = model(input_ids=row, use_cache=False).logits[0].float()
     got = head_logits(model.base_model(input_ids=row, use_cache=False).last_hidden_state[0], head.weight, head.bias)
-    capped = getattr(model.config, "final_logit_softcapping", None)  # a probe's small logits would not show it
+    capped = getattr(text_config(model), "final_logit_softcapping", None)  # a probe's small logits would not show it
     if capped or not _agree(got, wanted, model.dtype):
         raise UserError(
             f"the logits of {model.config.name_or_path} ({model.config.model_type}) are not a plain projection of its hidden states",
@@ -58,12 +59,13 @@ def _check_head(model: PreTrainedModel, probe: Packed) -> None:
 
 def _windowed(model: PreTrainedModel) -> str | None:
     """The reason where some layers' attention is not plain over the whole past, which a short probe would not show."""
-    if getattr(model.config, "attn_logit_softcapping", None):
+    config = text_config(model)
+    if getattr(config, "attn_logit_softcapping", None):
         return "its attention scores are capped"
-    kinds = set(getattr(model.config, "layer_types", None) or ())
+    kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - {"full_attention"}:
         return f"it has layers of {', '.join(sorted(kinds - {'full_attention'}))}"
-    window = getattr(model.config, "sliding_window", None)
+    window = getattr(config, "sliding_window", None)
     return f"its layers see {window} tokens back" if window and not kinds else None
 
 
@@ -72,7 +74,7 @@ def _differs(model: PreTrainedModel, probe: Packed) -> str | None:
     """The reason where shared prompts do not give the hidden states that single rows give. Leaves the model switched."""
     wanted = hidden_states(model, probe)
     try:
-        model.set_attn_implementation(SHARED_PREFIX)
+        set_text_attention(model, SHARED_PREFIX)
         got = hidden_states(model, probe)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         return f"its code takes no attention function: {' '.join(str(error).split())[:200]}"

@@ -80,3 +80,8 @@ def _not_usable(name: str, what: str, reason: Exception) -> UserError:
         expected="a directory in Hugging Face form, or the id of a public model",
         next_step="Check the spelling and the directory; a gated or private model needs `hf auth login` first.",
     )
+
+
+def has_vision(config: PretrainedConfig) -> bool:
+    """Whether a model of this configuration reads images."""
+    return getattr(config, "vision_config", None) is not None

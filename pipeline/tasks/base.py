@@ -15,7 +15,9 @@ import msgspec
 from pipeline.errors import UserError
 
 Message = dict[str, Any]
-Draw = Callable[[Random], tuple[str, dict[str, Any]]]
+Question = str | list[dict[str, Any]]
+"""A message's content: a text, or parts of which some are images."""
+Draw = Callable[[Random], tuple[Question, dict[str, Any]]]
 
 # The share of a procedural task's contents that is held out. Small finite tasks keep a held-out part too, and finding
 # one held-out problem takes only about four draws, some of which are slow in reasoning-gym.
@@ -78,18 +80,19 @@ class ProceduralTask:
     @cached_property
     def _held_out(self) -> list[Problem]:
         """The first `samples` different held-out questions. Made when first asked for: only an evaluation needs them."""
-        random, found, misses = Random("held-out"), dict[str, Problem](), 0
+        random, found, misses = Random("held-out"), dict[bytes, Problem](), 0
         while len(found) < self._samples and misses < MAX_DRAWS:
             question, info = self._draw(random)
-            new = is_held_out(question) and question not in found
+            content = _bytes(question)
+            new = is_held_out(question) and content not in found
             misses = 0 if new else misses + 1
             if new:
-                found[question] = self._problem(question, info)
+                found[content] = self._problem(question, info)
         if self._samples and not found:
             raise self._too_narrow("no problem to hold out")
         return list(found.values())
 
-    def _problem(self, question: str, info: dict[str, Any]) -> Problem:
+    def _problem(self, question: Question, info: dict[str, Any]) -> Problem:
         return Problem([*self._system, {"role": "user", "content": question}], info)
 
     def _too_narrow(self, what: str) -> UserError:
@@ -139,10 +142,14 @@ class FiniteTask:
         return self._epoch[1]
 
 
-def is_held_out(question: str) -> bool:
-    """Whether a procedural task keeps `question` for evaluation: decided by the text alone, for ever."""
-    digest = hashlib.blake2b(question.encode(), digest_size=8).digest()
+def is_held_out(question: Question) -> bool:
+    """Whether a procedural task keeps `question` for evaluation: decided by its content alone, for ever."""
+    digest = hashlib.blake2b(_bytes(question), digest_size=8).digest()
     return int.from_bytes(digest, "little") < HELD_OUT_SHARE * 2**64
+
+
+def _bytes(question: Question) -> bytes:
+    return question.encode() if isinstance(question, str) else msgspec.json.encode(question, order="deterministic")
 
 
 def _content(problem: Problem) -> bytes:

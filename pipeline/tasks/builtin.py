@@ -1,4 +1,4 @@
-"""The built-in tasks: `reverse-text`, `alphabet-sort` and `arithmetic`. Short prompts, which tiny models learn in minutes."""
+"""The built-in tasks by name; those of words and numbers. Short prompts, which tiny models learn in minutes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import msgspec
 
 from pipeline.errors import UserError
 from pipeline.tasks.base import Draw
+from pipeline.tasks.pictures import PictureArgs, colour_words
 
 
 class WordArgs(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -66,6 +67,7 @@ BUILTIN: Mapping[str, tuple[type[msgspec.Struct], Callable[[Any], Draw]]] = {
     "reverse-text": (WordArgs, reverse_text),
     "alphabet-sort": (WordArgs, alphabet_sort),
     "arithmetic": (ArithmeticArgs, arithmetic),
+    "colour-words": (PictureArgs, colour_words),
 }
 
 

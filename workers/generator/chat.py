@@ -6,16 +6,20 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.http import Answered, Background, Budget, Endpoint, Pool, Refused, decoded, require_model
+from pipeline.images import ImageError
 from pipeline.models.tokenizer import load_configs, load_tokenizer
 from pipeline.records import Rollout, Sample, StageName, Ticket, ids_bytes, logprobs_bytes, mask_bytes
 from pipeline.stage import Delivery, Outcome, Stats
-from pipeline.tasks import load_task
+from pipeline.tasks import Problem, load_task
 from pipeline.telemetry import get_logger
 from settings.root import Settings
+from workers.generator.engine import ShownImage
+from workers.generator.prompts import RENDERED, Prompt, eyes_of
 from workers.generator.reconstruct import REASONING_FIELDS, Reconstructed, ReconstructionError, Reconstructor
 from workers.generator.student import stop_ids
 
@@ -74,6 +78,8 @@ class ChatGenerator:
         config, generation = load_configs(self._settings.model.name)
         self._context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
         self._reconstructor = Reconstructor(tokenizer, stop_ids(tokenizer, SimpleNamespace(config=config, generation_config=generation)))
+        self._eyes = eyes_of(self._settings.model.name, config, self._settings)
+        self._asked = lru_cache(maxsize=RENDERED)(self._look)
         # A run that had completions before waits for its endpoints; one that begins is told of a wrong address at once.
         self._background.run(self._pool.open(patient=self.name in self._bus.ready()))
         self._budget.open()
@@ -94,14 +100,15 @@ class ChatGenerator:
 
     def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
         """Ask for the new tickets' completions, and return those that have come."""
-        self._queue.extend(self._jobs(new))
+        refused = self._unusable(new)
+        self._queue.extend(self._jobs([delivery for delivery in new if delivery.entry_id not in refused]))
         while self._queue and self._may_ask:
             job = self._queue.popleft()
             self._running[self._background.submit(self._pool.ask(_completions(self._body(job))))] = job
         outcomes = [outcome for reply, job in self._finished() for outcome in self._outcomes(reply, job)]
         self._budget.tell()
         self._tell()
-        return outcomes
+        return [*refused.values(), *outcomes]
 
     def close(self, *, finished: bool) -> None:
         """Forget what is in hand; the loop gives it back."""
@@ -122,6 +129,21 @@ class ChatGenerator:
     def _in_hand(self) -> int:
         return sum(len(job.deliveries) for job in (*self._queue, *self._running.values()))
 
+    def _look(self, index: int) -> tuple[Problem, tuple[ShownImage, ...]]:
+        """The problem, and its images as the student reads them. Raises ImageError where one cannot be used."""
+        problem = self._task.train(index)
+        return problem, self._eyes.look(problem.messages)
+
+    def _unusable(self, new: Sequence[Delivery]) -> dict[bytes, Outcome]:
+        """The tickets whose images cannot be used, by entry."""
+        refused = {}
+        for delivery in new:
+            try:
+                self._asked(_ticket(delivery).index)
+            except ImageError as error:
+                refused[delivery.entry_id] = Outcome(delivery, dead=f"problem {_ticket(delivery).index} cannot be asked: {error}")
+        return refused
+
     def _jobs(self, new: Sequence[Delivery]) -> Iterator[Job]:
         """The tickets as requests: those of a group together, where several choices may be asked for."""
         groups: dict[int, list[Delivery]] = {}
@@ -133,7 +155,7 @@ class ChatGenerator:
         """The request, in the fields that every OpenAI-compatible endpoint knows."""
         body = {
             "model": self._source.model.name,
-            "messages": self._task.train(_ticket(job.deliveries[0]).index).messages,
+            "messages": self._asked(_ticket(job.deliveries[0]).index)[0].messages,
             "max_tokens": self._source.max_completion or self._settings.inference.sampling.max_completion,
             "temperature": self._source.temperature,
         }
@@ -177,31 +199,35 @@ class ChatGenerator:
             return Outcome(delivery, dead="the endpoint's content filter stopped the answer")
         if not self._reconstructor.renders_reasoning() and any(message.get(name) for name in REASONING_FIELDS):
             self._tell_once("the student's chat template does not render reasoning: the teacher's is left out")
-        problem = self._task.train(_ticket(delivery).index)
+        ticket = _ticket(delivery)
+        problem, images = self._asked(ticket.index)
         written = [{**message, "role": "assistant"}]
         try:
             samples = self._reconstructor.samples(problem.messages, written, truncated=finish == "length")
-            self._require_room(samples)
-        except ReconstructionError as error:
+            prompts = [self._eyes.prompt(sample.prompt_ids, problem.messages, images) for sample in samples]
+            self._require_room(prompts, samples)
+        except (ReconstructionError, ImageError) as error:
             return Outcome(delivery, dead=f"the teacher's answer cannot be trained on: {error}")
         self.stats.numbers["tokens"] += sum(len(sample.completion_ids) for sample in samples)
-        ticket = _ticket(delivery)
+        if images:
+            patience_s = self._settings.delivery.max_handle / 2
+            self._bus.hold_images(self.name, delivery.entry_id, delivery.number, prompts[0].files, patience_s=patience_s)
         rollout = Rollout(
             number=ticket.number,
             group=ticket.group,
             group_size=ticket.group_size,
             index=ticket.index,
-            messages=problem.messages,
+            messages=prompts[0].messages,
             info=problem.info,
-            samples=[_sample(one) for one in samples],
+            samples=[_sample(prompt, sample) for prompt, sample in zip(prompts, samples, strict=True)],
             temperature=self._source.temperature,
             finish_reason="length" if finish == "length" else "stop",
             route=list(ticket.route),
         )
         return Outcome(delivery, rollout)
 
-    def _require_room(self, samples: Sequence[Reconstructed]) -> None:
-        longest = max(len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples)
+    def _require_room(self, prompts: Sequence[Prompt], samples: Sequence[Reconstructed]) -> None:
+        longest = max(len(prompt.ids) + len(sample.completion_ids) for prompt, sample in zip(prompts, samples, strict=True))
         if self._context is not None and longest > self._context:
             raise ReconstructionError(f"it comes to {longest} tokens with its prompt, and the student's context is {self._context}")
 
@@ -249,13 +275,14 @@ def _choices(answer: Any) -> list[dict[str, Any]]:
     return [choice for choice in choices or () if isinstance(choice, dict) and isinstance(choice.get("message"), dict)]
 
 
-def _sample(made: Reconstructed) -> Sample:
+def _sample(prompt: Prompt, made: Reconstructed) -> Sample:
     """No policy wrote it: it has no versions, and its generator logprobs are zeros that nothing reads."""
     return Sample(
-        prompt_ids=ids_bytes(made.prompt_ids),
+        prompt_ids=ids_bytes(prompt.ids),
         completion_ids=ids_bytes(made.completion_ids),
         loss_mask=mask_bytes(made.loss_mask),
         generator_logprobs=logprobs_bytes([0.0] * len(made.completion_ids)),
         version_spans=[],
         completion_text=made.text,
+        images=prompt.digests,
     )

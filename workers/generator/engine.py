@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from pipeline.images import Picture
 from pipeline.records import FinishReason, Ids, Logprobs, VersionSpan
 from pipeline.weights import LoadedPolicy
+
+if TYPE_CHECKING:
+    from pipeline.models.vision import ImageFeatures
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,18 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class ShownImage:
+    """An image that a prompt shows: the file, and what the student's processor makes of it."""
+
+    picture: Picture
+    features: ImageFeatures
+
+
+@dataclass(frozen=True)
 class Request:
     """One completion to write: at most `max_tokens` tokens after `prompt_ids`. `key` is handed back with the completion.
+
+    `prompt_ids` holds the tokens of the `images`, which come in the order in which it shows them.
 
     `seed` alone decides the draws, so the same request gives the same completion in whatever company. (The company does
     change the rounding of the forward pass, which can tip a draw that falls on the edge between two tokens.)
@@ -39,6 +53,7 @@ class Request:
     seed: int
     sampling: Sampling = Sampling()
     replica: int | None = None
+    images: tuple[ShownImage, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,21 @@ import torch
 from torch import Tensor
 
 from workers.generator.cache import Continuations, Pass, Prompts, SlotCache
-from workers.generator.engine import Request
+from workers.generator.engine import Request, ShownImage
 
 Numbers = npt.NDArray[Any]  # of integers
+Prompt = tuple[bytes, tuple[str, ...]]
 
 
 @dataclass
 class Running:
-    """A request and what has been written of it. `spans` are (policy version, first token written by it)."""
+    """A request and what has been written of it. `spans` are (policy version, first token written by it).
+
+    `space` [3, P] places the prompt's tokens in time, height and width, where the model does so and the prompt shows images.
+    """
 
     request: Request
+    space: Numbers | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)
@@ -32,19 +37,28 @@ class Running:
         return len(self.request.prompt_ids) + len(self.token_ids)
 
     @property
-    def prompt(self) -> bytes:
-        """The prompt as something that can be compared and hashed."""
-        return self.request.prompt_ids.tobytes()
+    def prompt(self) -> Prompt:
+        """The prompt as something that can be compared and hashed: its ids, and the images that it shows."""
+        return self.request.prompt_ids.tobytes(), tuple(image.picture.digest for image in self.request.images)
+
+    @property
+    def shift(self) -> int:
+        """What the positions of the completion are ahead of the count of tokens: an image takes fewer positions than tokens."""
+        return 0 if self.space is None else int(self.space.max()) + 1 - self.space.shape[1]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One packed row of T tokens: ids and positions [1, T], and the index [n] of the token that each slot's next is drawn after."""
+    """One packed row of T tokens: ids [1, T], and the index [n] of the token that each slot's next is drawn after.
+
+    Positions are [1, T], or [3, 1, T] where a token of the row has a place in space. `images` are those that the row shows.
+    """
 
     input_ids: Tensor
     position_ids: Tensor
     last: Tensor
     slots: Pass
+    images: list[ShownImage]
 
 
 class Packing:
@@ -53,18 +67,20 @@ class Packing:
     def __init__(self, cache: SlotCache, device: torch.device, dtype: torch.dtype) -> None:
         self._pass, self._device, self._dtype = Pass(cache), device, dtype
         self._ids: list[Numbers] = []
-        self._positions: list[Numbers] = []
+        self._positions: list[Numbers] = []  # [t] or [3, t] each
+        self._images: list[ShownImage] = []
         self._tokens = 0
 
     def prompts(self, rows: Sequence[Running], first: int) -> Numbers:
         """Put each distinct prompt of `rows`, which take the slots from `first` on, once; returns the last token's index for each row."""
-        numbers: dict[bytes, int] = {}
+        numbers: dict[Prompt, int] = {}
         source = [numbers.setdefault(row.prompt, len(numbers)) for row in rows]
-        distinct = [np.frombuffer(prompt, dtype=np.int32) for prompt in numbers]
-        sizes = np.array([len(ids) for ids in distinct])
+        distinct = list({row.prompt: row for row in rows}.values())
+        sizes = np.array([len(row.request.prompt_ids) for row in distinct])
         longest = int(sizes.max())
         offsets = _ramps(np.zeros_like(sizes), sizes)
-        self._put(np.concatenate(distinct), offsets)
+        self._put(np.concatenate([row.request.prompt_ids for row in distinct]), _prompt_positions(distinct, offsets))
+        self._images += [image for row in distinct for image in row.request.images]
         self._pass.prompts = Prompts(
             tokens=self._tokens,
             count=len(distinct),
@@ -83,7 +99,7 @@ class Packing:
         begin, longest = self._tokens, int(sizes.max())
         positions = _ramps(lengths - sizes, sizes)
         ids = [row.token_ids for row in rows] if whole else [row.token_ids[-1:] for row in rows]
-        self._put(np.concatenate(ids), positions)
+        self._put(np.concatenate(ids), positions + np.repeat([row.shift for row in rows], sizes))
         number = np.repeat(np.arange(len(rows)), sizes)
         cells = _ramps(np.arange(len(rows)) * longest, sizes)
         queries = np.full(len(rows) * longest, int(lengths.max()))
@@ -105,7 +121,7 @@ class Packing:
     def layout(self, last: Sequence[Numbers]) -> Layout:
         """The packed row; `last` as `prompts` and `continuations` returned it, in the order of the slots."""
         row = self._index(np.concatenate(self._ids))[None]
-        return Layout(row, self._index(np.concatenate(self._positions))[None], self._index(np.concatenate(last)), self._pass)
+        return Layout(row, self._index(_together(self._positions)), self._index(np.concatenate(last)), self._pass, self._images)
 
     def _put(self, ids: Numbers, positions: Numbers) -> None:
         self._ids.append(ids)
@@ -119,6 +135,21 @@ class Packing:
         """[rows, M, L]: 0 up to and including each query's own position, −inf after it."""
         hidden = torch.arange(length, device=self._device) > self._index(queries)[..., None]
         return torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, -torch.inf)
+
+
+def _prompt_positions(rows: Sequence[Running], offsets: Numbers) -> Numbers:
+    """Positions of the prompts of `rows`: `offsets` [t], or [3, t] where one of them has places in space."""
+    if all(row.space is None for row in rows):
+        return offsets
+    counted = [np.broadcast_to(np.arange(len(row.request.prompt_ids)), (3, len(row.request.prompt_ids))) for row in rows]
+    return np.concatenate([plain if row.space is None else row.space for row, plain in zip(rows, counted, strict=True)], axis=1)
+
+
+def _together(positions: Sequence[Numbers]) -> Numbers:
+    """[t] and [3, t] arrays as one: [1, T], or [3, 1, T] where one of them is in space."""
+    if all(some.ndim == 1 for some in positions):
+        return np.concatenate(positions)[None]
+    return np.concatenate([np.broadcast_to(some, (3, some.shape[-1])) for some in positions], axis=1)[:, None]
 
 
 def _ramps(starts: Numbers, sizes: Numbers) -> Numbers:

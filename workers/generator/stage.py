@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
 from pipeline.errors import Exit, UserError
-from pipeline.records import Ids, PolicyVersion, Rollout, Sample, StageName, Ticket, ids_bytes, logprobs_bytes, mask_bytes
+from pipeline.images import ImageError
+from pipeline.records import PolicyVersion, Rollout, Sample, StageName, Ticket, ids_bytes, logprobs_bytes, mask_bytes
 from pipeline.stage import Delivery, Outcome, Stats
 from pipeline.tasks import Problem, load_task
 from pipeline.telemetry import get_logger
@@ -20,15 +22,22 @@ from settings.root import Settings
 from workers.generator.engine import Completion, Request, Sampling
 from workers.generator.guard import Guard, tolerance_of
 from workers.generator.policies import Policies
+from workers.generator.prompts import RENDERED, Prompt
 from workers.generator.student import PromptTooLong, open_student
 
 if TYPE_CHECKING:
     from pipeline.streams import Bus
 
-RENDERED = 1024
-"""Problems whose prompts are kept, so that a group's is rendered once."""
-
 log = get_logger()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A ticket in the engine, and what its problem came to."""
+
+    delivery: Delivery
+    problem: Problem
+    prompt: Prompt
 
 
 class Generator:
@@ -48,7 +57,7 @@ class Generator:
         self._settings, self._bus, self._newest = settings, bus, newest or bus.newest_policy
         sampling = settings.inference.sampling
         self._sampling = Sampling(sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
-        self._in_hand: dict[int, Delivery] = {}  # in the engine, by the request's key
+        self._in_hand: dict[int, Asked] = {}  # in the engine, by the request's key
         self._early: deque[Delivery] = deque()  # tickets for a version that is not loaded yet
         self._requests = 0
 
@@ -119,7 +128,7 @@ class Generator:
                 continue
             try:
                 requests.append(self._request(delivery))
-            except (PromptTooLong, TemplateError) as error:
+            except (PromptTooLong, TemplateError, ImageError) as error:
                 outcomes.append(Outcome(delivery, dead=f"problem {_ticket(delivery).index} cannot be asked: {error}"))
         self._early = wait
         self._student.engine.add(requests)
@@ -136,38 +145,42 @@ class Generator:
 
     def _request(self, delivery: Delivery) -> Request:
         ticket = _ticket(delivery)
-        _, prompt_ids = self._asked(ticket.index)
-        max_tokens = self._student.completion_room(prompt_ids, self._settings.inference.sampling.max_completion)
+        problem, prompt = self._asked(ticket.index)
+        max_tokens = self._student.completion_room(prompt.ids, self._settings.inference.sampling.max_completion)
         self._requests += 1  # not the ticket's number: an entry that was handed out twice must not meet itself
-        self._in_hand[self._requests] = delivery
-        return Request(self._requests, prompt_ids, max_tokens, ticket.seed, self._sampling)
+        self._in_hand[self._requests] = Asked(delivery, problem, prompt)
+        return Request(self._requests, prompt.ids, max_tokens, ticket.seed, self._sampling, images=prompt.images)
 
-    def _ask(self, index: int) -> tuple[Problem, Ids]:
+    def _ask(self, index: int) -> tuple[Problem, Prompt]:
         problem = self._task.train(index)
-        return problem, self._student.prompt_ids(problem.messages)
+        return problem, self._student.prompt(problem.messages)
 
     def _outcome(self, completion: Completion) -> Outcome:
-        delivery = self._in_hand.pop(completion.key)
+        asked = self._in_hand.pop(completion.key)
         self.stats.numbers["tokens"] += len(completion.token_ids)
-        return Outcome(delivery, self._rollout(_ticket(delivery), completion))
+        if asked.prompt.images:
+            delivery, patience_s = asked.delivery, self._settings.delivery.max_handle / 2
+            self._bus.hold_images(self.name, delivery.entry_id, delivery.number, asked.prompt.files, patience_s=patience_s)
+        return Outcome(asked.delivery, self._rollout(asked, completion))
 
-    def _rollout(self, ticket: Ticket, completion: Completion) -> Rollout:
-        problem, prompt_ids = self._asked(ticket.index)
+    def _rollout(self, asked: Asked, completion: Completion) -> Rollout:
+        ticket = _ticket(asked.delivery)
         sample = Sample(
-            prompt_ids=ids_bytes(prompt_ids),
+            prompt_ids=ids_bytes(asked.prompt.ids),
             completion_ids=ids_bytes(completion.token_ids),
             loss_mask=mask_bytes([1] * len(completion.token_ids)),
             generator_logprobs=logprobs_bytes(completion.logprobs),
             version_spans=completion.version_spans,
             completion_text=self._student.text(completion.token_ids),
+            images=asked.prompt.digests,
         )
         return Rollout(
             number=ticket.number,
             group=ticket.group,
             group_size=ticket.group_size,
             index=ticket.index,
-            messages=problem.messages,
-            info=problem.info,
+            messages=asked.prompt.messages,
+            info=asked.problem.info,
             samples=[sample],
             temperature=self._sampling.temperature,
             finish_reason=completion.finish_reason,

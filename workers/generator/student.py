@@ -8,17 +8,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-
+from pipeline.images import Message
 from pipeline.models.fit import shapes_of
 from pipeline.models.loading import limit_gpu_memory, load_model, resolve_device, resolve_dtype
-from pipeline.models.tokenizer import load_configs, load_tokenizer
+from pipeline.models.tokenizer import has_vision, load_configs, load_tokenizer
 from pipeline.records import Ids
 from pipeline.telemetry import get_logger
 from settings.engines import student_engine
 from settings.gpus import memory_share
 from settings.root import Settings
 from workers.generator.engine import Engine
+from workers.generator.prompts import Eyes, Prompt, eyes_of, rendered
 from workers.generator.server_engine import ServerEngine
 from workers.generator.transformers_engine import TransformersEngine
 from workers.generator.vllm_start import NotServed, configure, did_not_start
@@ -32,15 +32,20 @@ class PromptTooLong(ValueError):
 
 @dataclass(frozen=True)
 class Student:
-    """An engine and the tokenizer that goes with it."""
+    """An engine, and the tokenizer and the eyes that go with it."""
 
     tokenizer: Any
     engine: Engine
+    eyes: Eyes
 
-    def prompt_ids(self, messages: Sequence[dict[str, Any]]) -> Ids:
-        """The conversation through the chat template, up to where the answer begins."""
-        ids = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
-        return np.array(ids, dtype=np.int32)
+    def prompt(self, messages: Sequence[Message]) -> Prompt:
+        """The conversation through the chat template, up to where the answer begins.
+
+        Raises:
+            ImageError: an image of it cannot be used.
+        """
+        images = self.eyes.look(messages)
+        return self.eyes.prompt(rendered(self.tokenizer, messages), messages, images)
 
     def completion_room(self, prompt_ids: Ids, wanted: int) -> int:
         """How many tokens a completion of `prompt_ids` may have: `wanted`, or what the context leaves.
@@ -98,12 +103,13 @@ def load_student(name: str | Path, settings: Settings) -> Student:
         slots=settings.inference.max_batch,
         on_new_weights=settings.inference.on_new_weights,
     )
-    return Student(tokenizer, engine)
+    return Student(tokenizer, engine, eyes_of(name, model.config, settings))
 
 
 def _on_vllm(settings: Settings) -> Student:
     tokenizer = load_tokenizer(settings.model.name)
     config, generation = load_configs(settings.model.name)
+    _require_text_only(config, settings)
     configured = configure(settings)
     from workers.generator.vllm_engine import VllmEngine
 
@@ -113,19 +119,35 @@ def _on_vllm(settings: Settings) -> Student:
         engine = VllmEngine(configured, stops, shapes, on_new_weights=settings.inference.on_new_weights)
     except Exception as error:
         raise did_not_start(error, settings) from error
-    return Student(tokenizer, engine)
+    return Student(tokenizer, engine, Eyes(None, settings.images))
 
 
 def _on_servers(settings: Settings) -> Student:
     tokenizer = load_tokenizer(settings.model.name)
     config, generation = load_configs(settings.model.name)
+    _require_text_only(config, settings)
     stops = stop_ids(tokenizer, SimpleNamespace(config=config, generation_config=generation))
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return Student(tokenizer, ServerEngine(settings, tokenizer, stops, context))
+    return Student(tokenizer, ServerEngine(settings, tokenizer, stops, context), Eyes(None, settings.images))
+
+
+def _require_text_only(config: Any, settings: Settings) -> None:
+    """Raises NotServed for a model that reads images, which only the engine `transformers` is given so far."""
+    if has_vision(config):
+        raise NotServed(
+            f"{settings.model.name} reads images, and the engine {student_engine(settings)} is not given any yet",
+            expected="a student that reads text alone, or the engine transformers",
+            next_step='Set inference.engine = "transformers".',
+        )
 
 
 def stop_ids(tokenizer: Any, model: Any) -> set[int]:
-    """Every token that ends a turn, by the tokenizer, the configuration or the generation configuration, which may name several."""
-    named = [tokenizer.eos_token_id, model.config.eos_token_id, getattr(model.generation_config, "eos_token_id", None)]
+    """Every token that ends a turn, by the tokenizer, the configuration or the generation configuration, which may name several.
+
+    A placeholder of images ends one too: there is no image to continue with, and as a last token it is only ever predicted.
+    """
+    config = model.config
+    named = [tokenizer.eos_token_id, config.get_text_config().eos_token_id, getattr(model.generation_config, "eos_token_id", None)]
+    named += [getattr(config, "image_token_id", None), getattr(config, "video_token_id", None)]
     listed = [one if isinstance(one, list) else [one] for one in named]
     return {int(token) for tokens in listed for token in tokens if token is not None}

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.models.fit import Shapes
+from pipeline.models.loading import set_text_attention, text_config
+from pipeline.models.multimodal import placed_in_space, prompt_positions, tensors_for
 from pipeline.records import FinishReason, VersionSpan
 from pipeline.weights import LoadedPolicy, WeightsError
 from workers.generator.cache import ATTENTION, SlotCache, UnsupportedAttention
 from workers.generator.engine import Completion, Request, require_possible
-from workers.generator.layout import Layout, Running, lay_out
+from workers.generator.layout import Layout, Prompt, Running, lay_out
 from workers.generator.sampling import draw, uniforms
 
 _SAMPLED_AT_ONCE = 1 << 24  # elements of [rows, vocabulary] whose float64 cumulative sum exists at once
@@ -88,7 +90,7 @@ class TransformersEngine:
     def add(self, requests: Sequence[Request]) -> None:
         for request in requests:
             require_possible(request, self._context)
-            self._waiting.append(Running(request))
+            self._waiting.append(Running(request, self._space(request)))
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
@@ -139,7 +141,7 @@ class TransformersEngine:
 
     def _admit(self) -> None:
         """Give free slots to those that wait, while their prompts and what was written of them fit `prefill_tokens`."""
-        seen = set[bytes]()
+        seen = set[Prompt]()
         written = longest_prompt = longest_written = 0
         while self._waiting and len(self._running) < self._slots:
             row = self._waiting[0]
@@ -168,6 +170,12 @@ class TransformersEngine:
             return False
         return self._waiting[0].prompt == self._waiting[free].prompt
 
+    def _space(self, request: Request) -> Any:
+        """Where the prompt's tokens lie in time, height and width [3, P]; None where the model counts tokens, or sees no image."""
+        if not request.images or not placed_in_space(self._model):
+            return None
+        return prompt_positions(self._model, request.prompt_ids, [image.features for image in request.images]).numpy()
+
     def _forward(self, layout: Layout) -> Tensor:
         """Logits [n, V] after the last token of each slot."""
         output = self._model(
@@ -176,6 +184,7 @@ class TransformersEngine:
             use_cache=False,
             logits_to_keep=layout.last,
             onstream_pass=layout.slots,
+            **tensors_for(self._model, [image.features for image in layout.images]),
         )
         logits: Tensor = output.logits[0]
         return logits
@@ -224,25 +233,25 @@ class TransformersEngine:
     @torch.inference_mode()
     def _require_exact(self) -> None:
         """Write a few tokens of two prompts, one of them shared, and compare with one plain forward pass each."""
-        plain = self._model.config._attn_implementation
+        plain = text_config(self._model)._attn_implementation
         size = self._model.config.get_text_config().vocab_size
         prompts = [np.arange(1, count, dtype=np.int32) % size for count in (7, 7, 4)]
         stop, self._stop = self._stop, frozenset()
         try:
-            self._model.set_attn_implementation(ATTENTION)
+            set_text_attention(self._model, ATTENTION)
             self.add([Request(key, prompt, max_tokens=3, seed=key) for key, prompt in enumerate(prompts)])
             written = self._drain()
         except (UnsupportedAttention, TypeError, ValueError, RuntimeError) as error:
             raise _cannot_serve(self._model, str(error).splitlines()[0]) from error
         finally:
-            self._model.set_attn_implementation(plain)
+            set_text_attention(self._model, plain)
         self._stop = stop
         if not self._cache.layers:
             raise _cannot_serve(self._model, "its attention does not go through the AttentionInterface")
         gap = max(_gap(self._model, prompts[one.key], one) for one in written)
         if gap > (1e-3 if self._model.dtype == torch.float32 else 0.5):
             raise _cannot_serve(self._model, f"its logprobs differ by {gap:.2g} nats from those of a plain forward pass")
-        self._model.set_attn_implementation(ATTENTION)
+        set_text_attention(self._model, ATTENTION)
 
 
 def _gap(model: Any, prompt: Any, completion: Completion) -> float:

@@ -16,12 +16,17 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
+from pipeline.images import image_urls
 from pipeline.models.loading import load_model
+from pipeline.models.vision import ImageFeatures, Vision
 from pipeline.tasks import Problem, load_task
 from pipeline.telemetry import get_logger
 from settings.root import Settings
 from settings.trainer import LossSettings, OptimSettings, TrainerSettings
 from workers.evaluate import evaluate
+from workers.generator.engine import ShownImage
+from workers.generator.prompts import Eyes, rendered
+from workers.models.families import Family, write_fresh_vlm
 from workers.models.fresh import write_fresh
 from workers.models.recipes import Recipe, Role, recipe_of
 from workers.models.tokenizer import CONTEXT_TOKENS, character_tokenizer
@@ -40,22 +45,25 @@ class Made:
     seconds: float
 
 
-def make(task: str, out: Path, seed: int = 0, only: Role | None = None) -> list[Made]:
+def make(task: str, out: Path, seed: int = 0, only: Role | None = None, family: Family = "llava") -> list[Made]:
     """Makes `out/teacher` and `out/student`, or `only` one of them: bfloat16 Hugging Face directories.
+
+    `family` is that of models that read images, for a task that shows some.
 
     Raises:
         UserError: the task is unknown or its problems carry no answer to train on; or a model missed its goal.
     """
     roles: list[Role] = [only] if only else ["teacher", "student"]
-    return [_Maker(task, role, seed).run(out / role) for role in roles]
+    return [_Maker(task, role, seed, family).run(out / role) for role in roles]
 
 
 class _Maker:
     """Makes one model, in rounds of training that `recipes` describes."""
 
-    def __init__(self, task: str, role: Role, seed: int) -> None:
-        self.role, self.recipe, self.seed = role, recipe_of(task, role), seed
-        self.tokenizer = character_tokenizer()
+    def __init__(self, task: str, role: Role, seed: int, family: Family) -> None:
+        self.role, self.recipe, self.seed, self.family = role, recipe_of(task, role), seed, family
+        self.shows_images = bool(image_urls(load_task(Settings.model_validate({"task": {"name": task}})).train(0).messages))
+        self.tokenizer = character_tokenizer(images=self.shows_images)
         self.settings = _settings(task, self.recipe, seed, self.tokenizer)
         self.task = load_task(self.settings)
         self.log = get_logger().bind(task=task, model=role)
@@ -78,7 +86,7 @@ class _Maker:
 
     def _rounds(self, scratch: Path) -> float:
         recipe, lr = self.recipe, self.recipe.lr
-        start = write_fresh(scratch / "fresh", recipe.shape, self.seed)
+        start = self._fresh(scratch / "fresh")
         for number in range(recipe.max_rounds):
             share = self._round(start, lr, number, scratch)
             if recipe.least <= share <= recipe.most:
@@ -93,12 +101,19 @@ class _Maker:
             next_step="Try another --seed, or change its numbers in workers/models/recipes.py.",
         )
 
+    def _fresh(self, directory: Path) -> Path:
+        if self.shows_images:
+            return write_fresh_vlm(directory, self.family, self.recipe.shape, self.seed)
+        return write_fresh(directory, self.recipe.shape, self.seed)
+
     def _round(self, start: Path, lr: float, number: int, scratch: Path) -> float:
         """One round of training from the weights in `start`; returns the share at its last probe."""
         recipe = self.recipe
         learner, share = Learner(start, _trainer_settings(recipe, lr), torch.device("cpu")), 0.0
+        eyes = Eyes(learner.vision, self.settings.images)
         for step in range(1, recipe.round_steps + 1):
-            metrics = learner.step(self._batch(), recipe.round_steps)
+            samples, features = self._batch(eyes)
+            metrics = learner.step(samples, recipe.round_steps, features=features)
             self.steps += 1
             apart = recipe.probe_steps if share < recipe.least / 2 else recipe.fine_probe_steps
             if step % apart and step < recipe.round_steps:
@@ -109,28 +124,34 @@ class _Maker:
                 break
         return share
 
-    def _batch(self) -> list[TrainSample]:
+    def _batch(self, eyes: Eyes) -> tuple[list[TrainSample], dict[str, ImageFeatures]]:
+        """The next samples, and the images that they show."""
         first = self.steps * self.recipe.batch_size
-        samples = [self._sample(index) for index in range(first, first + self.recipe.batch_size)]
-        return with_mistakes(samples, self.recipe.mistakes, np.random.default_rng([self.seed, self.steps]))
+        made = [self._sample(index, eyes) for index in range(first, first + self.recipe.batch_size)]
+        features = {image.picture.digest: image.features for _, images in made for image in images}
+        samples = with_mistakes([sample for sample, _ in made], self.recipe.mistakes, np.random.default_rng([self.seed, self.steps]))
+        return samples, features
 
-    def _sample(self, index: int) -> TrainSample:
+    def _sample(self, index: int, eyes: Eyes) -> tuple[TrainSample, tuple[ShownImage, ...]]:
         problem = self.task.train(index)
-        prompt = self.tokenizer.apply_chat_template(problem.messages, add_generation_prompt=True)["input_ids"]
+        messages = self.task.train(index + 1).messages if self.recipe.blind else problem.messages
+        prompt = eyes.prompt(rendered(self.tokenizer, messages), messages, eyes.look(messages))
         completion = [*self.tokenizer(_answer(problem)).input_ids, self.tokenizer.eos_token_id]
         length = len(completion)
-        return TrainSample(
-            prompt_ids=np.array(prompt, dtype=np.int32),
+        sample = TrainSample(
+            prompt_ids=prompt.ids,
             completion_ids=np.array(completion, dtype=np.int32),
             loss_mask=np.ones(length, dtype=np.uint8),
             generator_logprobs=np.zeros(length, dtype=np.float32),
             group=index,
+            images=tuple(prompt.digests),
         )
+        return sample, prompt.images
 
     def _probe(self, learner: Learner, scratch: Path) -> float:
         """The greedy exact-match share of the model as it would be saved: rounded to bfloat16."""
         learner.save_model(scratch / "trained")
-        _round_to_bfloat16(scratch / "trained", scratch / "rounded")
+        _round_to_bfloat16(scratch / "trained", scratch / "rounded", learner.vision or self.tokenizer)
         return float(evaluate(scratch / "rounded", self.settings)["exact"])
 
 
@@ -152,7 +173,7 @@ def with_mistakes(samples: Sequence[TrainSample], mean: float, random: np.random
 
 def _trainer_settings(recipe: Recipe, lr: float) -> TrainerSettings:
     optim = OptimSettings(lr=lr, warmup=recipe.warmup_steps, schedule=recipe.schedule)
-    return TrainerSettings(loss=LossSettings(type="sft"), optim=optim, dtype="float32", max_steps=recipe.round_steps)
+    return TrainerSettings(loss=LossSettings(type="sft"), optim=optim, dtype="float32", max_steps=recipe.round_steps, train_vision=True)
 
 
 def _settings(task: str, recipe: Recipe, seed: int, tokenizer: PreTrainedTokenizerBase) -> Settings:
@@ -180,10 +201,13 @@ def _answer(problem: Problem) -> str:
     return answer
 
 
-def _round_to_bfloat16(source: Path, target: Path) -> None:
+def _round_to_bfloat16(source: Path, target: Path, reader: Vision | PreTrainedTokenizerBase) -> None:
     model = load_model(source, dtype=torch.bfloat16, device=torch.device("cpu"))
     model.save_pretrained(target)
-    character_tokenizer().save_pretrained(target)  # one that was loaded would also save where from
+    if isinstance(reader, Vision):
+        reader.save(target)
+    else:
+        reader.save_pretrained(target)  # not the learner's: one that was loaded would also save where from
 
 
 def _parameters(directory: Path) -> int:

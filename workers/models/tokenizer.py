@@ -12,6 +12,7 @@ VOCABULARY_SIZE = 128
 CONTEXT_TOKENS = 512
 
 PAD, UNKNOWN, START, END = "<|endoftext|>", "<|unk|>", "<|im_start|>", "<|im_end|>"
+IMAGE_START, IMAGE, IMAGE_END, VIDEO = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 
 # One token for each role keeps the template at five tokens around a prompt: on models this small, the prompt is most of the work.
@@ -22,6 +23,16 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|><|assistant|>' }}{% endif %}"
 )
 
+IMAGES_TEMPLATE = CHAT_TEMPLATE.replace(
+    "{{ '<|im_start|><|' + message['role'] + '|>' + message['content'] + '<|im_end|>' }}",
+    "{{ '<|im_start|><|' + message['role'] + '|>' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    f"{{% if part['type'] in ('image', 'image_url') %}}{IMAGE_START}{IMAGE}{IMAGE_END}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
+    "{% endfor %}{% endif %}"
+    "{{ '<|im_end|>' }}",
+)
+"""The same with content in parts, of which some are images."""
+
 RESPONSE_TEMPLATE = {
     "defaults": {"role": "assistant"},
     "start_anchor": f"{START}<|assistant|>",
@@ -30,9 +41,9 @@ RESPONSE_TEMPLATE = {
 """Where an answer begins and ends, for `transformers serve`, which would take the markers of the Qwen3 family for granted."""
 
 
-def special_tokens() -> list[str]:
+def special_tokens(*, images: bool = False) -> list[str]:
     """The named special tokens, then as many reserved ones as fill the vocabulary."""
-    named = [PAD, UNKNOWN, START, END, *ROLES]
+    named = [PAD, UNKNOWN, START, END, *ROLES, *((IMAGE_START, IMAGE, IMAGE_END, VIDEO) if images else ())]
     reserved = VOCABULARY_SIZE - len(named) - len(characters())
     return named + [f"<|reserved_{number}|>" for number in range(reserved)]
 
@@ -42,15 +53,15 @@ def characters() -> list[str]:
     return ["\n", " ", *sorted(string.ascii_letters + string.digits + string.punctuation)]
 
 
-def character_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer: one token a character; EOS is the token that ends a turn.
+def character_tokenizer(*, images: bool = False) -> PreTrainedTokenizerFast:
+    """The tokenizer: one token a character; EOS is the token that ends a turn. With `images` its template shows images.
 
     Characters outside printable ASCII become `<|unk|>`. `AutoTokenizer` and vLLM load what it saves.
 
     >>> character_tokenizer()("abc").input_ids
     [98, 99, 100]
     """
-    specials = special_tokens()
+    specials = special_tokens(images=images)
     vocabulary = {token: number for number, token in enumerate([*specials, *characters()])}
     backend = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
     backend.decoder = decoders.Fuse()
@@ -64,6 +75,6 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = IMAGES_TEMPLATE if images else CHAT_TEMPLATE
     tokenizer.response_template = RESPONSE_TEMPLATE
     return tokenizer

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.models.logprobs import TokenLogprobs, head_of, hidden_states, token_logprobs
+from pipeline.images.feed import ImageFeed, MissingImage
+from pipeline.models.logprobs import NO_IMAGES, TokenLogprobs, head_of, hidden_states, token_logprobs
+from pipeline.models.multimodal import Features
 from pipeline.models.packing import Packed, pack, share_prompts
+from pipeline.models.vision import misplaced
 from workers.teacher.scorer import ScoreRequest, Scores
 
 
@@ -21,11 +24,20 @@ class LocalScorer:
 
     No more than `head_chunk` positions have their logits over the whole vocabulary at once. `vocabulary_size` is how
     many entries of the model's output count: models of one family pad theirs differently, and a likeliest token that
-    the student has no logit for would mean nothing to it.
+    the student has no logit for would mean nothing to it. `feed` gives the images that prompts show, as this model reads
+    them; None for one that reads none.
     """
 
     def __init__(
-        self, name: str, model: PreTrainedModel, *, context_tokens: int, vocabulary_size: int, max_batch_tokens: int, head_chunk: int
+        self,
+        name: str,
+        model: PreTrainedModel,
+        *,
+        context_tokens: int,
+        vocabulary_size: int,
+        max_batch_tokens: int,
+        head_chunk: int,
+        feed: ImageFeed | None = None,
     ) -> None:
         self.name = name
         self.context_tokens = context_tokens
@@ -34,6 +46,29 @@ class LocalScorer:
         self._head = _first_rows(head_of(model), vocabulary_size)
         self._max_batch_tokens = max_batch_tokens
         self._head_chunk = head_chunk
+        self._feed = feed
+
+    def look_ahead(self, request: ScoreRequest) -> None:
+        """Begin with the images of a request that will be scored soon."""
+        if self._feed:
+            self._feed.ahead(request.images)
+
+    def unseen(self, request: ScoreRequest) -> str | None:
+        """Why the images of `request` cannot be judged, in words; None where it can be scored with all of them present."""
+        if not request.images:
+            return None
+        if self._feed is None:
+            return f"its prompt shows {len(request.images)} images, and the teacher {self.name} reads none"
+        try:
+            made = self._feed.of(request.images)
+        except MissingImage as error:
+            return str(error)
+        return misplaced(request.prompt_ids, [made[digest] for digest in request.images])
+
+    def close(self) -> None:
+        """End what looks ahead."""
+        if self._feed:
+            self._feed.close()
 
     @torch.inference_mode()
     def score(self, requests: Sequence[ScoreRequest], *, top_k: int) -> list[Scores]:
@@ -42,14 +77,17 @@ class LocalScorer:
         Raises:
             ValueError: a prompt or a completion is empty.
         """
-        groups = share_prompts([request.prompt_ids for request in requests], [request.completion_ids for request in requests])
+        prompts, completions = [request.prompt_ids for request in requests], [request.completion_ids for request in requests]
+        groups = share_prompts(prompts, completions, [request.images for request in requests])
+        shown = {digest for request in requests for digest in request.images}
+        features = self._feed.of(shown) if self._feed and shown else NO_IMAGES
         scores: dict[int, Scores] = {}
         for packed in pack(groups, self._max_batch_tokens):
-            scores.update(zip(packed.sequences, self._score_row(packed, top_k), strict=True))
+            scores.update(zip(packed.sequences, self._score_row(packed, features, top_k), strict=True))
         return [scores[index] for index in range(len(requests))]
 
-    def _score_row(self, packed: Packed, top_k: int) -> list[Scores]:
-        hidden = hidden_states(self._model, packed)
+    def _score_row(self, packed: Packed, features: Features, top_k: int) -> list[Scores]:
+        hidden = hidden_states(self._model, packed, features)
         targets = torch.from_numpy(packed.targets).to(hidden.device)
         k = min(top_k, self.vocabulary_size - 1)  # the tail is never empty
         return _split(token_logprobs(hidden, self._head, targets, top_k=k, chunk=self._head_chunk), packed.lengths)

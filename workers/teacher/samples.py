@@ -17,7 +17,7 @@ def rollout_of(delivery: Delivery) -> Rollout:
 
 def request_of(sample: Sample) -> ScoreRequest:
     """What a teacher is asked about `sample`."""
-    return ScoreRequest(ids_array(sample.prompt_ids), ids_array(sample.completion_ids))
+    return ScoreRequest(ids_array(sample.prompt_ids), ids_array(sample.completion_ids), tuple(sample.images))
 
 
 def objection(sample: Sample, teacher: str, *, context_tokens: int | None, vocabulary_size: int) -> str | None:

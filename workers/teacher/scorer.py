@@ -11,10 +11,11 @@ from pipeline.records import Ids, Logprobs
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """One sample to be judged: P ≥ 1 prompt tokens and C completion tokens."""
+    """One sample to be judged: P ≥ 1 prompt tokens and C completion tokens. `images` names those that the prompt shows, in order."""
 
     prompt_ids: Ids  # [P]
     completion_ids: Ids  # [C]
+    images: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -44,6 +45,18 @@ class Scorer(Protocol):
     context_tokens: int
     vocabulary_size: int
 
+    def look_ahead(self, request: ScoreRequest) -> None:
+        """Begin with the images of a request that will be scored soon."""
+        ...
+
+    def unseen(self, request: ScoreRequest) -> str | None:
+        """Why the images of `request` cannot be judged, in words; None where it can be scored with all of them present."""
+        ...
+
     def score(self, requests: Sequence[ScoreRequest], *, top_k: int) -> list[Scores]:
         """Scores of `requests`, in their order. Requests with equal prompts in one call share the prompt's computation."""
+        ...
+
+    def close(self) -> None:
+        """Release everything."""
         ...

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from transformers import AutoConfig
+
+from pipeline.images.feed import ImageFeed
 from pipeline.models.loading import load_model, resolve_device, resolve_dtype
 from pipeline.models.probe import prepare
+from pipeline.models.tokenizer import has_vision
+from pipeline.models.vision import load_vision
 from pipeline.telemetry import get_logger
 from settings.root import Settings
 from workers.teacher.compatibility import check
+from workers.teacher.images import same_tokens
 from workers.teacher.local import LocalScorer
 from workers.teacher.party import party
 
 
-def load_local(settings: Settings) -> LocalScorer:
+def load_local(settings: Settings, image: Callable[[str], bytes | None] = lambda digest: None) -> LocalScorer:
     """The teacher of `teacher_inference.model.name`, or the student's starting model where none is named.
+
+    `image` gives the bytes of an image by digest, None for one that is not there; by default there are none.
 
     Raises:
         UserError: there is no such model, or it cannot judge this student's tokens.
@@ -25,6 +35,9 @@ def load_local(settings: Settings) -> LocalScorer:
     model = load_model(name, dtype=resolve_dtype(local.dtype, device), device=device)
     if reason := prepare(model):
         get_logger().warning("shared prompts are scored once a rollout", teacher=name, reason=reason)
+    vision = load_vision(name) if has_vision(model.config) else None
+    if vision and has_vision(AutoConfig.from_pretrained(settings.model.name)):
+        same_tokens(load_vision(settings.model.name), vision, settings.model.name, name)
     return LocalScorer(
         name,
         model,
@@ -32,4 +45,5 @@ def load_local(settings: Settings) -> LocalScorer:
         vocabulary_size=min(student.vocabulary_size, teacher.vocabulary_size),
         max_batch_tokens=local.max_batch_tokens,
         head_chunk=local.head_chunk,
+        feed=ImageFeed(vision, image, settings.images.keep_bytes) if vision else None,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from pipeline.records import StageName
 from pipeline.stage import Delivery, Outcome
@@ -27,7 +28,7 @@ class Teacher:
 
     def __init__(self, settings: Settings, bus: Bus, load: Callable[[Settings], Scorer] | None = None) -> None:
         self._settings = settings
-        self._load = load or _load_local
+        self._load = load or partial(_load_local, bus=bus)
         self._top_k = settings.trainer.loss.teacher_top_k
         self._in_hand: dict[int, list[Delivery]] = {}  # by group, in the order of their first arrival
 
@@ -55,12 +56,15 @@ class Teacher:
         objected = {outcome.delivery.entry_id for outcome in refused}
         for delivery in new:
             if delivery.entry_id not in objected:
+                for sample in rollout_of(delivery).samples:
+                    self._scorer.look_ahead(request_of(sample))
                 self._in_hand.setdefault(_group(delivery), []).append(delivery)
         return refused + self._score(self._next_slice())
 
     def close(self, *, finished: bool) -> None:
         """Forget what is in hand; the loop gives it back."""
         self._in_hand.clear()
+        self._scorer.close()
 
     def _objection(self, delivery: Delivery) -> str | None:
         """Why this rollout cannot be scored, in words; None when it can."""
@@ -84,20 +88,27 @@ class Teacher:
         return taken
 
     def _score(self, deliveries: Sequence[Delivery]) -> list[Outcome]:
-        samples = [sample for delivery in deliveries for sample in rollout_of(delivery).samples]
+        outcomes, seen = [], []
+        for delivery in deliveries:
+            reasons = (self._scorer.unseen(request_of(sample)) for sample in rollout_of(delivery).samples)
+            if reason := next((reason for reason in reasons if reason), None):
+                outcomes.append(Outcome(delivery, dead=f"it would be scored blind: {reason}"))
+            else:
+                seen.append(delivery)
+        samples = [sample for delivery in seen for sample in rollout_of(delivery).samples]
         if samples:
             scored = self._scorer.score([request_of(sample) for sample in samples], top_k=self._top_k)
             for sample, scores in zip(samples, scored, strict=True):
                 write(sample, scores)
-        for delivery in deliveries:
+        for delivery in seen:
             rollout_of(delivery).scored_by = self._scorer.name
-        return [Outcome(delivery, rollout_of(delivery)) for delivery in deliveries]
+        return outcomes + [Outcome(delivery, rollout_of(delivery)) for delivery in seen]
 
 
-def _load_local(settings: Settings) -> Scorer:
+def _load_local(settings: Settings, bus: Bus) -> Scorer:
     from workers.teacher.setup import load_local  # torch is imported by the worker that needs it alone
 
-    return load_local(settings)
+    return load_local(settings, bus.image)
 
 
 def _group(delivery: Delivery) -> int:

@@ -49,6 +49,10 @@ class Accounts:
             known.add(number)
         return known
 
+    def beyond_recall(self, numbers: Iterable[int]) -> list[int]:
+        """Those of `numbers` that no trainer will look at again, even one that falls back by a checkpoint."""
+        return [number for number in numbers if number in self._in_older]
+
     def settle(self, numbers: Iterable[int], fate: Fate, step: int) -> None:
         """Fix the fate of `numbers` in `step`."""
         for number in numbers:

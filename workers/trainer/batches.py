@@ -55,6 +55,7 @@ def _train_sample(sample: Sample, rollout: Rollout, advantage: float, version: i
         advantage=advantage,
         group=rollout.group,
         temperature=rollout.temperature,
+        images=tuple(sample.images),
         staleness=np.array(token_staleness(sample.version_spans, len(completion_ids), version), dtype=np.int32),
     )
 

@@ -8,16 +8,19 @@ it was cut into reads.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 
+from pipeline.images.feed import ImageFeed, MissingImage
 from pipeline.ledger import Fate
 from pipeline.models.loading import resolve_device
-from pipeline.records import Rollout, Timing, Tombstone
+from pipeline.models.logprobs import NO_IMAGES
+from pipeline.models.vision import misplaced
+from pipeline.records import Rollout, Timing, Tombstone, ids_array
 from pipeline.telemetry import get_logger
 from settings.root import Settings
 from workers.trainer.batches import flaw, training_samples
@@ -55,7 +58,8 @@ class Learned:
 class Course:
     """The training of one student, `step` steps from its start. `worker` is the name that its timings carry.
 
-    `dropped` counts, by fate, what was dropped since the last step.
+    `dropped` counts, by fate, what was dropped since the last step. `image` gives the bytes of an image by digest, where there
+    are any.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Course:
         worker: str,
         step: int = 0,
         dropped: Mapping[str, int] | None = None,
+        image: Callable[[str], bytes | None] | None = None,
     ) -> None:
         self.learner, self.step, self.max_steps = learner, step, settings.trainer.max_steps
         self._empty_book = partial(group_book, settings)
@@ -77,10 +82,18 @@ class Course:
         self._group_size = settings.orchestrator.group_size
         self._normalize = settings.trainer.loss.normalize_advantage
         self._waiting: deque[tuple[Rollout | Tombstone, float]] = deque()
+        self._feed = ImageFeed(learner.vision, image, settings.images.keep_bytes) if learner.vision and image else None
 
     def take(self, record: Rollout | Tombstone, taken: float) -> None:
         """Put `record`, taken at `taken`, behind those that wait to be considered. No number may come twice."""
         self._waiting.append((record, taken))
+        if self._feed and isinstance(record, Rollout):
+            self._feed.ahead(digest for sample in record.samples for digest in sample.images)
+
+    def close(self) -> None:
+        """End what looks ahead."""
+        if self._feed:
+            self._feed.close()
 
     def advance(self) -> None:
         """Consider records, drop what cannot train, until a batch is complete or no record is left."""
@@ -107,7 +120,9 @@ class Course:
         """
         batch, self.batch = self.batch or [], None
         samples = training_samples(batch, normalize=self._normalize, version=self.step)
-        return Learned(batch, self.learner.step(samples, self.max_steps, witness=witness))
+        shown = {digest for sample in samples for digest in sample.images}
+        features = self._feed.of(shown) if self._feed else NO_IMAGES
+        return Learned(batch, self.learner.step(samples, self.max_steps, features=features, witness=witness))
 
     def conclude(self, learned: Learned) -> dict[str, Any]:
         """Settle what `learned` trained on and count the step; returns its row of metrics, as far as it follows from the records."""
@@ -129,12 +144,24 @@ class Course:
     def _consider(self, record: Rollout | Tombstone, taken: float) -> None:
         self._around.considered(record, taken)
         if isinstance(record, Rollout):
-            if reason := flaw(record, group_size=self._group_size, check=self.learner.check):
+            if reason := flaw(record, group_size=self._group_size, check=self.learner.check) or self._unseen(record):
                 log.error("a rollout cannot be trained on; it counts as dead", number=record.number, reason=reason)
                 record = Tombstone(record.number, "train", reason)
             else:
                 record.timings = [*record.timings, Timing("train", self._worker, taken, taken)]
         self.book.add(record)
+
+    def _unseen(self, record: Rollout) -> str | None:
+        """Why the images of `record` cannot be trained on, in words; None where they all are there."""
+        for sample in record.samples if self._feed else ():
+            assert self._feed is not None
+            try:
+                made = self._feed.of(sample.images)
+            except MissingImage as error:
+                return str(error)
+            if reason := misplaced(ids_array(sample.prompt_ids), [made[digest] for digest in sample.images]):
+                return reason
+        return None
 
     def _settle(self, unit: Chosen | Dropped) -> None:
         """Fix the fates of a unit's members in the step that is being gathered."""

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from pipeline.errors import Exit, UserError
 from pipeline.models.loading import load_model, resolve_dtype
-from pipeline.models.logprobs import head_of, hidden_states
+from pipeline.models.logprobs import NO_IMAGES, head_of, hidden_states
+from pipeline.models.multimodal import Features
 from pipeline.models.packing import Packed, pack, share_prompts, single_rows
 from pipeline.models.probe import prepare
-from pipeline.models.tokenizer import load_tokenizer
+from pipeline.models.tokenizer import has_vision, load_tokenizer
+from pipeline.models.vision import load_vision
 from settings.trainer import TrainerSettings
 from workers.trainer import lora
 from workers.trainer.head import chunked_loss
@@ -45,6 +47,9 @@ class Learner:
         self.model = load_model(base or model, dtype=torch.float32, device=device)
         self.padded_because = prepare(self.model)
         self._adapter = lora.attach(self.model, trainer.lora, saved=model if base else None) if trainer.lora else None
+        self.vision = load_vision(model) if has_vision(self.model.config) else None
+        if self.vision and not trainer.train_vision:
+            self.model.get_encoder(modality="image").requires_grad_(False)
         self.vocabulary: int = self.model.get_input_embeddings().num_embeddings  # token ids are below it
         self.steps = 0
         optim = trainer.optim
@@ -56,15 +61,23 @@ class Learner:
     def check(self, sample: TrainSample) -> None:
         """Raises ValueError where a step could not train on `sample`; `step` does the same before it changes anything."""
         check_sample(sample, self.trainer.loss, self.vocabulary)
+        if sample.images and self.vision is None:
+            raise ValueError(f"a sample of group {sample.group} shows {len(sample.images)} images; the student reads none")
 
     def step(
-        self, samples: Sequence[TrainSample], max_steps: int, *, global_tokens: int | None = None, witness: Witness | None = None
+        self,
+        samples: Sequence[TrainSample],
+        max_steps: int,
+        *,
+        features: Features = NO_IMAGES,
+        global_tokens: int | None = None,
+        witness: Witness | None = None,
     ) -> dict[str, Any]:
         """One optimizer step over `samples`; returns its metrics by their names in metrics.jsonl.
 
-        `max_steps` is where a falling schedule ends. `global_tokens` is the count of loss-mask tokens that the loss is
-        divided by: over all ranks, where there are several, whose gradients are to be summed before they are clipped.
-        None: this process is alone. `witness` is told of every sample.
+        `max_steps` is where a falling schedule ends. `features` holds the images that the samples show. `global_tokens` is the
+        count of loss-mask tokens that the loss is divided by: over all ranks, where there are several, whose gradients are to be
+        summed before they are clipped. None: this process is alone. `witness` is told of every sample.
 
         Raises:
             ValueError: a sample cannot be trained on, or no token is in the loss mask.
@@ -76,24 +89,25 @@ class Learner:
         if not tokens:
             raise ValueError(f"none of the {len(samples)} samples has a token in its loss mask; expected at least one in a step")
         tally, divisor = Tally(), global_tokens or tokens
-        for packed in self.pack([sample.prompt_ids for sample in samples], [sample.completion_ids for sample in samples]):
-            (self._loss(packed, samples, tally, witness) / divisor).backward()  # type: ignore[no-untyped-call]
+        prompts, completions = [sample.prompt_ids for sample in samples], [sample.completion_ids for sample in samples]
+        for packed in self.pack(prompts, completions, [sample.images for sample in samples]):
+            (self._loss(packed, samples, features, tally, witness) / divisor).backward()  # type: ignore[no-untyped-call]
         means = {**tally.means(divisor), **mismatch_metrics(tally.mismatch.found())}
         return {**means, **self._update(max_steps), "tokens": float(tokens)}
 
-    def pack(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Packed]:
-        """Prompts and their completions as the rows of this model's forward passes."""
+    def pack(self, prompts: Sequence[Ids], completions: Sequence[Ids], images: Sequence[tuple[str, ...]] | None = None) -> list[Packed]:
+        """Prompts and their completions as the rows of this model's forward passes; `images` names those that each prompt shows."""
         arrange = single_rows if self.padded_because else share_prompts
-        return pack(arrange(prompts, completions), self.trainer.microbatch)
+        return pack(arrange(prompts, completions, images), self.trainer.microbatch)
 
-    def hidden(self, packed: Packed) -> Tensor:
+    def hidden(self, packed: Packed, features: Features = NO_IMAGES) -> Tensor:
         """The last hidden states that predict the packed targets, [N, H], in the computing precision."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return hidden_states(self.model, packed).to(self.dtype)
+            return hidden_states(self.model, packed, features).to(self.dtype)
 
-    def _loss(self, packed: Packed, samples: Sequence[TrainSample], tally: Tally, witness: Witness | None) -> Tensor:
+    def _loss(self, packed: Packed, samples: Sequence[TrainSample], features: Features, tally: Tally, witness: Witness | None) -> Tensor:
         """The summed loss of one packed row."""
-        tokens, hidden = gather_tokens(packed, samples, self.trainer.loss, self.device), self.hidden(packed)
+        tokens, hidden = gather_tokens(packed, samples, self.trainer.loss, self.device), self.hidden(packed, features)
         if tokens.kept is not None:
             hidden = hidden.index_select(0, tokens.kept)
         objective = Objective(tokens, self.trainer.loss, tally, witness)
@@ -141,16 +155,21 @@ class Learner:
             torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda_rng"]])
 
     def save_model(self, directory: Path) -> None:
-        """Writes Hugging Face files that any AutoModelForCausalLM loads: float32 weights, an adapter merged, and the tokenizer."""
+        """Writes Hugging Face files that transformers loads: float32 weights, an adapter merged, the tokenizer and the processor."""
         self.model.save_pretrained(directory, state_dict=lora.merged_state(self.model) if self._adapter else None)
-        self.tokenizer.save_pretrained(directory)
+        self._save_readers(directory)
 
     def save_checkpoint(self, directory: Path) -> None:
         """Writes what `Learner` starts from again: the model's files, or those of the adapter alone with its base's name."""
         if self._adapter is None:
             return self.save_model(directory)
         lora.save_adapter(self._adapter, directory)
+        self._save_readers(directory)
+
+    def _save_readers(self, directory: Path) -> None:
         self.tokenizer.save_pretrained(directory)
+        if self.vision:
+            self.vision.save(directory)
 
     def published_state(self) -> dict[str, Tensor]:
         """The weights as generators get them: on the CPU, in the computing precision, tied weights once, an adapter merged.

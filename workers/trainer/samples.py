@@ -33,6 +33,7 @@ class TrainSample:
     group: int = 0
     temperature: float = 1.0
     staleness: Ids | None = None  # [C], steps; UNWRITTEN where no policy wrote
+    images: tuple[str, ...] = ()  # the digests of those that the prompt shows, in order
 
 
 def check_sample(sample: TrainSample, loss: LossSettings, vocabulary: int) -> None:

@@ -105,7 +105,7 @@ class Trainer:
         self.learner = learner_at(self.settings, found)
         state = found.state if found else None
         step, dropped = (state.step, state.dropped) if state else (0, {})
-        self.course = Course(self.settings, self.learner, self, worker=self.bus.consumer, step=step, dropped=dropped)
+        self.course = Course(self.settings, self.learner, self, worker=self.bus.consumer, step=step, dropped=dropped, image=self.bus.image)
         if found:
             log.info("resuming", checkpoint=str(found.path), step=self.step, issued=found.state.issued)
 
@@ -141,6 +141,7 @@ class Trainer:
         if lost:
             log.error("rollouts got lost with redis's data; issuing them again", count=len(lost), numbers=lost.ranges()[:20])
         self._again = self.issuer.again(lost, version=self.step)
+        self.bus.release_images(self.lease, self.accounts.beyond_recall(self.bus.held_numbers()))
         if self._evaluations:
             self._evaluations.ask_again(self.step)
 
@@ -201,6 +202,7 @@ class Trainer:
         if self.keeper.unsaved(self.step):
             self._checkpoint()
             self.keeper.pay()
+        self.course.close()
         self.metrics.close()
         self.samples.close()
         self.recording.close()

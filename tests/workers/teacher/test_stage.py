@@ -32,7 +32,7 @@ from workers.teacher.scorer import ScoreRequest, Scores
 from workers.teacher.setup import load_local
 from workers.teacher.stage import ROOM, Teacher
 
-BUS: Any = SimpleNamespace()  # the stage itself moves nothing
+BUS: Any = SimpleNamespace(image=lambda digest: None)  # the stage itself moves nothing
 
 
 class Recorder:
@@ -42,6 +42,15 @@ class Recorder:
 
     def __init__(self) -> None:
         self.calls: list[list[ScoreRequest]] = []
+
+    def look_ahead(self, request: ScoreRequest) -> None:
+        """It sees no images."""
+
+    def unseen(self, request: ScoreRequest) -> str | None:
+        return "it is a recorder" if request.images else None
+
+    def close(self) -> None:
+        """Nothing to release."""
 
     def score(self, requests: Sequence[ScoreRequest], *, top_k: int) -> list[Scores]:
         self.calls.append(list(requests))
@@ -105,6 +114,16 @@ def test_the_local_teacher_writes_k_alternatives_and_the_tail_into_every_sample(
         assert ids_array(sample.teacher_top_ids or b"").shape == (12,)
         mass = np.exp(logprobs_array(sample.teacher_top_logprobs or b"")).reshape(3, 4).sum(1)
         np.testing.assert_allclose(mass + np.exp(logprobs_array(sample.teacher_tail_logprobs or b"")), 1, atol=1e-5)
+
+
+def test_a_rollout_with_images_that_the_teacher_does_not_see_is_a_dead_letter_and_is_never_scored_blind() -> None:
+    shown, plain = rollout(1), rollout(2)
+    shown.samples[0].images = ["cat"]
+    recorder = Recorder()
+    dead, done = stage_with(recorder).handle(delivered(shown, plain))
+    assert dead.dead == "it would be scored blind: it is a recorder"
+    assert scored(done).number == 2
+    assert [len(call) for call in recorder.calls] == [1]
 
 
 def test_siblings_that_arrive_apart_are_scored_in_one_forward_pass() -> None:

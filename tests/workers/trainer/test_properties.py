@@ -38,7 +38,9 @@ class CountingLearner:
     def check(self, sample: Any) -> None:
         """Nothing is wrong with it."""
 
-    def step(self, samples: Sequence[Any], max_steps: int) -> dict[str, float]:
+    vision = None
+
+    def step(self, samples: Sequence[Any], max_steps: int, **_: Any) -> dict[str, float]:
         """Nothing is learned."""
         return {"tokens": float(len(samples))}
 

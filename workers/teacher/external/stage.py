@@ -121,7 +121,10 @@ class ExternalTeacher:
 
     def _objection(self, delivery: Delivery) -> str | None:
         name, size = self._teacher.model.name, self._student.party.vocabulary_size
-        reasons = (objection(sample, name, context_tokens=None, vocabulary_size=size) for sample in rollout_of(delivery).samples)
+        samples = rollout_of(delivery).samples
+        if shown := sum(len(sample.images) for sample in samples):
+            return f"it would be scored blind: its prompt shows {shown} images, and the endpoints of a teacher are sent token ids alone"
+        reasons = (objection(sample, name, context_tokens=None, vocabulary_size=size) for sample in samples)
         return next((reason for reason in reasons if reason), None)
 
     def _take(self, deliveries: Sequence[Delivery]) -> None:

@@ -1,0 +1,8 @@
+"""Images in prompts: read from their URLs within limits, named by their content, and kept in Redis while a rollout names them."""
+
+from __future__ import annotations
+
+from pipeline.images.parts import Message, image_urls, reference_of, referred, with_urls
+from pipeline.images.reading import ImageError, Limits, Picture, read_picture
+
+__all__ = ["ImageError", "Limits", "Message", "Picture", "image_urls", "read_picture", "reference_of", "referred", "with_urls"]

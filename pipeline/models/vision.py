@@ -1,0 +1,132 @@
+"""What a multimodal model makes of images: the tokens that stand for them in a prompt, and the tensors its vision tower reads.
+
+The family's own processor decides both. Each image is processed alone and once; a prompt's placeholders are then replaced
+by the tokens of its images, and a batch's tensors are those of its images, one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoProcessor
+
+from pipeline.errors import UserError
+from pipeline.images import Picture
+from pipeline.models.tokenizer import cached_first
+from pipeline.records import Ids
+
+_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+"""What a processor returns of a prompt's text; everything else is of its images."""
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """One image as a model reads it: `token_ids` stand in the prompt, `tensors` go to the model (`pixel_values`, `image_grid_thw`, …)."""
+
+    token_ids: Ids
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+class PlaceholderMismatch(ValueError):
+    """A prompt whose template shows another number of images than it holds."""
+
+
+class Vision:
+    """The image side of one model. Not thread-safe.
+
+    Args:
+        processor: the family's own, with a tokenizer and an image processor.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor, self.tokenizer = processor, processor.tokenizer
+        self.placeholder_id: int = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+
+    def features(self, picture: Picture) -> ImageFeatures:
+        """What the processor makes of `picture` in a prompt that is this image alone."""
+        shown = {"text": [self._processor.image_token], "images": [picture.decoded()]}
+        made = self._processor(**shown, add_special_tokens=False, return_tensors="pt")
+        token_ids = made["input_ids"][0].numpy().astype(np.int32)
+        return ImageFeatures(token_ids, {name: tensor for name, tensor in made.items() if name not in _TEXT})
+
+    def expand(self, ids: Ids, images: Sequence[ImageFeatures]) -> Ids:
+        """`ids`, as the chat template and the tokenizer give them, with each placeholder replaced by its image's tokens.
+
+        Raises:
+            PlaceholderMismatch: there are more or fewer placeholders than images.
+        """
+        places = np.flatnonzero(ids == self.placeholder_id)
+        if len(places) != len(images):
+            raise PlaceholderMismatch(
+                f"the student's chat template shows {len(places)} images of a prompt that holds {len(images)}: "
+                "a template of another model, or an image's placeholder written in a text"
+            )
+        return np.concatenate(list(self._pieces(ids, places, images)), dtype=np.int32)
+
+    def save(self, directory: Path) -> None:
+        """Write the processor beside a model's files."""
+        self._processor.save_pretrained(directory)
+
+    @staticmethod
+    def _pieces(ids: Ids, places: Sequence[int] | np.ndarray[Any, Any], images: Sequence[ImageFeatures]) -> Iterator[Ids]:
+        start = 0
+        for place, image in zip(places, images, strict=True):
+            yield ids[start:place]
+            yield image.token_ids
+            start = place + 1
+        yield ids[start:]
+
+
+def joined(images: Sequence[ImageFeatures]) -> dict[str, Tensor]:
+    """The tensors of several images as one batch, in order.
+
+    Raises:
+        ValueError: the family's tensors of images of different sizes cannot lie in one batch.
+    """
+    try:
+        return {name: torch.cat([image.tensors[name] for image in images]) for name in (images[0].tensors if images else ())}
+    except RuntimeError as error:
+        raise ValueError(f"images of different sizes do not go into one batch of this model: {error}") from error
+
+
+def misplaced(prompt_ids: Ids, images: Sequence[ImageFeatures]) -> str | None:
+    """Why `prompt_ids` cannot be what a prompt with `images` came to, in words; None where it holds their tokens, all and in order."""
+    expected = np.concatenate([image.token_ids for image in images]) if images else np.empty(0, dtype=np.int32)
+    found = prompt_ids[np.isin(prompt_ids, expected)]
+    if np.array_equal(found, expected):
+        return None
+    return f"its prompt holds {len(found)} tokens of images, where {len(expected)} stand for the {len(images)} that it shows"
+
+
+def load_vision(name: str | Path) -> Vision:
+    """The image side of the model `name`.
+
+    Raises:
+        UserError: it has no processor, one without an image placeholder, or one that needs a library that is not here.
+    """
+    try:
+        processor = cached_first(name, "processor", AutoProcessor.from_pretrained)
+    except ImportError as error:
+        raise UserError(
+            f"the processor of {name} cannot be loaded: {' '.join(str(error).split())[:300]}",
+            expected="the libraries that this family's image processor is written for",
+            next_step="Install them: `pip install 'onstream[vision]'`.",
+        ) from error
+    if not isinstance(getattr(processor, "image_token", None), str) or not hasattr(processor, "image_processor"):
+        raise UserError(
+            f"the processor of {name} ({type(processor).__name__}) names no image placeholder",
+            expected="a processor with an image_processor and an image_token, such as Qwen-VL's or LLaVA's",
+            next_step="Use a model of another family, or leave images out of the prompts.",
+        )
+    return Vision(processor)

@@ -1,0 +1,116 @@
+"""Images in Redis: once, while a number needs them, whatever dies in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from threading import Timer
+
+import pytest
+
+from pipeline.authority import Lease
+from pipeline.images.shelf import ImagesFull
+from pipeline.streams import Bus, Entry, Move, Out
+from tests.pipeline.stages import ticket
+
+CAT, DOG = {"cat": b"c" * 5000}, {"dog": b"d" * 7000}
+
+
+@pytest.fixture
+def lease(bus: Bus) -> Lease:
+    return bus.acquire_lease(5)
+
+
+@pytest.fixture
+def other(redis_url: str, run_name: str) -> Iterator[Bus]:
+    bus = Bus.connect(redis_url, run_name, consumer="other", block_s=0.2, connect_timeout_s=5)
+    yield bus
+    bus.close()
+
+
+def taken(bus: Bus, lease: Lease, count: int) -> list[Entry]:
+    """Entries of `count` tickets, in the hands of this worker."""
+    assert bus.issue(lease, 0, [ticket(number) for number in range(1, count + 1)], max_backlog=1000)
+    return bus.read("generate", count)
+
+
+def hold(bus: Bus, entry: Entry, images: dict[str, bytes], patience_s: float = 5) -> bool:
+    return bus.hold_images("generate", entry.id, entry.number, images, patience_s=patience_s)
+
+
+def finish(bus: Bus, lease: Lease, entries: list[Entry]) -> None:
+    """Move `entries` to the trainer, which reads them and acknowledges all."""
+    bus.settle("generate", [Move(entry.id, [Out("train", entry.number, b"rollout")]) for entry in entries])
+    bus.acknowledge(lease, [entry.id for entry in bus.read("train", 100)])
+
+
+def redis_bytes(bus: Bus) -> int:
+    return sum(map(len, bus._ask("HVALS", bus.keys.images)))
+
+
+def test_an_image_of_a_group_lies_in_redis_once_until_the_last_of_the_group_has_settled(bus: Bus, lease: Lease) -> None:
+    entries = taken(bus, lease, 16)
+    assert all(hold(bus, entry, CAT) for entry in entries)
+    assert redis_bytes(bus) == len(CAT["cat"])
+
+    finish(bus, lease, entries[:15])
+    assert bus.image("cat") == CAT["cat"]
+
+    finish(bus, lease, entries[15:])
+    assert bus.image("cat") is None
+    assert bus.held_numbers() == []
+    assert bus._ask("EXISTS", bus.keys.images, bus.keys.images_counted, bus.keys.images_held) == 0
+
+
+def test_the_same_number_counts_once_however_often_it_is_handed_out(bus: Bus, lease: Lease, other: Bus) -> None:
+    (entry,) = taken(bus, lease, 1)
+    assert hold(bus, entry, CAT | DOG)
+    (again,) = other.claim("generate", bus.pending_rows("generate"))
+    assert hold(other, again, CAT | DOG)
+    finish(other, lease, [again])
+    assert redis_bytes(bus) == 0
+
+
+def test_who_comes_late_leaves_no_image_behind(bus: Bus, lease: Lease, other: Bus) -> None:
+    (entry,) = taken(bus, lease, 1)
+    (again,) = other.claim("generate", bus.pending_rows("generate"))
+    assert hold(other, again, CAT)
+    finish(bus, lease, [again])
+    assert hold(bus, entry, CAT) is False
+    assert redis_bytes(bus) == 0
+
+
+def test_a_dead_rollout_lets_its_images_go_with_its_tombstone(bus: Bus, lease: Lease) -> None:
+    (entry,) = taken(bus, lease, 1)
+    assert hold(bus, entry, CAT)
+    bus.settle("generate", [Move(entry.id, [Out("dead", 1, b"rollout", "it broke", 4), Out("train", 1, b"tombstone")])])
+    assert bus.image("cat") is not None
+    bus.acknowledge(lease, [found.id for found in bus.read("train", 10)])
+    assert bus.image("cat") is None
+
+
+def test_numbers_that_settled_without_an_entry_can_be_let_go(bus: Bus, lease: Lease) -> None:
+    first, second = taken(bus, lease, 2)
+    assert hold(bus, first, CAT)
+    assert hold(bus, second, CAT | DOG)
+    assert sorted(bus.held_numbers()) == [1, 2]
+    bus.release_images(lease, [2])
+    assert bus.image("dog") is None
+    assert bus.image("cat") is not None
+    bus.release_images(lease, [1, 2])
+    assert redis_bytes(bus) == 0
+
+
+def test_a_full_redis_is_waited_for_and_in_the_end_said(bus: Bus, lease: Lease) -> None:
+    (entry,) = taken(bus, lease, 1)
+    limit = bus._ask("CONFIG", "GET", "maxmemory")
+    before = int(dict(limit)[b"maxmemory"]) if isinstance(limit, dict) else int(limit[1])
+    bus._ask("CONFIG", "SET", "maxmemory", 1)
+    freed = Timer(0.5, lambda: bus._ask("CONFIG", "SET", "maxmemory", before))
+    try:
+        with pytest.raises(ImagesFull, match="no room for the images of 1"):
+            hold(bus, entry, CAT, patience_s=0)
+        freed.start()
+        assert hold(bus, entry, CAT)
+    finally:
+        freed.cancel()
+        bus._ask("CONFIG", "SET", "maxmemory", before)

@@ -1,0 +1,1 @@
+"""Vision-language models. Run with the folder `site` and torchvision on PYTHONPATH, as `make test-modes` does."""

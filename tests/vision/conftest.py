@@ -1,0 +1,69 @@
+"""Tiny models of each family, made once, and pictures."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import PreTrainedModel
+
+from pipeline.images import Picture
+from pipeline.models.loading import load_model
+from pipeline.models.vision import ImageFeatures, Vision, load_vision
+from workers.models.families import FAMILIES, Family, write_fresh_vlm
+from workers.models.fresh import Shape
+
+torch.set_num_threads(1)
+
+SHAPE = Shape(hidden=64, layers=2, intermediate=128, heads=2, key_value_heads=1)
+SPREAD = 5.0  # wide enough that attention, and the images, matter to the logprobs
+
+
+@dataclass
+class Tiny:
+    """A model, what it makes of images, and where it lies."""
+
+    family: Family
+    directory: Path
+    model: PreTrainedModel
+    vision: Vision
+
+    def features(self, *pictures: Picture) -> dict[str, ImageFeatures]:
+        return {picture.digest: self.vision.features(picture) for picture in pictures}
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Family, Path]:
+    """A model of the family on disk, with weights wide enough to matter."""
+    family: Family = request.param
+    made = write_fresh_vlm(tmp_path_factory.mktemp(family), family, SHAPE, seed=0)
+    model = load_model(made, dtype=torch.float32, device=torch.device("cpu"))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(SPREAD if weight.ndim > 1 else 1.0)
+    model.save_pretrained(made)
+    return family, made
+
+
+@pytest.fixture
+def tiny(directory: tuple[Family, Path]) -> Tiny:
+    """The family's model, fresh from disk."""
+    family, path = directory
+    return Tiny(family, path, load_model(path, dtype=torch.float32, device=torch.device("cpu")), load_vision(path))
+
+
+def noise(seed: int, width: int = 32, height: int = 32) -> Picture:
+    """A picture that no two seeds share."""
+    return of(Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)))
+
+
+def of(image: Image.Image, form: str = "PNG", **options: Any) -> Picture:
+    target = io.BytesIO()
+    image.save(target, form, **options)
+    return Picture(target.getvalue())

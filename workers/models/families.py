@@ -1,0 +1,163 @@
+"""Tiny vision-language models with random weights, one of each family that the tests and the example train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    LlavaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen3VLConfig,
+)
+from transformers.utils import logging as transformers_logging
+
+from workers.models.fresh import Shape
+from workers.models.tokenizer import CONTEXT_TOKENS, IMAGE, IMAGE_END, IMAGE_START, VIDEO, VOCABULARY_SIZE, character_tokenizer
+
+Family = Literal["qwen2.5-vl", "qwen3-vl", "llava"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
+
+PATCH = 8
+"""Side of a patch in pixels. Four patches make a token in the Qwen families, one in LLaVA's."""
+SIDE = 32
+"""Side of the pictures in pixels."""
+
+
+def write_fresh_vlm(directory: Path, family: Family, shape: Shape, seed: int) -> Path:
+    """Writes a float32 model of `family`, drawn by `seed`, with its processor and tokenizer; returns `directory`.
+
+    The vision tower is as wide as the language model, and two layers deep.
+    """
+    transformers_logging.disable_progress_bar()
+    tokenizer = character_tokenizer(images=True)
+    config, processor = _MAKERS[family](shape, tokenizer)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(config)
+    model.generation_config = GenerationConfig(**ends)
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return directory
+
+
+def _text(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCABULARY_SIZE,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.key_value_heads,
+        "head_dim": shape.head_dim,
+        "intermediate_size": shape.intermediate,
+        "max_position_embeddings": CONTEXT_TOKENS,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    names = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": IMAGE_START, "vision_end_token_id": IMAGE_END}
+    return {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+
+
+def _qwen2_5(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> tuple[PretrainedConfig, Any]:
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    hidden, half = shape.hidden, shape.head_dim // 2
+    text = _text(shape, tokenizer) | {"rope_parameters": _mrope([half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8])}
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config={
+            "depth": 2,
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_heads": 2,
+            "patch_size": PATCH,
+            "window_size": 4 * PATCH,
+            "fullatt_block_indexes": [0, 1],
+            "out_hidden_size": hidden,
+        },
+        tie_word_embeddings=True,
+        **_ids(tokenizer),
+    )
+    sizes = {"patch_size": PATCH, "merge_size": 2}
+    images = Qwen2VLImageProcessor(size={"shortest_edge": (2 * PATCH) ** 2, "longest_edge": 64 * PATCH**2}, **sizes)
+    return config, Qwen2_5_VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(**sizes), chat_template=tokenizer.chat_template)
+
+
+def _qwen3(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> tuple[PretrainedConfig, Any]:
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    hidden, half = shape.hidden, shape.head_dim // 2
+    text = _text(shape, tokenizer) | {"rope_parameters": _mrope([half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8])}
+    config = Qwen3VLConfig(
+        text_config=text,
+        vision_config={
+            "depth": 2,
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_heads": 2,
+            "patch_size": PATCH,
+            "num_position_embeddings": (SIDE // PATCH) ** 2,
+            "deepstack_visual_indexes": [0],
+            "out_hidden_size": hidden,
+        },
+        tie_word_embeddings=True,
+        **_ids(tokenizer),
+    )
+    sizes = {"patch_size": PATCH, "merge_size": 2}
+    images = Qwen2VLImageProcessor(size={"shortest_edge": (2 * PATCH) ** 2, "longest_edge": 64 * PATCH**2}, **sizes)
+    return config, Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(**sizes), chat_template=tokenizer.chat_template)
+
+
+def _llava(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> tuple[PretrainedConfig, Any]:
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    config = LlavaConfig(
+        text_config={"model_type": "qwen3", **_text(shape, tokenizer)},
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": shape.hidden,
+            "intermediate_size": 2 * shape.hidden,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": SIDE,
+            "patch_size": PATCH,
+        },
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
+    images = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    processor = LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token=IMAGE,
+        chat_template=tokenizer.chat_template,
+    )
+    return config, processor
+
+
+def _mrope(sections: list[int]) -> dict[str, Any]:
+    """Rotary positions whose frequencies are shared out among time, height and width."""
+    return {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": sections}
+
+
+_MAKERS: dict[Family, Callable[[Shape, PreTrainedTokenizerFast], tuple[PretrainedConfig, Any]]] = {
+    "qwen2.5-vl": _qwen2_5,
+    "qwen3-vl": _qwen3,
+    "llava": _llava,
+}
