@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.errors import UserError
+from pipeline.images import image_urls
 from pipeline.tasks import load_task
 from pipeline.telemetry import get_logger
 from settings.root import Settings
@@ -63,4 +64,11 @@ def _longest_prompt(settings: Settings, student: Party) -> int:
     except UserError as error:
         log.warning("the task cannot be loaded here, so its prompts are not measured against the teacher's context", reason=str(error))
         return 1
-    return max(len(prompt_ids(student, task.train(index).messages)) for index in range(PROMPTS))
+    first = [task.train(index).messages for index in range(PROMPTS)]
+    if any(image_urls(messages) for messages in first):
+        raise UserError(
+            "the task's prompts hold images, and an external teacher is sent token ids alone: it would judge them blind",
+            expected="prompts without images, or a teacher that sees them",
+            next_step="Score with a local teacher, teacher_inference.model.name, or distill hard from a chat endpoint (docs/images.md).",
+        )
+    return max(len(prompt_ids(student, messages)) for messages in first)
