@@ -5,7 +5,7 @@ PYTHON ?= python3
 export PYTHON
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
 
-.PHONY: help up lint test test-modes test-vllm chaos bench bench-vllm models docs lock clean
+.PHONY: help up lint test test-modes test-vllm test-compose chaos bench bench-vllm models docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -18,7 +18,7 @@ lint: .venv/dev ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 test: .venv/dev ## all tests, on a real Redis of their own
-	@$(BIN)/python -m pytest --ignore tests/modes --ignore tests/chaos
+	@$(BIN)/python -m pytest --ignore tests/modes --ignore tests/compose --ignore tests/chaos
 
 test-modes: .venv/dev .venv-vllm/ready ## whole runs of the modes that docs/modes.md describes, and one under blows, on this machine's CPU
 	@$(BIN)/python -m pytest tests/modes tests/chaos
@@ -28,6 +28,9 @@ chaos: .venv/dev ## a long run whose every process is killed, Redis too, and the
 
 test-vllm: .venv-vllm/ready ## the tests on a real vLLM server, in an environment of its own
 	@.venv-vllm/bin/python -m pytest tests/vllm
+
+test-compose: .venv/dev ## the images, and runs in containers, on a Docker engine that is there or made for it
+	@$(BIN)/python -m pytest tests/compose
 
 bench: .venv/dev ## every benchmark, each beside what it compares with
 	@for file in $(filter-out benchmarks/vllm_%,$(wildcard benchmarks/[a-z]*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
