@@ -1,4 +1,4 @@
-"""Writes what follows from other files: the settings' names in compose.yaml, and deploy/stack.yaml. `python deploy/generate.py`."""
+"""Writes what follows from other files: the settings' names in compose.yaml, and deploy/stack.yaml. `python -m settings.docs`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OURS = re.compile(
 WIDTH = 140
 MERGED = "all-settings"
 HEAD = """# The services of compose.yaml for a Swarm: `docker stack deploy -c deploy/stack.yaml onstream` (docs/deploy.md).
-# Written from compose.yaml by `python deploy/generate.py`; edit that.
+# Written from compose.yaml by `python -m settings.docs`; edit that.
 """
 SECRET = "/run/secrets/redis-password"
 SETTINGS_FILE = "/app/run.toml"

@@ -1,7 +1,8 @@
-"""docs/settings.md, written from the settings' own fields: `python -m settings.docs`."""
+"""docs/settings.md, and the names in compose.yaml, written from the settings' own fields: `python -m settings.docs`."""
 
 from __future__ import annotations
 
+import runpy
 from itertools import groupby
 from pathlib import Path
 
@@ -58,8 +59,9 @@ def _scope(setting: Setting) -> str:
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the page, and what the files to deploy by say of the settings."""
     PAGE.write_text(text(), encoding="utf-8")
+    runpy.run_path(str(PAGE.parent.parent / "deploy" / "generate.py"), run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -57,8 +57,8 @@ def test_the_manifests_keep_to_the_schema_of_kubernetes(path: Path) -> None:
 
 def test_the_settings_in_compose_and_the_stack_are_those_of_now() -> None:
     compose = generate.COMPOSE.read_text()
-    assert generate.with_settings(compose) == compose, "run `python deploy/generate.py`"
-    assert generate.stack(compose) == generate.STACK.read_text(), "run `python deploy/generate.py`"
+    assert generate.with_settings(compose) == compose, "run `python -m settings.docs`"
+    assert generate.stack(compose) == generate.STACK.read_text(), "run `python -m settings.docs`"
 
 
 def test_every_setting_reaches_every_worker_by_its_own_name_but_for_secrets_and_what_compose_decides() -> None:
