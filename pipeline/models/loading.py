@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
@@ -53,7 +54,8 @@ def load_model(name: str | Path, *, dtype: torch.dtype, device: torch.device, at
     """
 
     def load(name: str, **where: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-        family = AutoModelForImageTextToText if has_vision(AutoConfig.from_pretrained(name, **where)) else AutoModelForCausalLM
+        config = AutoConfig.from_pretrained(_base_of(name), **where)
+        family = AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
         loaded: tuple[PreTrainedModel, dict[str, Any]] = family.from_pretrained(
             name, dtype=dtype, attn_implementation=attention or "sdpa", output_loading_info=True, **where
         )
@@ -67,6 +69,12 @@ def load_model(name: str | Path, *, dtype: torch.dtype, device: torch.device, at
             next_step="Check that config.json belongs to these weights, and that the download is whole.",
         )
     return model.to(device).eval()
+
+
+def _base_of(name: str) -> str:
+    """The model whose configuration counts: that under the adapter, where `name` is the directory of one."""
+    adapter = Path(name) / "adapter_config.json"
+    return str(msgspec.json.decode(adapter.read_bytes())["base_model_name_or_path"]) if adapter.is_file() else name
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
