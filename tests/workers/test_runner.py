@@ -126,3 +126,9 @@ def test_a_kind_that_computes_says_how_to_install_torch(kind: str) -> None:
     assert done.returncode == Exit.USAGE
     assert f"a {kind} worker where torch is not installed" in done.stderr
     assert "pip install 'onstream[train]'" in done.stderr
+
+
+def test_an_optional_worker_that_the_run_has_no_place_for_leaves_and_is_not_waited_for(settings: Settings, bus: Bus) -> None:
+    write_plan(bus, settings)
+    assert run_kind("teacher", settings, optional=True) == Exit.OK
+    assert bus.heard_of(60) == []

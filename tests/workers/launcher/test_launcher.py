@@ -20,7 +20,8 @@ from rich.console import Console
 from pipeline.errors import Exit, UserError
 from settings.load import load_settings
 from tests.workers.launcher.test_preflight import make_model
-from workers.launcher import launcher
+from workers.launcher import ending, launcher
+from workers.launcher.embedded_redis import EmbeddedRedis
 from workers.launcher.environment import default_threads, environment
 
 pytestmark = pytest.mark.timeout(30)
@@ -199,3 +200,18 @@ def test_threads_are_one_on_few_cores_and_shared_out_on_many(monkeypatch: pytest
     set_here = deployment.model_copy(update={"threads": 2})
     assert environment(set_here, {}, "unix:///s")["OMP_NUM_THREADS"] == "2"
     assert environment(set_here, {}, "unix:///s")["ONSTREAM_REDIS__URL"] == "unix:///s"
+
+
+def test_a_redis_that_is_there_for_one_run_is_shut_down_when_its_workers_have_left(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ending, "MISSED_S", 0.5)  # the stand-ins leave without a word
+    server = EmbeddedRedis(tmp_path / "of-the-run", max_memory_mb=64)
+    url = server.start()
+    try:
+        assert run.up(f"redis.url={url}") == Exit.OK
+        assert server.alive
+        assert run.up(f"redis.url={url}", "redis.shut_down=true") == Exit.OK
+        assert not server.alive
+    finally:
+        server.stop()
