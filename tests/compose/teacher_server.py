@@ -27,6 +27,8 @@ SCORER, WRITER, LOCK = load_local(SETTINGS), load_student(Path(NAME), SETTINGS),
 
 
 def echoed(body: dict[str, Any]) -> dict[str, Any]:
+    if not body.get("echo"):
+        return {"choices": [{"text": ""}]}  # one that was asked for prompt_logprobs, say, which it does not know
     ids, k = np.array(body["prompt"], dtype=np.int32), int(body["logprobs"])
     (scores,) = SCORER.score([ScoreRequest(ids[:1], ids[1:])], top_k=k)
     tops: list[dict[str, float] | None] = [None]
