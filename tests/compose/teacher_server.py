@@ -40,7 +40,7 @@ def echoed(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def answered(body: dict[str, Any]) -> dict[str, Any]:
-    prompt, seed = WRITER.prompt_ids(body["messages"]), int(body.get("seed") or 0)
+    prompt, seed = WRITER.prompt(body["messages"]).ids, int(body.get("seed") or 0)
     sampling = Sampling(temperature=float(body.get("temperature", 1)))
     WRITER.engine.add([Request(0, prompt, int(body.get("max_tokens") or 16), seed, sampling)])
     written: list[Any] = []
