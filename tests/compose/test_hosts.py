@@ -25,9 +25,9 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def machines(images: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """Two containers that do nothing but hold a network namespace, joined by veth."""
+    """Two containers that do nothing but hold a network namespace, joined by veth. They outlive the projects inside them."""
     run = ["docker", "run", "--detach", "--network", "none", "--entrypoint", "sleep", f"{images['IMAGE']}:slim", "infinity"]
     ids = [ran(run).strip() for _ in range(2)]
     pids = [ran(["docker", "inspect", "--format", "{{.State.Pid}}", one]).strip() for one in ids]
@@ -65,7 +65,7 @@ def in_namespace(container: str, image: str, *command: str) -> str:
 
 
 def test_a_run_across_two_machines_with_weights_through_redis_over_tls(
-    project: MakeProject, images: dict[str, str], machines: tuple[str, str], tmp_path: Path
+    machines: tuple[str, str], project: MakeProject, images: dict[str, str], tmp_path: Path
 ) -> None:
     tls = certificates(tmp_path / "tls")
     password = tmp_path / "password"
