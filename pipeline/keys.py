@@ -60,6 +60,25 @@ class Keys:
         return self._key(f"weights:{place}")
 
     @property
+    def receivers(self) -> str:
+        """Hash: the generators that take weights from GPU to GPU, and over how many GPUs; only with `weights.transport = "nccl"`."""
+        return self._key("weights:receivers")
+
+    @property
+    def transfer(self) -> str:
+        """String: what the trainer asks of them just now."""
+        return self._key("weights:transfer")
+
+    def transfer_answers(self, call: str) -> str:
+        """Hash with expiry: what each of them answered to one call."""
+        return self._key(f"weights:answers:{call}")
+
+    @property
+    def wanted_weights(self) -> str:
+        """String: the digest of a version that a generator missed, and wants as a file."""
+        return self._key("weights:wanted")
+
+    @property
     def issued(self) -> str:
         """String: how many tickets were issued; the number of the last one."""
         return self._key("issued")

@@ -15,7 +15,7 @@ from redis.exceptions import ResponseError
 
 from pipeline import scripts
 from pipeline.authority import Lease, LeaseHeld, batched_ids
-from pipeline.board import Board, DeadLetter, WorkerState
+from pipeline.board import DeadLetter, WorkerState
 from pipeline.desk import Desk
 from pipeline.images.shelf import ImageShelf
 from pipeline.keys import GROUP, PARKED, STAGES, WORKING
@@ -23,6 +23,7 @@ from pipeline.ownership import LeaseLost
 from pipeline.records import StageName
 from pipeline.scores import ScoreShelf
 from pipeline.shelf import WeightShelf
+from pipeline.transfer_board import TransferBoard
 
 log = structlog.get_logger(__name__)
 
@@ -76,7 +77,7 @@ class Move:
         return sum(len(out.payload) for out in self.outs)
 
 
-class Bus(Desk, Board, ScoreShelf, WeightShelf, ImageShelf):
+class Bus(Desk, TransferBoard, ScoreShelf, WeightShelf, ImageShelf):
     """One worker's way to the streams of one run."""
 
     @classmethod

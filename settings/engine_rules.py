@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
+from settings.devices import device_of
 from settings.engines import student_engine, taken_arguments
 from settings.fields import known
 from settings.plan import make_plan
@@ -24,6 +25,11 @@ CLIENT = "inference.client."
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 VLLM_COLDEST = 0.01
+
+STATED_FOR_NCCL = (
+    'Set weights.transport = "filesystem" or "redis"; for "nccl" state deployment.device = "cuda" and inference.engine = "vllm", since '
+    "auto differs between machines."
+)
 
 
 def _engine_arguments(settings: Settings) -> Iterator[Problem]:
@@ -79,7 +85,25 @@ def _cold(settings: Settings) -> Iterator[Problem]:
         )
 
 
-ENGINE_RULES: tuple[Callable[[Settings], Iterator[Problem]], ...] = (_engine_arguments, _model_len, _student_servers, _cold)
+def _from_gpu_to_gpu(settings: Settings) -> Iterator[Problem]:
+    if settings.weights.transport != "nccl":
+        return
+    device, deployment = device_of(settings.deployment), settings.deployment
+    needed = [
+        ("deployment.device", device == "cuda", "CUDA, since weights go from GPU to GPU"),
+        ("inference.engine", student_engine(settings) == "vllm", "vLLM inside the generators, whose engine receives the weights"),
+        ("inference.on_new_weights", settings.inference.on_new_weights != "wait", "weights that are taken at once"),
+        ("deployment.share_gpus", not deployment.share_gpus, "a GPU of its own for each process, which NCCL asks for"),
+        ("weights.delta", not settings.weights.deltas, "whole sets of weights"),
+    ]
+    for name, holds, expected in needed:
+        if not holds:
+            yield stated(settings, ["weights.transport", name], expected, STATED_FOR_NCCL)
+
+
+ENGINE_RULES: tuple[Callable[[Settings], Iterator[Problem]], ...] = (
+    *(_engine_arguments, _model_len, _student_servers, _cold, _from_gpu_to_gpu),
+)
 
 
 def engine_warnings(settings: Settings) -> Iterator[str]:

@@ -20,6 +20,7 @@ HARD = [
     "orchestrator.teacher_rollout_model.model.name=big",
 ]
 UNVERIFIED = "orchestrator.verification.enabled=false"
+NCCL = ["weights.transport=nccl", "deployment.device=cuda", "inference.engine=vllm"]
 STAGES = "deployment.stages={}".format
 
 REFUSED = [
@@ -92,6 +93,13 @@ REFUSED = [
         "a multiple of the 2 GPUs that one server takes",
     ),
     (["inference.engine=server", "inference.extra_args.port=1"], "inference.extra_args = {port = 1}", "no port, which the engine chooses"),
+    # Weights from GPU to GPU.
+    ([*NCCL, "deployment.device=cpu"], 'weights.transport = "nccl" with deployment.device = "cpu"', "expected CUDA"),
+    ([*NCCL, "inference.engine=transformers"], 'with inference.engine = "transformers"', "expected vLLM inside the generators"),
+    ([*NCCL, "inference.engine=server"], 'with inference.engine = "server"', "expected vLLM inside the generators"),
+    ([*NCCL, "inference.on_new_weights=wait"], 'with inference.on_new_weights = "wait"', "weights that are taken at once"),
+    ([*NCCL, "deployment.share_gpus=true"], "with deployment.share_gpus = true", "a GPU of its own for each process"),
+    ([*NCCL, "weights.delta=true"], "with weights.delta = true", "expected whole sets"),
     # Sampling.
     (["inference.sampling.top_p=0.9"], "inference.sampling.top_p = 0.9", "expected 1.0 in training"),
     (["inference.sampling.top_k=5"], "inference.sampling.top_k = 5", "expected 0 in training"),

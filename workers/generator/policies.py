@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pipeline.records import PolicyVersion
 from pipeline.weights import Reader, WeightsError
 from workers.generator.engine import Engine
+from workers.generator.receiver import Receiver
 
 LOOK_S = 0.02
 RETRY_S = 0.5
@@ -16,13 +17,19 @@ RETRY_S = 0.5
 class Policies:
     """Looks for a newer version, at most every `LOOK_S`, and loads it; what cannot be loaded is tried again every `RETRY_S`.
 
-    `newest` gives the newest announced version, None before the first, and `reader` its weights.
+    `newest` gives the newest announced version, None before the first, and `reader` its weights. Where the trainer sends them from GPU
+    to GPU, `receiver` has them before they are announced; what it missed is read.
     """
 
     def __init__(
-        self, engine: Engine, reader: Reader, newest: Callable[[], PolicyVersion | None], clock: Callable[[], float] = time.monotonic
+        self,
+        engine: Engine,
+        reader: Reader,
+        newest: Callable[[], PolicyVersion | None],
+        clock: Callable[[], float] = time.monotonic,
+        receiver: Receiver | None = None,
     ) -> None:
-        self._engine, self._reader, self._newest, self._clock = engine, reader, newest, clock
+        self._engine, self._reader, self._newest, self._clock, self._receiver = engine, reader, newest, clock, receiver
         self._next_look = float("-inf")
         self._loaded: PolicyVersion | None = None
         self._failing_since: float | None = None
@@ -52,14 +59,35 @@ class Policies:
         if now < self._next_look:
             return
         self._next_look = now + LOOK_S
+        self._take_up(now)
+        if self._receiver is not None:
+            self._receiver.look()
+
+    def _take_up(self, now: float) -> None:
         newest = self._newest()
         if newest is None or newest == self._loaded:
             return
         try:
-            self._engine.load(self._reader.fetch(newest))
+            self._load(newest)
         except WeightsError as error:
             self.problem = f"cannot load policy version {newest.number}: {error}"
             self._next_look = now + (RETRY_S if self._newest() == newest else 0)  # replaced while it was read: the newest one at once
             self._failing_since = self._failing_since or now
             return
         self._loaded, self.problem, self._failing_since = newest, None, None
+
+    def _load(self, newest: PolicyVersion) -> None:
+        """Load `newest`.
+
+        Raises:
+            WeightsError: it cannot be had, or not be loaded.
+        """
+        if self._receiver is None:
+            return self._engine.load(self._reader.fetch(newest))
+        if self._receiver.holds(newest):
+            return self._receiver.load(newest)
+        try:
+            return self._engine.load(self._reader.fetch(newest))
+        except WeightsError:
+            self._receiver.want(newest)
+            raise

@@ -23,6 +23,7 @@ from workers.generator.engine import Completion, Request, Sampling
 from workers.generator.guard import Guard, tolerance_of
 from workers.generator.policies import Policies
 from workers.generator.prompts import RENDERED, Prompt
+from workers.generator.receiver import Receiver, ReceivingEngine
 from workers.generator.student import PromptTooLong, open_student
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ class Generator:
         """
         self._task = load_task(self._settings)
         self._student = open_student(self._settings)
-        self._policies = Policies(self._student.engine, Reader(self._shelf(), deltas=self._settings.weights.deltas), self._newest)
+        reader = Reader(self._shelf(), deltas=self._settings.weights.deltas)
+        self._policies = Policies(self._student.engine, reader, self._newest, receiver=self._receiver())
         self._asked = lru_cache(maxsize=RENDERED)(self._ask)
         self._guard = Guard(
             self._student.engine,
@@ -118,6 +120,13 @@ class Generator:
 
     def _shelf(self) -> Shelf:
         return Chunks(self._bus) if self._settings.weights.transport == "redis" else Directory(self._settings.run_dir)
+
+    def _receiver(self) -> Receiver | None:
+        """The end of transfers from GPU to GPU; none where `auto` took another engine than vLLM, which reads files."""
+        engine = self._student.engine
+        if self._settings.weights.transport != "nccl" or not isinstance(engine, ReceivingEngine):
+            return None
+        return Receiver(self._bus, engine, self._settings.weights.patience)
 
     def _start(self) -> list[Outcome]:
         """Hand the engine every ticket whose version is there; returns those that cannot be answered."""

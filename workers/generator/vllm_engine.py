@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +22,7 @@ from pipeline.http import Background
 from pipeline.models.fit import Shapes
 from pipeline.weights import LoadedPolicy, WeightsError
 from workers.generator.engine import Completion, Request, require_possible
-from workers.generator.vllm_extension import READING, READY
+from workers.generator.vllm_extension import READING, READY, RECEIVED
 from workers.generator.vllm_request import Writing
 
 if TYPE_CHECKING:
@@ -39,6 +40,16 @@ PAUSES: dict[OnNewWeights, tuple[str, bool]] = {
     "abort": ("abort", True),
 }
 """What vLLM's pause does with running requests, and whether it clears the caches: the keys and values of what runs, and of prefixes."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A version to load, from where vLLM's processes find it. `policy` is kept for as long as they may read its file."""
+
+    number: int
+    digest: str
+    path: str
+    policy: LoadedPolicy | None = None
 
 
 class VllmEngine:
@@ -64,13 +75,14 @@ class VllmEngine:
     ) -> None:
         self._stop_ids, self._shapes, self.on_new_weights = frozenset(stop_ids), shapes, on_new_weights
         self._slots = int(config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size)
+        self._gpus = int(config.parallel_config.world_size_across_dp)
         self._replicas = int(config.parallel_config.data_parallel_size)
         self._context = int(config.model_config.max_model_len)
         self._active = 0
         self._finished = SimpleQueue[Writing | BaseException]()
         self._version = 0
-        self._target: LoadedPolicy | None = None  # kept for as long as vLLM may read its file
-        self._switching: Future[LoadedPolicy] | None = None
+        self._target: Target | None = None
+        self._switching: Future[Target] | None = None
         self._background = Background()
         self._llm: Any = None  # an AsyncLLM, once it has started
         try:
@@ -131,8 +143,32 @@ class VllmEngine:
             path = str(policy.file())
         except OSError as error:
             raise WeightsError(f"version {policy.number} cannot be written for vLLM to read: {error}") from error
-        self._stage(path, policy.digest)
-        self._target = policy
+        self._replace(Target(policy.number, policy.digest, path, policy))
+
+    def load_received(self, number: int, digest: str) -> None:
+        """Continue under weights that the processes have received from the trainer, as `load` does.
+
+        Raises:
+            WeightsError: one of them does not have these; the engine goes on with what it had.
+        """
+        self._replace(Target(number, digest, RECEIVED))
+
+    @property
+    def gpus(self) -> int:
+        """Processes that compute, each on a GPU of its own."""
+        return self._gpus
+
+    def misfit(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
+        """Why weights of these shapes are not this model's; nothing where they are."""
+        return self._shapes.misfit(shapes)
+
+    def ask_processes(self, method: str, *args: str) -> list[str]:
+        """What each process returns from a method of `vllm_extension.Extension`."""
+        return list(self._background.run(self._llm.collective_rpc(method, args=args)))
+
+    def _replace(self, target: Target) -> None:
+        self._stage(target.path, target.digest)
+        self._target = target
         if self._switching is None:
             self._switching = self._background.submit(self._switch())
         if self.on_new_weights != "wait":
@@ -171,8 +207,8 @@ class VllmEngine:
         Raises:
             WeightsError: one of them cannot; nothing was touched.
         """
-        self._background.run(self._llm.collective_rpc("onstream_stage", args=(path, digest)))
-        while READING in (states := self._background.run(self._llm.collective_rpc("onstream_staged"))):
+        self.ask_processes("onstream_stage", path, digest)
+        while READING in (states := self.ask_processes("onstream_staged")):
             time.sleep(STAGED_S)
         if problems := [state for state in states if state != READY]:
             raise WeightsError(problems[0])
@@ -206,19 +242,19 @@ class VllmEngine:
         [answer] = [one async for one in self._llm.generate(prompt, sampling, key, data_parallel_rank=rank)]
         return answer.outputs[0]
 
-    async def _switch(self) -> LoadedPolicy:
+    async def _switch(self) -> Target:
         """Pause, replace the weights by those staged last, and go on under them. Fails halfway only for good: it stays paused."""
         mode, clear_cache = PAUSES[self.on_new_weights]
         self._running.clear()
         await self._llm.pause_generation(mode=mode, clear_cache=clear_cache)
         assert self._target is not None
-        policy = self._target
+        target = self._target
         await self._llm.start_weight_update()
-        await self._llm.update_weights(WeightTransferUpdateRequest({"path": str(policy.file()), "digest": policy.digest}))
-        await self._llm.finish_weight_update(str(policy.number))
+        await self._llm.update_weights(WeightTransferUpdateRequest({"path": target.path, "digest": target.digest}))
+        await self._llm.finish_weight_update(str(target.number))
         await self._llm.resume_generation()
         self._running.set()
-        return policy
+        return target
 
 
 async def _start(config: VllmConfig) -> AsyncLLM:

@@ -3,6 +3,9 @@
 vLLM loads this module by name: `worker_extension_cls="workers.generator.vllm_extension.Extension"` together with the weight-transfer
 backend "disk", in process or as a server (`--worker-extension-cls … --weight-transfer-config '{"backend": "disk"}'`).
 
+Weights that the trainer sends from GPU to GPU are staged likewise: `onstream_join` and `onstream_receive` begin what `onstream_staged`
+tells of.
+
 An update is `collective_rpc("onstream_stage", (path, digest))`, then `collective_rpc("onstream_staged")` until no worker says that
 it still reads, while requests go on; then, under a pause, vLLM's own `start_weight_update`, `update_weights` with an `update_info` of
 `path` and `digest`, and `finish_weight_update`. What fails before `update_weights` has left the old weights in place; where
@@ -11,34 +14,39 @@ it still reads, while requests go on; then, under a pause, vLLM's own `start_wei
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from pipeline.weights import WeightsError, read_file
+from pipeline.weights.transfer import Frame
+from workers.generator.vllm_group import GroupMember
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BACKEND = "disk"
 READING, READY = "reading", "ready"
+RECEIVED = "received"  # the path of what is no file
 RELOAD_LOG = "vllm.model_executor.model_loader.reload.layerwise"
 
 
 class Staged:
-    """The tensors of one file, read and checked by a thread; over TP workers of one host they share the page cache's memory."""
+    """What `read` gives, in a thread: the tensors of a file, checked, or those received. TP workers of one host share a file's memory."""
 
-    def __init__(self, path: str, digest: str) -> None:
-        self.path, self.digest = path, digest
+    def __init__(self, path: str, digest: str, read: Callable[[], dict[str, Tensor]]) -> None:
+        self.path, self.digest, self._reads = path, digest, read
         self._tensors: dict[str, Tensor] = {}
         self._problem = ""
         self._thread = threading.Thread(target=self._read, name="onstream-stage", daemon=True)
@@ -62,7 +70,7 @@ class Staged:
 
     def _read(self) -> None:
         try:
-            self._tensors = read_file(Path(self.path), self.digest)
+            self._tensors = self._reads()
         except WeightsError as error:
             self._problem = str(error)
 
@@ -88,15 +96,21 @@ class FileWeights(WeightTransferEngine):  # type: ignore[misc]
 
     init_info_cls, update_info_cls = NoInit, FromFile
     staged: Staged | None = None
+    member: GroupMember | None = None
 
     def stage(self, path: str, digest: str) -> Staged:
         """Begin to read a file, unless it is the one that was read last."""
         if self.staged is None or (self.staged.path, self.staged.digest) != (path, digest) or self.staged.state not in (READING, READY):
-            self.staged = Staged(path, digest)
+            self.staged = Staged(path, digest, lambda: read_file(Path(path), digest))
         return self.staged
 
+    def begin(self, digest: str, read: Callable[[GroupMember], dict[str, Tensor]]) -> None:
+        """Have a thread do `read`, in the group of the trainer and all generators."""
+        member = self.member = self.member or GroupMember(self)
+        self.staged = Staged(RECEIVED, digest, lambda: read(member))
+
     def init_transfer_engine(self, init_info: NoInit) -> None:
-        """Nothing to connect to."""
+        """Nothing to connect to: the group is joined by `begin`, beside the requests."""
 
     def start_weight_update(self) -> None:
         """Nothing yet: from the first touch on, the layers hold neither the old weights nor the new ones."""
@@ -119,8 +133,10 @@ class FileWeights(WeightTransferEngine):  # type: ignore[misc]
         """Nothing left to do: `receive_weights` takes whole files."""
 
     def shutdown(self) -> None:
-        """Let go of a file that was read and not used."""
+        """Let go of a file that was read and not used, and of the group."""
         self.staged = None
+        if self.member is not None:
+            self.member.leave()
 
 
 class Extension:
@@ -129,6 +145,20 @@ class Extension:
     def onstream_stage(self: Any, path: str, digest: str) -> None:
         """Begin to read `path` and compare it with `digest`, its sha256; returns at once."""
         self.weight_transfer_engine.stage(path, digest)
+
+    def onstream_join(self: Any, init_info: str) -> None:
+        """Begin to join the group that vLLM's `init_info` describes, in JSON; returns at once, and `onstream_staged` tells of it."""
+        info = json.loads(init_info)
+        self.weight_transfer_engine.begin("", lambda member: member.join(info))
+
+    def onstream_receive(self: Any, update_info: str, frame: str) -> None:
+        """Begin to receive the version of `frame` over the group, as vLLM's `update_info` says, both in JSON; returns at once."""
+        info, version = json.loads(update_info), msgspec.json.decode(frame, type=Frame)
+        self.weight_transfer_engine.begin(version.digest, lambda member: member.receive(info, version))
+
+    def onstream_leave(self: Any) -> None:
+        """Leave the group, and abort what it still does."""
+        self.weight_transfer_engine.shutdown()
 
     def onstream_staged(self: Any) -> str:
         """`reading`, `ready`, or why the file named last cannot be used."""

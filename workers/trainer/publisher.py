@@ -15,8 +15,14 @@ from pipeline.records import PolicyVersion, Probe
 from pipeline.streams import Bus, Lease
 from pipeline.weights import DirectoryOutlet, LoadedPolicy, Outlet, Sender, Sent, Version
 from pipeline.weights.chunks import ChunksOutlet
+from pipeline.weights.transfer import Caller
+from settings import serving
+from settings.engines import vllm_missing
+from settings.problem import SettingsError
 from settings.root import Settings
+from workers.access import redis_url
 from workers.trainer import checkpoint
+from workers.trainer.transfer import Transfer, address_towards
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,10 +37,12 @@ class Publisher:
     one, which evaluations compare with, those pinned for a job, and one that deltas in use start from.
     """
 
-    def __init__(self, bus: Bus, lease: Lease, settings: Settings, model_files: Path) -> None:
+    def __init__(self, bus: Bus, lease: Lease, settings: Settings, model_files: Path, transfer: Transfer | None = None) -> None:
         self._bus, self._lease, self._settings, self._model_files = bus, lease, settings, model_files
-        self._run_dir, self._on_disk = settings.run_dir, settings.weights.transport == "filesystem"
+        self._run_dir, self._on_disk = settings.run_dir, settings.weights.transport != "redis"
         self._sender = Sender(self._outlet(), settings.weights.full_every if settings.weights.deltas else None)
+        self._transfer = transfer
+        self._unwritten: LoadedPolicy | None = None  # the newest version, where it went from GPU to GPU alone
         self.sent = Sent(0, None)
         self._announced: dict[int, str] = {}
         for _, policy in bus.announcements():
@@ -78,8 +86,32 @@ class Publisher:
             self._give(LoadedPolicy.of(policy.number, state()), whole=True)
         self._bus.announce(self._lease, policy)
 
+    @property
+    def wanted(self) -> bool:
+        """Whether a generator wants the newest version as a file, since it was not there when that went from GPU to GPU."""
+        return self._unwritten is not None and self._bus.wanted_weights() == self._unwritten.digest
+
+    def supply(self) -> None:
+        """Write it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self._unwritten is not None:
+            self._sender.send(self._unwritten, whole=True)
+            self._unwritten = None
+
+    def close(self) -> None:
+        """Let go of the GPUs of the generators."""
+        if self._transfer is not None:
+            self._transfer.close()
+
     def _give(self, policy: LoadedPolicy, *, whole: bool) -> Sent:
         """Give `policy` to the generators; a second time where Redis lost the first half of it meanwhile."""
+        self._unwritten = None
+        if self._transfer is not None and self._transfer.send(policy) and not whole:
+            self._unwritten = policy
+            return Sent(policy.data.size, None)
         sent = self._sender.send(policy, whole=whole)
         if not self._sender.offers(Version(policy.number, policy.digest)):
             sent = self._sender.send(policy, whole=True)
@@ -93,7 +125,7 @@ class Publisher:
     def _whole(self, number: int) -> bool:
         """Whether `number` becomes a model directory: what evaluations and exports read."""
         interval = self._settings.eval.interval
-        if self._on_disk and not self._settings.weights.deltas:
+        if self._settings.weights.transport == "filesystem" and not self._settings.weights.deltas:
             return True
         asked = bool(interval) and number % interval == 0
         return asked or number % self._settings.weights.full_every == 0 or number == self._settings.trainer.max_steps
@@ -107,6 +139,20 @@ class Publisher:
         if self._announced.get(policy.number) != policy.digest:
             self._announced = {number: digest for number, digest in self._announced.items() if number < policy.number}
             self._announced[policy.number] = policy.digest
+
+
+def transfer_of(bus: Bus, lease: Lease, settings: Settings) -> Transfer | None:
+    """The way from GPU to GPU, with `weights.transport = "nccl"`.
+
+    Raises:
+        SettingsError: vLLM, whose way it is, is not installed.
+    """
+    if settings.weights.transport != "nccl":
+        return None
+    if not serving.vllm_importable():
+        raise SettingsError([vllm_missing("weights.transport")])
+    patience_s = settings.weights.patience
+    return Transfer(Caller(bus, lease, patience_s), address_towards(redis_url(settings)), patience_s)
 
 
 def student_files(run_dir: Path, learner: Learner) -> Path:

@@ -33,7 +33,7 @@ from workers.trainer.issuer import Issuer
 from workers.trainer.keeper import Keeper, Standing
 from workers.trainer.opening import agree_on_plan, become_trainer, lost_numbers, unsettled_dead
 from workers.trainer.probe import prober
-from workers.trainer.publisher import Publisher, student_files
+from workers.trainer.publisher import Publisher, student_files, transfer_of
 from workers.trainer.recording import Recording
 from workers.trainer.requests import Requests
 
@@ -89,7 +89,7 @@ class Trainer:
             self.requests = Requests(self.bus, self.lease, self.run_dir, self.accounts, self.issuer)
             self._open_files()
             files = student_files(self.run_dir, self.learner)
-            self.publisher = Publisher(self.bus, self.lease, self.settings, files)
+            self.publisher = Publisher(self.bus, self.lease, self.settings, files, transfer_of(self.bus, self.lease, self.settings))
             self._prober = prober(self.learner, self.settings.inference)
             self.policy = self._publish(self.step)
             self.recording = Recording(self.settings, found, self.policy.digest)
@@ -193,6 +193,9 @@ class Trainer:
         if self.busy:
             self._train()
             self._advance()
+        if self.publisher.wanted:
+            with self._writing():
+                self.publisher.supply()
         self.requests.look(self.step + 1)
         self._issue()
         if self.keeper.due(self.step, self.max_steps, full=self.bus.full):
@@ -213,6 +216,7 @@ class Trainer:
         self.metrics.close()
         self.samples.close()
         self.recording.close()
+        self.publisher.close()
         if self._evaluations:
             self._evaluations.close()
 

@@ -32,11 +32,12 @@ class Recorder:
 class Watched:
     """Policies over a run directory, with a clock and an announcement that the test sets."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, receiver: Any = None) -> None:
         self.engine, self.run_dir, self.now, self.looks = Recorder(), run_dir, 100.0, 0
         self.announced: PolicyVersion | None = None
         engine: Any = self.engine
-        self.policies = Policies(engine, Reader(Directory(run_dir), deltas=False), self._newest, clock=lambda: self.now)
+        reader = Reader(Directory(run_dir), deltas=False)
+        self.policies = Policies(engine, reader, self._newest, clock=lambda: self.now, receiver=receiver)
 
     def publish(self, number: int, value: float, name: str = "w") -> PolicyVersion:
         model = self.run_dir / "model"
@@ -51,6 +52,27 @@ class Watched:
     def _newest(self) -> PolicyVersion | None:
         self.looks += 1
         return self.announced
+
+
+class Missed:
+    """Stands for a receiver, whose engine got the version with the digest `has`, if any, from GPU to GPU."""
+
+    def __init__(self) -> None:
+        self.has, self.looks = "", 0
+        self.loaded: list[int] = []
+        self.wanted: list[int] = []
+
+    def look(self) -> None:
+        self.looks += 1
+
+    def holds(self, policy: PolicyVersion) -> bool:
+        return policy.digest == self.has
+
+    def load(self, policy: PolicyVersion) -> None:
+        self.loaded.append(policy.number)
+
+    def want(self, policy: PolicyVersion) -> None:
+        self.wanted.append(policy.number)
 
 
 @pytest.fixture
@@ -123,3 +145,25 @@ def test_a_version_that_was_replaced_while_it_was_read_is_followed_by_the_newest
     assert watched.policies.version == 3
     watched.refresh_after(0)
     assert watched.engine.loaded[-1] == (4, pytest.approx(0.7))
+
+
+def test_what_was_received_is_loaded_without_a_file_and_calls_are_looked_for_all_the_time(tmp_path: Path) -> None:
+    receiver = Missed()
+    watched = Watched(tmp_path, receiver)
+    watched.announced, receiver.has = PolicyVersion(number=1, digest="ab", path="policies/000001", size_bytes=8), "ab"
+    watched.refresh_after(LOOK_S)
+    watched.refresh_after(LOOK_S)
+    assert (receiver.loaded, receiver.looks, watched.engine.loaded) == ([1], 2, [])
+    assert watched.policies.problem is None
+
+
+def test_what_was_not_received_is_read_or_asked_for_as_a_file(tmp_path: Path) -> None:
+    receiver = Missed()
+    watched = Watched(tmp_path, receiver)
+    watched.publish(1, 0.5)
+    watched.refresh_after(LOOK_S)
+    assert (watched.engine.loaded, receiver.wanted) == ([(1, 0.5)], [])
+    watched.announced = PolicyVersion(number=2, digest="cd", path="policies/000002", size_bytes=8)
+    watched.refresh_after(LOOK_S)
+    assert receiver.wanted == [2]
+    assert watched.policies.problem is not None and "there are no weights of version 2" in watched.policies.problem

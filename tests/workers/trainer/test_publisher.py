@@ -10,7 +10,7 @@ import pytest
 
 import pipeline.weights.chunks
 from pipeline.streams import Bus
-from pipeline.weights import Directory, Reader, Shelf, WeightsError
+from pipeline.weights import Directory, LoadedPolicy, Reader, Shelf, WeightsError
 from pipeline.weights.chunks import Chunks
 from tests.workers.trainer.driver import Run
 
@@ -136,3 +136,76 @@ def test_a_missing_version_is_named_with_the_place_where_it_should_be(bus: Bus, 
     policy: Any = job.bus.newest_policy()
     with pytest.raises(WeightsError, match=r"no weights of version 0, digest [0-9a-f]{12}, in .*elsewhere"):
         Reader(Directory(tmp_path / "elsewhere"), deltas=True).fetch(policy)
+
+
+class Sends:
+    """Stands for a transfer between GPUs, which there are none of: it succeeds but for the versions that `fails`."""
+
+    def __init__(self) -> None:
+        self.fails: set[int] = set()
+        self.sent: list[int] = []
+
+    def send(self, policy: LoadedPolicy) -> bool:
+        self.sent.append(policy.number)
+        return policy.number not in self.fails
+
+    def close(self) -> None:
+        """Nothing was opened."""
+
+
+@pytest.fixture
+def sends(monkeypatch: pytest.MonkeyPatch) -> Sends:
+    sends = Sends()
+    monkeypatch.setattr("workers.trainer.stage.transfer_of", lambda *_: sends)
+    return sends
+
+
+@pytest.fixture
+def direct(run: Callable[..., Run], sends: Sends) -> Run:
+    job = run(weights__transport="nccl", weights__full_every=4)
+    job.ready()
+    return job
+
+
+def readable(job: Run) -> bool:
+    policy = job.bus.newest_policy()
+    assert policy is not None
+    try:
+        return Reader(Directory(job.trainer.run_dir), deltas=False).fetch(policy).number == policy.number
+    except WeightsError:
+        return False
+
+
+def test_what_went_from_gpu_to_gpu_is_no_file_but_for_every_fourth_and_the_last(direct: Run, sends: Sends) -> None:
+    direct.to_the_end()
+    assert sends.sent == list(range(7))
+    assert directories(direct) == ["000000", "000004", "000006"]
+    assert direct.announced() == list(range(7))
+
+
+def test_a_version_whose_transfer_failed_is_a_file_when_it_is_announced(direct: Run, sends: Sends) -> None:
+    sends.fails = {2}
+    for step, there in ((1, False), (2, True), (3, False)):
+        direct.until(step)
+        assert readable(direct) == there
+
+
+def test_a_generator_that_missed_the_newest_version_gets_it_as_a_file(direct: Run) -> None:
+    direct.until(3)
+    policy = direct.bus.newest_policy()
+    assert policy is not None and not readable(direct)
+    direct.turn()
+    assert not readable(direct)
+    direct.bus.want_weights(policy.digest)
+    direct.turn()
+    assert readable(direct)
+
+
+def test_a_trainer_that_was_killed_sends_the_newest_version_again_and_announces_it_once(direct: Run, sends: Sends) -> None:
+    direct.until(5)
+    sends.sent.clear()
+    direct.start()
+    direct.until(5)
+    assert sends.sent == [5]
+    direct.to_the_end()
+    assert direct.announced() == list(range(7))
