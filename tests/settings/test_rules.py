@@ -184,6 +184,7 @@ def test_each_rule_tells_one_thing_and_nothing_else_is_told(overrides: list[str]
         [*HARD, "orchestrator.group_size=1"],
         [*HARD, "orchestrator.teacher_rollout_model.keep=verified"],
         ["task.name=jsonl", "task.path=a.jsonl", "task.eval_path=b.jsonl"],
+        NCCL,
     ],
 )
 def test_what_can_work_is_not_refused(overrides: list[str]) -> None:
