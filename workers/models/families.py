@@ -70,53 +70,37 @@ def _ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def _qwen2_5(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> tuple[PretrainedConfig, Any]:
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
 
-    hidden, half = shape.hidden, shape.head_dim // 2
-    text = _text(shape, tokenizer) | {"rope_parameters": _mrope([half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8])}
-    config = Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config={
-            "depth": 2,
-            "hidden_size": hidden,
-            "intermediate_size": 2 * hidden,
-            "num_heads": 2,
-            "patch_size": PATCH,
-            "window_size": 4 * PATCH,
-            "fullatt_block_indexes": [0, 1],
-            "out_hidden_size": hidden,
-        },
-        tie_word_embeddings=True,
-        **_ids(tokenizer),
-    )
-    sizes = {"patch_size": PATCH, "merge_size": 2}
-    images = Qwen2VLImageProcessor(size={"shortest_edge": (2 * PATCH) ** 2, "longest_edge": 64 * PATCH**2}, **sizes)
-    return config, Qwen2_5_VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(**sizes), chat_template=tokenizer.chat_template)
+    tower = {"window_size": 4 * PATCH, "fullatt_block_indexes": [0, 1]}
+    return _qwen(Qwen2_5_VLConfig, tower, shape, tokenizer), _qwen_processor(Qwen2_5_VLProcessor, Qwen2VLVideoProcessor, tokenizer)
 
 
 def _qwen3(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> tuple[PretrainedConfig, Any]:
-    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+    from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
 
-    hidden, half = shape.hidden, shape.head_dim // 2
-    text = _text(shape, tokenizer) | {"rope_parameters": _mrope([half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8])}
-    config = Qwen3VLConfig(
-        text_config=text,
-        vision_config={
-            "depth": 2,
-            "hidden_size": hidden,
-            "intermediate_size": 2 * hidden,
-            "num_heads": 2,
-            "patch_size": PATCH,
-            "num_position_embeddings": (SIDE // PATCH) ** 2,
-            "deepstack_visual_indexes": [0],
-            "out_hidden_size": hidden,
-        },
-        tie_word_embeddings=True,
-        **_ids(tokenizer),
-    )
+    tower = {"num_position_embeddings": (SIDE // PATCH) ** 2, "deepstack_visual_indexes": [0]}
+    return _qwen(Qwen3VLConfig, tower, shape, tokenizer), _qwen_processor(Qwen3VLProcessor, Qwen3VLVideoProcessor, tokenizer)
+
+
+def _qwen(config: type[PretrainedConfig], tower: dict[str, Any], shape: Shape, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+    """A model whose rotary frequencies are shared out among time, height and width. `tower`: what its vision tower has of its own."""
+    hidden, frequencies = shape.hidden, shape.head_dim // 2
+    in_space = frequencies * 3 // 8
+    sections = [frequencies - 2 * in_space, in_space, in_space]
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": sections}
+    width = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "out_hidden_size": hidden}
+    vision = {"depth": 2, "num_heads": 2, "patch_size": PATCH, **width}
+    text = _text(shape, tokenizer) | {"rope_parameters": rope}
+    return config(text_config=text, vision_config=vision | tower, tie_word_embeddings=True, **_ids(tokenizer))
+
+
+def _qwen_processor(processor: type[Any], video_processor: type[Any], tokenizer: PreTrainedTokenizerFast) -> Any:
+    from transformers import Qwen2VLImageProcessor
+
     sizes = {"patch_size": PATCH, "merge_size": 2}
     images = Qwen2VLImageProcessor(size={"shortest_edge": (2 * PATCH) ** 2, "longest_edge": 64 * PATCH**2}, **sizes)
-    return config, Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(**sizes), chat_template=tokenizer.chat_template)
+    return processor(images, tokenizer, video_processor(**sizes), chat_template=tokenizer.chat_template)
 
 
 def _llava(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> tuple[PretrainedConfig, Any]:
@@ -149,11 +133,6 @@ def _llava(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> tuple[Pretrained
         chat_template=tokenizer.chat_template,
     )
     return config, processor
-
-
-def _mrope(sections: list[int]) -> dict[str, Any]:
-    """Rotary positions whose frequencies are shared out among time, height and width."""
-    return {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": sections}
 
 
 _MAKERS: dict[Family, Callable[[Shape, PreTrainedTokenizerFast], tuple[PretrainedConfig, Any]]] = {
