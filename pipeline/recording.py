@@ -2,8 +2,8 @@
 
 `<run directory>/recording/` holds segments, named by the position of their first byte, each a heading and then frames: a head
 with the payload's length, a checksum, the kind, the time and the number, then the payload. A frame's kind says what the
-payload is; one that this version does not know is refused and never skipped, so that a later version may put frames of
-another kind (the bytes of an image, say) before the record that refers to them.
+payload is; one that this version does not know is refused and never skipped. `images/` holds the images that records name, each
+in a file of its digest's name.
 
 A recording is appended to, made durable before each checkpoint that names its length, and cut back to that length when the
 trainer goes on from that checkpoint: so it never tells of anything that the training has forgotten.
@@ -25,7 +25,7 @@ import msgspec
 
 from pipeline.files import sync
 
-FOLDER = "recording"
+FOLDER, IMAGES = "recording", "images"
 SEGMENT_BYTES = 256 << 20
 _HEADING = b"onstream recording 1\n"
 _HEAD = struct.Struct("<IIBdQ")  # payload bytes, CRC-32 of what follows it, kind, seconds since the epoch, number
@@ -135,6 +135,29 @@ class Recorder:
         self._file = (self._directory / _name(start)).open("ab", buffering=0)
         if not self._file.tell():
             self._write(_HEADING)
+
+
+def keep_image(directory: Path, digest: str, data: bytes) -> None:
+    """Put an image beside the recording in `directory`, durably, unless it lies there.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    path = directory / IMAGES / digest
+    if path.exists():
+        return
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_bytes(data)
+    sync(unfinished)
+    unfinished.rename(path)
+    sync(path.parent)
+
+
+def image(directory: Path, digest: str) -> bytes | None:
+    """The bytes of an image that a record of the recording in `directory` names; None where it was gone when that was recorded."""
+    path = directory / IMAGES / digest
+    return path.read_bytes() if path.exists() else None
 
 
 def exists(directory: Path) -> bool:

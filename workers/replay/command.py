@@ -6,10 +6,11 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import telemetry
+from pipeline import recording, telemetry
 from pipeline.errors import Exit, UserError
 from pipeline.jsonl import JsonLines
 from pipeline.recording import Opened, RecordingError
@@ -73,7 +74,7 @@ class Replay:
         self._out.mkdir(parents=True)
         (self._out / "settings.toml").write_text(toml_text(self.settings), encoding="utf-8")
         verdict, last, damage = Verdict(self._changed), None, None
-        player = Player(self._beginning, self._under, self._say)
+        player = Player(self._beginning, self._under, self._say, partial(recording.image, self._source.directory))
         progress = Progress(self._say, self._last_step(stop_at), self.settings.deployment.status_interval)
         with Files(self._out) as files:
             try:

@@ -56,13 +56,19 @@ class Player:
     """Replays from `beginning` into `settings.run_dir`.
 
     `settings_under` gives the settings that hold when a trainer takes the run up as recorded; `told` hears of conditions that
-    are not the recorded ones.
+    are not the recorded ones; `image` gives the bytes of an image by digest.
 
     Raises:
         UserError: the student cannot be loaded.
     """
 
-    def __init__(self, beginning: Beginning, settings_under: Callable[[Opened], Settings], told: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        beginning: Beginning,
+        settings_under: Callable[[Opened], Settings],
+        told: Callable[[str], None],
+        image: Callable[[str], bytes | None] = lambda digest: None,
+    ) -> None:
         self._settings_under, self._told = settings_under, told
         self.settings, found = settings_under(beginning.opened), beginning.found
         self._under_conditions(beginning.opened)
@@ -73,7 +79,7 @@ class Player:
         dropped = found.state.dropped if found else {}
         self.missed: int | None = None
         """The first step that the recorded run took where none was due here."""
-        self.course = Course(self.settings, learner, self, worker="replay", step=beginning.step, dropped=dropped)
+        self.course = Course(self.settings, learner, self, worker="replay", step=beginning.step, dropped=dropped, image=image)
         self._files = student_files(self.run_dir, learner)
         self.policy = self._publish()
         if not beginning.position and self.policy.digest != beginning.opened.digest:

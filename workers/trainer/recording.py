@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,19 @@ class Recording:
     """Records a run from the checkpoint `found` on (None: its start), whose weights have `digest`; or nothing, where it is not asked for.
 
     A recording that the checkpoint knows is gone on with, cut back to what the checkpoint holds. One that it does not know
-    is set aside, and a new one begins with a copy of the checkpoint.
+    is set aside, and a new one begins with a copy of the checkpoint. `image` gives the bytes of an image by digest.
 
     Raises:
         OSError: the disk is full.
     """
 
-    def __init__(self, settings: Settings, found: Checkpoint | None, digest: str) -> None:
+    def __init__(
+        self, settings: Settings, found: Checkpoint | None, digest: str, image: Callable[[str], bytes | None] = lambda digest: None
+    ) -> None:
         self._recorder: Recorder | None = None
-        directory, length = settings.run_dir / recording.FOLDER, _length(settings.run_dir, found)
+        self._image = image
+        self._directory, length = settings.run_dir / recording.FOLDER, _length(settings.run_dir, found)
+        directory = self._directory
         if not settings.trainer.record:
             if length is not None and directory.exists():
                 recording.cut(directory, length)
@@ -58,8 +63,13 @@ class Recording:
 
     def record(self, record: Rollout | Tombstone, taken: float) -> None:
         """`record` is what the training depends on next."""
-        if self._recorder:
-            self._recorder.record(record.number, taken, encode(record))
+        if not self._recorder:
+            return
+        if isinstance(record, Rollout):
+            for digest in {digest for sample in record.samples for digest in sample.images}:
+                if (data := self._image(digest)) is not None:
+                    recording.keep_image(self._directory, digest, data)
+        self._recorder.record(record.number, taken, encode(record))
 
     def stepped(self, step: int, digest: str, metrics: dict[str, Any]) -> None:
         """`step` was taken on the records so far."""

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import UserError
 from pipeline.jsonl import JsonLines, cut
 from pipeline.ledger import Fate
 from pipeline.ownership import Ownership
@@ -92,7 +91,7 @@ class Trainer:
             self.publisher = Publisher(self.bus, self.lease, self.settings, files, transfer_of(self.bus, self.lease, self.settings))
             self._prober = prober(self.learner, self.settings.inference)
             self.policy = self._publish(self.step)
-            self.recording = Recording(self.settings, found, self.policy.digest)
+            self.recording = Recording(self.settings, found, self.policy.digest, self.bus.image)
         if self.settings.eval.interval:
             self._evaluations = Evaluations(self.settings, redis_url(self.settings), self.run_dir)
         self.issued = state.issued if state else 0
@@ -104,12 +103,6 @@ class Trainer:
 
     def _load(self, found: Checkpoint | None) -> None:
         self.learner = learner_at(self.settings, found)
-        if self.settings.trainer.record and self.learner.vision:
-            raise UserError(
-                f"trainer.record is on, and {self.settings.model.name} reads images, which recordings do not hold yet",
-                expected="a student that reads text alone, or no recording",
-                next_step="Set trainer.record = false.",
-            )
         state = found.state if found else None
         step, dropped = (state.step, state.dropped) if state else (0, {})
         self.course = Course(self.settings, self.learner, self, worker=self.bus.consumer, step=step, dropped=dropped, image=self.bus.image)

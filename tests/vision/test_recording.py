@@ -1,0 +1,90 @@
+"""A recorded run with images is trained again to the same weights, from the images that the recording holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import recording
+from pipeline.ledger import Fate
+from pipeline.records import Rollout, Sample, Tombstone, ids_bytes, logprobs_bytes, mask_bytes
+from pipeline.weights import LoadedPolicy
+from settings.root import Settings
+from tests.vision.conftest import Tiny, noise
+from workers.trainer.course import Course, learner_at
+from workers.trainer.recording import Recording
+
+pytestmark = pytest.mark.timeout(60)
+BATCH = 4
+
+
+class Around:
+    """Hears what a course tells, and hands what it considers to a recording."""
+
+    def __init__(self, recorded: Recording | None) -> None:
+        self.recorded, self.fates = recorded, dict[int, Fate]()
+
+    def considered(self, record: Rollout | Tombstone, taken: float) -> None:
+        if self.recorded:
+            self.recorded.record(record, taken)
+
+    def settle(self, numbers: Iterable[int], fate: Fate, step: int) -> None:
+        self.fates |= dict.fromkeys(numbers, fate)
+
+
+def rollout(number: int, tiny: Tiny, image: str, tokens: int) -> Rollout:
+    """An answer of four tokens to a prompt that is one image of `tokens` tokens."""
+    sample = Sample(
+        prompt_ids=ids_bytes([tiny.vision.placeholder_id] * tokens + [70]),
+        completion_ids=ids_bytes([50 + number, 60, 61, 62]),
+        loss_mask=mask_bytes([1] * 4),
+        generator_logprobs=logprobs_bytes([0.0] * 4),
+        version_spans=[],
+        completion_text="",
+        images=[image],
+    )
+    return Rollout(number, number - 1, 1, number - 1, [], {}, [sample], 1.0, "stop", ["train"])
+
+
+def trained(
+    settings: Settings, records: list[Rollout], image: Callable[[str], bytes | None], recorded: Recording | None
+) -> tuple[str, Any]:
+    """The digest of the weights after a step on `records`, and the fates of their numbers."""
+    around = Around(recorded)
+    course = Course(settings, learner_at(settings, None), around, worker="t", image=image)
+    for record in records:
+        course.take(record, 1.0)
+    course.advance()
+    course.conclude(course.learn())
+    course.close()
+    return LoadedPolicy.of(1, course.learner.published_state()).digest, around.fates
+
+
+def test_images_lie_in_the_recording_once_and_train_to_the_same_bits(tiny: Tiny, tmp_path: Path) -> None:
+    settings = Settings.model_validate(
+        {
+            "model": {"name": str(tiny.directory)},
+            "run": {"dir": str(tmp_path), "name": "run"},
+            "deployment": {"device": "cpu"},
+            "orchestrator": {"group_size": 1, "batch_size": BATCH},
+            "trainer": {"record": True, "loss": {"type": "sft"}},
+        }
+    )
+    pictures = [noise(1), noise(2)]
+    live = {picture.digest: picture.data for picture in pictures}
+    tokens = len(tiny.vision.features(pictures[0]).token_ids)
+    settings.run_dir.mkdir()
+    recorded = Recording(settings, None, "start", live.get)
+    made = [rollout(number, tiny, pictures[number % 2].digest, tokens) for number in range(1, BATCH + 1)]
+    gone = rollout(BATCH + 1, tiny, "0" * 64, tokens)
+    first = trained(settings, [gone, *made], live.get, recorded)
+    recorded.close()
+
+    directory = settings.run_dir / recording.FOLDER
+    assert sorted(path.name for path in (directory / recording.IMAGES).iterdir()) == sorted(live)
+    assert first[1][BATCH + 1] == "dead"
+    assert trained(settings, [gone, *made], partial(recording.image, directory), None) == first
