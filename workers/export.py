@@ -27,7 +27,8 @@ def export(settings: Settings, version: int | None, out: Path) -> int:
             expected="a version that was trained, or a student in a directory",
             next_step="Give --version.",
         )
-    from workers.trainer.lora import base_of, write_merged  # brings torch
+    from pipeline.models.loading import base_of  # brings torch
+    from workers.trainer.lora import write_merged
 
     if base_of(directory):
         write_merged(directory, out)

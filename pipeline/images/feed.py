@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from pipeline.images.reading import Picture
+from pipeline.records import Ids
 
 if TYPE_CHECKING:
     from pipeline.models.vision import ImageFeatures, Vision
@@ -52,6 +53,14 @@ class ImageFeed:
                 raise
         self._forget()
         return made
+
+    def objection(self, prompt_ids: Ids, digests: Sequence[str]) -> str | None:
+        """Why a prompt cannot be read with the images that it shows, in words; None where all are there and their tokens in it."""
+        try:
+            made = self.of(digests)
+        except MissingImage as error:
+            return str(error)
+        return self._vision.misplaced(prompt_ids, [made[digest] for digest in digests])
 
     def close(self) -> None:
         """End the thread."""

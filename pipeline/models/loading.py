@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from pipeline.errors import UserError
 from pipeline.models.tokenizer import cached_first, has_vision
 
+ADAPTER_CONFIG = "adapter_config.json"
 DeviceSetting = Literal["auto", "cpu", "cuda"]
 DtypeSetting = Literal["auto", "float32", "bfloat16"]
 
@@ -54,7 +55,7 @@ def load_model(name: str | Path, *, dtype: torch.dtype, device: torch.device, at
     """
 
     def load(name: str, **where: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-        config = AutoConfig.from_pretrained(_base_of(name), **where)
+        config = AutoConfig.from_pretrained(base_of(name) or name, **where)
         family = AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
         loaded: tuple[PreTrainedModel, dict[str, Any]] = family.from_pretrained(
             name, dtype=dtype, attn_implementation=attention or "sdpa", output_loading_info=True, **where
@@ -71,10 +72,13 @@ def load_model(name: str | Path, *, dtype: torch.dtype, device: torch.device, at
     return model.to(device).eval()
 
 
-def _base_of(name: str) -> str:
-    """The model whose configuration counts: that under the adapter, where `name` is the directory of one."""
-    adapter = Path(name) / "adapter_config.json"
-    return str(msgspec.json.decode(adapter.read_bytes())["base_model_name_or_path"]) if adapter.is_file() else name
+def base_of(model: str | Path) -> str | None:
+    """The name of the base model if `model` is a directory that holds an adapter, else None."""
+    config = Path(model) / ADAPTER_CONFIG
+    if not config.is_file():
+        return None
+    name: str = msgspec.json.decode(config.read_bytes())["base_model_name_or_path"]
+    return name
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:

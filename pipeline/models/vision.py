@@ -79,6 +79,15 @@ class Vision:
         self._processor.save_pretrained(directory)
 
     @staticmethod
+    def misplaced(prompt_ids: Ids, images: Sequence[ImageFeatures]) -> str | None:
+        """Why `prompt_ids` cannot be what a prompt with `images` came to, in words; None where it holds their tokens, all and in order."""
+        expected = np.concatenate([image.token_ids for image in images]) if images else np.empty(0, dtype=np.int32)
+        found = prompt_ids[np.isin(prompt_ids, expected)]
+        if np.array_equal(found, expected):
+            return None
+        return f"its prompt holds {len(found)} tokens of images, where {len(expected)} stand for the {len(images)} that it shows"
+
+    @staticmethod
     def _pieces(ids: Ids, places: Sequence[int] | np.ndarray[Any, Any], images: Sequence[ImageFeatures]) -> Iterator[Ids]:
         start = 0
         for place, image in zip(places, images, strict=True):
@@ -98,15 +107,6 @@ def joined(images: Sequence[ImageFeatures]) -> dict[str, Tensor]:
         return {name: torch.cat([image.tensors[name] for image in images]) for name in (images[0].tensors if images else ())}
     except RuntimeError as error:
         raise ValueError(f"images of different sizes do not go into one batch of this model: {error}") from error
-
-
-def misplaced(prompt_ids: Ids, images: Sequence[ImageFeatures]) -> str | None:
-    """Why `prompt_ids` cannot be what a prompt with `images` came to, in words; None where it holds their tokens, all and in order."""
-    expected = np.concatenate([image.token_ids for image in images]) if images else np.empty(0, dtype=np.int32)
-    found = prompt_ids[np.isin(prompt_ids, expected)]
-    if np.array_equal(found, expected):
-        return None
-    return f"its prompt holds {len(found)} tokens of images, where {len(expected)} stand for the {len(images)} that it shows"
 
 
 def load_vision(name: str | Path) -> Vision:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.images.feed import ImageFeed, MissingImage
+from pipeline.images.feed import ImageFeed
 from pipeline.models.logprobs import NO_IMAGES, TokenLogprobs, head_of, hidden_states, token_logprobs
 from pipeline.models.multimodal import Features
 from pipeline.models.packing import Packed, pack, share_prompts
-from pipeline.models.vision import misplaced
 from workers.teacher.scorer import ScoreRequest, Scores
 
 
@@ -59,11 +58,7 @@ class LocalScorer:
             return None
         if self._feed is None:
             return f"its prompt shows {len(request.images)} images, and the teacher {self.name} reads none"
-        try:
-            made = self._feed.of(request.images)
-        except MissingImage as error:
-            return str(error)
-        return misplaced(request.prompt_ids, [made[digest] for digest in request.images])
+        return self._feed.objection(request.prompt_ids, request.images)
 
     def close(self) -> None:
         """End what looks ahead."""

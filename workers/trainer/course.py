@@ -15,11 +15,10 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from pipeline.images.feed import ImageFeed, MissingImage
+from pipeline.images.feed import ImageFeed
 from pipeline.ledger import Fate
 from pipeline.models.loading import resolve_device
 from pipeline.models.logprobs import NO_IMAGES
-from pipeline.models.vision import misplaced
 from pipeline.records import Rollout, Timing, Tombstone, ids_array
 from pipeline.telemetry import get_logger
 from settings.root import Settings
@@ -153,15 +152,10 @@ class Course:
 
     def _unseen(self, record: Rollout) -> str | None:
         """Why the images of `record` cannot be trained on, in words; None where they all are there."""
-        for sample in record.samples if self._feed else ():
-            assert self._feed is not None
-            try:
-                made = self._feed.of(sample.images)
-            except MissingImage as error:
-                return str(error)
-            if reason := misplaced(ids_array(sample.prompt_ids), [made[digest] for digest in sample.images]):
-                return reason
-        return None
+        if self._feed is None:
+            return None
+        reasons = (self._feed.objection(ids_array(sample.prompt_ids), sample.images) for sample in record.samples)
+        return next((reason for reason in reasons if reason), None)
 
     def _settle(self, unit: Chosen | Dropped) -> None:
         """Fix the fates of a unit's members in the step that is being gathered."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import Exit, UserError
-from pipeline.models.loading import load_model, resolve_dtype
+from pipeline.models.loading import base_of, load_model, resolve_dtype
 from pipeline.models.logprobs import NO_IMAGES, head_of, hidden_states
 from pipeline.models.multimodal import Features
 from pipeline.models.packing import Packed, pack, share_prompts, single_rows
@@ -43,7 +43,7 @@ class Learner:
         self.trainer, self.device = trainer, device
         self.dtype = resolve_dtype(trainer.dtype, device)
         self.tokenizer = load_tokenizer(model)
-        base = lora.base_of(model)
+        base = base_of(model)
         self.model = load_model(base or model, dtype=torch.float32, device=device)
         self.padded_because = prepare(self.model)
         self._adapter = lora.attach(self.model, trainer.lora, saved=model if base else None) if trainer.lora else None

@@ -7,29 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.models.loading import load_model
+from pipeline.models.loading import base_of, load_model
 from pipeline.models.tokenizer import load_tokenizer
 from settings.trainer import LoraSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER = "default"
-
-
-def base_of(model: str | Path) -> str | None:
-    """The name of the base model if `model` is a directory that holds an adapter, else None."""
-    config = Path(model) / ADAPTER_CONFIG
-    if not config.is_file():
-        return None
-    name: str = msgspec.json.decode(config.read_bytes())["base_model_name_or_path"]
-    return name
 
 
 def attach(model: PreTrainedModel, lora: LoraSettings, saved: str | Path | None) -> Any:

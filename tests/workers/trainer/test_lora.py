@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
+from pipeline.models.loading import ADAPTER_CONFIG, base_of
 from pipeline.streams import Bus
 from settings.trainer import TrainerSettings
 from tests.tiny import sequences, write_tiny
 from tests.workers.trainer.driver import Run
 from workers.trainer.learner import Learner
-from workers.trainer.lora import ADAPTER_CONFIG, base_of
 from workers.trainer.samples import TrainSample
 
 CPU = torch.device("cpu")
