@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+
+from tests.processes import worker
 
 ROOT = Path(__file__).parents[1]
 STEPS = 30
@@ -43,10 +42,7 @@ class Run:
 
     def kill(self, kind: str) -> None:
         """SIGKILL the worker of `kind` that lives now."""
-        children = psutil.Process(self.process.pid).children()
-        workers = [child for child in children if f" worker {kind} " in " ".join(child.cmdline())]
-        assert len(workers) == 1, [child.cmdline() for child in children]
-        os.kill(workers[0].pid, signal.SIGKILL)
+        worker(self.process.pid, kind).kill()
 
     def report(self) -> dict[str, Any]:
         assert self.process.wait() == 0, self.output.read_text()

@@ -10,6 +10,7 @@ from pipeline import telemetry
 from pipeline.errors import UserError
 from pipeline.jsonl import JsonLines
 from settings.root import Settings
+from workers.trainer import checkpoint
 
 
 def evaluate_version(settings: Settings, version: int | None) -> dict[str, Any]:
@@ -37,9 +38,8 @@ def find_version(settings: Settings, version: int | None) -> tuple[Path, int]:
     Raises:
         UserError: nowhere.
     """
-    policies, checkpoints = settings.run_dir / "policies", settings.run_dir / "checkpoints"
-    kept = {int(path.name): path for path in policies.glob("[0-9]*")}
-    kept = {int(path.name.removeprefix("step-")): path for path in checkpoints.glob("step-*[0-9]")} | kept
+    kept = checkpoint.by_step(settings.run_dir / checkpoint.FOLDER)
+    kept |= {int(path.name): path for path in (settings.run_dir / "policies").glob("[0-9]*")}
     kept.setdefault(0, Path(settings.model.name))
     wanted = max(kept) if version is None else version
     if wanted not in kept:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -15,6 +14,7 @@ from settings.load import load_settings
 from tests.chat_server import chat_server
 from tests.faulty_server import Answer, Body, serving
 from tests.modes.run import PAGE, ROOT, STUDENT, TEACHER, Run
+from tests.processes import worker
 from workers.evaluate import evaluate
 from workers.generator.chat import ChatGenerator
 
@@ -92,10 +92,7 @@ def test_an_endpoint_that_is_away_and_a_generator_that_is_killed_lose_nothing(tm
             run.wait_for(lambda: "waiting for the teacher" in run.said())
             server.answer = answer
             run.wait_for(lambda: run.steps() >= 12)
-            generators = [child for child in psutil.Process(up.pid).children(recursive=True) if "generator" in child.cmdline()]
-            assert generators
-            for generator in generators:
-                generator.kill()
+            worker(up.pid, "generator").kill()
             assert up.wait(120) == 0, run.said()[-3000:]
     assert f"waiting for the teacher: {url}: 503 overloaded" in run.said()
     assert "generator-0 " in run.said(), "its death is told"

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from pipeline.recording import FOLDER, Opened, Recorded, Recorder, Stepped, frames
 from tests.modes.run import ROOT, Run
+from tests.processes import worker
 from workers.trainer.recording import SETTINGS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -30,14 +30,6 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def kill_trainer(run: Run, launcher: int) -> None:
-    """SIGKILL to the trainer's process, as the kernel's out-of-memory killer would."""
-    trainers = [child for child in psutil.Process(launcher).children(recursive=True) if "trainer" in child.cmdline()]
-    assert trainers, run.said()
-    for trainer in trainers:
-        trainer.kill()
-
-
 def test_a_trainer_killed_at_three_random_points_comes_to_the_weights_of_an_undisturbed_replay(tmp_path: Path) -> None:
     draw = random.Random(SEED)
     kills = sorted(draw.sample(range(2, STEPS - 4), 3))
@@ -46,7 +38,7 @@ def test_a_trainer_killed_at_three_random_points_comes_to_the_weights_of_an_undi
         for at in kills:
             run.wait_for(lambda at=at: run.steps() >= at)  # type: ignore[misc]
             time.sleep(draw.uniform(0, 0.1))  # anywhere in a step, not at its end
-            kill_trainer(run, up.pid)
+            worker(up.pid, "trainer").kill()  # as the kernel does when memory runs out
         assert up.wait(180) == 0, run.said()[-3000:]
     audit = run.audit()
     assert (audit["lost"], audit["duplicated"], audit["trained"]) == (0, 0, STEPS * 32)

@@ -14,17 +14,13 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.processes import worker
 from tests.vllm.test_run import steps
 
 ROOT = Path(__file__).parents[2]
 ONSTREAM = (sys.executable, "-m", "workers.cli")
 AFTER_AT_LEAST = 0.98
 KILLED_AT = 10
-
-
-def generator(run: subprocess.Popen[bytes]) -> psutil.Process:
-    [found] = [child for child in psutil.Process(run.pid).children() if " worker generator " in " ".join(child.cmdline())]
-    return found
 
 
 @pytest.mark.slow
@@ -39,7 +35,7 @@ def test_the_example_reaches_the_same_result_and_a_killed_generator_leaves_no_en
         while steps(run_dir) < KILLED_AT:
             assert run.poll() is None, said.read_text()
             time.sleep(0.05)
-        first = generator(run)
+        first = worker(run.pid, "generator")
         started = [first, *first.children(recursive=True)]
         assert any("EngineCore" in process.name() for process in started)
         os.kill(first.pid, signal.SIGKILL)

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.processes import living
 from tests.vllm.test_run import steps
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +34,7 @@ def started(run_dir: Path, said: Path, *overrides: str) -> subprocess.Popen[byte
 
 def servers(run: subprocess.Popen[bytes]) -> list[int]:
     """The processes under `run` that are vLLM's server itself."""
-    return [child.pid for child in psutil.Process(run.pid).children() if "vllm.entrypoints.openai.api_server" in child.cmdline()]
+    return [child.pid for child in living(run.pid, "vllm.entrypoints.openai.api_server")]
 
 
 def group(leader: int) -> set[int]:

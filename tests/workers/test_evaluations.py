@@ -20,5 +20,7 @@ def test_a_version_is_found_published_else_in_a_checkpoint_else_as_the_starting_
     assert find_version(settings, None) == (run / "policies/000007", 7)
     assert find_version(settings, 5) == (run / "checkpoints/step-000005", 5)
     assert find_version(settings, 0) == (Path("small"), 0)
+    (run / "checkpoints/step-000005.1").mkdir()  # a second one of its step: more records were settled, no step was taken
+    assert find_version(settings, 5) == (run / "checkpoints/step-000005.1", 5)
     with pytest.raises(UserError, match=r"policy version 6 .* expected one that is kept: 0, 5, 7"):
         find_version(settings, 6)

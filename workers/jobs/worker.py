@@ -135,7 +135,7 @@ class Overseer(threading.Thread):
         super().__init__(name="overseer", daemon=True)
         self._settings, self._bus, self._jobs, self.worker = settings, bus, jobs, worker
         self._stopping = threading.Event()
-        self.finished = False
+        self.finished = self._idle = False
         self.waits_for = JOBS
 
     def stop(self) -> None:
@@ -156,11 +156,13 @@ class Overseer(threading.Thread):
         stats = Stats(done=worker.done, dead=worker.failed, detail=worker.current or f"waits for {self.waits_for}")
         self._bus.heartbeat("jobs", stats, in_hand=int(bool(worker.current)))
         if self._bus.finished():
-            if not worker.current and self._jobs.idle():
+            # Twice in a row: a job that is just being taken is, for a moment, neither waiting nor under way.
+            idle_before, self._idle = self._idle, not worker.current and self._jobs.idle()
+            if idle_before and self._idle:
                 self.finished = True
                 self._stopping.set()
                 os.kill(os.getpid(), signal.SIGTERM)
-        elif interval_s := self._settings.jobs.sweep_interval:
+        elif (interval_s := self._settings.jobs.sweep_interval) and self.waits_for == JOBS:
             # Every jobs worker asks for the sweep of this interval, and one of them is the first.
             self._jobs.ask("sweep", str(int(time.time() // interval_s)))
 
@@ -182,6 +184,7 @@ def run_jobs(settings: Settings, bus: Bus, url: str) -> Exit:
             told = False
             while _ended_by_full_redis(overseer.worker, bus) and not (told := _told_before_room(bus, overseer)):
                 before, overseer.worker = overseer.worker, JobsWorker(settings, connection)
+                before.unsubscribe()  # which RQ does at its end, but not at the end that a full Redis makes
                 overseer.worker.done, overseer.worker.failed = before.done, before.failed
         finally:
             overseer.stop()

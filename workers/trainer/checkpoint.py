@@ -111,6 +111,11 @@ def complete(directory: Path) -> list[Checkpoint]:
     return [Checkpoint(path, msgspec.json.decode((path / STATE).read_bytes(), type=TrainerState)) for path in paths]
 
 
+def by_step(directory: Path) -> dict[int, Path]:
+    """Where the newest checkpoint of each step under `directory` lies; their digests are not looked at."""
+    return {_order(path)[0]: path for path in reversed(_newest_first(directory))}
+
+
 def damage(path: Path) -> str | None:
     """What differs between the checkpoint `path` and its manifest, or None for a whole one."""
     try:

@@ -1,0 +1,32 @@
+"""The processes of a running `onstream up`, as the system lists them."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+
+PATIENCE_S = 30.0
+
+
+def living(launcher: int, words: str) -> list[psutil.Process]:
+    """The children of `launcher` whose command line has `words`; one that has died and waits to be reaped has none."""
+    found = []
+    for child in psutil.Process(launcher).children():
+        try:
+            command = " ".join(child.cmdline())
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+        if words in command:
+            found.append(child)
+    return found
+
+
+def worker(launcher: int, kind: str) -> psutil.Process:
+    """The one worker of `kind`, which a launcher that is restarting it may only be about to have."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (found := living(launcher, f" worker {kind} ")):
+        assert time.monotonic() < deadline, f"no {kind} under {launcher} within {PATIENCE_S:g} s"
+        time.sleep(0.01)
+    assert len(found) == 1, [child.cmdline() for child in found]
+    return found[0]
