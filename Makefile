@@ -4,6 +4,7 @@ BIN := .venv/bin
 PYTHON ?= python3
 export PYTHON
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
+TORCHVISION := torchvision==0.28.0
 
 .PHONY: help up lint test test-modes test-vllm test-compose chaos bench bench-vllm models docs lock clean
 .DEFAULT_GOAL := help
@@ -17,8 +18,9 @@ up: .venv/run ## train the reverse-text example on this machine, from set-up to 
 lint: .venv/dev ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-test: .venv/dev ## all tests, on a real Redis of their own
-	@$(BIN)/python -m pytest --ignore tests/modes --ignore tests/compose --ignore tests/chaos
+test: .venv/vision ## all tests, on a real Redis of their own
+	@$(BIN)/python -m pytest --ignore tests/modes --ignore tests/compose --ignore tests/chaos --ignore tests/vision
+	@PYTHONPATH=$(CURDIR)/tests/vision/site:$(CURDIR)/.venv/torchvision $(BIN)/python -m pytest tests/vision
 
 test-modes: .venv/dev .venv-vllm/ready ## whole runs of the modes that docs/modes.md describes, and one under blows, on this machine's CPU
 	@$(BIN)/python -m pytest tests/modes tests/chaos
@@ -61,6 +63,14 @@ clean: ## remove the virtual environments and caches; runs/ stays
 	@.ci/python -m venv .venv
 	@$(INSTALL) '.[dev]'
 	@touch $@ .venv/run
+
+# The processors of the Qwen families need torchvision. It lies apart, without its dependencies: its wheel may name another build of torch,
+# beside which it loads with tests/vision/site alone, and all other tests are of an installation that has none.
+.venv/vision: .venv/dev
+	@echo "Setting up $(TORCHVISION) in .venv/torchvision ..."
+	@rm -rf .venv/torchvision
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/torchvision $(TORCHVISION)
+	@touch $@
 
 # vLLM's CPU wheel names torch 2.13.0+cpu, so pip must reach that build. What is removed again was built for GPUs: torchvision does not
 # load beside this torch, and triton alone takes 1 GB.

@@ -44,7 +44,7 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     """A model of the family on disk, with weights wide enough to matter."""
     family: Family = request.param
     if family != "llava" and find_spec("torchvision") is None:
-        pytest.skip("the processors of the Qwen families need torchvision; tests/vision/__init__.py says how to have it on a CPU")
+        pytest.skip("the processors of the Qwen families need torchvision: `make test` has it, and tests/vision/__init__.py says how")
     made = write_fresh_vlm(tmp_path_factory.mktemp(family), family, SHAPE, seed=0)
     model = load_model(made, dtype=torch.float32, device=torch.device("cpu"))
     with torch.no_grad():

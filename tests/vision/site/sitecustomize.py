@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,11 +21,20 @@ class _Declare(MetaPathFinder):
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name == "torchvision":
             sys.meta_path.remove(self)
-            import torch
-
-            for operator in ("nms", "qnms"):
-                torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _declare_what_does_not_load(find_spec(name))
         return None
+
+
+def _declare_what_does_not_load(torchvision: ModuleSpec | None) -> None:
+    if torchvision is None or torchvision.origin is None:
+        return
+    import torch
+
+    try:
+        torch.ops.load_library(Path(torchvision.origin).with_name("_C.so"))
+    except OSError:
+        for operator in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 sys.meta_path.insert(0, _Declare())
