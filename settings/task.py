@@ -42,3 +42,6 @@ class EvalSettings(Section):
     """Held-out prompts; 0 turns evaluation off. They never overlap with the prompts trained on."""
     interval: Annotated[int, CHANGEABLE, Unit("steps"), Field(ge=0, le=10**9)] = 0
     """Evaluate every so many steps too, beside the training, by a jobs worker; 0 does not."""
+    swap_images: Annotated[bool, CHANGEABLE] = False
+    """Ask each held-out prompt a second time, with the images of another one that has another answer. `exact_swapped` is the share that is
+    still exact: near 0, or at chance, for a student that looks; as high as `exact` for one that does not. For tasks that show images."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.images import ImageError
-from pipeline.tasks import Task, load_task
+from pipeline.tasks import Problem, load_task
+from pipeline.tasks.swapped import swapped_problems
 from settings.root import Settings
 from workers.generator.engine import Request, Sampling
 from workers.generator.student import PromptTooLong, Student, load_student
@@ -28,7 +30,9 @@ def evaluate(model_dir: Path, settings: Settings) -> dict[str, Any]:
 
     Returns:
         `exact`, the share of problems with a reward of 1 or more; `reward`, the mean of those that were scored (None if none
-        was); `samples`, the number of problems; `unscored`, how many the scorer itself failed on; `seconds`.
+        was); `samples`, the number of problems; `unscored`, how many the scorer itself failed on; `seconds`. With
+        `eval.swap_images` also `exact_swapped`, the share of those `samples_swapped` problems that are answered right
+        though another problem's images are shown.
 
     Raises:
         UserError: the model, the task or its scorer cannot be used, nothing is held out, or a problem does not fit the context.
@@ -37,32 +41,41 @@ def evaluate(model_dir: Path, settings: Settings) -> dict[str, Any]:
     task = load_task(settings)
     if task.held_out_size == 0:
         raise UserError("there are no held-out problems", expected="at least one", next_step="Set `eval.samples` above 0.")
-    answers = _answers(load_student(model_dir, settings), task, settings.inference.sampling.max_completion)
-    verdicts = _verdicts(settings, task, answers)
-    rewards = [verdict.reward for verdict in verdicts if verdict.reward is not None]
+    own = {f"held-out problem {index}": task.held_out(index) for index in range(task.held_out_size)}
+    swapped = swapped_problems(task) if settings.eval.swap_images else {}
+    others = {f"held-out problem {index} with another one's images": problem for index, problem in swapped.items()}
+    asked = own | others
+    answers = _answers(load_student(model_dir, settings), asked, settings.inference.sampling.max_completion)
+    verdicts = _verdicts(settings, list(asked.values()), answers)
+    rewards = [verdict.reward for verdict in verdicts[: len(own)] if verdict.reward is not None]
     return {
-        "exact": sum(reward >= EXACT for reward in rewards) / len(verdicts),
+        "exact": _exact(verdicts[: len(own)]),
         "reward": sum(rewards) / len(rewards) if rewards else None,
-        "samples": len(verdicts),
-        "unscored": len(verdicts) - len(rewards),
+        "samples": len(own),
+        "unscored": len(own) - len(rewards),
+        **({"exact_swapped": _exact(verdicts[len(own) :]), "samples_swapped": len(others)} if others else {}),
         "seconds": time.monotonic() - started,
     }
 
 
-def _answers(student: Student, task: Task, max_completion: int) -> list[str]:
-    """The likeliest answer to each held-out problem, in their order."""
+def _exact(verdicts: Sequence[Verdict]) -> float:
+    return sum(verdict.reward is not None and verdict.reward >= EXACT for verdict in verdicts) / len(verdicts)
+
+
+def _answers(student: Student, problems: Mapping[str, Problem], max_completion: int) -> list[str]:
+    """The likeliest answer to each of `problems`, which are named for messages, in their order."""
     requests = []
-    for index in range(task.held_out_size):
+    for key, (name, problem) in enumerate(problems.items()):
         try:
-            prompt = student.prompt(task.held_out(index).messages)
+            prompt = student.prompt(problem.messages)
             room = student.completion_room(prompt.ids, max_completion)
         except (PromptTooLong, ImageError) as error:
             raise UserError(
-                f"held-out problem {index}: {error}",
+                f"{name}: {error}",
                 expected="prompts shorter than the context, and images within `[images]`",
                 next_step="Change `[task]`.",
             ) from error
-        requests.append(Request(index, prompt.ids, room, seed=0, sampling=GREEDY, images=prompt.images))
+        requests.append(Request(key, prompt.ids, room, seed=0, sampling=GREEDY, images=prompt.images))
     texts = [""] * len(requests)
     with contextlib.closing(student.engine) as engine:
         engine.add(requests)
@@ -72,16 +85,16 @@ def _answers(student: Student, task: Task, max_completion: int) -> list[str]:
     return texts
 
 
-def _verdicts(settings: Settings, task: Task, answers: list[str]) -> list[Verdict]:
+def _verdicts(settings: Settings, problems: Sequence[Problem], answers: Sequence[str]) -> list[Verdict]:
     """Scores in killable children, as in the run: a scorer that hangs costs its problem, not the evaluation."""
     children = Children(settings)
     children.start()
     try:
-        for index, answer in enumerate(answers):
-            children.submit(index, answer, task.held_out(index).info)
+        for key, (problem, answer) in enumerate(zip(problems, answers, strict=True)):
+            children.submit(key, answer, problem.info)
         verdicts: dict[int, Verdict] = {}
         while len(verdicts) < len(answers):
             verdicts.update(children.collect(WAIT_S))
     finally:
         children.close()
-    return [verdicts[index] for index in range(len(answers))]
+    return [verdicts[key] for key in range(len(answers))]

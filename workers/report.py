@@ -16,6 +16,7 @@ from pipeline.undecodable import UNDECODABLE
 
 Row = Mapping[str, Any]
 LAST_STEPS = 10
+EVALUATED = ("version", "exact", "exact_swapped")
 USAGE = ("cpu_seconds", "cpu_seconds_startup")
 
 
@@ -72,7 +73,7 @@ def summary(rows: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str
         "rollouts": rollouts,
         "rollouts_per_s": round(rollouts / seconds, 2) if seconds else None,
         "eval": evaluations(evals),
-        "evals": [{"version": row["version"], "exact": row["exact"]} for row in latest(evals)],
+        "evals": [{name: row[name] for name in EVALUATED if name in row} for row in latest(evals)],
         "teacher_kl": first_and_last(rows, "teacher_kl"),
         "reward": first_and_last(rows, "reward"),
         "loss": first_and_last(rows, "loss"),
@@ -88,7 +89,10 @@ def summary(rows: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str
 
 
 def evaluations(evals: list[dict[str, Any]]) -> dict[str, Any]:
-    """Exact-match shares of the first policy (`before`) and of the last one evaluated (`after`), and what they were taken on."""
+    """Exact-match shares of the first policy (`before`) and of the last one evaluated (`after`), and what they were taken on.
+
+    `swapped` has the shares of the same two where each prompt was shown another one's images; it is there where that was asked.
+    """
     last_of = {int(row["version"]): row for row in latest(evals)}
     before = last_of.get(0)
     after = last_of[max(last_of)] if last_of and max(last_of) > 0 else None
@@ -97,7 +101,13 @@ def evaluations(evals: list[dict[str, Any]]) -> dict[str, Any]:
         "after": after and after["exact"],
         "version": after and after["version"],
         "samples": (after or before or {}).get("samples"),
+        **_swapped(before or {}, after or {}),
     }
+
+
+def _swapped(before: Row, after: Row) -> dict[str, Any]:
+    shares = {"before": before.get("exact_swapped"), "after": after.get("exact_swapped")}
+    return {"swapped": shares} if any(share is not None for share in shares.values()) else {}
 
 
 def latest(evals: list[dict[str, Any]]) -> list[dict[str, Any]]:

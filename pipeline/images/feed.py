@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -29,7 +29,10 @@ class ImageFeed:
 
     def __init__(self, vision: Vision, fetch: Callable[[str], bytes | None], keep_bytes: int) -> None:
         self._vision, self._fetch, self._keep_bytes = vision, fetch, keep_bytes
-        self._made: OrderedDict[str, Future[ImageFeatures]] = OrderedDict()
+        self._made: OrderedDict[str, Future[ImageFeatures]] = OrderedDict()  # the least recently used first
+        self._finished: deque[tuple[str, int]] = deque()  # what the thread has made since it was last counted: digest, bytes
+        self._sizes: dict[str, int] = {}
+        self._kept_bytes = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="images")
 
     def ahead(self, digests: Iterable[str]) -> None:
@@ -48,7 +51,7 @@ class ImageFeed:
         for digest, future in futures.items():
             try:
                 made[digest] = future.result()
-            except MissingImage:
+            except Exception:
                 self._made.pop(digest, None)  # it may come back with another rollout
                 raise
         self._forget()
@@ -76,13 +79,17 @@ class ImageFeed:
         data = self._fetch(digest)
         if data is None:
             raise MissingImage(f"the image {digest[:12]} is gone")
-        return self._vision.features(Picture(data))
+        features = self._vision.features(Picture(data))
+        self._finished.append((digest, features.size_bytes))
+        return features
 
     def _forget(self) -> None:
-        sizes = {digest: made.result().size_bytes for digest, made in self._made.items() if made.done() and not made.exception()}
-        total = sum(sizes.values())
-        for digest, size in sizes.items():
-            if total <= self._keep_bytes:
-                return
-            del self._made[digest]
-            total -= size
+        """Let go of the least recently used beyond `keep_bytes`, without a look at the others: a run brings images without end."""
+        while self._finished:
+            digest, size = self._finished.popleft()
+            self._sizes[digest] = size
+            self._kept_bytes += size
+        while self._kept_bytes > self._keep_bytes:
+            oldest = next(digest for digest in self._made if digest in self._sizes)
+            del self._made[oldest]
+            self._kept_bytes -= self._sizes.pop(oldest)

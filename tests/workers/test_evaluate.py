@@ -11,10 +11,13 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.tasks import load_task
+from settings.load import load_settings
 from settings.root import Settings
 from tests.workers.generator.conftest import plain_logprobs, student, student_dir
 from workers.evaluate import evaluate
 from workers.models.tokenizer import character_tokenizer
+
+PICTURES = Path(__file__).parents[2] / "examples/colour-words"
 
 __all__ = ["plain_logprobs", "student", "student_dir"]  # fixtures
 
@@ -60,6 +63,16 @@ def test_a_scorer_that_fails_leaves_problems_unscored_and_not_exact(
     monkeypatch.syspath_prepend(str(tmp_path))
     result = evaluate(student_dir, settings_of(scorer="broken_scorer:score"))
     assert (result["exact"], result["reward"], result["samples"], result["unscored"]) == (0.0, None, 6, 6)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("model", "exact"), [("teacher", range(30, 33)), ("student", range(5))])
+def test_with_the_images_swapped_a_model_that_looks_is_wrong_and_one_that_guesses_is_as_it_was(model: str, exact: range) -> None:
+    settings = load_settings([PICTURES / "onstream.toml"], ["eval.samples=32", "eval.swap_images=true"], environ={})
+    result = evaluate(PICTURES / model, settings)
+    assert result["exact"] * 32 in exact
+    assert result["exact_swapped"] * 32 in range(2 if model == "teacher" else 5)
+    assert (result["samples"], result["samples_swapped"]) == (32, 32)
 
 
 def test_nothing_held_out_is_an_error(student_dir: Path) -> None:

@@ -61,6 +61,15 @@ def test_a_run_that_was_not_evaluated_says_so() -> None:
     assert summary([], only_before)["eval"] == {"before": 0.6, "after": None, "version": None, "samples": 256}
 
 
+def test_the_shares_with_images_swapped_stand_beside_the_others_where_they_were_taken() -> None:
+    evals = [{"version": version, "exact": 0.1 + version, "exact_swapped": 0.1, "samples": 8} for version in (0, 3)]
+    assert summary([], evals)["eval"]["swapped"] == {"before": 0.1, "after": 0.1}
+    assert summary([], evals)["evals"][1] == {"version": 3, "exact": 3.1, "exact_swapped": 0.1}
+    del evals[0]["exact_swapped"]
+    assert summary([], evals)["eval"]["swapped"] == {"before": None, "after": 0.1}
+    assert summary([], evals)["evals"][0] == {"version": 0, "exact": 0.1}
+
+
 def test_a_last_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')

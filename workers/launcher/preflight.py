@@ -142,9 +142,12 @@ def check_task(settings: Settings) -> None:
         UserError: the task cannot be used; the message names the file and line where there is one.
     """
     from pipeline.tasks import load_scorer, load_task
+    from pipeline.tasks.swapped import swapped_problems
 
     task = load_task(settings)
     task.train(0)
+    if settings.eval.samples and settings.eval.swap_images:
+        swapped_problems(task)
     if settings.orchestrator.verification.enabled is not False:
         load_scorer(settings)
 

@@ -144,6 +144,8 @@ def result_table(report: Mapping[str, Any]) -> Table:
     table.add_row("seconds", f"{report['seconds']:.1f}")
     table.add_row("rollouts", f"{report['rollouts']} ({_figure(report['rollouts_per_s'])} a second)")
     table.add_row("eval (exact, held out)", f"{_figure(report['eval']['before'])} → {_figure(report['eval']['after'])}")
+    if swapped := report["eval"].get("swapped"):
+        table.add_row("eval (images swapped)", f"{_figure(swapped['before'])} → {_figure(swapped['after'])}")
     table.add_row("teacher_kl (nats a token)", f"{_figure(report['teacher_kl']['first'])} → {_figure(report['teacher_kl']['last'])}")
     table.add_row("reward", f"{_figure(report['reward']['first'])} → {_figure(report['reward']['last'])}")
     if cpu_seconds := report.get("cpu_seconds"):

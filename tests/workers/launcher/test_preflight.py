@@ -45,6 +45,13 @@ def test_a_whole_model_and_a_built_in_task_pass(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def test_images_to_swap_are_looked_for_before_the_start(tmp_path: Path) -> None:
+    check_files(settings_of(tmp_path, "task.name=colour-words", "eval.swap_images=true", "eval.samples=8"), teacher=None)
+    check_files(settings_of(tmp_path, "eval.swap_images=true", "eval.samples=0"), teacher=None)
+    with pytest.raises(UserError, match=r"eval\.swap_images = true, and of 8 held-out problems 0 show images"):
+        check_files(settings_of(tmp_path, "eval.swap_images=true", "eval.samples=8"), teacher=None)
+
+
 @pytest.mark.parametrize("name", ["./nothing", "no/such/directory"])
 def test_a_missing_model_directory_is_named(name: str) -> None:
     with pytest.raises(UserError, match=f"no model directory {name}"):

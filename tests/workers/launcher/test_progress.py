@@ -88,6 +88,10 @@ def test_the_result_says_a_dash_for_what_was_not_measured() -> None:
         "cpu_seconds": {"trainer": 1.25, "redis": 0.5},
     }
     Console(file=text, width=80).print(result_table(report))
+    Console(file=text, width=80).print(
+        result_table(report | {"eval": {"before": 0.03, "after": 0.9, "swapped": {"before": 0.04, "after": 0}}})
+    )
     rows = [" ".join(line.split()) for line in text.getvalue().splitlines()]
     assert "eval (exact, held out) 0.5 → –" in rows
+    assert rows.count("eval (images swapped) 0.04 → 0") == 1
     assert "CPU seconds trainer 1.2 redis 0.5" in rows

@@ -1,0 +1,123 @@
+"""The images that records name: each fetched and processed once while it is kept, and no dearer to ask for the more there are."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.images import Picture
+from pipeline.images.feed import ImageFeed, MissingImage
+from pipeline.models.vision import Vision, load_vision
+from tests.vision.conftest import noise
+
+STUDENT = Path(__file__).parents[3] / "examples/colour-words/student"
+PICTURES = {picture.digest: picture for picture in map(noise, range(40))}
+NAMES = list(PICTURES)
+ROOM = 1 << 30
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture(scope="module")
+def vision() -> Vision:
+    return load_vision(STUDENT)
+
+
+class Source:
+    """Where the bytes come from: counts how often each was asked for, and may fail."""
+
+    def __init__(self) -> None:
+        self.asked: Counter[str] = Counter()
+        self.failure: Exception | None = None
+
+    def __call__(self, digest: str) -> bytes | None:
+        self.asked[digest] += 1
+        if self.failure:
+            raise self.failure
+        return PICTURES[digest].data if digest in PICTURES else None
+
+
+@pytest.fixture
+def source() -> Source:
+    return Source()
+
+
+@pytest.fixture
+def feed(vision: Vision, source: Source) -> Iterator[ImageFeed]:
+    made = ImageFeed(vision, source, ROOM)
+    yield made
+    made.close()
+
+
+def calls(feed: ImageFeed, digest: str) -> int:
+    """Function calls that asking for an image takes in this thread."""
+    found = 0
+
+    def count(_frame: Any, event: str, _arg: Any) -> None:
+        nonlocal found
+        found += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        feed.of([digest])
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def test_what_is_begun_ahead_and_asked_for_often_is_processed_once(feed: ImageFeed, vision: Vision, source: Source) -> None:
+    feed.ahead(NAMES[:2])
+    found = [feed.of(NAMES[:2]), feed.of([NAMES[0]])]
+    assert source.asked == {NAMES[0]: 1, NAMES[1]: 1}
+    expected = vision.features(Picture(PICTURES[NAMES[0]].data))
+    for features in (one[NAMES[0]] for one in found):
+        assert np.array_equal(features.token_ids, expected.token_ids)
+        assert features.tensors["pixel_values"].equal(expected.tensors["pixel_values"])
+
+
+def test_beyond_keep_bytes_the_least_recently_used_goes_first(vision: Vision, source: Source) -> None:
+    first, second, third = NAMES[:3]
+    size = vision.features(PICTURES[first]).size_bytes
+    feed = ImageFeed(vision, source, keep_bytes=2 * size)
+    for digest in (first, second, first, third):
+        feed.of([digest])
+    feed.of([first, third])
+    assert source.asked == {first: 1, second: 1, third: 1}
+    feed.of([second])
+    feed.of([first])
+    assert source.asked == {first: 2, second: 2, third: 1}, "the second was gone, and in its place went the first"
+    feed.close()
+
+
+def test_all_that_is_asked_for_at_once_is_there_even_where_nothing_is_kept(vision: Vision, source: Source) -> None:
+    feed = ImageFeed(vision, source, keep_bytes=0)
+    assert list(feed.of(NAMES[:3])) == NAMES[:3]
+    feed.of(NAMES[:1])
+    assert source.asked[NAMES[0]] == 2
+    feed.close()
+
+
+def test_asking_for_an_image_costs_the_same_however_many_are_kept(feed: ImageFeed) -> None:
+    feed.of(NAMES[:2])
+    among_two = calls(feed, NAMES[0])
+    feed.of(NAMES)
+    assert calls(feed, NAMES[0]) == among_two
+
+
+def test_an_image_that_is_gone_or_could_not_be_fetched_is_asked_for_again(feed: ImageFeed, source: Source) -> None:
+    with pytest.raises(MissingImage, match="the image cat is gone"):
+        feed.of(["cat"])
+    PICTURES["cat"] = PICTURES[NAMES[0]]
+    assert feed.of(["cat"])
+    del PICTURES["cat"]
+    source.failure = ConnectionError("away")
+    with pytest.raises(ConnectionError, match="away"):
+        feed.of([NAMES[0]])
+    source.failure = None
+    assert feed.of([NAMES[0]])
