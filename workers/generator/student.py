@@ -109,35 +109,39 @@ def load_student(name: str | Path, settings: Settings) -> Student:
 def _on_vllm(settings: Settings) -> Student:
     tokenizer = load_tokenizer(settings.model.name)
     config, generation = load_configs(settings.model.name)
-    _require_text_only(config, settings)
-    configured = configure(settings)
+    images = has_vision(config)
+    configured = configure(settings, images=images)
     from workers.generator.vllm_engine import VllmEngine
+    from workers.generator.vllm_images import require_same_reading
 
     stops = stop_ids(tokenizer, SimpleNamespace(config=config, generation_config=generation))
-    shapes = shapes_of(config)
+    shapes, eyes = shapes_of(config), eyes_of(settings.model.name, config, settings)
     try:
         engine = VllmEngine(configured, stops, shapes, on_new_weights=settings.inference.on_new_weights)
     except Exception as error:
         raise did_not_start(error, settings) from error
-    return Student(tokenizer, engine, Eyes(None, settings.images))
+    student = Student(tokenizer, engine, eyes)
+    if images:
+        require_same_reading(student, settings)
+    return student
 
 
 def _on_servers(settings: Settings) -> Student:
     tokenizer = load_tokenizer(settings.model.name)
     config, generation = load_configs(settings.model.name)
-    _require_text_only(config, settings)
+    _require_text_only(settings.model.name, config)
     stops = stop_ids(tokenizer, SimpleNamespace(config=config, generation_config=generation))
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     return Student(tokenizer, ServerEngine(settings, tokenizer, stops, context), Eyes(None, settings.images))
 
 
-def _require_text_only(config: Any, settings: Settings) -> None:
-    """Raises NotServed for a model that reads images, which only the engine `transformers` is given so far."""
+def _require_text_only(name: str, config: Any) -> None:
+    """Raises NotServed for a model that reads images, which vLLM servers are not given so far."""
     if has_vision(config):
         raise NotServed(
-            f"{settings.model.name} reads images, and the engine {student_engine(settings)} is not given any yet",
-            expected="a student that reads text alone, or the engine transformers",
-            next_step='Set inference.engine = "transformers".',
+            f"{name} reads images, and the engine server is not given any yet",
+            expected="a student that reads text alone, or the engine vllm or transformers",
+            next_step='Set inference.engine = "vllm" or "transformers".',
         )
 
 

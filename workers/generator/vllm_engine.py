@@ -23,6 +23,7 @@ from pipeline.models.fit import Shapes
 from pipeline.weights import LoadedPolicy, WeightsError
 from workers.generator.engine import Completion, Request, require_possible
 from workers.generator.vllm_extension import READING, READY, RECEIVED
+from workers.generator.vllm_images import Pictures
 from workers.generator.vllm_request import Writing
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ PAUSES: dict[OnNewWeights, tuple[str, bool]] = {
     "wait": ("wait", True),
     "abort": ("abort", True),
 }
-"""What vLLM's pause does with running requests, and whether it clears the caches: the keys and values of what runs, and of prefixes."""
+"""What vLLM's pause does with running requests, and whether it clears the caches: of keys and values, of prefixes, and of images."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class VllmEngine:
         try:
             self._running = self._background.run(_opened())
             self._llm = self._background.run(_start(config))
+            self._pictures = Pictures(self._llm.renderer, config.model_config.hf_config)
             self._say_a_word()
         except BaseException:
             self.close()
@@ -238,7 +240,8 @@ class VllmEngine:
     async def _ask(self, writing: Writing) -> CompletionOutput:
         """What vLLM writes until the request is finished, or aborted."""
         sampling = SamplingParams(**writing.sampling(self._stop_ids), output_kind=RequestOutputKind.FINAL_ONLY)
-        prompt, key, rank = tokens_input(writing.prompt_ids), str(writing.request.key), writing.request.replica
+        key, rank = str(writing.request.key), writing.request.replica
+        prompt = self._pictures.input_of(writing) if writing.request.images else tokens_input(writing.prompt_ids)
         [answer] = [one async for one in self._llm.generate(prompt, sampling, key, data_parallel_rank=rank)]
         return answer.outputs[0]
 
@@ -247,6 +250,8 @@ class VllmEngine:
         mode, clear_cache = PAUSES[self.on_new_weights]
         self._running.clear()
         await self._llm.pause_generation(mode=mode, clear_cache=clear_cache)
+        if not clear_cache:
+            await self._llm.reset_encoder_cache()  # what the old vision tower made of images is for no new completion
         assert self._target is not None
         target = self._target
         await self._llm.start_weight_update()

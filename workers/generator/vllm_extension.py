@@ -32,6 +32,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from pipeline.weights import WeightsError, read_file
 from pipeline.weights.transfer import Frame
 from workers.generator.vllm_group import GroupMember
+from workers.generator.vllm_towers import read_either_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -188,5 +189,6 @@ def _quiet_reload() -> Iterator[None]:
         log.setLevel(level)
 
 
+read_either_names()
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, FileWeights)

@@ -32,8 +32,8 @@ class NotServed(UserError):
     """vLLM does not take this model, or not with these arguments. Nothing was started."""
 
 
-def configure(settings: Settings) -> VllmConfig:
-    """vLLM's configuration for the student, checked by vLLM itself; the model's weights are not looked at yet.
+def configure(settings: Settings, *, images: bool) -> VllmConfig:
+    """vLLM's configuration for the student, which reads `images` or not, checked by vLLM itself; its weights are not looked at yet.
 
     Raises:
         NotServed: vLLM does not take the model or an argument.
@@ -45,7 +45,7 @@ def configure(settings: Settings) -> VllmConfig:
 
     from workers.generator.vllm_extension import BACKEND
 
-    given = arguments(settings)
+    given = arguments(settings, images=images)
     try:
         config: VllmConfig = AsyncEngineArgs(**given, weight_transfer_config=WeightTransferConfig(backend=BACKEND)).create_engine_config()
     except (TypeError, ValueError, NotImplementedError, OSError) as error:
@@ -57,8 +57,8 @@ def configure(settings: Settings) -> VllmConfig:
     return config
 
 
-def arguments(settings: Settings) -> dict[str, Any]:
-    """The engine's arguments, those of `inference.extra_args` last, so that they win."""
+def arguments(settings: Settings, *, images: bool = False) -> dict[str, Any]:
+    """The engine's arguments, for a model that reads `images` or not; those of `inference.extra_args` last, so that they win."""
     inference, cpu = settings.inference, device_of(settings.deployment) == "cpu"
     path = Path(settings.model.name).expanduser()
     stated = {
@@ -72,10 +72,12 @@ def arguments(settings: Settings) -> dict[str, Any]:
         "enforce_eager": cpu if inference.enforce_eager is None else inference.enforce_eager,
         "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from
         "worker_extension_cls": EXTENSION,
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": not images,  # vLLM's processors of images begin with one
         "generation_config": "vllm",  # not the model's: it would change the sampling
         "disable_log_stats": True,
     }
+    if images:
+        stated["limit_mm_per_prompt"] = {"image": settings.images.max_per_prompt, "video": 0}
     if cpu:
         # Where a prompt is computed in parts, vLLM winds back the draws of a request with a seed, which generators on a CPU cannot.
         stated["enable_chunked_prefill"] = False

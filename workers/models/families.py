@@ -73,22 +73,29 @@ def _qwen2_5(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> tuple[Pretrain
     from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
 
     tower = {"window_size": 4 * PATCH, "fullatt_block_indexes": [0, 1]}
-    return _qwen(Qwen2_5_VLConfig, tower, shape, tokenizer), _qwen_processor(Qwen2_5_VLProcessor, Qwen2VLVideoProcessor, tokenizer)
+    config = _qwen(Qwen2_5_VLConfig, tower, shape, tokenizer, interleaved=False)
+    return config, _qwen_processor(Qwen2_5_VLProcessor, Qwen2VLVideoProcessor, tokenizer)
 
 
 def _qwen3(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> tuple[PretrainedConfig, Any]:
     from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
 
     tower = {"num_position_embeddings": (SIDE // PATCH) ** 2, "deepstack_visual_indexes": [0]}
-    return _qwen(Qwen3VLConfig, tower, shape, tokenizer), _qwen_processor(Qwen3VLProcessor, Qwen3VLVideoProcessor, tokenizer)
+    config = _qwen(Qwen3VLConfig, tower, shape, tokenizer, interleaved=True)
+    return config, _qwen_processor(Qwen3VLProcessor, Qwen3VLVideoProcessor, tokenizer)
 
 
-def _qwen(config: type[PretrainedConfig], tower: dict[str, Any], shape: Shape, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
-    """A model whose rotary frequencies are shared out among time, height and width. `tower`: what its vision tower has of its own."""
+def _qwen(
+    config: type[PretrainedConfig], tower: dict[str, Any], shape: Shape, tokenizer: PreTrainedTokenizerFast, *, interleaved: bool
+) -> PretrainedConfig:
+    """A model whose rotary frequencies are shared out among time, height and width: `interleaved`, or in sections.
+
+    transformers reads neither from here, each family having its own way; vLLM does. `tower`: what its vision tower has of its own.
+    """
     hidden, frequencies = shape.hidden, shape.head_dim // 2
     in_space = frequencies * 3 // 8
     sections = [frequencies - 2 * in_space, in_space, in_space]
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": sections}
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": sections, "mrope_interleaved": interleaved}
     width = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "out_hidden_size": hidden}
     vision = {"depth": 2, "num_heads": 2, "patch_size": PATCH, **width}
     text = _text(shape, tokenizer) | {"rope_parameters": rope}

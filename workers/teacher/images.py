@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
-from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.images import Picture
+from pipeline.images import plain_picture
 from pipeline.models.vision import Vision
 
 SIZES = ((32, 32), (448, 336), (300, 900))
@@ -22,7 +19,7 @@ def same_tokens(student: Vision, teacher: Vision, student_name: str, teacher_nam
         UserError: they differ in the number of tokens, or in the tokens, of a picture of some size.
     """
     for width, height in SIZES:
-        picture = _grey(width, height)
+        picture = plain_picture(width, height)
         ours, theirs = student.features(picture).token_ids, teacher.features(picture).token_ids
         if not np.array_equal(ours, theirs):
             raise UserError(
@@ -31,12 +28,6 @@ def same_tokens(student: Vision, teacher: Vision, student_name: str, teacher_nam
                 expected="processors that put the same tokens into a prompt",
                 next_step="Use a teacher of the student's family, with the same sizes in preprocessor_config.json.",
             )
-
-
-def _grey(width: int, height: int) -> Picture:
-    target = io.BytesIO()
-    Image.new("RGB", (width, height), "grey").save(target, "PNG")
-    return Picture(target.getvalue())
 
 
 def _shown(ids: np.ndarray[tuple[int, ...], np.dtype[np.int32]]) -> str:

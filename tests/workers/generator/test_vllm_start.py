@@ -42,7 +42,7 @@ def test_on_a_cpu_the_engine_is_transformers_unless_vllm_is_asked_for(student_di
 def test_a_model_that_vllm_does_not_take_is_left_to_transformers_unless_vllm_was_asked_for(
     student_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(settings: Settings) -> Any:
+    def refuse(settings: Settings, *, images: bool) -> Any:
         raise NotServed("vLLM does not take it", expected="another", next_step="Choose one.")
 
     monkeypatch.setattr(student, "configure", refuse)
