@@ -259,7 +259,7 @@ def main(size_bytes: int, seconds: float, rounds: int) -> None:
 
 def cpu_line(cpu: dict[str, float]) -> str:
     """CPU seconds by role."""
-    return "  CPU " + ", ".join(f"{name.split('_')[1]} {seconds:.1f} s" for name, seconds in cpu.items())
+    return "  CPU " + ", ".join(f"{name.rpartition('_')[2]} {seconds:.1f} s" for name, seconds in cpu.items())
 
 
 if __name__ == "__main__":
