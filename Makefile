@@ -35,7 +35,8 @@ test-compose: .venv/dev ## the images, and runs in containers, on a Docker engin
 	@$(BIN)/python -m pytest tests/compose
 
 bench: .venv/dev ## every benchmark, each beside what it compares with
-	@for file in $(filter-out benchmarks/vllm_%,$(wildcard benchmarks/[a-z]*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for file in $(filter-out vllm_%,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
+	  echo "== $$file"; $(BIN)/python -m benchmarks.$$file || exit 1; done
 
 bench-vllm: .venv-vllm/ready ## vLLM beside the built-in engine: rollouts, scores, updates, and sizes
 	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_engine --sweep && OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_update

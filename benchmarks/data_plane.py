@@ -13,13 +13,14 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import click
+import psutil
 from redis import Redis
 
 from pipeline.loop import run_worker
@@ -163,12 +164,11 @@ def bare_sink(url: str, run: str, size_bytes: int, stop: Event) -> int:
 
 
 def _role(role: Role, url: str, run: str, size_bytes: int, stop: Event, counts: Any) -> None:
-    count = role(url, run, size_bytes, stop)
-    counts.put((role.__name__, count, time.process_time()))
+    counts.put((role.__name__, role(url, run, size_bytes, stop)))
 
 
 def chain(roles: Sequence[Role], url: str, run: str, size_bytes: int, seconds: float) -> tuple[float, dict[str, float]]:
-    """Records/s that the last of `roles` took within `seconds`, and the CPU seconds of each, a process to a role."""
+    """Records/s that the last of `roles` took within `seconds`, and the CPU seconds of each and of Redis meanwhile, a process to a role."""
     spawn = multiprocessing.get_context("spawn")
     stop, counts = spawn.Event(), spawn.SimpleQueue()
     processes = [spawn.Process(target=_role, args=(role, url, run, size_bytes, stop, counts)) for role in roles]
@@ -178,15 +178,21 @@ def chain(roles: Sequence[Role], url: str, run: str, size_bytes: int, seconds: f
     streams = (f"{run}:down", f"{{onstream:{run}}}:stream:train")
     while not any(client.xlen(key) for key in streams):
         time.sleep(0.005)
-    started = time.monotonic()
+    pids = {role.__name__: process.pid for role, process in zip(roles, processes, strict=True)} | {"redis": client.info()["process_id"]}
+    started, before = time.monotonic(), _cpu_seconds(pids)
     time.sleep(seconds)
+    after = _cpu_seconds(pids)
     stop.set()
     elapsed = time.monotonic() - started
-    results = [counts.get() for _ in processes]
+    taken = dict(counts.get() for _ in processes)
     for process in processes:
         process.join()
-    taken = {name: count for name, count, _ in results}
-    return taken[roles[-1].__name__] / elapsed, {name: cpu for name, _, cpu in results}
+    return taken[roles[-1].__name__] / elapsed, {name: after[name] - before[name] for name in pids}
+
+
+def _cpu_seconds(pids: Mapping[str, int]) -> dict[str, float]:
+    times = {name: psutil.Process(pid).cpu_times() for name, pid in pids.items()}
+    return {name: spent.user + spent.system for name, spent in times.items()}
 
 
 def timed(what: str, size_bytes: int, seconds: float, once: Callable[[], int], before: Callable[[], None] = lambda: None) -> None:

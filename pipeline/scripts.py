@@ -296,24 +296,44 @@ return #ARGV - 1
 """
 )
 
-# KEYS: stream, held, counts, images. ARGV: group, entry id, number, how many images, their digests, then digest, bytes, …
-# Counts the number as one that needs the images, once, while its entry is in somebody's hands. Returns {1} when they are held, {0} when
-# the entry is not pending any more, or the digests of those whose bytes are needed first.
+# KEYS: stream, held, counts, images. ARGV: group, how many images come along, their digests and bytes in turn, then per entry: its id, its
+# number, how many images it needs, their digests. Counts each number as one that needs its images, once, while its entry is in somebody's
+# hands. Returns for each 1 when they are held, 0 when the entry is not pending any more, or the digests whose bytes are needed first.
 HOLD_IMAGES = Script("""
-if #redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[2], ARGV[2], 1) == 0 then return {0} end
-local last, brought, missing = 4 + tonumber(ARGV[4]), {}, {}
-for i = last + 1, #ARGV, 2 do brought[ARGV[i]] = ARGV[i + 1] end
-for i = 5, last do
-  if not brought[ARGV[i]] and redis.call('HEXISTS', KEYS[4], ARGV[i]) == 0 then missing[#missing + 1] = ARGV[i] end
+local brought, replies, at = {}, {}, 3 + 2 * tonumber(ARGV[2])
+for i = 3, at - 1, 2 do brought[ARGV[i]] = ARGV[i + 1] end
+local function missing(first, last)
+  local found = {}
+  for i = first, last do
+    if not brought[ARGV[i]] and redis.call('HEXISTS', KEYS[4], ARGV[i]) == 0 then found[#found + 1] = ARGV[i] end
+  end
+  return found
 end
-if #missing > 0 then return missing end
-if redis.call('HEXISTS', KEYS[2], ARGV[3]) == 1 then return {1} end
-for i = 5, last do
-  if brought[ARGV[i]] then redis.call('HSETNX', KEYS[4], ARGV[i], brought[ARGV[i]]) end
-  redis.call('HINCRBY', KEYS[3], ARGV[i], 1)
+local function hold(number, first, last)
+  local before = redis.call('HGET', KEYS[2], number) or ''
+  local held = before
+  for i = first, last do
+    if not string.find(held, ARGV[i], 1, true) then
+      if brought[ARGV[i]] then redis.call('HSETNX', KEYS[4], ARGV[i], brought[ARGV[i]]) end
+      redis.call('HINCRBY', KEYS[3], ARGV[i], 1)
+      held = held .. ' ' .. ARGV[i]
+    end
+  end
+  if held ~= before then redis.call('HSET', KEYS[2], number, held) end
 end
-redis.call('HSET', KEYS[2], ARGV[3], table.concat(ARGV, ' ', 5, last))
-return {1}
+while at <= #ARGV do
+  local id, number, first = ARGV[at], ARGV[at + 1], at + 3
+  local last = first + tonumber(ARGV[at + 2]) - 1
+  local reply = 0
+  if #redis.call('XPENDING', KEYS[1], ARGV[1], id, id, 1) == 1 then
+    local wanted = missing(first, last)
+    reply = #wanted > 0 and wanted or 1
+    if reply == 1 then hold(number, first, last) end
+  end
+  replies[#replies + 1] = reply
+  at = last + 1
+end
+return replies
 """)
 
 # KEYS: epoch, key. ARGV: epoch, value.

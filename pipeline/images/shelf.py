@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from redis.exceptions import OutOfMemoryError
 
@@ -18,39 +19,67 @@ from pipeline.keys import GROUP
 from pipeline.records import StageName
 
 NUMBERS_AT_ONCE = 500
+HELD_AT_ONCE = 64
+BYTES_AT_ONCE = 1 << 20  # one script stalls every client of the server while it runs
 FULL_RETRY_S = 0.2
+
+
+Reply = int | list[bytes]  # held or not, or the digests whose bytes are needed first
 
 
 class ImagesFull(Exception):
     """Redis has had no memory for an image for as long as the worker may wait."""
 
 
+@dataclass(frozen=True)
+class Hold:
+    """The images that `number` needs, bytes by digest; `entry_id` is the entry that it is in somebody's hands with."""
+
+    entry_id: bytes
+    number: int
+    images: Mapping[str, bytes]
+
+
 class ImageShelf(Authority):
     """The images of one run."""
 
-    def hold_images(self, stage: StageName, entry_id: bytes, number: int, images: Mapping[str, bytes], *, patience_s: float) -> bool:
-        """Keep `images`, bytes by digest, until `number` has settled; False where somebody else has finished its entry of `stage` by now.
+    def hold_images(self, stage: StageName, holds: Sequence[Hold], *, patience_s: float) -> list[bool]:
+        """Keep the images of `holds` until their numbers have settled; False for those whose entry of `stage` somebody else has finished.
 
-        Their bytes are sent only where Redis has not got them. While Redis is full, waits for others to free memory.
+        Bytes are sent only where Redis has not got them. While Redis is full, waits for others to free memory.
 
         Raises:
             ImagesFull: it stayed full for `patience_s` seconds.
         """
+        held: dict[bytes, bool] = {}
+        wanted, brought = list(holds), dict[str, bytes]()
+        while wanted:
+            some, wanted = wanted[:HELD_AT_ONCE], wanted[HELD_AT_ONCE:]
+            missing = []
+            for hold, reply in zip(some, self._hold(stage, some, brought, patience_s), strict=True):
+                if isinstance(reply, int):
+                    held[hold.entry_id] = bool(reply)
+                else:
+                    missing.append((hold, [digest.decode() for digest in reply]))
+            wanted = [hold for hold, _ in missing] + wanted
+            brought = _some_bytes(missing)
+        return [held[hold.entry_id] for hold in holds]
+
+    def _hold(self, stage: StageName, holds: Sequence[Hold], brought: Mapping[str, bytes], patience_s: float) -> list[Reply]:
         keys = [self.keys.stream(stage), self.keys.images_held, self.keys.images_counted, self.keys.images]
-        asked: list[str | bytes | int] = [GROUP, entry_id, number, len(images), *images]
+        args: list[str | bytes | int] = [GROUP, len(brought), *(part for item in brought.items() for part in item)]
+        for hold in holds:
+            args += [hold.entry_id, hold.number, len(hold.images), *hold.images]
         deadline = time.monotonic() + patience_s
-        brought: Sequence[str | bytes] = ()
         while True:
             try:
-                reply = self._run(scripts.HOLD_IMAGES, keys, [*asked, *brought])
+                replies: list[Reply] = self._run(scripts.HOLD_IMAGES, keys, args)
+                return replies
             except OutOfMemoryError as error:
                 if time.monotonic() > deadline:
-                    raise ImagesFull(f"redis is full, and had no room for the images of {number} for {patience_s:.0f} s") from error
+                    numbers = ", ".join(str(hold.number) for hold in holds)
+                    raise ImagesFull(f"redis is full, and had no room for the images of {numbers} for {patience_s:.0f} s") from error
                 time.sleep(FULL_RETRY_S)
-                continue
-            if reply in ([0], [1]):
-                return bool(reply[0])
-            brought = [part for digest in reply for part in (digest, images[digest.decode()])]
 
     def image(self, digest: str) -> bytes | None:
         """The bytes of an image; None where nobody holds it."""
@@ -74,3 +103,14 @@ class ImageShelf(Authority):
 
 def _batches(numbers: Sequence[int], size: int) -> Iterable[Sequence[int]]:
     return (numbers[at : at + size] for at in range(0, len(numbers), size))
+
+
+def _some_bytes(missing: Iterable[tuple[Hold, Sequence[str]]]) -> dict[str, bytes]:
+    """Images to send with one call: all that the first number misses, and of others what `BYTES_AT_ONCE` has room for."""
+    some: dict[str, bytes] = {}
+    for hold, digests in missing:
+        more = {digest: hold.images[digest] for digest in digests}
+        if some and sum(map(len, (some | more).values())) > BYTES_AT_ONCE:
+            break
+        some |= more
+    return some

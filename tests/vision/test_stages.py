@@ -49,9 +49,10 @@ def settings_of(tiny: Tiny, directory: Path, contents: list[Any], **sections: An
 
 def generate(bus: Bus, settings: Settings, tiny: Tiny, problems: int) -> Worker:
     """A generator that has answered a group for each of `problems`."""
+    group = settings.orchestrator.group_size
     policy = publish(settings.run_dir, 0, tiny.model.state_dict(), tiny.directory)
     lease = bus.acquire_lease(60)
-    tickets = [Ticket(1 + at, at // GROUP, GROUP, at // GROUP, at, 0, list(ROUTE)) for at in range(problems * GROUP)]
+    tickets = [Ticket(1 + at, at // group, group, at // group, at, 0, list(ROUTE)) for at in range(problems * group)]
     assert bus.issue(lease, 0, tickets, max_backlog=1000)
     worker = Worker(Generator(settings, bus, lambda: policy), bus, settings.delivery, block_s=0.05)
     worker.stage.setup()

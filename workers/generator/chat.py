@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.http import Answered, Background, Budget, Endpoint, Pool, Refused, decoded, require_model
 from pipeline.images import ImageError
+from pipeline.images.shelf import Hold
 from pipeline.models.tokenizer import load_configs, load_tokenizer
 from pipeline.records import Rollout, Sample, StageName, Ticket, ids_bytes, logprobs_bytes, mask_bytes
 from pipeline.stage import Delivery, Outcome, Stats
@@ -64,6 +65,7 @@ class ChatGenerator:
         self._background = Background()
         self._queue: deque[Job] = deque()
         self._running: dict[Reply, Job] = {}
+        self._shown: list[Hold] = []  # what the rollouts made just now show
         self._several = source.temperature > 0  # whether a request may ask for several choices; all equal when greedy
         self._told: set[str] = set()
 
@@ -107,6 +109,8 @@ class ChatGenerator:
             self._running[self._background.submit(self._pool.ask(_completions(self._body(job))))] = job
         outcomes = [outcome for reply, job in self._finished() for outcome in self._outcomes(reply, job)]
         self._budget.tell()
+        self._bus.hold_images(self.name, self._shown, patience_s=self._settings.delivery.max_handle / 2)
+        self._shown.clear()
         self._tell()
         return [*refused.values(), *outcomes]
 
@@ -210,8 +214,7 @@ class ChatGenerator:
             return Outcome(delivery, dead=f"the teacher's answer cannot be trained on: {error}")
         self.stats.numbers["tokens"] += sum(len(sample.completion_ids) for sample in samples)
         if images:
-            patience_s = self._settings.delivery.max_handle / 2
-            self._bus.hold_images(self.name, delivery.entry_id, delivery.number, prompts[0].files, patience_s=patience_s)
+            self._shown.append(Hold(delivery.entry_id, delivery.number, prompts[0].files))
         rollout = Rollout(
             number=ticket.number,
             group=ticket.group,

@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 
 from pipeline.errors import Exit, UserError
 from pipeline.images import ImageError
+from pipeline.images.shelf import Hold
 from pipeline.records import PolicyVersion, Rollout, Sample, StageName, Ticket, ids_bytes, logprobs_bytes, mask_bytes
 from pipeline.stage import Delivery, Outcome, Stats
 from pipeline.tasks import Problem, load_task
@@ -60,6 +61,7 @@ class Generator:
         self._sampling = Sampling(sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
         self._in_hand: dict[int, Asked] = {}  # in the engine, by the request's key
         self._early: deque[Delivery] = deque()  # tickets for a version that is not loaded yet
+        self._shown: list[Hold] = []  # what the rollouts written just now show
         self._requests = 0
 
     def setup(self) -> None:
@@ -109,6 +111,7 @@ class Generator:
         self._require_progress()
         refused = self._start()
         written = [self._outcome(completion) for completion in self._guard.take(self._student.engine.step())]
+        self._hold_images()
         self._tell()
         return refused + written
 
@@ -168,9 +171,13 @@ class Generator:
         asked = self._in_hand.pop(completion.key)
         self.stats.numbers["tokens"] += len(completion.token_ids)
         if asked.prompt.images:
-            delivery, patience_s = asked.delivery, self._settings.delivery.max_handle / 2
-            self._bus.hold_images(self.name, delivery.entry_id, delivery.number, asked.prompt.files, patience_s=patience_s)
+            self._shown.append(Hold(asked.delivery.entry_id, asked.delivery.number, asked.prompt.files))
         return Outcome(asked.delivery, self._rollout(asked, completion))
+
+    def _hold_images(self) -> None:
+        """Put the images of what was written into Redis, before the rollouts that name them move on."""
+        self._bus.hold_images(self.name, self._shown, patience_s=self._settings.delivery.max_handle / 2)
+        self._shown.clear()
 
     def _rollout(self, asked: Asked, completion: Completion) -> Rollout:
         ticket = _ticket(asked.delivery)

@@ -8,7 +8,7 @@ from threading import Timer
 import pytest
 
 from pipeline.authority import Lease
-from pipeline.images.shelf import ImagesFull
+from pipeline.images.shelf import BYTES_AT_ONCE, HELD_AT_ONCE, Hold, ImagesFull
 from pipeline.streams import Bus, Entry, Move, Out
 from tests.pipeline.stages import ticket
 
@@ -34,7 +34,8 @@ def taken(bus: Bus, lease: Lease, count: int) -> list[Entry]:
 
 
 def hold(bus: Bus, entry: Entry, images: dict[str, bytes], patience_s: float = 5) -> bool:
-    return bus.hold_images("generate", entry.id, entry.number, images, patience_s=patience_s)
+    (held,) = bus.hold_images("generate", [Hold(entry.id, entry.number, images)], patience_s=patience_s)
+    return held
 
 
 def finish(bus: Bus, lease: Lease, entries: list[Entry]) -> None:
@@ -59,6 +60,28 @@ def test_an_image_of_a_group_lies_in_redis_once_until_the_last_of_the_group_has_
     assert bus.image("cat") is None
     assert bus.held_numbers() == []
     assert bus._ask("EXISTS", bus.keys.images, bus.keys.images_counted, bus.keys.images_held) == 0
+
+
+def test_many_numbers_are_held_at_once_whatever_their_images_come_to(bus: Bus, lease: Lease) -> None:
+    """More entries than one call takes, over images of which no two go into one call, and one entry that somebody else has finished."""
+    entries = taken(bus, lease, HELD_AT_ONCE + 10)
+    images = [{f"image-{at}": bytes([at]) * (BYTES_AT_ONCE - 1)} for at in range(3)]
+    bus.settle("generate", [Move(entries[5].id, [Out("train", entries[5].number, b"rollout")])])
+    holds = [Hold(entry.id, entry.number, images[entry.number % 2] | images[2]) for entry in entries]
+    assert bus.hold_images("generate", holds, patience_s=5) == [entry is not entries[5] for entry in entries]
+    assert redis_bytes(bus) == 3 * (BYTES_AT_ONCE - 1)
+
+    finish(bus, lease, [entry for entry in entries if entry is not entries[5]])
+    assert bus._ask("EXISTS", bus.keys.images, bus.keys.images_counted, bus.keys.images_held) == 0
+
+
+def test_a_number_whose_image_has_changed_since_holds_both(bus: Bus, lease: Lease) -> None:
+    (entry,) = taken(bus, lease, 1)
+    assert hold(bus, entry, CAT)
+    assert hold(bus, entry, DOG)
+    assert bus.image("cat") and bus.image("dog")
+    finish(bus, lease, [entry])
+    assert redis_bytes(bus) == 0
 
 
 def test_the_same_number_counts_once_however_often_it_is_handed_out(bus: Bus, lease: Lease, other: Bus) -> None:
