@@ -123,7 +123,7 @@ def our_sink(url: str, run: str, size_bytes: int, stop: Event) -> int:
     while not stop.is_set():
         entries = bus.read("train", 64, 0.2)
         count += len([decode_work(entry.payload) for entry in entries])
-        bus.acknowledge(lease, [entry.id for entry in entries])
+        bus.acknowledge(lease, {entry.id: entry.number for entry in entries})
     bus.finish(lease)
     return count
 

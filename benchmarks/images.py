@@ -25,6 +25,7 @@ from PIL import Image
 from benchmarks.data_plane import bare, chain, connect, cpu_line, our_hop, our_sink, produce, record
 from pipeline.images import reference_of
 from pipeline.images.shelf import Hold
+from pipeline.keys import Keys
 from pipeline.loop import run_worker
 from pipeline.records import Rollout, StageName, Ticket, encode, ids_bytes
 from pipeline.stage import Delivery, Outcome
@@ -116,8 +117,11 @@ def text(url: str, run: str, size_bytes: int, stop: Event) -> int:
 
 
 def shared(url: str, run: str, size_bytes: int, stop: Event) -> int:
-    """Every group shows one of a few images, as in a task whose images are fewer than what is under way."""
+    """Every group shows one of a few images, which Redis keeps throughout: one more needs each of them."""
     images = [(hashlib.sha256(data).hexdigest(), data) for data in map(photo, range(IMAGES))]
+    client, keys = bare(url), Keys(run)
+    client.hset(keys.images, mapping=dict(images))
+    client.hset(keys.images_counted, mapping={digest: 1 for digest, _ in images})
     return answers(url, run, lambda ticket: dict([images[ticket.group % IMAGES]]))
 
 
@@ -154,17 +158,20 @@ def life_of_a_group(url: str, run: str, image: bytes) -> None:
     bus.settle("verify", [Move(entry.id, [Out("train", entry.number, entry.payload)]) for entry in waiting[: GROUP // 2]])
     tell("half of them with the trainer")
     bus.settle("verify", [Move(entry.id, [Out("train", entry.number, entry.payload)]) for entry in waiting[GROUP // 2 :]])
-    ids = [entry.id for entry in bus.read("train", GROUP)]
-    bus.acknowledge(lease, ids[:-1])
+    ids = {entry.id: entry.number for entry in bus.read("train", GROUP)}
+    last = dict([ids.popitem()])
+    bus.acknowledge(lease, ids)
     tell("all settled but one")
-    bus.acknowledge(lease, ids[-1:])
+    bus.acknowledge(lease, last)
     tell("all settled")
     bus.close()
 
 
 @click.command()
 @click.option("--seconds", default=3.0, show_default=True, help="How long each chain runs.")
-@click.option("--rounds", default=5, show_default=True, help="Runs of each chain, in turn; the medians count.")
+@click.option(
+    "--rounds", default=5, show_default=True, help="Runs of each chain, in turn; the medians count, and that of the rounds' shares."
+)
 def main(seconds: float, rounds: int) -> None:
     """Print the figures, and whether they reach the target; exit code 1 where they do not."""
     size = len(encode(answered(Ticket(1, 0, GROUP, 0, 1, 0, ["train"]), None)))
@@ -189,8 +196,10 @@ def main(seconds: float, rounds: int) -> None:
     of, cpu_us = ({name: median(some) for name, some in figures.items()} for figures in (rates, costs))
     for name, words in (("text", "no image"), ("shared", "an image that is there"), ("fresh", "an image of its own to each group")):
         print(f"{words:<36}{of[name]:>9,.0f} rollouts/s{cpu_us[name]:>9,.0f} us of CPU each")
-    share = of["shared"] / of["text"]
-    print(f"with images {share:.2f} of text; target {TARGET_SHARE}: {'reached' if share >= TARGET_SHARE else 'MISSED'}")
+    share = median(one / other for one, other in zip(rates["shared"], rates["text"], strict=True))
+    print(
+        f"with images {share:.2f} of text (median of the rounds), by CPU {cpu_us['text'] / cpu_us['shared']:.2f}; target {TARGET_SHARE}: {'reached' if share >= TARGET_SHARE else 'MISSED'}"
+    )
     raise SystemExit(share < TARGET_SHARE)
 
 

@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -207,8 +207,8 @@ class Authority(Connection):
         keys = [self.keys.policy, self.keys.policies]
         self._fenced(scripts.ANNOUNCE, lease, keys, [encode(policy), ANNOUNCEMENTS_KEPT])
 
-    def acknowledge(self, lease: Lease, ids: Sequence[bytes]) -> int:
-        """Delete entries of the trainer's stream whose fate a durable checkpoint records; returns how many were there.
+    def acknowledge(self, lease: Lease, entries: Mapping[bytes, int]) -> int:
+        """Delete entries of the trainer's stream, numbers by id, whose fate a durable checkpoint records; returns how many were there.
 
         Images that no other number needs go with them.
 
@@ -216,8 +216,9 @@ class Authority(Connection):
             LeaseLost: another trainer took over.
         """
         keys = [self.keys.stream("train"), self.keys.images_held, self.keys.images_counted, self.keys.images]
-        chunks = batched_ids(ids, ACKNOWLEDGED_AT_ONCE)
-        return sum(int(self._fenced(scripts.ACKNOWLEDGE, lease, keys, [GROUP, *chunk])) for chunk in chunks)
+        chunks = batched_ids(list(entries), ACKNOWLEDGED_AT_ONCE)
+        numbered = ([part for entry_id in chunk for part in (entry_id, entries[entry_id])] for chunk in chunks)
+        return sum(int(self._fenced(scripts.ACKNOWLEDGE, lease, keys, [GROUP, *some])) for some in numbered)
 
     def finish(self, lease: Lease) -> None:
         """Tell every worker that the run has ended.

@@ -270,17 +270,16 @@ local function release(held, counts, images, number)
 end
 """
 
-# KEYS: epoch, stream, held, counts, images. ARGV: epoch, group, ids. The images of what is acknowledged are let go with it.
+# KEYS: epoch, stream, held, counts, images. ARGV: epoch, group, then each id and its number. Images are let go with what needs them.
 ACKNOWLEDGE = _fenced(
     _RELEASE
     + """
 local done, holds = 0, redis.call('EXISTS', KEYS[3]) == 1
-for i = 3, #ARGV do
-  local entry = holds and redis.call('XRANGE', KEYS[2], ARGV[i], ARGV[i])[1]
+for i = 3, #ARGV, 2 do
   redis.call('XACK', KEYS[2], ARGV[2], ARGV[i])
-  done = done + redis.call('XDEL', KEYS[2], ARGV[i])
-  for at = 1, entry and #entry[2] or 0, 2 do
-    if entry[2][at] == 'n' then release(KEYS[3], KEYS[4], KEYS[5], entry[2][at + 1]) end
+  if redis.call('XDEL', KEYS[2], ARGV[i]) == 1 then
+    done = done + 1
+    if holds then release(KEYS[3], KEYS[4], KEYS[5], ARGV[i + 1]) end
   end
 end
 return done

@@ -14,7 +14,7 @@ class ImagesSettings(Section):
 
     max_bytes: Annotated[int, RUN, Unit("bytes"), Field(ge=1, le=1 << 30)] = 16 << 20
     """The largest image file."""
-    max_pixels: Annotated[int, RUN, Unit("pixels"), Field(ge=1, le=1 << 30)] = 1 << 25
+    max_pixels: Annotated[int, RUN, Unit("pixels"), Field(ge=1, le=1 << 27)] = 1 << 25
     """The most pixels, width times height. Read from the file's header, before anything is decoded."""
     max_per_prompt: Annotated[int, RUN, Unit("images"), Field(ge=1, le=1024)] = 16
     """The most images in one prompt."""

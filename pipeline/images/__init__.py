@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from pipeline.images.limits import ImageError, Limits
 from pipeline.images.parts import Message, image_urls, reference_of, referred, with_urls
-from pipeline.images.reading import ImageError, Limits, Picture, plain_picture, read_picture
+from pipeline.images.reading import Picture, plain_picture, read_picture
 
 __all__ = [
     "ImageError",

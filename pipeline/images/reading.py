@@ -10,32 +10,22 @@ import binascii
 import hashlib
 import io
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+
+from pipeline.images.fetching import fetched
+from pipeline.images.limits import ImageError, Limits, shown, too_large
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
+_KNOWN = ", ".join(FORMATS)
 _DATA = "data:"
-_SHOWN = 60  # characters of a URL in a message
-
-
-class ImageError(ValueError):
-    """An image that cannot be used: what it is, and what was expected."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What an image may come to. URLs other than `data:` are fetched from `hosts` alone."""
-
-    max_bytes: int
-    max_pixels: int
-    hosts: Sequence[str] = ()
-    fetch_timeout_s: float = 10.0
+MAX_ASPECT = 200
+"""The most that a longest side may be of a shortest. Qwen-VL's processors take no more; others scale by the shortest side, whatever
+becomes of the longest."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +42,16 @@ class Picture:
     @property
     def data_url(self) -> str:
         """The file as a `data:` URL."""
-        from PIL import Image
-
-        with Image.open(io.BytesIO(self.data)) as image:
-            mime = FORMATS[str(image.format)]
+        with _opened(self.data) as image:
+            mime = FORMATS.get(str(image.format), "image/jpeg")  # Pillow has a name of its own for a JPEG that holds another one
         return f"{_DATA}{mime};base64,{base64.b64encode(self.data).decode()}"
 
     def decoded(self) -> Image:
-        """The pixels, in RGB; what is transparent is shown on white."""
-        from PIL import Image
+        """The pixels, in RGB and the right way up; what is transparent is shown on white."""
+        from PIL import Image, ImageOps
 
-        with Image.open(io.BytesIO(self.data)) as image:
+        with _opened(self.data) as file:
+            image = ImageOps.exif_transpose(file)  # as those do who serve models to which images are sent
             if "A" not in image.getbands() and "transparency" not in image.info:
                 return image.convert("RGB")
             layer = image.convert("RGBA")
@@ -84,7 +73,7 @@ def read_picture(url: str, limits: Limits) -> Picture:
     Raises:
         ImageError: the URL is none that may be used, or what it gives is no whole image within `limits`.
     """
-    data = _embedded(url, limits) if url.startswith(_DATA) else _fetched(url, limits)
+    data = _embedded(url, limits) if url.startswith(_DATA) else fetched(url, limits)
     _check(data, limits)
     return Picture(data)
 
@@ -92,71 +81,58 @@ def read_picture(url: str, limits: Limits) -> Picture:
 def _embedded(url: str, limits: Limits) -> bytes:
     head, comma, body = url.partition(",")
     if not comma or not head.endswith(";base64") or not head.startswith(f"{_DATA}image/"):
-        raise ImageError(f"the image {_shown(url)} is no data URL of an image; expected data:image/png;base64,…")
+        raise ImageError(f"the image {shown(url)} is no data URL of an image; expected data:image/png;base64,…")
     if len(body) > (limits.max_bytes * 4 + 2) // 3 + 4:
-        raise _too_large(len(body) * 3 // 4, limits)
+        raise too_large(len(body) * 3 // 4, limits)
     try:
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ImageError(f"the image {_shown(url)} is not base64: {error}") from error
-
-
-def _fetched(url: str, limits: Limits) -> bytes:
-    """The bytes behind an http(s) URL, read no further than the limit; redirects are not followed, since they name other hosts."""
-    import httpx
-
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https"):
-        raise ImageError(f"the image {_shown(url)} is neither a data URL nor http(s)")
-    if parts.hostname not in limits.hosts:
-        allowed = ", ".join(limits.hosts) or "none"
-        raise ImageError(
-            f"the image {_shown(url)} is on another host; images.allowed_hosts: {allowed}. "
-            "Put images into the prompt as data:image/…;base64,…"
-        )
-    try:
-        with httpx.stream("GET", url, timeout=limits.fetch_timeout_s) as reply:
-            if reply.status_code != httpx.codes.OK:
-                raise ImageError(f"the image {_shown(url)} was answered with status {reply.status_code}")
-            data = bytearray()
-            for chunk in reply.iter_bytes():
-                data += chunk
-                if len(data) > limits.max_bytes:
-                    raise _too_large(len(data), limits)
-    except httpx.HTTPError as error:
-        raise ImageError(f"the image {_shown(url)} cannot be fetched: {type(error).__name__}: {error}") from error
-    return bytes(data)
+        raise ImageError(f"the image {shown(url)} is not base64: {error}; expected the bytes of a file in base64") from error
 
 
 def _check(data: bytes, limits: Limits) -> None:
     from PIL import Image, UnidentifiedImageError
 
     if len(data) > limits.max_bytes:
-        raise _too_large(len(data), limits)
+        raise too_large(len(data), limits)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit decides, before decoding
-            image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
+        with _opened(data) as image:
+            _check_header(image, limits)
+            image.load()
+    except ImageError:
+        raise
     except UnidentifiedImageError as error:
-        raise ImageError(f"{len(data)} bytes are no image of a format that is read; expected one of {', '.join(FORMATS)}") from error
+        raise ImageError(
+            f"{len(data)} bytes, which begin with {data[:8]!r}, are no whole image of a format that is read; "
+            f"expected one of {_KNOWN}. Convert it."
+        ) from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"the image is refused before decoding: {error}; images.max_pixels is {limits.max_pixels}") from error
-    with image:
-        pixels = image.width * image.height
-        if pixels > limits.max_pixels:
-            raise ImageError(
-                f"the image has {image.width} × {image.height} = {pixels} pixels; images.max_pixels is {limits.max_pixels}. "
-                "It was not decoded."
-            )
-        try:
-            image.load()
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises depends on the format and on where the file is broken
-            raise ImageError(f"the image is broken: {error}") from error
+    except Exception as error:  # what Pillow raises depends on the format and on where the file is broken
+        raise ImageError(
+            f"the image is broken: {error}; expected a whole file in {_KNOWN}. Replace it, or leave it out of the task."
+        ) from error
 
 
-def _too_large(size_bytes: int, limits: Limits) -> ImageError:
-    return ImageError(f"the image has {size_bytes} bytes or more; images.max_bytes is {limits.max_bytes}")
+def _check_header(image: Image, limits: Limits) -> None:
+    """Raises ImageError for what the header alone tells."""
+    size = f"{image.width} × {image.height}"
+    if image.width * image.height > limits.max_pixels:
+        raise ImageError(
+            f"the image has {size} = {image.width * image.height} pixels; images.max_pixels is {limits.max_pixels}. "
+            "It was not decoded. Scale it down, or raise the limit."
+        )
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ImageError(f"the image has {size} pixels; expected sides of at most {MAX_ASPECT} to 1. Crop it.")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format in FORMATS:  # a JPEG that holds others is shown by its first
+        raise ImageError(f"the image is an animation of {frames} frames; expected one that does not move. Put frames in as images.")
 
 
-def _shown(url: str) -> str:
-    return repr(url if len(url) <= _SHOWN else url[:_SHOWN] + "…")
+def _opened(data: bytes) -> Image:
+    """The image in `data`, of which the header is read, and nothing decoded."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit decides
+        return Image.open(io.BytesIO(data), formats=tuple(FORMATS))

@@ -63,7 +63,7 @@ class Ledger(Passing):
             os.fsync(file.fileno())
         self.settled.update(fresh)
         self.count = len(self.settled)
-        self.bus.acknowledge(self.lease, [delivery.entry_id for delivery in self.held])
+        self.bus.acknowledge(self.lease, {delivery.entry_id: delivery.number for delivery in self.held})
         self.held = []
 
 

@@ -171,7 +171,7 @@ def test_an_expired_lease_that_nobody_took_is_still_mine(bus: Bus, other: Bus) -
         lambda bus, lease: bus.reissue(lease, "token", [ticket(1)]),
         lambda bus, lease: bus.set_issued(lease, 4),
         lambda bus, lease: bus.announce(lease, PolicyVersion(1, "d", "p", 1)),
-        lambda bus, lease: bus.acknowledge(lease, [b"1-0"]),
+        lambda bus, lease: bus.acknowledge(lease, {b"1-0": 1}),
         lambda bus, lease: bus.write_plan(lease, b"{}"),
         lambda bus, lease: bus.finish(lease),
         lambda bus, lease: bus.reopen(lease),
@@ -202,9 +202,9 @@ def test_the_trainer_acknowledges_in_bulk_and_twice_does_no_harm(bus: Bus, lease
     issue(bus, lease, 1)
     (entry,) = bus.read("generate", 1)
     bus.settle("generate", [Move(entry.id, [Out("train", number, b"") for number in range(1, 1201)])])
-    ids = [held.id for held in bus.read("train", 2000)]
-    assert bus.acknowledge(lease, ids) == 1200
-    assert bus.acknowledge(lease, ids) == 0
+    entries = {held.id: held.number for held in bus.read("train", 2000)}
+    assert bus.acknowledge(lease, entries) == 1200
+    assert bus.acknowledge(lease, entries) == 0
     assert (bus.backlog()["train"], bus.pending_counts()["train"]) == (0, 0)
 
 

@@ -49,10 +49,10 @@ def test_sixteen_rollouts_over_a_megapixel_add_it_to_redis_once_until_the_last_h
     assert bus.lease is not None
     entries = bus.read("train", 100)
     assert len(entries) == GROUP
-    bus.acknowledge(bus.lease, [entry.id for entry in entries[:-1]])
+    bus.acknowledge(bus.lease, {entry.id: entry.number for entry in entries[:-1]})
     but_one = memory(bus)
     assert image_bytes(bus) == len(picture.data)
-    bus.acknowledge(bus.lease, [entry.id for entry in entries[-1:]])
+    bus.acknowledge(bus.lease, {entry.id: entry.number for entry in entries[-1:]})
     print(
         f"an image of {held:,} bytes; memory {before:,} before, {generated:,} generated, {but_one:,} settled but one, {memory(bus):,} after"
     )

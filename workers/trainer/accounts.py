@@ -7,13 +7,23 @@ fall back by one checkpoint and still find, pending, all that the lost one had s
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from pipeline.ledger import Fate, RangeSet, Settled
 from pipeline.stage import Delivery
 from workers.trainer.checkpoint import TrainerState
 
 DEAD: tuple[Fate, ...] = ("dead", "group_dead")
-Entries = dict[bytes, int]  # payload bytes by entry id
+
+
+class Held(NamedTuple):
+    """What an entry that the trainer holds is of, and what it takes in Redis."""
+
+    number: int
+    payload_bytes: int
+
+
+Entries = dict[bytes, Held]  # by entry id
 
 
 class Accounts:
@@ -35,7 +45,7 @@ class Accounts:
     def take(self, delivery: Delivery) -> bool:
         """Book an entry read from the stream; False when its number is settled or in hand already, so it must not count again."""
         first = delivery.number not in self.settled and delivery.number not in self._open
-        self._place(delivery.number)[delivery.entry_id] = delivery.payload_bytes
+        self._place(delivery.number)[delivery.entry_id] = Held(delivery.number, delivery.payload_bytes)
         return first
 
     def take_without_entry(self, number: int) -> None:
@@ -78,9 +88,9 @@ class Accounts:
         self._held, self._since, self.lines = self._since, {}, []
         self._in_older, self._in_newest = self._in_newest, self.settled.copy()
 
-    def payable(self) -> list[bytes]:
-        """The entries to acknowledge now. They stay payable until `paid`, should Redis be away."""
-        return list(self._payable)
+    def payable(self) -> dict[bytes, int]:
+        """The entries to acknowledge now, numbers by entry id. They stay payable until `paid`, should Redis be away."""
+        return {entry_id: held.number for entry_id, held in self._payable.items()}
 
     def paid(self, ids: Iterable[bytes]) -> None:
         """`ids` are acknowledged."""
@@ -99,12 +109,12 @@ class Accounts:
     @property
     def since_bytes(self) -> int:
         """Payload of the entries settled after the newest checkpoint."""
-        return sum(self._since.values())
+        return _bytes_of(self._since)
 
     @property
     def unacked_bytes(self) -> int:
         """Payload of all settled entries that Redis still keeps for us."""
-        return self.since_bytes + sum(self._held.values()) + sum(self._payable.values())
+        return self.since_bytes + _bytes_of(self._held) + _bytes_of(self._payable)
 
     def _place(self, number: int) -> Entries:
         if number not in self.settled:
@@ -112,3 +122,7 @@ class Accounts:
         if number in self._in_older:
             return self._payable
         return self._held if number in self._in_newest else self._since
+
+
+def _bytes_of(entries: Entries) -> int:
+    return sum(held.payload_bytes for held in entries.values())

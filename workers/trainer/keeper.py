@@ -102,9 +102,9 @@ class Keeper:
         Raises:
             LeaseLost: another trainer took over.
         """
-        if ids := self.accounts.payable():
-            self._bus.acknowledge(self._lease, ids)
-            self.accounts.paid(ids)
+        if entries := self.accounts.payable():
+            self._bus.acknowledge(self._lease, entries)
+            self.accounts.paid(entries)
 
     @property
     def _directory(self) -> Path:

@@ -41,7 +41,7 @@ def hold(bus: Bus, entry: Entry, images: dict[str, bytes], patience_s: float = 5
 def finish(bus: Bus, lease: Lease, entries: list[Entry]) -> None:
     """Move `entries` to the trainer, which reads them and acknowledges all."""
     bus.settle("generate", [Move(entry.id, [Out("train", entry.number, b"rollout")]) for entry in entries])
-    bus.acknowledge(lease, [entry.id for entry in bus.read("train", 100)])
+    bus.acknowledge(lease, {entry.id: entry.number for entry in bus.read("train", 100)})
 
 
 def redis_bytes(bus: Bus) -> int:
@@ -107,7 +107,7 @@ def test_a_dead_rollout_lets_its_images_go_with_its_tombstone(bus: Bus, lease: L
     assert hold(bus, entry, CAT)
     bus.settle("generate", [Move(entry.id, [Out("dead", 1, b"rollout", "it broke", 4), Out("train", 1, b"tombstone")])])
     assert bus.image("cat") is not None
-    bus.acknowledge(lease, [found.id for found in bus.read("train", 10)])
+    bus.acknowledge(lease, {found.id: found.number for found in bus.read("train", 10)})
     assert bus.image("cat") is None
 
 
