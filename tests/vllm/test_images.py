@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from tests.vllm.reference import CLOSE_NATS
 from workers.generator.engine import Completion, ShownImage
 from workers.generator.student import Student, open_student
 from workers.generator.vllm_request import Writing
-from workers.models.families import FAMILIES
+from workers.models.families import FAMILIES, Family
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 MODES = ("recompute", "keep", "wait", "abort")
@@ -34,11 +35,15 @@ NUMBERS = count(1)
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return tiny_of(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def tiny_of(family: Family, directory: Path) -> Tiny:
+    """A model of `family` in `directory`."""
     if find_spec("torchvision") is None:
         pytest.skip("vLLM reads images with torchvision: `make test-vllm` has it")
-    directory = write_tiny(tmp_path_factory.mktemp(request.param), request.param)
-    model = load_model(directory, dtype=torch.float32, device=torch.device("cpu"))
-    return Tiny(request.param, directory, model, load_vision(directory))
+    write_tiny(directory, family)
+    return Tiny(family, directory, load_model(directory, dtype=torch.float32, device=torch.device("cpu")), load_vision(directory))
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +67,10 @@ def engine(started: Student, weights: dict[str, dict[str, Any]]) -> Any:
 
 @pytest.fixture(scope="module")
 def weights(tiny: Tiny) -> dict[str, dict[str, Any]]:
+    return weights_of(tiny)
+
+
+def weights_of(tiny: Tiny) -> dict[str, dict[str, Any]]:
     """The model's own weights, and others: in all of it, in its vision tower alone, and in what joins the two."""
     first = {name: weight.clone() for name, weight in tiny.model.state_dict().items()}
     parts = {"all": ("",), "tower": ("visual", "vision_tower"), "joint": ("merger", "projector")}
@@ -129,7 +138,7 @@ def test_a_prompt_that_vllm_reads_otherwise_is_refused(engine: Any, tiny: Tiny) 
     two = ShownImage(noise(9), replace(asked.images[0].features, token_ids=np.tile(asked.images[0].features.token_ids, 2)))
     ids = np.insert(asked.prompt_ids, 3, asked.images[0].features.token_ids)
     with pytest.raises(UserError, match=r"of a prompt with 1 images vLLM makes \d+ tokens that are not the \d+"):
-        engine._pictures.input_of(Writing(replace(asked, prompt_ids=ids, images=(two,))))
+        engine._pictures.input_of(Writing(replace(asked, prompt_ids=ids, images=(two,))), engine._llm.renderer)
 
 
 def test_vllm_is_told_how_many_images_a_prompt_may_hold(engine: Any, tiny: Tiny) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.models.tokenizer import load_tokenizer
+from pipeline.models.tokenizer import load_configs, load_tokenizer
 from settings.root import Settings
 from tests.vllm.reference import CLOSE_NATS, gaps, model_of, policy_of
 from tests.vllm.server import VllmServer
@@ -49,7 +49,7 @@ def make(student_server: VllmServer, student_dir: Path, tmp_path: Path) -> Itera
         given = {"base_url": student_server.base_url, "breaker_pause": 0.2, **client}
         inference = {"engine": "server", "on_new_weights": on_new_weights, "client": given, "sampling": {"max_completion": 400}}
         settings = Settings.model_validate({"model": {"name": str(student_dir)}, "run": {"dir": str(tmp_path)}, "inference": inference})
-        made.append(ServerEngine(settings, load_tokenizer(student_dir), (), CONTEXT))
+        made.append(ServerEngine(settings, load_tokenizer(student_dir), (), load_configs(student_dir)[0]))
         return made[-1]
 
     yield build

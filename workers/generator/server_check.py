@@ -6,9 +6,12 @@ import asyncio
 from dataclasses import dataclass
 
 from pipeline.errors import UserError
-from pipeline.http import EndpointError, EndpointFault, decoded, require_model
+from pipeline.http import EndpointError, EndpointFault, Refused, decoded, require_model
 from settings.client import StudentClientSettings
+from workers.generator.engine import Request
 from workers.generator.server_endpoint import GENERATE, RPC, WEIGHT_INFO, StudentServer
+from workers.generator.vllm_images import Pictures, require_same_tokens
+from workers.generator.vllm_request import Writing
 
 CHECK_S = 30.0
 CLIENT = "inference.client"
@@ -21,13 +24,15 @@ START = "Start the server by `onstream student-server`, or as docs/engines.md sa
 class ServerCheck:
     """Asks a server all of it. `model` is the student's name there, `text_ids` are the tokens of `TEXT` by the student's own tokenizer.
 
-    `longest` is the most tokens that a completion may have.
+    `longest` is the most tokens that a completion may have. `tried` shows a picture, of which `pictures` makes what a server is sent.
     """
 
     client: StudentClientSettings
     model: str
     text_ids: list[int]
     longest: int
+    pictures: Pictures
+    tried: Request | None
 
     async def __call__(self, server: StudentServer) -> None:
         """Checks `server`, and fills in its context.
@@ -42,6 +47,8 @@ class ServerCheck:
                 await self._check_updates(server)
                 await self._check_tokens(server)
                 await self._check_generation(server)
+                if self.tried is not None:
+                    await self._check_images(server, Writing(self.tried))
         except TimeoutError as error:
             raise EndpointFault(f"the questions of the start took longer than {CHECK_S:g} s") from error
 
@@ -104,6 +111,16 @@ class ServerCheck:
         if piece.logprobs != [0.0]:
             got = f"logprobs before sampling's filters ({piece.logprobs} of the one token that could be drawn)"
             raise _misses(server, got, "the flag --logprobs-mode processed_logprobs")
+
+    async def _check_images(self, server: StudentServer, tried: Writing) -> None:
+        """Whether it reads images, and makes the student's tokens of them."""
+        body = {"model": self.model, "sampling_params": tried.sampling(()), **self.pictures.body_of(tried)}
+        try:
+            piece = await server.generate(body)
+        except Refused as refusal:
+            got = f"no answer to a prompt with a picture ({refusal})"
+            raise _misses(server, got, "a server of the student of `model.name`, which reads images, with torchvision") from refusal
+        require_same_tokens(piece.prompt_ids, tried)
 
 
 def _misses(server: StudentServer, got: str, expected: str) -> UserError:

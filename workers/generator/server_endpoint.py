@@ -53,16 +53,21 @@ class _Choice(msgspec.Struct):
 
 class _Reply(msgspec.Struct):
     choices: list[_Choice]
+    prompt_token_ids: list[int] | None = None
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What a server wrote: n tokens, their logprobs in nats, the labels of the weights over them, and why it ended."""
+    """What a server wrote: n tokens, their logprobs in nats, the labels of the weights over them, and why it ended.
+
+    `prompt_ids` is what it read, where it was asked to tell.
+    """
 
     token_ids: list[int]
     logprobs: list[float]
     labels: list[LabelSpan]
     finish_reason: str
+    prompt_ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -94,14 +99,15 @@ class StudentServer(Endpoint):
             Refused: it will not have this body.
         """
         try:
-            [choice] = msgspec.json.decode(await self.post(GENERATE, body), type=_Reply).choices
+            reply = msgspec.json.decode(await self.post(GENERATE, body), type=_Reply)
+            [choice] = reply.choices
         except (msgspec.DecodeError, ValueError) as error:
             raise BadReply(f"not one choice with token ids and logprobs ({error})") from error
         token_ids, labels = choice.token_ids or [], choice.weight_versions or []
         logprobs = [token.logprob for token in (choice.logprobs and choice.logprobs.content) or ()]
         if len(logprobs) != len(token_ids) or sum(span.end - span.start for span in labels) != len(token_ids):
             raise BadReply(f"{len(token_ids)} tokens with {len(logprobs)} logprobs, and versions {labels}")
-        return Piece(token_ids, logprobs, labels, choice.finish_reason or "")
+        return Piece(token_ids, logprobs, labels, choice.finish_reason or "", reply.prompt_token_ids or [])
 
     async def found_label(self) -> str:
         """What the server calls the weights that it holds."""
@@ -125,6 +131,8 @@ class StudentServer(Endpoint):
         """
         await self._stage(target)
         await self.post(f"/pause?{PAUSES[on_new_weights]}", {})
+        if on_new_weights == "keep":
+            await self.post("/reset_encoder_cache", {})  # what the old vision tower made of images is for no new completion
         try:
             await self._begin()
         except EndpointError:

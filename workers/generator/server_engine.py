@@ -6,7 +6,7 @@ import queue
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.http import Background, Refused
@@ -16,14 +16,18 @@ from workers.generator.engine import Completion, Request, require_possible
 from workers.generator.server_check import TEXT, ServerCheck
 from workers.generator.server_files import ServerFiles
 from workers.generator.server_fleet import Fleet
+from workers.generator.vllm_images import Pictures
 from workers.generator.vllm_request import Writing
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 SLICE_S = 0.02
 LEAVE_S = 10.0
 
 
 class ServerEngine:
-    """An `Engine` over the servers of `inference.client`.
+    """An `Engine` over the servers of `inference.client`. `config` is the model's; `tried` a request with a picture, if it reads any.
 
     Requests and updates happen in a thread of its own: a step hands over what has come since the last one, waiting for a moment. After
     the first, a load returns at once; the servers go on with what they had until they have read the new weights.
@@ -32,7 +36,9 @@ class ServerEngine:
         UserError: no server answers, or one that answers cannot be used.
     """
 
-    def __init__(self, settings: Settings, tokenizer: Any, stop_ids: Collection[int], max_context: int | None) -> None:
+    def __init__(
+        self, settings: Settings, tokenizer: Any, stop_ids: Collection[int], config: PretrainedConfig, *, tried: Request | None = None
+    ) -> None:
         client, inference = settings.inference.client, settings.inference
         if not client.base_url:
             raise UserError(
@@ -42,14 +48,15 @@ class ServerEngine:
             )
         model = client.model or settings.model.name
         text_ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-        check = ServerCheck(client, model, text_ids, inference.sampling.max_completion)
-        self._context = max_context
+        pictures = Pictures(config)
+        check = ServerCheck(client, model, text_ids, inference.sampling.max_completion, pictures, tried)
+        self._context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
         self._files = ServerFiles(client.weights_dir, settings.run.name)
         self._background = Background()
         self._written: queue.SimpleQueue[tuple[Writing, Future[None]]] = queue.SimpleQueue()
         self._active = 0
         self._loading: Future[None] | None = None
-        self._fleet = Fleet(client, model, inference.on_new_weights, stop_ids, check)
+        self._fleet = Fleet(client, model, inference.on_new_weights, stop_ids, check, pictures)
         try:
             self._background.run(self._fleet.pool.open(patient=False))
         except BaseException:

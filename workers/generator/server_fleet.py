@@ -15,6 +15,7 @@ from pipeline.records import FinishReason
 from pipeline.weights import LoadedPolicy
 from settings.client import StudentClientSettings
 from workers.generator.server_endpoint import OnNewWeights, Piece, StudentServer, Target
+from workers.generator.vllm_images import Pictures, require_same_tokens
 from workers.generator.vllm_request import ABORTED, Writing
 
 SECTION = "inference"
@@ -38,7 +39,9 @@ class Fleet:
         on_new_weights: OnNewWeights,
         stop_ids: Collection[int],
         check: Callable[[StudentServer], Awaitable[None]],
+        pictures: Pictures,
     ) -> None:
+        self._pictures = pictures
         self._model, self._on_new_weights, self._stop_ids, self._check = model, on_new_weights, stop_ids, check
         self.pool = Pool(client, StudentServer, model=model, section=SECTION, probe=self._admit, proves=True, role="student")
         self.version = -1
@@ -52,6 +55,7 @@ class Fleet:
 
         Raises:
             Refused: a server will not write it.
+            UserError: a server makes other tokens of its images than the student's processor.
         """
         replica = writing.request.replica
         of = None if replica is None else self.pool.endpoints[replica]
@@ -84,7 +88,11 @@ class Fleet:
             "sampling_params": writing.sampling(self._stop_ids),
             "cache_salt": server.label,
         }
+        if writing.request.images:
+            body |= self._pictures.body_of(writing)
         piece = await server.generate(body)
+        if writing.request.images:
+            require_same_tokens(piece.prompt_ids, writing)
         for span in piece.labels:
             if not self._is_ours(span.version):
                 raise self._disowned(server, span.version)

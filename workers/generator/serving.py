@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from pipeline.models.tokenizer import has_vision, load_configs
 from pipeline.vllm_server import become_server
 from settings.root import Settings
 from workers.generator.vllm_start import arguments as engine_arguments
@@ -17,13 +18,18 @@ NOT_OF_SERVERS = ("skip_tokenizer_init", "disable_log_stats", "distributed_execu
 
 
 def serve(settings: Settings, host: str, port: int) -> NoReturn:
-    """Turn this process into the server, at `host` and `port`."""
-    become_server(arguments(settings, host, port), settings.deployment, UPDATES)
+    """Turn this process into the server, at `host` and `port`.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    config, _ = load_configs(settings.model.name)
+    become_server(arguments(settings, host, port, images=has_vision(config)), settings.deployment, UPDATES)
 
 
-def arguments(settings: Settings, host: str, port: int) -> list[str]:
-    """The server's arguments: the engine's, and what opens it to a generator."""
-    stated = {name: value for name, value in engine_arguments(settings).items() if name not in NOT_OF_SERVERS}
+def arguments(settings: Settings, host: str, port: int, *, images: bool = False) -> list[str]:
+    """The server's arguments, for a model that reads `images` or not: the engine's, and what opens it to a generator."""
+    stated = {name: value for name, value in engine_arguments(settings, images=images).items() if name not in NOT_OF_SERVERS}
     stated |= {
         "served_model_name": settings.inference.client.model or settings.model.name,
         "host": host,

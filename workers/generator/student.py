@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.images import Message
+from pipeline.errors import UserError
+from pipeline.images import Message, plain_picture
 from pipeline.models.fit import shapes_of
 from pipeline.models.loading import limit_gpu_memory, load_model, resolve_device, resolve_dtype
 from pipeline.models.tokenizer import has_vision, load_configs, load_tokenizer
@@ -17,11 +18,17 @@ from pipeline.telemetry import get_logger
 from settings.engines import student_engine
 from settings.gpus import memory_share
 from settings.root import Settings
-from workers.generator.engine import Engine
+from workers.generator.engine import Engine, Request
 from workers.generator.prompts import Eyes, Prompt, eyes_of, rendered
 from workers.generator.server_engine import ServerEngine
 from workers.generator.transformers_engine import TransformersEngine
 from workers.generator.vllm_start import NotServed, configure, did_not_start
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+TRIED = 64, 48
+"""Width and height, in pixels, of the picture that vLLM is tried with."""
 
 log = get_logger()
 
@@ -109,40 +116,38 @@ def load_student(name: str | Path, settings: Settings) -> Student:
 def _on_vllm(settings: Settings) -> Student:
     tokenizer = load_tokenizer(settings.model.name)
     config, generation = load_configs(settings.model.name)
-    images = has_vision(config)
-    configured = configure(settings, images=images)
+    configured = configure(settings, images=has_vision(config))
     from workers.generator.vllm_engine import VllmEngine
-    from workers.generator.vllm_images import require_same_reading
 
     stops = stop_ids(tokenizer, SimpleNamespace(config=config, generation_config=generation))
     shapes, eyes = shapes_of(config), eyes_of(settings.model.name, config, settings)
+    tried = _tried(eyes, tokenizer, config)
     try:
-        engine = VllmEngine(configured, stops, shapes, on_new_weights=settings.inference.on_new_weights)
+        engine = VllmEngine(configured, stops, shapes, on_new_weights=settings.inference.on_new_weights, tried=tried)
+    except UserError:
+        raise
     except Exception as error:
         raise did_not_start(error, settings) from error
-    student = Student(tokenizer, engine, eyes)
-    if images:
-        require_same_reading(student, settings)
-    return student
+    return Student(tokenizer, engine, eyes)
 
 
 def _on_servers(settings: Settings) -> Student:
     tokenizer = load_tokenizer(settings.model.name)
     config, generation = load_configs(settings.model.name)
-    _require_text_only(settings.model.name, config)
     stops = stop_ids(tokenizer, SimpleNamespace(config=config, generation_config=generation))
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return Student(tokenizer, ServerEngine(settings, tokenizer, stops, context), Eyes(None, settings.images))
+    eyes = eyes_of(settings.model.name, config, settings)
+    tried = _tried(eyes, tokenizer, config)
+    return Student(tokenizer, ServerEngine(settings, tokenizer, stops, config, tried=tried), eyes)
 
 
-def _require_text_only(name: str, config: Any) -> None:
-    """Raises NotServed for a model that reads images, which vLLM servers are not given so far."""
-    if has_vision(config):
-        raise NotServed(
-            f"{name} reads images, and the engine server is not given any yet",
-            expected="a student that reads text alone, or the engine vllm or transformers",
-            next_step='Set inference.engine = "vllm" or "transformers".',
-        )
+def _tried(eyes: Eyes, tokenizer: Any, config: PretrainedConfig) -> Request | None:
+    """A request with a picture, that vLLM is tried with at the start; None for a student that reads none."""
+    if not has_vision(config):
+        return None
+    shown = {"type": "image_url", "image_url": {"url": plain_picture(*TRIED).data_url}}
+    messages: list[Message] = [{"role": "user", "content": [shown]}]
+    prompt = eyes.prompt(rendered(tokenizer, messages), messages, eyes.look(messages))
+    return Request(0, prompt.ids, max_tokens=1, seed=0, images=prompt.images)
 
 
 def stop_ids(tokenizer: Any, model: Any) -> set[int]:

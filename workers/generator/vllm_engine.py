@@ -66,13 +66,21 @@ class VllmEngine:
         shapes: of the student's weights; others are refused before vLLM is asked.
         on_new_weights: what becomes of running completions when weights are loaded; an attribute, too, to change between loads. With
             `keep`, vLLM must not cache prefixes: those of old weights would begin completions of new ones.
+        tried: what is asked first; for a model that reads images, with one.
 
     Raises:
-        Exception: of whatever kind; vLLM did not start.
+        UserError: vLLM makes other tokens of an image than the student's processor.
+        Exception: of whatever other kind; vLLM did not start.
     """
 
     def __init__(
-        self, config: VllmConfig, stop_ids: Collection[int], shapes: Shapes, *, on_new_weights: OnNewWeights = "recompute"
+        self,
+        config: VllmConfig,
+        stop_ids: Collection[int],
+        shapes: Shapes,
+        *,
+        on_new_weights: OnNewWeights = "recompute",
+        tried: Request | None = None,
     ) -> None:
         self._stop_ids, self._shapes, self.on_new_weights = frozenset(stop_ids), shapes, on_new_weights
         self._slots = int(config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size)
@@ -84,13 +92,13 @@ class VllmEngine:
         self._version = 0
         self._target: Target | None = None
         self._switching: Future[Target] | None = None
+        self._pictures = Pictures(config.model_config.hf_config)
         self._background = Background()
         self._llm: Any = None  # an AsyncLLM, once it has started
         try:
             self._running = self._background.run(_opened())
             self._llm = self._background.run(_start(config))
-            self._pictures = Pictures(self._llm.renderer, config.model_config.hf_config)
-            self._say_a_word()
+            self._say_a_word(tried or Request(0, np.zeros(4, dtype=np.int32), max_tokens=3, seed=0))
         except BaseException:
             self.close()
             raise
@@ -184,9 +192,9 @@ class VllmEngine:
         self._background.stop(end, within_s=LEAVE_S)  # what runs is cancelled, and aborted by that
         self._llm = None  # or it is shut down again when the interpreter is half gone
 
-    def _say_a_word(self) -> None:
-        """Write a few tokens: of some models vLLM finds out no earlier that it cannot compute them."""
-        self.add([Request(0, np.zeros(4, dtype=np.int32), max_tokens=3, seed=0)])
+    def _say_a_word(self, request: Request) -> None:
+        """Write a few tokens: of some models vLLM finds out no earlier that it cannot compute them, or reads their images otherwise."""
+        self.add([request])
         while self._active:
             self.step()
 
@@ -241,7 +249,7 @@ class VllmEngine:
         """What vLLM writes until the request is finished, or aborted."""
         sampling = SamplingParams(**writing.sampling(self._stop_ids), output_kind=RequestOutputKind.FINAL_ONLY)
         key, rank = str(writing.request.key), writing.request.replica
-        prompt = self._pictures.input_of(writing) if writing.request.images else tokens_input(writing.prompt_ids)
+        prompt = self._pictures.input_of(writing, self._llm.renderer) if writing.request.images else tokens_input(writing.prompt_ids)
         [answer] = [one async for one in self._llm.generate(prompt, sampling, key, data_parallel_rank=rank)]
         return answer.outputs[0]
 

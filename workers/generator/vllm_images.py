@@ -2,97 +2,99 @@
 
 from __future__ import annotations
 
+import base64
+import io
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.errors import Exit, UserError
-from pipeline.images import Picture, plain_picture
-from settings.root import Settings
-from workers.generator.engine import Request
-from workers.generator.vllm_start import did_not_start
+from pipeline.images import Picture
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from vllm.inputs.engine import EngineInput
 
-    from workers.generator.student import Student
     from workers.generator.vllm_request import Writing
 
 KEPT = 64
-"""Images that are kept decoded, so that what prompts share is decoded once."""
-TRIED = (64, 48)
-"""Width and height, in pixels, of the picture that is shown at the start."""
+"""Images that are kept as they are sent, so that what prompts share is prepared once."""
 
 
 class Pictures:
-    """Makes vLLM's inputs of requests that show images.
+    """Makes vLLM's inputs of requests that show images, in process and for a server.
 
-    vLLM processes an image once while its cache holds it, under the digest of the file. What it sends to its processes then is the digest
-    alone, so inputs must reach them in the order in which they are made, and none be made while an update clears the caches.
+    vLLM processes an image once while its cache holds it, under the digest of the file. What is sent is the image decoded, as the student's
+    processor gets it: decoders may differ in what they make of transparency and orientation.
 
     Args:
-        renderer: vLLM's, in the thread of its requests.
         config: the model's; it names the token that stands for an image in what the chat template renders.
     """
 
-    def __init__(self, renderer: Any, config: PretrainedConfig) -> None:
-        self._renderer = renderer
+    def __init__(self, config: PretrainedConfig) -> None:
         self._placeholder_id: int = getattr(config, "image_token_id", -1)
         self._decoded = lru_cache(maxsize=KEPT)(Picture.decoded)
+        self._url = lru_cache(maxsize=KEPT)(_url)
 
-    def input_of(self, writing: Writing) -> EngineInput:
-        """The prompt of `writing` and what is written of it, with its images.
+    def input_of(self, writing: Writing, renderer: Any) -> EngineInput:
+        """The prompt of `writing` and what is written of it, with its images, as vLLM's own `renderer` makes it.
+
+        Of an image in its cache vLLM sends its processes the digest alone. So inputs must reach them in the order in which they are made,
+        and none be made while an update clears the caches.
 
         Raises:
             UserError: vLLM reads other tokens than the student's processor made.
         """
         images = [image.picture for image in writing.request.images]
         prompt = {
-            "prompt_token_ids": [*self._with_placeholders(writing.request), *writing.token_ids],
+            "prompt_token_ids": self._with_placeholders(writing),
             "multi_modal_data": {"image": [self._decoded(image) for image in images]},
             "multi_modal_uuids": {"image": [image.digest for image in images]},
         }
-        [made] = self._renderer.render_cmpl([prompt])
-        if list(made["prompt_token_ids"]) != writing.prompt_ids:
-            raise _read_otherwise(len(made["prompt_token_ids"]), len(writing.prompt_ids), len(images))
+        [made] = renderer.render_cmpl([prompt])
+        require_same_tokens(made["prompt_token_ids"], writing)
         result: EngineInput = made
         return result
 
-    def _with_placeholders(self, request: Request) -> list[int]:
+    def body_of(self, writing: Writing) -> dict[str, Any]:
+        """The same as fields of a request to `/inference/v1/generate`, whose answer then has the `prompt_token_ids` to be compared."""
+        images = [image.picture for image in writing.request.images]
+        parts = [{"type": "image_url", "url": self._url(image), "uuid": image.digest} for image in images]
+        return {"token_ids": self._with_placeholders(writing), "content_parts": parts, "return_token_ids": True}
+
+    def _with_placeholders(self, writing: Writing) -> list[int]:
         """The prompt as the template rendered it, which vLLM expands itself: one placeholder in the place of each image's tokens."""
-        ids, written, start = request.prompt_ids, list[int](), 0
-        for image in request.images:
+        ids, made, start = writing.request.prompt_ids, list[int](), 0
+        for image in writing.request.images:
             tokens = image.features.token_ids
             windows = np.lib.stride_tricks.sliding_window_view(ids, len(tokens))[start:]
             place = start + int((windows == tokens).all(axis=1).argmax())
-            written += [*ids[start:place].tolist(), self._placeholder_id]
+            made += [*ids[start:place].tolist(), self._placeholder_id]
             start = place + len(tokens)
-        return [*written, *ids[start:].tolist()]
+        return [*made, *ids[start:].tolist(), *writing.token_ids]
 
 
-def require_same_reading(student: Student, settings: Settings) -> None:
-    """Show it a picture, and have it write a token. Where it does not, the engine is closed.
+def require_same_tokens(made: Sequence[int], writing: Writing) -> None:
+    """Do nothing where vLLM made of a prompt with images what the student's processor made of it.
 
     Raises:
-        UserError: vLLM makes other tokens of the picture than the student's processor, or cannot compute the model's vision tower.
+        UserError: it made something else.
     """
-    shown = {"type": "image_url", "image_url": {"url": plain_picture(*TRIED).data_url}}
-    try:
-        prompt = student.prompt([{"role": "user", "content": [shown]}])
-        student.engine.add([Request(0, prompt.ids, max_tokens=1, seed=0, images=prompt.images)])
-        while student.engine.active:
-            student.engine.step()
-    except Exception as error:
-        student.engine.close()
-        raise (error if isinstance(error, UserError) else did_not_start(error, settings)) from error
-
-
-def _read_otherwise(theirs: int, ours: int, images: int) -> UserError:
-    return UserError(
-        f"of a prompt with {images} images vLLM makes {theirs} tokens that are not the {ours} that the student's processor makes",
+    ours = writing.prompt_ids
+    if list(made) == ours:
+        return
+    raise UserError(
+        f"of a prompt with {len(writing.request.images)} images vLLM makes {len(made)} tokens that are not the {len(ours)} that the "
+        "student's processor makes",
         expected="the same tokens: the trainer would see another prompt than the one that was answered",
         next_step='Set inference.engine = "transformers".',
         exit=Exit.REFUSED,
     )
+
+
+def _url(picture: Picture) -> str:
+    target = io.BytesIO()
+    picture.decoded().save(target, "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(target.getvalue()).decode()}"

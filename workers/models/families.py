@@ -95,7 +95,8 @@ def _qwen(
     hidden, frequencies = shape.hidden, shape.head_dim // 2
     in_space = frequencies * 3 // 8
     sections = [frequencies - 2 * in_space, in_space, in_space]
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": sections, "mrope_interleaved": interleaved}
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": sections}
+    rope |= {"mrope_interleaved": True} if interleaved else {}
     width = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "out_hidden_size": hidden}
     vision = {"depth": 2, "num_heads": 2, "patch_size": PATCH, **width}
     text = _text(shape, tokenizer) | {"rope_parameters": rope}

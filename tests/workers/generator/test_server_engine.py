@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.errors import Exit, UserError
-from pipeline.models.tokenizer import load_tokenizer
+from pipeline.models.tokenizer import load_configs, load_tokenizer
 from pipeline.weights import LoadedPolicy
 from settings.root import Settings
 from tests.faulty_server import Answer, Asked, FaultyServer
@@ -95,7 +95,7 @@ def make(student_dir: Path, tmp_path: Path) -> Iterator[Callable[..., ServerEngi
         given = {"base_url": [server.base_url for server in servers], "breaker_pause": 0.05, **client}
         inference = {"engine": "server", "client": given, "sampling": {"max_completion": 12}}
         settings = Settings.model_validate({"model": {"name": str(student_dir)}, "run": {"dir": str(tmp_path)}, "inference": inference})
-        made.append(ServerEngine(settings, load_tokenizer(student_dir), (), 64))
+        made.append(ServerEngine(settings, load_tokenizer(student_dir), (), load_configs(student_dir)[0]))
         return made[-1]
 
     yield build
