@@ -335,6 +335,13 @@ end
 return replies
 """)
 
+# KEYS: images. Returns how many there are, and their bytes, without moving them to the client.
+COUNT_IMAGES = Script("""
+local digests, bytes = redis.call('HKEYS', KEYS[1]), 0
+for _, digest in ipairs(digests) do bytes = bytes + redis.call('HSTRLEN', KEYS[1], digest) end
+return {#digests, bytes}
+""")
+
 # KEYS: epoch, key. ARGV: epoch, value.
 SET_KEY = _fenced("""
 redis.call('DEL', KEYS[2])

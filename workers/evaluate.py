@@ -68,7 +68,7 @@ def _answers(student: Student, problems: Mapping[str, Problem], max_completion: 
     for key, (name, problem) in enumerate(problems.items()):
         try:
             prompt = student.prompt(problem.messages)
-            room = student.completion_room(prompt.ids, max_completion)
+            room = student.completion_room(prompt, max_completion)
         except (PromptTooLong, ImageError) as error:
             raise UserError(
                 f"{name}: {error}",

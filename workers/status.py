@@ -25,6 +25,7 @@ def status(bus: Bus) -> dict[str, Any]:
     kinds = {stage: plan.kinds(stage) for stage in plan.streams} if plan else KINDS_OF
     held = {stage: bus.held(stage) for stage in STAGES}
     holds = sum((Counter(held[stage].by_worker) for stage in STAGES), Counter[str]())
+    images, image_bytes = bus.images_held()
     heard_of = [_worker(worker, holds[worker.worker]) for worker in bus.heard_of()]
     return {
         "run": bus.run,
@@ -35,6 +36,7 @@ def status(bus: Bus) -> dict[str, Any]:
         "policy_version": policy.number if policy else None,
         "issued": bus.issued(),
         "dead": bus.dead_count(),
+        "images": {"held": images, "bytes": image_bytes},
         "stages": {
             stage: {
                 "ready": stage in snapshot.ready,
@@ -79,7 +81,10 @@ def show(state: dict[str, Any], console: Console) -> None:
     where = "finished" if state["finished"] else "running" if state["started"] else "not started"
     version = state["policy_version"]
     _say(console, f"run {state['run']}: {where}, policy version {'none' if version is None else version}")
-    _say(console, f"route {' → '.join(state['route'])}; {state['issued']} rollouts issued, {state['dead']} dead letters\n")
+    _say(console, f"route {' → '.join(state['route'])}; {state['issued']} rollouts issued, {state['dead']} dead letters")
+    if (images := state["images"])["held"]:
+        _say(console, f"{images['held']} images held, {images['bytes'] / 1e6:.1f} MB")
+    _say(console, "")
     stages = [
         [name, "yes" if row["ready"] else "no", row["backlog"], row["in_hand"], _seconds(row["oldest_in_hand_s"])]
         for name, row in state["stages"].items()

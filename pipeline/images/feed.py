@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from pipeline.images.limits import ImageError
 from pipeline.images.reading import Picture
 from pipeline.records import Ids
 
@@ -45,6 +48,7 @@ class ImageFeed:
 
         Raises:
             MissingImage: the bytes of one are gone.
+            ImageError: the model's processor does not take one.
         """
         futures = {digest: self._future(digest) for digest in digests}
         made = {}
@@ -57,13 +61,16 @@ class ImageFeed:
         self._forget()
         return made
 
-    def objection(self, prompt_ids: Ids, digests: Sequence[str]) -> str | None:
-        """Why a prompt cannot be read with the images that it shows, in words; None where all are there and their tokens in it."""
+    def objection(self, prompt_ids: Ids, completion_ids: Ids, digests: Sequence[str]) -> str | None:
+        """Why a sample cannot be read with the images that its prompt shows, in words; None where all are there and their tokens in it.
+
+        A completion's last token is only ever predicted, never read: it may stand for an image that is not there.
+        """
         try:
             made = self.of(digests)
-        except MissingImage as error:
+        except (MissingImage, ImageError) as error:
             return str(error)
-        return self._vision.misplaced(prompt_ids, [made[digest] for digest in digests])
+        return self._vision.misplaced(np.concatenate((prompt_ids, completion_ids[:-1])), [made[digest] for digest in digests])
 
     def close(self) -> None:
         """End the thread."""

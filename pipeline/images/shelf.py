@@ -86,6 +86,11 @@ class ImageShelf(Authority):
         data: bytes | None = self._ask("HGET", self.keys.images, digest)
         return data
 
+    def images_held(self) -> tuple[int, int]:
+        """How many images Redis keeps, and their bytes."""
+        count, size = self._run(scripts.COUNT_IMAGES, [self.keys.images], [])
+        return int(count), int(size)
+
     def held_numbers(self) -> list[int]:
         """The numbers that hold images."""
         return [int(number) for number in self._ask("HKEYS", self.keys.images_held)]

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from pipeline.errors import UserError
-from pipeline.images import Picture
+from pipeline.images import ImageError, Picture
 from pipeline.models.tokenizer import cached_first
 from pipeline.records import Ids
 
@@ -54,9 +54,18 @@ class Vision:
         self.placeholder_id: int = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
 
     def features(self, picture: Picture) -> ImageFeatures:
-        """What the processor makes of `picture` in a prompt that is this image alone."""
-        shown = {"text": [self._processor.image_token], "images": [picture.decoded()]}
-        made = self._processor(**shown, add_special_tokens=False, return_tensors="pt")
+        """What the processor makes of `picture` in a prompt that is this image alone.
+
+        Raises:
+            ImageError: the processor takes no such picture.
+        """
+        image = picture.decoded()
+        shown = {"text": [self._processor.image_token], "images": [image]}
+        try:
+            made = self._processor(**shown, add_special_tokens=False, return_tensors="pt")
+        except ValueError as error:
+            name, size = type(self._processor).__name__, f"{image.width} × {image.height}"
+            raise ImageError(f"{name} does not take the image of {size} pixels: {error}. Scale or crop it.") from error
         token_ids = made["input_ids"][0].numpy().astype(np.int32)
         return ImageFeatures(token_ids, {name: tensor for name, tensor in made.items() if name not in _TEXT})
 
@@ -78,14 +87,13 @@ class Vision:
         """Write the processor beside a model's files."""
         self._processor.save_pretrained(directory)
 
-    @staticmethod
-    def misplaced(prompt_ids: Ids, images: Sequence[ImageFeatures]) -> str | None:
-        """Why `prompt_ids` cannot be what a prompt with `images` came to, in words; None where it holds their tokens, all and in order."""
+    def misplaced(self, ids: Ids, images: Sequence[ImageFeatures]) -> str | None:
+        """Why a model cannot be given `ids` with `images`, in words; None where their tokens are in it, all and in order, and no others."""
         expected = np.concatenate([image.token_ids for image in images]) if images else np.empty(0, dtype=np.int32)
-        found = prompt_ids[np.isin(prompt_ids, expected)]
+        found = ids[np.isin(ids, [*expected, self.placeholder_id])]
         if np.array_equal(found, expected):
             return None
-        return f"its prompt holds {len(found)} tokens of images, where {len(expected)} stand for the {len(images)} that it shows"
+        return f"it holds {len(found)} tokens of images, where {len(expected)} stand for the {len(images)} that its prompt shows"
 
     @staticmethod
     def _pieces(ids: Ids, places: Sequence[int] | np.ndarray[Any, Any], images: Sequence[ImageFeatures]) -> Iterator[Ids]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor
 
-from pipeline.images import Picture
+from pipeline.images import ImageError, Picture
+from pipeline.images.feed import ImageFeed
 from pipeline.models.attention import SHARED_PREFIX
 from pipeline.models.loading import text_config
 from pipeline.models.logprobs import head_of, hidden_states
@@ -18,8 +19,10 @@ from pipeline.models.packing import Ids, pack, share_prompts, single_rows
 from pipeline.models.probe import prepare
 from pipeline.models.vision import PlaceholderMismatch, joined
 from pipeline.records import ids_array, ids_bytes
+from settings.images import ImagesSettings
 from settings.trainer import LossSettings, OptimSettings, TrainerSettings
 from tests.vision.conftest import Tiny, noise
+from workers.generator.prompts import Eyes
 from workers.models.tokenizer import IMAGE, IMAGE_END, IMAGE_START, VOCABULARY_SIZE
 from workers.trainer.learner import Learner, TrainSample
 
@@ -112,6 +115,26 @@ def test_a_placeholder_written_in_a_text_is_found_out(tiny: Tiny) -> None:
     ids = np.array([60, tiny.vision.placeholder_id, 70], dtype=np.int32)
     with pytest.raises(PlaceholderMismatch, match="shows 1 images of a prompt that holds 0"):
         tiny.vision.expand(ids, [])
+
+
+def test_a_placeholder_written_in_an_answer_is_found_out(tiny: Tiny) -> None:
+    """Whoever wrote it: with no image to go with it, it would take the place of another sample's."""
+    features = tiny.vision.features(noise(1))
+    shown = np.array([60, *features.token_ids, 70], dtype=np.int32)
+    stray = np.array([61, tiny.vision.placeholder_id, 71], dtype=np.int32)
+    feed = ImageFeed(tiny.vision, {"one": noise(1).data}.get, keep_bytes=1 << 20)
+    try:
+        assert feed.objection(shown, stray[:1], ["one"]) is None
+        assert feed.objection(shown, stray[:2], ["one"]) is None  # a last token is never read
+        assert "it holds" in (feed.objection(shown, stray, ["one"]) or "")
+        assert "it holds 1 tokens of images, where 0 stand for the 0" in (feed.objection(stray[:1], stray, []) or "")
+        assert "is gone" in (feed.objection(shown, stray, ["two"]) or "")
+    finally:
+        feed.close()
+    eyes = Eyes(tiny.vision, ImagesSettings())
+    eyes.require_none_written(stray[:2])
+    with pytest.raises(ImageError, match="its token 2 of 3 is the placeholder of an image"):
+        eyes.require_none_written(stray)
 
 
 def a_sample(prompt: Ids, completion: Ids, images: tuple[str, ...]) -> TrainSample:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pipeline import telemetry
 from pipeline.board import VERSION
+from pipeline.images.shelf import Hold
 from pipeline.records import PolicyVersion, StageName, Ticket
 from pipeline.stage import Stats
 from pipeline.streams import Bus, Move, Out
@@ -53,6 +54,19 @@ def test_status_tells_backlog_hands_heartbeats_versions_and_what_is_waited_for(b
     assert (worker["holds"], worker["version"], state["version"]) == (1, VERSION, VERSION)
     assert (state["gone"], state["last_dead"]) == ([], None)
     assert any("generate" in sentence for sentence in state["waits"])
+
+
+def test_status_tells_what_images_take(bus: Bus) -> None:
+    assert bus.issue(bus.acquire_lease(30), 0, [ticket(1)], max_backlog=10)
+    (entry,) = bus.read("generate", 1)
+    console = Console(file=io.StringIO(), width=200)
+    show(status(bus), console)
+    bus.hold_images("generate", [Hold(entry.id, 1, {"a": b"x" * 1_500_000, "b": b"y" * 600_000})], patience_s=1)
+    state = status(bus)
+    assert state["images"] == {"held": 2, "bytes": 2_100_000}
+    assert "images held" not in console.file.getvalue()
+    show(state, console)
+    assert "2 images held, 2.1 MB" in console.file.getvalue()
 
 
 def test_status_tells_who_is_gone_with_what_in_hand_and_what_went_wrong_last(bus: Bus) -> None:

@@ -136,16 +136,26 @@ class ChatGenerator:
     def _look(self, index: int) -> tuple[Problem, tuple[ShownImage, ...]]:
         """The problem, and its images as the student reads them. Raises ImageError where one cannot be used."""
         problem = self._task.train(index)
-        return problem, self._eyes.look(problem.messages)
+        images = self._eyes.look(problem.messages)
+        tokens = sum(len(image.features.token_ids) for image in images)
+        if self._context is not None and tokens >= self._context:
+            raise ImageError(
+                f"its {len(images)} images take {tokens} tokens, and the student's context is {self._context}. Scale them down."
+            )
+        return problem, images
 
     def _unusable(self, new: Sequence[Delivery]) -> dict[bytes, Outcome]:
         """The tickets whose images cannot be used, by entry."""
-        refused = {}
+        refused, reasons = dict[bytes, Outcome](), dict[int, str]()  # a group's is tried once: an image may take long not to come
         for delivery in new:
+            index = _ticket(delivery).index
             try:
-                self._asked(_ticket(delivery).index)
+                if index not in reasons:
+                    self._asked(index)
+                    continue
             except ImageError as error:
-                refused[delivery.entry_id] = Outcome(delivery, dead=f"problem {_ticket(delivery).index} cannot be asked: {error}")
+                reasons[index] = f"problem {index} cannot be asked: {error}"
+            refused[delivery.entry_id] = Outcome(delivery, dead=reasons[index])
         return refused
 
     def _jobs(self, new: Sequence[Delivery]) -> Iterator[Job]:
@@ -204,11 +214,13 @@ class ChatGenerator:
         if not self._reconstructor.renders_reasoning() and any(message.get(name) for name in REASONING_FIELDS):
             self._tell_once("the student's chat template does not render reasoning: the teacher's is left out")
         ticket = _ticket(delivery)
-        problem, images = self._asked(ticket.index)
         written = [{**message, "role": "assistant"}]
         try:
+            problem, images = self._asked(ticket.index)
             samples = self._reconstructor.samples(problem.messages, written, truncated=finish == "length")
             prompts = [self._eyes.prompt(sample.prompt_ids, problem.messages, images) for sample in samples]
+            for sample in samples:
+                self._eyes.require_none_written(sample.completion_ids)
             self._require_room(prompts, samples)
         except (ReconstructionError, ImageError) as error:
             return Outcome(delivery, dead=f"the teacher's answer cannot be trained on: {error}")

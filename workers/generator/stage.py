@@ -133,15 +133,23 @@ class Generator:
 
     def _start(self) -> list[Outcome]:
         """Hand the engine every ticket whose version is there; returns those that cannot be answered."""
-        outcomes, wait, requests = [], deque[Delivery](), []
+        wait, requests = deque[Delivery](), []
+        outcomes, refused = (
+            list[Outcome](),
+            dict[int, str](),
+        )  # by problem: a group's is tried once, since an image may take long not to come
         for delivery in self._early:
+            index = _ticket(delivery).index
             if _ticket(delivery).min_policy_version > self._policies.version:
                 wait.append(delivery)
                 continue
             try:
-                requests.append(self._request(delivery))
+                if index not in refused:
+                    requests.append(self._request(delivery))
+                    continue
             except (PromptTooLong, TemplateError, ImageError) as error:
-                outcomes.append(Outcome(delivery, dead=f"problem {_ticket(delivery).index} cannot be asked: {error}"))
+                refused[index] = f"problem {index} cannot be asked: {error}"
+            outcomes.append(Outcome(delivery, dead=refused[index]))
         self._early = wait
         self._student.engine.add(requests)
         return outcomes
@@ -158,7 +166,7 @@ class Generator:
     def _request(self, delivery: Delivery) -> Request:
         ticket = _ticket(delivery)
         problem, prompt = self._asked(ticket.index)
-        max_tokens = self._student.completion_room(prompt.ids, self._settings.inference.sampling.max_completion)
+        max_tokens = self._student.completion_room(prompt, self._settings.inference.sampling.max_completion)
         self._requests += 1  # not the ticket's number: an entry that was handed out twice must not meet itself
         self._in_hand[self._requests] = Asked(delivery, problem, prompt)
         return Request(self._requests, prompt.ids, max_tokens, ticket.seed, self._sampling, images=prompt.images)

@@ -18,7 +18,7 @@ from pipeline.telemetry import get_logger
 from settings.engines import student_engine
 from settings.gpus import memory_share
 from settings.root import Settings
-from workers.generator.engine import Engine, Request
+from workers.generator.engine import Engine, Request, ShownImage
 from workers.generator.prompts import Eyes, Prompt, eyes_of, rendered
 from workers.generator.server_engine import ServerEngine
 from workers.generator.transformers_engine import TransformersEngine
@@ -54,17 +54,18 @@ class Student:
         images = self.eyes.look(messages)
         return self.eyes.prompt(rendered(self.tokenizer, messages), messages, images)
 
-    def completion_room(self, prompt_ids: Ids, wanted: int) -> int:
-        """How many tokens a completion of `prompt_ids` may have: `wanted`, or what the context leaves.
+    def completion_room(self, prompt: Prompt, wanted: int) -> int:
+        """How many tokens a completion of `prompt` may have: `wanted`, or what the context leaves. No prompt is ever cut.
 
         Raises:
             PromptTooLong: it leaves none.
         """
         context = self.engine.max_context
-        room = wanted if context is None else min(wanted, context - len(prompt_ids))
+        room = wanted if context is None else min(wanted, context - len(prompt.ids))
         if room < 1:
             raise PromptTooLong(
-                f"the prompt has {len(prompt_ids)} tokens; the student's context is {context}, completion included. "
+                f"the prompt has {len(prompt.ids)} tokens{_of_images(prompt.images)}; "
+                f"the student's context is {context}, completion included. "
                 "Shorten the task's prompts, or choose a `model.name` with a longer context."
             )
         return room
@@ -73,6 +74,12 @@ class Student:
         """A completion as text, without special tokens."""
         text: str = self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
         return text
+
+
+def _of_images(images: Sequence[ShownImage]) -> str:
+    """What to add where a message names the tokens of a prompt: how many of them are of its images."""
+    tokens = sum(len(image.features.token_ids) for image in images)
+    return f", {tokens} of them of its {len(images)} images" if images else ""
 
 
 def open_student(settings: Settings) -> Student:

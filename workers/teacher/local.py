@@ -54,11 +54,9 @@ class LocalScorer:
 
     def unseen(self, request: ScoreRequest) -> str | None:
         """Why the images of `request` cannot be judged, in words; None where it can be scored with all of them present."""
-        if not request.images:
-            return None
         if self._feed is None:
-            return f"its prompt shows {len(request.images)} images, and the teacher {self.name} reads none"
-        return self._feed.objection(request.prompt_ids, request.images)
+            return f"its prompt shows {len(request.images)} images, and the teacher {self.name} reads none" if request.images else None
+        return self._feed.objection(request.prompt_ids, request.completion_ids, request.images)
 
     def close(self) -> None:
         """End what looks ahead."""

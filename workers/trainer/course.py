@@ -154,7 +154,8 @@ class Course:
         """Why the images of `record` cannot be trained on, in words; None where they all are there."""
         if self._feed is None:
             return None
-        reasons = (self._feed.objection(ids_array(sample.prompt_ids), sample.images) for sample in record.samples)
+        samples = ((ids_array(sample.prompt_ids), ids_array(sample.completion_ids), sample.images) for sample in record.samples)
+        reasons = (self._feed.objection(*sample) for sample in samples)
         return next((reason for reason in reasons if reason), None)
 
     def _settle(self, unit: Chosen | Dropped) -> None:
