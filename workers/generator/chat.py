@@ -219,8 +219,6 @@ class ChatGenerator:
             problem, images = self._asked(ticket.index)
             samples = self._reconstructor.samples(problem.messages, written, truncated=finish == "length")
             prompts = [self._eyes.prompt(sample.prompt_ids, problem.messages, images) for sample in samples]
-            for sample in samples:
-                self._eyes.require_none_written(sample.completion_ids)
             self._require_room(prompts, samples)
         except (ReconstructionError, ImageError) as error:
             return Outcome(delivery, dead=f"the teacher's answer cannot be trained on: {error}")

@@ -86,15 +86,6 @@ class Eyes:
         names = {url: reference_of(image.picture.digest) for url, image in zip(image_urls(messages), images, strict=True)}
         return Prompt(expanded, images, with_urls(messages, names))
 
-    def require_none_written(self, completion_ids: Ids) -> None:
-        """Check an answer that the student did not write itself.
-
-        Raises:
-            ImageError: it goes on after the placeholder of an image, and there is no image to go with that.
-        """
-        if self._vision is not None and (places := np.flatnonzero(completion_ids[:-1] == self._vision.placeholder_id)).size:
-            raise ImageError(f"its token {places[0] + 1} of {len(completion_ids)} is the placeholder of an image; expected text alone")
-
     def _look(self, picture: Picture) -> ShownImage:
         assert self._vision is not None
         return ShownImage(picture, self._vision.features(picture))
