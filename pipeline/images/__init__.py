@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.images.limits import ImageError, Limits
-from pipeline.images.parts import Message, image_urls, reference_of, referred, with_urls
+from pipeline.images.parts import Message, for_template, image_urls, reference_of, referred, with_urls
 from pipeline.images.reading import Picture, plain_picture, read_picture
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Limits",
     "Message",
     "Picture",
+    "for_template",
     "image_urls",
     "plain_picture",
     "read_picture",

@@ -39,6 +39,17 @@ def referred(messages: Sequence[Message]) -> list[str]:
     return [url.removeprefix(_SCHEME) for url in image_urls(messages) if url.startswith(_SCHEME)]
 
 
+def for_template(messages: Sequence[Message]) -> list[Message]:
+    """`messages` as chat templates expect those with images: an image is `{"type": "image"}`, and every content is a list of parts.
+
+    Templates of LLaVA's kind know no `image_url`, and render nothing of a content that is a plain text. Messages without
+    any image are left as they are, for templates that know texts alone.
+    """
+    if not any(True for message in messages for _ in _image_parts(message)):
+        return list(messages)
+    return [{**message, "content": _parts_of(message["content"])} if message.get("content") else message for message in messages]
+
+
 def is_image(part: object) -> bool:
     """Whether a content part is an image."""
     return isinstance(part, dict) and part.get("type") == "image_url"
@@ -48,6 +59,11 @@ def _image_parts(message: Message) -> Iterator[dict[str, Any]]:
     content = message.get("content")
     if isinstance(content, list):
         yield from (part for part in content if is_image(part))
+
+
+def _parts_of(content: str | list[Any]) -> list[Any]:
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return [{"type": "image"} if is_image(part) else part for part in parts]
 
 
 def _url(part: dict[str, Any]) -> str:

@@ -52,13 +52,19 @@ def _settings(tiny: Tiny, directory: Path, contents: list[Any], url: str, sectio
 
 def test_what_cannot_be_shown_is_not_asked(bus: Bus, tiny: Tiny, tmp_path: Path) -> None:
     good, many = noise(1, 64, 64), CONTEXT_TOKENS // len(tiny.vision.features(noise(1, 64, 64)).token_ids) + 1
-    contents = [shows("data:image/png;base64,AAAA"), shows("file:///etc/passwd"), shows(*[good.data_url] * many), shows(good.data_url)]
+    bad = ["data:image/png;base64,AAAA", "file:///etc/passwd", "https://example.org/cat.png"]
+    contents = [*map(shows, bad), shows(*[good.data_url] * many), shows(good.data_url)]
     bodies = asked(bus, tiny, tmp_path, contents, "a", images={"max_per_prompt": 1024})
     assert {len(body["messages"][-1]["content"]) for body in bodies} == {2}
     reasons = [letter.reason for letter in bus.dead_letters()]
-    wanted = ["no whole image", "neither a data URL nor http", f"its {many} images take {_tokens(tiny, good) * many} tokens"]
-    assert [sum(words in reason for reason in reasons) for words in wanted] == [GROUP] * 3
-    assert len(reasons) == 3 * GROUP
+    wanted = [
+        "no whole image",
+        "neither a data URL nor http",
+        "images.allowed_hosts: none",
+        f"its {many} images take {_tokens(tiny, good) * many} tokens",
+    ]
+    assert [sum(words in reason for reason in reasons) for words in wanted] == [GROUP] * 4
+    assert len(reasons) == 4 * GROUP
     assert len(rollouts(bus, "train")) == GROUP
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.images import ImageError, Limits, Message, Picture, image_urls, read_picture, reference_of, with_urls
+from pipeline.images import ImageError, Limits, Message, Picture, for_template, image_urls, read_picture, reference_of, with_urls
 from pipeline.models.tokenizer import has_vision
 from pipeline.records import Ids
 from settings.images import ImagesSettings
@@ -106,5 +106,5 @@ def eyes_of(name: str | Path, config: PretrainedConfig, settings: Settings) -> E
 
 def rendered(tokenizer: Any, messages: Sequence[Message]) -> Ids:
     """The conversation through the chat template, up to where the answer begins; an image is one placeholder."""
-    ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+    ids = tokenizer.apply_chat_template(for_template(messages), add_generation_prompt=True, return_dict=False)
     return np.array(ids, dtype=np.int32)

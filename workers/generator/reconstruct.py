@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.images import for_template
 from pipeline.records import Ids, Mask
 
 Message = dict[str, Any]
@@ -153,7 +154,7 @@ class Reconstructor:
 
     def _render(self, messages: Sequence[Message], *, answer_next: bool = False) -> str:
         try:
-            text: str = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=answer_next, tokenize=False)
+            text: str = self._tokenizer.apply_chat_template(for_template(messages), add_generation_prompt=answer_next, tokenize=False)
         except Exception as error:  # templates raise what they like: jinja's errors, TypeError, ValueError
             raise ReconstructionError(f"the student's template cannot render the chat: {error}") from error
         return text

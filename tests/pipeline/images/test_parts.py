@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.images import image_urls, reference_of, referred, with_urls
+from pipeline.images import for_template, image_urls, reference_of, referred, with_urls
 
 
 def shows(url: str) -> dict[str, Any]:
@@ -36,6 +36,18 @@ def test_references_there_and_back_change_nothing() -> None:
 def test_messages_without_images_are_left_as_they_are() -> None:
     assert with_urls(CHAT[:1], {})[0] is CHAT[0]
     assert referred(CHAT[:1]) == []
+
+
+def test_templates_get_parts_alone_where_any_is_an_image() -> None:
+    assert for_template(CHAT) == [
+        {"role": "system", "content": [{"type": "text", "text": "Name what you see."}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "cat, dog"}]},
+        {"role": "user", "content": [{"type": "text", "text": "again"}, {"type": "image"}]},
+    ]
+    assert for_template(CHAT[:1]) == CHAT[:1], "a template that knows texts alone gets texts"
+    calls = [{"role": "assistant", "content": "", "tool_calls": [{}]}]
+    assert for_template([*CHAT[1:2], *calls])[1:] == calls
 
 
 @pytest.mark.parametrize(
