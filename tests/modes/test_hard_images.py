@@ -22,7 +22,7 @@ SOURCE = "orchestrator.teacher_rollout_model"
 LIMITS = Limits(max_bytes=1 << 20, max_pixels=1 << 20)
 GUESSED = 0.1
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
