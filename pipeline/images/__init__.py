@@ -5,12 +5,14 @@ from __future__ import annotations
 from pipeline.images.limits import ImageError, Limits
 from pipeline.images.parts import Message, for_template, image_urls, reference_of, referred, with_urls
 from pipeline.images.reading import Picture, plain_picture, read_picture
+from pipeline.images.shown import ShownImage
 
 __all__ = [
     "ImageError",
     "Limits",
     "Message",
     "Picture",
+    "ShownImage",
     "for_template",
     "image_urls",
     "plain_picture",

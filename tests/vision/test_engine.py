@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.images import ShownImage
 from pipeline.models.loading import load_model
 from pipeline.models.vision import joined
 from pipeline.weights import LoadedPolicy
 from tests.vision.conftest import Tiny, noise
-from workers.generator.engine import Completion, Request, ShownImage
+from workers.generator.engine import Completion, Request
 from workers.generator.student import stop_ids
 from workers.generator.transformers_engine import TransformersEngine
 from workers.models.tokenizer import IMAGE, IMAGE_END, IMAGE_START

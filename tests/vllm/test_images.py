@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
+from pipeline.images import ShownImage
 from pipeline.models.loading import load_model
 from pipeline.models.vision import load_vision
 from pipeline.weights import LoadedPolicy
@@ -22,8 +23,9 @@ from tests.vision.conftest import Tiny, noise, write_tiny
 from tests.vision.test_engine import gap, requests
 from tests.vllm.conftest import on_vllm
 from tests.vllm.reference import CLOSE_NATS
-from workers.generator.engine import Completion, ShownImage
+from workers.generator.engine import Completion
 from workers.generator.student import Student, open_student
+from workers.generator.vllm_images import input_of
 from workers.generator.vllm_request import Writing
 from workers.models.families import FAMILIES, Family
 
@@ -138,7 +140,7 @@ def test_a_prompt_that_vllm_reads_otherwise_is_refused(engine: Any, tiny: Tiny) 
     two = ShownImage(noise(9), replace(asked.images[0].features, token_ids=np.tile(asked.images[0].features.token_ids, 2)))
     ids = np.insert(asked.prompt_ids, 3, asked.images[0].features.token_ids)
     with pytest.raises(UserError, match=r"of a prompt with 1 images vLLM makes \d+ tokens that are not the \d+"):
-        engine._pictures.input_of(Writing(replace(asked, prompt_ids=ids, images=(two,))), engine._llm.renderer)
+        input_of(Writing(replace(asked, prompt_ids=ids, images=(two,))), engine._sent, engine._llm.renderer)
 
 
 def test_vllm_is_told_how_many_images_a_prompt_may_hold(engine: Any, tiny: Tiny) -> None:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.http import Answered, Background, Budget, Endpoint, Pool, Refused, decoded, require_model
-from pipeline.images import ImageError
+from pipeline.images import ImageError, ShownImage
 from pipeline.images.shelf import Hold
 from pipeline.models.tokenizer import load_configs, load_tokenizer
 from pipeline.records import Rollout, Sample, StageName, Ticket, ids_bytes, logprobs_bytes, mask_bytes
@@ -19,7 +19,6 @@ from pipeline.stage import Delivery, Outcome, Stats
 from pipeline.tasks import Problem, load_task
 from pipeline.telemetry import get_logger
 from settings.root import Settings
-from workers.generator.engine import ShownImage
 from workers.generator.prompts import RENDERED, Prompt, eyes_of
 from workers.generator.reconstruct import REASONING_FIELDS, Reconstructed, ReconstructionError, Reconstructor
 from workers.generator.student import stop_ids

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from pipeline.images import Picture
+from pipeline.images import ShownImage
 from pipeline.records import FinishReason, Ids, Logprobs, VersionSpan
 from pipeline.weights import LoadedPolicy
-
-if TYPE_CHECKING:
-    from pipeline.models.vision import ImageFeatures
 
 
 @dataclass(frozen=True)
@@ -25,14 +22,6 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-
-
-@dataclass(frozen=True)
-class ShownImage:
-    """An image that a prompt shows: the file, and what the student's processor makes of it."""
-
-    picture: Picture
-    features: ImageFeatures
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pipeline.images import ShownImage
 from workers.generator.cache import Continuations, Pass, Prompts, SlotCache
-from workers.generator.engine import Request, ShownImage
+from workers.generator.engine import Request
 
 Numbers = npt.NDArray[Any]  # of integers
 Prompt = tuple[bytes, tuple[str, ...]]

@@ -10,12 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.images import ImageError, Limits, Message, Picture, for_template, image_urls, read_picture, reference_of, with_urls
+from pipeline.images import (
+    ImageError,
+    Limits,
+    Message,
+    Picture,
+    ShownImage,
+    for_template,
+    image_urls,
+    read_picture,
+    reference_of,
+    with_urls,
+)
 from pipeline.models.tokenizer import has_vision
 from pipeline.records import Ids
 from settings.images import ImagesSettings
 from settings.root import Settings
-from workers.generator.engine import ShownImage
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

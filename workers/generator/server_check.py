@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from pipeline.errors import UserError
 from pipeline.http import EndpointError, EndpointFault, Refused, decoded, require_model
+from pipeline.vllm_images import SentImages
 from settings.client import StudentClientSettings
 from workers.generator.engine import Request
 from workers.generator.server_endpoint import GENERATE, RPC, WEIGHT_INFO, StudentServer
-from workers.generator.vllm_images import Pictures, require_same_tokens
+from workers.generator.vllm_images import fields_of, require_same_tokens
 from workers.generator.vllm_request import Writing
 
 CHECK_S = 30.0
@@ -24,14 +25,14 @@ START = "Start the server by `onstream student-server`, or as docs/engines.md sa
 class ServerCheck:
     """Asks a server all of it. `model` is the student's name there, `text_ids` are the tokens of `TEXT` by the student's own tokenizer.
 
-    `longest` is the most tokens that a completion may have. `tried` shows a picture, of which `pictures` makes what a server is sent.
+    `longest` is the most tokens that a completion may have. `tried` shows a picture, of which `sent` makes what a server is sent.
     """
 
     client: StudentClientSettings
     model: str
     text_ids: list[int]
     longest: int
-    pictures: Pictures
+    sent: SentImages
     tried: Request | None
 
     async def __call__(self, server: StudentServer) -> None:
@@ -114,7 +115,7 @@ class ServerCheck:
 
     async def _check_images(self, server: StudentServer, tried: Writing) -> None:
         """Whether it reads images, and makes the student's tokens of them."""
-        body = {"model": self.model, "sampling_params": tried.sampling(()), **self.pictures.body_of(tried)}
+        body = {"model": self.model, "sampling_params": tried.sampling(()), **fields_of(tried, self.sent)}
         try:
             piece = await server.generate(body)
         except Refused as refusal:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.http import Background, Refused
+from pipeline.vllm_images import SentImages
 from pipeline.weights import LoadedPolicy
 from settings.root import Settings
 from workers.generator.engine import Completion, Request, require_possible
 from workers.generator.server_check import TEXT, ServerCheck
 from workers.generator.server_files import ServerFiles
 from workers.generator.server_fleet import Fleet
-from workers.generator.vllm_images import Pictures
 from workers.generator.vllm_request import Writing
 
 if TYPE_CHECKING:
@@ -48,15 +48,15 @@ class ServerEngine:
             )
         model = client.model or settings.model.name
         text_ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-        pictures = Pictures(config)
-        check = ServerCheck(client, model, text_ids, inference.sampling.max_completion, pictures, tried)
+        sent = SentImages(config)
+        check = ServerCheck(client, model, text_ids, inference.sampling.max_completion, sent, tried)
         self._context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
         self._files = ServerFiles(client.weights_dir, settings.run.name)
         self._background = Background()
         self._written: queue.SimpleQueue[tuple[Writing, Future[None]]] = queue.SimpleQueue()
         self._active = 0
         self._loading: Future[None] | None = None
-        self._fleet = Fleet(client, model, inference.on_new_weights, stop_ids, check, pictures)
+        self._fleet = Fleet(client, model, inference.on_new_weights, stop_ids, check, sent)
         try:
             self._background.run(self._fleet.pool.open(patient=False))
         except BaseException:

@@ -12,10 +12,11 @@ from typing import get_args
 from pipeline.errors import Exit, UserError
 from pipeline.http import BadReply, EndpointError, EndpointFault, Pool, Refused
 from pipeline.records import FinishReason
+from pipeline.vllm_images import SentImages
 from pipeline.weights import LoadedPolicy
 from settings.client import StudentClientSettings
 from workers.generator.server_endpoint import OnNewWeights, Piece, StudentServer, Target
-from workers.generator.vllm_images import Pictures, require_same_tokens
+from workers.generator.vllm_images import fields_of, require_same_tokens
 from workers.generator.vllm_request import ABORTED, Writing
 
 SECTION = "inference"
@@ -39,9 +40,9 @@ class Fleet:
         on_new_weights: OnNewWeights,
         stop_ids: Collection[int],
         check: Callable[[StudentServer], Awaitable[None]],
-        pictures: Pictures,
+        sent: SentImages,
     ) -> None:
-        self._pictures = pictures
+        self._sent = sent
         self._model, self._on_new_weights, self._stop_ids, self._check = model, on_new_weights, stop_ids, check
         self.pool = Pool(client, StudentServer, model=model, section=SECTION, probe=self._admit, proves=True, role="student")
         self.version = -1
@@ -89,7 +90,7 @@ class Fleet:
             "cache_salt": server.label,
         }
         if writing.request.images:
-            body |= self._pictures.body_of(writing)
+            body |= fields_of(writing, self._sent)
         piece = await server.generate(body)
         if writing.request.images:
             require_same_tokens(piece.prompt_ids, writing)

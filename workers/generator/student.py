@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
-from pipeline.images import Message, plain_picture
+from pipeline.images import Message, ShownImage, plain_picture
 from pipeline.models.fit import shapes_of
 from pipeline.models.loading import limit_gpu_memory, load_model, resolve_device, resolve_dtype
 from pipeline.models.tokenizer import has_vision, load_configs, load_tokenizer
@@ -18,7 +18,7 @@ from pipeline.telemetry import get_logger
 from settings.engines import student_engine
 from settings.gpus import memory_share
 from settings.root import Settings
-from workers.generator.engine import Engine, Request, ShownImage
+from workers.generator.engine import Engine, Request
 from workers.generator.prompts import Eyes, Prompt, eyes_of, rendered
 from workers.generator.server_engine import ServerEngine
 from workers.generator.transformers_engine import TransformersEngine

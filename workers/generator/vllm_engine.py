@@ -20,10 +20,11 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from pipeline.http import Background
 from pipeline.models.fit import Shapes
+from pipeline.vllm_images import SentImages
 from pipeline.weights import LoadedPolicy, WeightsError
 from workers.generator.engine import Completion, Request, require_possible
 from workers.generator.vllm_extension import READING, READY, RECEIVED
-from workers.generator.vllm_images import Pictures
+from workers.generator.vllm_images import input_of
 from workers.generator.vllm_request import Writing
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class VllmEngine:
         self._version = 0
         self._target: Target | None = None
         self._switching: Future[Target] | None = None
-        self._pictures = Pictures(config.model_config.hf_config)
+        self._sent = SentImages(config.model_config.hf_config)
         self._background = Background()
         self._llm: Any = None  # an AsyncLLM, once it has started
         try:
@@ -249,7 +250,7 @@ class VllmEngine:
         """What vLLM writes until the request is finished, or aborted."""
         sampling = SamplingParams(**writing.sampling(self._stop_ids), output_kind=RequestOutputKind.FINAL_ONLY)
         key, rank = str(writing.request.key), writing.request.replica
-        prompt = self._pictures.input_of(writing, self._llm.renderer) if writing.request.images else tokens_input(writing.prompt_ids)
+        prompt = input_of(writing, self._sent, self._llm.renderer) if writing.request.images else tokens_input(writing.prompt_ids)
         [answer] = [one async for one in self._llm.generate(prompt, sampling, key, data_parallel_rank=rank)]
         return answer.outputs[0]
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
-from pipeline.images import image_urls
+from pipeline.images import ShownImage, image_urls
 from pipeline.models.loading import load_model
 from pipeline.models.vision import ImageFeatures, Vision
 from pipeline.tasks import Problem, load_task
@@ -24,7 +24,6 @@ from pipeline.telemetry import get_logger
 from settings.root import Settings
 from settings.trainer import LossSettings, OptimSettings, TrainerSettings
 from workers.evaluate import evaluate
-from workers.generator.engine import ShownImage
 from workers.generator.prompts import Eyes, rendered
 from workers.models.families import Family, write_fresh_vlm
 from workers.models.fresh import write_fresh

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from pipeline.records import Ids, Logprobs
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """One sample to be judged: P ≥ 1 prompt tokens and C completion tokens. `images` names those that the prompt shows, in order."""
+    """One sample to be judged: P ≥ 1 prompt tokens and C completion tokens. `images` names those that the prompt shows, in order.
+
+    `sent` is what vLLM's endpoints are sent in the place of the token ids, where there are images (`pipeline.vllm_images`).
+    """
 
     prompt_ids: Ids  # [P]
     completion_ids: Ids  # [C]
     images: tuple[str, ...] = ()
+    sent: Mapping[str, Any] | None = None
 
     @property
     def tokens(self) -> int:

@@ -62,8 +62,9 @@ class ScoreCache:
             self._shelf.keep_scores([(self._key(request), _value(scores)) for request, scores in scored], self._most)
 
     def _key(self, request: ScoreRequest) -> bytes:
+        images = [name.encode() for name in request.images]  # the same ids stand for other pictures too
         split = f"{self._top_k} {len(request.prompt_ids)}".encode()
-        return _digest(self._teacher, split, ids_bytes(request.prompt_ids), ids_bytes(request.completion_ids))
+        return _digest(self._teacher, split, ids_bytes(request.prompt_ids), ids_bytes(request.completion_ids), *images)
 
     def _scores(self, value: bytes) -> Scores:
         kept = _decoder.decode(value)

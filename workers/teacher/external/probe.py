@@ -13,7 +13,7 @@ from pipeline.http.models import locked
 from pipeline.records import Logprobs
 from settings.client import TeacherModelSettings
 from workers.teacher.external.endpoint import TeacherEndpoint
-from workers.teacher.external.protocols import VARIANTS, Echo, TeacherProtocol
+from workers.teacher.external.protocols import SHOWN_IMAGES, VARIANTS, Echo, TeacherProtocol
 from workers.teacher.external.student import Judged
 from workers.teacher.external.vocabulary import compare_by_routes, compare_by_texts
 from workers.teacher.scorer import ScoreRequest, Scores
@@ -69,6 +69,8 @@ class Probe:
         context = listed.get("max_model_len") or (tokenized.max_model_len if tokenized else None)
         await self._check_context(endpoint, protocol, context)
         await self._check_repeatable(endpoint, protocol, scores)
+        if self.student.shown is not None:
+            await self._check_images(endpoint, protocol, self.student.shown)
         endpoint.protocol, endpoint.context_tokens = protocol, context
         return scores.logprobs
 
@@ -152,6 +154,19 @@ class Probe:
                 expected=f"at most {SAME_NATS:g}: its judgement would be mostly noise",
                 next_step=f"Check that {SECTION}.client.base_url is one server, or several with the same weights.",
             )
+
+    async def _check_images(self, endpoint: TeacherEndpoint, protocol: TeacherProtocol, shown: ScoreRequest) -> None:
+        """Whether it scores a prompt with a picture, of which it makes the student's tokens."""
+        try:
+            if protocol.name != SHOWN_IMAGES:
+                raise Refused(f"the protocol is {protocol.name}, which sends token ids alone")
+            await self._asked(endpoint, protocol, shown, self.top_k)
+        except Refused as refusal:
+            raise UserError(
+                f"the task's prompts hold images, and the teacher at {endpoint.name} would judge them blind: {refusal}",
+                expected=f"a vLLM server of the student's family, asked by the protocol {SHOWN_IMAGES}",
+                next_step="Serve such a teacher with --enable-scale-out, or score with a local one (docs/images.md).",
+            ) from refusal
 
     def _too_few(self, endpoint: TeacherEndpoint, most: int) -> UserError:
         gives = f"the {most} likeliest tokens of a position at most" if most else "no likeliest tokens beside the one asked for"

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
-from pipeline.http import BadReply
+from pipeline.http import BadReply, Refused
 from pipeline.undecodable import UNDECODABLE
 from workers.teacher.scorer import ScoreRequest, Scores
 
@@ -66,6 +66,7 @@ _PromptLogprobs = list[dict[int, _Entry] | None]
 
 
 class _Generated(msgspec.Struct):
+    prompt_token_ids: list[int] | None = None
     prompt_logprobs: _PromptLogprobs | None = None
 
 
@@ -107,11 +108,21 @@ class VllmGenerate:
     def body(self, model: str, request: ScoreRequest, top_k: int) -> dict[str, Any]:
         """As in the protocol; one token is generated, since vLLM takes no less."""
         sampling = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": top_k, "detokenize": False}
-        return {"model": model, "token_ids": _ids(request), "sampling_params": sampling}
+        return {"model": model, "token_ids": _ids(request), "sampling_params": sampling, **(request.sent or {})}
 
     def scores(self, reply: bytes, request: ScoreRequest, top_k: int) -> Scores:
-        """As in the protocol."""
-        return _from_positions(_decoded(reply, _Generated).prompt_logprobs, request, top_k)
+        """As in the protocol.
+
+        Raises:
+            Refused: the server makes other tokens of the images than the student's processor.
+        """
+        generated = _decoded(reply, _Generated)
+        if request.sent is not None and generated.prompt_token_ids != _ids(request):
+            made = len(generated.prompt_token_ids or ())
+            raise Refused(
+                f"of a sample with {len(request.images)} images it makes {made} tokens that are not the student's {request.tokens}"
+            )
+        return _from_positions(generated.prompt_logprobs, request, top_k)
 
     def texts(self, reply: bytes, request: ScoreRequest) -> dict[int, str]:
         """None: this route returns ids alone."""
@@ -219,6 +230,8 @@ class Sglang:
         return {token: text for _, token, text in listed if text is not None}
 
 
+SHOWN_IMAGES = VllmGenerate.name
+"""The protocol that carries images."""
 VARIANTS: tuple[TeacherProtocol, ...] = (
     VllmGenerate(),
     VllmCompletions(),

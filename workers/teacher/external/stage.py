@@ -7,10 +7,12 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
 from pipeline.http import Answered, Background, Budget, Pool, Refused
-from pipeline.records import StageName
+from pipeline.models.tokenizer import has_vision, load_configs
+from pipeline.records import Sample, StageName
 from pipeline.stage import Delivery, Outcome, Stats
 from pipeline.streams import Bus
 from settings.root import Settings
@@ -20,6 +22,9 @@ from workers.teacher.external.probe import SECTION, Probe
 from workers.teacher.external.student import judged_student
 from workers.teacher.samples import objection, request_of, rollout_of, write
 from workers.teacher.scorer import ScoreRequest, Scores
+
+if TYPE_CHECKING:
+    from workers.teacher.external.images import Sight
 
 SLICE_S = 0.02
 CACHED = "cache"
@@ -62,6 +67,7 @@ class ExternalTeacher:
         self._unasked: deque[Job] = deque()  # those of _jobs that nothing was asked about yet
         self._replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
         self._cache: ScoreCache | None = None
+        self._sight: Sight | None = None
 
     def setup(self) -> None:
         """Ask every endpoint all that must hold before it may judge the student.
@@ -88,6 +94,7 @@ class ExternalTeacher:
             self._background.stop(self._pool.close)
             raise
         self._budget.open()
+        self._sight = self._sight_of()
         self._tell()
 
     @property
@@ -116,20 +123,33 @@ class ExternalTeacher:
     def close(self, *, finished: bool) -> None:
         """Drop what is in flight; the loop gives it back."""
         self._background.stop(self._pool.close)
+        if self._sight is not None:
+            self._sight.close()
         self._jobs.clear()
         self._unasked.clear()
+
+    def _sight_of(self) -> Sight | None:
+        config, _ = load_configs(self._settings.model.name)
+        if not has_vision(config):
+            return None
+        from workers.teacher.external.images import Sight  # imports torch
+
+        return Sight(self._settings, config, self._bus.image)
 
     def _objection(self, delivery: Delivery) -> str | None:
         name, size = self._teacher.model.name, self._student.party.vocabulary_size
         samples = rollout_of(delivery).samples
         if shown := sum(len(sample.images) for sample in samples):
-            return f"it would be scored blind: its prompt shows {shown} images, and the endpoints of a teacher are sent token ids alone"
+            if self._sight is None:
+                return f"it would be scored blind: its prompt shows {shown} images, and the student reads none"
+            if reason := next((reason for sample in samples if (reason := self._sight.objection(sample))), None):
+                return f"it would be scored blind: {reason}"
         reasons = (objection(sample, name, context_tokens=None, vocabulary_size=size) for sample in samples)
         return next((reason for reason in reasons if reason), None)
 
     def _take(self, deliveries: Sequence[Delivery]) -> None:
         """Take rollouts in hand, with the scores that are known of them."""
-        jobs = [Job(delivery, [request_of(sample) for sample in rollout_of(delivery).samples]) for delivery in deliveries]
+        jobs = [Job(delivery, [self._request_of(sample) for sample in rollout_of(delivery).samples]) for delivery in deliveries]
         requests = [request for job in jobs for request in job.requests]
         known = iter(self._known(requests))
         for job in jobs:
@@ -139,6 +159,9 @@ class ExternalTeacher:
             self._jobs[job.delivery.entry_id] = job
             if job.tokens:
                 self._unasked.append(job)
+
+    def _request_of(self, sample: Sample) -> ScoreRequest:
+        return request_of(sample) if self._sight is None else self._sight.request_of(sample)
 
     def _known(self, requests: Sequence[ScoreRequest]) -> Sequence[Scores | None]:
         if self._cache is None and self._probe.reference is not None:

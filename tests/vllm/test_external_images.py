@@ -1,0 +1,93 @@
+"""An external teacher that is a vLLM server, and prompts with images: scored with them present, or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.loop import Worker
+from pipeline.streams import Bus
+from settings.root import Settings
+from tests.vision.conftest import Tiny, noise
+from tests.vision.test_stages import GROUP, generate, rollouts, settings_of, shows
+from tests.vllm.reference import CLOSE_NATS
+from tests.vllm.server import VllmServer
+from tests.vllm.test_images import tiny_of
+from workers.teacher.external import ExternalTeacher
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return tiny_of("qwen2.5-vl", tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    """A real server of the model, as the teacher."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    server = VllmServer(tiny.directory, tmp_path_factory.mktemp("vllm") / "vllm.log")
+    server.start()
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.kill()
+
+
+def settings_with(tiny: Tiny, server: VllmServer, directory: Path, contents: list[Any], **client: Any) -> Settings:
+    """A run on a problem for each of `contents`, whose teacher is `server`, which is the student itself."""
+    teacher = {"client": {"base_url": server.base_url, "breaker_pause": 0.5, **client}, "model": {"name": "teacher"}}
+    orchestrator = {"group_size": GROUP, "batch_size": GROUP, "teacher_model": teacher}
+    return settings_of(tiny, directory, contents, orchestrator=orchestrator, trainer={"loss": {"teacher_top_k": 4}})
+
+
+def score(bus: Bus, settings: Settings) -> None:
+    worker = Worker(ExternalTeacher(settings, bus), bus, settings.delivery, block_s=0.05)
+    worker.stage.setup()
+    try:
+        while bus.backlog()["score"]:
+            worker.turn()
+    finally:
+        worker.stage.close(finished=False)
+
+
+def test_every_token_is_scored_with_the_images_present(bus: Bus, tiny: Tiny, server: VllmServer, tmp_path: Path) -> None:
+    """The teacher is the student: it must find every token exactly as likely as the student did, who saw the pictures."""
+    pictures = [noise(1), noise(2), noise(3, 48, 32)]
+    contents = [shows(picture.data_url) for picture in pictures] + [shows(*(one.data_url for one in pictures)), "a"]
+    settings = settings_with(tiny, server, tmp_path, contents)
+    generate(bus, settings, tiny, problems=len(contents))
+    score(bus, settings)
+    scored = rollouts(bus, "train")
+    assert bus.dead_letters() == [] and len(scored) == GROUP * len(contents)
+    gaps = []
+    for rollout in scored:
+        (sample,) = rollout.samples
+        teacher = np.frombuffer(sample.teacher_logprobs or b"", "<f4")
+        gaps.append(np.abs(np.frombuffer(sample.generator_logprobs, "<f4") - teacher).max())
+        assert sample.teacher_top_ids is not None
+    print(f"the teacher and the student differ by at most {max(gaps):.1e} nats")
+    assert max(gaps) < CLOSE_NATS
+
+
+def test_a_rollout_whose_image_is_gone_is_never_scored_blind(bus: Bus, tiny: Tiny, server: VllmServer, tmp_path: Path) -> None:
+    settings = settings_with(tiny, server, tmp_path, [shows(noise(1).data_url)])
+    generate(bus, settings, tiny, problems=1)
+    bus._ask("DEL", bus.keys.images)
+    score(bus, settings)
+    assert {letter.reason.partition(":")[0] for letter in bus.dead_letters()} == {"it would be scored blind"}
+    assert rollouts(bus, "train") == []
+
+
+def test_a_teacher_that_would_judge_images_blind_is_refused_at_the_start(bus: Bus, tiny: Tiny, server: VllmServer, tmp_path: Path) -> None:
+    settings = settings_with(tiny, server, tmp_path, [shows(noise(1).data_url)], protocol="vllm-completions")
+    with pytest.raises(UserError, match=r"would judge them blind: the protocol is vllm-completions, which sends token ids alone"):
+        ExternalTeacher(settings, bus).setup()
