@@ -15,7 +15,7 @@ import errno
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -154,10 +154,10 @@ def keep_image(directory: Path, digest: str, data: bytes) -> None:
     sync(path.parent)
 
 
-def image(directory: Path, digest: str) -> bytes | None:
-    """The bytes of an image that a record of the recording in `directory` names; None where it was gone when that was recorded."""
-    path = directory / IMAGES / digest
-    return path.read_bytes() if path.exists() else None
+def images(directory: Path, digests: Sequence[str]) -> list[bytes | None]:
+    """The bytes of images that records of the recording in `directory` name; None for one that was gone when they were recorded."""
+    paths = [directory / IMAGES / digest for digest in digests]
+    return [path.read_bytes() if path.exists() else None for path in paths]
 
 
 def exists(directory: Path) -> bool:

@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from pipeline.models.vision import ImageFeatures, Vision
 
 
+Fetch = Callable[[Sequence[str]], Sequence[bytes | None]]
+"""Gives the bytes of images by their digests, None for one that is gone."""
+FETCHED_AT_ONCE = 8
+
+
+def no_images(digests: Sequence[str]) -> Sequence[None]:
+    """The `Fetch` of a place where there are none."""
+    return [None] * len(digests)
+
+
 class MissingImage(LookupError):
     """An image that a record names, and nobody has any more."""
 
@@ -26,13 +36,14 @@ class ImageFeed:
 
     Args:
         vision: called by this feed's thread alone.
-        fetch: gives the bytes of an image, or None; called by that thread too.
+        fetch: called by that thread too, for several that wait at once.
         keep_bytes: memory of the tensors that are kept; the least recently used go first.
     """
 
-    def __init__(self, vision: Vision, fetch: Callable[[str], bytes | None], keep_bytes: int) -> None:
+    def __init__(self, vision: Vision, fetch: Fetch, keep_bytes: int) -> None:
         self._vision, self._fetch, self._keep_bytes = vision, fetch, keep_bytes
         self._made: OrderedDict[str, Future[ImageFeatures]] = OrderedDict()  # the least recently used first
+        self._asked: deque[tuple[str, Future[ImageFeatures]]] = deque()  # what the thread has yet to begin with
         self._finished: deque[tuple[str, int]] = deque()  # what the thread has made since it was last counted: digest, bytes
         self._sizes: dict[str, int] = {}
         self._kept_bytes = 0
@@ -78,12 +89,28 @@ class ImageFeed:
 
     def _future(self, digest: str) -> Future[ImageFeatures]:
         if digest not in self._made:
-            self._made[digest] = self._thread.submit(self._make, digest)
+            self._made[digest] = Future()
+            self._asked.append((digest, self._made[digest]))
+            self._thread.submit(self._begin)
         self._made.move_to_end(digest)
         return self._made[digest]
 
-    def _make(self, digest: str) -> ImageFeatures:
-        data = self._fetch(digest)
+    def _begin(self) -> None:
+        """Fetch some of what is asked for, together, and process each. Finds nothing to do where the call before has seen to it."""
+        asked = [self._asked.popleft() for _ in range(min(FETCHED_AT_ONCE, len(self._asked)))]
+        try:
+            found = self._fetch([digest for digest, _ in asked]) if asked else ()
+        except Exception as error:
+            for _, future in asked:
+                future.set_exception(error)
+            return
+        for (digest, future), data in zip(asked, found, strict=True):
+            try:
+                future.set_result(self._make(digest, data))
+            except Exception as error:
+                future.set_exception(error)
+
+    def _make(self, digest: str, data: bytes | None) -> ImageFeatures:
         if data is None:
             raise MissingImage(f"the image {digest[:12]} is gone")
         features = self._vision.features(Picture(data))

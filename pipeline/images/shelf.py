@@ -81,10 +81,10 @@ class ImageShelf(Authority):
                     raise ImagesFull(f"redis is full, and had no room for the images of {numbers} for {patience_s:.0f} s") from error
                 time.sleep(FULL_RETRY_S)
 
-    def image(self, digest: str) -> bytes | None:
-        """The bytes of an image; None where nobody holds it."""
-        data: bytes | None = self._ask("HGET", self.keys.images, digest)
-        return data
+    def images(self, digests: Sequence[str]) -> list[bytes | None]:
+        """The bytes of images; None for one that nobody holds."""
+        found: list[bytes | None] = self._ask("HMGET", self.keys.images, *digests)
+        return found
 
     def images_held(self) -> tuple[int, int]:
         """How many images Redis keeps, and their bytes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline import recording
+from pipeline.images.feed import Fetch
 from pipeline.ledger import Fate
 from pipeline.records import Rollout, Sample, Tombstone, ids_bytes, logprobs_bytes, mask_bytes
 from pipeline.weights import LoadedPolicy
@@ -50,12 +51,10 @@ def rollout(number: int, tiny: Tiny, image: str, tokens: int) -> Rollout:
     return Rollout(number, number - 1, 1, number - 1, [], {}, [sample], 1.0, "stop", ["train"])
 
 
-def trained(
-    settings: Settings, records: list[Rollout], image: Callable[[str], bytes | None], recorded: Recording | None
-) -> tuple[str, Any]:
+def trained(settings: Settings, records: list[Rollout], images: Fetch, recorded: Recording | None) -> tuple[str, Any]:
     """The digest of the weights after a step on `records`, and the fates of their numbers."""
     around = Around(recorded)
-    course = Course(settings, learner_at(settings, None), around, worker="t", image=image)
+    course = Course(settings, learner_at(settings, None), around, worker="t", images=images)
     for record in records:
         course.take(record, 1.0)
     course.advance()
@@ -76,15 +75,19 @@ def test_images_lie_in_the_recording_once_and_train_to_the_same_bits(tiny: Tiny,
     )
     pictures = [noise(1), noise(2)]
     live = {picture.digest: picture.data for picture in pictures}
+
+    def fetch(digests: Sequence[str]) -> list[bytes | None]:
+        return [live.get(digest) for digest in digests]
+
     tokens = len(tiny.vision.features(pictures[0]).token_ids)
     settings.run_dir.mkdir()
-    recorded = Recording(settings, None, "start", live.get)
+    recorded = Recording(settings, None, "start", fetch)
     made = [rollout(number, tiny, pictures[number % 2].digest, tokens) for number in range(1, BATCH + 1)]
     gone = rollout(BATCH + 1, tiny, "0" * 64, tokens)
-    first = trained(settings, [gone, *made], live.get, recorded)
+    first = trained(settings, [gone, *made], fetch, recorded)
     recorded.close()
 
     directory = settings.run_dir / recording.FOLDER
     assert sorted(path.name for path in (directory / recording.IMAGES).iterdir()) == sorted(live)
     assert first[1][BATCH + 1] == "dead"
-    assert trained(settings, [gone, *made], partial(recording.image, directory), None) == first
+    assert trained(settings, [gone, *made], partial(recording.images, directory), None) == first

@@ -74,7 +74,7 @@ class Replay:
         self._out.mkdir(parents=True)
         (self._out / "settings.toml").write_text(toml_text(self.settings), encoding="utf-8")
         verdict, last, damage = Verdict(self._changed), None, None
-        player = Player(self._beginning, self._under, self._say, partial(recording.image, self._source.directory))
+        player = Player(self._beginning, self._under, self._say, partial(recording.images, self._source.directory))
         progress = Progress(self._say, self._last_step(stop_at), self.settings.deployment.status_interval)
         with Files(self._out) as files:
             try:

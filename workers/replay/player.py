@@ -12,6 +12,7 @@ import msgspec
 import torch
 
 from pipeline import weights
+from pipeline.images.feed import Fetch, no_images
 from pipeline.ledger import Fate, RangeSet
 from pipeline.recording import Frame, Opened, Recorded, Stepped
 from pipeline.records import PolicyVersion, Rollout, Ticket, Tombstone, decode_work
@@ -56,7 +57,7 @@ class Player:
     """Replays from `beginning` into `settings.run_dir`.
 
     `settings_under` gives the settings that hold when a trainer takes the run up as recorded; `told` hears of conditions that
-    are not the recorded ones; `image` gives the bytes of an image by digest.
+    are not the recorded ones; `images` gives the bytes of images by digest.
 
     Raises:
         UserError: the student cannot be loaded.
@@ -67,7 +68,7 @@ class Player:
         beginning: Beginning,
         settings_under: Callable[[Opened], Settings],
         told: Callable[[str], None],
-        image: Callable[[str], bytes | None] = lambda digest: None,
+        images: Fetch = no_images,
     ) -> None:
         self._settings_under, self._told = settings_under, told
         self.settings, found = settings_under(beginning.opened), beginning.found
@@ -79,7 +80,7 @@ class Player:
         dropped = found.state.dropped if found else {}
         self.missed: int | None = None
         """The first step that the recorded run took where none was due here."""
-        self.course = Course(self.settings, learner, self, worker="replay", step=beginning.step, dropped=dropped, image=image)
+        self.course = Course(self.settings, learner, self, worker="replay", step=beginning.step, dropped=dropped, images=images)
         self._files = student_files(self.run_dir, learner)
         self.policy = self._publish()
         if not beginning.position and self.policy.digest != beginning.opened.digest:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from transformers import AutoConfig
 
-from pipeline.images.feed import ImageFeed
+from pipeline.images.feed import Fetch, ImageFeed, no_images
 from pipeline.models.loading import load_model, resolve_device, resolve_dtype
 from pipeline.models.probe import prepare
 from pipeline.models.tokenizer import has_vision
@@ -19,10 +17,10 @@ from workers.teacher.local import LocalScorer
 from workers.teacher.party import party
 
 
-def load_local(settings: Settings, image: Callable[[str], bytes | None] = lambda digest: None) -> LocalScorer:
+def load_local(settings: Settings, images: Fetch = no_images) -> LocalScorer:
     """The teacher of `teacher_inference.model.name`, or the student's starting model where none is named.
 
-    `image` gives the bytes of an image by digest, None for one that is not there; by default there are none.
+    `images` gives the bytes of images by digest; by default there are none.
 
     Raises:
         UserError: there is no such model, or it cannot judge this student's tokens.
@@ -45,5 +43,5 @@ def load_local(settings: Settings, image: Callable[[str], bytes | None] = lambda
         vocabulary_size=min(student.vocabulary_size, teacher.vocabulary_size),
         max_batch_tokens=local.max_batch_tokens,
         head_chunk=local.head_chunk,
-        feed=ImageFeed(vision, image, settings.images.keep_bytes) if vision else None,
+        feed=ImageFeed(vision, images, settings.images.keep_bytes) if vision else None,
     )

@@ -108,7 +108,7 @@ class Teacher:
 def _load_local(settings: Settings, bus: Bus) -> Scorer:
     from workers.teacher.setup import load_local  # torch is imported by the worker that needs it alone
 
-    return load_local(settings, bus.image)
+    return load_local(settings, bus.images)
 
 
 def _group(delivery: Delivery) -> int:

@@ -8,14 +8,14 @@ it was cut into reads.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 
-from pipeline.images.feed import ImageFeed
+from pipeline.images.feed import Fetch, ImageFeed
 from pipeline.ledger import Fate
 from pipeline.models.loading import resolve_device
 from pipeline.models.logprobs import NO_IMAGES
@@ -57,7 +57,7 @@ class Learned:
 class Course:
     """The training of one student, `step` steps from its start. `worker` is the name that its timings carry.
 
-    `dropped` counts, by fate, what was dropped since the last step. `image` gives the bytes of an image by digest, where there
+    `dropped` counts, by fate, what was dropped since the last step. `images` gives the bytes of images by digest, where there
     are any.
     """
 
@@ -70,7 +70,7 @@ class Course:
         worker: str,
         step: int = 0,
         dropped: Mapping[str, int] | None = None,
-        image: Callable[[str], bytes | None] | None = None,
+        images: Fetch | None = None,
     ) -> None:
         self.learner, self.step, self.max_steps = learner, step, settings.trainer.max_steps
         self._empty_book = partial(group_book, settings)
@@ -81,7 +81,7 @@ class Course:
         self._group_size = settings.orchestrator.group_size
         self._normalize = settings.trainer.loss.normalize_advantage
         self._waiting: deque[tuple[Rollout | Tombstone, float]] = deque()
-        self._feed = ImageFeed(learner.vision, image, settings.images.keep_bytes) if learner.vision and image else None
+        self._feed = ImageFeed(learner.vision, images, settings.images.keep_bytes) if learner.vision and images else None
 
     def take(self, record: Rollout | Tombstone, taken: float) -> None:
         """Put `record`, taken at `taken`, behind those that wait to be considered. No number may come twice."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import msgspec
 
 from pipeline import recording
 from pipeline.files import sync
+from pipeline.images.feed import Fetch, no_images
 from pipeline.recording import Opened, Recorder, Stepped
 from pipeline.records import Rollout, Tombstone, encode
 from pipeline.telemetry import get_logger
@@ -31,17 +31,15 @@ class Recording:
     """Records a run from the checkpoint `found` on (None: its start), whose weights have `digest`; or nothing, where it is not asked for.
 
     A recording that the checkpoint knows is gone on with, cut back to what the checkpoint holds. One that it does not know
-    is set aside, and a new one begins with a copy of the checkpoint. `image` gives the bytes of an image by digest.
+    is set aside, and a new one begins with a copy of the checkpoint. `images` gives the bytes of images by digest.
 
     Raises:
         OSError: the disk is full.
     """
 
-    def __init__(
-        self, settings: Settings, found: Checkpoint | None, digest: str, image: Callable[[str], bytes | None] = lambda digest: None
-    ) -> None:
+    def __init__(self, settings: Settings, found: Checkpoint | None, digest: str, images: Fetch = no_images) -> None:
         self._recorder: Recorder | None = None
-        self._image = image
+        self._images = images
         self._directory, length = settings.run_dir / recording.FOLDER, _length(settings.run_dir, found)
         directory = self._directory
         if not settings.trainer.record:
@@ -66,8 +64,9 @@ class Recording:
         if not self._recorder:
             return
         if isinstance(record, Rollout):
-            for digest in {digest for sample in record.samples for digest in sample.images}:
-                if (data := self._image(digest)) is not None:
+            shown = list({digest for sample in record.samples for digest in sample.images})
+            for digest, data in zip(shown, self._images(shown) if shown else (), strict=True):
+                if data is not None:
                     recording.keep_image(self._directory, digest, data)
         self._recorder.record(record.number, taken, encode(record))
 

@@ -91,7 +91,7 @@ class Trainer:
             self.publisher = Publisher(self.bus, self.lease, self.settings, files, transfer_of(self.bus, self.lease, self.settings))
             self._prober = prober(self.learner, self.settings.inference)
             self.policy = self._publish(self.step)
-            self.recording = Recording(self.settings, found, self.policy.digest, self.bus.image)
+            self.recording = Recording(self.settings, found, self.policy.digest, self.bus.images)
         if self.settings.eval.interval:
             self._evaluations = Evaluations(self.settings, redis_url(self.settings), self.run_dir)
         self.issued = state.issued if state else 0
@@ -105,7 +105,9 @@ class Trainer:
         self.learner = learner_at(self.settings, found)
         state = found.state if found else None
         step, dropped = (state.step, state.dropped) if state else (0, {})
-        self.course = Course(self.settings, self.learner, self, worker=self.bus.consumer, step=step, dropped=dropped, image=self.bus.image)
+        self.course = Course(
+            self.settings, self.learner, self, worker=self.bus.consumer, step=step, dropped=dropped, images=self.bus.images
+        )
         if found:
             log.info("resuming", checkpoint=str(found.path), step=self.step, issued=found.state.issued)
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline.images import Picture
-from pipeline.images.feed import ImageFeed, MissingImage
+from pipeline.images.feed import FETCHED_AT_ONCE, ImageFeed, MissingImage
 from pipeline.models.vision import Vision, load_vision
 from tests.vision.conftest import noise
 
@@ -36,11 +37,11 @@ class Source:
         self.asked: Counter[str] = Counter()
         self.failure: Exception | None = None
 
-    def __call__(self, digest: str) -> bytes | None:
-        self.asked[digest] += 1
+    def __call__(self, digests: Sequence[str]) -> list[bytes | None]:
+        self.asked.update(digests)
         if self.failure:
             raise self.failure
-        return PICTURES[digest].data if digest in PICTURES else None
+        return [PICTURES[digest].data if digest in PICTURES else None for digest in digests]
 
 
 @pytest.fixture
@@ -79,6 +80,25 @@ def test_what_is_begun_ahead_and_asked_for_often_is_processed_once(feed: ImageFe
     for features in (one[NAMES[0]] for one in found):
         assert np.array_equal(features.token_ids, expected.token_ids)
         assert features.tensors["pixel_values"].equal(expected.tensors["pixel_values"])
+
+
+def test_those_that_wait_are_fetched_together_a_few_at_a_time(vision: Vision) -> None:
+    fetched, first, go = list[int](), Event(), Event()
+
+    def fetch(digests: Sequence[str]) -> list[bytes | None]:
+        first.set()
+        assert go.wait(20)
+        fetched.append(len(digests))
+        return [PICTURES[digest].data for digest in digests]
+
+    feed = ImageFeed(vision, fetch, ROOM)
+    feed.ahead(NAMES[:1])
+    assert first.wait(20)
+    feed.ahead(NAMES[1 : 3 + FETCHED_AT_ONCE])
+    go.set()
+    feed.of(NAMES[: 3 + FETCHED_AT_ONCE])
+    assert fetched == [1, FETCHED_AT_ONCE, 2]
+    feed.close()
 
 
 def test_beyond_keep_bytes_the_least_recently_used_goes_first(vision: Vision, source: Source) -> None:

@@ -54,10 +54,10 @@ def test_an_image_of_a_group_lies_in_redis_once_until_the_last_of_the_group_has_
     assert redis_bytes(bus) == len(CAT["cat"])
 
     finish(bus, lease, entries[:15])
-    assert bus.image("cat") == CAT["cat"]
+    assert bus.images(["cat"]) == [CAT["cat"]]
 
     finish(bus, lease, entries[15:])
-    assert bus.image("cat") is None
+    assert bus.images(["cat"]) == [None]
     assert bus.held_numbers() == []
     assert bus._ask("EXISTS", bus.keys.images, bus.keys.images_counted, bus.keys.images_held) == 0
 
@@ -79,7 +79,7 @@ def test_a_number_whose_image_has_changed_since_holds_both(bus: Bus, lease: Leas
     (entry,) = taken(bus, lease, 1)
     assert hold(bus, entry, CAT)
     assert hold(bus, entry, DOG)
-    assert bus.image("cat") and bus.image("dog")
+    assert all(bus.images(["cat", "dog"]))
     finish(bus, lease, [entry])
     assert redis_bytes(bus) == 0
 
@@ -106,9 +106,9 @@ def test_a_dead_rollout_lets_its_images_go_with_its_tombstone(bus: Bus, lease: L
     (entry,) = taken(bus, lease, 1)
     assert hold(bus, entry, CAT)
     bus.settle("generate", [Move(entry.id, [Out("dead", 1, b"rollout", "it broke", 4), Out("train", 1, b"tombstone")])])
-    assert bus.image("cat") is not None
+    assert bus.images(["cat"]) != [None]
     bus.acknowledge(lease, {found.id: found.number for found in bus.read("train", 10)})
-    assert bus.image("cat") is None
+    assert bus.images(["cat"]) == [None]
 
 
 def test_numbers_that_settled_without_an_entry_can_be_let_go(bus: Bus, lease: Lease) -> None:
@@ -117,8 +117,8 @@ def test_numbers_that_settled_without_an_entry_can_be_let_go(bus: Bus, lease: Le
     assert hold(bus, second, CAT | DOG)
     assert sorted(bus.held_numbers()) == [1, 2]
     bus.release_images(lease, [2])
-    assert bus.image("dog") is None
-    assert bus.image("cat") is not None
+    assert bus.images(["dog"]) == [None]
+    assert bus.images(["cat"]) != [None]
     bus.release_images(lease, [1, 2])
     assert redis_bytes(bus) == 0
 

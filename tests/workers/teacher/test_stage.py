@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.images.feed import no_images
 from pipeline.loop import Worker
 from pipeline.records import (
     Rollout,
@@ -32,7 +33,7 @@ from workers.teacher.scorer import ScoreRequest, Scores
 from workers.teacher.setup import load_local
 from workers.teacher.stage import ROOM, Teacher
 
-BUS: Any = SimpleNamespace(image=lambda digest: None)  # the stage itself moves nothing
+BUS: Any = SimpleNamespace(images=no_images)  # the stage itself moves nothing
 
 
 class Recorder:
