@@ -41,8 +41,8 @@ bench: .venv/dev ## every benchmark, each beside what it compares with
 bench-vllm: .venv-vllm/ready ## vLLM beside the built-in engine: rollouts, scores, updates, and sizes
 	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_engine --sweep && OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_update
 
-models: .venv/run ## make the shipped teacher and student of reverse-text again
-	@$(BIN)/onstream models make reverse-text --out examples/reverse-text
+models: .venv/run ## make the shipped teachers and students again
+	@for task in reverse-text colour-words; do $(BIN)/onstream models make $$task --out examples/$$task || exit 1; done
 
 docs: .venv/run ## write docs/settings.md from the settings' own docstrings
 	@$(BIN)/python -m settings.docs

@@ -177,7 +177,7 @@ def test_what_redis_lost_is_held_again_when_it_is_issued_again(bus: Bus, tiny: T
     assert bus.reissue(bus.lease, "again", again)
     while bus.backlog()["generate"]:
         worker.turn()
-    assert bus.image(picture.digest) == picture.data
+    assert bus.images([picture.digest]) == [picture.data]
     assert sorted(bus.held_numbers()) == [1, 2, 3, 4]
 
 
@@ -223,7 +223,7 @@ def test_a_dead_rollout_asked_for_anew_has_its_image_again(bus: Bus, tiny: Tiny,
     assert bus.issue(bus.lease, GROUP, again, max_backlog=100)
     while bus.backlog()["generate"]:
         worker.turn()
-    assert bus.image(picture.digest) == picture.data
+    assert bus.images([picture.digest]) == [picture.data]
     score(bus, settings)
     assert len(bus.dead_letters()) == GROUP
     assert len(rollouts(bus, "train")) == GROUP
