@@ -114,7 +114,7 @@ def test_several_images_in_several_turns_reach_the_endpoint_and_the_trainer_in_t
         assert ids == whole["input_ids"][0].tolist()
         assert tiny.vision.tokenizer.decode(ids_array(sample.completion_ids)) == f"{WRITTEN}{tiny.vision.tokenizer.eos_token}"
         assert sample.images == referred(rollout.messages) == [picture.digest for picture in shown]
-        kept = [Picture(bus.image(digest) or b"") for digest in sample.images]
+        kept = [Picture(data or b"") for data in bus.images(sample.images)]
         for name, tensor in joined([tiny.vision.features(picture) for picture in kept]).items():
             assert torch.equal(tensor, whole[name]), name
     assert bus._ask("HLEN", bus.keys.images) == 3

@@ -120,7 +120,7 @@ def test_a_placeholder_written_in_an_answer_is_found_out(tiny: Tiny) -> None:
     features = tiny.vision.features(noise(1))
     shown = np.array([60, *features.token_ids, 70], dtype=np.int32)
     stray = np.array([61, tiny.vision.placeholder_id, 71], dtype=np.int32)
-    feed = ImageFeed(tiny.vision, {"one": noise(1).data}.get, keep_bytes=1 << 20)
+    feed = ImageFeed(tiny.vision, lambda digests: [{"one": noise(1).data}.get(digest) for digest in digests], keep_bytes=1 << 20)
     try:
         assert feed.objection(shown, stray[:1], ["one"]) is None
         assert feed.objection(shown, stray[:2], ["one"]) is None  # a last token is never read
