@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from pipeline.images import Picture, ShownImage
-from pipeline.images.feed import ImageFeed, MissingImage
+from pipeline.images.feed import Fetch, ImageFeed, MissingImage
 from pipeline.models.vision import load_vision
 from pipeline.records import Sample, ids_array
 from pipeline.vllm_images import KEPT, SentImages
@@ -21,13 +20,9 @@ if TYPE_CHECKING:
 
 
 class Sight:
-    """The images of rollouts of the student of `settings`, whose configuration is `config`.
+    """The images of rollouts of the student of `settings`, whose configuration is `config`. `fetch` gives their bytes."""
 
-    Args:
-        fetch: gives the bytes of an image by digest, or None.
-    """
-
-    def __init__(self, settings: Settings, config: PretrainedConfig, fetch: Callable[[str], bytes | None]) -> None:
+    def __init__(self, settings: Settings, config: PretrainedConfig, fetch: Fetch) -> None:
         self._feed = ImageFeed(load_vision(settings.model.name), fetch, settings.images.keep_bytes)
         self._fetch, self._sent = fetch, SentImages(config)
         self._picture = lru_cache(maxsize=KEPT)(self._read)
@@ -59,7 +54,7 @@ class Sight:
         self._feed.close()
 
     def _read(self, digest: str) -> Picture:
-        data = self._fetch(digest)
+        data = self._fetch([digest])[0]
         if data is None:
             raise MissingImage(f"the image {digest[:12]} is gone")
         return Picture(data)

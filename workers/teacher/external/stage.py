@@ -134,7 +134,7 @@ class ExternalTeacher:
             return None
         from workers.teacher.external.images import Sight  # imports torch
 
-        return Sight(self._settings, config, self._bus.image)
+        return Sight(self._settings, config, self._bus.images)
 
     def _objection(self, delivery: Delivery) -> str | None:
         name, size = self._teacher.model.name, self._student.party.vocabulary_size
