@@ -59,14 +59,18 @@ def assert_equal(run: Run, recorded: Path, twin: Path) -> None:
 
 
 def stream_alone(run_dir: Path, to: Path) -> Path:
-    """The recording of `run_dir` as one trainer would have made it that was never killed: no resumes, and no record twice."""
+    """The recording of `run_dir` as one trainer would have made it that was never killed: no resumes, and no record twice.
+
+    What a killed trainer had recorded and not trained, its successor took again, later: that is when it was taken.
+    """
+    taken = {frame.number: frame.taken for frame in frames(run_dir / FOLDER) if isinstance(frame, Recorded)}
     (to / FOLDER).mkdir(parents=True)
     shutil.copy(run_dir / FOLDER / SETTINGS, to / FOLDER)
     recorder, numbers, opened = Recorder(to / FOLDER, 0), set[int](), 0
     for frame in frames(run_dir / FOLDER):
         if isinstance(frame, Recorded) and frame.number not in numbers:
             numbers.add(frame.number)
-            recorder.record(frame.number, frame.taken, frame.payload)
+            recorder.record(frame.number, taken[frame.number], frame.payload)
         elif isinstance(frame, Stepped) or (isinstance(frame, Opened) and not opened):
             recorder.mark(frame, 0.0)
         opened += isinstance(frame, Opened)
@@ -76,6 +80,6 @@ def stream_alone(run_dir: Path, to: Path) -> Path:
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The metrics of a run, but for the moment at which records were taken: after a kill they are taken again."""
+    """The metrics of a run, but for the time of day."""
     read = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in ("time", "queue_train_s")} for row in read]
+    return [{name: value for name, value in row.items() if name != "time"} for row in read]
