@@ -31,6 +31,7 @@ CMD ["--help"]
 FROM base AS wheel
 RUN ${INSTALL} setuptools
 COPY README.md LICENSE ./
+COPY onstream onstream
 COPY settings settings
 COPY pipeline pipeline
 COPY workers workers

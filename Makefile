@@ -45,7 +45,7 @@ models: .venv/run ## make the shipped teachers and students again
 	@for task in reverse-text colour-words; do $(BIN)/onstream models make $$task --out examples/$$task || exit 1; done
 
 docs: .venv/run ## write docs/settings.md from the settings' own docstrings
-	@$(BIN)/python -m settings.docs
+	@$(BIN)/python -m onstream.settings.docs
 
 lock: .venv/dev ## bring requirements.lock up to date with pyproject.toml
 	@$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-header --no-annotate --quiet --upgrade -o requirements.lock

@@ -1,11 +1,13 @@
-"""Is it the teacher that teaches? The example's result beside a shuffled teacher and a constant negative advantage.
+"""Is it the teacher that teaches? The example's result beside a shuffled teacher and a constant
+negative advantage.
 
     OMP_NUM_THREADS=1 python benchmarks/controls.py [--steps 80] [--seed 0] [--example reverse-text]
 
-A plain synchronous loop of the project's own engine, scorer and learner, so that what the student is told can be exchanged:
-`teacher` is the real thing; `shuffled` gives each rollout the teacher's scores of another one's tokens; `constant` has no
-teacher and an advantage of −1 for every token (which has been seen to look like a teacher); `itself` is the student as its
-own teacher, whose first step must show a reverse KL and a gradient of zero.
+A plain synchronous loop of the project's own engine, scorer and learner, so that what the student
+is told can be exchanged: `teacher` is the real thing; `shuffled` gives each rollout the teacher's
+scores of another one's tokens; `constant` has no teacher and an advantage of −1 for every token
+(which has been seen to look like a teacher); `itself` is the student as its own teacher, whose
+first step must show a reverse KL and a gradient of zero.
 """
 
 from __future__ import annotations
@@ -21,39 +23,58 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.tasks import load_task
-from pipeline.weights import LoadedPolicy
-from settings.load import load_settings
-from settings.root import Settings
-from workers.evaluate import evaluate
-from workers.generator.engine import Completion, Request, Sampling
-from workers.generator.student import load_student
-from workers.teacher.scorer import ScoreRequest, Scores
-from workers.teacher.setup import load_local
-from workers.trainer.learner import Learner
-from workers.trainer.samples import TrainSample
+from onstream.pipeline.tasks import load_task
+from onstream.pipeline.weights import LoadedPolicy
+from onstream.settings.load import load_settings
+from onstream.settings.root import Settings
+from onstream.workers.evaluation.greedy import evaluate
+from onstream.workers.generator.engines.base import Completion, Request, Sampling
+from onstream.workers.generator.student import load_student
+from onstream.workers.teacher.local_setup import load_local
+from onstream.workers.teacher.scorer import ScoreRequest, Scores
+from onstream.workers.trainer.batches.train_sample import TrainSample
+from onstream.workers.trainer.learner import Learner
 
 WIDTH = 140  # characters; a file has no width of its own
 CONTROLS = {
     "teacher": [],
     "shuffled": [],
-    "constant": ["trainer.loss.teacher_tau=0", "trainer.loss.teacher_top_k=0", "trainer.loss.adv_tau=1"],
+    "constant": [
+        "trainer.loss.teacher_tau=0",
+        "trainer.loss.teacher_top_k=0",
+        "trainer.loss.adv_tau=1",
+    ],
     "itself": [],
 }
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--example", default="reverse-text", help="a directory of examples/")
     options.add_argument("--steps", type=int, default=80)
     options.add_argument("--seed", type=int, default=0)
     asked = options.parse_args()
-    table = Table("told by", "exact before", "exact after", "teacher_kl, step 1", "gradient norm, step 1", "teacher_kl, last step")
+    table = Table(
+        "told by",
+        "exact before",
+        "exact after",
+        "teacher_kl, step 1",
+        "gradient norm, step 1",
+        "teacher_kl, last step",
+    )
     for control, given in CONTROLS.items():
-        settings = load_settings([Path("examples") / asked.example / "onstream.toml"], [f"run.seed={asked.seed}", *given])
+        settings = load_settings(
+            [Path("examples") / asked.example / "onstream.toml"], [f"run.seed={asked.seed}", *given]
+        )
         if control == "itself":
-            settings = settings.model_copy(update={"teacher_inference": type(settings.teacher_inference)()})
-        table.add_row(control, *Loop(control, settings).run(1 if control == "itself" else asked.steps))
+            settings = settings.model_copy(
+                update={"teacher_inference": type(settings.teacher_inference)()}
+            )
+        table.add_row(
+            control, *Loop(control, settings).run(1 if control == "itself" else asked.steps)
+        )
         Console(width=WIDTH).print(table)
 
 
@@ -61,8 +82,11 @@ class Loop:
     """Generate, score, learn, again: one step after the other, in one process."""
 
     def __init__(self, control: str, settings: Settings) -> None:
-        self.control, self.settings = control, settings
-        self.student, self.task, self.scorer = load_student(settings.model.name, settings), load_task(settings), load_local(settings)
+        self.control = control
+        self.settings = settings
+        self.student = load_student(settings.model.name, settings)
+        self.task = load_task(settings)
+        self.scorer = load_local(settings)
         self.engine = self.student.engine
         self.learner = Learner(settings.model.name, settings.trainer, torch.device("cpu"))
         self.random = np.random.default_rng(settings.run.seed)
@@ -74,8 +98,15 @@ class Loop:
         with tempfile.TemporaryDirectory() as scratch:
             self.learner.save_model(Path(scratch))
             after = evaluate(Path(scratch), self.settings)["exact"]
-        first, last = metrics[0], metrics[-1]
-        return [f"{before:.3f}", f"{after:.3f}", f"{first['teacher_kl']:.2g}", f"{first['grad_norm']:.2g}", f"{last['teacher_kl']:.2g}"]
+        first = metrics[0]
+        last = metrics[-1]
+        return [
+            f"{before:.3f}",
+            f"{after:.3f}",
+            f"{first['teacher_kl']:.2g}",
+            f"{first['grad_norm']:.2g}",
+            f"{last['teacher_kl']:.2g}",
+        ]
 
     def step(self, number: int) -> dict[str, float]:
         """One step on rollouts of the newest weights."""
@@ -85,9 +116,14 @@ class Loop:
         while self.engine.active:
             completions += self.engine.step()
         completions.sort(key=lambda completion: completion.key)
-        scored = [ScoreRequest(requests[completion.key].prompt_ids, completion.token_ids) for completion in completions]
+        scored = [
+            ScoreRequest(requests[completion.key].prompt_ids, completion.token_ids)
+            for completion in completions
+        ]
         scores = self.scorer.score(scored, top_k=self.settings.trainer.loss.teacher_top_k)
-        samples = [self.sample(requests[c.key], c, s) for c, s in zip(completions, scores, strict=True)]
+        samples = [
+            self.sample(requests[c.key], c, s) for c, s in zip(completions, scores, strict=True)
+        ]
         if self.control == "shuffled":
             samples = self.shuffled(samples)
         metrics = self.learner.step(samples, self.settings.trainer.max_steps)
@@ -95,7 +131,9 @@ class Loop:
         return metrics
 
     def requests(self, number: int) -> dict[int, Request]:
-        """The step's requests by their key: as many problems as it has groups, each asked once a member."""
+        """The step's requests by their key: as many problems as it has groups, each asked once a
+        member.
+        """
         size = self.settings.orchestrator.group_size
         groups = self.settings.orchestrator.batch_size // size
         made = {}
@@ -103,7 +141,13 @@ class Loop:
             prompt_ids = self.student.prompt_ids(self.task.train(group).messages)
             for key in range(group * size, (group + 1) * size):
                 seed = key * 7919 + self.settings.run.seed
-                made[key] = Request(key, prompt_ids, self.settings.inference.sampling.max_completion, seed, Sampling())
+                made[key] = Request(
+                    key,
+                    prompt_ids,
+                    self.settings.inference.sampling.max_completion,
+                    seed,
+                    Sampling(),
+                )
         return made
 
     def sample(self, request: Request, completion: Completion, scores: Scores) -> TrainSample:
@@ -122,12 +166,21 @@ class Loop:
         )
 
     def shuffled(self, samples: Sequence[TrainSample]) -> list[TrainSample]:
-        """Every sample with the scores of another, position by position, repeated or cut to its length."""
+        """Every sample with the scores of another, position by position, repeated or cut to its
+        length.
+        """
         made = []
         for sample, other in zip(samples, self.random.permutation(len(samples)), strict=True):
             rows = np.arange(len(sample.completion_ids)) % len(samples[other].completion_ids)
-            names = ("teacher_logprobs", "teacher_top_ids", "teacher_top_logprobs", "teacher_tail_logprobs")
-            made.append(replace(sample, **{name: getattr(samples[other], name)[rows] for name in names}))
+            names = (
+                "teacher_logprobs",
+                "teacher_top_ids",
+                "teacher_top_logprobs",
+                "teacher_tail_logprobs",
+            )
+            made.append(
+                replace(sample, **{name: getattr(samples[other], name)[rows] for name in names})
+            )
         return made
 
 

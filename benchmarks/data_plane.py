@@ -1,10 +1,12 @@
-"""How fast records move: XADD, read, hop, and three processes in a chain, beside the same chain written in bare Redis calls.
+"""How fast records move: XADD, read, hop, and three processes in a chain, beside the same chain
+written in bare Redis calls.
 
     python -m benchmarks.data_plane [--bytes 8192] [--seconds 4]
 
-The chain is a producer that encodes, a worker of `pipeline.loop` that decodes, encodes and hops, and a sink that decodes and
-acknowledges; its producer waits while more than a few hundred records are under way. The bare chain does the same with
-redis-py alone, in batches of 16: no leases, no re-delivery, no heartbeat.
+The chain is a producer that encodes, a worker of `onstream.pipeline.loop` that decodes, encodes and
+hops, and a sink that decodes and acknowledges; its producer waits while more than a few hundred
+records are under way. The bare chain does the same with redis-py alone, in batches of 16: no
+leases, no re-delivery, no heartbeat.
 """
 
 from __future__ import annotations
@@ -23,12 +25,21 @@ import click
 import psutil
 from redis import Redis
 
-from pipeline.loop import run_worker
-from pipeline.records import Rollout, Sample, StageName, decode_work, encode, ids_bytes, logprobs_bytes, mask_bytes
-from pipeline.stage import Delivery, Outcome
-from pipeline.streams import Bus, Move, Out
-from settings.run import DeliverySettings
-from workers.launcher.embedded_redis import EmbeddedRedis
+from onstream.pipeline.loop import run_worker
+from onstream.pipeline.records import (
+    Rollout,
+    Sample,
+    StageName,
+    decode_work,
+    encode,
+    ids_bytes,
+    logprobs_bytes,
+    mask_bytes,
+)
+from onstream.pipeline.redis.streams import Bus, Move, Out
+from onstream.pipeline.stage import Delivery, Outcome
+from onstream.settings.run import DeliverySettings
+from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 
 TARGET_PER_S = 5000
 TARGET_SHARE = 0.8
@@ -52,9 +63,25 @@ Role = Callable[[str, str, int, Event], int]
 def record(number: int, size_bytes: int) -> Rollout:
     """A rollout of about `size_bytes` on the wire: 9 bytes a token."""
     tokens = max(1, (size_bytes - 200) // 9)
-    sample = Sample(ids_bytes(range(16)), ids_bytes(range(tokens)), mask_bytes([1] * tokens), logprobs_bytes([-1.5] * tokens), [], "")
+    sample = Sample(
+        ids_bytes(range(16)),
+        ids_bytes(range(tokens)),
+        mask_bytes([1] * tokens),
+        logprobs_bytes([-1.5] * tokens),
+        [],
+        "",
+    )
     return Rollout(
-        number, number // 8, 8, 0, [{"role": "user", "content": "Reverse: word"}], {}, [sample], 1.0, "stop", ["verify", "train"]
+        number,
+        number // 8,
+        8,
+        0,
+        [{"role": "user", "content": "Reverse: word"}],
+        {},
+        [sample],
+        1.0,
+        "stop",
+        ["verify", "train"],
     )
 
 
@@ -71,7 +98,11 @@ class Hop:
 
     def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
         """Every rollout, to the next stage of its route."""
-        return [Outcome(delivery, delivery.record) for delivery in new if isinstance(delivery.record, Rollout)]
+        return [
+            Outcome(delivery, delivery.record)
+            for delivery in new
+            if isinstance(delivery.record, Rollout)
+        ]
 
     def close(self, *, finished: bool) -> None:
         """Nothing to release."""
@@ -87,9 +118,17 @@ def bare(url: str) -> Any:
     return Redis.from_url(url, protocol=2, socket_read_size=1 << 18)
 
 
-def produce(client: Any, stream: str, size_bytes: int, stop: Event, fields: Callable[[int, bytes], dict[str, Any]], sink: str) -> int:
+def produce(
+    client: Any,
+    stream: str,
+    size_bytes: int,
+    stop: Event,
+    fields: Callable[[int, bytes], dict[str, Any]],
+    sink: str,
+) -> int:
     """Encode records into `stream`, while few enough are under way to `sink`; returns how many."""
-    number, template = 0, record(1, size_bytes)
+    number = 0
+    template = record(1, size_bytes)
     while not stop.is_set():
         if client.xlen(stream) + client.xlen(sink) >= UNDER_WAY:
             time.sleep(0.002)
@@ -107,7 +146,12 @@ def our_producer(url: str, run: str, size_bytes: int, stop: Event) -> int:
     """Writes entries of the stage `verify`."""
     bus = connect(url, run, "producer")
     return produce(
-        bare(url), bus.keys.stream("verify"), size_bytes, stop, lambda n, payload: {"n": n, "b": payload}, bus.keys.stream("train")
+        bare(url),
+        bus.keys.stream("verify"),
+        size_bytes,
+        stop,
+        lambda n, payload: {"n": n, "b": payload},
+        bus.keys.stream("train"),
     )
 
 
@@ -118,7 +162,8 @@ def our_hop(url: str, run: str, size_bytes: int, stop: Event) -> int:
 
 def our_sink(url: str, run: str, size_bytes: int, stop: Event) -> int:
     """Reads, decodes and acknowledges like the trainer; counts the records, and ends the run."""
-    bus, count = connect(url, run, "sink"), 0
+    bus = connect(url, run, "sink")
+    count = 0
     lease = bus.acquire_lease(60)
     while not stop.is_set():
         entries = bus.read("train", 64, 0.2)
@@ -130,18 +175,23 @@ def our_sink(url: str, run: str, size_bytes: int, stop: Event) -> int:
 
 def bare_producer(url: str, run: str, size_bytes: int, stop: Event) -> int:
     """The same, of the bare chain."""
-    return produce(bare(url), f"{run}:up", size_bytes, stop, lambda n, payload: {"b": payload}, f"{run}:down")
+    return produce(
+        bare(url), f"{run}:up", size_bytes, stop, lambda n, payload: {"b": payload}, f"{run}:down"
+    )
 
 
 def bare_hop(url: str, run: str, size_bytes: int, stop: Event) -> int:
     """Read, decode, encode and the fenced script, in batches."""
-    client, group = bare(url), "g"
+    client = bare(url)
+    group = "g"
     for stream in (f"{run}:up", f"{run}:down"):
         client.xgroup_create(stream, group, "0", mkstream=True)
     sha = client.script_load(BARE_HOP)
     while not stop.is_set():
         args: list[Any] = [group]
-        for _, entries in client.xreadgroup(group, "hop", {f"{run}:up": ">"}, count=BATCH, block=200) or []:
+        for _, entries in (
+            client.xreadgroup(group, "hop", {f"{run}:up": ">"}, count=BATCH, block=200) or []
+        ):
             for entry_id, fields in entries:
                 args += [entry_id, encode(decode_work(fields[b"b"]))]
             client.evalsha(sha, 2, f"{run}:up", f"{run}:down", *args)
@@ -150,11 +200,14 @@ def bare_hop(url: str, run: str, size_bytes: int, stop: Event) -> int:
 
 def bare_sink(url: str, run: str, size_bytes: int, stop: Event) -> int:
     """Read, decode, acknowledge and delete, in batches; counts the records."""
-    client, count = bare(url), 0
+    client = bare(url)
+    count = 0
     while not client.exists(f"{run}:down"):
         time.sleep(0.01)
     while not stop.is_set():
-        for _, entries in client.xreadgroup("g", "sink", {f"{run}:down": ">"}, count=BATCH, block=200) or []:
+        for _, entries in (
+            client.xreadgroup("g", "sink", {f"{run}:down": ">"}, count=BATCH, block=200) or []
+        ):
             count += len([decode_work(fields[b"b"]) for _, fields in entries])
             pipe = client.pipeline(transaction=False)
             pipe.xack(f"{run}:down", "g", *[entry_id for entry_id, _ in entries])
@@ -167,19 +220,30 @@ def _role(role: Role, url: str, run: str, size_bytes: int, stop: Event, counts: 
     counts.put((role.__name__, role(url, run, size_bytes, stop)))
 
 
-def chain(roles: Sequence[Role], url: str, run: str, size_bytes: int, seconds: float) -> tuple[float, dict[str, float]]:
-    """Records/s that the last of `roles` took within `seconds`, and the CPU seconds of each and of Redis meanwhile, a process to a role."""
+def chain(
+    roles: Sequence[Role], url: str, run: str, size_bytes: int, seconds: float
+) -> tuple[float, dict[str, float]]:
+    """Records/s that the last of `roles` took within `seconds`, and the CPU seconds of each and of
+    Redis meanwhile, a process to a role.
+    """
     spawn = multiprocessing.get_context("spawn")
-    stop, counts = spawn.Event(), spawn.SimpleQueue()
-    processes = [spawn.Process(target=_role, args=(role, url, run, size_bytes, stop, counts)) for role in roles]
+    stop = spawn.Event()
+    counts = spawn.SimpleQueue()
+    processes = [
+        spawn.Process(target=_role, args=(role, url, run, size_bytes, stop, counts))
+        for role in roles
+    ]
     for process in processes:
         process.start()
     client = bare(url)
     streams = (f"{run}:down", f"{{onstream:{run}}}:stream:train")
     while not any(client.xlen(key) for key in streams):
         time.sleep(0.005)
-    pids = {role.__name__: process.pid for role, process in zip(roles, processes, strict=True)} | {"redis": client.info()["process_id"]}
-    started, before = time.monotonic(), _cpu_seconds(pids)
+    pids = {role.__name__: process.pid for role, process in zip(roles, processes, strict=True)} | {
+        "redis": client.info()["process_id"]
+    }
+    started = time.monotonic()
+    before = _cpu_seconds(pids)
     time.sleep(seconds)
     after = _cpu_seconds(pids)
     stop.set()
@@ -195,22 +259,35 @@ def _cpu_seconds(pids: Mapping[str, int]) -> dict[str, float]:
     return {name: spent.user + spent.system for name, spent in times.items()}
 
 
-def timed(what: str, size_bytes: int, seconds: float, once: Callable[[], int], before: Callable[[], None] = lambda: None) -> None:
-    """Print the rate of `once`, which returns how many records it moved; `before` prepares each call, untimed."""
-    moved, spent = 0, 0.0
+def timed(
+    what: str,
+    size_bytes: int,
+    seconds: float,
+    once: Callable[[], int],
+    before: Callable[[], None] = lambda: None,
+) -> None:
+    """Print the rate of `once`, which returns how many records it moved; `before` prepares each
+    call, untimed.
+    """
+    moved = 0
+    spent = 0.0
     while spent < seconds:
         before()
         started = time.perf_counter()
         moved += once()
         spent += time.perf_counter() - started
-    print(f"{what:<42}{moved / spent:>9,.0f} records/s{moved / spent * size_bytes / 1e6:>8,.0f} MB/s")
+    print(
+        f"{what:<42}{moved / spent:>9,.0f} records/s{moved / spent * size_bytes / 1e6:>8,.0f} MB/s"
+    )
 
 
 def single(url: str, size_bytes: int, seconds: float) -> None:
     """One process: what each call costs alone."""
-    bus, client = connect(url, "single", "one"), bare(url)
+    bus = connect(url, "single", "one")
+    client = bare(url)
     payload = encode(record(1, size_bytes))
-    up, down = bus.keys.stream("verify"), bus.keys.stream("train")
+    up = bus.keys.stream("verify")
+    down = bus.keys.stream("train")
 
     def fill(count: int = 320) -> None:
         client.delete(up, down)
@@ -224,7 +301,12 @@ def single(url: str, size_bytes: int, seconds: float) -> None:
         return sum(len(bus.read("verify", 32)) for _ in range(10))
 
     def hop() -> int:
-        return sum(bus.settle("verify", [Move(entry.id, [Out("train", entry.number, entry.payload)]) for entry in held]))
+        return sum(
+            bus.settle(
+                "verify",
+                [Move(entry.id, [Out("train", entry.number, entry.payload)]) for entry in held],
+            )
+        )
 
     held: list[Any] = []
 
@@ -232,7 +314,13 @@ def single(url: str, size_bytes: int, seconds: float) -> None:
         fill()
         held[:] = bus.read("verify", 320)
 
-    timed("XADD one by one", size_bytes, seconds, lambda: len([client.xadd(up, {"b": payload}) for _ in range(100)]), lambda: fill(0))
+    timed(
+        "XADD one by one",
+        size_bytes,
+        seconds,
+        lambda: len([client.xadd(up, {"b": payload}) for _ in range(100)]),
+        lambda: fill(0),
+    )
     timed("read, 32 at once", size_bytes, seconds, read, fill)
     timed("hop, 32 in a script", size_bytes, seconds, hop, refill)
     bus.close()
@@ -241,7 +329,12 @@ def single(url: str, size_bytes: int, seconds: float) -> None:
 @click.command()
 @click.option("--bytes", "size_bytes", default=8192, show_default=True, help="Size of a record.")
 @click.option("--seconds", default=4.0, show_default=True, help="How long each chain runs.")
-@click.option("--rounds", default=3, show_default=True, help="Runs of each chain, in turn; the best rate and the median share count.")
+@click.option(
+    "--rounds",
+    default=3,
+    show_default=True,
+    help="Runs of each chain, in turn; the best rate and the median share count.",
+)
 def main(size_bytes: int, seconds: float, rounds: int) -> None:
     """Print the figures, and whether they reach the target; exit code 1 where they do not."""
     size = len(encode(record(1, size_bytes)))
@@ -252,20 +345,33 @@ def main(size_bytes: int, seconds: float, rounds: int) -> None:
         single(url, size, min(1.0, seconds))
         rates: dict[str, list[float]] = {"bare": [], "ours": []}
         for turn in range(rounds):
-            for name, roles in (("bare", (bare_producer, bare_hop, bare_sink)), ("ours", (our_producer, our_hop, our_sink))):
+            for name, roles in (
+                ("bare", (bare_producer, bare_hop, bare_sink)),
+                ("ours", (our_producer, our_hop, our_sink)),
+            ):
                 rate, cpu = chain(roles, url, f"{name}-{turn}", size_bytes, seconds)
                 rates[name].append(rate)
-                print(f"chain of three processes, {name:<16}{rate:>9,.0f} records/s{rate * size / 1e6:>8,.0f} MB/s", cpu_line(cpu))
+                print(
+                    f"chain of three processes, {name:<16}{rate:>9,.0f} records/s{rate * size / 1e6:>8,.0f} MB/s",
+                    cpu_line(cpu),
+                )
         server.stop()
-    ours, share = max(rates["ours"]), median(one / other for one, other in zip(rates["ours"], rates["bare"], strict=True))
+    ours, share = (
+        max(rates["ours"]),
+        median(one / other for one, other in zip(rates["ours"], rates["bare"], strict=True)),
+    )
     reached = ours >= TARGET_PER_S or share >= TARGET_SHARE
-    print(f"ours {ours:,.0f}/s, {share:.2f} of bare; target {TARGET_PER_S:,}/s or {TARGET_SHARE}: {'reached' if reached else 'MISSED'}")
+    print(
+        f"ours {ours:,.0f}/s, {share:.2f} of bare; target {TARGET_PER_S:,}/s or {TARGET_SHARE}: {'reached' if reached else 'MISSED'}"
+    )
     raise SystemExit(not reached)
 
 
 def cpu_line(cpu: dict[str, float]) -> str:
     """CPU seconds by role."""
-    return "  CPU " + ", ".join(f"{name.rpartition('_')[2]} {seconds:.1f} s" for name, seconds in cpu.items())
+    return "  CPU " + ", ".join(
+        f"{name.rpartition('_')[2]} {seconds:.1f} s" for name, seconds in cpu.items()
+    )
 
 
 if __name__ == "__main__":

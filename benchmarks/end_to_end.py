@@ -1,10 +1,12 @@
-"""The whole pipeline on an example: rollouts/s with the CPU seconds of each stage, and steps and seconds to 95 % for both teacher terms.
+"""The whole pipeline on an example: rollouts/s with the CPU seconds of each stage, and steps and
+seconds to 95 % for both teacher terms.
 
     python benchmarks/end_to_end.py [--example reverse-text] [--seeds 3] [--steps 80]
 
-Each run is a real `onstream up`: separate workers, Redis Streams, evaluation apart. For scale stand beside it what a plain
-synchronous loop needs on such a pair (more than 60 steps of 128 with the sampled term, 30 with the top-k term), and the 213
-rollouts/s of a synchronous trainer with padded batches; both were measured on two idle cores of another machine.
+Each run is a real `onstream up`: separate workers, Redis Streams, evaluation apart. For scale stand
+beside it what a plain synchronous loop needs on such a pair (more than 60 steps of 128 with the
+sampled term, 30 with the top-k term), and the 213 rollouts/s of a synchronous trainer with padded
+batches; both were measured on two idle cores of another machine.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from settings.load import load_settings
-from workers.evaluate import evaluate
+from onstream.settings.load import load_settings
+from onstream.workers.evaluation.greedy import evaluate
 
 GOAL = 0.95
 PROBE_STEPS = 5
@@ -38,13 +40,24 @@ WIDTH = 200  # characters; a file has no width of its own
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--example", default="reverse-text", help="a directory of examples/")
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--steps", type=int, default=80)
     asked = options.parse_args()
     table = Table(
-        "term", "seed", "exact before", "exact after", f"steps to {GOAL}", "synchronous", "seconds", "rollouts/s", "peer", "CPU s by worker"
+        "term",
+        "seed",
+        "exact before",
+        "exact after",
+        f"steps to {GOAL}",
+        "synchronous",
+        "seconds",
+        "rollouts/s",
+        "peer",
+        "CPU s by worker",
     )
     with tempfile.TemporaryDirectory(prefix="onstream-bench-") as runs:
         for term, seed in itertools.product(TERMS, range(asked.seeds)):
@@ -55,7 +68,12 @@ def main() -> None:
 def row(term: str, seed: int, example: str, steps: int, runs: Path) -> list[str]:
     """One run of the example and what it showed."""
     file = Path("examples") / example / "onstream.toml"
-    given = [f"run.seed={seed}", f"run.name={example}-{term}-{seed}", f"run.dir={runs}", f"trainer.max_steps={steps}"]
+    given = [
+        f"run.seed={seed}",
+        f"run.name={example}-{term}-{seed}",
+        f"run.dir={runs}",
+        f"trainer.max_steps={steps}",
+    ]
     given += [f"checkpoint.keep_policies={steps + 1}", *TERMS[term]]
     run(file, given)
     directory = runs / f"{example}-{term}-{seed}"
@@ -82,20 +100,34 @@ def run(file: Path, given: list[str]) -> None:
     Raises:
         SystemExit: it failed; its output is shown.
     """
-    command = [sys.executable, "-m", "workers.cli", "up", str(file), *(word for value in given for word in ("--set", value))]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    command = [
+        sys.executable,
+        "-m",
+        "onstream",
+        "up",
+        str(file),
+        *(word for value in given for word in ("--set", value)),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()}
+    )
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
 def first_at_goal(file: Path, given: list[str], directory: Path) -> tuple[int | None, float]:
-    """The first evaluated step whose policy reaches the goal, and the seconds of training until then (of all, if none did)."""
+    """The first evaluated step whose policy reaches the goal, and the seconds of training until
+    then (of all, if none did).
+    """
     settings = load_settings([file], given)
     seconds = 0.0
     for line in (directory / "metrics.jsonl").read_text().splitlines():
         metrics = json.loads(line)
         seconds += metrics["elapsed_s"]
-        if metrics["step"] % PROBE_STEPS == 0 and exact(directory / "policies" / f"{metrics['step']:06d}", settings) >= GOAL:
+        if (
+            metrics["step"] % PROBE_STEPS == 0
+            and exact(directory / "policies" / f"{metrics['step']:06d}", settings) >= GOAL
+        ):
             return metrics["step"], seconds
     return None, seconds
 

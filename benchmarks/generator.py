@@ -1,8 +1,10 @@
-"""Rollouts per CPU second of the generator's engine on one thread, against transformers' own `generate()` in the same run.
+"""Rollouts per CPU second of the generator's engine on one thread, against transformers' own
+`generate()` in the same run.
 
-A random student of the example's shape writes completions of a set length, so that both do the same work and the weights
-do not matter. CPU seconds are those of this process, so a busy machine disturbs the figures less; wall-clock beside them.
-Run it as `OMP_NUM_THREADS=1 python -m benchmarks.generator`.
+A random student of the example's shape writes completions of a set length, so that both do the same
+work and the weights do not matter. CPU seconds are those of this process, so a busy machine
+disturbs the figures less; wall-clock beside them. Run it as `OMP_NUM_THREADS=1 python -m
+benchmarks.generator`.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from pipeline.weights import LoadedPolicy
-from workers.generator.engine import Request
-from workers.generator.transformers_engine import TransformersEngine
+from onstream.pipeline.weights import LoadedPolicy
+from onstream.workers.generator.engines.base import Request
+from onstream.workers.generator.engines.transformers.engine import TransformersEngine
 
 PREFETCH = 64
 
@@ -47,17 +49,29 @@ def random_student(hidden: int, layers: int) -> Qwen3ForCausalLM:
 def workload(count: int, group_size: int) -> list[Request]:
     """Prompts of 24 to 32 tokens, shared by a group; completions of 5 to 11."""
     random = np.random.default_rng(0)
-    prompts = [random.integers(3, 128, random.integers(24, 33)).astype(np.int32) for _ in range(-(-count // group_size))]
-    return [Request(key, prompts[key // group_size], int(random.integers(5, 12)), seed=key) for key in range(count)]
+    prompts = [
+        random.integers(3, 128, random.integers(24, 33)).astype(np.int32)
+        for _ in range(-(-count // group_size))
+    ]
+    return [
+        Request(key, prompts[key // group_size], int(random.integers(5, 12)), seed=key)
+        for key in range(count)
+    ]
 
 
-def run_engine(model: Any, requests: Sequence[Request], slots: int, swap_every: int | None = None) -> None:
+def run_engine(
+    model: Any, requests: Sequence[Request], slots: int, swap_every: int | None = None
+) -> None:
     """Write all of `requests`; with `swap_every`, new weights come after so many rollouts."""
     engine = TransformersEngine(model, (), slots=slots)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    waiting, done, version = list(requests)[::-1], 0, 0
+    waiting = list(requests)[::-1]
+    done = 0
+    version = 0
     while done < len(requests):
-        engine.add([waiting.pop() for _ in range(min(len(waiting), slots + PREFETCH - engine.active))])
+        engine.add(
+            [waiting.pop() for _ in range(min(len(waiting), slots + PREFETCH - engine.active))]
+        )
         done += len(engine.step())
         if swap_every and done // swap_every > version:
             version = done // swap_every
@@ -66,14 +80,18 @@ def run_engine(model: Any, requests: Sequence[Request], slots: int, swap_every: 
 
 @torch.inference_mode()
 def run_generate(model: Any, requests: Sequence[Request], rows: int) -> None:
-    """`generate()` in left-padded batches, with the logits kept that logprobs are made of; every row runs to the batch's end."""
+    """`generate()` in left-padded batches, with the logits kept that logprobs are made of; every
+    row runs to the batch's end.
+    """
     for start in range(0, len(requests), rows):
         batch = requests[start : start + rows]
         width = max(len(request.prompt_ids) for request in batch)
         ids = torch.zeros(len(batch), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, request in enumerate(batch):
-            ids[row, width - len(request.prompt_ids) :] = torch.from_numpy(request.prompt_ids.astype(np.int64))
+            ids[row, width - len(request.prompt_ids) :] = torch.from_numpy(
+                request.prompt_ids.astype(np.int64)
+            )
             mask[row, width - len(request.prompt_ids) :] = 1
         written = model.generate(
             ids,
@@ -89,32 +107,54 @@ def run_generate(model: Any, requests: Sequence[Request], rows: int) -> None:
 
 def measured(name: str, count: int, work: Callable[[], None]) -> float:
     """Do `work`, which writes `count` rollouts, and print and return how many a CPU second."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall = time.perf_counter()
+    cpu = time.process_time()
     work()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    wall = time.perf_counter() - wall
+    cpu = time.process_time() - cpu
     print(f"{name:34} {count / cpu:7,.0f} rollouts per CPU second {count / wall:7,.0f} per second")
     return count / cpu
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("rollouts", 4096), ("slots", 256), ("group-size", 8), ("hidden", 96), ("layers", 3)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (
+        ("rollouts", 4096),
+        ("slots", 256),
+        ("group-size", 8),
+        ("hidden", 96),
+        ("layers", 3),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
-    requests, alone = workload(options.rollouts, options.group_size), workload(options.rollouts, 1)
-    few, slots = requests[: max(options.slots, options.rollouts // 4)], options.slots
+    requests = workload(options.rollouts, options.group_size)
+    alone = workload(options.rollouts, 1)
+    few = requests[: max(options.slots, options.rollouts // 4)]
+    slots = options.slots
 
     def student() -> Qwen3ForCausalLM:
         return random_student(options.hidden, options.layers)
 
-    print(f"{student().num_parameters():,} parameters, {options.rollouts} rollouts in groups of {options.group_size}, one thread")
+    print(
+        f"{student().num_parameters():,} parameters, {options.rollouts} rollouts in groups of {options.group_size}, one thread"
+    )
     run_engine(student(), requests[:512], slots)  # warms up
-    base = measured(f"generate(), {slots} rows", len(few), lambda: run_generate(student(), few, slots))
-    rate = measured(f"engine, {slots} slots", len(requests), lambda: run_engine(student(), requests, slots))
-    measured("engine, new weights every 128", len(requests), lambda: run_engine(student(), requests, slots, swap_every=128))
+    base = measured(
+        f"generate(), {slots} rows", len(few), lambda: run_generate(student(), few, slots)
+    )
+    rate = measured(
+        f"engine, {slots} slots", len(requests), lambda: run_engine(student(), requests, slots)
+    )
+    measured(
+        "engine, new weights every 128",
+        len(requests),
+        lambda: run_engine(student(), requests, slots, swap_every=128),
+    )
     measured("engine, no prompt shared", len(alone), lambda: run_engine(student(), alone, slots))
     print(f"the engine writes {rate / base:.1f}× what generate() writes")
 

@@ -2,16 +2,20 @@
 
     python benchmarks/trainer.py
 
-Three ways take the same step, forward, backward and AdamW, on the same rollouts in groups of 8, each in its own process on one thread:
+Three ways take the same step, forward, backward and AdamW, on the same rollouts in groups of 8,
+each in its own process on one thread:
 
-- the learner, computing a group's prompt once, with the top-k form of the objective and all of a step's metrics;
+- the learner, computing a group's prompt once, with the top-k form of the objective and all of a
+  step's metrics;
 - the same learner on one padded row a rollout, as it takes models whose code cannot share prompts;
-- padded batches of 32 under the usual attention mask, all logits, a bare policy gradient: what a transformers user would write.
+- padded batches of 32 under the usual attention mask, all logits, a bare policy gradient: what a
+  transformers user would write.
 
-Mix A is the example's: prompts of about 33 tokens, completions of about 8, the example student's shape. Mix B is long: prompts
-of 500, completions of 200, hidden 256 × 4 layers, of which one step is two groups. Rates are per CPU second of the
-process, so that a busy machine disturbs them less; tokens are those of all rollouts, prompts counted once a rollout, whether
-or not they were computed so often. Memory is the peak above what the process held before its first step (Linux only).
+Mix A is the example's: prompts of about 33 tokens, completions of about 8, the example student's
+shape. Mix B is long: prompts of 500, completions of 200, hidden 256 × 4 layers, of which one step
+is two groups. Rates are per CPU second of the process, so that a busy machine disturbs them less;
+tokens are those of all rollouts, prompts counted once a rollout, whether or not they were computed
+so often. Memory is the peak above what the process held before its first step (Linux only).
 """
 
 from __future__ import annotations
@@ -32,14 +36,16 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.utils.rnn import pad_sequence
 
-from settings.trainer import LossSettings, OptimSettings, TrainerSettings
-from workers.models.fresh import Shape, write_fresh
-from workers.models.recipes import RECIPES
-from workers.trainer.learner import Learner, TrainSample
+from onstream.settings.trainer import LossSettings, OptimSettings, TrainerSettings
+from onstream.workers.tiny_models.fresh import Shape, write_fresh
+from onstream.workers.tiny_models.recipes import RECIPES
+from onstream.workers.trainer.learner import Learner, TrainSample
 
 Way = Literal["shared prompts", "padded rows", "plain padded"]
 WAYS: tuple[Way, ...] = ("shared prompts", "padded rows", "plain padded")
-GROUP_SIZE, TOP_K, PADDED_ROWS = 8, 4, 32
+GROUP_SIZE = 8
+TOP_K = 4
+PADDED_ROWS = 32
 SECONDS = 4.0
 
 
@@ -56,7 +62,13 @@ class Mix:
 
 MIXES = (
     Mix("A", RECIPES["student"].shape, 16, (30, 36), (5, 11)),
-    Mix("B", Shape(hidden=256, layers=4, intermediate=768, heads=8, key_value_heads=4), 2, (500, 500), (150, 250)),
+    Mix(
+        "B",
+        Shape(hidden=256, layers=4, intermediate=768, heads=8, key_value_heads=4),
+        2,
+        (500, 500),
+        (150, 250),
+    ),
 )
 
 
@@ -74,7 +86,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             model = write_fresh(Path(scratch), mix.shape, seed=0)
             # A process for each way: memory that one way touched would hide in the next one's.
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as process:
+            with ProcessPoolExecutor(
+                1, mp_context=get_context("spawn"), max_tasks_per_child=1
+            ) as process:
                 found = {way: process.submit(measure, mix, way, model).result() for way in WAYS}
         Console().print(table(mix, found))
 
@@ -83,11 +97,29 @@ def table(mix: Mix, found: dict[Way, Measured]) -> Table:
     """A line for each way."""
     rollouts = mix.groups * GROUP_SIZE
     tokens = sum(len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples(mix))
-    drawn = Table(f"mix {mix.name}: {rollouts} a step", "rollouts/s", "tokens/s", "× plain", "CPU s/step", "wall s", "peak MiB")
+    drawn = Table(
+        f"mix {mix.name}: {rollouts} a step",
+        "rollouts/s",
+        "tokens/s",
+        "× plain",
+        "CPU s/step",
+        "wall s",
+        "peak MiB",
+    )
     slowest = found["plain padded"].steps_per_s
     for way, one in found.items():
-        rates = (f"{one.steps_per_s * rollouts:,.0f}", f"{one.steps_per_s * tokens:,.0f}", f"{one.steps_per_s / slowest:.1f}")
-        drawn.add_row(way, *rates, f"{1 / one.steps_per_s:.3f}", f"{one.wall_step_s:.3f}", f"{one.peak_bytes / 2**20:,.0f}")
+        rates = (
+            f"{one.steps_per_s * rollouts:,.0f}",
+            f"{one.steps_per_s * tokens:,.0f}",
+            f"{one.steps_per_s / slowest:.1f}",
+        )
+        drawn.add_row(
+            way,
+            *rates,
+            f"{1 / one.steps_per_s:.3f}",
+            f"{one.wall_step_s:.3f}",
+            f"{one.peak_bytes / 2**20:,.0f}",
+        )
     return drawn
 
 
@@ -96,10 +128,14 @@ def samples(mix: Mix) -> list[TrainSample]:
     random = np.random.default_rng(0)
     made = []
     for group in range(mix.groups):
-        prompt = random.integers(0, 100, random.integers(mix.prompt[0], mix.prompt[1] + 1)).astype(np.int32)
+        prompt = random.integers(0, 100, random.integers(mix.prompt[0], mix.prompt[1] + 1)).astype(
+            np.int32
+        )
         for _ in range(GROUP_SIZE):
             tokens = int(random.integers(mix.completion[0], mix.completion[1] + 1))
-            bins = np.log(-np.sort(-random.dirichlet(np.ones(TOP_K + 1), tokens))).astype(np.float32)
+            bins = np.log(-np.sort(-random.dirichlet(np.ones(TOP_K + 1), tokens))).astype(
+                np.float32
+            )
             made.append(
                 TrainSample(
                     prompt_ids=prompt,
@@ -107,7 +143,9 @@ def samples(mix: Mix) -> list[TrainSample]:
                     loss_mask=np.ones(tokens, dtype=np.uint8),
                     generator_logprobs=np.full(tokens, -4.8, dtype=np.float32),
                     teacher_logprobs=bins[:, 0],
-                    teacher_top_ids=np.stack([random.permutation(100)[:TOP_K] for _ in range(tokens)]).astype(np.int32),
+                    teacher_top_ids=np.stack(
+                        [random.permutation(100)[:TOP_K] for _ in range(tokens)]
+                    ).astype(np.int32),
                     teacher_top_logprobs=bins[:, :TOP_K],
                     teacher_tail_logprobs=bins[:, TOP_K],
                     advantage=float(random.normal()),
@@ -120,8 +158,11 @@ def samples(mix: Mix) -> list[TrainSample]:
 def measure(mix: Mix, way: Way, model: Path) -> Measured:
     """Steps a CPU second after one unmeasured step, and the memory that it took."""
     torch.set_num_threads(1)  # a second one would spin while it waits, and count as work
-    settings = TrainerSettings(loss=LossSettings(teacher_tau=1.0, teacher_top_k=TOP_K), optim=OptimSettings(lr=1e-4))
-    learner, batch = Learner(model, settings, torch.device("cpu")), samples(mix)
+    settings = TrainerSettings(
+        loss=LossSettings(teacher_tau=1.0, teacher_top_k=TOP_K), optim=OptimSettings(lr=1e-4)
+    )
+    learner = Learner(model, settings, torch.device("cpu"))
+    batch = samples(mix)
     step: Callable[[], object] = lambda: learner.step(batch, 1000)  # noqa: E731 - two of the three ways are this one
     if way != "shared prompts":
         learner.model.set_attn_implementation("sdpa")
@@ -132,7 +173,9 @@ def measure(mix: Mix, way: Way, model: Path) -> Measured:
     reset_peak()
     step()
     peak = peak_rss() - before
-    cpu, wall, steps = time.process_time(), time.perf_counter(), 0
+    cpu = time.process_time()
+    wall = time.perf_counter()
+    steps = 0
     while steps < 3 or time.process_time() - cpu < SECONDS:
         step()
         steps += 1
@@ -146,11 +189,18 @@ def plain_step(learner: Learner, batch: Sequence[TrainSample]) -> Callable[[], N
     batches = [batch[start : start + PADDED_ROWS] for start in range(0, len(batch), PADDED_ROWS)]
 
     def loss(part: Sequence[TrainSample]) -> torch.Tensor:
-        rows = [torch.from_numpy(np.concatenate((sample.prompt_ids, sample.completion_ids))).long() for sample in part]
-        ids, mask = pad_sequence(rows, batch_first=True), pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        rows = [
+            torch.from_numpy(np.concatenate((sample.prompt_ids, sample.completion_ids))).long()
+            for sample in part
+        ]
+        ids = pad_sequence(rows, batch_first=True)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         logits = learner.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
         logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-        kept = [logprobs[row, len(sample.prompt_ids) - 1 : len(rows[row]) - 1].sum() * sample.advantage for row, sample in enumerate(part)]
+        kept = [
+            logprobs[row, len(sample.prompt_ids) - 1 : len(rows[row]) - 1].sum() * sample.advantage
+            for row, sample in enumerate(part)
+        ]
         return -torch.stack(kept).sum() / tokens
 
     def step() -> None:

@@ -1,12 +1,15 @@
-"""vLLM beside the engine `transformers`: rollouts written, tokens scored, and what max_batch and prefetch are worth.
+"""vLLM beside the engine `transformers`: rollouts written, tokens scored, and what max_batch and
+prefetch are worth.
 
-Both engines write the same requests for the same student, one after the other, driven as a generator drives them. Requests are of
-two kinds: `short`, as in the example (prompts of 24 to 32 tokens, completions of 5 to 11), and `long` (prompts of 100 to 160,
-completions of 64 to 192), in groups of 4 with one prompt. The scores are logprobs of all tokens of short rollouts.
-CPU seconds are those of all processes of an engine, so that a busy machine disturbs them less than the wall clock.
+Both engines write the same requests for the same student, one after the other, driven as a
+generator drives them. Requests are of two kinds: `short`, as in the example (prompts of 24 to 32
+tokens, completions of 5 to 11), and `long` (prompts of 100 to 160, completions of 64 to 192), in
+groups of 4 with one prompt. The scores are logprobs of all tokens of short rollouts. CPU seconds
+are those of all processes of an engine, so that a busy machine disturbs them less than the wall
+clock.
 
-Run it as `OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_engine`; `--sweep` also tries sizes. For the time that an update
-takes there is `benchmarks/vllm_update.py`.
+Run it as `OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_engine`; `--sweep` also tries
+sizes. For the time that an update takes there is `benchmarks/vllm_update.py`.
 """
 
 from __future__ import annotations
@@ -28,14 +31,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.teacher import rollouts as to_score
-from settings.root import Settings
-from workers.generator.engine import Engine, Request
-from workers.generator.student import load_student, open_student
-from workers.models.fresh import Shape, write_fresh
-from workers.teacher.setup import load_local
+from onstream.settings.root import Settings
+from onstream.workers.generator.engines.base import Engine, Request
+from onstream.workers.generator.student import load_student, open_student
+from onstream.workers.teacher.local_setup import load_local
+from onstream.workers.tiny_models.fresh import Shape, write_fresh
 
 KINDS = {"short": ((24, 33), (5, 12)), "long": ((100, 161), (64, 193))}
-SWEPT_BATCHES, SWEPT_PREFETCH = (16, 64, 128, 256), (0, 16, 64, 256)
+SWEPT_BATCHES = (16, 64, 128, 256)
+SWEPT_PREFETCH = (0, 16, 64, 256)
 GROUP_SIZE = 4
 REPEATS = 3
 
@@ -44,20 +48,32 @@ def workload(kind: str, count: int) -> list[Request]:
     """Requests of that kind whose lengths are drawn evenly from its ranges."""
     (shortest, longest), (least, most) = KINDS[kind]
     random = np.random.default_rng(0)
-    prompts = [random.integers(8, 128, random.integers(shortest, longest)).astype(np.int32) for _ in range(-(-count // GROUP_SIZE))]
-    return [Request(key, prompts[key // GROUP_SIZE], int(random.integers(least, most)), seed=key) for key in range(count)]
+    prompts = [
+        random.integers(8, 128, random.integers(shortest, longest)).astype(np.int32)
+        for _ in range(-(-count // GROUP_SIZE))
+    ]
+    return [
+        Request(key, prompts[key // GROUP_SIZE], int(random.integers(least, most)), seed=key)
+        for key in range(count)
+    ]
 
 
 def settings_of(model: Path, engine: str, max_batch: int = 256) -> Settings:
     """A generator's on the CPU."""
     inference = {"engine": engine, "max_batch": max_batch}
-    return Settings.model_validate({"model": {"name": str(model)}, "deployment": {"device": "cpu"}, "inference": inference})
+    return Settings.model_validate(
+        {"model": {"name": str(model)}, "deployment": {"device": "cpu"}, "inference": inference}
+    )
 
 
 @contextlib.contextmanager
 def opened(settings: Settings) -> Iterator[Any]:
     """The engine of a generator with these settings, whose completions no token ends."""
-    student = open_student(settings) if settings.inference.engine == "vllm" else load_student(settings.model.name, settings)
+    student = (
+        open_student(settings)
+        if settings.inference.engine == "vllm"
+        else load_student(settings.model.name, settings)
+    )
     engine: Any = student.engine
     setattr(engine, "_stop_ids" if settings.inference.engine == "vllm" else "_stop", frozenset())
     with contextlib.closing(engine):
@@ -66,20 +82,29 @@ def opened(settings: Settings) -> Iterator[Any]:
 
 def write(engine: Engine, requests: Sequence[Request], prefetch: int = 64) -> None:
     """All of `requests`, with `prefetch` more in hand than are decoded, as far as there are."""
-    waiting, done = list(requests)[::-1], 0
+    waiting = list(requests)[::-1]
+    done = 0
     while done < len(requests):
-        engine.add([waiting.pop() for _ in range(min(len(waiting), engine.slots + prefetch - engine.active))])
+        engine.add(
+            [
+                waiting.pop()
+                for _ in range(min(len(waiting), engine.slots + prefetch - engine.active))
+            ]
+        )
         done += len(engine.step())
 
 
 def fastest(engine: Engine, requests: Sequence[Request], prefetch: int) -> float:
-    """Seconds that all of `requests` take, the least of a few times: what other programs take from the machine only adds to it."""
+    """Seconds that all of `requests` take, the least of a few times: what other programs take from
+    the machine only adds to it.
+    """
     return min(timed(lambda: write(engine, requests, prefetch))[0] for _ in range(REPEATS))
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
     """Seconds, and CPU seconds of this process and its children, that `work` takes."""
-    cpu, wall = cpu_seconds(), time.perf_counter()
+    cpu = cpu_seconds()
+    wall = time.perf_counter()
     work()
     return time.perf_counter() - wall, cpu_seconds() - cpu
 
@@ -93,7 +118,9 @@ def cpu_seconds() -> float:
 def compare_writing(model: Path, count: int) -> Table:
     """A line for each kind of requests and each engine."""
     columns = ("requests", "engine", "rollouts/s", "tokens/s", "rollouts per CPU second")
-    table = Table(*columns, title=f"{count} short and {count // 4} long rollouts, max_batch 256, prefetch 64")
+    table = Table(
+        *columns, title=f"{count} short and {count // 4} long rollouts, max_batch 256, prefetch 64"
+    )
     for name in ("transformers", "vllm"):
         with opened(settings_of(model, name)) as engine:
             for kind, number in (("short", count), ("long", count // 4)):
@@ -101,14 +128,23 @@ def compare_writing(model: Path, count: int) -> Table:
                 write(engine, requests[: number // 4])  # warms up
                 wall, cpu = timed(lambda engine=engine, requests=requests: write(engine, requests))  # type: ignore[misc]
                 tokens = sum(request.max_tokens for request in requests)
-                table.add_row(kind, name, f"{number / wall:,.0f}", f"{tokens / wall:,.0f}", f"{number / cpu:,.0f}")
+                table.add_row(
+                    kind,
+                    name,
+                    f"{number / wall:,.0f}",
+                    f"{tokens / wall:,.0f}",
+                    f"{number / cpu:,.0f}",
+                )
     return table
 
 
 def compare_scoring(model: Path, groups: int) -> Table:
     """How many tokens a second the local teacher scores, and vLLM in process, without HTTP between."""
     requests = to_score(model, groups, 8)
-    tokens, table = sum(request.tokens for request in requests), Table("scored by", "tokens/s", "tokens per CPU second")
+    tokens, table = (
+        sum(request.tokens for request in requests),
+        Table("scored by", "tokens/s", "tokens per CPU second"),
+    )
     scorer = load_local(settings_of(model, "transformers"))
     scorer.score(requests, top_k=0)
     measured = {"the local teacher": timed(lambda: scorer.score(requests, top_k=0))}
@@ -133,22 +169,32 @@ def score_by_vllm(engine: Any, requests: Sequence[Any]) -> None:
             pass
 
     async def score_all() -> None:
-        rows = [np.concatenate((request.prompt_ids, request.completion_ids)).tolist() for request in requests]
+        rows = [
+            np.concatenate((request.prompt_ids, request.completion_ids)).tolist()
+            for request in requests
+        ]
         await asyncio.gather(*(score(number, row) for number, row in enumerate(rows)))
 
     engine._background.run(score_all())
 
 
 def sweep(model: Path, count: int) -> Iterator[Table]:
-    """Rollouts a second by max_batch and prefetch, for each engine and kind of requests, the best of a few times."""
+    """Rollouts a second by max_batch and prefetch, for each engine and kind of requests, the best
+    of a few times.
+    """
     for name in ("transformers", "vllm"):
-        tables = {kind: Table("max_batch", *(f"prefetch {prefetch}" for prefetch in SWEPT_PREFETCH)) for kind in KINDS}
+        tables = {
+            kind: Table("max_batch", *(f"prefetch {prefetch}" for prefetch in SWEPT_PREFETCH))
+            for kind in KINDS
+        }
         for max_batch in SWEPT_BATCHES:
             with opened(settings_of(model, name, max_batch)) as engine:
                 for kind, number in (("short", count), ("long", count // 4)):
                     requests = workload(kind, number)
                     write(engine, requests[: number // 4])
-                    rates = [number / fastest(engine, requests, prefetch) for prefetch in SWEPT_PREFETCH]
+                    rates = [
+                        number / fastest(engine, requests, prefetch) for prefetch in SWEPT_PREFETCH
+                    ]
                     tables[kind].add_row(str(max_batch), *(f"{rate:,.0f}" for rate in rates))
         for kind, table in tables.items():
             table.title = f"{name}, {kind} rollouts/s"
@@ -157,15 +203,20 @@ def sweep(model: Path, count: int) -> Iterator[Table]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default in (("rollouts", 2048), ("hidden", 96), ("layers", 3), ("groups", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--sweep", action="store_true", help="also try sizes: eight more starts")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    shape = Shape(hidden=options.hidden, layers=options.layers, intermediate=options.hidden * 10 // 3)
+    shape = Shape(
+        hidden=options.hidden, layers=options.layers, intermediate=options.hidden * 10 // 3
+    )
     with tempfile.TemporaryDirectory() as scratch:
-        model, console = write_fresh(Path(scratch), shape, seed=0, initializer_range=0.1), Console()
+        model = write_fresh(Path(scratch), shape, seed=0, initializer_range=0.1)
+        console = Console()
         console.print(compare_writing(model, options.rollouts))
         console.print(compare_scoring(model, options.groups))
         if options.sweep:

@@ -1,6 +1,8 @@
-"""From the announcement of a policy version to the first token that it writes, with requests in flight in vLLM and the trainer idle.
+"""From the announcement of a policy version to the first token that it writes, with requests in
+flight in vLLM and the trainer idle.
 
-The example's student by default. Run it as `OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_update`, once for each mode.
+The example's student by default. Run it as `OMP_NUM_THREADS=1 .venv-vllm/bin/python -m
+benchmarks.vllm_update`, once for each mode.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.models.fit import shapes_of
-from pipeline.models.tokenizer import load_configs
-from pipeline.records import PolicyVersion
-from pipeline.weights import Directory, Reader, publish
-from settings.root import Settings
-from workers.generator.engine import Completion, Engine, Request
-from workers.generator.policies import Policies
-from workers.generator.vllm_start import configure
+from onstream.pipeline.models.tokenizer import load_configs
+from onstream.pipeline.models.weight_shapes import shapes_of
+from onstream.pipeline.records import PolicyVersion
+from onstream.pipeline.weights import Directory, Reader, publish
+from onstream.settings.root import Settings
+from onstream.workers.generator.engines.base import Completion, Engine, Request
+from onstream.workers.generator.engines.vllm.startup import configure
+from onstream.workers.generator.policy_loader import Policies
 
 STUDENT = Path("examples/reverse-text/student")
 MODES = ("recompute", "keep", "abort", "wait")
@@ -44,20 +46,25 @@ class Announcements:
         return self.newest
 
 
-def first_token_s(engine: Engine, policies: Policies, announce: Callable[[], int], in_flight: int) -> float:
-    """Seconds from `announce()`, which returns the version's number, to the first token of that version.
+def first_token_s(
+    engine: Engine, policies: Policies, announce: Callable[[], int], in_flight: int
+) -> float:
+    """Seconds from `announce()`, which returns the version's number, to the first token of that
+    version.
 
-    For each request that comes to its end another one takes its place, of one token: so as many stay in flight, and a completion
-    tells of the first token at once. The engine is driven as a generator drives it: a look for news, then a step. It must have no
-    stop tokens.
+    For each request that comes to its end another one takes its place, of one token: so as many
+    stay in flight, and a completion tells of the first token at once. The engine is driven as a
+    generator drives it: a look for news, then a step. It must have no stop tokens.
     """
-    ids, keys = np.arange(8, 32, dtype=np.int32), itertools.count(in_flight)
+    ids = np.arange(8, 32, dtype=np.int32)
+    keys = itertools.count(in_flight)
     engine.add([Request(key, ids, max_tokens=40 + key, seed=key) for key in range(in_flight)])
     written = list[Completion]()
     while len(written) < 2:
         policies.refresh()
         written += engine.step()
-    announced, number = time.perf_counter(), announce()
+    announced = time.perf_counter()
+    number = announce()
     done = written
     while not any(one.version_spans[-1].version == number for one in done):
         engine.add([Request(next(keys), ids, max_tokens=1, seed=0) for _ in done])
@@ -70,14 +77,24 @@ def first_token_s(engine: Engine, policies: Policies, announce: Callable[[], int
 
 
 def measure(settings: Settings, directory: Path, rounds: int, in_flight: int) -> list[float]:
-    """Seconds of each of `rounds` updates of the student that `settings` name, after one that is not counted."""
-    announcements, model = Announcements(), Path(settings.model.name)
+    """Seconds of each of `rounds` updates of the student that `settings` name, after one that is
+    not counted.
+    """
+    announcements = Announcements()
+    model = Path(settings.model.name)
     state = load_file(model / "model.safetensors")
-    versions = [publish(directory, number, changed(state, number), model) for number in range(rounds + 2)]
+    versions = [
+        publish(directory, number, changed(state, number), model) for number in range(rounds + 2)
+    ]
     config = configure(settings)
-    from workers.generator.vllm_engine import VllmEngine
+    from onstream.workers.generator.engines.vllm.engine import VllmEngine
 
-    engine = VllmEngine(config, (), shapes_of(load_configs(model)[0]), on_new_weights=settings.inference.on_new_weights)
+    engine = VllmEngine(
+        config,
+        (),
+        shapes_of(load_configs(model)[0]),
+        on_new_weights=settings.inference.on_new_weights,
+    )
     policies = Policies(engine, Reader(Directory(directory), deltas=False), announcements)
 
     def announce() -> int:
@@ -97,8 +114,15 @@ def changed(state: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
 
 def settings_of(model: Path, mode: str, in_flight: int) -> Settings:
     """A generator's on the CPU, with room for all requests at once and a few more."""
-    inference = {"engine": "vllm", "max_batch": in_flight + 8, "on_new_weights": mode, "sampling": {"max_completion": 200}}
-    return Settings.model_validate({"model": {"name": str(model)}, "deployment": {"device": "cpu"}, "inference": inference})
+    inference = {
+        "engine": "vllm",
+        "max_batch": in_flight + 8,
+        "on_new_weights": mode,
+        "sampling": {"max_completion": 200},
+    }
+    return Settings.model_validate(
+        {"model": {"name": str(model)}, "deployment": {"device": "cpu"}, "inference": inference}
+    )
 
 
 def measured(model: Path, mode: str, rounds: int, in_flight: int) -> list[float]:
@@ -108,7 +132,9 @@ def measured(model: Path, mode: str, rounds: int, in_flight: int) -> list[float]
 
 
 def main() -> None:
-    """Print a table, a line for each mode. Each is measured in a process of its own: vLLM's engines do not leave one as they found it."""
+    """Print a table, a line for each mode. Each is measured in a process of its own: vLLM's engines
+    do not leave one as they found it.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=STUDENT)
     parser.add_argument("--in-flight", type=int, default=64)
@@ -117,9 +143,17 @@ def main() -> None:
     table = Table("inference.on_new_weights", "median s", "least s", "most s")
     for mode in MODES:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            found = process.submit(measured, options.model, mode, options.rounds, options.in_flight).result()
-        table.add_row(mode, *(f"{value:.3f}" for value in (np.median(found), min(found), max(found))))
-    Console().print(table, f"{options.in_flight} requests in flight, {options.rounds} updates of {options.model} a mode", sep="\n")
+            found = process.submit(
+                measured, options.model, mode, options.rounds, options.in_flight
+            ).result()
+        table.add_row(
+            mode, *(f"{value:.3f}" for value in (np.median(found), min(found), max(found)))
+        )
+    Console().print(
+        table,
+        f"{options.in_flight} requests in flight, {options.rounds} updates of {options.model} a mode",
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

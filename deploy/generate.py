@@ -1,4 +1,6 @@
-"""Writes what follows from other files: the settings' names in compose.yaml, and deploy/stack.yaml. `python -m settings.docs`."""
+"""Writes what follows from other files: the settings' names in compose.yaml, and deploy/stack.yaml.
+`python -m onstream.settings.docs`.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,12 @@ from typing import Any
 
 import yaml
 
-from settings.fields import known
-from settings.unknown import variable_of
+from onstream.settings.fields import known
+from onstream.settings.unknown import variable_of
 
 ROOT = Path(__file__).parent.parent
-COMPOSE, STACK = ROOT / "compose.yaml", ROOT / "deploy" / "stack.yaml"
+COMPOSE = ROOT / "compose.yaml"
+STACK = ROOT / "deploy" / "stack.yaml"
 OURS = re.compile(
     r"run\.dir|redis\.(url|password|tls_.*|server_bin|shut_down|max_memory)"
     r"|deployment\.(scale\..*|stages|generators|verifiers|external_teachers|jobs)"
@@ -22,7 +25,7 @@ OURS = re.compile(
 WIDTH = 140
 MERGED = "all-settings"
 HEAD = """# The services of compose.yaml for a Swarm: `docker stack deploy -c deploy/stack.yaml onstream` (docs/deploy.md).
-# Written from compose.yaml by `python -m settings.docs`; edit that.
+# Written from compose.yaml by `python -m onstream.settings.docs`; edit that.
 """
 SECRET = "/run/secrets/redis-password"
 SETTINGS_FILE = "/app/run.toml"
@@ -47,7 +50,9 @@ KEPT = (
     "logging",
 )
 HOME = {"constraints": ["node.labels.onstream == home"]}
-"""Where the data of Redis and the run's directory are: the trainer and the jobs read and write the latter."""
+"""Where the data of Redis and the run's directory are: the trainer and the jobs read and write the
+latter.
+"""
 VOLUMES = {
     "redis": ["redis:/data"],
     "trainer": ["runs:/app/runs", "hub:/home/onstream/hub"],
@@ -56,29 +61,51 @@ VOLUMES = {
 
 
 def passed_on() -> list[str]:
-    """The variables that compose.yaml passes from the user's environment to every container: no secrets are among them."""
-    return [variable_of(name) for name, setting in known().items() if not setting.secret and not OURS.fullmatch(name)]
+    """The variables that compose.yaml passes from the user's environment to every container: no
+    secrets are among them.
+    """
+    return [
+        variable_of(name)
+        for name, setting in known().items()
+        if not setting.secret and not OURS.fullmatch(name)
+    ]
 
 
 def settings_block() -> str:
     """`passed_on()` as the flow mapping in compose.yaml, whose values are all null."""
-    lines = textwrap.fill(", ".join(passed_on()), WIDTH, initial_indent="  ", subsequent_indent="  ", break_long_words=False)
+    lines = textwrap.fill(
+        ", ".join(passed_on()),
+        WIDTH,
+        initial_indent="  ",
+        subsequent_indent="  ",
+        break_long_words=False,
+    )
     return f"x-settings: &settings {{\n{lines}\n}}\n"
 
 
 def with_settings(compose: str) -> str:
     """The text of compose.yaml with the settings of now."""
-    return re.sub(r"^x-settings: &settings \{.*?^\}\n", settings_block(), compose, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(
+        r"^x-settings: &settings \{.*?^\}\n",
+        settings_block(),
+        compose,
+        flags=re.DOTALL | re.MULTILINE,
+    )
 
 
 def stack(compose: str) -> str:
     """The text of stack.yaml that follows from that of compose.yaml.
 
-    A Swarm has no order of starting, no `restart`, no profiles and no builds; it has secrets and configs, and its nodes share no disk: so
-    weights go through Redis, and the settings file is a config.
+    A Swarm has no order of starting, no `restart`, no profiles and no builds; it has secrets and
+    configs, and its nodes share no disk: so weights go through Redis, and the settings file is a
+    config.
     """
     services = yaml.safe_load(compose)["services"]
-    made = {name: _service(name, service) for name, service in services.items() if name not in ("prepare", "status")}
+    made = {
+        name: _service(name, service)
+        for name, service in services.items()
+        if name not in ("prepare", "status")
+    }
     whole = {
         "services": made,
         "networks": {"default": {"driver": "overlay", "driver_opts": {"encrypted": "true"}}},
@@ -87,7 +114,12 @@ def stack(compose: str) -> str:
         "volumes": {"redis": None, "runs": None, "hub": None},
     }
     text = yaml.dump(whole, sort_keys=False, width=WIDTH, allow_unicode=True, Dumper=_Plain)
-    return HEAD + 'version: "3.8"\n' + settings_block() + text.replace(f"{MERGED}: null", "<<: *settings")
+    return (
+        HEAD
+        + 'version: "3.8"\n'
+        + settings_block()
+        + text.replace(f"{MERGED}: null", "<<: *settings")
+    )
 
 
 class _Plain(yaml.SafeDumper):
@@ -104,12 +136,21 @@ def _service(name: str, service: dict[str, Any]) -> dict[str, Any]:
     made["volumes"] = VOLUMES.get(name, ["hub:/home/onstream/hub"])
     made["healthcheck"] = {**service["healthcheck"], "test": _moved(service["healthcheck"]["test"])}
     if name == "redis":
-        made |= {"command": _moved(service["command"]), "user": "${REDIS_USER:-999:999}"}  # whose /data is in Redis' own image
+        made |= {
+            "command": _moved(service["command"]),
+            "user": "${REDIS_USER:-999:999}",
+        }  # whose /data is in Redis' own image
         return made
     made["configs"] = [{"source": "settings", "target": SETTINGS_FILE}]
     made["command"] = _moved(service["command"])
-    keys = [key for key in service["environment"] if key.endswith("_API_KEY_FILE")]  # those come from the environment of `deploy`
-    own = {key: value for key, value in service["environment"].items() if key not in {*keys, *passed_on()}}
+    keys = [
+        key for key in service["environment"] if key.endswith("_API_KEY_FILE")
+    ]  # those come from the environment of `deploy`
+    own = {
+        key: value
+        for key, value in service["environment"].items()
+        if key not in {*keys, *passed_on()}
+    }
     made["environment"] = (
         {MERGED: None}
         | own
@@ -123,7 +164,11 @@ def _service(name: str, service: dict[str, Any]) -> dict[str, Any]:
 
 
 def _placement(name: str) -> dict[str, Any]:
-    replicas = {"replicas": f"${{{COUNTS[name]}:-{int(name != 'teacher-external')}}}"} if name in COUNTS else {"replicas": 1}
+    replicas = (
+        {"replicas": f"${{{COUNTS[name]}:-{int(name != 'teacher-external')}}}"}
+        if name in COUNTS
+        else {"replicas": 1}
+    )
     placement = {"placement": HOME} if name in VOLUMES else {}
     return {**replicas, "restart_policy": {"condition": "on-failure", "delay": "2s"}, **placement}
 
@@ -132,7 +177,9 @@ def _moved(part: Any) -> Any:
     """`part` of a service with the places that its secret and its settings file have in a Swarm."""
     if isinstance(part, list):
         return [_moved(item) for item in part]
-    return re.sub(r"^\$\{SETTINGS:-.*\}$", SETTINGS_FILE, part.replace("/run/onstream/redis-password", SECRET))
+    return re.sub(
+        r"^\$\{SETTINGS:-.*\}$", SETTINGS_FILE, part.replace("/run/onstream/redis-password", SECRET)
+    )
 
 
 def main() -> None:

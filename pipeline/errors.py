@@ -13,7 +13,9 @@ class Exit(IntEnum):
     USAGE = 2  # wrong settings or arguments; restarting does not help
     REFUSED = 3  # the run's plan, lease or data forbid this worker; restarting does not help
     STUCK = 4  # a handler outlived its bound; a supervisor restarts it
-    UNREACHABLE = 5  # Redis or another service did not answer within its bound; a supervisor restarts it
+    UNREACHABLE = (
+        5  # Redis or another service did not answer within its bound; a supervisor restarts it
+    )
 
 
 class UserError(Exception):
@@ -23,5 +25,8 @@ class UserError(Exception):
     """
 
     def __init__(self, got: str, *, expected: str, next_step: str, exit: Exit = Exit.USAGE) -> None:
-        self.got, self.expected, self.next_step, self.exit = got, expected, next_step, exit
+        self.got = got
+        self.expected = expected
+        self.next_step = next_step
+        self.exit = exit
         super().__init__(f"{got}; expected {expected}. {next_step}")

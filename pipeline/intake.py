@@ -8,9 +8,9 @@ from collections import deque
 
 import structlog
 
-from pipeline.pulse import Life
-from pipeline.streams import Bus, Entry, PendingRow
-from settings.run import DeliverySettings
+from onstream.pipeline.heartbeat import Life
+from onstream.pipeline.redis.streams import Bus, Entry, PendingRow
+from onstream.settings.run import DeliverySettings
 
 log = structlog.get_logger(__name__)
 
@@ -21,26 +21,31 @@ GHOST_S = 60.0
 
 
 class Intake:
-    """Decides which entries a worker takes next. New and re-delivered entries leave by the same door, `take`.
+    """Decides which entries a worker takes next. New and re-delivered entries leave by the same
+    door, `take`.
 
-    An entry that was handed out twice in vain is a suspect: it is taken alone, with nothing else in hand, so that it
-    can spoil the count of no other. `life.hand` holds what this worker answers for; of the trainer, all that it was
-    given and has not yet acknowledged.
+    An entry that was handed out twice in vain is a suspect: it is taken alone, with nothing else in
+    hand, so that it can spoil the count of no other. `life.hand` holds what this worker answers
+    for; of the trainer, all that it was given and has not yet acknowledged.
     """
 
     def __init__(self, bus: Bus, life: Life, delivery: DeliverySettings) -> None:
-        self._bus, self._life, self._delivery = bus, life, delivery
+        self._bus = bus
+        self._life = life
+        self._delivery = delivery
         self._alone_from = min(ALONE_FROM, delivery.max_deliveries)
         self._again: deque[PendingRow] = deque()
         self._suspects: deque[PendingRow] = deque()
         self._alone: bytes | None = None
         self._min_idle_s = 0.0  # of the rows found by the last scan
         self._next_scan = 0.0
-        self._own = True  # whether the next scan looks for what is pending with this worker and not in its hands
+        # whether the next scan looks for what is pending with this worker and not in its hands
+        self._own = True
 
     def reconnect(self) -> None:
         """A read failed, and its reply may have carried entries: look for them."""
-        self._own, self._next_scan = True, 0.0
+        self._own = True
+        self._next_scan = 0.0
 
     def take(self, room: int, wait_s: float) -> list[Entry]:
         """Up to `room` entries, waiting up to `wait_s` for a first new one.
@@ -57,7 +62,9 @@ class Intake:
             return self._claim([self._again.popleft() for _ in range(min(count, len(self._again)))])
         if self._suspects:
             return [] if self._life.hand else self._take_alone()
-        entries = self._bus.read(self._life.stage, count, min(wait_s, max(0.0, self._next_scan - time.monotonic())))
+        entries = self._bus.read(
+            self._life.stage, count, min(wait_s, max(0.0, self._next_scan - time.monotonic()))
+        )
         self._life.hand.update(entry.id for entry in entries)
         return entries
 
@@ -67,7 +74,11 @@ class Intake:
         return entries
 
     def _claim(self, rows: list[PendingRow]) -> list[Entry]:
-        entries = self._bus.claim(self._life.stage, [row for row in rows if row.id not in self._life.hand], self._min_idle_s)
+        entries = self._bus.claim(
+            self._life.stage,
+            [row for row in rows if row.id not in self._life.hand],
+            self._min_idle_s,
+        )
         self._life.hand.update(entry.id for entry in entries)
         return entries
 
@@ -77,25 +88,36 @@ class Intake:
         rows = self._scan_held() if self._life.holds_entries else self._scan_idle()
         rows = [row for row in rows if row.id not in self._life.hand]
         if rows:
-            log.info("records were handed out before and not finished; taking them", records=len(rows))
+            log.info(
+                "records were handed out before and not finished; taking them", records=len(rows)
+            )
         for row in rows:
             suspect = not self._life.holds_entries and row.deliveries + 1 >= self._alone_from
             (self._suspects if suspect else self._again).append(row)
         if not rows:
-            self._next_scan = time.monotonic() + self._delivery.lease / 2 * random.uniform(0.75, 1.25)
+            self._next_scan = time.monotonic() + self._delivery.lease / 2 * random.uniform(
+                0.75, 1.25
+            )
 
     def _scan_idle(self) -> list[PendingRow]:
-        """What was pending with this worker when it started or lost its connection; after that, what nobody renewed."""
+        """What was pending with this worker when it started or lost its connection; after that,
+        what nobody renewed.
+        """
         if self._own:
-            self._own, self._min_idle_s = False, 0.0
+            self._own = False
+            self._min_idle_s = 0.0
             if rows := list(self._bus.all_pending_rows(self._life.stage, self._bus.consumer)):
                 return rows
         self._min_idle_s = self._delivery.lease
         self._bus.bury(self._life.stage, max(GHOST_S, 4 * self._delivery.lease))
-        return self._bus.pending_rows(self._life.stage, count=SCAN_AT_ONCE, min_idle_s=self._min_idle_s)
+        return self._bus.pending_rows(
+            self._life.stage, count=SCAN_AT_ONCE, min_idle_s=self._min_idle_s
+        )
 
     def _scan_held(self) -> list[PendingRow]:
-        """Everything pending, whoever had it: there is one trainer. What it has acknowledged since leaves `life.hand`."""
+        """Everything pending, whoever had it: there is one trainer. What it has acknowledged since
+        leaves `life.hand`.
+        """
         rows = list(self._bus.all_pending_rows(self._life.stage))
         self._life.hand &= {row.id for row in rows}
         return rows

@@ -1,4 +1,6 @@
-"""The one loop of all workers: read, decode, handle, hop; with leases, re-delivery, dead letters, signals and drain."""
+"""The one loop of all workers: read, decode, handle, hop; with leases, re-delivery, dead letters,
+signals and drain.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,24 @@ from types import FrameType
 import structlog
 from redis.exceptions import RedisError
 
-from pipeline.board import FAILED
-from pipeline.connection import OUTAGE
-from pipeline.errors import Exit, UserError
-from pipeline.intake import Intake
-from pipeline.pulse import Life, Pulse
-from pipeline.records import RecordError, Rollout, StageName, Ticket, Tombstone, Work, decode_work, encode
-from pipeline.stage import Delivery, Outcome, Stage, Stats, leave
-from pipeline.streams import Bus, Entry, LeaseLost, Move, Out
-from settings.run import DeliverySettings
+from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.heartbeat import Life, Pulse
+from onstream.pipeline.intake import Intake
+from onstream.pipeline.records import (
+    RecordError,
+    Rollout,
+    StageName,
+    Ticket,
+    Tombstone,
+    Work,
+    decode_work,
+    encode,
+)
+from onstream.pipeline.redis.connection import OUTAGE
+from onstream.pipeline.redis.run_state import FAILED
+from onstream.pipeline.redis.streams import Bus, Entry, LeaseLost, Move, Out
+from onstream.pipeline.stage import Delivery, Outcome, Stage, Stats, leave
+from onstream.settings.run import DeliverySettings
 
 log = structlog.get_logger(__name__)
 
@@ -32,11 +43,14 @@ TAKES: dict[StageName, tuple[type[Work], ...]] = {
     "train": (Rollout, Tombstone),
 }
 IDLE_S = 0.01
-IMPATIENT_S = 1.0  # a second signal so long after the first one is a person's, not an echo of the terminal
+IMPATIENT_S = (
+    1.0  # a second signal so long after the first one is a person's, not an echo of the terminal
+)
 
 
 def run_worker(stage: Stage, bus: Bus, delivery: DeliverySettings, *, block_s: float) -> Exit:
-    """Work as `stage` until the run has finished, or SIGTERM or SIGINT says to stop; for the main thread alone.
+    """Work as `stage` until the run has finished, or SIGTERM or SIGINT says to stop; for the main
+    thread alone.
 
     Raises:
         UserError: the stage cannot work with these settings.
@@ -51,15 +65,21 @@ class Interrupted(Exception):
 class Worker:
     """One worker.
 
-    Consumes the stream of its stage; waits for new entries, up to `block_s` at once, and only while the stage is not
-    busy; is unblocked by a signal and by the end of the run, through the pulse; produces records for the next stage,
-    dead letters and tombstones. An entry leaves its stream in the same script that writes what comes of it.
+    Consumes the stream of its stage; waits for new entries, up to `block_s` at once, and only while
+    the stage is not busy; is unblocked by a signal and by the end of the run, through the pulse;
+    produces records for the next stage, dead letters and tombstones. An entry leaves its stream in
+    the same script that writes what comes of it.
     """
 
     def __init__(self, stage: Stage, bus: Bus, delivery: DeliverySettings, block_s: float) -> None:
-        self.stage, self.bus, self.delivery, self.block_s = stage, bus, delivery, block_s
+        self.stage = stage
+        self.bus = bus
+        self.delivery = delivery
+        self.block_s = block_s
         stats = getattr(stage, "stats", None)
-        self.life = Life(stage.name, stage.holds_entries, stats if isinstance(stats, Stats) else Stats())
+        self.life = Life(
+            stage.name, stage.holds_entries, stats if isinstance(stats, Stats) else Stats()
+        )
         self.intake = Intake(bus, self.life, delivery)
         self.pulse = Pulse(bus, self.life, delivery)
         self.outage_since: float | None = None
@@ -77,7 +97,11 @@ class Worker:
             self._leave_run()
             return Exit.OK
         except OUTAGE as error:
-            log.error("redis did not come back; what was in hand stays pending", error=str(error), patience_s=self.bus.patience_s)
+            log.error(
+                "redis did not come back; what was in hand stays pending",
+                error=str(error),
+                patience_s=self.bus.patience_s,
+            )
             return Exit.UNREACHABLE
         except LeaseLost as error:
             log.error("another trainer took the run over", error=str(error))
@@ -86,7 +110,9 @@ class Worker:
             self._say_failed(str(error))
             raise
         except Exception:
-            log.exception("the worker failed; what was in hand stays pending and is handed to another one")
+            log.exception(
+                "the worker failed; what was in hand stays pending and is handed to another one"
+            )
             self._say_failed("see its last error")
             return Exit.FAILED
 
@@ -102,7 +128,12 @@ class Worker:
     def _say_failed(self, why: str) -> None:
         """A last heartbeat, so that `onstream status` says what this worker died of."""
         try:
-            self.bus.heartbeat(self.stage.name, replace(self.life.stats, detail=why), state=FAILED, in_hand=len(self.life.hand))
+            self.bus.heartbeat(
+                self.stage.name,
+                replace(self.life.stats, detail=why),
+                state=FAILED,
+                in_hand=len(self.life.hand),
+            )
         except RedisError as error:
             log.warning("redis does not take the last heartbeat", error=str(error))
 
@@ -111,12 +142,17 @@ class Worker:
         self.handle(self.accept(self._take()))
 
     def accept(self, entries: Sequence[Entry]) -> list[Delivery]:
-        """The deliveries in `entries`. What is none, or was handed out too often, goes to the dead letters at once."""
-        deliveries, moves = [], []
+        """The deliveries in `entries`. What is none, or was handed out too often, goes to the dead
+        letters at once.
+        """
+        deliveries = []
+        moves = []
         for entry in entries:
             delivery = self._delivery(entry)
             if isinstance(delivery, str):
-                moves.append(self._dead(entry.id, entry.number, entry.payload, delivery, entry.deliveries))
+                moves.append(
+                    self._dead(entry.id, entry.number, entry.payload, delivery, entry.deliveries)
+                )
             else:
                 deliveries.append(delivery)
         self._settle(moves)
@@ -145,16 +181,26 @@ class Worker:
 
     @property
     def _wait_s(self) -> float:
-        """How long to wait for new entries. A stage that holds some, and is not busy, waits for something else (new weights)."""
+        """How long to wait for new entries. A stage that holds some, and is not busy, waits for
+        something else (new weights).
+        """
         if self.stage.busy:
             return 0.0
-        return min(IDLE_S, self.block_s) if self.life.hand and not self.stage.holds_entries else self.block_s
+        return (
+            min(IDLE_S, self.block_s)
+            if self.life.hand and not self.stage.holds_entries
+            else self.block_s
+        )
 
     def _wait_out(self, error: Exception) -> None:
         """Let an outage pass; what the lost reply carried is looked for after it."""
         now = time.monotonic()
         if self.outage_since is None:
-            log.warning("redis does not answer; trying again", error=str(error), patience_s=self.bus.patience_s)
+            log.warning(
+                "redis does not answer; trying again",
+                error=str(error),
+                patience_s=self.bus.patience_s,
+            )
             self.outage_since = now
         if now - self.outage_since > self.bus.patience_s:
             raise error
@@ -173,22 +219,37 @@ class Worker:
             return f"a {type(record).__name__} in the stream of {self.stage.name}"
         if record.number != entry.number:
             return f"the entry has the number {entry.number} and its record {record.number}"
-        return Delivery(entry.id, record.number, record, len(entry.payload), entry.deliveries, time.time())
+        return Delivery(
+            entry.id, record.number, record, len(entry.payload), entry.deliveries, time.time()
+        )
 
     def _move(self, outcome: Outcome) -> Move:
-        delivery, record = outcome.delivery, outcome.record
+        delivery = outcome.delivery
+        record = outcome.record
         if outcome.dead is not None:
-            return self._dead(delivery.entry_id, delivery.number, encode(delivery.record), outcome.dead, delivery.deliveries)
+            return self._dead(
+                delivery.entry_id,
+                delivery.number,
+                encode(delivery.record),
+                outcome.dead,
+                delivery.deliveries,
+            )
         if isinstance(record, Tombstone):
             return Move(delivery.entry_id, [Out("train", delivery.number, encode(record))])
         if record is None:
-            raise ValueError(f"{self.stage.name} returned neither a record nor a reason for the rollout {delivery.number}")
+            raise ValueError(
+                f"{self.stage.name} returned neither a record nor a reason for the rollout {delivery.number}"
+            )
         leave(record, self.stage.name, self.bus.consumer, delivery.taken)
         if not record.route:
-            raise ValueError(f"{self.stage.name} returned the rollout {delivery.number} with an empty route")
+            raise ValueError(
+                f"{self.stage.name} returned the rollout {delivery.number} with an empty route"
+            )
         return Move(delivery.entry_id, [Out(record.route[0], delivery.number, encode(record))])
 
-    def _dead(self, entry_id: bytes, number: int, payload: bytes, reason: str, deliveries: int) -> Move:
+    def _dead(
+        self, entry_id: bytes, number: int, payload: bytes, reason: str, deliveries: int
+    ) -> Move:
         log.error("dead letter", number=number, reason=reason, deliveries=deliveries)
         outs = [Out("dead", number, payload, reason, deliveries)]
         if number > 0:
@@ -214,7 +275,11 @@ class Worker:
             self._drain()
         self.stage.close(finished=self.life.finished)
         self._leave_run()
-        log.info("the run has ended" if self.life.finished else "stopped", done=self.life.done, dead=self.life.dead)
+        log.info(
+            "the run has ended" if self.life.finished else "stopped",
+            done=self.life.done,
+            dead=self.life.dead,
+        )
         return Exit.OK
 
     def _leave_run(self) -> None:
@@ -224,7 +289,12 @@ class Worker:
 
     def _drain(self) -> None:
         deadline = time.monotonic() + self.delivery.drain
-        while self.life.hand and self.stage.busy and not self.life.finished and time.monotonic() < deadline:
+        while (
+            self.life.hand
+            and self.stage.busy
+            and not self.life.finished
+            and time.monotonic() < deadline
+        ):
             self.handle([])
         if self.life.hand:
             given = self.bus.give_back(self.stage.name, list(self.life.hand))

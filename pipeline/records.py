@@ -1,8 +1,10 @@
-"""The records that travel, declared in the order of their flow. This module decodes and encodes; it moves nothing.
+"""The records that travel, declared in the order of their flow. This module decodes and encodes; it
+moves nothing.
 
-Arrays are little-endian `bytes` fields (`<i4` ids, `<f4` logprobs, `u1` masks): a 4,096-token sample encodes in about
-3 µs and 33 KB this way, against 109 µs and 53 KB as lists. The tag of each record names its schema version, so bytes of
-another version do not decode, and go to the dead-letter stream with that reason.
+Arrays are little-endian `bytes` fields (`<i4` ids, `<f4` logprobs, `u1` masks): a 4,096-token
+sample encodes in about 3 µs and 33 KB this way, against 109 µs and 53 KB as lists. The tag of each
+record names its schema version, so bytes of another version do not decode, and go to the
+dead-letter stream with that reason.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.undecodable import UNDECODABLE
+from onstream.pipeline.undecodable import UNDECODABLE
 
 StageName = Literal["generate", "verify", "score", "train"]
 FinishReason = Literal["stop", "length"]
@@ -31,9 +33,10 @@ class RecordError(ValueError):
 class Ticket(msgspec.Struct, tag="ticket/1", array_like=True, frozen=True):
     """Leave to write one rollout.
 
-    `number` is consecutive in the run and is the uid of the rollout that comes of it. Tickets of one group are
-    consecutive and ask the same problem: `index` of the task's train split. `requeued_from` is the number of a dead rollout
-    that this one is asked for in place of; that one stays dead.
+    `number` is consecutive in the run and is the uid of the rollout that comes of it. Tickets of
+    one group are consecutive and ask the same problem: `index` of the task's train split.
+    `requeued_from` is the number of a dead rollout that this one is asked for in place of; that one
+    stays dead.
     """
 
     number: int
@@ -55,7 +58,9 @@ class VersionSpan(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Timing(msgspec.Struct, array_like=True, frozen=True):
-    """When `worker` of `stage` took the record and when it was done with it, in seconds since the epoch."""
+    """When `worker` of `stage` took the record and when it was done with it, in seconds since the
+    epoch.
+    """
 
     stage: StageName
     worker: str
@@ -64,7 +69,8 @@ class Timing(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Sample(msgspec.Struct, array_like=True):
-    """One prompt and completion. P prompt tokens, C completion tokens, k teacher alternatives a position.
+    """One prompt and completion. P prompt tokens, C completion tokens, k teacher alternatives a
+    position.
 
     Environment and tool tokens sit in the completion with mask 0 and are in no version span.
     """
@@ -79,15 +85,18 @@ class Sample(msgspec.Struct, array_like=True):
     teacher_top_ids: bytes | None = None  # <i4 [C, k]
     teacher_top_logprobs: bytes | None = None  # <f4 [C, k]
     teacher_tail_logprobs: bytes | None = None  # <f4 [C], logprob of everything outside the k
-    images: list[str] = []  # digests of those that the prompt shows, in order; their tokens are in prompt_ids
+    images: list[
+        str
+    ] = []  # digests of those that the prompt shows, in order; their tokens are in prompt_ids
 
 
 # generator -> verify, score or train -> … -> trainer
 class Rollout(msgspec.Struct, tag="rollout/1", array_like=True):
-    """One answer of the policy to one ticket, with what every stage added and the stages still to go.
+    """One answer of the policy to one ticket, with what every stage added and the stages still to
+    go.
 
-    `info` is what the task's scorer needs beside the messages (the answer, say). `reward` is absent where nobody
-    verified, or where the scorer itself failed: then `unscored` says why.
+    `info` is what the task's scorer needs beside the messages (the answer, say). `reward` is absent
+    where nobody verified, or where the scorer itself failed: then `unscored` says why.
     """
 
     number: int
@@ -117,7 +126,8 @@ class Tombstone(msgspec.Struct, tag="tombstone/1", array_like=True, frozen=True)
 
 
 class Probe(msgspec.Struct, array_like=True, frozen=True):
-    """What the trainer says, under the weights of a version, of the next token after each of N fixed prompts.
+    """What the trainer says, under the weights of a version, of the next token after each of N
+    fixed prompts.
 
     Of each it gives the k likeliest ids, likeliest first, with their logprobs.
     """
@@ -127,11 +137,14 @@ class Probe(msgspec.Struct, array_like=True, frozen=True):
     top_logprobs: bytes  # <f4 [N, k], nats, at temperature 1
 
 
-# trainer -> every generator (broadcast: the newest is a key, announcements a stream without a group)
+# trainer -> every generator (broadcast: the newest is a key, announcements a stream without a
+# group)
 class PolicyVersion(msgspec.Struct, tag="policy/1", array_like=True, frozen=True):
-    """A published set of weights. `digest` covers the weight files; `path` is relative to the run directory.
+    """A published set of weights. `digest` covers the weight files; `path` is relative to the run
+    directory.
 
-    With `probe` a generator can tell whether what its engine computes is this version; None where the guard is off.
+    With `probe` a generator can tell whether what its engine computes is this version; None where
+    the guard is off.
     """
 
     number: int
@@ -162,7 +175,9 @@ def decode_work(payload: bytes) -> Work:
     try:
         return _work.decode(payload)
     except UNDECODABLE as error:
-        raise RecordError(f"{len(payload)} bytes do not decode as a ticket/1, rollout/1 or tombstone/1: {error}") from error
+        raise RecordError(
+            f"{len(payload)} bytes do not decode as a ticket/1, rollout/1 or tombstone/1: {error}"
+        ) from error
 
 
 def decode_policy(payload: bytes) -> PolicyVersion:
@@ -178,7 +193,9 @@ def decode_policy(payload: bytes) -> PolicyVersion:
 
 
 def ids_array(field: bytes) -> Ids:
-    """A writable int32 copy of an ids field (the wire's own buffer is read-only and pins the whole reply)."""
+    """A writable int32 copy of an ids field (the wire's own buffer is read-only and pins the whole
+    reply).
+    """
     return np.frombuffer(field, dtype="<i4").astype(np.int32)
 
 

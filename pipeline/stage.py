@@ -1,4 +1,6 @@
-"""What a worker gives to the one loop (`pipeline.loop`), and what the loop gives back to it."""
+"""What a worker gives to the one loop (`onstream.pipeline.loop`), and what the loop gives back to
+it.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pipeline.records import Rollout, StageName, Ticket, Timing, Tombstone, Work
+from onstream.pipeline.records import Rollout, StageName, Ticket, Timing, Tombstone, Work
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """One stream entry in this worker's hands. `deliveries` counts how often it was handed out, this time included."""
+    """One stream entry in this worker's hands. `deliveries` counts how often it was handed out,
+    this time included.
+    """
 
     entry_id: bytes
     number: int
@@ -26,9 +30,10 @@ class Delivery:
 class Outcome:
     """A handler is done with `delivery`: the record that goes on, or the reason why none does.
 
-    `record` moves to the first stage of its own route, and a tombstone to the trainer. With `dead` set, the entry goes
-    to the dead-letter stream with those words, and a tombstone to the trainer. The loop strikes the handler's stage from
-    the route and appends its timing; the handler need do neither. With `elsewhere` set, somebody else has moved the entry, a job say.
+    `record` moves to the first stage of its own route, and a tombstone to the trainer. With `dead`
+    set, the entry goes to the dead-letter stream with those words, and a tombstone to the trainer.
+    The loop strikes the handler's stage from the route and appends its timing; the handler need do
+    neither. With `elsewhere` set, somebody else has moved the entry, a job say.
     """
 
     delivery: Delivery
@@ -38,7 +43,9 @@ class Outcome:
 
 
 def leave(record: Rollout, stage: StageName, worker: str, taken: float) -> None:
-    """Strike `stage` from the route still to go, and note how long `worker` had the record: from `taken`, in seconds since the epoch."""
+    """Strike `stage` from the route still to go, and note how long `worker` had the record: from
+    `taken`, in seconds since the epoch.
+    """
     record.route = [name for name in record.route if name != stage]
     if not record.timings or record.timings[-1].stage != stage:
         record.timings = [*record.timings, Timing(stage, worker, taken, time.time())]
@@ -46,7 +53,8 @@ def leave(record: Rollout, stage: StageName, worker: str, taken: float) -> None:
 
 @dataclass
 class Stats:
-    """What a worker tells of itself in its heartbeat. `detail` is what it waits for, or does, in words.
+    """What a worker tells of itself in its heartbeat. `detail` is what it waits for, or does, in
+    words.
 
     The loop counts `done` and `dead` itself, except for the trainer, which counts its own.
     """
@@ -60,8 +68,9 @@ class Stats:
 class Stage(Protocol):
     """One kind of worker. The loop calls these from one thread, `setup` first and `close` last.
 
-    `holds_entries` is True for the trainer alone: its entries stay pending until a durable checkpoint acknowledges
-    them, so the loop re-reads its own pending entries at the start, never reaps, and gives nothing back on drain.
+    `holds_entries` is True for the trainer alone: its entries stay pending until a durable
+    checkpoint acknowledges them, so the loop re-reads its own pending entries at the start, never
+    reaps, and gives nothing back on drain.
     """
 
     name: StageName
@@ -71,7 +80,8 @@ class Stage(Protocol):
         """Load models and open files.
 
         Raises:
-            UserError: the worker cannot do its work with these settings; the message says what to change.
+            UserError: the worker cannot do its work with these settings; the message says what to
+                change.
         """
         ...
 
@@ -82,13 +92,16 @@ class Stage(Protocol):
 
     @property
     def busy(self) -> bool:
-        """Whether `handle([])` has work to do. While it has, the loop does not wait for new records."""
+        """Whether `handle([])` has work to do. While it has, the loop does not wait for new
+        records.
+        """
         ...
 
     def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
         """Take `new` records and do one bounded slice of work; returns the outcomes that are ready.
 
-        Every delivery gets exactly one outcome, now or in a later call (none from a stage that holds its entries).
+        Every delivery gets exactly one outcome, now or in a later call (none from a stage that
+        holds its entries).
         """
         ...
 

@@ -1,4 +1,6 @@
-"""Log lines of every process: structlog, as text for people or JSON for collectors, each naming run, stage and worker."""
+"""Log lines of every process: structlog, as text for people or JSON for collectors, each naming
+run, stage and worker.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,15 @@ from typing import TextIO
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from settings.run import LogSettings
+from onstream.settings.run import LogSettings
 
 ERROR_CHARACTERS = 300
-_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
 
 
 @dataclass(frozen=True)
@@ -29,15 +36,20 @@ _last_error: Said | None = None
 
 
 def last_error() -> Said | None:
-    """The last line of level error or critical that this process wrote, once `configure` was called."""
+    """The last line of level error or critical that this process wrote, once `configure` was
+    called.
+    """
     return _last_error
 
 
-def configure(stage: str, worker: str, run: str, log: LogSettings, *, stream: TextIO | None = None) -> None:
-    """Send this process's lines to `stream` (standard error), each with `run`, `stage` and `worker`.
+def configure(
+    stage: str, worker: str, run: str, log: LogSettings, *, stream: TextIO | None = None
+) -> None:
+    """Send this process's lines to `stream` (standard error), each with `run`, `stage` and
+    `worker`.
 
-    A line given `number=` is about a rollout and gets its `uid`, `<run>/<number>`. Lines of libraries that log by the
-    standard library take the same form, from level warning on.
+    A line given `number=` is about a rollout and gets its `uid`, `<run>/<number>`. Lines of
+    libraries that log by the standard library take the same form, from level warning on.
     """
     stream = stream or sys.stderr
     processors: list[Processor] = [
@@ -60,7 +72,9 @@ def configure(stage: str, worker: str, run: str, log: LogSettings, *, stream: Te
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
         )
     )
-    logging.basicConfig(handlers=[handler], level=max(_LEVELS[log.level], logging.WARNING), force=True)
+    logging.basicConfig(
+        handlers=[handler], level=max(_LEVELS[log.level], logging.WARNING), force=True
+    )
     logging.captureWarnings(True)
 
 
@@ -71,7 +85,9 @@ def get_logger() -> structlog.typing.FilteringBoundLogger:
 
 
 class _Identity:
-    """Adds who writes the line. A processor rather than context variables, which threads do not inherit."""
+    """Adds who writes the line. A processor rather than context variables, which threads do not
+    inherit.
+    """
 
     def __init__(self, **identity: str) -> None:
         self._identity = identity
@@ -86,7 +102,11 @@ def _remember_error(logger: WrappedLogger, method: str, event: EventDict) -> Eve
     """Keep what went wrong for the heartbeat: a worker's log may be on another machine."""
     global _last_error
     if event.get("level") in ("error", "critical"):
-        cause = event.get("error") or event.get("reason") or (sys.exc_info()[1] if event.get("exc_info") else None)
+        cause = (
+            event.get("error")
+            or event.get("reason")
+            or (sys.exc_info()[1] if event.get("exc_info") else None)
+        )
         words = f"{event.get('event')}: {cause}" if cause else str(event.get("event"))
         _last_error = Said(words[:ERROR_CHARACTERS], time.time())
     return event
@@ -95,7 +115,11 @@ def _remember_error(logger: WrappedLogger, method: str, event: EventDict) -> Eve
 def _renderers(log: LogSettings, stream: TextIO) -> list[Processor]:
     as_console = log.format == "console" or (log.format == "auto" and stream.isatty())
     if as_console:
-        # The plain traceback: the pretty one prints local variables, and with them what settings hide.
+        # The plain traceback: the pretty one prints local variables, and with them what settings
+        # hide.
         plain = structlog.dev.plain_traceback
         return [structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=plain)]
-    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(ensure_ascii=False)]
+    return [
+        structlog.processors.format_exc_info,
+        structlog.processors.JSONRenderer(ensure_ascii=False),
+    ]

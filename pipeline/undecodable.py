@@ -1,4 +1,6 @@
-"""What msgspec raises at bytes from elsewhere: beside its own error, that of a text which is no UTF-8, and that of nesting without end."""
+"""What msgspec raises at bytes from elsewhere: beside its own error, that of a text which is no
+UTF-8, and that of nesting without end.
+"""
 
 from __future__ import annotations
 

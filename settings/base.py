@@ -1,4 +1,6 @@
-"""What every settings section is made of: strict models whose fields say their scope and their unit."""
+"""What every settings section is made of: strict models whose fields say their scope and their
+unit.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,9 @@ from pydantic import BaseModel, ConfigDict
 class Scope:
     """Who must agree on a setting.
 
-    A `run` setting defines the run: it is written once to Redis, and a worker that disagrees stops. A `changeable` one
-    may differ when a run is resumed. A `worker` setting concerns one process alone.
+    A `run` setting defines the run: it is written once to Redis, and a worker that disagrees stops.
+    A `changeable` one may differ when a run is resumed. A `worker` setting concerns one process
+    alone.
     """
 
     kind: Literal["run", "worker"]
@@ -35,4 +38,10 @@ class Unit:
 class Section(BaseModel):
     """A group of settings. Unknown keys are errors; each field's docstring is its documentation."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        frozen=True,
+        allow_inf_nan=False,
+    )

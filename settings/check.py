@@ -1,4 +1,6 @@
-"""What `onstream check` prints: the resolved settings, the plan that follows from them, warnings, and every problem."""
+"""What `onstream check` prints: the resolved settings, the plan that follows from them, warnings,
+and every problem.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +9,17 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline.errors import Exit
-from settings.devices import gpus_found
-from settings.engines import engine_problems
-from settings.fields import known
-from settings.gpus import gpu_problems
-from settings.load import Resolved
-from settings.plan import Plan, make_plan
-from settings.problem import Problem
-from settings.root import Settings
-from settings.rules import warnings_of
-from settings.text import shown
+from onstream.pipeline.errors import Exit
+from onstream.settings.devices import gpus_found
+from onstream.settings.engines import engine_problems
+from onstream.settings.fields import known
+from onstream.settings.gpus import gpu_problems
+from onstream.settings.load import Resolved
+from onstream.settings.plan import Plan, make_plan
+from onstream.settings.problem import Problem
+from onstream.settings.root import Settings
+from onstream.settings.rules import warnings_of
+from onstream.settings.text import shown
 
 
 def report(resolved: Resolved, console: Console, *, everything: bool) -> Exit:
@@ -28,7 +30,9 @@ def report(resolved: Resolved, console: Console, *, everything: bool) -> Exit:
     problems = list(resolved.problems)
     if resolved.settings is not None:
         plan = make_plan(resolved.settings)
-        problems += engine_problems(resolved.settings, plan) + gpu_problems(resolved.settings, plan, gpus_found())
+        problems += engine_problems(resolved.settings, plan) + gpu_problems(
+            resolved.settings, plan, gpus_found()
+        )
         _print_settings(resolved.settings, resolved.origins, console, everything=everything)
         _print_plan(plan, resolved.settings, console)
         _print_warnings(warnings_of(resolved.settings), console)
@@ -36,15 +40,24 @@ def report(resolved: Resolved, console: Console, *, everything: bool) -> Exit:
     return Exit.USAGE if problems else Exit.OK
 
 
-def _print_settings(settings: Settings, origins: Mapping[str, str], console: Console, *, everything: bool) -> None:
-    console.print("[bold]Settings[/bold]" if everything else "[bold]Settings that differ from the defaults[/bold] (--all shows all)")
+def _print_settings(
+    settings: Settings, origins: Mapping[str, str], console: Console, *, everything: bool
+) -> None:
+    console.print(
+        "[bold]Settings[/bold]"
+        if everything
+        else "[bold]Settings that differ from the defaults[/bold] (--all shows all)"
+    )
     count = 0
     for name, setting in known().items():
         value = setting.value(settings)
         absent = value is None and name not in origins  # in a section that is not there
         if everything or (value != setting.default and not absent):
             origin = origins.get(name, "default")
-            _line(console, f"  {escape(name)} = [cyan]{escape(shown(value))}[/cyan]  [dim]{escape(origin)}[/dim]")
+            _line(
+                console,
+                f"  {escape(name)} = [cyan]{escape(shown(value))}[/cyan]  [dim]{escape(origin)}[/dim]",
+            )
             count += 1
     if not count:
         _line(console, "  none")
@@ -71,10 +84,16 @@ def _teacher(plan: Plan, settings: Settings) -> str:
     where = [f"{plan.teacher} beside the run{_server(plan)}"] if plan.teacher else []
     for name, section, does in (
         (plan.external_teacher, settings.orchestrator.teacher_model, ""),
-        (plan.rollout_teacher, settings.orchestrator.teacher_rollout_model, ", which writes what is trained on"),
+        (
+            plan.rollout_teacher,
+            settings.orchestrator.teacher_rollout_model,
+            ", which writes what is trained on",
+        ),
     ):
         if name is not None and section is not None:
-            where.append(f"{name} at {', '.join(section.client.base_url) or 'endpoints that others bring'}{does}")
+            where.append(
+                f"{name} at {', '.join(section.client.base_url) or 'endpoints that others bring'}{does}"
+            )
     return "; ".join(where) or "none"
 
 
@@ -83,13 +102,21 @@ def _servers(plan: Plan, settings: Settings) -> str:
     if plan.student_servers:
         return f" by {plan.student_servers} vLLM server{'s' if plan.student_servers > 1 else ''} started here"
     asked = settings.inference.engine == "server" and plan.rollout_teacher is None
-    return f" at {', '.join(settings.inference.client.base_url)}" if asked and settings.inference.client.base_url else ""
+    return (
+        f" at {', '.join(settings.inference.client.base_url)}"
+        if asked and settings.inference.client.base_url
+        else ""
+    )
 
 
 def _server(plan: Plan) -> str:
     if not plan.teacher_server:
         return ""
-    gpus = f" on {plan.teacher_server} GPU{'s' if plan.teacher_server > 1 else ''}" if plan.device == "cuda" else ""
+    gpus = (
+        f" on {plan.teacher_server} GPU{'s' if plan.teacher_server > 1 else ''}"
+        if plan.device == "cuda"
+        else ""
+    )
     return f" by a vLLM server{gpus}"
 
 
@@ -109,7 +136,9 @@ def _print_problems(problems: Sequence[Problem], console: Console) -> None:
     if not problems:
         console.print("\n[bold green]No problems.[/bold green]")
         return
-    console.print(f"\n[bold red]{len(problems)} {'problem' if len(problems) == 1 else 'problems'}[/bold red]")
+    console.print(
+        f"\n[bold red]{len(problems)} {'problem' if len(problems) == 1 else 'problems'}[/bold red]"
+    )
     for problem in problems:
         _line(console, f"  {escape(str(problem))}")
 

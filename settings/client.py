@@ -1,5 +1,5 @@
-"""`client` and `model` of the endpoints that a run asks over HTTP: external teachers, teachers whose completions are trained on, and
-servers of the student."""
+"""`client` and `model` of the endpoints that a run asks over HTTP: external teachers, teachers
+whose completions are trained on, and servers of the student."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import NoDecode
 
-from settings.base import RUN, WORKER, Section, Unit
+from onstream.settings.base import RUN, WORKER, Section, Unit
 
 
 def _listed(value: Any) -> Any:
-    """`value` as a list where it is one address, or the JSON text of a list: an environment variable holds either."""
+    """`value` as a list where it is one address, or the JSON text of a list: an environment
+    variable holds either.
+    """
     if not isinstance(value, str):
         return value
     try:
@@ -23,21 +25,25 @@ def _listed(value: Any) -> Any:
         return [value.strip()]
 
 
-BaseUrl = Annotated[str, Field(pattern=r"^https?://[^\s/]+"), AfterValidator(lambda url: url.rstrip("/"))]
+BaseUrl = Annotated[
+    str, Field(pattern=r"^https?://[^\s/]+"), AfterValidator(lambda url: url.rstrip("/"))
+]
 
 
 class EndpointSettings(Section):
     """How endpoints are reached, and what is asked of them at once."""
 
     base_url: Annotated[tuple[BaseUrl, ...], NoDecode, BeforeValidator(_listed), WORKER] = ()
-    """The endpoints' addresses, such as `["http://teacher-server:8000/v1"]`; requests go to the one with the fewest in flight.
-    The environment may hold one address as it is."""
+    """The endpoints' addresses, such as `["http://teacher-server:8000/v1"]`; requests go to the one
+    with the fewest in flight. The environment may hold one address as it is."""
     api_key: Annotated[SecretStr | None, WORKER] = None
     """Sent as `Authorization: Bearer …`. Best given by the environment."""
     headers: Annotated[dict[str, SecretStr], WORKER] = Field(default_factory=dict)
     """Further headers of every request."""
     skip_model_check: Annotated[bool, WORKER] = False
-    """Do not ask `/models` at start whether the endpoint serves the model; some endpoints have no such list."""
+    """Do not ask `/models` at start whether the endpoint serves the model; some endpoints have no
+    such list.
+    """
     timeout: Annotated[float, WORKER, Unit("s"), Field(ge=0.1, le=86400)] = 60.0
     """The longest that one request may take."""
     connect_timeout: Annotated[float, WORKER, Unit("s"), Field(ge=0.05, le=600)] = 5.0
@@ -45,8 +51,12 @@ class EndpointSettings(Section):
     max_in_flight: Annotated[int, WORKER, Unit("requests"), Field(ge=1, le=65536)] = 16
     """Requests that one endpoint is given at once."""
     max_retries: Annotated[int, WORKER, Unit("retries"), Field(ge=0, le=1000)] = 5
-    """How often a request that failed for the server's sake is sent again before its rollout waits in the stream."""
-    requests_per_second: Annotated[float | None, WORKER, Unit("requests/s"), Field(gt=0, le=10**6)] = None
+    """How often a request that failed for the server's sake is sent again before its rollout waits
+    in the stream.
+    """
+    requests_per_second: Annotated[
+        float | None, WORKER, Unit("requests/s"), Field(gt=0, le=10**6)
+    ] = None
     """Budget of this worker over all its endpoints. Unset: none."""
     breaker_failures: Annotated[int, WORKER, Unit("failures"), Field(ge=1, le=1000)] = 5
     """Failures of one endpoint in a row, after which it is left alone for a while."""
@@ -58,28 +68,35 @@ class ClientSettings(EndpointSettings):
     """How a teacher's endpoints are reached, and what may be asked of them."""
 
     max_tokens_per_run: Annotated[int | None, WORKER, Unit("tokens"), Field(ge=1, le=10**15)] = None
-    """Budget in tokens sent and received; past it the workers take no more rollouts and say so. It is one budget for the
-    whole run, which all workers that ask these endpoints share, restarts included. Unset: none."""
+    """Budget in tokens sent and received; past it the workers take no more rollouts and say so. It
+    is one budget for the whole run, which all workers that ask these endpoints share, restarts
+    included. Unset: none."""
 
 
 class StudentClientSettings(EndpointSettings):
-    """The vLLM servers that generate for `inference.engine = "server"`, and whose weights the generator replaces."""
+    """The vLLM servers that generate for `inference.engine = "server"`, and whose weights the
+    generator replaces.
+    """
 
     base_url: Annotated[tuple[BaseUrl, ...], NoDecode, BeforeValidator(_listed), WORKER] = ()
-    """The servers' addresses, such as `["http://gpu-host:8000"]`, for one generator alone. Unset: `onstream up` starts the servers, on
-    `deployment.num_infer_gpus`. The environment may hold one address as it is."""
+    """The servers' addresses, such as `["http://gpu-host:8000"]`, for one generator alone. Unset:
+    `onstream up` starts the servers, on `deployment.num_infer_gpus`. The environment may hold one
+    address as it is."""
     model: Annotated[str | None, WORKER, Field(min_length=1)] = None
     """The student's name there, as `/models` lists it. Unset: `model.name`."""
     weights_dir: Annotated[Path | None, WORKER] = None
-    """A directory that the generator and the servers share, at the same path: there the generator puts each policy version for them.
-    Unset: the generator's directory for temporary files, which only servers on the same machine can read."""
+    """A directory that the generator and the servers share, at the same path: there the generator
+    puts each policy version for them. Unset: the generator's directory for temporary files, which
+    only servers on the same machine can read."""
     timeout: Annotated[float, WORKER, Unit("s"), Field(ge=0.1, le=86400)] = 3600.0
     """The longest that one completion may take, and one step of an update."""
     max_in_flight: Annotated[int, WORKER, Unit("requests"), Field(ge=1, le=65536)] = 256
-    """Completions that one server is asked for at once. Servers that `onstream up` starts are given `inference.max_batch`."""
+    """Completions that one server is asked for at once. Servers that `onstream up` starts are given
+    `inference.max_batch`.
+    """
     breaker_failures: Annotated[int, WORKER, Unit("failures"), Field(ge=1, le=1000)] = 1
-    """Failures of one server in a row, after which it gets no request until it was looked at anew: a server that was started again has
-    the weights that it was started with."""
+    """Failures of one server in a row, after which it gets no request until it was looked at anew:
+    a server that was started again has the weights that it was started with."""
     breaker_pause: Annotated[float, WORKER, Unit("s"), Field(ge=0.05, le=3600)] = 1.0
     """How long it is left alone before it is tried again."""
 
@@ -87,9 +104,12 @@ class StudentClientSettings(EndpointSettings):
 class TeacherClientSettings(ClientSettings):
     """How the external teacher's endpoints are reached."""
 
-    protocol: Annotated[Literal["auto", "vllm-generate", "vllm-completions", "echo", "sglang"], WORKER] = "auto"
-    """How logprobs are asked for. `auto` tries them in this order at start: vLLM's `/inference/v1/generate`, vLLM's `/v1/completions` with
-    `prompt_logprobs`, `/v1/completions` with `echo` and `logprobs`, SGLang's `/generate`."""
+    protocol: Annotated[
+        Literal["auto", "vllm-generate", "vllm-completions", "echo", "sglang"], WORKER
+    ] = "auto"
+    """How logprobs are asked for. `auto` tries them in this order at start: vLLM's
+    `/inference/v1/generate`, vLLM's `/v1/completions` with `prompt_logprobs`, `/v1/completions`
+    with `echo` and `logprobs`, SGLang's `/generate`."""
 
 
 class EndpointModel(Section):
@@ -107,13 +127,18 @@ class TeacherModelSettings(Section):
 
 
 class TeacherRolloutModelSettings(Section):
-    """Hard distillation: a chat endpoint whose completions the student is trained on. Present: it is used."""
+    """Hard distillation: a chat endpoint whose completions the student is trained on. Present: it
+    is used.
+    """
 
     keep: Annotated[Literal["all", "verified"], RUN] = "all"
-    """`all` completions are trained on, or only those that verification gives the full reward of 1."""
+    """`all` completions are trained on, or only those that verification gives the full reward of 1.
+    """
     temperature: Annotated[float, RUN, Unit("ratio"), Field(ge=0, le=10)] = 1.0
     """Sampling temperature that the endpoint is asked for."""
     max_completion: Annotated[int | None, RUN, Unit("tokens"), Field(ge=1, le=1 << 20)] = None
-    """The longest completion that the endpoint is asked for. Unset: `inference.sampling.max_completion`."""
+    """The longest completion that the endpoint is asked for. Unset:
+    `inference.sampling.max_completion`.
+    """
     client: ClientSettings = ClientSettings()
     model: EndpointModel = EndpointModel()

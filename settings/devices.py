@@ -1,4 +1,6 @@
-"""Where models run: the GPUs of this machine, found by their device files, since asking torch would mean importing it."""
+"""Where models run: the GPUs of this machine, found by their device files, since asking torch would
+mean importing it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from settings.deployment import DeploymentSettings
+from onstream.settings.deployment import DeploymentSettings
 
 
 def device_of(deployment: DeploymentSettings) -> Literal["cpu", "cuda"]:
@@ -18,7 +20,8 @@ def device_of(deployment: DeploymentSettings) -> Literal["cpu", "cuda"]:
 
 
 def gpus_found(devices: Path = Path("/dev"), environ: Mapping[str, str] = os.environ) -> list[str]:
-    """The CUDA devices to be used, as `CUDA_VISIBLE_DEVICES` names them; where that is set, no others.
+    """The CUDA devices to be used, as `CUDA_VISIBLE_DEVICES` names them; where that is set, no
+    others.
 
     >>> gpus_found(Path("/nowhere"), {})
     []
@@ -28,5 +31,7 @@ def gpus_found(devices: Path = Path("/dev"), environ: Mapping[str, str] = os.env
     if not present or visible is None:
         return [str(index) for index in range(len(present))]
     named = [name.strip() for name in visible.split(",")]
-    end = next((at for at, name in enumerate(named) if name in ("", "-1")), len(named))  # as CUDA reads it
+    end = next(
+        (at for at, name in enumerate(named) if name in ("", "-1")), len(named)
+    )  # as CUDA reads it
     return named[:end]

@@ -1,4 +1,6 @@
-"""docs/settings.md, and the names in compose.yaml, written from the settings' own fields: `python -m settings.docs`."""
+"""docs/settings.md, and the names in compose.yaml, written from the settings' own fields: `python
+-m onstream.settings.docs`.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,14 @@ import runpy
 from itertools import groupby
 from pathlib import Path
 
-from settings.fields import Setting, known, sections
-from settings.text import shown
+from onstream.settings.fields import Setting, known, sections
+from onstream.settings.text import shown
 
-PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 
 _HEAD = """# Settings
 
-Written by `python -m settings.docs` from the fields in `settings/`; edit those.
+Written by `python -m onstream.settings.docs` from the fields in `settings/`; edit those.
 
 Sources, strongest first: the command line (`--set trainer.loss.teacher_tau=0.5`), the environment
 (`ONSTREAM_TRAINER__LOSS__TEACHER_TAU=0.5`), TOML files (several: a later one wins), the defaults. Lists and tables are
@@ -29,13 +31,20 @@ may be changed when the run is resumed. *worker* settings concern one process al
 def text() -> str:
     """The whole page."""
     parts = [_HEAD]
-    for name, settings in groupby(known().values(), key=lambda setting: setting.name.rpartition(".")[0]):
-        parts.append(f"## [{name}]\n\n{' '.join((sections()[name].__doc__ or '').split())}\n\n{_table(list(settings))}\n")
+    for name, settings in groupby(
+        known().values(), key=lambda setting: setting.name.rpartition(".")[0]
+    ):
+        parts.append(
+            f"## [{name}]\n\n{' '.join((sections()[name].__doc__ or '').split())}\n\n{_table(list(settings))}\n"
+        )
     return "\n".join(parts)
 
 
 def _table(settings: list[Setting]) -> str:
-    rows = ["| Setting | Default | Type | Bound | Unit | Scope | Meaning |", "|---|---|---|---|---|---|---|"]
+    rows = [
+        "| Setting | Default | Type | Bound | Unit | Scope | Meaning |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for setting in settings:
         cells = (
             f"`{setting.name}`",

@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
-from settings.devices import device_of
-from settings.engines import student_engine, taken_arguments
-from settings.fields import known
-from settings.plan import make_plan
-from settings.problem import Problem, stated
-from settings.root import Settings
+from onstream.settings.devices import device_of
+from onstream.settings.engines import student_engine, taken_arguments
+from onstream.settings.fields import known
+from onstream.settings.plan import make_plan
+from onstream.settings.problem import Problem, stated
+from onstream.settings.root import Settings
 
 VLLM_ONLY = tuple(
     f"inference.{name}"
-    for name in ("tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization", "max_model_len", "enforce_eager", "extra_args")
+    for name in (
+        "tensor_parallel_size",
+        "data_parallel_size",
+        "gpu_memory_utilization",
+        "max_model_len",
+        "enforce_eager",
+        "extra_args",
+    )
 )
 """Settings that only vLLM reads."""
 
@@ -56,8 +63,14 @@ def _model_len(settings: Settings) -> Iterator[Problem]:
 def _student_servers(settings: Settings) -> Iterator[Problem]:
     if student_engine(settings) != "server":
         return
-    deployment, inference, plan = settings.deployment, settings.inference, make_plan(settings)
-    count = "deployment.generators" if deployment.scale.generator is None else "deployment.scale.generator"
+    deployment = settings.deployment
+    inference = settings.inference
+    plan = make_plan(settings)
+    count = (
+        "deployment.generators"
+        if deployment.scale.generator is None
+        else "deployment.scale.generator"
+    )
     if max(plan.workers["generator"], deployment.scale.generator or 0) > 1:
         yield stated(
             settings,
@@ -66,17 +79,28 @@ def _student_servers(settings: Settings) -> Iterator[Problem]:
             f"Set {count} = 1; more servers write more.",
         )
     each = inference.tensor_parallel_size * inference.data_parallel_size
-    if plan.student_servers and plan.device == "cuda" and (deployment.num_infer_gpus or each) % each:
+    if (
+        plan.student_servers
+        and plan.device == "cuda"
+        and (deployment.num_infer_gpus or each) % each
+    ):
         yield stated(
             settings,
-            ["deployment.num_infer_gpus", "inference.tensor_parallel_size", "inference.data_parallel_size"],
+            [
+                "deployment.num_infer_gpus",
+                "inference.tensor_parallel_size",
+                "inference.data_parallel_size",
+            ],
             f"a multiple of the {each} GPUs that one server takes",
             f"Set deployment.num_infer_gpus = {each}.",
         )
 
 
 def _cold(settings: Settings) -> Iterator[Problem]:
-    if student_engine(settings) != "transformers" and settings.inference.sampling.temperature < VLLM_COLDEST:
+    if (
+        student_engine(settings) != "transformers"
+        and settings.inference.sampling.temperature < VLLM_COLDEST
+    ):
         yield stated(
             settings,
             ["inference.sampling.temperature"],
@@ -88,12 +112,25 @@ def _cold(settings: Settings) -> Iterator[Problem]:
 def _from_gpu_to_gpu(settings: Settings) -> Iterator[Problem]:
     if settings.weights.transport != "nccl":
         return
-    device, deployment = device_of(settings.deployment), settings.deployment
+    device = device_of(settings.deployment)
+    deployment = settings.deployment
     needed = [
         ("deployment.device", device == "cuda", "CUDA, since weights go from GPU to GPU"),
-        ("inference.engine", student_engine(settings) == "vllm", "vLLM inside the generators, whose engine receives the weights"),
-        ("inference.on_new_weights", settings.inference.on_new_weights != "wait", "weights that are taken at once"),
-        ("deployment.share_gpus", not deployment.share_gpus, "a GPU of its own for each process, which NCCL asks for"),
+        (
+            "inference.engine",
+            student_engine(settings) == "vllm",
+            "vLLM inside the generators, whose engine receives the weights",
+        ),
+        (
+            "inference.on_new_weights",
+            settings.inference.on_new_weights != "wait",
+            "weights that are taken at once",
+        ),
+        (
+            "deployment.share_gpus",
+            not deployment.share_gpus,
+            "a GPU of its own for each process, which NCCL asks for",
+        ),
         ("weights.delta", not settings.weights.deltas, "whole sets of weights"),
     ]
     for name, holds, expected in needed:
@@ -108,8 +145,13 @@ ENGINE_RULES: tuple[Callable[[Settings], Iterator[Problem]], ...] = (
 
 def engine_warnings(settings: Settings) -> Iterator[str]:
     """What works, but may not be what was meant of the engine."""
-    engine, client = student_engine(settings), settings.inference.client
-    idle = [name for name in known() if name in SERVER_ONLY or name.startswith(CLIENT)] if engine != "server" else []
+    engine = student_engine(settings)
+    client = settings.inference.client
+    idle = (
+        [name for name in known() if name in SERVER_ONLY or name.startswith(CLIENT)]
+        if engine != "server"
+        else []
+    )
     for name in [*(VLLM_ONLY if engine == "transformers" else ()), *idle]:
         setting = known()[name]
         if setting.value(settings) != setting.default:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from settings import serving
-from settings.devices import device_of
-from settings.plan import Plan
-from settings.problem import Problem
-from settings.root import Settings
+from onstream.settings import serving
+from onstream.settings.devices import device_of
+from onstream.settings.plan import Plan
+from onstream.settings.problem import Problem
+from onstream.settings.root import Settings
 
 TAKEN_ARGUMENTS = {
     "model": "model.name",
@@ -29,16 +29,22 @@ TAKEN_ARGUMENTS = {
     "port": "",
     "enable_scale_out": "",
 }
-"""vLLM's engine arguments that are not left to `inference.extra_args`, and the settings that they come from, if any."""
+"""vLLM's engine arguments that are not left to `inference.extra_args`, and the settings that they
+come from, if any.
+"""
 
 
 def student_engine(settings: Settings) -> Literal["transformers", "vllm", "server"]:
-    """The engine that writes rollouts, as far as it is known before the model is looked at: with `auto`, one that vLLM does not know
-    is left to transformers."""
+    """The engine that writes rollouts, as far as it is known before the model is looked at: with
+    `auto`, one that vLLM does not know is left to transformers."""
     engine = settings.inference.engine
     if engine != "auto":
         return engine
-    return "vllm" if device_of(settings.deployment) == "cuda" and serving.vllm_importable() else "transformers"
+    return (
+        "vllm"
+        if device_of(settings.deployment) == "cuda" and serving.vllm_importable()
+        else "transformers"
+    )
 
 
 def engine_problems(settings: Settings, plan: Plan) -> list[Problem]:
@@ -50,7 +56,9 @@ def engine_problems(settings: Settings, plan: Plan) -> list[Problem]:
     }
     if serving.vllm_importable():
         return []
-    return [vllm_missing(name) for name, needed in asked.items() if needed] + ([_NO_SERVERS] if plan.student_servers else [])
+    return [vllm_missing(name) for name, needed in asked.items() if needed] + (
+        [_NO_SERVERS] if plan.student_servers else []
+    )
 
 
 def vllm_missing(setting: str) -> Problem:
@@ -72,19 +80,25 @@ _NO_SERVERS = Problem(
 
 
 def taken_arguments(settings: Settings) -> Iterator[tuple[str, str]]:
-    """The arguments in `inference.extra_args` that are taken, each with the setting that it comes from, or nothing."""
+    """The arguments in `inference.extra_args` that are taken, each with the setting that it comes
+    from, or nothing.
+    """
     for name in settings.inference.extra_args:
         if name in TAKEN_ARGUMENTS:
             yield name, TAKEN_ARGUMENTS[name]
 
 
 def vllm_environment(device: Literal["cpu", "cuda"]) -> dict[str, str]:
-    """Environment variables for a process that runs vLLM; what the environment says already goes first."""
+    """Environment variables for a process that runs vLLM; what the environment says already goes
+    first.
+    """
     quiet = {"VLLM_NO_USAGE_STATS": "1"}
     if device == "cuda":
         return quiet
     return quiet | {
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; without it vLLM takes a share of all memory
-        "TORCHDYNAMO_DISABLE": "1",  # two samplers would be compiled in the first request, for 20 s
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # it would pin every vLLM process of this machine to the same cores
+        # two samplers would be compiled in the first request, for 20 s
+        "TORCHDYNAMO_DISABLE": "1",
+        # it would pin every vLLM process of this machine to the same cores
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }

@@ -1,4 +1,6 @@
-"""Every setting as data: its dotted name, scope, type, bound, unit and docstring, read from the sections' fields."""
+"""Every setting as data: its dotted name, scope, type, bound, unit and docstring, read from the
+sections' fields.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,18 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-from settings.base import Scope, Unit
-from settings.root import Settings
+from onstream.settings.base import Scope, Unit
+from onstream.settings.root import Settings
 
-_PLAIN_TYPES = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path", SecretStr: "secret text", Any: "value"}
+_PLAIN_TYPES = {
+    bool: "true or false",
+    int: "integer",
+    float: "number",
+    str: "text",
+    Path: "path",
+    SecretStr: "secret text",
+    Any: "value",
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,9 @@ class Setting:
         return annotation is SecretStr or SecretStr in get_args(annotation)
 
     def value(self, settings: Settings) -> Any:
-        """Its value in `settings`, as plain JSON data; a secret that is set reads `***`. None in a section that is not there."""
+        """Its value in `settings`, as plain JSON data; a secret that is set reads `***`. None in a
+        section that is not there.
+        """
         value: Any = settings
         for part in self.name.split("."):
             value = None if value is None else getattr(value, part)
@@ -122,11 +134,14 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    return value if isinstance(value, str | int | float | None) else str(value)  # a date in `task.args`, say
+    return (
+        value if isinstance(value, str | int | float | None) else str(value)
+    )  # a date in `task.args`, say
 
 
 def _type_text(annotation: Any) -> str:
-    origin, args = get_origin(annotation), get_args(annotation)
+    origin = get_origin(annotation)
+    args = get_args(annotation)
     if origin is Literal:
         return " or ".join(f'"{value}"' for value in args)
     if origin is Union or type(annotation).__name__ == "UnionType":

@@ -4,28 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from settings.deployment import WorkerKind
-from settings.engines import student_engine
-from settings.plan import Plan
-from settings.problem import Problem
-from settings.root import Settings
-from settings.text import shown
+from onstream.settings.deployment import WorkerKind
+from onstream.settings.engines import student_engine
+from onstream.settings.plan import Plan
+from onstream.settings.problem import Problem
+from onstream.settings.root import Settings
+from onstream.settings.text import shown
 
 Place = tuple[WorkerKind, int]
-"""A worker that this deployment starts: the index-th of its kind. Where a model is spread over GPUs, each of its parts is one."""
+"""A worker that this deployment starts: the index-th of its kind. Where a model is spread over
+GPUs, each of its parts is one.
+"""
 
 ROLES: dict[WorkerKind, str] = {"trainer": "train", "generator": "inference", "teacher": "teacher"}
-"""The workers that compute on a GPU, by the names of their shares in `deployment.gpu_memory_shares`."""
+"""The workers that compute on a GPU, by the names of their shares in
+`deployment.gpu_memory_shares`.
+"""
 
 SPLIT: dict[str, WorkerKind] = {"teacher": "teacher", "student": "generator"}
 """The models that vLLM may spread over GPUs, and who runs them."""
 
 
 def gpu_problems(settings: Settings, plan: Plan, gpus: Sequence[str]) -> list[Problem]:
-    """Why the workers that this deployment starts cannot have `gpus`, where it says how many it needs; empty where they can."""
+    """Why the workers that this deployment starts cannot have `gpus`, where it says how many it
+    needs; empty where they can.
+    """
     deployment = settings.deployment
     stated = (
-        deployment.num_teacher_gpus is not None or plan.teacher_server or plan.student_servers or _parts(settings, plan, "generator") > 1
+        deployment.num_teacher_gpus is not None
+        or plan.teacher_server
+        or plan.student_servers
+        or _parts(settings, plan, "generator") > 1
     )
     if plan.device != "cuda" or not stated:
         return []
@@ -35,7 +44,8 @@ def gpu_problems(settings: Settings, plan: Plan, gpus: Sequence[str]) -> list[Pr
 
 
 def placement(settings: Settings, plan: Plan, gpus: Sequence[str]) -> dict[Place, str] | None:
-    """A GPU for each worker that computes on one, largest share first; None where they do not fit, or compute on the CPU.
+    """A GPU for each worker that computes on one, largest share first; None where they do not fit,
+    or compute on the CPU.
 
     The parts of one model, which `gpus_of` puts together again, have different GPUs.
     """
@@ -44,9 +54,15 @@ def placement(settings: Settings, plan: Plan, gpus: Sequence[str]) -> dict[Place
     room = dict.fromkeys(gpus, 1.0)
     placed: dict[Place, str] = {}
     for place, share in sorted(_shares(settings, plan).items(), key=lambda item: -item[1]):
-        barred = {placed[other] for other in placed if _whole(settings, plan, other) == _whole(settings, plan, place)}
+        barred = {
+            placed[other]
+            for other in placed
+            if _whole(settings, plan, other) == _whole(settings, plan, place)
+        }
         # Shares such as 0.1 and 0.7 do not add up exactly.
-        gpu = next((gpu for gpu, free in room.items() if free >= share - 1e-9 and gpu not in barred), None)
+        gpu = next(
+            (gpu for gpu, free in room.items() if free >= share - 1e-9 and gpu not in barred), None
+        )
         if gpu is None:
             return None
         room[gpu] -= share
@@ -55,12 +71,18 @@ def placement(settings: Settings, plan: Plan, gpus: Sequence[str]) -> dict[Place
 
 
 def gpus_of(settings: Settings, plan: Plan, placed: Mapping[Place, str], whole: Place) -> str:
-    """The GPUs that hold the index-th model of a kind, as `CUDA_VISIBLE_DEVICES` names them; nothing where it has none."""
-    return ",".join(gpu for place, gpu in sorted(placed.items()) if _whole(settings, plan, place) == whole)
+    """The GPUs that hold the index-th model of a kind, as `CUDA_VISIBLE_DEVICES` names them;
+    nothing where it has none.
+    """
+    return ",".join(
+        gpu for place, gpu in sorted(placed.items()) if _whole(settings, plan, place) == whole
+    )
 
 
 def memory_share(settings: Settings, kind: WorkerKind) -> float | None:
-    """The share of its GPU's memory that a worker of `kind` may take; None where it has the GPU for itself."""
+    """The share of its GPU's memory that a worker of `kind` may take; None where it has the GPU for
+    itself.
+    """
     if not settings.deployment.share_gpus or kind not in ROLES:
         return None
     share: float | None = getattr(settings.deployment.gpu_memory_shares, ROLES[kind])
@@ -83,7 +105,9 @@ def _whole(settings: Settings, plan: Plan, part: Place) -> Place:
 
 
 def _computing(settings: Settings, plan: Plan) -> dict[WorkerKind, int]:
-    """Parts of models that are computed on a GPU here. A server counts as the worker that asks it, which computes nothing itself."""
+    """Parts of models that are computed on a GPU here. A server counts as the worker that asks it,
+    which computes nothing itself.
+    """
     counts: dict[WorkerKind, int] = plan.workers | ({"teacher": 1} if plan.teacher_server else {})
     if plan.rollout_teacher is not None:
         counts["generator"] = 0
@@ -94,12 +118,20 @@ def _computing(settings: Settings, plan: Plan) -> dict[WorkerKind, int]:
 
 def _shares(settings: Settings, plan: Plan) -> dict[Place, float]:
     counts = _computing(settings, plan)
-    return {(kind, index): memory_share(settings, kind) or 1.0 for kind, count in counts.items() for index in range(count)}
+    return {
+        (kind, index): memory_share(settings, kind) or 1.0
+        for kind, count in counts.items()
+        for index in range(count)
+    }
 
 
 def _unstated(settings: Settings, plan: Plan) -> list[str]:
     kinds = _computing(settings, plan)
-    return [f"deployment.gpu_memory_shares.{ROLES[kind]}" for kind in kinds if memory_share(settings, kind) is None]
+    return [
+        f"deployment.gpu_memory_shares.{ROLES[kind]}"
+        for kind in kinds
+        if memory_share(settings, kind) is None
+    ]
 
 
 def _without_shares(names: Sequence[str]) -> Problem:
@@ -112,20 +144,27 @@ def _without_shares(names: Sequence[str]) -> Problem:
 
 
 def _too_few(settings: Settings, plan: Plan, gpus: Sequence[str]) -> Problem:
-    counts, shares = _computing(settings, plan), _shares(settings, plan)
+    counts = _computing(settings, plan)
+    shares = _shares(settings, plan)
     parts = [f"{ROLES[kind]} {count}{_of_share(settings, kind)}" for kind, count in counts.items()]
     advice = "Lower deployment.num_teacher_gpus" + (
         " or the shares."
         if settings.deployment.share_gpus
         else ', or set deployment.share_gpus = true with deployment.gpu_memory_shares, or deployment.device = "cpu".'
     )
-    stated, served = shown(settings.deployment.num_teacher_gpus), plan.teacher_server
-    split = [f"each part of the {what}" for what, kind in SPLIT.items() if counts.get(kind) and _parts(settings, plan, kind) > 1]
+    stated = shown(settings.deployment.num_teacher_gpus)
+    served = plan.teacher_server
+    split = [
+        f"each part of the {what}"
+        for what, kind in SPLIT.items()
+        if counts.get(kind) and _parts(settings, plan, kind) > 1
+    ]
     return Problem(
         ("deployment.num_teacher_gpus", "deployment.share_gpus"),
         f"{' + '.join(parts)} = {sum(shares.values()):g} GPUs (deployment.num_teacher_gpus = {stated})",
         f"workers that fit the {len(gpus)} found here{', ' + ' and '.join(split) + ' on another one' if split else ''}",
-        advice + (' teacher_inference.engine = "transformers" starts no vLLM server.' if served else ""),
+        advice
+        + (' teacher_inference.engine = "transformers" starts no vLLM server.' if served else ""),
     )
 
 

@@ -1,7 +1,8 @@
-"""Settings from their sources, strongest first: command line, environment, TOML files (a later one wins), defaults.
+"""Settings from their sources, strongest first: command line, environment, TOML files (a later one
+wins), defaults.
 
-Reading is pydantic-settings'. Each file, variable and override is read on its own, so that every problem is found in one
-go and each value is known to come from somewhere.
+Reading is pydantic-settings'. Each file, variable and override is read on its own, so that every
+problem is found in one go and each value is known to come from somewhere.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, TomlConfigSetting
 from pydantic_settings import SettingsError as SourceError
 from pydantic_settings.sources.utils import parse_env_vars
 
-from settings.fields import HIDDEN, known
-from settings.problem import Problem, SettingsError
-from settings.root import Settings
-from settings.rules import problems_of
-from settings.unknown import PREFIX, field_problem, setting_of, unknown_variable
+from onstream.settings.fields import HIDDEN, known
+from onstream.settings.problem import Problem, SettingsError
+from onstream.settings.root import Settings
+from onstream.settings.rules import problems_of
+from onstream.settings.unknown import PREFIX, field_problem, setting_of, unknown_variable
 
 FREE_FORM = (("task", "args"), ("inference", "extra_args"))
 """Tables whose keys are not settings, by section and name."""
 FILE = "_FILE"
 """At the end of a secret's variable: its value is in the file of that name."""
-_SETTINGS = cast(type[BaseSettings], Settings)  # sources ask for its fields and config alone, which every model has
+_SETTINGS = cast(
+    type[BaseSettings], Settings
+)  # sources ask for its fields and config alone, which every model has
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Fragment:
 class Resolved:
     """What came of the sources. `settings` is None only where nothing usable is left.
 
-    With problems, `settings` holds defaults in place of the values that are wrong, so that the rest can be looked at.
+    With problems, `settings` holds defaults in place of the values that are wrong, so that the rest
+    can be looked at.
     """
 
     settings: Settings | None = None
@@ -56,16 +60,31 @@ class Resolved:
 class _OneVariable(EnvSettingsSource):
     """A single `name` with its text, read as pydantic-settings reads an environment variable."""
 
-    def __init__(self, name: str, text: str, *, prefix: str, delimiter: str, case_sensitive: bool) -> None:
+    def __init__(
+        self, name: str, text: str, *, prefix: str, delimiter: str, case_sensitive: bool
+    ) -> None:
         self._variable = {name: text}
-        super().__init__(_SETTINGS, case_sensitive, prefix, env_nested_delimiter=delimiter, env_parse_none_str="null")
+        super().__init__(
+            _SETTINGS,
+            case_sensitive,
+            prefix,
+            env_nested_delimiter=delimiter,
+            env_parse_none_str="null",
+        )
 
     def _load_env_vars(self) -> Mapping[str, str | None]:
-        return parse_env_vars(self._variable, self.case_sensitive, self.env_ignore_empty, self.env_parse_none_str)
+        return parse_env_vars(
+            self._variable, self.case_sensitive, self.env_ignore_empty, self.env_parse_none_str
+        )
 
 
-def load_settings(files: Sequence[Path | str] = (), overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Settings:
-    """The settings that `files`, `environ` (by default the process's own) and `overrides` (`"a.b=c"`) add up to.
+def load_settings(
+    files: Sequence[Path | str] = (),
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+) -> Settings:
+    """The settings that `files`, `environ` (by default the process's own) and `overrides`
+    (`"a.b=c"`) add up to.
 
     A file may also be a run's directory or its name: then the settings that the run wrote down.
 
@@ -78,10 +97,16 @@ def load_settings(files: Sequence[Path | str] = (), overrides: Sequence[str] = (
     return resolved.settings
 
 
-def resolve(files: Sequence[Path | str] = (), overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> Resolved:
+def resolve(
+    files: Sequence[Path | str] = (),
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+) -> Resolved:
     """As `load_settings`, but returns the problems beside whatever could be resolved."""
     resolved = Resolved()
-    fragments = list(_fragments(files, overrides, os.environ if environ is None else environ, resolved.problems))
+    fragments = list(
+        _fragments(files, overrides, os.environ if environ is None else environ, resolved.problems)
+    )
     values: dict[str, Any] = {}
     for fragment in fragments:
         _merge(values, fragment.values)
@@ -91,17 +116,26 @@ def resolve(files: Sequence[Path | str] = (), overrides: Sequence[str] = (), env
 
 
 def _fragments(
-    files: Sequence[Path | str], overrides: Sequence[str], environ: Mapping[str, str], problems: list[Problem]
+    files: Sequence[Path | str],
+    overrides: Sequence[str],
+    environ: Mapping[str, str],
+    problems: list[Problem],
 ) -> Iterable[Fragment]:
     """Every source's fragment, weakest first; what cannot be read is added to `problems`."""
     for file in files:
         yield from _file_fragments(file, problems)
-    # An empty variable is one that compose passed on without a value. Shorter names first: `X__Y` refines a table in `X`.
+    # An empty variable is one that compose passed on without a value. Shorter names first: `X__Y`
+    # refines a table in `X`.
     names = sorted(
-        (name for name, text in environ.items() if name.upper().startswith(PREFIX) and text), key=lambda name: (name.count("__"), name)
+        (name for name, text in environ.items() if name.upper().startswith(PREFIX) and text),
+        key=lambda name: (name.count("__"), name),
     )
     for name in names:
-        if name.upper().endswith(FILE) and (secret := setting_of(name[: -len(FILE)])) is not None and secret.secret:
+        if (
+            name.upper().endswith(FILE)
+            and (secret := setting_of(name[: -len(FILE)])) is not None
+            and secret.secret
+        ):
             yield from _secret_fragment(name, Path(environ[name]), environ, problems)
         else:
             yield from _variable_fragment(name, environ[name], problems)
@@ -114,10 +148,24 @@ def _file_fragments(file: Path | str, problems: list[Problem]) -> Iterable[Fragm
     try:
         values = TomlConfigSettingsSource(_SETTINGS, path).toml_data if path.exists() else None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        problems.append(Problem((), f"{path}: {error}", "a TOML file", "Mend the file; docs/settings.md lists the settings."))
+        problems.append(
+            Problem(
+                (),
+                f"{path}: {error}",
+                "a TOML file",
+                "Mend the file; docs/settings.md lists the settings.",
+            )
+        )
         return
     if values is None:
-        problems.append(Problem((), f"no file {path}", "a TOML file, or the directory or name of a run", "Check the path."))
+        problems.append(
+            Problem(
+                (),
+                f"no file {path}",
+                "a TOML file, or the directory or name of a run",
+                "Check the path.",
+            )
+        )
         return
     yield Fragment(str(path), _without_hidden(values))
     if path != Path(file):  # a run's own settings, wherever the run was moved
@@ -146,32 +194,61 @@ def _variable_fragment(name: str, text: str, problems: list[Problem]) -> Iterabl
         problems.append(unknown_variable(name))
 
 
-def _secret_fragment(name: str, path: Path, environ: Mapping[str, str], problems: list[Problem]) -> Iterable[Fragment]:
-    """What the file of a secret says, as its variable would; an empty one counts as not set, like an empty variable."""
+def _secret_fragment(
+    name: str, path: Path, environ: Mapping[str, str], problems: list[Problem]
+) -> Iterable[Fragment]:
+    """What the file of a secret says, as its variable would; an empty one counts as not set, like
+    an empty variable.
+    """
     plain = name[: -len(FILE)]
     try:
         text = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        problems.append(Problem((), f"{name}={path}: {error}", "a file with the secret in it", "Check the path and who may read it."))
+        problems.append(
+            Problem(
+                (),
+                f"{name}={path}: {error}",
+                "a file with the secret in it",
+                "Check the path and who may read it.",
+            )
+        )
         return
     if text and environ.get(plain):
-        problems.append(Problem((), f"both {plain} and {name}", "one of them", f"Unset {plain}, which others may see."))
+        problems.append(
+            Problem(
+                (),
+                f"both {plain} and {name}",
+                "one of them",
+                f"Unset {plain}, which others may see.",
+            )
+        )
     elif text:
-        yield from (Fragment(f"{name}={path}", fragment.values) for fragment in _variable_fragment(plain, text, problems))
+        yield from (
+            Fragment(f"{name}={path}", fragment.values)
+            for fragment in _variable_fragment(plain, text, problems)
+        )
 
 
 def _override_fragment(override: str, problems: list[Problem]) -> Iterable[Fragment]:
     name, equals, text = override.partition("=")
     name = name.strip()
     if not equals or not name:
-        problems.append(Problem((), f"--set {override}", "section.name=value", "For example --set trainer.max_steps=20."))
+        problems.append(
+            Problem(
+                (),
+                f"--set {override}",
+                "section.name=value",
+                "For example --set trainer.max_steps=20.",
+            )
+        )
         return
     try:
         values = _OneVariable(name, text.strip(), prefix="", delimiter=".", case_sensitive=True)()
     except SourceError:
         problems.append(_not_json(f"--set {name}", name, text))
         return
-    # A name whose section is unknown yields nothing; as a key it is refused below like any other unknown one.
+    # A name whose section is unknown yields nothing; as a key it is refused below like any other
+    # unknown one.
     yield Fragment(f"--set {name}", _with_json_leaves(values) if values else {name: text})
 
 
@@ -179,16 +256,23 @@ def _not_json(origin: str, name: str, text: str) -> Problem:
     setting = known().get(name)
     expected = f"JSON for {setting.type}" if setting else "a table as JSON"
     return Problem(
-        (name,), f"{origin}={text}", expected, f"It is: {setting.summary}" if setting else "docs/settings.md lists the settings."
+        (name,),
+        f"{origin}={text}",
+        expected,
+        f"It is: {setting.summary}" if setting else "docs/settings.md lists the settings.",
     )
 
 
 def _with_json_leaves(values: dict[str, Any]) -> dict[str, Any]:
-    """Texts inside the tables of free form as the numbers and lists they spell: their fields have no types to go by."""
+    """Texts inside the tables of free form as the numbers and lists they spell: their fields have
+    no types to go by.
+    """
     for section, name in FREE_FORM:
         args = values.get(section, {}).get(name) if isinstance(values.get(section), dict) else None
         if isinstance(args, dict):
-            args.update({key: _json_or_text(text) for key, text in args.items() if isinstance(text, str)})
+            args.update(
+                {key: _json_or_text(text) for key, text in args.items() if isinstance(text, str)}
+            )
     return values
 
 
@@ -201,7 +285,11 @@ def _json_or_text(text: str) -> Any:
 
 def _without_hidden(values: dict[str, Any]) -> dict[str, Any]:
     """`values` less the secrets that a run's settings file hides."""
-    return {key: _without_hidden(value) if isinstance(value, dict) else value for key, value in values.items() if value != HIDDEN}
+    return {
+        key: _without_hidden(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value != HIDDEN
+    }
 
 
 def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
@@ -224,7 +312,9 @@ def _leaf_names(values: dict[str, Any], prefix: str = "") -> Iterable[str]:
 
 
 def _validate(values: dict[str, Any], resolved: Resolved) -> Settings | None:
-    """The settings of `values`, those that are wrong left at their defaults and told in `resolved.problems`."""
+    """The settings of `values`, those that are wrong left at their defaults and told in
+    `resolved.problems`.
+    """
     wrong: set[str] = set()
     while True:
         try:
@@ -237,7 +327,9 @@ def _validate(values: dict[str, Any], resolved: Resolved) -> Settings | None:
             if not removed:
                 return None
             continue
-        resolved.problems += [problem for problem in problems_of(settings) if not wrong.intersection(problem.names)]
+        resolved.problems += [
+            problem for problem in problems_of(settings) if not wrong.intersection(problem.names)
+        ]
         return settings
 
 
@@ -249,7 +341,8 @@ def _told_once(details: Sequence[ErrorDetails]) -> list[ErrorDetails]:
 
 def _remove(values: dict[str, Any], location: tuple[str | int, ...]) -> Iterable[str]:
     """Take what is at `location`, or the setting it is a part of, out of `values`; yields the name."""
-    inner, path = values, [part for part in location if isinstance(part, str)]
+    inner = values
+    path = [part for part in location if isinstance(part, str)]
     for depth, part in enumerate(path):
         if depth == len(path) - 1 or not isinstance(inner.get(part), dict):
             inner.pop(part, None)

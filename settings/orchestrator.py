@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from settings.base import RUN, WORKER, Section, Unit
-from settings.client import TeacherModelSettings, TeacherRolloutModelSettings
+from onstream.settings.base import RUN, WORKER, Section, Unit
+from onstream.settings.client import TeacherModelSettings, TeacherRolloutModelSettings
 
 
 class SandboxSettings(Section):
@@ -39,12 +39,17 @@ class VerificationSettings(Section):
     processes: Annotated[int, WORKER, Unit("processes"), Field(ge=1, le=1024)] = 1
     """Child processes of one verifier; each scores one rollout at a time and can be killed."""
     max_memory: Annotated[int, WORKER, Unit("MiB"), Field(ge=64, le=1 << 24)] = 4096
-    """Memory that one child process may take beyond what importing the scorer took; a scorer that asks for more gets a MemoryError."""
+    """Memory that one child process may take beyond what importing the scorer took; a scorer that
+    asks for more gets a MemoryError.
+    """
     in_jobs: Annotated[Literal["never", "slow", "always"], WORKER] = "never"
-    """Which rollouts are scored by jobs workers instead of children of the verifier (docs/jobs.md): `slow` are those whose problem says
-    `"slow": true`, and those that have taken longer than a second."""
+    """Which rollouts are scored by jobs workers instead of children of the verifier (docs/jobs.md):
+    `slow` are those whose problem says `"slow": true`, and those that have taken longer than a
+    second."""
     allow_unsandboxed: Annotated[bool, WORKER] = False
-    """Let `task.scorer = "code"` run programs on a machine that does not permit a sandbox: they may then read what the verifier may."""
+    """Let `task.scorer = "code"` run programs on a machine that does not permit a sandbox: they may
+    then read what the verifier may.
+    """
     sandbox: SandboxSettings = SandboxSettings()
 
 
@@ -54,17 +59,20 @@ class OrchestratorSettings(Section):
     batch_size: Annotated[int, RUN, Unit("rollouts"), Field(ge=1, le=1 << 20)] = 128
     """Rollouts of one training step; a multiple of `group_size`."""
     group_size: Annotated[int, RUN, Unit("rollouts"), Field(ge=1, le=4096)] = 8
-    """Rollouts of one prompt, which share its computation and give each other's reward a baseline."""
+    """Rollouts of one prompt, which share its computation and give each other's reward a baseline.
+    """
     max_off_policy_steps: Annotated[int, RUN, Unit("steps"), Field(ge=0, le=1024)] = 2
-    """How many steps ahead of the trainer tickets are issued, and the staleness past which a group is dropped.
-    0 is exact on-policy training."""
+    """How many steps ahead of the trainer tickets are issued, and the staleness past which a group
+    is dropped. 0 is exact on-policy training."""
     max_backlog: Annotated[int, WORKER, Unit("rollouts"), Field(ge=1, le=10**7)] = 16384
     """No new tickets while a working stream holds more records than this."""
     use_token_client: Annotated[bool, RUN] = True
-    """`true`: rollouts are token ids in and out. `false`: chat messages, from whose text the student's tokens are reconstructed, as
-    `orchestrator.teacher_rollout_model` needs."""
+    """`true`: rollouts are token ids in and out. `false`: chat messages, from whose text the
+    student's tokens are reconstructed, as `orchestrator.teacher_rollout_model` needs."""
     score_cache: Annotated[int, WORKER, Unit("samples"), Field(ge=0, le=10**8)] = 10_000
-    """Scores of external teachers kept in Redis, so that a replay does not ask for them again; 0 keeps none."""
+    """Scores of external teachers kept in Redis, so that a replay does not ask for them again; 0
+    keeps none.
+    """
     verification: VerificationSettings = VerificationSettings()
     teacher_model: TeacherModelSettings | None = None
     teacher_rollout_model: TeacherRolloutModelSettings | None = None

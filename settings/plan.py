@@ -1,6 +1,8 @@
-"""The run's plan: which stages rollouts pass, which workers and models that takes, and the settings all workers must share.
+"""The run's plan: which stages rollouts pass, which workers and models that takes, and the settings
+all workers must share.
 
-The trainer writes it once to Redis and to the run directory; every other worker compares its own with it.
+The trainer writes it once to Redis and to the run directory; every other worker compares its own
+with it.
 """
 
 from __future__ import annotations
@@ -10,15 +12,15 @@ from typing import Any, Literal
 
 import msgspec
 
-from pipeline.errors import Exit, UserError
-from pipeline.undecodable import UNDECODABLE
-from settings.deployment import STAGE_OF, StageName, WorkerKind
-from settings.devices import device_of
-from settings.fields import known
-from settings.root import Settings
-from settings.route import external_teacher, local_teacher, rollout_teacher, route_of
-from settings.serving import teacher_engine
-from settings.text import shown
+from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.undecodable import UNDECODABLE
+from onstream.settings.deployment import STAGE_OF, StageName, WorkerKind
+from onstream.settings.devices import device_of
+from onstream.settings.fields import known
+from onstream.settings.root import Settings
+from onstream.settings.route import external_teacher, local_teacher, rollout_teacher, route_of
+from onstream.settings.serving import teacher_engine
+from onstream.settings.text import shown
 
 TEACHER_NAMES = ("teacher_inference.model.name", "orchestrator.teacher_model.model.name")
 
@@ -26,12 +28,14 @@ TEACHER_NAMES = ("teacher_inference.model.name", "orchestrator.teacher_model.mod
 class Plan(msgspec.Struct, frozen=True):
     """What follows from the settings.
 
-    `route` is what a rollout passes after it was generated, and ends in `train`. `workers` counts the processes that
-    `onstream up` starts here, 0 for a kind that others bring. `teacher` is the model that scores beside the run,
-    `external_teacher` the name of one that endpoints serve, `rollout_teacher` that of the one whose completions are trained on.
-    `teacher_server` is how many GPUs the vLLM server takes that is started here to serve `teacher`, 1 on a CPU; 0 where none is.
+    `route` is what a rollout passes after it was generated, and ends in `train`. `workers` counts
+    the processes that `onstream up` starts here, 0 for a kind that others bring. `teacher` is the
+    model that scores beside the run, `external_teacher` the name of one that endpoints serve,
+    `rollout_teacher` that of the one whose completions are trained on. `teacher_server` is how many
+    GPUs the vLLM server takes that is started here to serve `teacher`, 1 on a CPU; 0 where none is.
     `student_servers` is how many vLLM servers are started here for the generator to ask.
-    `run_settings` are the settings of scope `run` by dotted name, of which those in `changeable` may change on resume.
+    `run_settings` are the settings of scope `run` by dotted name, of which those in `changeable`
+    may change on resume.
     """
 
     run: str
@@ -95,13 +99,21 @@ def make_plan(settings: Settings) -> Plan:
     """The plan that follows from `settings`."""
     route = route_of(settings)
     shared = {name: setting for name, setting in known().items() if setting.scope.kind == "run"}
-    local, external = local_teacher(settings), external_teacher(settings)
+    local = local_teacher(settings)
+    external = external_teacher(settings)
     values = {name: setting.value(settings) for name, setting in shared.items()}
     if local or external:
-        # One teacher, wherever it runs: a worker may join with endpoints of its own, or with a model of its own.
+        # One teacher, wherever it runs: a worker may join with endpoints of its own, or with a
+        # model of its own.
         values |= dict.fromkeys(TEACHER_NAMES, external or local)
-    served = local is not None and teacher_engine(settings) == "vllm" and settings.deployment.scale.teacher is None
-    workers = _workers(settings, route, local=local is not None, served=served, external=external is not None)
+    served = (
+        local is not None
+        and teacher_engine(settings) == "vllm"
+        and settings.deployment.scale.teacher is None
+    )
+    workers = _workers(
+        settings, route, local=local is not None, served=served, external=external is not None
+    )
     return Plan(
         run=settings.run.name,
         route=route,
@@ -114,16 +126,24 @@ def make_plan(settings: Settings) -> Plan:
         run_settings=values,
         changeable=tuple(name for name, setting in shared.items() if setting.scope.changeable),
         teacher_server=_server_gpus(settings) if served and workers["teacher-external"] else 0,
-        student_servers=_student_servers(settings) if workers["generator"] and rollout_teacher(settings) is None else 0,
+        student_servers=_student_servers(settings)
+        if workers["generator"] and rollout_teacher(settings) is None
+        else 0,
     )
 
 
 def differences(ours: Plan, theirs: Plan) -> list[Difference]:
-    """The `run` settings whose values differ, changeable ones included, in the order of the sections."""
-    names = [*ours.run_settings, *(name for name in theirs.run_settings if name not in ours.run_settings)]
+    """The `run` settings whose values differ, changeable ones included, in the order of the
+    sections.
+    """
+    names = [
+        *ours.run_settings,
+        *(name for name in theirs.run_settings if name not in ours.run_settings),
+    ]
     found = []
     for name in names:
-        here, there = ours.run_settings.get(name), theirs.run_settings.get(name)
+        here = ours.run_settings.get(name)
+        there = theirs.run_settings.get(name)
         if here != there:
             found.append(Difference(name, here, there, changeable=name in ours.changeable))
     return found
@@ -146,23 +166,40 @@ def refuse_differences(ours: Plan, theirs: Plan) -> None:
 
 
 def _server_gpus(settings: Settings) -> int:
-    """GPUs of the teacher's server; on a CPU it is one process group, whatever the number of teacher processes would be."""
-    return (settings.deployment.num_teacher_gpus or 1) if device_of(settings.deployment) == "cuda" else 1
+    """GPUs of the teacher's server; on a CPU it is one process group, whatever the number of
+    teacher processes would be.
+    """
+    return (
+        (settings.deployment.num_teacher_gpus or 1)
+        if device_of(settings.deployment) == "cuda"
+        else 1
+    )
 
 
 def _student_servers(settings: Settings) -> int:
-    """vLLM servers that the engine `server` needs to be started here; 0 where it has addresses, or is not the one that was asked for."""
+    """vLLM servers that the engine `server` needs to be started here; 0 where it has addresses, or
+    is not the one that was asked for.
+    """
     inference = settings.inference
     if inference.engine != "server" or inference.client.base_url:
         return 0
-    each = inference.tensor_parallel_size * inference.data_parallel_size if device_of(settings.deployment) == "cuda" else 1
+    each = (
+        inference.tensor_parallel_size * inference.data_parallel_size
+        if device_of(settings.deployment) == "cuda"
+        else 1
+    )
     return (settings.deployment.num_infer_gpus or each) // each
 
 
-def _workers(settings: Settings, route: tuple[StageName, ...], *, local: bool, served: bool, external: bool) -> dict[WorkerKind, int]:
+def _workers(
+    settings: Settings, route: tuple[StageName, ...], *, local: bool, served: bool, external: bool
+) -> dict[WorkerKind, int]:
     """Worker processes per kind that this deployment starts."""
     deployment = settings.deployment
-    wanted: dict[WorkerKind, int] = {"generator": deployment.generators, "verifier": deployment.verifiers}
+    wanted: dict[WorkerKind, int] = {
+        "generator": deployment.generators,
+        "verifier": deployment.verifiers,
+    }
     if local:
         wanted["teacher"] = 0 if served else deployment.num_teacher_gpus or 1
     if external or served:
@@ -170,9 +207,19 @@ def _workers(settings: Settings, route: tuple[StageName, ...], *, local: bool, s
         wanted["teacher-external"] = (deployment.external_teachers if external else 0) + served
     wanted["trainer"] = 1
     here = deployment.stages or ("generate", *route)
-    workers = {kind: count if STAGE_OF[kind] in here else 0 for kind, count in wanted.items() if STAGE_OF[kind] in ("generate", *route)}
+    workers = {
+        kind: count if STAGE_OF[kind] in here else 0
+        for kind, count in wanted.items()
+        if STAGE_OF[kind] in ("generate", *route)
+    }
     evaluates = bool(settings.eval.interval and settings.eval.samples)
     verifies = "verifier" in workers and settings.orchestrator.verification.in_jobs != "never"
     if evaluates or verifies:  # beside whoever asks for them: the trainer, or the verifiers
-        workers["jobs"] = deployment.jobs if (evaluates and "train" in here) or (verifies and workers["verifier"]) else 0
-    return {kind: count if deployment.scale.of(kind) is None else 0 for kind, count in workers.items()}
+        workers["jobs"] = (
+            deployment.jobs
+            if (evaluates and "train" in here) or (verifies and workers["verifier"])
+            else 0
+        )
+    return {
+        kind: count if deployment.scale.of(kind) is None else 0 for kind, count in workers.items()
+    }

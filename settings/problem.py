@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.errors import Exit, UserError
-from settings.fields import known
-from settings.root import Settings
-from settings.text import shown
+from onstream.pipeline.errors import Exit, UserError
+from onstream.settings.fields import known
+from onstream.settings.root import Settings
+from onstream.settings.text import shown
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to mend. `names` are the settings it concerns, `got` says which value came from where."""
+    """One thing to mend. `names` are the settings it concerns, `got` says which value came from
+    where.
+    """
 
     names: tuple[str, ...]
     got: str
@@ -30,7 +32,9 @@ class SettingsError(UserError):
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
         first = self.problems[0]
-        super().__init__(first.got, expected=first.expected, next_step=first.next_step, exit=Exit.USAGE)
+        super().__init__(
+            first.got, expected=first.expected, next_step=first.next_step, exit=Exit.USAGE
+        )
 
     def __str__(self) -> str:
         return "\n".join(str(problem) for problem in self.problems)

@@ -1,10 +1,12 @@
-"""The address of Redis with all that a client needs to log in: the one text that every client of a run is made from."""
+"""The address of Redis with all that a client needs to log in: the one text that every client of a
+run is made from.
+"""
 
 from __future__ import annotations
 
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
-from settings.run import RedisSettings
+from onstream.settings.run import RedisSettings
 
 TLS = {"tls_ca": "ssl_ca_certs", "tls_cert": "ssl_certfile", "tls_key": "ssl_keyfile"}
 """The settings that go into the address's query, by the names that redis-py knows them by."""
@@ -23,6 +25,11 @@ def address(redis: RedisSettings) -> str | None:
     if redis.password is not None:
         user, _, host = place.rpartition("@")
         place = f"{user}:{quote(redis.password.get_secret_value(), safe='')}@{host}"
-    files = {known: str(path) for name, known in TLS.items() if (path := getattr(redis, name)) is not None}
+    files = {
+        known: str(path)
+        for name, known in TLS.items()
+        if (path := getattr(redis, name)) is not None
+    }
     query = urlencode([*parse_qsl(parts.query), *files.items()])
-    return f"{parts.scheme}://{place}{parts.path}{'?' if query else ''}{query}"  # urlunsplit would take the slashes from unix:///path
+    # urlunsplit would take the slashes from unix:///path
+    return f"{parts.scheme}://{place}{parts.path}{'?' if query else ''}{query}"

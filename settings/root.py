@@ -1,23 +1,33 @@
-"""All settings of Onstream in one model. `settings.load` fills it; `settings.plan` says what follows from it."""
+"""All settings of Onstream in one model. `settings.load` fills it; `settings.plan` says what
+follows from it.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from settings.base import Section
-from settings.deployment import DeploymentSettings
-from settings.images import ImagesSettings
-from settings.inference import InferenceSettings, TeacherInferenceSettings
-from settings.jobs import JobsSettings
-from settings.orchestrator import OrchestratorSettings
-from settings.run import DeliverySettings, LogSettings, ModelSettings, RedisSettings, RunSettings
-from settings.task import EvalSettings, TaskSettings
-from settings.trainer import CheckpointSettings, TrainerSettings
-from settings.weights import WeightsSettings
+from onstream.settings.base import Section
+from onstream.settings.deployment import DeploymentSettings
+from onstream.settings.images import ImagesSettings
+from onstream.settings.inference import InferenceSettings, TeacherInferenceSettings
+from onstream.settings.jobs import JobsSettings
+from onstream.settings.orchestrator import OrchestratorSettings
+from onstream.settings.run import (
+    DeliverySettings,
+    LogSettings,
+    ModelSettings,
+    RedisSettings,
+    RunSettings,
+)
+from onstream.settings.task import EvalSettings, TaskSettings
+from onstream.settings.trainer import CheckpointSettings, TrainerSettings
+from onstream.settings.weights import WeightsSettings
 
 
 class Settings(Section):
-    """Every section. Sources, strongest first: command line, environment (`ONSTREAM_SECTION__NAME`), TOML files (later wins), defaults."""
+    """Every section. Sources, strongest first: command line, environment
+    (`ONSTREAM_SECTION__NAME`), TOML files (later wins), defaults.
+    """
 
     run: RunSettings = RunSettings()
     model: ModelSettings = ModelSettings()

@@ -1,9 +1,11 @@
-"""What rollouts pass and who serves it: verification, the teachers, and where completions come from."""
+"""What rollouts pass and who serves it: verification, the teachers, and where completions come
+from.
+"""
 
 from __future__ import annotations
 
-from settings.deployment import StageName
-from settings.root import Settings
+from onstream.settings.deployment import StageName
+from onstream.settings.root import Settings
 
 
 def route_of(settings: Settings) -> tuple[StageName, ...]:
@@ -17,15 +19,23 @@ def route_of(settings: Settings) -> tuple[StageName, ...]:
 
 
 def verification_on(settings: Settings) -> bool:
-    """Whether rollouts are verified: what `orchestrator.verification.enabled` says, else whether a verifier is deployed."""
-    enabled, deployment = settings.orchestrator.verification.enabled, settings.deployment
+    """Whether rollouts are verified: what `orchestrator.verification.enabled` says, else whether a
+    verifier is deployed.
+    """
+    enabled = settings.orchestrator.verification.enabled
+    deployment = settings.deployment
     if enabled is not None:
         return enabled
-    return deployment.scale.verifier != 0 if deployment.stages is None else "verify" in deployment.stages
+    return (
+        deployment.scale.verifier != 0
+        if deployment.stages is None
+        else "verify" in deployment.stages
+    )
 
 
 def teacher_on(settings: Settings) -> bool:
-    """Whether a teacher scores: with `teacher_tau` > 0 always, else where one is deployed or configured (metric only).
+    """Whether a teacher scores: with `teacher_tau` > 0 always, else where one is deployed or
+    configured (metric only).
 
     Never with `sft`, which reads no teacher's logprobs.
     """
@@ -34,7 +44,9 @@ def teacher_on(settings: Settings) -> bool:
     if settings.trainer.loss.teacher_tau > 0:
         return True
     stages = settings.deployment.stages
-    return teacher_configured(settings) if stages is None else "score" in stages  # a `deployment.scale` of 0 makes it unconfigured
+    return (
+        teacher_configured(settings) if stages is None else "score" in stages
+    )  # a `deployment.scale` of 0 makes it unconfigured
 
 
 def teacher_configured(settings: Settings) -> bool:
@@ -43,15 +55,24 @@ def teacher_configured(settings: Settings) -> bool:
 
 
 def local_teacher_configured(settings: Settings) -> bool:
-    """Whether the settings ask for a teacher beside the run, and `deployment.scale` does not leave it out."""
+    """Whether the settings ask for a teacher beside the run, and `deployment.scale` does not leave
+    it out.
+    """
     if settings.deployment.scale.teacher == 0:
         return False
-    return settings.deployment.num_teacher_gpus is not None or settings.teacher_inference.model.name is not None
+    return (
+        settings.deployment.num_teacher_gpus is not None
+        or settings.teacher_inference.model.name is not None
+    )
 
 
 def local_teacher(settings: Settings) -> str | None:
-    """The model of the teacher beside the run: its own, or the student's starting model. None where none scores."""
-    external_alone = settings.orchestrator.teacher_model is not None and not local_teacher_configured(settings)
+    """The model of the teacher beside the run: its own, or the student's starting model. None where
+    none scores.
+    """
+    external_alone = (
+        settings.orchestrator.teacher_model is not None and not local_teacher_configured(settings)
+    )
     if external_alone or settings.deployment.scale.teacher == 0 or not teacher_on(settings):
         return None
     return settings.teacher_inference.model.name or settings.model.name
@@ -64,6 +85,8 @@ def external_teacher(settings: Settings) -> str | None:
 
 
 def rollout_teacher(settings: Settings) -> str | None:
-    """Hard distillation: the name of the model whose completions are trained on. None where the student writes them."""
+    """Hard distillation: the name of the model whose completions are trained on. None where the
+    student writes them.
+    """
     source = settings.orchestrator.teacher_rollout_model
     return source.model.name if source is not None else None

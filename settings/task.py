@@ -1,4 +1,6 @@
-"""`[task]` and `[eval]`: what the student is asked, how answers are scored, and how progress is measured."""
+"""`[task]` and `[eval]`: what the student is asked, how answers are scored, and how progress is
+measured.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +9,21 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from settings.base import CHANGEABLE, RUN, WORKER, Section, Unit
+from onstream.settings.base import CHANGEABLE, RUN, WORKER, Section, Unit
 
 
 class TaskSettings(Section):
     """The prompts and their scorer."""
 
     name: Annotated[str, RUN, Field(min_length=1)] = "reverse-text"
-    """`reverse-text`, `alphabet-sort`, `arithmetic`, `colour-words`, `reasoning-gym:<dataset>`, `jsonl`, or `hf:<path>` (a Hugging
-    Face dataset)."""
+    """`reverse-text`, `alphabet-sort`, `arithmetic`, `colour-words`, `reasoning-gym:<dataset>`,
+    `jsonl`, or `hf:<path>` (a Hugging Face dataset)."""
     path: Annotated[Path | None, WORKER] = None
     """The file of a `jsonl` task: one object a line, with `messages` (or `prompt`) and `answer`."""
     eval_path: Annotated[Path | None, WORKER] = None
-    """The held-out file of a `jsonl` task. Unset: the last `eval.samples` lines of `task.path`, which are then not trained on."""
+    """The held-out file of a `jsonl` task. Unset: the last `eval.samples` lines of `task.path`,
+    which are then not trained on.
+    """
     split: Annotated[str, RUN, Field(min_length=1)] = "train"
     """The split of a Hugging Face dataset."""
     prompt_field: Annotated[str, RUN, Field(min_length=1)] = "prompt"
@@ -27,21 +31,27 @@ class TaskSettings(Section):
     answer_field: Annotated[str, RUN, Field(min_length=1)] = "answer"
     """The column or key that holds the answer."""
     scorer: Annotated[str | None, RUN, Field(pattern=r"^(code|[\w.]+:[\w.]+)$")] = None
-    """An importable function `module:function(completion: str, info: dict) -> float | dict[str, float]` instead of the
-    task's own scorer; or `code`, which runs the completion's program against the problem's `tests` in a sandbox."""
+    """An importable function `module:function(completion: str, info: dict) -> float | dict[str,
+    float]` instead of the task's own scorer; or `code`, which runs the completion's program against
+    the problem's `tests` in a sandbox."""
     args: Annotated[dict[str, Any], RUN] = Field(default_factory=dict)
-    """Arguments of the task, such as `min_length` and `max_length` of `reverse-text`, or a reasoning-gym dataset's configuration."""
+    """Arguments of the task, such as `min_length` and `max_length` of `reverse-text`, or a
+    reasoning-gym dataset's configuration.
+    """
     system_prompt: Annotated[str | None, RUN] = None
     """A system message put before each prompt."""
 
 
 class EvalSettings(Section):
-    """Evaluation on held-out prompts, greedy: before and after the run, and in its course where asked for."""
+    """Evaluation on held-out prompts, greedy: before and after the run, and in its course where
+    asked for.
+    """
 
     samples: Annotated[int, RUN, Unit("prompts"), Field(ge=0, le=10**6)] = 256
     """Held-out prompts; 0 turns evaluation off. They never overlap with the prompts trained on."""
     interval: Annotated[int, CHANGEABLE, Unit("steps"), Field(ge=0, le=10**9)] = 0
     """Evaluate every so many steps too, beside the training, by a jobs worker; 0 does not."""
     swap_images: Annotated[bool, CHANGEABLE] = False
-    """Ask each held-out prompt a second time, with the images of another one that has another answer. `exact_swapped` is the share that is
-    still exact: near 0, or at chance, for a student that looks; as high as `exact` for one that does not. For tasks that show images."""
+    """Ask each held-out prompt a second time, with the images of another one that has another
+    answer. `exact_swapped` is the share that is still exact: near 0, or at chance, for a student
+    that looks; as high as `exact` for one that does not. For tasks that show images."""

@@ -1,12 +1,14 @@
-"""Settings as TOML text. Python reads TOML but does not write it; what settings need of it is small."""
+"""Settings as TOML text. Python reads TOML but does not write it; what settings need of it is
+small.
+"""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from settings.fields import HIDDEN, known
-from settings.root import Settings
+from onstream.settings.fields import HIDDEN, known
+from onstream.settings.root import Settings
 
 
 def toml_value(value: Any) -> str:
@@ -21,13 +23,24 @@ def toml_value(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(toml_value(item) for item in value)}]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_key(key)} = {toml_value(item)}" for key, item in value.items() if item is not None) + "}"
+        return (
+            "{"
+            + ", ".join(
+                f"{_key(key)} = {toml_value(item)}"
+                for key, item in value.items()
+                if item is not None
+            )
+            + "}"
+        )
     return repr(value) if isinstance(value, float) else json.dumps(value)
 
 
 def toml_text(settings: Settings) -> str:
     """All of `settings` as a TOML file that loads again. Secrets read `***`, which loads as unset."""
-    lines, section = ["# Resolved settings of the run. Secrets are hidden: give them again by the environment."], None
+    lines = [
+        "# Resolved settings of the run. Secrets are hidden: give them again by the environment."
+    ]
+    section = None
     for name, setting in known().items():
         value = setting.value(settings)
         if value is None:
@@ -48,4 +61,8 @@ def shown(value: Any) -> str:
 
 
 def _key(key: str) -> str:
-    return key if key and all(letter.isascii() and (letter.isalnum() or letter in "-_") for letter in key) else toml_value(key)
+    return (
+        key
+        if key and all(letter.isascii() and (letter.isalnum() or letter in "-_") for letter in key)
+        else toml_value(key)
+    )

@@ -1,4 +1,6 @@
-"""Words for a value that does not validate, and the nearest known name for a key that does not exist."""
+"""Words for a value that does not validate, and the nearest known name for a key that does not
+exist.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,9 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from settings.fields import HIDDEN, Setting, known, sections
-from settings.problem import Problem
-from settings.text import shown
+from onstream.settings.fields import HIDDEN, Setting, known, sections
+from onstream.settings.problem import Problem
+from onstream.settings.text import shown
 
 PREFIX = "ONSTREAM_"
 
@@ -28,9 +30,16 @@ def unknown_key(name: str, origin: str) -> Problem:
     near = nearest(name)
     if origin.upper().startswith(PREFIX):
         near = variable_of(near) if near else None
-        return Problem((name,), f"unknown setting: the environment variable {origin}", "the name of a setting", _advice(near))
+        return Problem(
+            (name,),
+            f"unknown setting: the environment variable {origin}",
+            "the name of a setting",
+            _advice(near),
+        )
     where = "" if origin.startswith("--set") else f" in {origin}"
-    return Problem((name,), f"unknown setting {name}{where}", "the name of a setting", _advice(near))
+    return Problem(
+        (name,), f"unknown setting {name}{where}", "the name of a setting", _advice(near)
+    )
 
 
 def unknown_variable(variable: str) -> Problem:
@@ -39,7 +48,9 @@ def unknown_variable(variable: str) -> Problem:
 
 
 def setting_of(variable: str) -> Setting | None:
-    """The setting that the environment variable `variable` gives the whole value of; None where there is none."""
+    """The setting that the environment variable `variable` gives the whole value of; None where
+    there is none.
+    """
     return known().get(variable[len(PREFIX) :].lower().replace("__", "."))
 
 
@@ -56,10 +67,19 @@ def field_problem(detail: Mapping[str, Any], origins: Mapping[str, str]) -> Prob
     if detail["type"] == "extra_forbidden":
         return unknown_key(name, origin)
     setting = known().get(name)
-    value = HIDDEN if setting and setting.secret else _value_text(detail["input"], spelled=origin.startswith(("--set", PREFIX)))
+    value = (
+        HIDDEN
+        if setting and setting.secret
+        else _value_text(detail["input"], spelled=origin.startswith(("--set", PREFIX)))
+    )
     item = "".join(f"[{part}]" for part in location if isinstance(part, int))
     got = f"{name}{item} = {value}{'' if origin.startswith('--set') else f' (from {origin})'}"
-    return Problem((name,), got, _expected(detail), f"It is: {setting.summary}" if setting else f"[{name}] is a table of settings.")
+    return Problem(
+        (name,),
+        got,
+        _expected(detail),
+        f"It is: {setting.summary}" if setting else f"[{name}] is a table of settings.",
+    )
 
 
 def _expected(detail: Mapping[str, Any]) -> str:

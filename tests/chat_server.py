@@ -1,4 +1,6 @@
-"""A real OpenAI-compatible chat server: `transformers serve` with a model directory, on a free port of this machine."""
+"""A real OpenAI-compatible chat server: `transformers serve` with a model directory, on a free port
+of this machine.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,33 @@ START_S = 120
 
 @contextmanager
 def chat_server(model: Path, directory: Path, *options: str) -> Iterator[str]:
-    """The base URL of a server of `model`, which it knows by that path; its log and an empty model cache lie in `directory`."""
+    """The base URL of a server of `model`, which it knows by that path; its log and an empty model
+    cache lie in `directory`.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     cache = directory / "hub"
     cache.mkdir()
-    command = [Path(sys.executable).with_name("transformers"), "serve", model, "--port", str(port), "--device", "cpu", *options]
-    environ = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with (directory / "serve.log").open("wb") as log, subprocess.Popen(command, env=environ, stdout=log, stderr=log) as server:
+    command = [
+        Path(sys.executable).with_name("transformers"),
+        "serve",
+        model,
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+        *options,
+    ]
+    environ = {
+        **os.environ,
+        "HF_HUB_CACHE": str(cache),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    with (
+        (directory / "serve.log").open("wb") as log,
+        subprocess.Popen(command, env=environ, stdout=log, stderr=log) as server,
+    ):
         try:
             _wait(f"http://localhost:{port}/health", server, directory / "serve.log")
             yield f"http://localhost:{port}/v1"
@@ -42,5 +63,7 @@ def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
         except httpx.TransportError:
             pass
         if server.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"the chat server is not up (exit {server.poll()}): {log.read_text()[-2000:]}")
+            raise RuntimeError(
+                f"the chat server is not up (exit {server.poll()}): {log.read_text()[-2000:]}"
+            )
         time.sleep(0.1)

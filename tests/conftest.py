@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,20 +12,29 @@ import hypothesis
 import pytest
 import structlog
 
-from pipeline.streams import Bus
-from workers.launcher.embedded_redis import EmbeddedRedis
+from onstream.pipeline.redis.streams import Bus
+from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 
-# The same examples every time, since a test that fails one time in many is of no use to whoever happens to run it.
+# Workers that a test starts find the test's own modules: they search no working directory.
+ROOT = str(Path(__file__).parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
+
+# The same examples every time, since a test that fails one time in many is of no use to whoever
+# happens to run it.
 hypothesis.settings.register_profile("onstream", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("onstream")
 
 
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
-    """A worker's process configures its log once and for all; a test must not leave its own, closed by then, to the next one."""
-    handlers, level = logging.root.handlers[:], logging.root.level
+    """A worker's process configures its log once and for all; a test must not leave its own, closed
+    by then, to the next one.
+    """
+    handlers = logging.root.handlers[:]
+    level = logging.root.level
     yield
-    logging.root.handlers[:], logging.root.level = handlers, level
+    logging.root.handlers[:] = handlers
+    logging.root.level = level
     logging.captureWarnings(False)
     structlog.reset_defaults()
 

@@ -1,7 +1,9 @@
-"""A proxy in front of a real Redis that lets a test strike at one chosen call: before it, between its work and its reply, or after.
+"""A proxy in front of a real Redis that lets a test strike at one chosen call: before it, between
+its work and its reply, or after.
 
-It speaks RESP2 as `pipeline.connection` does, one request at a time on each connection, so that it knows which call passes. The
-product knows nothing of it: a worker is given the proxy's address instead of the server's.
+It speaks RESP2 as `onstream.pipeline.redis.connection` does, one request at a time on each
+connection, so that it knows which call passes. The product knows nothing of it: a worker is given
+the proxy's address instead of the server's.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from pipeline import scripts
+from onstream.pipeline.redis import scripts
 
 Moment = Literal["before", "between", "after"]
 MOMENTS: tuple[Moment, ...] = ("before", "between", "after")
-SCRIPTS = {value.sha: name for name, value in vars(scripts).items() if isinstance(value, scripts.Script)}
+SCRIPTS = {
+    value.sha: name for name, value in vars(scripts).items() if isinstance(value, scripts.Script)
+}
 
 
 class Cut(Exception):
@@ -30,7 +34,9 @@ class Cut(Exception):
 
 @dataclass
 class Trap:
-    """Strikes once, at the first `call` that comes while `when` holds. `blow` runs in the proxy, which waits for it."""
+    """Strikes once, at the first `call` that comes while `when` holds. `blow` runs in the proxy,
+    which waits for it.
+    """
 
     call: str
     moment: Moment
@@ -41,7 +47,12 @@ class Trap:
 
     def catches(self, call: str) -> bool:
         """Whether `call` is the one to strike at; true once."""
-        return self.call == call and not self.sprung.is_set() and self.when() and self._taken.acquire(blocking=False)
+        return (
+            self.call == call
+            and not self.sprung.is_set()
+            and self.when()
+            and self._taken.acquire(blocking=False)
+        )
 
     def strike(self) -> None:
         """Strike now."""
@@ -50,11 +61,15 @@ class Trap:
 
 
 class FaultProxy:
-    """Listens at `url`, and passes everything on to the server at `upstream` (a unix socket). `calls` are those that have passed."""
+    """Listens at `url`, and passes everything on to the server at `upstream` (a unix socket).
+    `calls` are those that have passed.
+    """
 
     def __init__(self, upstream: str) -> None:
         self._upstream = upstream.removeprefix("unix://")
-        self._directory = Path(tempfile.mkdtemp(prefix="fault-"))  # short: a socket's path may have 107 bytes
+        self._directory = Path(
+            tempfile.mkdtemp(prefix="fault-")
+        )  # short: a socket's path may have 107 bytes
         self.url = f"unix://{self._directory / 's'}"
         self.trap: Trap | None = None
         self.calls: set[str] = set()
@@ -83,14 +98,22 @@ class FaultProxy:
     def _serve(self, client: socket.socket) -> None:
         server = socket.socket(socket.AF_UNIX)
         self._open |= {client, server}
-        with contextlib.suppress(OSError, Cut), client, server, client.makefile("rb") as requests, server.makefile("rb") as replies:
+        with (
+            contextlib.suppress(OSError, Cut),
+            client,
+            server,
+            client.makefile("rb") as requests,
+            server.makefile("rb") as replies,
+        ):
             server.connect(self._upstream)
             while request := read_message(requests):
                 raw, arguments = request
                 self._pass(client, server, replies, raw, call_of(arguments))
         self._open -= {client, server}
 
-    def _pass(self, client: socket.socket, server: socket.socket, replies: BinaryIO, raw: bytes, call: str) -> None:
+    def _pass(
+        self, client: socket.socket, server: socket.socket, replies: BinaryIO, raw: bytes, call: str
+    ) -> None:
         trap = self.trap if self.trap is not None and self.trap.catches(call) else None
         for moment in MOMENTS:
             if trap and trap.moment == moment:
@@ -110,7 +133,8 @@ def read_message(file: BinaryIO) -> tuple[bytes, Any] | None:
     line = file.readline()
     if not line:
         return None
-    kind, rest = line[:1], line[1:-2]
+    kind = line[:1]
+    rest = line[1:-2]
     if kind == b"$" and int(rest) >= 0:
         body = file.read(int(rest) + 2)
         return line + body, body[:-2]
@@ -129,11 +153,14 @@ def _parts(file: BinaryIO, count: int) -> Iterator[tuple[bytes, Any]]:
 
 
 def call_of(arguments: list[bytes]) -> str:
-    """A request by name: `HOP`, `XREADGROUP`; those that serve several ends by key or kind as well, `SET_KEY finished`."""
+    """A request by name: `HOP`, `XREADGROUP`; those that serve several ends by key or kind as well,
+    `SET_KEY finished`.
+    """
     name = arguments[0].decode().upper()
     if name in ("EVALSHA", "EVAL"):
         sha = arguments[1].decode() if name == "EVALSHA" else hashlib.sha1(arguments[1]).hexdigest()
-        name, keys = SCRIPTS[sha], arguments[3 : 3 + int(arguments[2])]
+        name = SCRIPTS[sha]
+        keys = arguments[3 : 3 + int(arguments[2])]
         return f"{name} {_short(keys[-1])}" if name in ("SET_KEY", "CLEAR_KEY") else name
     if name == "CLIENT":
         return f"CLIENT {arguments[1].decode().upper()}"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pipeline.loop import run_worker
-from pipeline.stage import Delivery, Outcome
-from pipeline.streams import Bus
-from settings.root import Settings
-from settings.run import DeliverySettings
+from onstream.pipeline.loop import run_worker
+from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.stage import Delivery, Outcome
+from onstream.settings.root import Settings
+from onstream.settings.run import DeliverySettings
+from onstream.workers.trainer.stage import Trainer
+from onstream.workers.verifier.stage import Verifier
 from tests.pipeline.stages import Passing
-from workers.trainer.stage import Trainer
-from workers.verifier.stage import Verifier
 
 LEASE_S = 0.5
 PATIENCE_S = 20.0
@@ -31,18 +31,26 @@ def work(name: str, url: str, run: str, keeps: bool) -> None:
     """The body of a worker of the stage `generate`, which passes records on, or keeps them."""
     bus = Bus.connect(url, run, consumer=name, block_s=BLOCK_S, connect_timeout_s=PATIENCE_S)
     delivery = DeliverySettings(lease=LEASE_S, max_deliveries=100, drain=0)
-    sys.exit(run_worker(Keeping("generate") if keeps else Passing("generate"), bus, delivery, block_s=BLOCK_S))
+    sys.exit(
+        run_worker(
+            Keeping("generate") if keeps else Passing("generate"), bus, delivery, block_s=BLOCK_S
+        )
+    )
 
 
 def train(name: str, url: str, settings: str) -> None:
     """The body of a trainer."""
     parsed = Settings.model_validate_json(settings)
-    bus = Bus.connect(url, parsed.run.name, consumer=name, block_s=BLOCK_S, connect_timeout_s=PATIENCE_S)
+    bus = Bus.connect(
+        url, parsed.run.name, consumer=name, block_s=BLOCK_S, connect_timeout_s=PATIENCE_S
+    )
     sys.exit(run_worker(Trainer(parsed, bus), bus, parsed.delivery, block_s=BLOCK_S))
 
 
 def verify(name: str, url: str, settings: str) -> None:
     """The body of a verifier."""
     parsed = Settings.model_validate_json(settings)
-    bus = Bus.connect(url, parsed.run.name, consumer=name, block_s=BLOCK_S, connect_timeout_s=PATIENCE_S)
+    bus = Bus.connect(
+        url, parsed.run.name, consumer=name, block_s=BLOCK_S, connect_timeout_s=PATIENCE_S
+    )
     sys.exit(run_worker(Verifier(parsed, bus), bus, parsed.delivery, block_s=BLOCK_S))

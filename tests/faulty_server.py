@@ -1,4 +1,5 @@
-"""A real HTTP server on this machine with hand-written faults, for what no real model server gives on demand.
+"""A real HTTP server on this machine with hand-written faults, for what no real model server gives
+on demand.
 
 What works is tested on real servers, in tests/vllm and tests/modes.
 """
@@ -24,7 +25,9 @@ Body = dict[str, Any]
 
 @dataclass
 class Answer:
-    """A reply. `cut` breaks the connection in its middle; `drip_s` sends it slowly, a byte at a time."""
+    """A reply. `cut` breaks the connection in its middle; `drip_s` sends it slowly, a byte at a
+    time.
+    """
 
     status: int = 200
     body: Any = field(default_factory=dict)
@@ -50,7 +53,11 @@ NOT_FOUND = Answer(404, {"detail": "Not Found"})
 
 def status(code: int, words: str = "out of order", *, retry_after: str | None = None) -> Fault:
     """Replies with `code`."""
-    answer = Answer(code, {"error": {"message": words}}, {} if retry_after is None else {"Retry-After": retry_after})
+    answer = Answer(
+        code,
+        {"error": {"message": words}},
+        {} if retry_after is None else {"Retry-After": retry_after},
+    )
     return lambda asked, right: answer
 
 
@@ -65,16 +72,25 @@ def drip(asked: Asked, right: Answer) -> Answer:
 
 
 class FaultyServer:
-    """Answers every POST by `answer`, which may be replaced at any time, and `GET /v1/models` with `models`.
+    """Answers every POST by `answer`, which may be replaced at any time, and `GET /v1/models` with
+    `models`.
 
-    `faults` answer one POST each in its stead, in order; `forever` answers all of them. With a `key`, nobody else is let
-    in. It keeps its port over a stop.
+    `faults` answer one POST each in its stead, in order; `forever` answers all of them. With a
+    `key`, nobody else is let in. It keeps its port over a stop.
     """
 
     def __init__(
-        self, answer: Callable[[Body], Answer], models: Sequence[str] = ("teacher",), *, key: str | None = None, port: int = 0
+        self,
+        answer: Callable[[Body], Answer],
+        models: Sequence[str] = ("teacher",),
+        *,
+        key: str | None = None,
+        port: int = 0,
     ) -> None:
-        self.answer, self.models, self.key, self.port = answer, models, key, port
+        self.answer = answer
+        self.models = models
+        self.key = key
+        self.port = port
         self.faults: deque[Fault] = deque()
         self.forever: Fault | None = None
         self.asked: list[Asked] = []
@@ -96,10 +112,14 @@ class FaultyServer:
     def start(self) -> FaultyServer:
         """Listen; at the same port as before, after a stop."""
         self.stopped.clear()
-        self._http = ThreadingHTTPServer(("127.0.0.1", self.port), type("Handler", (_Handler,), {"owner": self}))
+        self._http = ThreadingHTTPServer(
+            ("127.0.0.1", self.port), type("Handler", (_Handler,), {"owner": self})
+        )
         self._http.daemon_threads = True
         self.port = self._http.server_address[1]
-        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        self._thread = threading.Thread(
+            target=self._http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        )
         self._thread.start()
         return self
 
@@ -131,7 +151,11 @@ class FaultyServer:
 
     def listing(self, path: str) -> Answer:
         """The reply to a GET."""
-        return Answer(body={"object": "list", "data": [{"id": name} for name in self.models]}) if path == "/v1/models" else NOT_FOUND
+        return (
+            Answer(body={"object": "list", "data": [{"id": name} for name in self.models]})
+            if path == "/v1/models"
+            else NOT_FOUND
+        )
 
     def posted(self, asked: Asked) -> Answer:
         """The reply to a POST."""
@@ -172,7 +196,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(json.loads(data))
 
     def _reply(self, body: Body | None) -> None:
-        answer = self.owner.reply(Asked(self.path, httpx.Headers(dict(self.headers)), body, time.monotonic()))
+        answer = self.owner.reply(
+            Asked(self.path, httpx.Headers(dict(self.headers)), body, time.monotonic())
+        )
         data = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
         self.send_response(answer.status)
         for name, value in {"Content-Length": str(len(data)), **answer.headers}.items():
@@ -198,7 +224,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(answer: Callable[[Body], Answer], models: Sequence[str] = ("teacher",), port: int = 0) -> Iterator[tuple[FaultyServer, str]]:
+def serving(
+    answer: Callable[[Body], Answer], models: Sequence[str] = ("teacher",), port: int = 0
+) -> Iterator[tuple[FaultyServer, str]]:
     """A `FaultyServer` and its base URL, on a free port unless one is given."""
     server = FaultyServer(answer, models, port=port).start()
     try:

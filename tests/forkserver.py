@@ -1,4 +1,6 @@
-"""One fork server for all tests that start worker processes: whatever they need is imported once, and a fork takes milliseconds."""
+"""One fork server for all tests that start worker processes: whatever they need is imported once,
+and a fork takes milliseconds.
+"""
 
 from __future__ import annotations
 

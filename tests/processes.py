@@ -10,7 +10,9 @@ PATIENCE_S = 30.0
 
 
 def living(launcher: int, words: str) -> list[psutil.Process]:
-    """The children of `launcher` whose command line has `words`; one that has died and waits to be reaped has none."""
+    """The children of `launcher` whose command line has `words`; one that has died and waits to be
+    reaped has none.
+    """
     found = []
     for child in psutil.Process(launcher).children():
         try:

@@ -11,7 +11,7 @@ from typing import Self
 
 from redis import Redis
 
-from workers.launcher.embedded_redis import find_server
+from onstream.workers.launcher.embedded_redis import find_server
 
 
 class Server:
@@ -19,9 +19,28 @@ class Server:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir()
-        self.socket, self.port = directory / "s.sock", free_port()
-        listens = ["--port", str(self.port), "--bind", "127.0.0.1", "--unixsocket", str(self.socket), "--dir", str(directory)]
-        command = [str(find_server(None)), *listens, "--save", "", "--maxmemory-policy", "noeviction", "--repl-diskless-sync-delay", "0"]
+        self.socket = directory / "s.sock"
+        self.port = free_port()
+        listens = [
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--unixsocket",
+            str(self.socket),
+            "--dir",
+            str(directory),
+        ]
+        command = [
+            str(find_server(None)),
+            *listens,
+            "--save",
+            "",
+            "--maxmemory-policy",
+            "noeviction",
+            "--repl-diskless-sync-delay",
+            "0",
+        ]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         self.client = Redis(unix_socket_path=str(self.socket), socket_timeout=5)
         while not self.socket.exists():
@@ -37,7 +56,8 @@ class Pair:
     """A server and its replica. `url` means the server until `fail_over`, and then the replica."""
 
     def __init__(self, directory: Path) -> None:
-        self.main, self.replica = Server(directory / "main"), Server(directory / "replica")
+        self.main = Server(directory / "main")
+        self.replica = Server(directory / "replica")
         self._address = directory / "address.sock"
         self._address.symlink_to(self.main.socket)
         self.url = f"unix://{self._address}"
@@ -56,7 +76,9 @@ class Pair:
         self._point_to(self.replica)
 
     def swap(self) -> None:
-        """The two change places, both alive; who is connected to the server is connected to a replica now, which takes no writes."""
+        """The two change places, both alive; who is connected to the server is connected to a
+        replica now, which takes no writes.
+        """
         self.cut_off_replica()
         self.main.client.execute_command("REPLICAOF", "127.0.0.1", self.replica.port)
         self._point_to(self.replica)
@@ -68,7 +90,12 @@ class Pair:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for server in (self.main, self.replica):
             server.kill()
 

@@ -1,4 +1,5 @@
-"""A teacher for the faulty server: it speaks all four protocols over a language model that is a table.
+"""A teacher for the faulty server: it speaks all four protocols over a language model that is a
+table.
 
 The logprob of a token depends on the one before it.
 """
@@ -12,11 +13,17 @@ from typing import Any
 
 import numpy as np
 
+from onstream.workers.tiny_models.character_tokenizer import VOCABULARY_SIZE, character_tokenizer
 from tests.faulty_server import NOT_FOUND, Answer, Asked, Body, FaultyServer
-from workers.models.tokenizer import VOCABULARY_SIZE, character_tokenizer
 
-ALL_ROUTES = frozenset({"vllm-generate", "vllm-completions", "echo", "sglang", "tokenize", "models"})
-_PROTOCOLS = {"/inference/v1/generate": {"vllm-generate"}, "/v1/completions": {"vllm-completions", "echo"}, "/generate": {"sglang"}}
+ALL_ROUTES = frozenset(
+    {"vllm-generate", "vllm-completions", "echo", "sglang", "tokenize", "models"}
+)
+_PROTOCOLS = {
+    "/inference/v1/generate": {"vllm-generate"},
+    "/v1/completions": {"vllm-completions", "echo"},
+    "/generate": {"sglang"},
+}
 
 
 class TableTeacher(FaultyServer):
@@ -37,17 +44,26 @@ class TableTeacher(FaultyServer):
         port: int = 0,
     ) -> None:
         super().__init__(lambda body: NOT_FOUND, models, key=key, port=port)
-        self.routes, self.max_model_len, self.max_top_k, self.named_ids, self.noise = routes, max_model_len, max_top_k, named_ids, noise
+        self.routes = routes
+        self.max_model_len = max_model_len
+        self.max_top_k = max_top_k
+        self.named_ids = named_ids
+        self.noise = noise
         self.tokenizer = tokenizer or character_tokenizer()
         self.delay_s = 0.0
         logits = np.random.default_rng(seed).normal(0, 2, (VOCABULARY_SIZE, VOCABULARY_SIZE))
         self.logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))  # [before, token]
-        self.scored: list[list[int]] = []  # the ids of each scoring request that was answered rightly
+        self.scored: list[
+            list[int]
+        ] = []  # the ids of each scoring request that was answered rightly
 
     def expected(self, prompt: Sequence[int], completion: Sequence[int]) -> np.ndarray:
         """The logprobs that the completion should be scored with."""
         ids = [*prompt, *completion]
-        return np.array([self.logprobs[ids[at - 1], ids[at]] for at in range(len(prompt), len(ids))], dtype=np.float32)
+        return np.array(
+            [self.logprobs[ids[at - 1], ids[at]] for at in range(len(prompt), len(ids))],
+            dtype=np.float32,
+        )
 
     def listing(self, path: str) -> Answer:
         """The models, with their context where the server tells of it."""
@@ -81,7 +97,9 @@ class TableTeacher(FaultyServer):
         if path == "/detokenize":
             return Answer(body={"prompt": self.tokenizer.decode(body["tokens"])})
         if messages := body.get("messages"):
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            ids = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False
+            )
         else:
             ids = self.tokenizer.encode(body["prompt"], add_special_tokens=False)
         return Answer(body={"tokens": ids, "count": len(ids), "max_model_len": self.max_model_len})
@@ -91,48 +109,107 @@ class TableTeacher(FaultyServer):
         if path == "/generate":
             return self._sglang(asked)
         sampling = asked.get("sampling_params", asked)
-        ids, echo = asked.get("token_ids", asked.get("prompt")), bool(asked.get("echo"))
+        ids = asked.get("token_ids", asked.get("prompt"))
+        echo = bool(asked.get("echo"))
         k = sampling.get("logprobs", 0) if echo else sampling.get("prompt_logprobs")
         positions = None if k is None else self._positions(ids, k)
         if path == "/inference/v1/generate":
             return {"prompt_logprobs": positions}
         if echo:
-            return {"choices": [{"logprobs": self._echoed(ids, positions or [], named=bool(asked.get("return_tokens_as_token_ids")))}]}
-        return {"choices": [{"prompt_logprobs": positions if "vllm-completions" in self.routes else None}]}
+            return {
+                "choices": [
+                    {
+                        "logprobs": self._echoed(
+                            ids,
+                            positions or [],
+                            named=bool(asked.get("return_tokens_as_token_ids")),
+                        )
+                    }
+                ]
+            }
+        return {
+            "choices": [
+                {"prompt_logprobs": positions if "vllm-completions" in self.routes else None}
+            ]
+        }
 
     def _positions(self, ids: list[int], k: int) -> list[dict[str, Any] | None]:
-        """As vLLM has them: the actual token first, then the k likeliest, so that a look-up by position goes wrong."""
+        """As vLLM has them: the actual token first, then the k likeliest, so that a look-up by
+        position goes wrong.
+        """
         self._check(ids, k)
         positions: list[dict[str, Any] | None] = [None]
         for before, token in pairwise(ids):
-            row = self.logprobs[before] + (np.random.default_rng().normal(0, self.noise) if self.noise else 0)
+            row = self.logprobs[before] + (
+                np.random.default_rng().normal(0, self.noise) if self.noise else 0
+            )
             chosen = [*np.argsort(row)[: -k - 1 : -1], token][::-1]
-            positions.append({str(t): {"logprob": float(row[t]), "decoded_token": self.tokenizer.decode([int(t)])} for t in chosen})
+            positions.append(
+                {
+                    str(t): {
+                        "logprob": float(row[t]),
+                        "decoded_token": self.tokenizer.decode([int(t)]),
+                    }
+                    for t in chosen
+                }
+            )
         return positions
 
     def _check(self, ids: list[int], k: int) -> None:
         if k > self.max_top_k:
-            raise ValueError(f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.max_top_k}")
+            raise ValueError(
+                f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.max_top_k}"
+            )
         if len(ids) + 1 > self.max_model_len:
-            raise ValueError(f"The prompt (length {len(ids)}) is longer than the maximum model length of {self.max_model_len}")
+            raise ValueError(
+                f"The prompt (length {len(ids)}) is longer than the maximum model length of {self.max_model_len}"
+            )
 
-    def _echoed(self, ids: list[int], positions: list[dict[str, Any] | None], *, named: bool) -> dict[str, Any]:
+    def _echoed(
+        self, ids: list[int], positions: list[dict[str, Any] | None], *, named: bool
+    ) -> dict[str, Any]:
         def word(token: int | str) -> str:
-            return f"token_id:{token}" if named and self.named_ids else str(self.tokenizer.decode([int(token)]))
+            return (
+                f"token_id:{token}"
+                if named and self.named_ids
+                else str(self.tokenizer.decode([int(token)]))
+            )
 
         return {
             "tokens": [word(token) for token in ids],
-            "token_logprobs": [p and p[str(token)]["logprob"] for token, p in zip(ids, positions, strict=True)],
-            "top_logprobs": [p and {word(token): entry["logprob"] for token, entry in p.items()} for p in positions],
+            "token_logprobs": [
+                p and p[str(token)]["logprob"] for token, p in zip(ids, positions, strict=True)
+            ],
+            "top_logprobs": [
+                p and {word(token): entry["logprob"] for token, entry in p.items()}
+                for p in positions
+            ],
         }
 
     def _sglang(self, asked: dict[str, Any]) -> dict[str, Any]:
-        ids, k, start = asked["input_ids"], asked["top_logprobs_num"], asked["logprob_start_len"]
+        ids = asked["input_ids"]
+        k = asked["top_logprobs_num"]
+        start = asked["logprob_start_len"]
         positions = self._positions(ids, k)
-        tops = [p and [[e["logprob"], int(t), e["decoded_token"]] for t, e in list(p.items())[-k:]] for p in positions] if k else None
-        tokens = [[p and p[str(t)]["logprob"], t, self.tokenizer.decode([t])] for t, p in zip(ids, positions, strict=True)]
+        tops = (
+            [
+                p and [[e["logprob"], int(t), e["decoded_token"]] for t, e in list(p.items())[-k:]]
+                for p in positions
+            ]
+            if k
+            else None
+        )
+        tokens = [
+            [p and p[str(t)]["logprob"], t, self.tokenizer.decode([t])]
+            for t, p in zip(ids, positions, strict=True)
+        ]
         tokens[start][0] = None  # it pads the first one that it lists
-        return {"meta_info": {"input_token_logprobs": tokens[start:], "input_top_logprobs": tops and tops[start:]}}
+        return {
+            "meta_info": {
+                "input_token_logprobs": tokens[start:],
+                "input_top_logprobs": tops and tops[start:],
+            }
+        }
 
 
 def wrong_ids(asked: Asked, right: Answer) -> Answer:

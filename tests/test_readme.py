@@ -1,4 +1,6 @@
-"""The README names nothing that is not there, and every settings file that ships is one that `onstream check` takes."""
+"""The README names nothing that is not there, and every settings file that ships is one that
+`onstream check` takes.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,15 @@ from pathlib import Path
 import click
 import pytest
 
-from settings.load import load_settings
-from workers.cli import cli
+from onstream.settings.load import load_settings
+from onstream.workers.commands.cli import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
-SETTINGS_FILES = [path for folder in ("examples", "configs") for path in sorted((ROOT / folder).rglob("*.toml"))]
+SETTINGS_FILES = [
+    path for folder in ("examples", "configs") for path in sorted((ROOT / folder).rglob("*.toml"))
+]
 
 
 def test_every_link_of_the_readme_leads_to_a_file() -> None:
@@ -44,6 +48,8 @@ def test_every_command_of_the_readme_and_the_docs_exists() -> None:
 
 
 @pytest.mark.parametrize("file", SETTINGS_FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_shipped_settings_file_has_no_problems(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shipped_settings_file_has_no_problems(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     load_settings([file])

@@ -1,4 +1,6 @@
-"""One short run of the shipped example, whole: real workers, a real Redis, kills in its middle, and the audit afterwards."""
+"""One short run of the shipped example, whole: real workers, a real Redis, kills in its middle, and
+the audit afterwards.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,26 @@ class Run:
     """`onstream up` on the example, cut short, in a directory of its own."""
 
     def __init__(self, directory: Path) -> None:
-        given = [f"run.dir={directory}", f"trainer.max_steps={STEPS}", "checkpoint.interval=10", "delivery.lease=2"]
-        command = [sys.executable, "-m", "workers.cli", "up", "examples/reverse-text/onstream.toml"]
+        given = [
+            f"run.dir={directory}",
+            f"trainer.max_steps={STEPS}",
+            "checkpoint.interval=10",
+            "delivery.lease=2",
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "onstream",
+            "up",
+            "examples/reverse-text/onstream.toml",
+        ]
         command += [word for value in given for word in ("--set", value)]
         self.directory = directory / "reverse-text"
         self.output = directory / "output"
         with self.output.open("w") as output:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+            )
 
     @property
     def step(self) -> int:
@@ -50,7 +65,12 @@ class Run:
         return report
 
     def audit(self) -> dict[str, Any]:
-        done = subprocess.run([sys.executable, "-m", "workers.cli", "audit", str(self.directory)], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "onstream", "audit", str(self.directory)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         found: dict[str, Any] = json.loads(done.stdout)
         return found
@@ -67,11 +87,14 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_the_student_learns_though_a_generator_a_verifier_and_the_teacher_are_killed_and_nothing_is_lost(run: Run) -> None:
+def test_the_student_learns_though_a_generator_a_verifier_and_the_teacher_are_killed_and_nothing_is_lost(
+    run: Run,
+) -> None:
     for step, kind in ((3, "generator"), (6, "verifier"), (9, "teacher")):
         run.wait_for_step(step)
         run.kill(kind)
-    report, found = run.report(), run.audit()
+    report = run.report()
+    found = run.audit()
     assert report["steps"] == STEPS
     assert report["eval"]["after"] > report["eval"]["before"] + 0.1
     assert report["teacher_kl"]["last"] < report["teacher_kl"]["first"] / 2

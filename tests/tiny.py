@@ -8,18 +8,31 @@ from typing import Literal
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from pipeline.models.packing import Ids
+from onstream.pipeline.models.packing import Ids
 
 Family = Literal["qwen3", "llama"]
 VOCABULARY = 48
 
-torch.set_num_threads(1)  # for matrices this small a second thread only waits, on a busy machine for seconds
+torch.set_num_threads(
+    1
+)  # for matrices this small a second thread only waits, on a busy machine for seconds
 
 
-def tiny_model(family: Family = "qwen3", *, seed: int = 0, spread: float = 0.3, **config: object) -> PreTrainedModel:
-    """A float32 model with grouped-query attention; `spread` is wide enough that attention matters to its logprobs."""
+def tiny_model(
+    family: Family = "qwen3", *, seed: int = 0, spread: float = 0.3, **config: object
+) -> PreTrainedModel:
+    """A float32 model with grouped-query attention; `spread` is wide enough that attention matters
+    to its logprobs.
+    """
     shape = dict(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -38,17 +51,33 @@ def tiny_model(family: Family = "qwen3", *, seed: int = 0, spread: float = 0.3, 
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(Qwen3Config(**shape)) if family == "qwen3" else LlamaForCausalLM(LlamaConfig(**shape))
+        model = (
+            Qwen3ForCausalLM(Qwen3Config(**shape))
+            if family == "qwen3"
+            else LlamaForCausalLM(LlamaConfig(**shape))
+        )
     return model.eval()
 
 
 def tiny_tokenizer(
-    *, chat_template: str | None = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    *,
+    chat_template: str | None = "{% for message in messages %}{{ message['content'] }}{% endfor %}",
 ) -> PreTrainedTokenizerFast:
     """One entry a letter or sign, and `<eos>`."""
-    entries = ["<unk>", "<eos>", *(chr(code) for code in range(ord("A"), ord("A") + VOCABULARY - 2))]
-    tokenizer = Tokenizer(models.WordLevel({entry: number for number, entry in enumerate(entries)}, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", chat_template=chat_template)
+    entries = [
+        "<unk>",
+        "<eos>",
+        *(chr(code) for code in range(ord("A"), ord("A") + VOCABULARY - 2)),
+    ]
+    tokenizer = Tokenizer(
+        models.WordLevel({entry: number for number, entry in enumerate(entries)}, unk_token="<unk>")
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        eos_token="<eos>",
+        chat_template=chat_template,
+    )
 
 
 def write_tiny(directory: Path, family: Family = "qwen3", *, seed: int = 0) -> Path:
@@ -59,13 +88,24 @@ def write_tiny(directory: Path, family: Family = "qwen3", *, seed: int = 0) -> P
 
 
 def sequences(
-    groups: int, group_size: int, *, prompt: tuple[int, int] = (4, 9), completion: tuple[int, int] = (1, 7), seed: int = 0
+    groups: int,
+    group_size: int,
+    *,
+    prompt: tuple[int, int] = (4, 9),
+    completion: tuple[int, int] = (1, 7),
+    seed: int = 0,
 ) -> tuple[list[Ids], list[Ids]]:
-    """Random prompts, each repeated for its group, and completions; lengths within the bounds, both included."""
+    """Random prompts, each repeated for its group, and completions; lengths within the bounds, both
+    included.
+    """
     random = np.random.default_rng(seed)
-    prompts, completions = [], []
+    prompts = []
+    completions = []
     for _ in range(groups):
         ids = random.integers(0, VOCABULARY, random.integers(prompt[0], prompt[1] + 1))
         prompts += [ids] * group_size
-        completions += [random.integers(0, VOCABULARY, random.integers(completion[0], completion[1] + 1)) for _ in range(group_size)]
+        completions += [
+            random.integers(0, VOCABULARY, random.integers(completion[0], completion[1] + 1))
+            for _ in range(group_size)
+        ]
     return prompts, completions

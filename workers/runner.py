@@ -1,4 +1,6 @@
-"""One worker process from its settings to its exit code: Redis, the run's plan, the stage, the loop."""
+"""One worker process from its settings to its exit code: Redis, the run's plan, the stage, the
+loop.
+"""
 
 from __future__ import annotations
 
@@ -12,40 +14,45 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from pipeline import telemetry
-from pipeline.errors import Exit, UserError
-from pipeline.stage import Stage, Stats
-from pipeline.streams import Bus
-from settings.deployment import STAGE_OF, WorkerKind
-from settings.devices import device_of
-from settings.engines import student_engine
-from settings.gpus import memory_share
-from settings.plan import Plan, make_plan, refuse_differences
-from settings.root import Settings
-from workers.access import connect, redis_url
+from onstream.pipeline import telemetry
+from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.redis.access import connect, redis_url
+from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.stage import Stage, Stats
+from onstream.settings.deployment import STAGE_OF, WorkerKind
+from onstream.settings.devices import device_of
+from onstream.settings.engines import student_engine
+from onstream.settings.gpus import memory_share
+from onstream.settings.plan import Plan, make_plan, refuse_differences
+from onstream.settings.root import Settings
 
 STAGE_CLASSES: dict[WorkerKind, str] = {
-    "generator": "workers.generator.stage:Generator",
-    "verifier": "workers.verifier.stage:Verifier",
-    "teacher": "workers.teacher.stage:Teacher",
-    "teacher-external": "workers.teacher.external:ExternalTeacher",
-    "trainer": "workers.trainer.stage:Trainer",
+    "generator": "onstream.workers.generator.stage:Generator",
+    "verifier": "onstream.workers.verifier.stage:Verifier",
+    "teacher": "onstream.workers.teacher.stage:Teacher",
+    "teacher-external": "onstream.workers.teacher.external:ExternalTeacher",
+    "trainer": "onstream.workers.trainer.stage:Trainer",
 }
 COMPUTING: tuple[WorkerKind, ...] = ("generator", "teacher", "trainer")
 """The kinds that import torch."""
-CHAT_GENERATOR = "workers.generator.chat:ChatGenerator"
+CHAT_GENERATOR = "onstream.workers.generator.chat_stage:ChatGenerator"
 REMINDER_S = 10.0
 log = telemetry.get_logger()
 
 
-def run_kind(kind: WorkerKind, settings: Settings, slot: str | None = None, *, optional: bool = False) -> Exit:
-    """Run one worker of `kind` until the run is finished or the worker is told to stop; an `optional` one leaves where it has no place.
+def run_kind(
+    kind: WorkerKind, settings: Settings, slot: str | None = None, *, optional: bool = False
+) -> Exit:
+    """Run one worker of `kind` until the run is finished or the worker is told to stop; an
+    `optional` one leaves where it has no place.
 
-    Its name among the run's consumers holds its process id, or its `slot`: then what it held when it died waits for no
-    lease, because its successor has the same name. No two living workers of a machine may take one slot.
+    Its name among the run's consumers holds its process id, or its `slot`: then what it held when
+    it died waits for no lease, because its successor has the same name. No two living workers of a
+    machine may take one slot.
 
     Raises:
-        UserError: Redis cannot be used, the run's plan forbids this worker, or the worker cannot work with these settings.
+        UserError: Redis cannot be used, the run's plan forbids this worker, or the worker cannot
+            work with these settings.
     """
     worker = f"{kind}-{socket.gethostname()}-{slot or os.getpid()}"
     telemetry.configure(STAGE_OF.get(kind, kind), worker, settings.run.name, settings.log)
@@ -53,19 +60,25 @@ def run_kind(kind: WorkerKind, settings: Settings, slot: str | None = None, *, o
     _limit_threads(settings)
     with contextlib.closing(connect(settings, redis_url(settings), consumer=worker)) as bus:
         if kind == "jobs":
-            from workers.jobs.worker import run_jobs
+            from onstream.workers.jobs.worker import run_jobs
 
             return run_jobs(settings, bus, redis_url(settings))
         if kind != "trainer" and not _admitted(kind, settings, bus, optional=optional):
             return Exit.OK
-        from pipeline.loop import run_worker
+        from onstream.pipeline.loop import run_worker
 
         _limit_gpu_memory(kind, settings)
-        return run_worker(stage_class(class_path(kind, settings))(settings, bus), bus, settings.delivery, block_s=settings.redis.block)
+        return run_worker(
+            stage_class(class_path(kind, settings))(settings, bus),
+            bus,
+            settings.delivery,
+            block_s=settings.redis.block,
+        )
 
 
 def _refuse_without_torch(kind: WorkerKind) -> None:
-    """Tell in words, and not by an import's traceback, that this installation is one for the other kinds.
+    """Tell in words, and not by an import's traceback, that this installation is one for the other
+    kinds.
 
     Raises:
         UserError: `kind` computes with models, and torch is not installed.
@@ -79,7 +92,9 @@ def _refuse_without_torch(kind: WorkerKind) -> None:
 
 
 def class_path(kind: WorkerKind, settings: Settings) -> str:
-    """`module:class` of what does the work of `kind`; in hard distillation a generator asks an endpoint."""
+    """`module:class` of what does the work of `kind`; in hard distillation a generator asks an
+    endpoint.
+    """
     if kind == "generator" and settings.orchestrator.teacher_rollout_model is not None:
         return CHAT_GENERATOR
     return STAGE_CLASSES[kind]
@@ -93,12 +108,14 @@ def stage_class(path: str) -> Callable[[Settings, Bus], Stage]:
 
 
 def _admitted(kind: WorkerKind, settings: Settings, bus: Bus, *, optional: bool) -> bool:
-    """Whether the run's plan, once there is one, has a place for this worker; False when it was told to stop meanwhile.
+    """Whether the run's plan, once there is one, has a place for this worker; False when it was
+    told to stop meanwhile.
 
     Raises:
         UserError: it has none, and the worker is not `optional`.
     """
-    plan, ours = wait_for_plan(kind, bus, poll_s=min(1.0, settings.redis.block)), make_plan(settings)
+    plan = wait_for_plan(kind, bus, poll_s=min(1.0, settings.redis.block))
+    ours = make_plan(settings)
     if plan is None:
         bus.retire(STAGE_OF[kind])
         return False
@@ -115,7 +132,9 @@ def _admitted(kind: WorkerKind, settings: Settings, bus: Bus, *, optional: bool)
 
 
 def _refuse_superfluous(kind: WorkerKind, ours: Plan, plan: Plan) -> None:
-    """Raises UserError where rollouts do not pass a worker of `kind`, or our settings give it nothing to work with."""
+    """Raises UserError where rollouts do not pass a worker of `kind`, or our settings give it
+    nothing to work with.
+    """
     if STAGE_OF[kind] not in plan.streams:
         raise UserError(
             f"a {kind} worker for run {plan.run!r}, whose rollouts pass {' → '.join(plan.streams)}",
@@ -132,7 +151,8 @@ def _refuse_superfluous(kind: WorkerKind, ours: Plan, plan: Plan) -> None:
 
 
 def wait_for_plan(kind: WorkerKind, bus: Bus, *, poll_s: float) -> Plan | None:
-    """The run's plan, which its trainer writes. Waits for it, saying so in the log and in heartbeats.
+    """The run's plan, which its trainer writes. Waits for it, saying so in the log and in
+    heartbeats.
 
     Returns None when SIGTERM or SIGINT came first.
 
@@ -144,7 +164,10 @@ def wait_for_plan(kind: WorkerKind, bus: Bus, *, poll_s: float) -> Plan | None:
         since_reminder_s = REMINDER_S
         while (data := bus.read_plan()) is None:
             if since_reminder_s >= REMINDER_S:
-                log.info(waiting.detail, next_step="start one with `onstream worker trainer`, unless it is on its way")
+                log.info(
+                    waiting.detail,
+                    next_step="start one with `onstream worker trainer`, unless it is on its way",
+                )
                 since_reminder_s = 0.0
             bus.heartbeat(STAGE_OF[kind], waiting, state="starting")
             if stop.wait(poll_s):
@@ -155,7 +178,9 @@ def wait_for_plan(kind: WorkerKind, bus: Bus, *, poll_s: float) -> Plan | None:
 
 @contextlib.contextmanager
 def _told_to_stop() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set meanwhile: nothing is in hand yet, so there is nothing to drain."""
+    """An event that SIGTERM and SIGINT set meanwhile: nothing is in hand yet, so there is nothing
+    to drain.
+    """
     stop = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -170,18 +195,22 @@ def _told_to_stop() -> Iterator[threading.Event]:
 
 
 def _limit_gpu_memory(kind: WorkerKind, settings: Settings) -> None:
-    """Keep a worker that shares its GPU within its share of the memory; vLLM, whose processes are others, is told its share."""
+    """Keep a worker that shares its GPU within its share of the memory; vLLM, whose processes are
+    others, is told its share.
+    """
     share = memory_share(settings, kind)
     by_vllm = kind == "generator" and student_engine(settings) == "vllm"
     if share is not None and device_of(settings.deployment) == "cuda" and not by_vllm:
-        from pipeline.models.loading import limit_gpu_memory
+        from onstream.pipeline.models.loading import limit_gpu_memory
 
         limit_gpu_memory(share)
 
 
 def _limit_threads(settings: Settings) -> None:
-    """Tell the tensor library its threads before it is imported; the launcher has done so for the workers it starts."""
-    from workers.launcher.environment import default_threads
+    """Tell the tensor library its threads before it is imported; the launcher has done so for the
+    workers it starts.
+    """
+    from onstream.workers.launcher.environment import default_threads
 
     threads = settings.deployment.threads or default_threads(make_plan(settings).workers)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):

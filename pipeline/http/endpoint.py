@@ -12,12 +12,14 @@ from urllib.parse import urlsplit, urlunsplit
 import httpx
 import msgspec
 
-from pipeline.http.faults import BadReply, EndpointFault, Refused
-from pipeline.undecodable import UNDECODABLE
-from settings.client import EndpointSettings
+from onstream.pipeline.http.errors import BadReply, EndpointFault, Refused
+from onstream.pipeline.undecodable import UNDECODABLE
+from onstream.settings.client import EndpointSettings
 
 NOT_THE_QUESTIONS_FAULT = {401, 402, 403, 404, 405, 407, 408, 409, 421, 423, 425, 426, 429, 451}
-"""Statuses 4xx that speak of the caller, the address or the moment; any other refuses the question itself."""
+"""Statuses 4xx that speak of the caller, the address or the moment; any other refuses the question
+itself.
+"""
 WORDS_CHARACTERS = 300
 MAX_RETRY_AFTER_S = 600.0
 
@@ -25,14 +27,15 @@ MAX_RETRY_AFTER_S = 600.0
 class Endpoint:
     """A server and how it has been doing.
 
-    `away` says why nothing is sent to it, and is empty while it serves; on `trial` one request is, which is to show
-    whether it is back. `failures` counts those in a row. It rests until `rest_until` (monotonic seconds), where it asked
-    for that.
+    `away` says why nothing is sent to it, and is empty while it serves; on `trial` one request is,
+    which is to show whether it is back. `failures` counts those in a row. It rests until
+    `rest_until` (monotonic seconds), where it asked for that.
     """
 
     def __init__(self, base_url: str, http: httpx.AsyncClient, timeout_s: float) -> None:
         self.name, self._root, self._api = addresses(base_url)
-        self._http, self._timeout_s = http, timeout_s
+        self._http = http
+        self._timeout_s = timeout_s
         self.in_flight = 0
         self.failures = 0
         self.rest_until = 0.0
@@ -61,10 +64,12 @@ class Endpoint:
         return decoded(await self._ask("GET", f"{self._api}/models"))
 
     async def post(self, path: str, body: dict[str, Any]) -> bytes:
-        """The reply to `body` at `path`, from the server's root; those under `/v1/` are where the address has its OpenAI routes.
+        """The reply to `body` at `path`, from the server's root; those under `/v1/` are where the
+        address has its OpenAI routes.
 
         Raises:
-            EndpointFault: no reply, or one that says that the server could not; asking again may help.
+            EndpointFault: no reply, or one that says that the server could not; asking again may
+                help.
             Refused: the server will not have this body.
         """
         return await self._ask("POST", self._url(path), msgspec.json.encode(body))
@@ -74,26 +79,33 @@ class Endpoint:
         return await self._ask("GET", self._url(path))
 
     def _url(self, path: str) -> str:
-        return self._api + path.removeprefix("/v1") if path.startswith("/v1/") else self._root + path
+        return (
+            self._api + path.removeprefix("/v1") if path.startswith("/v1/") else self._root + path
+        )
 
     async def _ask(self, method: str, url: str, content: bytes | None = None) -> bytes:
         headers = {"content-type": "application/json"} if content is not None else None
         try:
-            async with asyncio.timeout(self._timeout_s):  # httpx bounds each read alone: a slow drip would outlive it
+            async with asyncio.timeout(
+                self._timeout_s
+            ):  # httpx bounds each read alone: a slow drip would outlive it
                 reply = await self._http.request(method, url, content=content, headers=headers)
         except TimeoutError as error:
             raise EndpointFault(f"no whole answer within {self._timeout_s:g} s") from error
         except httpx.TimeoutException as error:
             raise EndpointFault(f"{type(error).__name__} at {self.name}") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise EndpointFault(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
+            raise EndpointFault(
+                f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            ) from error
         if not reply.is_success:
             raise _fault(reply)
         return reply.content
 
 
 def addresses(base_url: str) -> tuple[str, str, str]:
-    """The endpoint's name, the server's root and the address of its OpenAI routes, for a `base_url`.
+    """The endpoint's name, the server's root and the address of its OpenAI routes, for a
+    `base_url`.
 
     The name carries no password. A bare host has its OpenAI routes under `/v1`.
 
@@ -125,11 +137,17 @@ def decoded(reply: bytes) -> Any:
 
 
 def _fault(reply: httpx.Response) -> EndpointFault | Refused:
-    status, words = reply.status_code, f"{reply.status_code} {_words(reply)}"
+    status = reply.status_code
+    words = f"{reply.status_code} {_words(reply)}"
     if 400 <= status < 500 and status not in NOT_THE_QUESTIONS_FAULT:
         return Refused(words, status=status)
     retry_after_s = _retry_after_s(reply.headers.get("retry-after"), time.time())
-    return EndpointFault(words, status=status, retry_after_s=retry_after_s, breaks=status != 429 and retry_after_s is None)
+    return EndpointFault(
+        words,
+        status=status,
+        retry_after_s=retry_after_s,
+        breaks=status != 429 and retry_after_s is None,
+    )
 
 
 def _words(reply: httpx.Response) -> str:
@@ -144,7 +162,9 @@ def _said(body: Any) -> str:
     """What the server says of its refusal, on one line; servers put it in one of three places."""
     if isinstance(body, dict):
         error = body.get("error", body)
-        body = error.get("message", error.get("detail", error)) if isinstance(error, dict) else error
+        body = (
+            error.get("message", error.get("detail", error)) if isinstance(error, dict) else error
+        )
     return _line(str(body))
 
 
@@ -153,7 +173,9 @@ def _line(words: str) -> str:
 
 
 def _retry_after_s(header: str | None, now: float) -> float | None:
-    """The seconds that a `Retry-After` header asks for, as a number or as a date; None for none, or for nonsense."""
+    """The seconds that a `Retry-After` header asks for, as a number or as a date; None for none, or
+    for nonsense.
+    """
     if header is None:
         return None
     if re.fullmatch(r"\s*\d+(\.\d+)?\s*", header):

@@ -1,11 +1,20 @@
-"""Images in prompts: read from their URLs within limits, named by their content, and kept in Redis while a rollout names them."""
+"""Images in prompts: read from their URLs within limits, named by their content, and kept in Redis
+while a rollout names them.
+"""
 
 from __future__ import annotations
 
-from pipeline.images.limits import ImageError, Limits
-from pipeline.images.parts import Message, for_template, image_urls, reference_of, referred, with_urls
-from pipeline.images.reading import Picture, plain_picture, read_picture
-from pipeline.images.shown import ShownImage
+from onstream.pipeline.images.limits import ImageError, Limits
+from onstream.pipeline.images.message_parts import (
+    Message,
+    for_template,
+    image_urls,
+    reference_of,
+    referred,
+    with_urls,
+)
+from onstream.pipeline.images.reading import Picture, plain_picture, read_picture
+from onstream.pipeline.images.shown_image import ShownImage
 
 __all__ = [
     "ImageError",

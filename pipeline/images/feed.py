@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.images.limits import ImageError
-from pipeline.images.reading import Picture
-from pipeline.records import Ids
+from onstream.pipeline.images.limits import ImageError
+from onstream.pipeline.images.reading import Picture
+from onstream.pipeline.records import Ids
 
 if TYPE_CHECKING:
-    from pipeline.models.vision import ImageFeatures, Vision
+    from onstream.pipeline.models.vision import ImageFeatures, Vision
 
 
 Fetch = Callable[[Sequence[str]], Sequence[bytes | None]]
@@ -41,10 +41,18 @@ class ImageFeed:
     """
 
     def __init__(self, vision: Vision, fetch: Fetch, keep_bytes: int) -> None:
-        self._vision, self._fetch, self._keep_bytes = vision, fetch, keep_bytes
-        self._made: OrderedDict[str, Future[ImageFeatures]] = OrderedDict()  # the least recently used first
-        self._asked: deque[tuple[str, Future[ImageFeatures]]] = deque()  # what the thread has yet to begin with
-        self._finished: deque[tuple[str, int]] = deque()  # what the thread has made since it was last counted: digest, bytes
+        self._vision = vision
+        self._fetch = fetch
+        self._keep_bytes = keep_bytes
+        self._made: OrderedDict[str, Future[ImageFeatures]] = (
+            OrderedDict()
+        )  # the least recently used first
+        self._asked: deque[tuple[str, Future[ImageFeatures]]] = (
+            deque()
+        )  # what the thread has yet to begin with
+        self._finished: deque[tuple[str, int]] = (
+            deque()
+        )  # what the thread has made since it was last counted: digest, bytes
         self._sizes: dict[str, int] = {}
         self._kept_bytes = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="images")
@@ -73,15 +81,19 @@ class ImageFeed:
         return made
 
     def objection(self, prompt_ids: Ids, completion_ids: Ids, digests: Sequence[str]) -> str | None:
-        """Why a sample cannot be read with the images that its prompt shows, in words; None where all are there and their tokens in it.
+        """Why a sample cannot be read with the images that its prompt shows, in words; None where
+        all are there and their tokens in it.
 
-        A completion's last token is only ever predicted, never read: it may stand for an image that is not there.
+        A completion's last token is only ever predicted, never read: it may stand for an image that
+        is not there.
         """
         try:
             made = self.of(digests)
         except (MissingImage, ImageError) as error:
             return str(error)
-        return self._vision.misplaced(np.concatenate((prompt_ids, completion_ids[:-1])), [made[digest] for digest in digests])
+        return self._vision.misplaced(
+            np.concatenate((prompt_ids, completion_ids[:-1])), [made[digest] for digest in digests]
+        )
 
     def close(self) -> None:
         """End the thread."""
@@ -96,7 +108,9 @@ class ImageFeed:
         return self._made[digest]
 
     def _begin(self) -> None:
-        """Fetch some of what is asked for, together, and process each. Finds nothing to do where the call before has seen to it."""
+        """Fetch some of what is asked for, together, and process each. Finds nothing to do where
+        the call before has seen to it.
+        """
         asked = [self._asked.popleft() for _ in range(min(FETCHED_AT_ONCE, len(self._asked)))]
         try:
             found = self._fetch([digest for digest, _ in asked]) if asked else ()
@@ -118,7 +132,9 @@ class ImageFeed:
         return features
 
     def _forget(self) -> None:
-        """Let go of the least recently used beyond `keep_bytes`, without a look at the others: a run brings images without end."""
+        """Let go of the least recently used beyond `keep_bytes`, without a look at the others: a
+        run brings images without end.
+        """
         while self._finished:
             digest, size = self._finished.popleft()
             self._sizes[digest] = size

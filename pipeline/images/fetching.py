@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from pipeline.images.limits import ImageError, Limits, shown, too_large
+from onstream.pipeline.images.limits import ImageError, Limits, shown, too_large
 
 if TYPE_CHECKING:
     import httpx
@@ -15,7 +15,8 @@ def fetched(url: str, limits: Limits) -> bytes:
     """The bytes behind `url`. Redirects are not followed, since they name other hosts.
 
     Raises:
-        ImageError: the URL is not http(s), or of another host, or the host does not give it within the limits.
+        ImageError: the URL is not http(s), or of another host, or the host does not give it within
+            the limits.
     """
     import httpx
 
@@ -32,7 +33,9 @@ def fetched(url: str, limits: Limits) -> bytes:
 
 def _require_allowed(parsed: httpx.URL, url: str, limits: Limits) -> None:
     if parsed.scheme not in ("http", "https"):
-        raise ImageError(f"the image {shown(url)} is neither a data URL nor http(s); expected data:image/png;base64,…")
+        raise ImageError(
+            f"the image {shown(url)} is neither a data URL nor http(s); expected data:image/png;base64,…"
+        )
     if parsed.host not in [host.lower() for host in limits.hosts]:
         allowed = ", ".join(limits.hosts) or "none"
         raise ImageError(
@@ -45,11 +48,20 @@ def _read(url: str, limits: Limits) -> bytes:
     """The body of the reply, as it is sent: an encoding could unfold to any size."""
     import httpx
 
-    deadline, data = time.monotonic() + limits.fetch_timeout_s, bytearray()
-    with httpx.stream("GET", url, timeout=limits.fetch_timeout_s, headers={"Accept-Encoding": "identity"}) as reply:
+    deadline = time.monotonic() + limits.fetch_timeout_s
+    data = bytearray()
+    with httpx.stream(
+        "GET", url, timeout=limits.fetch_timeout_s, headers={"Accept-Encoding": "identity"}
+    ) as reply:
         if reply.status_code != httpx.codes.OK:
-            where = f" (to {reply.headers['location'][:200]!r}; redirects are not followed)" if reply.is_redirect else ""
-            raise ImageError(f"the image {shown(url)} was answered with status {reply.status_code}{where}; expected 200")
+            where = (
+                f" (to {reply.headers['location'][:200]!r}; redirects are not followed)"
+                if reply.is_redirect
+                else ""
+            )
+            raise ImageError(
+                f"the image {shown(url)} was answered with status {reply.status_code}{where}; expected 200"
+            )
         for chunk in reply.iter_raw():
             data += chunk
             if len(data) > limits.max_bytes:

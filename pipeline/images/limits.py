@@ -24,7 +24,9 @@ class Limits:
 
 def too_large(size_bytes: int, limits: Limits) -> ImageError:
     """What to say of an image that has `size_bytes`, or more."""
-    return ImageError(f"the image has {size_bytes} bytes or more; images.max_bytes is {limits.max_bytes}. Shrink it, or raise the limit.")
+    return ImageError(
+        f"the image has {size_bytes} bytes or more; images.max_bytes is {limits.max_bytes}. Shrink it, or raise the limit."
+    )
 
 
 def shown(url: str) -> str:

@@ -1,6 +1,7 @@
 """From an image's URL to its bytes, checked: a known format, within the limits, and whole.
 
-The header is read first. An image that would decode to more pixels than allowed is refused before any of them is.
+The header is read first. An image that would decode to more pixels than allowed is refused before
+any of them is.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from pipeline.images.fetching import fetched
-from pipeline.images.limits import ImageError, Limits, shown, too_large
+from onstream.pipeline.images.fetching import fetched
+from onstream.pipeline.images.limits import ImageError, Limits, shown, too_large
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,8 +25,8 @@ FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 _KNOWN = ", ".join(FORMATS)
 _DATA = "data:"
 MAX_ASPECT = 200
-"""The most that a longest side may be of a shortest. Qwen-VL's processors take no more; others scale by the shortest side, whatever
-becomes of the longest."""
+"""The most that a longest side may be of a shortest. Qwen-VL's processors take no more; others
+scale by the shortest side, whatever becomes of the longest."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class Picture:
     def data_url(self) -> str:
         """The file as a `data:` URL."""
         with _opened(self.data) as image:
-            mime = FORMATS.get(str(image.format), "image/jpeg")  # Pillow has a name of its own for a JPEG that holds another one
+            mime = FORMATS.get(
+                str(image.format), "image/jpeg"
+            )  # Pillow has a name of its own for a JPEG that holds another one
         return f"{_DATA}{mime};base64,{base64.b64encode(self.data).decode()}"
 
     def decoded(self) -> Image:
@@ -51,7 +54,9 @@ class Picture:
         from PIL import Image, ImageOps
 
         with _opened(self.data) as file:
-            image = ImageOps.exif_transpose(file)  # as those do who serve models to which images are sent
+            image = ImageOps.exif_transpose(
+                file
+            )  # as those do who serve models to which images are sent
             if "A" not in image.getbands() and "transparency" not in image.info:
                 return image.convert("RGB")
             layer = image.convert("RGBA")
@@ -71,7 +76,8 @@ def read_picture(url: str, limits: Limits) -> Picture:
     """The image that `url` holds or names.
 
     Raises:
-        ImageError: the URL is none that may be used, or what it gives is no whole image within `limits`.
+        ImageError: the URL is none that may be used, or what it gives is no whole image within
+            `limits`.
     """
     data = _embedded(url, limits) if url.startswith(_DATA) else fetched(url, limits)
     _check(data, limits)
@@ -81,13 +87,17 @@ def read_picture(url: str, limits: Limits) -> Picture:
 def _embedded(url: str, limits: Limits) -> bytes:
     head, comma, body = url.partition(",")
     if not comma or not head.endswith(";base64") or not head.startswith(f"{_DATA}image/"):
-        raise ImageError(f"the image {shown(url)} is no data URL of an image; expected data:image/png;base64,…")
+        raise ImageError(
+            f"the image {shown(url)} is no data URL of an image; expected data:image/png;base64,…"
+        )
     if len(body) > (limits.max_bytes * 4 + 2) // 3 + 4:
         raise too_large(len(body) * 3 // 4, limits)
     try:
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ImageError(f"the image {shown(url)} is not base64: {error}; expected the bytes of a file in base64") from error
+        raise ImageError(
+            f"the image {shown(url)} is not base64: {error}; expected the bytes of a file in base64"
+        ) from error
 
 
 def _check(data: bytes, limits: Limits) -> None:
@@ -107,8 +117,12 @@ def _check(data: bytes, limits: Limits) -> None:
             f"expected one of {_KNOWN}. Convert it."
         ) from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"the image is refused before decoding: {error}; images.max_pixels is {limits.max_pixels}") from error
-    except Exception as error:  # what Pillow raises depends on the format and on where the file is broken
+        raise ImageError(
+            f"the image is refused before decoding: {error}; images.max_pixels is {limits.max_pixels}"
+        ) from error
+    except (
+        Exception
+    ) as error:  # what Pillow raises depends on the format and on where the file is broken
         raise ImageError(
             f"the image is broken: {error}; expected a whole file in {_KNOWN}. Replace it, or leave it out of the task."
         ) from error
@@ -123,10 +137,14 @@ def _check_header(image: Image, limits: Limits) -> None:
             "It was not decoded. Scale it down, or raise the limit."
         )
     if max(image.size) > MAX_ASPECT * min(image.size):
-        raise ImageError(f"the image has {size} pixels; expected sides of at most {MAX_ASPECT} to 1. Crop it.")
+        raise ImageError(
+            f"the image has {size} pixels; expected sides of at most {MAX_ASPECT} to 1. Crop it."
+        )
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format in FORMATS:  # a JPEG that holds others is shown by its first
-        raise ImageError(f"the image is an animation of {frames} frames; expected one that does not move. Put frames in as images.")
+        raise ImageError(
+            f"the image is an animation of {frames} frames; expected one that does not move. Put frames in as images."
+        )
 
 
 def _opened(data: bytes) -> Image:

@@ -1,7 +1,8 @@
-"""Attention over packed rows: linear layers see the row as it is, attention gathers its own layout from it.
+"""Attention over packed rows: linear layers see the row as it is, attention gathers its own layout
+from it.
 
-Registered with transformers under the name `onstream_shared_prefix`; the layout travels as a keyword argument through
-the model's forward to each attention layer.
+Registered with transformers under the name `onstream_shared_prefix`; the layout travels as a
+keyword argument through the model's forward to each attention layer.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from pipeline.models.packing import AttentionCall, Packed
+from onstream.pipeline.models.packing import AttentionCall, Packed
 
 SHARED_PREFIX = "onstream_shared_prefix"
 
@@ -39,12 +40,17 @@ class Layout:
 
 def layout_of(packed: Packed, device: torch.device) -> Layout:
     """The attention layout of `packed`, on `device`."""
-    return Layout(tuple(_to_device(call, device) for call in packed.calls), torch.from_numpy(packed.output_index).to(device))
+    return Layout(
+        tuple(_to_device(call, device) for call in packed.calls),
+        torch.from_numpy(packed.output_index).to(device),
+    )
 
 
 def _to_device(call: AttentionCall, device: torch.device) -> Call:
     queries = torch.from_numpy(call.queries.reshape(-1)).to(device)
-    keys = queries if call.keys is call.queries else torch.from_numpy(call.keys.reshape(-1)).to(device)
+    keys = (
+        queries if call.keys is call.queries else torch.from_numpy(call.keys.reshape(-1)).to(device)
+    )
     mask = None if call.mask is None else torch.from_numpy(call.mask).to(device)[:, None]
     return Call(queries, keys, len(call.queries), mask)
 
@@ -61,7 +67,8 @@ def shared_prefix_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one packed row, in the form transformers calls it: query [1, heads, T, D], key and value [1, kv heads, T, D].
+    """Attention of one packed row, in the form transformers calls it: query [1, heads, T, D], key
+    and value [1, kv heads, T, D].
 
     Returns [1, T, heads, D], and no weights.
     """
@@ -74,7 +81,14 @@ def shared_prefix_attention(
             for states, index in zip(rows, (call.queries, call.keys, call.keys), strict=True)
         )
         out = scaled_dot_product_attention(
-            q, k, v, attn_mask=call.mask, dropout_p=dropout, scale=scaling, is_causal=call.mask is None, enable_gqa=grouped
+            q,
+            k,
+            v,
+            attn_mask=call.mask,
+            dropout_p=dropout,
+            scale=scaling,
+            is_causal=call.mask is None,
+            enable_gqa=grouped,
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     merged = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

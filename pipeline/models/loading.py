@@ -7,10 +7,16 @@ from typing import Any, Literal
 
 import msgspec
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
-from pipeline.errors import UserError
-from pipeline.models.tokenizer import cached_first, has_vision
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.models.tokenizer import cached_first, has_vision
 
 ADAPTER_CONFIG = "adapter_config.json"
 DeviceSetting = Literal["auto", "cpu", "cuda"]
@@ -34,7 +40,9 @@ def resolve_device(setting: DeviceSetting) -> torch.device:
 
 
 def resolve_dtype(setting: DtypeSetting, device: torch.device) -> torch.dtype:
-    """The precision that a `dtype` setting means on `device`; `auto` is float32 on a CPU and bfloat16 on CUDA."""
+    """The precision that a `dtype` setting means on `device`; `auto` is float32 on a CPU and
+    bfloat16 on CUDA.
+    """
     if setting == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if setting == "bfloat16" else torch.float32
@@ -45,25 +53,36 @@ def limit_gpu_memory(share: float) -> None:
     torch.cuda.set_per_process_memory_fraction(share)
 
 
-def load_model(name: str | Path, *, dtype: torch.dtype, device: torch.device, attention: str | None = None) -> PreTrainedModel:
-    """A causal language model in evaluation mode, every weight of it read from the files; one that reads images too.
+def load_model(
+    name: str | Path, *, dtype: torch.dtype, device: torch.device, attention: str | None = None
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode, every weight of it read from the files; one that
+    reads images too.
 
-    `attention` names an attention implementation of transformers, or one registered with it; sdpa by default.
+    `attention` names an attention implementation of transformers, or one registered with it; sdpa
+    by default.
 
     Raises:
-        UserError: there is no such model, it is no causal language model, or its files lack weights.
+        UserError: there is no such model, it is no causal language model, or its files lack
+            weights.
     """
 
     def load(name: str, **where: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
         config = AutoConfig.from_pretrained(base_of(name) or name, **where)
         family = AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
         loaded: tuple[PreTrainedModel, dict[str, Any]] = family.from_pretrained(
-            name, dtype=dtype, attn_implementation=attention or "sdpa", output_loading_info=True, **where
+            name,
+            dtype=dtype,
+            attn_implementation=attention or "sdpa",
+            output_loading_info=True,
+            **where,
         )
         return loaded
 
     model, info = cached_first(name, "model", load)
-    if missing := sorted(info["missing_keys"]):  # transformers would leave them random, with a warning
+    if missing := sorted(
+        info["missing_keys"]
+    ):  # transformers would leave them random, with a warning
         raise UserError(
             f"the files of model {name} lack {len(missing)} of its weights, {missing[0]} first",
             expected="every weight that config.json asks for",
@@ -82,7 +101,9 @@ def base_of(model: str | Path) -> str | None:
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
-    """The configuration of the language model, which is the whole model's own where it reads no images."""
+    """The configuration of the language model, which is the whole model's own where it reads no
+    images.
+    """
     config: PretrainedConfig = model.config.get_text_config()
     return config
 

@@ -1,4 +1,6 @@
-"""Hidden states of packed rows, and logprobs of given tokens without a [tokens, vocabulary] tensor of more than one chunk."""
+"""Hidden states of packed rows, and logprobs of given tokens without a [tokens, vocabulary] tensor
+of more than one chunk.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +11,25 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from pipeline.errors import UserError
-from pipeline.models.attention import SHARED_PREFIX, layout_of
-from pipeline.models.loading import text_config
-from pipeline.models.multimodal import Features, image_tensors, packed_positions, padded_inputs
-from pipeline.models.packing import Packed
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.models.attention import SHARED_PREFIX, layout_of
+from onstream.pipeline.models.loading import text_config
+from onstream.pipeline.models.multimodal import (
+    Features,
+    image_tensors,
+    packed_positions,
+    padded_inputs,
+)
+from onstream.pipeline.models.packing import Packed
 
 NO_IMAGES: Features = {}
 
 
 @dataclass(frozen=True)
 class TopLogprobs:
-    """The k likeliest tokens of N positions and the rest of the vocabulary as one tail. Float32, nats."""
+    """The k likeliest tokens of N positions and the rest of the vocabulary as one tail. Float32,
+    nats.
+    """
 
     ids: Tensor  # [N, k], likeliest first
     logprobs: Tensor  # [N, k]
@@ -37,10 +46,12 @@ class TokenLogprobs:
 
 
 def hidden_states(model: PreTrainedModel, packed: Packed, features: Features = NO_IMAGES) -> Tensor:
-    """The last hidden states that predict the packed targets: [N, H], in the order of `packed.targets`.
+    """The last hidden states that predict the packed targets: [N, H], in the order of
+    `packed.targets`.
 
-    Shared prompts, and the images in them, are computed once where `probe.prepare` switched the model to it; other models
-    take one padded row a sequence. `features` holds the images that the prompts show.
+    Shared prompts, and the images in them, are computed once where `probe.prepare` switched the
+    model to it; other models take one padded row a sequence. `features` holds the images that the
+    prompts show.
     """
     if text_config(model)._attn_implementation != SHARED_PREFIX:
         return _padded_hidden_states(model, packed, features)
@@ -55,13 +66,23 @@ def hidden_states(model: PreTrainedModel, packed: Packed, features: Features = N
 
 
 def _padded_hidden_states(model: PreTrainedModel, packed: Packed, features: Features) -> Tensor:
-    """Rows padded on the right and no mask: the model is causal, so nothing that is read sees the padding."""
+    """Rows padded on the right and no mask: the model is causal, so nothing that is read sees the
+    padding.
+    """
     sequences = [(group, completion) for group in packed.groups for completion in group.completions]
-    rows = [torch.cat((torch.from_numpy(group.prompt_ids), torch.from_numpy(completion[:-1]))) for group, completion in sequences]
+    rows = [
+        torch.cat((torch.from_numpy(group.prompt_ids), torch.from_numpy(completion[:-1])))
+        for group, completion in sequences
+    ]
     input_ids = pad_sequence(rows, batch_first=True).to(model.device)
     images = padded_inputs(model, input_ids, [group for group, _ in sequences], features)
     states = model.base_model(input_ids=input_ids, use_cache=False, **images).last_hidden_state
-    return torch.cat([states[row, len(group.prompt_ids) - 1 : len(rows[row])] for row, (group, _) in enumerate(sequences)])
+    return torch.cat(
+        [
+            states[row, len(group.prompt_ids) - 1 : len(rows[row])]
+            for row, (group, _) in enumerate(sequences)
+        ]
+    )
 
 
 def head_of(model: PreTrainedModel) -> nn.Linear:
@@ -82,28 +103,42 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Float32 logits [n, V] of `hidden` [n, H], multiplied in the precision of `hidden`."""
-    return nn.functional.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)).float()
+    return nn.functional.linear(
+        hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+    ).float()
 
 
 def entropy_of(probabilities: Tensor, logits: Tensor, normaliser: Tensor) -> Tensor:
-    """Entropy [n] of softmax(logits [n, V]), given it and its logsumexp [n], without another [n, V] tensor."""
+    """Entropy [n] of softmax(logits [n, V]), given it and its logsumexp [n], without another [n, V]
+    tensor.
+    """
     return normaliser - torch.bmm(probabilities[:, None, :], logits[:, :, None])[:, 0, 0]
 
 
 @torch.no_grad()
 def token_logprobs(
-    hidden: Tensor, head: nn.Linear, targets: Tensor, *, temperature: float = 1.0, top_k: int = 0, chunk: int = 1024
+    hidden: Tensor,
+    head: nn.Linear,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    chunk: int = 1024,
 ) -> TokenLogprobs:
-    """Logprobs of `targets` [N] given `hidden` [N, H], at `temperature`, with at most [chunk, V] logits at once.
+    """Logprobs of `targets` [N] given `hidden` [N, H], at `temperature`, with at most [chunk, V]
+    logits at once.
 
-    With `top_k` = k > 0 also the k likeliest tokens of each position and the logprob of all others together, the tail,
-    taken from all logits: one less the sum of the k would come to 0 where the model is confident.
+    With `top_k` = k > 0 also the k likeliest tokens of each position and the logprob of all others
+    together, the tail, taken from all logits: one less the sum of the k would come to 0 where the
+    model is confident.
 
     Raises:
         ValueError: `top_k` leaves no tail.
     """
     if top_k >= head.out_features:
-        raise ValueError(f"top_k is {top_k}; expected less than the vocabulary of {head.out_features}, so that a tail remains")
+        raise ValueError(
+            f"top_k is {top_k}; expected less than the vocabulary of {head.out_features}, so that a tail remains"
+        )
     parts = [
         _chunk_logprobs(*part, head, temperature, top_k)
         for part in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
@@ -112,7 +147,9 @@ def token_logprobs(
     return TokenLogprobs(sampled, entropy, TopLogprobs(*top) if top else None)
 
 
-def _chunk_logprobs(hidden: Tensor, targets: Tensor, head: nn.Linear, temperature: float, top_k: int) -> tuple[Tensor, ...]:
+def _chunk_logprobs(
+    hidden: Tensor, targets: Tensor, head: nn.Linear, temperature: float, top_k: int
+) -> tuple[Tensor, ...]:
     logits = head_logits(hidden, head.weight, head.bias)
     if temperature != 1.0:
         logits /= temperature

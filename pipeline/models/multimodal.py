@@ -1,7 +1,8 @@
-"""Rows that show images: the tensors of their images in order, and the positions that the family gives them.
+"""Rows that show images: the tensors of their images in order, and the positions that the family
+gives them.
 
-Families with multimodal rotary positions (Qwen-VL) place the tokens of an image by time, height and width, and go on after
-it where its largest side ends. The others count tokens.
+Families with multimodal rotary positions (Qwen-VL) place the tokens of an image by time, height and
+width, and go on after it where its largest side ends. The others count tokens.
 """
 
 from __future__ import annotations
@@ -14,47 +15,72 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.models.packing import Packed, PrefixGroup
-from pipeline.models.vision import ImageFeatures, joined
+from onstream.pipeline.models.packing import Packed, PrefixGroup
+from onstream.pipeline.models.vision import ImageFeatures, joined
 
 Features = Mapping[str, ImageFeatures]
 """What a model's processor made of images, by the names that prompts show them under."""
 
 
-def image_tensors(model: PreTrainedModel, groups: Sequence[PrefixGroup], features: Features) -> dict[str, Tensor]:
-    """What `model` is to be given of the images that `groups` show, in the order in which they are shown. Empty where there are none."""
+def image_tensors(
+    model: PreTrainedModel, groups: Sequence[PrefixGroup], features: Features
+) -> dict[str, Tensor]:
+    """What `model` is to be given of the images that `groups` show, in the order in which they are
+    shown. Empty where there are none.
+    """
     return tensors_for(model, [features[name] for group in groups for name in group.images])
 
 
 def tensors_for(model: PreTrainedModel, images: Sequence[ImageFeatures]) -> dict[str, Tensor]:
     """The tensors of `images`, on the model's device and in its precision."""
-    return {name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None) for name, tensor in joined(images).items()}
+    return {
+        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
+        for name, tensor in joined(images).items()
+    }
 
 
 def packed_positions(model: PreTrainedModel, packed: Packed, features: Features) -> Tensor:
-    """Positions of a packed row: [1, T], or [3, 1, T] where a family with multimodal positions shows images."""
+    """Positions of a packed row: [1, T], or [3, 1, T] where a family with multimodal positions
+    shows images.
+    """
     if not placed_in_space(model) or not any(group.images for group in packed.groups):
         return torch.from_numpy(packed.position_ids).to(model.device)[None]
     parts = []
     for group in packed.groups:
-        prompt = prompt_positions(model, group.prompt_ids, [features[name] for name in group.images])
+        prompt = prompt_positions(
+            model, group.prompt_ids, [features[name] for name in group.images]
+        )
         after = int(prompt.max()) + 1
-        parts += [prompt, *((after + torch.arange(len(completion) - 1)).expand(3, -1) for completion in group.completions)]
+        parts += [
+            prompt,
+            *(
+                (after + torch.arange(len(completion) - 1)).expand(3, -1)
+                for completion in group.completions
+            ),
+        ]
     return torch.cat(parts, dim=1).to(model.device)[:, None]
 
 
-def prompt_positions(model: PreTrainedModel, prompt_ids: npt.NDArray[np.integer], images: Sequence[ImageFeatures]) -> Tensor:
+def prompt_positions(
+    model: PreTrainedModel, prompt_ids: npt.NDArray[np.integer], images: Sequence[ImageFeatures]
+) -> Tensor:
     """Positions [3, P] of a prompt's tokens in time, height and width, by the model's own rule."""
     ids = torch.from_numpy(prompt_ids)[None].long()
     if not images:
         return torch.arange(ids.shape[1]).expand(3, -1)
     grids = {name: tensor for name, tensor in joined(images).items() if name.endswith("_grid_thw")}
-    positions: Tensor = model.base_model.get_rope_index(ids, mm_token_type_ids=token_kinds(model, ids), **grids)[0]
+    positions: Tensor = model.base_model.get_rope_index(
+        ids, mm_token_type_ids=token_kinds(model, ids), **grids
+    )[0]
     return positions[:, 0]
 
 
-def padded_inputs(model: PreTrainedModel, input_ids: Tensor, groups: Sequence[PrefixGroup], features: Features) -> dict[str, Tensor]:
-    """What `model` is to be given beside `input_ids` [rows, S], a row for each of `groups`, so that it finds the positions itself."""
+def padded_inputs(
+    model: PreTrainedModel, input_ids: Tensor, groups: Sequence[PrefixGroup], features: Features
+) -> dict[str, Tensor]:
+    """What `model` is to be given beside `input_ids` [rows, S], a row for each of `groups`, so that
+    it finds the positions itself.
+    """
     tensors = image_tensors(model, groups, features)
     if tensors and placed_in_space(model):
         tensors["mm_token_type_ids"] = token_kinds(model, input_ids)
@@ -62,7 +88,9 @@ def padded_inputs(model: PreTrainedModel, input_ids: Tensor, groups: Sequence[Pr
 
 
 def token_kinds(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """1 for the tokens of an image, 0 for others, as the families with multimodal positions name them."""
+    """1 for the tokens of an image, 0 for others, as the families with multimodal positions name
+    them.
+    """
     image: int = model.config.image_token_id
     return (input_ids == image).int()
 

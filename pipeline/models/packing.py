@@ -1,9 +1,10 @@
-"""Packs prompts and their completions into rows whose shared prompts are computed once. Numbers only: numpy, no IO.
+"""Packs prompts and their completions into rows whose shared prompts are computed once. Numbers
+only: numpy, no IO.
 
-A packed row holds T tokens: for each prompt its P tokens, then every completion of it without its last token, which
-predicts nothing. Positions restart after the prompt in each completion. Linear layers run on the row as it is;
-attention runs as a few calls that gather their queries and keys from it (`AttentionCall`), and each token is a query
-of exactly one of them.
+A packed row holds T tokens: for each prompt its P tokens, then every completion of it without its
+last token, which predicts nothing. Positions restart after the prompt in each completion. Linear
+layers run on the row as it is; attention runs as a few calls that gather their queries and keys
+from it (`AttentionCall`), and each token is a query of exactly one of them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ Ids = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 DENSE_ROW_TOKENS = 256
-"""Up to this length a prompt and its completions attend as one row under a mask: its square costs less than further calls (measured)."""
+"""Up to this length a prompt and its completions attend as one row under a mask: its square costs
+less than further calls (measured).
+"""
 BRANCH_SHARE = 0.25
 """Completions that attend in one row are together at most this share of their prompt's length."""
 ROW_PADDING = 0.25
@@ -27,9 +30,11 @@ ROW_PADDING = 0.25
 
 @dataclass(frozen=True)
 class PrefixGroup:
-    """One prompt and the completions that share it. `sequences` says which sequence of the caller each completion is.
+    """One prompt and the completions that share it. `sequences` says which sequence of the caller
+    each completion is.
 
-    `images` names the images that the prompt shows, in order: two prompts of equal ids may show different ones.
+    `images` names the images that the prompt shows, in order: two prompts of equal ids may show
+    different ones.
     """
 
     prompt_ids: Ids  # [P], P ≥ 1
@@ -45,10 +50,11 @@ class PrefixGroup:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call of scaled dot product attention: b rows of queries and of keys, as places in the packed row.
+    """One call of scaled dot product attention: b rows of queries and of keys, as places in the
+    packed row.
 
-    Padding repeats the row's first place: as a key it is masked, as a query nothing reads it. Without a `mask` the
-    call is causal: query i sees the keys up to i.
+    Padding repeats the row's first place: as a key it is masked, as a query nothing reads it.
+    Without a `mask` the call is causal: query i sees the keys up to i.
     """
 
     queries: Ids  # [b, q]
@@ -58,7 +64,8 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class Packed:
-    """One forward pass: T tokens that predict the N completion tokens of `sequences`, one after the other.
+    """One forward pass: T tokens that predict the N completion tokens of `sequences`, one after the
+    other.
 
     Example: the prompt [5, 6] with the completions [7, 8, 9] and [4] has T = 4 and N = 4::
 
@@ -76,11 +83,15 @@ class Packed:
     lengths: tuple[int, ...]  # [S], completion tokens; they sum to N
     groups: tuple[PrefixGroup, ...] = field(repr=False)
     calls: tuple[AttentionCall, ...] = field(repr=False)
-    output_index: Ids = field(repr=False)  # [T], where each token's output is in the calls' outputs, laid end to end
+    output_index: Ids = field(
+        repr=False
+    )  # [T], where each token's output is in the calls' outputs, laid end to end
 
 
 def share_prompts(
-    prompts: Sequence[npt.ArrayLike], completions: Sequence[npt.ArrayLike], images: Sequence[tuple[str, ...]] | None = None
+    prompts: Sequence[npt.ArrayLike],
+    completions: Sequence[npt.ArrayLike],
+    images: Sequence[tuple[str, ...]] | None = None,
 ) -> list[PrefixGroup]:
     """Groups the sequences that have equal prompts, in the order in which their prompts first come.
 
@@ -91,37 +102,51 @@ def share_prompts(
     """
     members: dict[tuple[bytes, tuple[str, ...]], tuple[Ids, list[Ids], list[int]]] = {}
     shown = images if images is not None else [()] * len(prompts)
-    for sequence, (prompt, completion, own) in enumerate(zip(prompts, completions, shown, strict=True)):
-        prompt_ids, completion_ids = np.asarray(prompt, dtype=np.int64), np.asarray(completion, dtype=np.int64)
+    for sequence, (prompt, completion, own) in enumerate(
+        zip(prompts, completions, shown, strict=True)
+    ):
+        prompt_ids = np.asarray(prompt, dtype=np.int64)
+        completion_ids = np.asarray(completion, dtype=np.int64)
         if not len(prompt_ids) or not len(completion_ids):
             raise ValueError(
                 f"sequence {sequence} has {len(prompt_ids)} prompt and {len(completion_ids)} completion tokens; expected ≥ 1 of each"
             )
-        _, grouped, sequences = members.setdefault((prompt_ids.tobytes(), own), (prompt_ids, [], []))
+        _, grouped, sequences = members.setdefault(
+            (prompt_ids.tobytes(), own), (prompt_ids, [], [])
+        )
         grouped.append(completion_ids)
         sequences.append(sequence)
     return [
-        PrefixGroup(prompt_ids, tuple(grouped), tuple(sequences), own) for (_, own), (prompt_ids, grouped, sequences) in members.items()
+        PrefixGroup(prompt_ids, tuple(grouped), tuple(sequences), own)
+        for (_, own), (prompt_ids, grouped, sequences) in members.items()
     ]
 
 
 def single_rows(
-    prompts: Sequence[npt.ArrayLike], completions: Sequence[npt.ArrayLike], images: Sequence[tuple[str, ...]] | None = None
+    prompts: Sequence[npt.ArrayLike],
+    completions: Sequence[npt.ArrayLike],
+    images: Sequence[tuple[str, ...]] | None = None,
 ) -> list[PrefixGroup]:
-    """Every sequence with its own prompt, longest first: for models that take padded rows, which then pad each other little.
+    """Every sequence with its own prompt, longest first: for models that take padded rows, which
+    then pad each other little.
 
     Raises:
         ValueError: a prompt or a completion is empty.
     """
     groups = share_prompts(prompts, completions, images)
-    singles = [_part(group, index, index + 1) for group in groups for index in range(len(group.completions))]
+    singles = [
+        _part(group, index, index + 1)
+        for group in groups
+        for index in range(len(group.completions))
+    ]
     return sorted(singles, key=lambda single: -single.tokens)
 
 
 def pack(groups: Sequence[PrefixGroup], max_tokens: int) -> list[Packed]:
     """Packs groups, in order, into rows of at most `max_tokens`.
 
-    A group over the budget is split, its prompt repeated; a single sequence over the budget has a row of its own.
+    A group over the budget is split, its prompt repeated; a single sequence over the budget has a
+    row of its own.
     """
     rows: list[list[PrefixGroup]] = []
     room = 0
@@ -136,22 +161,28 @@ def pack(groups: Sequence[PrefixGroup], max_tokens: int) -> list[Packed]:
 
 def _split(group: PrefixGroup, max_tokens: int) -> Iterator[PrefixGroup]:
     """Parts of `group` within the budget, as far as whole completions allow."""
-    start, used = 0, len(group.prompt_ids)
+    start = 0
+    used = len(group.prompt_ids)
     for index, completion in enumerate(group.completions):
         if index > start and used + len(completion) - 1 > max_tokens:
             yield _part(group, start, index)
-            start, used = index, len(group.prompt_ids)
+            start = index
+            used = len(group.prompt_ids)
         used += len(completion) - 1
     yield _part(group, start, len(group.completions))
 
 
 def _part(group: PrefixGroup, start: int, end: int) -> PrefixGroup:
-    return PrefixGroup(group.prompt_ids, group.completions[start:end], group.sequences[start:end], group.images)
+    return PrefixGroup(
+        group.prompt_ids, group.completions[start:end], group.sequences[start:end], group.images
+    )
 
 
 @dataclass(frozen=True)
 class _Placed:
-    """A group's places in the packed row: its prompt's, and those of each completion without its last token."""
+    """A group's places in the packed row: its prompt's, and those of each completion without its
+    last token.
+    """
 
     prompt: Ids
     completions: tuple[Ids, ...]
@@ -168,9 +199,12 @@ class _Placed:
 
 
 def _place(groups: Sequence[PrefixGroup]) -> list[_Placed]:
-    placed, at = [], 0
+    placed = []
+    at = 0
     for group in groups:
-        ends = at + np.cumsum([len(group.prompt_ids), *(len(completion) - 1 for completion in group.completions)])
+        ends = at + np.cumsum(
+            [len(group.prompt_ids), *(len(completion) - 1 for completion in group.completions)]
+        )
         pieces = [np.arange(start, end) for start, end in zip([at, *ends[:-1]], ends, strict=True)]
         placed.append(_Placed(pieces[0], tuple(pieces[1:])))
         at = int(ends[-1])
@@ -179,11 +213,16 @@ def _place(groups: Sequence[PrefixGroup]) -> list[_Placed]:
 
 def _lay_out(groups: Sequence[PrefixGroup]) -> Packed:
     placed = _place(groups)
-    inputs, positions, predicted_at = [], [], []
+    inputs = []
+    positions = []
+    predicted_at = []
     for group, places in zip(groups, placed, strict=True):
         inputs += [group.prompt_ids, *(completion[:-1] for completion in group.completions)]
         prompt_tokens = len(group.prompt_ids)
-        positions += [np.arange(prompt_tokens), *(prompt_tokens + np.arange(len(own)) for own in places.completions)]
+        positions += [
+            np.arange(prompt_tokens),
+            *(prompt_tokens + np.arange(len(own)) for own in places.completions),
+        ]
         predicted_at += [np.concatenate((places.prompt[-1:], own)) for own in places.completions]
     calls = _plan_attention(placed)
     completions = [completion for group in groups for completion in group.completions]
@@ -209,7 +248,9 @@ def _output_index(calls: Sequence[AttentionCall], tokens: int) -> Ids:
 
 
 def _plan_attention(placed: Sequence[_Placed]) -> tuple[AttentionCall, ...]:
-    """Plain rows in causal calls, short groups as masked rows, and long groups as one prompt and a call for its completions."""
+    """Plain rows in causal calls, short groups as masked rows, and long groups as one prompt and a
+    call for its completions.
+    """
     plain = [one for one in placed if len(one.completions) == 1]
     shared = [one for one in placed if len(one.completions) > 1]
     short = [one for one in shared if len(one.row) <= DENSE_ROW_TOKENS]
@@ -250,26 +291,38 @@ def _masked_rows(batch: Sequence[_Placed]) -> AttentionCall:
 
 
 def _visible(batch: Sequence[_Placed], *, width: int, first: int) -> Bools:
-    """[b, width − first, width]: what the tokens of each row from `first` on see of it: the prompt, and their own completion's past."""
+    """[b, width − first, width]: what the tokens of each row from `first` on see of it: the prompt,
+    and their own completion's past.
+    """
     branch = np.full((len(batch), width), -1)
     for row, one in enumerate(batch):
         branch[row, : len(one.row)] = one.branches
     causal = np.tri(width - first, width, first, dtype=np.bool_)
-    seen: Bools = causal & ((branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, first:, None]))
+    seen: Bools = causal & (
+        (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, first:, None])
+    )
     return seen
 
 
 def _prompt_and_branches(one: _Placed) -> list[AttentionCall]:
     """The prompt alone, then rows of completions that have it before them as keys.
 
-    Several completions in one row mean fewer copies of the prompt's keys, for a few scores among siblings that the mask
-    throws away: with long prompts a good bargain.
+    Several completions in one row mean fewer copies of the prompt's keys, for a few scores among
+    siblings that the mask throws away: with long prompts a good bargain.
     """
     calls = [_causal_rows([one.prompt])]
     own = [completion for completion in one.completions if len(completion)]
     if own:
         at_once = max(1, int(BRANCH_SHARE * len(one.prompt) / max(map(len, own))))
-        rows = [_Placed(one.prompt, tuple(own[start : start + at_once])) for start in range(0, len(own), at_once)]
-        index, first = _pad([row.row for row in rows]), len(one.prompt)
-        calls.append(AttentionCall(index[:, first:], index, _visible(rows, width=index.shape[1], first=first)))
+        rows = [
+            _Placed(one.prompt, tuple(own[start : start + at_once]))
+            for start in range(0, len(own), at_once)
+        ]
+        index = _pad([row.row for row in rows])
+        first = len(one.prompt)
+        calls.append(
+            AttentionCall(
+                index[:, first:], index, _visible(rows, width=index.shape[1], first=first)
+            )
+        )
     return calls

@@ -8,10 +8,16 @@ from typing import TypeVar
 
 from huggingface_hub import constants as hub_constants
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
-from pipeline.errors import UserError
+from onstream.pipeline.errors import UserError
 
 Loaded = TypeVar("Loaded")
 
@@ -24,7 +30,9 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is none, or it lacks either.
     """
-    tokenizer: PreTrainedTokenizerBase = cached_first(name, "tokenizer", AutoTokenizer.from_pretrained)
+    tokenizer: PreTrainedTokenizerBase = cached_first(
+        name, "tokenizer", AutoTokenizer.from_pretrained
+    )
     if not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer of {name} has no chat template",
@@ -41,21 +49,26 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_configs(name: str | Path) -> tuple[PretrainedConfig, GenerationConfig]:
-    """A model's configuration and generation configuration, without its weights; the latter is empty where the model has none.
+    """A model's configuration and generation configuration, without its weights; the latter is
+    empty where the model has none.
 
     Raises:
         UserError: there is no such model.
     """
     config: PretrainedConfig = cached_first(name, "configuration", AutoConfig.from_pretrained)
     try:
-        generation: GenerationConfig = cached_first(name, "generation configuration", GenerationConfig.from_pretrained)
+        generation: GenerationConfig = cached_first(
+            name, "generation configuration", GenerationConfig.from_pretrained
+        )
     except UserError:
         generation = GenerationConfig()
     return config, generation
 
 
 def cached_first(name: str | Path, what: str, load: Callable[..., Loaded]) -> Loaded:
-    """`load` from a directory or the local cache, and only then from the hub, so that what is here needs no network."""
+    """`load` from a directory or the local cache, and only then from the hub, so that what is here
+    needs no network.
+    """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     name = str(name)

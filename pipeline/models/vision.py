@@ -1,7 +1,9 @@
-"""What a multimodal model makes of images: the tokens that stand for them in a prompt, and the tensors its vision tower reads.
+"""What a multimodal model makes of images: the tokens that stand for them in a prompt, and the
+tensors its vision tower reads.
 
-The family's own processor decides both. Each image is processed alone and once; a prompt's placeholders are then replaced
-by the tokens of its images, and a batch's tensors are those of its images, one after the other.
+The family's own processor decides both. Each image is processed alone and once; a prompt's
+placeholders are then replaced by the tokens of its images, and a batch's tensors are those of its
+images, one after the other.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor
 
-from pipeline.errors import UserError
-from pipeline.images import ImageError, Picture
-from pipeline.models.tokenizer import cached_first
-from pipeline.records import Ids
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.images import ImageError, Picture
+from onstream.pipeline.models.tokenizer import cached_first
+from onstream.pipeline.records import Ids
 
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 """What a processor returns of a prompt's text; everything else is of its images."""
@@ -27,7 +29,9 @@ _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """One image as a model reads it: `token_ids` stand in the prompt, `tensors` go to the model (`pixel_values`, `image_grid_thw`, …)."""
+    """One image as a model reads it: `token_ids` stand in the prompt, `tensors` go to the model
+    (`pixel_values`, `image_grid_thw`, …).
+    """
 
     token_ids: Ids
     tensors: Mapping[str, Tensor]
@@ -50,7 +54,8 @@ class Vision:
     """
 
     def __init__(self, processor: Any) -> None:
-        self._processor, self.tokenizer = processor, processor.tokenizer
+        self._processor = processor
+        self.tokenizer = processor.tokenizer
         self.placeholder_id: int = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
 
     def features(self, picture: Picture) -> ImageFeatures:
@@ -64,13 +69,19 @@ class Vision:
         try:
             made = self._processor(**shown, add_special_tokens=False, return_tensors="pt")
         except ValueError as error:
-            name, size = type(self._processor).__name__, f"{image.width} × {image.height}"
-            raise ImageError(f"{name} does not take the image of {size} pixels: {error}. Scale or crop it.") from error
+            name = type(self._processor).__name__
+            size = f"{image.width} × {image.height}"
+            raise ImageError(
+                f"{name} does not take the image of {size} pixels: {error}. Scale or crop it."
+            ) from error
         token_ids = made["input_ids"][0].numpy().astype(np.int32)
-        return ImageFeatures(token_ids, {name: tensor for name, tensor in made.items() if name not in _TEXT})
+        return ImageFeatures(
+            token_ids, {name: tensor for name, tensor in made.items() if name not in _TEXT}
+        )
 
     def expand(self, ids: Ids, images: Sequence[ImageFeatures]) -> Ids:
-        """`ids`, as the chat template and the tokenizer give them, with each placeholder replaced by its image's tokens.
+        """`ids`, as the chat template and the tokenizer give them, with each placeholder replaced
+        by its image's tokens.
 
         Raises:
             PlaceholderMismatch: there are more or fewer placeholders than images.
@@ -88,15 +99,23 @@ class Vision:
         self._processor.save_pretrained(directory)
 
     def misplaced(self, ids: Ids, images: Sequence[ImageFeatures]) -> str | None:
-        """Why a model cannot be given `ids` with `images`, in words; None where their tokens are in it, all and in order, and no others."""
-        expected = np.concatenate([image.token_ids for image in images]) if images else np.empty(0, dtype=np.int32)
+        """Why a model cannot be given `ids` with `images`, in words; None where their tokens are in
+        it, all and in order, and no others.
+        """
+        expected = (
+            np.concatenate([image.token_ids for image in images])
+            if images
+            else np.empty(0, dtype=np.int32)
+        )
         found = ids[np.isin(ids, [*expected, self.placeholder_id])]
         if np.array_equal(found, expected):
             return None
         return f"it holds {len(found)} tokens of images, where {len(expected)} stand for the {len(images)} that its prompt shows"
 
     @staticmethod
-    def _pieces(ids: Ids, places: Sequence[int] | np.ndarray[Any, Any], images: Sequence[ImageFeatures]) -> Iterator[Ids]:
+    def _pieces(
+        ids: Ids, places: Sequence[int] | np.ndarray[Any, Any], images: Sequence[ImageFeatures]
+    ) -> Iterator[Ids]:
         start = 0
         for place, image in zip(places, images, strict=True):
             yield ids[start:place]
@@ -112,16 +131,22 @@ def joined(images: Sequence[ImageFeatures]) -> dict[str, Tensor]:
         ValueError: the family's tensors of images of different sizes cannot lie in one batch.
     """
     try:
-        return {name: torch.cat([image.tensors[name] for image in images]) for name in (images[0].tensors if images else ())}
+        return {
+            name: torch.cat([image.tensors[name] for image in images])
+            for name in (images[0].tensors if images else ())
+        }
     except RuntimeError as error:
-        raise ValueError(f"images of different sizes do not go into one batch of this model: {error}") from error
+        raise ValueError(
+            f"images of different sizes do not go into one batch of this model: {error}"
+        ) from error
 
 
 def load_vision(name: str | Path) -> Vision:
     """The image side of the model `name`.
 
     Raises:
-        UserError: it has no processor, one without an image placeholder, or one that needs a library that is not here.
+        UserError: it has no processor, one without an image placeholder, or one that needs a
+            library that is not here.
     """
     try:
         processor = cached_first(name, "processor", AutoProcessor.from_pretrained)
@@ -131,7 +156,9 @@ def load_vision(name: str | Path) -> Vision:
             expected="the libraries that this family's image processor is written for",
             next_step="Install them: `pip install 'onstream[vision]'`.",
         ) from error
-    if not isinstance(getattr(processor, "image_token", None), str) or not hasattr(processor, "image_processor"):
+    if not isinstance(getattr(processor, "image_token", None), str) or not hasattr(
+        processor, "image_processor"
+    ):
         raise UserError(
             f"the processor of {name} ({type(processor).__name__}) names no image placeholder",
             expected="a processor with an image_processor and an image_token, such as Qwen-VL's or LLaVA's",

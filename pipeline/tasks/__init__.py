@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import difflib
 
-from pipeline.errors import UserError
-from pipeline.tasks.base import Problem, ProceduralTask, Task
-from pipeline.tasks.builtin import BUILTIN, builtin_draw
-from pipeline.tasks.scorers import RolloutError, Score, ScoreError, Scorer, import_function, match_answer, read_score
-from settings.root import Settings
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.tasks.base import Problem, ProceduralTask, Task
+from onstream.pipeline.tasks.builtin import BUILTIN, builtin_draw
+from onstream.pipeline.tasks.scorers import (
+    RolloutError,
+    Score,
+    ScoreError,
+    Scorer,
+    import_function,
+    match_answer,
+    read_score,
+)
+from onstream.settings.root import Settings
 
-GYM, HUGGING_FACE = "reasoning-gym:", "hf:"
+GYM = "reasoning-gym:"
+HUGGING_FACE = "hf:"
 
-__all__ = ["Problem", "RolloutError", "Score", "ScoreError", "Scorer", "Task", "load_scorer", "load_task", "read_score"]
+__all__ = [
+    "Problem",
+    "RolloutError",
+    "Score",
+    "ScoreError",
+    "Scorer",
+    "Task",
+    "load_scorer",
+    "load_task",
+    "read_score",
+]
 
 
 def load_task(settings: Settings) -> Task:
@@ -21,41 +40,49 @@ def load_task(settings: Settings) -> Task:
     Raises:
         UserError: no such task, wrong arguments, bad or missing data, or nothing to train on.
     """
-    name, task = settings.task.name, settings.task
+    name = settings.task.name
+    task = settings.task
     if name == "jsonl":
-        from pipeline.tasks.jsonl import load_jsonl
+        from onstream.pipeline.tasks.jsonl import load_jsonl
 
         return load_jsonl(settings)
     if name.startswith(HUGGING_FACE):
-        from pipeline.tasks.huggingface import load_huggingface
+        from onstream.pipeline.tasks.huggingface import load_huggingface
 
         return load_huggingface(settings)
     if name.startswith(GYM):
-        from pipeline.tasks.gym import gym_draw
+        from onstream.pipeline.tasks.reasoning_gym import gym_draw
 
         draw = gym_draw(settings)
     elif name in BUILTIN:
         draw = builtin_draw(name, task.args)
     else:
         raise _unknown(name)
-    return ProceduralTask(draw, name=name, seed=settings.run.seed, samples=settings.eval.samples, system_prompt=task.system_prompt)
+    return ProceduralTask(
+        draw,
+        name=name,
+        seed=settings.run.seed,
+        samples=settings.eval.samples,
+        system_prompt=task.system_prompt,
+    )
 
 
 def load_scorer(settings: Settings) -> Scorer:
     """The function that scores a completion: `task.scorer`, or else the task's own.
 
     Raises:
-        UserError: it cannot be imported, the task does not exist, or this machine cannot confine the programs it would run.
+        UserError: it cannot be imported, the task does not exist, or this machine cannot confine
+            the programs it would run.
     """
     name = settings.task.name
     if settings.task.scorer == "code":
-        from pipeline.tasks.code import code_scorer
+        from onstream.pipeline.tasks.code import code_scorer
 
         return code_scorer(settings)
     if settings.task.scorer:
         return import_function(settings.task.scorer)
     if name.startswith(GYM):
-        from pipeline.tasks.gym import gym_scorer
+        from onstream.pipeline.tasks.reasoning_gym import gym_scorer
 
         return gym_scorer(settings)
     if name == "jsonl" or name.startswith(HUGGING_FACE) or name in BUILTIN:
@@ -67,4 +94,6 @@ def _unknown(name: str) -> UserError:
     known = [*BUILTIN, "jsonl", f"{GYM}<dataset>", f"{HUGGING_FACE}<path>"]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"Did you mean {near[0]!r}?" if near else "Correct `task.name`."
-    return UserError(f"`task.name` = {name!r} is no task", expected=f"one of {', '.join(known)}", next_step=hint)
+    return UserError(
+        f"`task.name` = {name!r} is no task", expected=f"one of {', '.join(known)}", next_step=hint
+    )

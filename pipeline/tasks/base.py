@@ -1,4 +1,6 @@
-"""What a task is: problems by index, in an order that the seed decides, and a held-out part that is never trained on."""
+"""What a task is: problems by index, in an order that the seed decides, and a held-out part that is
+never trained on.
+"""
 
 from __future__ import annotations
 
@@ -12,33 +14,40 @@ from typing import Any, Protocol
 
 import msgspec
 
-from pipeline.errors import UserError
+from onstream.pipeline.errors import UserError
 
 Message = dict[str, Any]
 Question = str | list[dict[str, Any]]
 """A message's content: a text, or parts of which some are images."""
 Draw = Callable[[Random], tuple[Question, dict[str, Any]]]
 
-# The share of a procedural task's contents that is held out. Small finite tasks keep a held-out part too, and finding
-# one held-out problem takes only about four draws, some of which are slow in reasoning-gym.
+# The share of a procedural task's contents that is held out. Small finite tasks keep a held-out
+# part too, and finding one held-out problem takes only about four draws, some of which are slow in
+# reasoning-gym.
 HELD_OUT_SHARE = 1 / 4
 MAX_DRAWS = 4096  # in search of one problem; a task that yields none after so many is too narrow
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to ask. `info` is what the scorer gets beside the completion; `info["answer"]` is the right answer where there is one."""
+    """One thing to ask. `info` is what the scorer gets beside the completion; `info["answer"]` is
+    the right answer where there is one.
+    """
 
     messages: list[Message]
     info: dict[str, Any] = field(default_factory=dict)
 
 
 class Task(Protocol):
-    """Problems by index. The same settings give the same problems everywhere, so records carry the index alone."""
+    """Problems by index. The same settings give the same problems everywhere, so records carry the
+    index alone.
+    """
 
     @property
     def held_out_size(self) -> int:
-        """How many held-out problems there are: `eval.samples`, or fewer where the task has no more."""
+        """How many held-out problems there are: `eval.samples`, or fewer where the task has no
+        more.
+        """
         ...
 
     def train(self, index: int) -> Problem:
@@ -53,13 +62,20 @@ class Task(Protocol):
 class ProceduralTask:
     """Problems drawn at random from a space too large to list.
 
-    What is held out is decided by the content of the question alone: its hash. So a model made under one seed has not
-    seen what a run under another seed evaluates on.
+    What is held out is decided by the content of the question alone: its hash. So a model made
+    under one seed has not seen what a run under another seed evaluates on.
     """
 
-    def __init__(self, draw: Draw, *, name: str, seed: int, samples: int, system_prompt: str | None) -> None:
-        """`draw` makes one question and its info. Raises UserError when nothing that it draws may be trained on."""
-        self._draw, self._name, self._seed, self._samples = draw, name, seed, samples
+    def __init__(
+        self, draw: Draw, *, name: str, seed: int, samples: int, system_prompt: str | None
+    ) -> None:
+        """`draw` makes one question and its info. Raises UserError when nothing that it draws may
+        be trained on.
+        """
+        self._draw = draw
+        self._name = name
+        self._seed = seed
+        self._samples = samples
         self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         self.train(0)
 
@@ -79,8 +95,12 @@ class ProceduralTask:
 
     @cached_property
     def _held_out(self) -> list[Problem]:
-        """The first `samples` different held-out questions. Made when first asked for: only an evaluation needs them."""
-        random, found, misses = Random("held-out"), dict[bytes, Problem](), 0
+        """The first `samples` different held-out questions. Made when first asked for: only an
+        evaluation needs them.
+        """
+        random = Random("held-out")
+        found = dict[bytes, Problem]()
+        misses = 0
         while len(found) < self._samples and misses < MAX_DRAWS:
             question, info = self._draw(random)
             content = _bytes(question)
@@ -104,11 +124,18 @@ class ProceduralTask:
 
 
 class FiniteTask:
-    """Problems from a list, reshuffled each epoch. A row asking the same as a held-out one is passed over, for its neighbour."""
+    """Problems from a list, reshuffled each epoch. A row asking the same as a held-out one is
+    passed over, for its neighbour.
+    """
 
-    def __init__(self, rows: Sequence[Problem], held_out: Sequence[Problem], *, name: str, seed: int) -> None:
+    def __init__(
+        self, rows: Sequence[Problem], held_out: Sequence[Problem], *, name: str, seed: int
+    ) -> None:
         """Raises UserError when no row is left to train on."""
-        self._rows, self._held_out, self._name, self._seed = rows, held_out, name, seed
+        self._rows = rows
+        self._held_out = held_out
+        self._name = name
+        self._seed = seed
         self._held_out_contents = {_content(problem) for problem in held_out}
         self._epoch: tuple[int, list[int]] = (-1, [])
         self.train(0)
@@ -143,16 +170,24 @@ class FiniteTask:
 
 
 def is_held_out(question: Question) -> bool:
-    """Whether a procedural task keeps `question` for evaluation: decided by its content alone, for ever."""
+    """Whether a procedural task keeps `question` for evaluation: decided by its content alone, for
+    ever.
+    """
     digest = hashlib.blake2b(_bytes(question), digest_size=8).digest()
     return int.from_bytes(digest, "little") < HELD_OUT_SHARE * 2**64
 
 
 def _bytes(question: Question) -> bytes:
-    return question.encode() if isinstance(question, str) else msgspec.json.encode(question, order="deterministic")
+    return (
+        question.encode()
+        if isinstance(question, str)
+        else msgspec.json.encode(question, order="deterministic")
+    )
 
 
 def _content(problem: Problem) -> bytes:
     """What makes two problems the same: everything asked but the system prompt."""
     asked = [message for message in problem.messages if message["role"] != "system"]
-    return hashlib.blake2b(msgspec.json.encode(asked, order="deterministic"), digest_size=16).digest()
+    return hashlib.blake2b(
+        msgspec.json.encode(asked, order="deterministic"), digest_size=16
+    ).digest()

@@ -1,4 +1,6 @@
-"""The built-in tasks by name; those of words and numbers. Short prompts, which tiny models learn in minutes."""
+"""The built-in tasks by name; those of words and numbers. Short prompts, which tiny models learn in
+minutes.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from pipeline.errors import UserError
-from pipeline.tasks.base import Draw
-from pipeline.tasks.pictures import PictureArgs, colour_words
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.tasks.base import Draw
+from onstream.pipeline.tasks.colour_words import PictureArgs, colour_words
 
 
 class WordArgs(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -22,7 +24,9 @@ class WordArgs(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     def __post_init__(self) -> None:
         if self.min_length > self.max_length:
-            raise ValueError(f"min_length {self.min_length} is more than max_length {self.max_length}")
+            raise ValueError(
+                f"min_length {self.min_length} is more than max_length {self.max_length}"
+            )
 
 
 class ArithmeticArgs(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -56,9 +60,12 @@ def arithmetic(args: ArithmeticArgs) -> Draw:
     """`Compute: 12-34` → `-22`."""
 
     def draw(random: Random) -> tuple[str, dict[str, Any]]:
-        left, right = random.randint(0, args.max_value), random.randint(0, args.max_value)
+        left = random.randint(0, args.max_value)
+        right = random.randint(0, args.max_value)
         operation = random.choice(args.operations)
-        return f"Compute: {left}{operation}{right}", {"answer": str(left + right if operation == "+" else left - right)}
+        return f"Compute: {left}{operation}{right}", {
+            "answer": str(left + right if operation == "+" else left - right)
+        }
 
     return draw
 
@@ -81,7 +88,9 @@ def builtin_draw(name: str, args: dict[str, Any]) -> Draw:
     try:
         return make(msgspec.convert(args, kind))
     except msgspec.ValidationError as error:
-        known = ", ".join(f"{field.name} (default {field.default!r})" for field in msgspec.structs.fields(kind))
+        known = ", ".join(
+            f"{field.name} (default {field.default!r})" for field in msgspec.structs.fields(kind)
+        )
         raise UserError(
             f"`task.args` = {args} of {name}: {error}",
             expected=f"among {known}",
@@ -90,4 +99,6 @@ def builtin_draw(name: str, args: dict[str, Any]) -> Draw:
 
 
 def _word(random: Random, args: WordArgs) -> str:
-    return "".join(random.choices(ascii_lowercase, k=random.randint(args.min_length, args.max_length)))
+    return "".join(
+        random.choices(ascii_lowercase, k=random.randint(args.min_length, args.max_length))
+    )

@@ -8,14 +8,16 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.sandbox import NEEDED, Result, Sandbox, SandboxError
-from pipeline.tasks.scorers import Score, Scorer, answer_text
-from settings.root import Settings
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.tasks.sandbox import NEEDED, Result, Sandbox, SandboxError
+from onstream.pipeline.tasks.scorers import Score, Scorer, answer_text
+from onstream.settings.root import Settings
 
 CODE = "code"
 """The value of `task.scorer` that stands for this scorer."""
-_FENCE = re.compile(r"```[ \t]*(?:python|py|python3)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(
+    r"```[ \t]*(?:python|py|python3)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE
+)
 _MEANING = {
     "user": "an unprivileged user",
     "kill": "a way to end all that a program starts",
@@ -29,7 +31,8 @@ def code_scorer(settings: Settings) -> Scorer:
     """The scorer, once it is known what the machine permits.
 
     Raises:
-        UserError: programs cannot be confined here, and `orchestrator.verification.allow_unsandboxed` does not allow that.
+        UserError: programs cannot be confined here, and
+            `orchestrator.verification.allow_unsandboxed` does not allow that.
     """
     verification = settings.orchestrator.verification
     if verification.sandbox.wall >= verification.timeout:
@@ -42,7 +45,12 @@ def code_scorer(settings: Settings) -> Scorer:
 
     def score(completion: str, info: dict[str, Any]) -> Score:
         # Made here, in the scoring child: each child runs its programs as a user of its own.
-        return score_program(Sandbox(verification.sandbox), program_of(completion), info.get("tests"), verification.sandbox.wall)
+        return score_program(
+            Sandbox(verification.sandbox),
+            program_of(completion),
+            info.get("tests"),
+            verification.sandbox.wall,
+        )
 
     return score
 
@@ -52,7 +60,9 @@ def _refuse_unconfined(sandbox: Sandbox, *, allowed: bool) -> None:
         missing = sandbox.missing()
     except SandboxError as error:
         raise UserError(
-            f"task.scorer = 'code': {error}", expected="a machine that runs programs in a sandbox", next_step="See docs/sandbox.md."
+            f"task.scorer = 'code': {error}",
+            expected="a machine that runs programs in a sandbox",
+            next_step="See docs/sandbox.md.",
         ) from error
     lacking = [_MEANING[name] for name in missing]
     if any(name in NEEDED for name in missing) and not allowed:
@@ -62,7 +72,10 @@ def _refuse_unconfined(sandbox: Sandbox, *, allowed: bool) -> None:
             next_step="See docs/sandbox.md; orchestrator.verification.allow_unsandboxed = true runs the programs all the same.",
         )
     if lacking:
-        print(f"onstream: the sandbox of task.scorer = 'code' does without {', '.join(lacking)}", file=sys.stderr)
+        print(
+            f"onstream: the sandbox of task.scorer = 'code' does without {', '.join(lacking)}",
+            file=sys.stderr,
+        )
 
 
 def program_of(completion: str) -> str:
@@ -77,33 +90,53 @@ def program_of(completion: str) -> str:
 
 
 def score_program(sandbox: Sandbox, program: str, tests: object, wall_s: float) -> dict[str, float]:
-    """1 if `program` passes every test, else 0. Parts: `passed`, the share of tests; and the first reason why not, as 1.
+    """1 if `program` passes every test, else 0. Parts: `passed`, the share of tests; and the first
+    reason why not, as 1.
 
-    `wall_s` bounds all tests together. Tests are Python code that is appended to the program, or a list of `{"input", "output"}`, what
-    it reads and has to write (space at the ends of lines and of the whole does not count).
+    `wall_s` bounds all tests together. Tests are Python code that is appended to the program, or a
+    list of `{"input", "output"}`, what it reads and has to write (space at the ends of lines and of
+    the whole does not count).
 
     Raises:
         ValueError: the problem has no such tests.
     """
-    end, reasons, runs = time.monotonic() + wall_s, list[str](), list(_runs(program, tests))
+    end = time.monotonic() + wall_s
+    reasons = list[str]()
+    runs = list(_runs(program, tests))
     for source, given, expected in runs:
         left_s = end - time.monotonic()
-        reason = _verdict(sandbox.run(source, given, wall_s=left_s), expected) if left_s > 0 else "timed_out"
+        reason = (
+            _verdict(sandbox.run(source, given, wall_s=left_s), expected)
+            if left_s > 0
+            else "timed_out"
+        )
         reasons.append(reason)
     passed = sum(not reason for reason in reasons) / len(runs)
     first = next((reason for reason in reasons if reason), None)
-    return {"reward": float(first is None), "passed": passed, **({f"program_{first}": 1.0} if first else {})}
+    return {
+        "reward": float(first is None),
+        "passed": passed,
+        **({f"program_{first}": 1.0} if first else {}),
+    }
 
 
 def _runs(program: str, tests: object) -> Iterator[tuple[str, bytes, str | None]]:
-    """What to run: source, standard input, and the output expected (None: only the exit status counts)."""
+    """What to run: source, standard input, and the output expected (None: only the exit status
+    counts).
+    """
     if isinstance(tests, str) and tests.strip():
         yield f"{program}\n\n{tests}\n", b"", None
         return
     if not isinstance(tests, list) or not tests:
-        raise ValueError(f"the problem's `tests` are {type(tests).__name__}; expected Python code or a list of input and output")
+        raise ValueError(
+            f"the problem's `tests` are {type(tests).__name__}; expected Python code or a list of input and output"
+        )
     for test in tests:
-        if not isinstance(test, dict) or not isinstance(test.get("output"), str) or not isinstance(test.get("input", ""), str):
+        if (
+            not isinstance(test, dict)
+            or not isinstance(test.get("output"), str)
+            or not isinstance(test.get("input", ""), str)
+        ):
             raise ValueError("a test is not {'input': text, 'output': text}")
         yield program, test.get("input", "").encode(), test["output"]
 

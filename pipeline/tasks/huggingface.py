@@ -1,4 +1,6 @@
-"""The `hf:<path>` task: a data set of the Hugging Face hub, a local directory, or a local parquet, JSON or CSV file."""
+"""The `hf:<path>` task: a data set of the Hugging Face hub, a local directory, or a local parquet,
+JSON or CSV file.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from pipeline.errors import UserError
-from pipeline.tasks.base import FiniteTask, Problem
-from pipeline.tasks.rows import RowError, RowReader
-from settings.root import Settings
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.tasks.base import FiniteTask, Problem
+from onstream.pipeline.tasks.rows import RowError, RowReader
+from onstream.settings.root import Settings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,7 +23,8 @@ class DatasetRows(Sequence[Problem]):
     """The problems of a data set, each read when it is asked for: the data stays on disk."""
 
     def __init__(self, dataset: Dataset, reader: RowReader) -> None:
-        self._dataset, self._reader = dataset, reader
+        self._dataset = dataset
+        self._reader = reader
 
     def check(self, place: str) -> None:
         """Read every row once.
@@ -51,21 +54,26 @@ class DatasetRows(Sequence[Problem]):
 def load_huggingface(settings: Settings) -> FiniteTask:
     """The task over the data set that `task.name` names after `hf:`.
 
-    `task.args` go to `datasets.load_dataset`, save `eval_split`: the split to hold out, instead of the last
-    `eval.samples` rows.
+    `task.args` go to `datasets.load_dataset`, save `eval_split`: the split to hold out, instead of
+    the last `eval.samples` rows.
 
     Raises:
-        UserError: the data set cannot be loaded, a row is no problem, or nothing is left to train on.
+        UserError: the data set cannot be loaded, a row is no problem, or nothing is left to train
+            on.
     """
-    path, split, samples = settings.task.name.removeprefix("hf:"), settings.task.split, settings.eval.samples
+    path = settings.task.name.removeprefix("hf:")
+    split = settings.task.split
+    samples = settings.eval.samples
     args = dict(settings.task.args)
     eval_split = args.pop("eval_split", None)
-    reader, dataset = RowReader(settings), _load(path, split, args)
+    reader = RowReader(settings)
+    dataset = _load(path, split, args)
     rows = DatasetRows(dataset, reader)
     rows.check(f"{path} [{split}]")
     if eval_split is None:
         cut = max(0, len(rows) - samples)
-        held_out, rows = rows[cut:], DatasetRows(dataset.select(range(cut)), reader)
+        held_out = rows[cut:]
+        rows = DatasetRows(dataset.select(range(cut)), reader)
     else:
         others = DatasetRows(_load(path, eval_split, args), reader)
         others.check(f"{path} [{eval_split}]")
@@ -74,19 +82,26 @@ def load_huggingface(settings: Settings) -> FiniteTask:
 
 
 def _load(path: str, split: str, args: dict[str, Any]) -> Dataset:
-    """One split, or a slice of it such as `train[:100]`. A local file has one split only, whatever it is called."""
+    """One split, or a slice of it such as `train[:100]`. A local file has one split only, whatever
+    it is called.
+    """
     import datasets
 
     datasets.disable_progress_bars()
-    local, kind = Path(path), FORMATS.get(Path(path).suffix)
+    local = Path(path)
+    kind = FORMATS.get(Path(path).suffix)
     try:
         if local.is_file() and kind:
-            return datasets.load_dataset(kind, data_files={split.partition("[")[0]: str(local)}, split=split, **args)
+            return datasets.load_dataset(
+                kind, data_files={split.partition("[")[0]: str(local)}, split=split, **args
+            )
         if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
             return _saved(datasets.load_from_disk(path, **args), split)
         return datasets.load_dataset(path, split=split, **args)
     except Exception as error:  # the library raises dozens of kinds, of several packages
-        raise _not_loaded(path, split, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
+        raise _not_loaded(
+            path, split, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        ) from error
 
 
 def _saved(saved: Any, split: str) -> Any:

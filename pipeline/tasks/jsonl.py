@@ -6,11 +6,11 @@ from pathlib import Path
 
 import msgspec
 
-from pipeline.errors import UserError
-from pipeline.tasks.base import FiniteTask, Problem
-from pipeline.tasks.rows import RowError, RowReader, finite_task, shown
-from pipeline.undecodable import UNDECODABLE
-from settings.root import Settings
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.tasks.base import FiniteTask, Problem
+from onstream.pipeline.tasks.rows import RowError, RowReader, finite_task, shown
+from onstream.pipeline.undecodable import UNDECODABLE
+from onstream.settings.root import Settings
 
 
 def load_jsonl(settings: Settings) -> FiniteTask:
@@ -19,11 +19,20 @@ def load_jsonl(settings: Settings) -> FiniteTask:
     Raises:
         UserError: no file, a line that is no problem (with its number), or nothing to train on.
     """
-    task, reader = settings.task, RowReader(settings)
+    task = settings.task
+    reader = RowReader(settings)
     if task.path is None:
-        raise UserError("task `jsonl` without `task.path`", expected="the path of a JSONL file", next_step="Set `task.path`.")
+        raise UserError(
+            "task `jsonl` without `task.path`",
+            expected="the path of a JSONL file",
+            next_step="Set `task.path`.",
+        )
     if task.args:
-        raise UserError(f"`task.args` = {task.args} of task `jsonl`", expected="none", next_step="Remove `task.args`.")
+        raise UserError(
+            f"`task.args` = {task.args} of task `jsonl`",
+            expected="none",
+            next_step="Remove `task.args`.",
+        )
     rows = read_problems(task.path, reader)
     held_out = read_problems(task.eval_path, reader) if task.eval_path else None
     return finite_task(rows, held_out, settings, name=str(task.path))
@@ -39,9 +48,15 @@ def read_problems(path: Path, reader: RowReader) -> list[Problem]:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read: {error.strerror}", expected="a JSONL file", next_step="Correct `task.path` or `task.eval_path`."
+            f"{path} cannot be read: {error.strerror}",
+            expected="a JSONL file",
+            next_step="Correct `task.path` or `task.eval_path`.",
         ) from error
-    problems = [_problem(path, number, line, reader) for number, line in enumerate(lines, start=1) if line.strip()]
+    problems = [
+        _problem(path, number, line, reader)
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
     if not problems:
         raise UserError(
             f"{path} is empty",
@@ -62,4 +77,7 @@ def _decoded(line: bytes) -> object:
     try:
         return msgspec.json.decode(line)
     except UNDECODABLE as error:
-        raise RowError(f"{shown(line.decode(errors='replace'))} is not JSON ({error})", expected="one JSON object a line") from error
+        raise RowError(
+            f"{shown(line.decode(errors='replace'))} is not JSON ({error})",
+            expected="one JSON object a line",
+        ) from error

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from pipeline.errors import UserError
-from pipeline.tasks.base import FiniteTask, Message, Problem
-from settings.root import Settings
-from settings.route import verification_on
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.tasks.base import FiniteTask, Message, Problem
+from onstream.settings.root import Settings
+from onstream.settings.route import verification_on
 
 Value = TypeVar("Value")
 
@@ -19,30 +19,40 @@ class RowError(ValueError):
     """A row that holds no problem: what it holds, and what was expected of it."""
 
     def __init__(self, got: str, *, expected: str) -> None:
-        self.got, self.expected = got, expected
+        self.got = got
+        self.expected = expected
         super().__init__(f"{got}; expected {expected}")
 
     def at(self, place: str) -> UserError:
         """The message for the user, naming the file and line, or the data set and row."""
-        return UserError(f"{place}: {self.got}", expected=self.expected, next_step="Correct or remove it.")
+        return UserError(
+            f"{place}: {self.got}", expected=self.expected, next_step="Correct or remove it."
+        )
 
 
 class RowReader:
     """Reads rows with `messages` (or the prompt field) and an answer.
 
-    Without a scorer of the user's own, `info` is the answer alone, as text; with one, it is every other column.
+    Without a scorer of the user's own, `info` is the answer alone, as text; with one, it is every
+    other column.
     """
 
     def __init__(self, settings: Settings) -> None:
         task = settings.task
-        self._prompt, self._answer, self._custom = task.prompt_field, task.answer_field, task.scorer is not None
+        self._prompt = task.prompt_field
+        self._answer = task.answer_field
+        self._custom = task.scorer is not None
         self._needs_answer = not self._custom and verification_on(settings)
-        self._system: list[Message] = [{"role": "system", "content": task.system_prompt}] if task.system_prompt else []
+        self._system: list[Message] = (
+            [{"role": "system", "content": task.system_prompt}] if task.system_prompt else []
+        )
 
     def problem(self, row: object) -> Problem:
         """The problem in `row`. Raises RowError when there is none."""
         if not isinstance(row, dict):
-            raise RowError(f"it holds {shown(row)}", expected=f"an object with `messages` or `{self._prompt}`")
+            raise RowError(
+                f"it holds {shown(row)}", expected=f"an object with `messages` or `{self._prompt}`"
+            )
         messages = self._messages(row)
         system = [] if messages[0]["role"] == "system" else self._system
         return Problem([*system, *messages], self._info(row))
@@ -55,27 +65,37 @@ class RowReader:
             return _checked_messages(prompt, self._prompt)
         if not isinstance(prompt, str) or not prompt:
             keys = ", ".join(sorted(map(str, row))) or "none"
-            raise RowError(f"`{self._prompt}` is {shown(prompt)}", expected=f"`messages` or a text in `{self._prompt}` (keys here: {keys})")
+            raise RowError(
+                f"`{self._prompt}` is {shown(prompt)}",
+                expected=f"`messages` or a text in `{self._prompt}` (keys here: {keys})",
+            )
         return [{"role": "user", "content": prompt}]
 
     def _info(self, row: dict[str, Any]) -> dict[str, Any]:
         if self._custom:
-            return _travelling({key: value for key, value in row.items() if key not in ("messages", self._prompt)})
+            return _travelling(
+                {key: value for key, value in row.items() if key not in ("messages", self._prompt)}
+            )
         answer = row.get(self._answer)
-        if isinstance(answer, str) or (isinstance(answer, int | float) and not isinstance(answer, bool)):
+        if isinstance(answer, str) or (
+            isinstance(answer, int | float) and not isinstance(answer, bool)
+        ):
             return {"answer": str(answer)}
         if self._needs_answer:
             raise RowError(f"`{self._answer}` is {shown(answer)}", expected="a text or a number")
         return {}
 
 
-def finite_task(rows: Sequence[Problem], held_out: Sequence[Problem] | None, settings: Settings, *, name: str) -> FiniteTask:
+def finite_task(
+    rows: Sequence[Problem], held_out: Sequence[Problem] | None, settings: Settings, *, name: str
+) -> FiniteTask:
     """A task over `rows`; with no `held_out` of its own, the last `eval.samples` rows are held out.
 
     Raises:
         UserError: nothing is left to train on.
     """
-    samples, seed = settings.eval.samples, settings.run.seed
+    samples = settings.eval.samples
+    seed = settings.run.seed
     if held_out is None:
         cut = max(0, len(rows) - samples)
         rows, held_out = rows[:cut], rows[cut:]
@@ -92,10 +112,20 @@ def _checked_messages(messages: object, field: str) -> list[Message]:
     if not isinstance(messages, list) or not messages:
         raise RowError(f"`{field}` is {shown(messages)}", expected="a list of at least one message")
     for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str | list):
-            raise RowError(f"`{field}` holds {shown(message)}", expected='messages like {"role": "user", "content": "…"}')
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("role"), str)
+            or not isinstance(message.get("content"), str | list)
+        ):
+            raise RowError(
+                f"`{field}` holds {shown(message)}",
+                expected='messages like {"role": "user", "content": "…"}',
+            )
     if messages[-1]["role"] == "assistant":
-        raise RowError(f"`{field}` ends with an assistant message", expected="the student's turn to be next (the answer goes to `answer`)")
+        raise RowError(
+            f"`{field}` ends with an assistant message",
+            expected="the student's turn to be next (the answer goes to `answer`)",
+        )
     return _travelling(messages)
 
 
@@ -104,5 +134,7 @@ def _travelling(value: Value) -> Value:
     try:
         msgspec.msgpack.encode(value)
     except TypeError as error:
-        raise RowError(f"it cannot travel in a record ({error})", expected="texts, numbers, lists and objects") from error
+        raise RowError(
+            f"it cannot travel in a record ({error})", expected="texts, numbers, lists and objects"
+        ) from error
     return value

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, SupportsFloat
 
-from pipeline.errors import UserError
+from onstream.pipeline.errors import UserError
 
 Score = float | Mapping[str, float]
 Scorer = Callable[[str, dict[str, Any]], Score]
@@ -18,7 +18,9 @@ MAX_PARTS = 64
 
 
 class RolloutError(Exception):
-    """A scorer raises it for what the rollout did wrong: the rollout scores 0. Any other exception is the scorer's own failure."""
+    """A scorer raises it for what the rollout did wrong: the rollout scores 0. Any other exception
+    is the scorer's own failure.
+    """
 
 
 class ScoreError(ValueError):
@@ -26,12 +28,14 @@ class ScoreError(ValueError):
 
 
 def match_answer(completion: str, info: dict[str, Any]) -> dict[str, float]:
-    """1 for exactly `info["answer"]`, else 0; `similarity`, the share of characters in place, is shown but not rewarded.
+    """1 for exactly `info["answer"]`, else 0; `similarity`, the share of characters in place, is
+    shown but not rewarded.
 
     >>> match_answer("maertz", {"answer": "maerts"})
     {'reward': 0.0, 'similarity': 0.8333333333333334}
     """
-    given, answer = answer_text(completion), str(info["answer"]).strip()
+    given = answer_text(completion)
+    answer = str(info["answer"]).strip()
     if given == answer:
         return {"reward": 1.0, "similarity": 1.0}
     same = sum(a == b for a, b in zip(given, answer, strict=False))
@@ -39,12 +43,15 @@ def match_answer(completion: str, info: dict[str, Any]) -> dict[str, float]:
 
 
 def answer_text(completion: str) -> str:
-    """The answer in a completion: what follows its reasoning (`</think>`), without the space around it."""
+    """The answer in a completion: what follows its reasoning (`</think>`), without the space around
+    it.
+    """
     return completion.rpartition("</think>")[2].strip()
 
 
 def read_score(score: object) -> tuple[float, dict[str, float]]:
-    """The reward and its parts. Of a mapping, the reward is `reward` if it has one, else the sum of the parts.
+    """The reward and its parts. Of a mapping, the reward is `reward` if it has one, else the sum of
+    the parts.
 
     >>> read_score({"format": 0.5, "answer": 1.0})
     (1.5, {'format': 0.5, 'answer': 1.0})

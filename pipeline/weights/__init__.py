@@ -1,10 +1,19 @@
-"""Policy versions: how the trainer publishes them, and how a generator gets them, whole or not at all."""
+"""Policy versions: how the trainer publishes them, and how a generator gets them, whole or not at
+all.
+"""
 
-from pipeline.weights.directory import Directory, DirectoryOutlet, announced, prune, publish, write_directory
-from pipeline.weights.parts import Outlet, Part, Shelf, Version
-from pipeline.weights.policy import LoadedPolicy, WeightsError, read_file
-from pipeline.weights.reader import Reader
-from pipeline.weights.sender import Sender, Sent
+from onstream.pipeline.weights.directory import (
+    Directory,
+    DirectoryOutlet,
+    announced,
+    prune,
+    publish,
+    write_directory,
+)
+from onstream.pipeline.weights.parts import Outlet, Part, Shelf, Version
+from onstream.pipeline.weights.policy import LoadedPolicy, WeightsError, read_file
+from onstream.pipeline.weights.reader import Reader
+from onstream.pipeline.weights.sender import Sender, Sent
 
 __all__ = [
     "Directory",

@@ -1,10 +1,13 @@
-"""Sparse overwrite deltas: which weights differ from those of a base version, and what they are now.
+"""Sparse overwrite deltas: which weights differ from those of a base version, and what they are
+now.
 
-A delta is a safetensors file. Of each tensor that changed it has `to/<name>`, the new values, bit for bit, and where they go, in the way of
-the fewest bytes: `at/<name>`, the distances between the changed elements, less one, as uint8 or uint16 (where more than 256, or 65,536,
-elements lie between two, one of them is written with the value it has: overwriting does not mind); `in/<name>`, a bit for each
-element, as numpy.packbits lays them; or neither, where the values are the whole tensor.
-Overwriting is idempotent, and what comes of it is checked by the digest of the whole file that it must give.
+A delta is a safetensors file. Of each tensor that changed it has `to/<name>`, the new values, bit
+for bit, and where they go, in the way of the fewest bytes: `at/<name>`, the distances between the
+changed elements, less one, as uint8 or uint16 (where more than 256, or 65,536, elements lie between
+two, one of them is written with the value it has: overwriting does not mind); `in/<name>`, a bit
+for each element, as numpy.packbits lays them; or neither, where the values are the whole tensor.
+Overwriting is idempotent, and what comes of it is checked by the digest of the whole file that it
+must give.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.weights.layout import Entry, layout_of
-from pipeline.weights.policy import Bytes, LoadedPolicy, WeightsError
+from onstream.pipeline.weights.policy import Bytes, LoadedPolicy, WeightsError
+from onstream.pipeline.weights.safetensors_layout import Entry, layout_of
 
 _REACH = {1: 1 << 8, 2: 1 << 16}  # bytes of a distance -> the longest that fits
 _FORMAT = {"format": "onstream-delta/1"}
@@ -24,7 +27,9 @@ _FORMAT = {"format": "onstream-delta/1"}
 
 @dataclass(frozen=True)
 class Delta:
-    """`data` turns the base into the new version; None where it would be no smaller. `share` of the weights changed."""
+    """`data` turns the base into the new version; None where it would be no smaller. `share` of the
+    weights changed.
+    """
 
     data: Bytes | None
     share: float
@@ -44,14 +49,20 @@ def encode(base: LoadedPolicy, new: LoadedPolicy) -> Delta | None:
         count = int(np.count_nonzero(differs))
         changed += count
         if count:
-            arrays |= {f"{kind}/{name}": array for kind, array in _encoded(after, differs, count).items()}
+            arrays |= {
+                f"{kind}/{name}": array for kind, array in _encoded(after, differs, count).items()
+            }
     data = np.frombuffer(bytearray(save(arrays, metadata=_FORMAT)), dtype=np.uint8)
     total = sum(_count(entry) for entry in new.layout.values())
     return Delta(data if data.size < new.data.size else None, changed / total if total else 0.0)
 
 
-def _encoded(values: NDArray[np.generic], differs: NDArray[np.bool_], count: int) -> dict[str, NDArray[np.generic]]:
-    """The arrays that overwrite the `count` elements of `values` that differ, in the way of the fewest bytes."""
+def _encoded(
+    values: NDArray[np.generic], differs: NDArray[np.bool_], count: int
+) -> dict[str, NDArray[np.generic]]:
+    """The arrays that overwrite the `count` elements of `values` that differ, in the way of the
+    fewest bytes.
+    """
     bits_bytes = -(-values.size // 8) + count * values.itemsize
     if count * (1 + values.itemsize) < bits_bytes:  # the least that distances can take
         arrays = _by_distances(values, np.flatnonzero(differs))
@@ -62,14 +73,20 @@ def _encoded(values: NDArray[np.generic], differs: NDArray[np.bool_], count: int
     return {"to": values}
 
 
-def _by_distances(values: NDArray[np.generic], indices: NDArray[np.int64]) -> dict[str, NDArray[np.generic]]:
+def _by_distances(
+    values: NDArray[np.generic], indices: NDArray[np.int64]
+) -> dict[str, NDArray[np.generic]]:
     found = {width: _within_reach(indices, reach) for width, reach in _REACH.items()}
     width = min(found, key=lambda width: found[width].size * (width + values.itemsize))
-    return {"at": (np.diff(found[width], prepend=-1) - 1).astype(f"<u{width}"), "to": values[found[width]]}
+    return {
+        "at": (np.diff(found[width], prepend=-1) - 1).astype(f"<u{width}"),
+        "to": values[found[width]],
+    }
 
 
 def _within_reach(indices: NDArray[np.int64], reach: int) -> NDArray[np.int64]:
-    """`indices`, ascending, with the fewest others between them that keep each within `reach` of the one before; the first, of −1.
+    """`indices`, ascending, with the fewest others between them that keep each within `reach` of
+    the one before; the first, of −1.
 
     [2, 9] within 3 are [2, 5, 8, 9].
     """
@@ -88,7 +105,8 @@ def overwrite(data: Bytes, layout: Mapping[str, Entry], delta: Bytes) -> None:
     """Apply `delta` to the safetensors file `data`, whose `layout` is given, in place.
 
     Raises:
-        WeightsError: `delta` is none, or one for other tensors; `data` may be changed in part by then.
+        WeightsError: `delta` is none, or one for other tensors; `data` may be changed in part by
+            then.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load
@@ -106,7 +124,9 @@ def overwrite(data: Bytes, layout: Mapping[str, Entry], delta: Bytes) -> None:
         raise WeightsError(f"{delta.size} bytes are no delta of these weights: {error}") from error
 
 
-def _where(arrays: Mapping[str, NDArray[np.generic]], name: str, size: int) -> NDArray[np.generic] | slice:
+def _where(
+    arrays: Mapping[str, NDArray[np.generic]], name: str, size: int
+) -> NDArray[np.generic] | slice:
     """Which of the `size` elements of the tensor `name` are overwritten."""
     if (distances := arrays.get(f"at/{name}")) is not None:
         return np.cumsum(distances.astype(np.int64) + 1) - 1
@@ -118,7 +138,9 @@ def _where(arrays: Mapping[str, NDArray[np.generic]], name: str, size: int) -> N
 
 
 def _elements(data: Bytes, entry: Entry) -> NDArray[np.generic]:
-    """The tensor at `entry`, flat, as unsigned integers: bits are compared, so that −0 and NaN arrive as they are."""
+    """The tensor at `entry`, flat, as unsigned integers: bits are compared, so that −0 and NaN
+    arrive as they are.
+    """
     return data[entry.start : entry.stop].view(f"<u{entry.size}")
 
 
@@ -127,7 +149,8 @@ def _count(entry: Entry) -> int:
 
 
 def applied(number: int, digest: str, data: Bytes, deltas: Iterable[Bytes]) -> LoadedPolicy:
-    """Version `number` of `digest`: the safetensors file `data`, overwritten in place by `deltas` in their order.
+    """Version `number` of `digest`: the safetensors file `data`, overwritten in place by `deltas`
+    in their order.
 
     Raises:
         WeightsError: something else came of it.

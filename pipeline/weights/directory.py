@@ -1,9 +1,10 @@
-"""Policy versions on disk, and the transport `filesystem`: published whole or not at all, and pruned.
+"""Policy versions on disk, and the transport `filesystem`: published whole or not at all, and
+pruned.
 
-`<run directory>/policies/000007/` is a Hugging Face model directory. It comes into being by one rename of a directory that was
-written and synced under another name, so a reader meets no half-written version; the digest catches what a crash of the
-machine, a failing disk or a replaced version would leave. Deltas are files of `policies/deltas/`, named by what they lead
-to and from.
+`<run directory>/policies/000007/` is a Hugging Face model directory. It comes into being by one
+rename of a directory that was written and synced under another name, so a reader meets no
+half-written version; the digest catches what a crash of the machine, a failing disk or a replaced
+version would leave. Deltas are files of `policies/deltas/`, named by what they lead to and from.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from pipeline.files import digest_of, sync
-from pipeline.records import PolicyVersion
-from pipeline.weights.parts import Part, Version
-from pipeline.weights.policy import WEIGHTS_FILE, Bytes, LoadedPolicy, WeightsError
+from onstream.pipeline.records import PolicyVersion
+from onstream.pipeline.run_files.durable import digest_of, sync
+from onstream.pipeline.weights.parts import Part, Version
+from onstream.pipeline.weights.policy import WEIGHTS_FILE, Bytes, LoadedPolicy, WeightsError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,15 +33,28 @@ _DELTAS = f"{_FOLDER}/deltas"
 _DELTA = re.compile(r"(\d+)-([0-9a-f]+)-on-(\d+)-([0-9a-f]+)\.safetensors")
 _UNFINISHED = ".unfinished-"
 _REMOVED = ".removed-"
-_LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json", ".onnx")
+_LEFT_OUT = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".index.json",
+    ".onnx",
+)
 
 
-def publish(run_dir: Path, number: int, state: Mapping[str, Tensor], model_files_from: Path) -> PolicyVersion:
-    """Write version `number`: `state` as safetensors, beside the configuration and tokenizer files of `model_files_from`.
+def publish(
+    run_dir: Path, number: int, state: Mapping[str, Tensor], model_files_from: Path
+) -> PolicyVersion:
+    """Write version `number`: `state` as safetensors, beside the configuration and tokenizer files
+    of `model_files_from`.
 
-    A version that is there already with the same weights stays as it is; one with other weights is replaced. Durable on
-    return, if the files of `model_files_from` are: they are linked where the file system can. Of tensors that share their
-    memory (a tied head) the first is written.
+    A version that is there already with the same weights stays as it is; one with other weights is
+    replaced. Durable on return, if the files of `model_files_from` are: they are linked where the
+    file system can. Of tensors that share their memory (a tied head) the first is written.
     """
     policy = LoadedPolicy.of(number, state)
     write_directory(run_dir, number, policy.digest, policy.data, model_files_from)
@@ -48,15 +62,27 @@ def publish(run_dir: Path, number: int, state: Mapping[str, Tensor], model_files
 
 
 def announced(policy: LoadedPolicy) -> PolicyVersion:
-    """What the generators are told of `policy`. Its path is where its model directory is, if one was written."""
-    return PolicyVersion(number=policy.number, digest=policy.digest, path=_path(policy.number), size_bytes=policy.data.size)
+    """What the generators are told of `policy`. Its path is where its model directory is, if one
+    was written.
+    """
+    return PolicyVersion(
+        number=policy.number,
+        digest=policy.digest,
+        path=_path(policy.number),
+        size_bytes=policy.data.size,
+    )
 
 
-def write_directory(run_dir: Path, number: int, digest: str, data: Bytes, model_files_from: Path) -> None:
-    """Write the safetensors file `data`, version `number` of `digest`, as a model directory, as `publish` says."""
+def write_directory(
+    run_dir: Path, number: int, digest: str, data: Bytes, model_files_from: Path
+) -> None:
+    """Write the safetensors file `data`, version `number` of `digest`, as a model directory, as
+    `publish` says.
+    """
     folder = run_dir / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    final, unfinished = run_dir / _path(number), folder / f"{_UNFINISHED}{number:06d}"
+    final = run_dir / _path(number)
+    unfinished = folder / f"{_UNFINISHED}{number:06d}"
     shutil.rmtree(unfinished, ignore_errors=True)
     if _holds(final, digest):
         return
@@ -71,7 +97,9 @@ def write_directory(run_dir: Path, number: int, digest: str, data: Bytes, model_
 
 
 class Directory:
-    """A generator's end of the transport `filesystem`: the trainer's run directory, which it can read."""
+    """A generator's end of the transport `filesystem`: the trainer's run directory, which it can
+    read.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
@@ -86,7 +114,9 @@ class Directory:
         fulls = []
         for path in (self._run_dir / _FOLDER).glob("[0-9]*"):
             if path.name.isdecimal() and (size := _size(path / WEIGHTS_FILE)) is not None:
-                fulls.append(Part(int(path.name), "", size, f"{_FOLDER}/{path.name}/{WEIGHTS_FILE}"))
+                fulls.append(
+                    Part(int(path.name), "", size, f"{_FOLDER}/{path.name}/{WEIGHTS_FILE}")
+                )
         return fulls + self._deltas()
 
     def _deltas(self) -> list[Part]:
@@ -94,7 +124,15 @@ class Directory:
         for path in (self._run_dir / _DELTAS).glob("[0-9]*"):
             if (name := _DELTA.fullmatch(path.name)) and (size := _size(path)) is not None:
                 number, digest, base_number, base_digest = name.groups()
-                found.append(Part(int(number), digest, size, f"{_DELTAS}/{path.name}", Version(int(base_number), base_digest)))
+                found.append(
+                    Part(
+                        int(number),
+                        digest,
+                        size,
+                        f"{_DELTAS}/{path.name}",
+                        Version(int(base_number), base_digest),
+                    )
+                )
         return found
 
     def read(self, part: Part) -> Bytes:
@@ -107,11 +145,15 @@ class Directory:
         try:
             return np.fromfile(path, dtype=np.uint8)
         except OSError as error:
-            raise WeightsError(f"version {part.number} cannot be read from {path}: {error}") from error
+            raise WeightsError(
+                f"version {part.number} cannot be read from {path}: {error}"
+            ) from error
 
 
 class DirectoryOutlet(Directory):
-    """The trainer's end of the transport `filesystem`. A full set is a model directory, with the files of `model_files` in it."""
+    """The trainer's end of the transport `filesystem`. A full set is a model directory, with the
+    files of `model_files` in it.
+    """
 
     def __init__(self, run_dir: Path, model_files: Path) -> None:
         super().__init__(run_dir)
@@ -143,16 +185,20 @@ class DirectoryOutlet(Directory):
         return msgspec.structs.replace(part, place=place)
 
     def keep(self, parts: Collection[Part]) -> None:
-        """Remove the deltas that are not among `parts`; model directories serve others too, and are left to `prune`."""
+        """Remove the deltas that are not among `parts`; model directories serve others too, and are
+        left to `prune`.
+        """
         places = {part.place for part in parts}
         for gone in (part for part in self._deltas() if part.place not in places):
             (self._run_dir / gone.place).unlink(missing_ok=True)
 
 
 def prune(run_dir: Path, keep: int, pinned: Collection[int] = ()) -> list[int]:
-    """Remove all model directories but the `keep` newest and the `pinned` ones, and what a crash left unfinished.
+    """Remove all model directories but the `keep` newest and the `pinned` ones, and what a crash
+    left unfinished.
 
-    For a pinned version that is there as deltas alone, the directory that they start from stays. Returns the numbers removed.
+    For a pinned version that is there as deltas alone, the directory that they start from stays.
+    Returns the numbers removed.
     """
     folder = run_dir / _FOLDER
     if not folder.is_dir():
@@ -185,7 +231,9 @@ def _size(path: Path) -> int | None:
 
 
 def _link_model_files(source: Path, target: Path) -> None:
-    """Everything of a model directory but weights, however they are stored; by links, since writing them costs more than the weights."""
+    """Everything of a model directory but weights, however they are stored; by links, since writing
+    them costs more than the weights.
+    """
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.endswith(_LEFT_OUT):
             try:
@@ -196,7 +244,9 @@ def _link_model_files(source: Path, target: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Remove a directory; renamed first, so that a crash on the way leaves no version with half its files."""
+    """Remove a directory; renamed first, so that a crash on the way leaves no version with half its
+    files.
+    """
     if path.exists():
         doomed = path.with_name(_REMOVED + path.name)
         shutil.rmtree(doomed, ignore_errors=True)

@@ -1,4 +1,6 @@
-"""What a transport holds: full sets of weights and the deltas between versions, and which of them make a version."""
+"""What a transport holds: full sets of weights and the deltas between versions, and which of them
+make a version.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +9,24 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from pipeline.weights.policy import Bytes
+from onstream.pipeline.weights.policy import Bytes
 
 
 class Version(NamedTuple):
-    """A policy version. A number alone names none: a trainer that went back may publish other weights under it."""
+    """A policy version. A number alone names none: a trainer that went back may publish other
+    weights under it.
+    """
 
     number: int
     digest: str
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True, tag="weights/1"):
-    """Bytes that lie ready at `place`: version `number` whole or, with a `base`, as a delta to be laid over that.
+    """Bytes that lie ready at `place`: version `number` whole or, with a `base`, as a delta to be
+    laid over that.
 
-    `digest` is that of the version's safetensors file; "" for a whole file whose digest nobody noted, to be found by reading it.
+    `digest` is that of the version's safetensors file; "" for a whole file whose digest nobody
+    noted, to be found by reading it.
     """
 
     number: int
@@ -63,7 +69,8 @@ class Outlet(Shelf, Protocol):
         ...
 
     def put(self, part: Part, data: Bytes) -> Part:
-        """Store `part`, and return it with the place that it got. A full set without room beside what is there may take its place.
+        """Store `part`, and return it with the place that it got. A full set without room beside
+        what is there may take its place.
 
         Raises:
             UserError: there is no room for it.
@@ -72,16 +79,21 @@ class Outlet(Shelf, Protocol):
         ...
 
     def keep(self, parts: Collection[Part]) -> None:
-        """Offer `parts` to readers, and remove what is not among them. (A run directory may have reasons to keep full sets.)"""
+        """Offer `parts` to readers, and remove what is not among them. (A run directory may have
+        reasons to keep full sets.)
+        """
         ...
 
 
 def way_to(version: Version, parts: Collection[Part], have: Version | None) -> list[Part] | None:
-    """What to read for `version`, in order: the fewest bytes of a full set and deltas that follow, or deltas on what one has.
+    """What to read for `version`, in order: the fewest bytes of a full set and deltas that follow,
+    or deltas on what one has.
 
     An empty list where `have` is it; None where nothing that is there leads to it.
     """
-    deltas, found, at = list[Part](), None, version
+    deltas = list[Part]()
+    found = None
+    at = version
     for _ in range(len(parts) + 1):
         if at == have:
             return _cheaper(found, deltas)
@@ -90,7 +102,8 @@ def way_to(version: Version, parts: Collection[Part], have: Version | None) -> l
         delta = next((part for part in parts if part.base is not None and part.makes(at)), None)
         if delta is None or delta.base is None:
             return found
-        deltas, at = [delta, *deltas], delta.base
+        deltas = [delta, *deltas]
+        at = delta.base
     return found
 
 
@@ -101,10 +114,15 @@ def _cheaper(first: list[Part] | None, second: list[Part]) -> list[Part]:
 
 
 def of_use(parts: Collection[Part], newest: int) -> list[Part]:
-    """The parts that lead to version `newest`: the newest full set up to it, the deltas since, and the one to that version itself.
+    """The parts that lead to version `newest`: the newest full set up to it, the deltas since, and
+    the one to that version itself.
 
     That one is for those who keep up; whoever fell further behind starts from the full set.
     """
     fulls = [part.number for part in parts if part.base is None and part.number <= newest]
     start = max(fulls, default=0)
-    return [part for part in parts if (part.number == start if part.base is None else start <= part.number <= newest)]
+    return [
+        part
+        for part in parts
+        if (part.number == start if part.base is None else start <= part.number <= newest)
+    ]

@@ -1,4 +1,6 @@
-"""A policy version in memory: the bytes of one safetensors file, their digest checked, and the tensors in them."""
+"""A policy version in memory: the bytes of one safetensors file, their digest checked, and the
+tensors in them.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.weights.layout import layout_of, view
-from pipeline.weights.scratch import scratch
+from onstream.pipeline.weights.safetensors_layout import layout_of, view
+from onstream.pipeline.weights.scratch_files import scratch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +31,8 @@ class WeightsError(Exception):
 
 
 class LoadedPolicy:
-    """All weights of policy version `number`, as a transport delivered them. They do not change; do not change them.
+    """All weights of policy version `number`, as a transport delivered them. They do not change; do
+    not change them.
 
     Args:
         number: of the version.
@@ -43,16 +46,22 @@ class LoadedPolicy:
     def __init__(self, number: int, digest: str, data: Bytes) -> None:
         found = digest_of_bytes(data)
         if found != digest:
-            raise WeightsError(f"the weights have the digest {found[:12]}; version {number} was announced with {digest[:12]}")
+            raise WeightsError(
+                f"the weights have the digest {found[:12]}; version {number} was announced with {digest[:12]}"
+            )
         try:
             self.layout = layout_of(data)
         except ValueError as error:
             raise WeightsError(f"version {number} cannot be read: {error}") from error
-        self.number, self.digest, self.data = number, digest, data
+        self.number = number
+        self.digest = digest
+        self.data = data
 
     @classmethod
     def of(cls, number: int, state: Mapping[str, Tensor]) -> LoadedPolicy:
-        """`state` as version `number`, for where nobody published it. Of tensors that share their memory the first counts."""
+        """`state` as version `number`, for where nobody published it. Of tensors that share their
+        memory the first counts.
+        """
         data = serialised(state)
         return cls(number, digest_of_bytes(data), data)
 
@@ -66,9 +75,11 @@ class LoadedPolicy:
         return {name: entry.shape for name, entry in self.layout.items()}
 
     def file(self) -> Path:
-        """These weights as a safetensors file that other processes of this machine can read, alone in its directory.
+        """These weights as a safetensors file that other processes of this machine can read, alone
+        in its directory.
 
-        It is written at the first call, where temporary files go ($TMPDIR), and goes when this object does.
+        It is written at the first call, where temporary files go ($TMPDIR), and goes when this
+        object does.
 
         Raises:
             OSError: it cannot be written.
@@ -85,12 +96,15 @@ class LoadedPolicy:
 
 
 def digest_of_bytes(data: Bytes) -> str:
-    """The SHA-256 of `data`, in hexadecimal: of a file's bytes, what `pipeline.files.digest_of` gives for the file."""
+    """The SHA-256 of `data`, in hexadecimal: of a file's bytes, what
+    `onstream.pipeline.run_files.durable.digest_of` gives for the file.
+    """
     return hashlib.sha256(data.data).hexdigest()
 
 
 def read_file(path: Path, digest: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file whose bytes have the SHA-256 `digest`, mapped from the file rather than copied.
+    """The tensors of a safetensors file whose bytes have the SHA-256 `digest`, mapped from the file
+    rather than copied.
 
     Raises:
         WeightsError: the file is missing, has another digest, or is no safetensors file.
@@ -98,17 +112,23 @@ def read_file(path: Path, digest: str) -> dict[str, Tensor]:
     try:
         data = np.memmap(path, dtype=np.uint8, mode="c")
         if (found := digest_of_bytes(data)) != digest:
-            raise WeightsError(f"{path} has the digest {found[:12]}; it was announced with {digest[:12]}")
+            raise WeightsError(
+                f"{path} has the digest {found[:12]}; it was announced with {digest[:12]}"
+            )
         return {name: view(data, entry) for name, entry in layout_of(data).items()}
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
 
 
 def serialised(state: Mapping[str, Tensor]) -> Bytes:
-    """[n], `state` as a safetensors file: the same weights give the same bytes. Of tensors that share their memory the first is in it."""
+    """[n], `state` as a safetensors file: the same weights give the same bytes. Of tensors that
+    share their memory the first is in it.
+    """
     from safetensors.torch import save
 
-    return np.frombuffer(bytearray(save(_distinct(state), metadata={"format": "pt"})), dtype=np.uint8)
+    return np.frombuffer(
+        bytearray(save(_distinct(state), metadata={"format": "pt"})), dtype=np.uint8
+    )
 
 
 def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -118,7 +138,8 @@ def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         same = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if same in seen:
             continue
-        # The file format has no views: what merely overlaps another tensor is written as a tensor of its own.
+        # The file format has no views: what merely overlaps another tensor is written as a tensor
+        # of its own.
         storage = (tensor.untyped_storage().data_ptr(),)
         tensors[name] = (tensor.clone() if storage in seen else tensor).detach().cpu().contiguous()
         seen |= {same, storage}

@@ -1,37 +1,45 @@
-"""How a generator gets a version: a full set, or deltas on the version that it has in memory, whichever is fewer bytes."""
+"""How a generator gets a version: a full set, or deltas on the version that it has in memory,
+whichever is fewer bytes.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pipeline.records import PolicyVersion
-from pipeline.weights.delta import applied
-from pipeline.weights.parts import Shelf, Version, way_to
-from pipeline.weights.policy import LoadedPolicy, WeightsError
+from onstream.pipeline.records import PolicyVersion
+from onstream.pipeline.weights.delta import applied
+from onstream.pipeline.weights.parts import Shelf, Version, way_to
+from onstream.pipeline.weights.policy import LoadedPolicy, WeightsError
 
 
 class Reader:
-    """Fetches versions from `shelf`. What it fetched last stays in memory where `deltas` are to be expected, or are there.
+    """Fetches versions from `shelf`. What it fetched last stays in memory where `deltas` are to be
+    expected, or are there.
 
     `fetched_bytes` is what the last fetch read.
     """
 
     def __init__(self, shelf: Shelf, *, deltas: bool) -> None:
-        self._shelf, self._deltas = shelf, deltas
+        self._shelf = shelf
+        self._deltas = deltas
         self._base: LoadedPolicy | None = None
         self.fetched_bytes = 0
 
     def fetch(self, policy: PolicyVersion) -> LoadedPolicy:
-        """The weights of `policy`, read at once: what is checked is what is loaded, whatever becomes of the files.
+        """The weights of `policy`, read at once: what is checked is what is loaded, whatever
+        becomes of the files.
 
         Raises:
             WeightsError: they are not there, or are not what was announced.
         """
-        parts, base = self._shelf.parts(), self._base
+        parts = self._shelf.parts()
+        base = self._base
         have = Version(base.number, base.digest) if base else None
         way = way_to(Version(policy.number, policy.digest), parts, have)
         if way is None:
-            raise WeightsError(f"there are no weights of version {policy.number}, digest {policy.digest[:12]}, {self._shelf.where}")
+            raise WeightsError(
+                f"there are no weights of version {policy.number}, digest {policy.digest[:12]}, {self._shelf.where}"
+            )
         if base is not None and not way:
             return base
         data = [self._shelf.read(part) for part in way]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.weights.delta import Delta, encode
-from pipeline.weights.parts import Outlet, Part, Version, of_use, way_to
-from pipeline.weights.policy import LoadedPolicy
+from onstream.pipeline.weights.delta import Delta, encode
+from onstream.pipeline.weights.parts import Outlet, Part, Version, of_use, way_to
+from onstream.pipeline.weights.policy import LoadedPolicy
 
 
 @dataclass(frozen=True)
 class Sent:
-    """`update_bytes` is what a generator that keeps up reads; `changed_share` of the weights changed, None where nobody compared."""
+    """`update_bytes` is what a generator that keeps up reads; `changed_share` of the weights
+    changed, None where nobody compared.
+    """
 
     update_bytes: int
     changed_share: float | None
@@ -20,16 +22,19 @@ class Sent:
 class Sender:
     """Puts versions into `outlet`. With `full_every` they go as deltas wherever those are smaller.
 
-    A full set goes out for versions that divide by `full_every`, where the deltas since the last one have come to its size, and
-    wherever readers could not get at the version that the delta would be laid over.
+    A full set goes out for versions that divide by `full_every`, where the deltas since the last
+    one have come to its size, and wherever readers could not get at the version that the delta
+    would be laid over.
     """
 
     def __init__(self, outlet: Outlet, full_every: int | None) -> None:
-        self._outlet, self._full_every = outlet, full_every
+        self._outlet = outlet
+        self._full_every = full_every
         self._base: LoadedPolicy | None = None
 
     def send(self, policy: LoadedPolicy, *, whole: bool = False) -> Sent:
-        """Offer `policy`, the newest version from now on; `whole` asks for a full set in any case. What became useless goes.
+        """Offer `policy`, the newest version from now on; `whole` asks for a full set in any case.
+        What became useless goes.
 
         Raises:
             UserError: there is no room for it.
@@ -40,7 +45,11 @@ class Sender:
         part = self._delta_part(policy, delta, parts)
         new = list[Part]()
         if whole or part is None or self._due(policy, [*parts, part]):
-            new.append(self._outlet.put(Part(policy.number, policy.digest, policy.data.size, ""), policy.data))
+            new.append(
+                self._outlet.put(
+                    Part(policy.number, policy.digest, policy.data.size, ""), policy.data
+                )
+            )
         if part and delta and delta.data is not None:
             new.append(self._outlet.put(part, delta.data))
         self._outlet.keep(of_use([*parts, *new], policy.number))
@@ -60,7 +69,9 @@ class Sender:
     def _delta(self, policy: LoadedPolicy) -> Delta | None:
         return encode(self._base, policy) if self._base else None
 
-    def _delta_part(self, policy: LoadedPolicy, delta: Delta | None, parts: list[Part]) -> Part | None:
+    def _delta_part(
+        self, policy: LoadedPolicy, delta: Delta | None, parts: list[Part]
+    ) -> Part | None:
         """The delta as a part, where it is of use to readers and has room."""
         if self._base is None or delta is None or delta.data is None:
             return None
@@ -72,7 +83,10 @@ class Sender:
     def _due(self, policy: LoadedPolicy, parts: list[Part]) -> bool:
         if not self._full_every or policy.number % self._full_every == 0:
             return True
-        return sum(part.size_bytes for part in of_use(parts, policy.number) if part.base) >= policy.data.size
+        return (
+            sum(part.size_bytes for part in of_use(parts, policy.number) if part.base)
+            >= policy.data.size
+        )
 
 
 def _reachable(version: Version, parts: list[Part]) -> bool:

@@ -1,4 +1,6 @@
-"""The long run under blows, beside one that nothing happens to: `make chaos`, or `python -m tests.chaos --seed 7`."""
+"""The long run under blows, beside one that nothing happens to: `make chaos`, or `python -m
+tests.chaos --seed 7`.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,26 @@ AS_GOOD = 0.05  # the share of right answers may be so much below that of the un
 def main() -> int:
     """Both runs, and what they came to; 0 if everything held."""
     options = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    options.add_argument("--seed", type=int, default=random.randrange(10**6), help="draws the blows; by default another one each time")
-    options.add_argument("--steps", type=int, default=80, help="steps of 128 rollouts; a multiple of 10")
-    options.add_argument("--dir", type=Path, help="where the runs are kept; by default they are not")
+    options.add_argument(
+        "--seed",
+        type=int,
+        default=random.randrange(10**6),
+        help="draws the blows; by default another one each time",
+    )
+    options.add_argument(
+        "--steps", type=int, default=80, help="steps of 128 rollouts; a multiple of 10"
+    )
+    options.add_argument(
+        "--dir", type=Path, help="where the runs are kept; by default they are not"
+    )
     options.add_argument("--alone", action="store_true", help="without the undisturbed run")
     chosen = options.parse_args()
     print(f"seed {chosen.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="chaos-") as directory:
         try:
-            return compared(chosen.dir or Path(directory), chosen.seed, chosen.steps, alone=chosen.alone)
+            return compared(
+                chosen.dir or Path(directory), chosen.seed, chosen.steps, alone=chosen.alone
+            )
         except Stuck as stuck:
             print(f"seed {chosen.seed}: {stuck}")
             return 1
@@ -38,11 +51,20 @@ def compared(directory: Path, seed: int, steps: int, *, alone: bool) -> int:
     """Run undisturbed and under blows; print the timeline, the audit and the result."""
     usual = None if alone else undisturbed(directory / "undisturbed", steps)
     began = time.monotonic()
-    run = ChaosRun(directory / "chaos", steps=steps, eval_interval=10, say=lambda line: print(line, flush=True))
+    run = ChaosRun(
+        directory / "chaos", steps=steps, eval_interval=10, say=lambda line: print(line, flush=True)
+    )
     with run.running():
         run.through(schedule(seed, LONG, redis_kills=3, empty=1, steps=steps))
-        wrong, found = problems(run), summary(run)
-    print("", f"seed {seed}, {time.monotonic() - began:.0f} s; what was done and when:", *run.timeline, "", sep="\n")
+        wrong = problems(run)
+        found = summary(run)
+    print(
+        "",
+        f"seed {seed}, {time.monotonic() - began:.0f} s; what was done and when:",
+        *run.timeline,
+        "",
+        sep="\n",
+    )
     print(json.dumps({**found, "exact_undisturbed": usual}, indent=2))
     if usual is not None and (run.exact() or 0.0) < usual - AS_GOOD:
         wrong.append(f"the run came to {run.exact()} exact; undisturbed it comes to {usual}")

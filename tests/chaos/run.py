@@ -1,4 +1,6 @@
-"""One run of the shipped example as separate `onstream worker` processes on a real Redis, under the blows of a schedule."""
+"""One run of the shipped example as separate `onstream worker` processes on a real Redis, under the
+blows of a schedule.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +20,20 @@ from typing import Any
 
 import psutil
 
-from pipeline.ownership import FILE
-from pipeline.streams import WORKING, Bus, WorkerState
-from settings.deployment import WorkerKind
-from settings.load import load_settings
+from onstream.pipeline.redis.streams import WORKING, Bus, WorkerState
+from onstream.pipeline.run_files.ownership import FILE
+from onstream.settings.deployment import WorkerKind
+from onstream.settings.load import load_settings
+from onstream.workers.launcher.embedded_redis import EmbeddedRedis
+from onstream.workers.launcher.environment import environment
+from onstream.workers.launcher.supervisor import Child, Supervisor, describe_exit
 from tests.chaos.schedule import Blow
-from workers.launcher.embedded_redis import EmbeddedRedis
-from workers.launcher.environment import environment
-from workers.launcher.supervise import Child, Supervisor, describe_exit
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = "examples/reverse-text/onstream.toml"
 KINDS: tuple[WorkerKind, ...] = ("trainer", "teacher", "generator", "verifier", "jobs")
-NAME, MAX_MEMORY_MB = "reverse-text", 256
+NAME = "reverse-text"
+MAX_MEMORY_MB = 256
 PATIENCE_S = 300.0  # for anything that is waited for; a machine may be slow
 NOT_THE_TRAINERS = ("logs", "redis", "pinned", "evals.jsonl", FILE)
 Say = Callable[[str], None]
@@ -43,30 +46,44 @@ class Stuck(AssertionError):
 class ChaosRun:
     """Starts the workers, deals the blows, restarts what died, and looks at what is left.
 
-    A worker is restarted as by `docker compose` or `onstream up`: by its exit code, after a pause that grows while it keeps dying.
+    A worker is restarted as by `docker compose` or `onstream up`: by its exit code, after a pause
+    that grows while it keeps dying.
     """
 
     def __init__(self, directory: Path, *, steps: int, eval_interval: int, say: Say) -> None:
-        self.directory, self.steps = directory / NAME, steps
+        self.directory = directory / NAME
+        self.steps = steps
         self.server = EmbeddedRedis(directory / "redis", max_memory_mb=MAX_MEMORY_MB)
         self._given = [
-            *(f"run.dir={directory}", f"trainer.max_steps={steps}", f"eval.interval={eval_interval}"),
-            *("checkpoint.interval=4", "delivery.lease=2", "deployment.threads=1", f"redis.url={self.server.url}"),
+            *(
+                f"run.dir={directory}",
+                f"trainer.max_steps={steps}",
+                f"eval.interval={eval_interval}",
+            ),
+            *(
+                "checkpoint.interval=4",
+                "delivery.lease=2",
+                "deployment.threads=1",
+                f"redis.url={self.server.url}",
+            ),
         ]
-        self._say, self._started = say, time.monotonic()
+        self._say = say
+        self._started = time.monotonic()
         self._most_steps = 0
         self._slots = 0
         self.timeline: list[str] = []
         self.dealt: Counter[str] = Counter()
 
-    # The run ---------------------------------------------------------------------------------------------------------
+    # The run --------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Redis and one worker of each kind; all are gone afterwards."""
         self.server.start()
         settings = load_settings([ROOT / EXAMPLE], self._given)
-        self.bus = Bus.connect(self.server.url, NAME, consumer="chaos", block_s=0.2, connect_timeout_s=60)
+        self.bus = Bus.connect(
+            self.server.url, NAME, consumer="chaos", block_s=0.2, connect_timeout_s=60
+        )
         environ = environment(settings.deployment, {}, None)
         self.supervisor = Supervisor(environ, settings.deployment.max_restarts, self._note)
         try:
@@ -86,7 +103,9 @@ class ChaosRun:
             while time.monotonic() < until:
                 self._look()
             self._deal(blow)
-        self._wait(lambda: all(child.done for child in self.supervisor.children), "the end of the run")
+        self._wait(
+            lambda: all(child.done for child in self.supervisor.children), "the end of the run"
+        )
 
     @property
     def step(self) -> int:
@@ -99,7 +118,13 @@ class ChaosRun:
     def _start(self, kind: WorkerKind, slot: str) -> Child:
         given = [part for value in self._given for part in ("--set", value)]
         arguments = ["worker", kind, str(ROOT / EXAMPLE), *given, "--slot", slot]
-        return self.supervisor.start(f"{kind}-{slot}", kind, "workers.cli", arguments, self.directory / "logs" / f"{kind}-{slot}.log")
+        return self.supervisor.start(
+            f"{kind}-{slot}",
+            kind,
+            "onstream",
+            arguments,
+            self.directory / "logs" / f"{kind}-{slot}.log",
+        )
 
     def _look(self) -> None:
         """Reap and restart, once."""
@@ -110,7 +135,9 @@ class ChaosRun:
         deadline = time.monotonic() + patience_s
         while not happens():
             if time.monotonic() > deadline:
-                raise Stuck(f"no {what} within {patience_s:g} s; step {self.step}, {self.bus.backlog()}, {self._states()}")
+                raise Stuck(
+                    f"no {what} within {patience_s:g} s; step {self.step}, {self.bus.backlog()}, {self._states()}"
+                )
             self._look()
 
     def _note(self, sentence: str) -> None:
@@ -121,7 +148,7 @@ class ChaosRun:
     def _states(self) -> list[str]:
         return [f"{beat.worker}: {beat.state}, {beat.detail}" for beat in self.bus.workers()]
 
-    # The blows -------------------------------------------------------------------------------------------------------
+    # The blows ------------------------------------------------------------------------------------
 
     def _deal(self, blow: Blow) -> None:
         deeds: Mapping[str, Callable[[], None]] = {
@@ -138,21 +165,34 @@ class ChaosRun:
         return next(child for child in self.supervisor.children if child.kind == kind)
 
     def _kill(self, kind: WorkerKind, *, early: bool) -> None:
-        """SIGKILL the worker of `kind`: when it is at work, or at once if `early`; of jobs, every other time the job's process alone."""
-        self._wait(lambda: self._beat(kind) is not None if not early else self._child(kind).alive, f"{kind} to kill")
+        """SIGKILL the worker of `kind`: when it is at work, or at once if `early`; of jobs, every
+        other time the job's process alone.
+        """
+        self._wait(
+            lambda: self._beat(kind) is not None if not early else self._child(kind).alive,
+            f"{kind} to kill",
+        )
         pid = self._child(kind).pid
         if pid is None:
             return self._kill(kind, early=early)
         if kind == "jobs":
             return self._kill_jobs(pid)
         beat = self._beat(kind)
-        self._note(f"kill -9 {kind}, {f'with {beat.in_hand} records in hand' if beat else 'while it starts'}")
+        self._note(
+            f"kill -9 {kind}, {f'with {beat.in_hand} records in hand' if beat else 'while it starts'}"
+        )
         os.kill(pid, signal.SIGKILL)
 
     def _kill_jobs(self, pid: int) -> None:
-        """The process of a job that is being done, or the worker with it; the worker alone where no job comes."""
+        """The process of a job that is being done, or the worker with it; the worker alone where no
+        job comes.
+        """
         deadline = time.monotonic() + 10
-        while not (horses := psutil.Process(pid).children()) and time.monotonic() < deadline and self._child("jobs").pid == pid:
+        while (
+            not (horses := psutil.Process(pid).children())
+            and time.monotonic() < deadline
+            and self._child("jobs").pid == pid
+        ):
             self._look()
         if horses and self.dealt["jobs"] % 2 == 0:
             self._note("kill -9 the process of a job")
@@ -165,7 +205,10 @@ class ChaosRun:
     def _beat(self, kind: str) -> WorkerState | None:
         """The heartbeat of the living worker of `kind`, once it is done with starting."""
         pid = self._child(kind).pid
-        return next((beat for beat in self.bus.workers() if beat.pid == pid and beat.state == "running"), None)
+        return next(
+            (beat for beat in self.bus.workers() if beat.pid == pid and beat.state == "running"),
+            None,
+        )
 
     def _kill_redis(self, away_s: float) -> None:
         assert self.server.pid is not None
@@ -181,33 +224,47 @@ class ChaosRun:
         self._note("redis emptied: FLUSHALL")
 
     def _fill_redis(self) -> None:
-        """No memory, until what is under way has gone through; a verifier dies and starts meanwhile. Then there is room again."""
-        self._wait(lambda: self._beat("trainer") is not None and self._beat("verifier") is not None, "trainer at work")
+        """No memory, until what is under way has gone through; a verifier dies and starts
+        meanwhile. Then there is room again.
+        """
+        self._wait(
+            lambda: self._beat("trainer") is not None and self._beat("verifier") is not None,
+            "trainer at work",
+        )
         self.bus._ask("CONFIG", "SET", "maxmemory", 1)
         self._note("redis full: maxmemory 1")
         self._wait(lambda: "Redis is full" in self._detail("trainer"), "word of a full Redis")
         issued = self.bus.issued()
         self._kill("verifier", early=True)
         self.dealt["verifier"] += 1
-        self._wait(lambda: self._beat("verifier") is not None, "verifier that starts on a full Redis")
-        self._wait(lambda: not any(self.bus.backlog()[stage] for stage in WORKING), "drain of the working streams")
+        self._wait(
+            lambda: self._beat("verifier") is not None, "verifier that starts on a full Redis"
+        )
+        self._wait(
+            lambda: not any(self.bus.backlog()[stage] for stage in WORKING),
+            "drain of the working streams",
+        )
         until = time.monotonic() + 3
         while time.monotonic() < until:
             self._look()
         if self.bus.issued() != issued:
             raise Stuck(f"tickets were issued on a full Redis: {self.bus.issued()} after {issued}")
         self.bus._ask("CONFIG", "SET", "maxmemory", MAX_MEMORY_MB << 20)
-        self._note(f"redis has room again; {issued} tickets issued, none meanwhile, the working streams drained")
+        self._note(
+            f"redis has room again; {issued} tickets issued, none meanwhile, the working streams drained"
+        )
         self._wait(lambda: self.bus.issued() > issued, "tickets on a Redis with room")
 
     def _detail(self, kind: str) -> str:
         beat = self._beat(kind)
         return beat.detail if beat else ""
 
-    # The stopped trainer -----------------------------------------------------------------------------------------------
+    # The stopped trainer --------------------------------------------------------------------------
 
     def _stop_trainer(self) -> None:
-        """SIGSTOP the trainer, let another take the run over and train, and revive the first while the other one stands still."""
+        """SIGSTOP the trainer, let another take the run over and train, and revive the first while
+        the other one stands still.
+        """
         self._wait(lambda: self._beat("trainer") is not None, "trainer to stop")
         old = self._child("trainer")
         self._freeze(old)
@@ -222,15 +279,21 @@ class ChaosRun:
         self._cont(old)
         code = self._ended(old)
         if (changed := self._files()) != before:
-            raise Stuck(f"the revived trainer touched {sorted(set(before.items()) ^ set(changed.items()))}")
+            raise Stuck(
+                f"the revived trainer touched {sorted(set(before.items()) ^ set(changed.items()))}"
+            )
         self._cont(new)
         said = old.log.read_text().rstrip().splitlines()[-1]
-        self._note(f"SIGCONT {old.name}: it {describe_exit(code)}, and touched none of {len(before)} files; it said: {said}")
+        self._note(
+            f"SIGCONT {old.name}: it {describe_exit(code)}, and touched none of {len(before)} files; it said: {said}"
+        )
         if code != 3 or "another trainer took the run over" not in said:
             raise Stuck(f"the revived trainer {describe_exit(code)}: {said}")
 
     def _freeze(self, child: Child) -> None:
-        """Stop a trainer, but not in the middle of a write: its successor would rightly wait for it."""
+        """Stop a trainer, but not in the middle of a write: its successor would rightly wait for
+        it.
+        """
         while True:
             assert child.pid is not None
             os.kill(child.pid, signal.SIGSTOP)
@@ -272,12 +335,20 @@ class ChaosRun:
                 found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         return found
 
-    # Afterwards ------------------------------------------------------------------------------------------------------
+    # Afterwards -----------------------------------------------------------------------------------
 
     def audit(self) -> dict[str, Any]:
         """What `onstream audit` finds, the uids themselves."""
         given = [part for value in self._given for part in ("--set", value)]
-        command = [sys.executable, "-m", "workers.cli", "audit", EXAMPLE, *given, "--uids"]
+        command = [
+            sys.executable,
+            "-m",
+            "onstream",
+            "audit",
+            EXAMPLE,
+            *given,
+            "--uids",
+        ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if not done.stdout:
             raise Stuck(done.stderr)
@@ -291,4 +362,6 @@ class ChaosRun:
 
     def exact(self) -> float | None:
         """The share of held-out prompts that the last version answers right, if it was evaluated."""
-        return next((row["exact"] for row in self.rows("evals.jsonl") if row["version"] == self.steps), None)
+        return next(
+            (row["exact"] for row in self.rows("evals.jsonl") if row["version"] == self.steps), None
+        )

@@ -7,19 +7,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from settings.deployment import WorkerKind
+from onstream.settings.deployment import WorkerKind
 
 Deed = Literal["kill", "kill redis", "fill redis", "empty redis", "stop trainer"]
 
 LONG: dict[WorkerKind, int] = {"generator": 8, "verifier": 8, "teacher": 7, "trainer": 7, "jobs": 5}
-SHORT: dict[WorkerKind, int] = {"generator": 2, "verifier": 2, "teacher": 1, "trainer": 2, "jobs": 1}
+SHORT: dict[WorkerKind, int] = {
+    "generator": 2,
+    "verifier": 2,
+    "teacher": 1,
+    "trainer": 2,
+    "jobs": 1,
+}
 LONGEST_DELAY_S = 0.5
 EARLY_SHARE = 0.2  # of the kills, those that come while the process starts
 
 
 @dataclass(frozen=True)
 class Blow:
-    """`deed` is done `delay_s` after the run has come to `step`; a kill takes a worker of `kind`, as soon as there is one if `early`."""
+    """`deed` is done `delay_s` after the run has come to `step`; a kill takes a worker of `kind`,
+    as soon as there is one if `early`.
+    """
 
     step: int
     deed: Deed
@@ -28,13 +36,19 @@ class Blow:
     early: bool = False
 
 
-def schedule(seed: int, kills: Mapping[WorkerKind, int], redis_kills: int, *, empty: int, steps: int) -> list[Blow]:
-    """The blows of one run of `steps` steps, in their order: besides the kills, one full Redis and one stopped trainer.
+def schedule(
+    seed: int, kills: Mapping[WorkerKind, int], redis_kills: int, *, empty: int, steps: int
+) -> list[Blow]:
+    """The blows of one run of `steps` steps, in their order: besides the kills, one full Redis and
+    one stopped trainer.
 
-    They are spread over the first nine tenths; the jobs worker's come early enough for its jobs to be done by the end.
+    They are spread over the first nine tenths; the jobs worker's come early enough for its jobs to
+    be done by the end.
     """
     draw = random.Random(seed)
-    deeds: list[tuple[Deed, WorkerKind]] = [("kill", kind) for kind, count in kills.items() for _ in range(count)]
+    deeds: list[tuple[Deed, WorkerKind]] = [
+        ("kill", kind) for kind, count in kills.items() for _ in range(count)
+    ]
     deeds += [("kill redis", "trainer")] * redis_kills + [("empty redis", "trainer")] * empty
     deeds += [("fill redis", "trainer"), ("stop trainer", "trainer")]
     draw.shuffle(deeds)

@@ -10,13 +10,16 @@ from tests.chaos.run import ChaosRun
 from tests.chaos.schedule import LONG, SHORT, schedule
 from tests.chaos.verdict import problems, summary
 
-SEED, STEPS = 5, 40
+SEED = 5
+STEPS = 40
 BEFORE = 0.57  # what the student of the example starts with
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_run_whose_every_process_is_killed_loses_nothing_trains_nothing_twice_and_learns(tmp_path: Path) -> None:
+def test_a_run_whose_every_process_is_killed_loses_nothing_trains_nothing_twice_and_learns(
+    tmp_path: Path,
+) -> None:
     run = ChaosRun(tmp_path, steps=STEPS, eval_interval=20, say=print)
     with run.running():
         run.through(schedule(SEED, SHORT, redis_kills=1, empty=0, steps=STEPS))
@@ -29,9 +32,17 @@ def test_a_run_whose_every_process_is_killed_loses_nothing_trains_nothing_twice_
 
 def test_a_seed_draws_the_same_blows_again_and_the_long_schedule_has_what_is_promised() -> None:
     blows = schedule(7, LONG, redis_kills=3, empty=1, steps=80)
-    assert blows == schedule(7, LONG, redis_kills=3, empty=1, steps=80) != schedule(8, LONG, redis_kills=3, empty=1, steps=80)
-    assert [blow.step for blow in blows] == sorted(blow.step for blow in blows) and blows[-1].step < 80
+    assert (
+        blows
+        == schedule(7, LONG, redis_kills=3, empty=1, steps=80)
+        != schedule(8, LONG, redis_kills=3, empty=1, steps=80)
+    )
+    assert [blow.step for blow in blows] == sorted(blow.step for blow in blows) and blows[
+        -1
+    ].step < 80
     deeds = [blow.deed for blow in blows]
     assert deeds.count("kill") >= 30 and deeds.count("kill redis") == 3
-    assert deeds.count("fill redis") == deeds.count("stop trainer") == deeds.count("empty redis") == 1
+    assert (
+        deeds.count("fill redis") == deeds.count("stop trainer") == deeds.count("empty redis") == 1
+    )
     assert {blow.kind for blow in blows if blow.deed == "kill"} == set(LONG)

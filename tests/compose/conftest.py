@@ -14,7 +14,11 @@ import pytest
 from tests.compose.project import ROOT, Project, ran
 
 ENGINE = Path(__file__).parent / "engine.sh"
-STAND_INS = {"BASE_IMAGE": "onstream-base/python:3.11", "REDIS_IMAGE": "onstream-base/redis:7", "BUILD_NETWORK": "host"}
+STAND_INS = {
+    "BASE_IMAGE": "onstream-base/python:3.11",
+    "REDIS_IMAGE": "onstream-base/redis:7",
+    "BUILD_NETWORK": "host",
+}
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +35,9 @@ def engine() -> None:
 
 
 def _answers() -> bool:
-    if not shutil.which("docker") or not (shutil.which("docker-compose") or _succeeds("docker", "compose", "version")):
+    if not shutil.which("docker") or not (
+        shutil.which("docker-compose") or _succeeds("docker", "compose", "version")
+    ):
         return False
     return _succeeds("docker", "version")
 
@@ -48,16 +54,28 @@ def _without(why: str) -> None:
 
 @pytest.fixture(scope="session")
 def variables(engine: None) -> dict[str, str]:
-    """What every project's `.env` says: the images, built here; from stand-ins where Docker's own are not there."""
-    stand_ins = STAND_INS if _succeeds("docker", "image", "inspect", STAND_INS["BASE_IMAGE"]) else {}
-    return {"IMAGE": "onstream-test", **stand_ins, **{name: os.environ[name] for name in STAND_INS if name in os.environ}}
+    """What every project's `.env` says: the images, built here; from stand-ins where Docker's own
+    are not there.
+    """
+    stand_ins = (
+        STAND_INS if _succeeds("docker", "image", "inspect", STAND_INS["BASE_IMAGE"]) else {}
+    )
+    return {
+        "IMAGE": "onstream-test",
+        **stand_ins,
+        **{name: os.environ[name] for name in STAND_INS if name in os.environ},
+    }
 
 
 @pytest.fixture(scope="session")
 def images(variables: dict[str, str]) -> dict[str, str]:
     """The variables, once the images `slim` and `cpu` are built."""
     program = ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
-    ran([*program, "-p", "onstream-test", "build", "prepare", "trainer"], cwd=ROOT, env={**os.environ, **variables})
+    ran(
+        [*program, "-p", "onstream-test", "build", "prepare", "trainer"],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+    )
     return variables
 
 
@@ -65,8 +83,12 @@ MakeProject = Callable[..., Project]
 
 
 @pytest.fixture(scope="module")
-def project(images: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeProject]:
-    """Makes projects: `project(*files, **variables)`. All that they leave in the engine goes at the end."""
+def project(
+    images: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[MakeProject]:
+    """Makes projects: `project(*files, **variables)`. All that they leave in the engine goes at the
+    end.
+    """
     made: list[Project] = []
 
     def make(*files: Path, **variables: str) -> Project:

@@ -1,4 +1,5 @@
-"""The shipped teacher behind HTTP, for a container of its own: `/v1/completions` with `echo`, `/v1/chat/completions`, and a key.
+"""The shipped teacher behind HTTP, for a container of its own: `/v1/completions` with `echo`,
+`/v1/chat/completions`, and a key.
 
 No server of the kind that people use fits the time of these tests; those are in tests/vllm.
 """
@@ -15,32 +16,55 @@ from typing import Any
 
 import numpy as np
 
-from settings.load import load_settings
-from workers.generator.engine import Request, Sampling
-from workers.generator.student import load_student
-from workers.teacher.scorer import ScoreRequest
-from workers.teacher.setup import load_local
+from onstream.settings.load import load_settings
+from onstream.workers.generator.engines.base import Request, Sampling
+from onstream.workers.generator.student import load_student
+from onstream.workers.teacher.local_setup import load_local
+from onstream.workers.teacher.scorer import ScoreRequest
 
 SETTINGS = load_settings([sys.argv[1]], environ={})
 NAME = str(SETTINGS.teacher_inference.model.name)
-SCORER, WRITER, LOCK = load_local(SETTINGS), load_student(Path(NAME), SETTINGS), threading.Lock()
+SCORER = load_local(SETTINGS)
+WRITER = load_student(Path(NAME), SETTINGS)
+LOCK = threading.Lock()
 
 
 def echoed(body: dict[str, Any]) -> dict[str, Any]:
     if not body.get("echo"):
-        return {"choices": [{"text": ""}]}  # one that was asked for prompt_logprobs, say, which it does not know
-    ids, k = np.array(body["prompt"], dtype=np.int32), int(body["logprobs"])
+        return {
+            "choices": [{"text": ""}]
+        }  # one that was asked for prompt_logprobs, say, which it does not know
+    ids = np.array(body["prompt"], dtype=np.int32)
+    k = int(body["logprobs"])
     (scores,) = SCORER.score([ScoreRequest(ids[:1], ids[1:])], top_k=k)
     tops: list[dict[str, float] | None] = [None]
     for at, token in enumerate(ids[1:]):
-        likeliest = zip(scores.top_ids[at], scores.top_logprobs[at], strict=True) if scores.top_ids is not None else ()
-        tops.append({f"token_id:{token}": float(scores.logprobs[at])} | {f"token_id:{top}": float(logprob) for top, logprob in likeliest})
+        likeliest = (
+            zip(scores.top_ids[at], scores.top_logprobs[at], strict=True)
+            if scores.top_ids is not None
+            else ()
+        )
+        tops.append(
+            {f"token_id:{token}": float(scores.logprobs[at])}
+            | {f"token_id:{top}": float(logprob) for top, logprob in likeliest}
+        )
     logprobs = [None, *map(float, scores.logprobs)]
-    return {"choices": [{"logprobs": {"tokens": [f"token_id:{t}" for t in ids], "token_logprobs": logprobs, "top_logprobs": tops}}]}
+    return {
+        "choices": [
+            {
+                "logprobs": {
+                    "tokens": [f"token_id:{t}" for t in ids],
+                    "token_logprobs": logprobs,
+                    "top_logprobs": tops,
+                }
+            }
+        ]
+    }
 
 
 def answered(body: dict[str, Any]) -> dict[str, Any]:
-    prompt, seed = WRITER.prompt(body["messages"]).ids, int(body.get("seed") or 0)
+    prompt = WRITER.prompt(body["messages"]).ids
+    seed = int(body.get("seed") or 0)
     sampling = Sampling(temperature=float(body.get("temperature", 1)))
     WRITER.engine.add([Request(0, prompt, int(body.get("max_tokens") or 16), seed, sampling)])
     written: list[Any] = []
@@ -48,7 +72,11 @@ def answered(body: dict[str, Any]) -> dict[str, Any]:
         written = list(WRITER.engine.step())
     message = {"role": "assistant", "content": WRITER.text(written[0].token_ids)}
     usage = {"prompt_tokens": len(prompt), "completion_tokens": len(written[0].token_ids)}
-    return {"model": NAME, "choices": [{"index": 0, "message": message, "finish_reason": written[0].finish_reason}], "usage": usage}
+    return {
+        "model": NAME,
+        "choices": [{"index": 0, "message": message, "finish_reason": written[0].finish_reason}],
+        "usage": usage,
+    }
 
 
 ROUTES = {"/v1/completions": echoed, "/v1/chat/completions": answered}

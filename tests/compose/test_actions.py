@@ -1,4 +1,6 @@
-"""One long run in containers, and all that may happen to it: scaled, killed from the host, stopped, taken up again, listened at."""
+"""One long run in containers, and all that may happen to it: scaled, killed from the host, stopped,
+taken up again, listened at.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,22 @@ def run(project: MakeProject) -> Iterator[Project]:
 
 def redis_cli(run: Project, network: str, *command: str, host: str | None = None) -> str:
     """What a client in another container gets from Redis, its error included."""
-    asked = ["docker", "run", "--rm", "--network", network, "--entrypoint", "timeout", run.variables.get("REDIS_IMAGE", "redis:7-bookworm")]
+    asked = [
+        "docker",
+        "run",
+        "--rm",
+        "--network",
+        network,
+        "--entrypoint",
+        "timeout",
+        run.variables.get("REDIS_IMAGE", "redis:7-bookworm"),
+    ]
     done = subprocess.run(
-        [*asked, "10", "redis-cli", "-h", host or "redis", *command], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+        [*asked, "10", "redis-cli", "-h", host or "redis", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
     )
     return done.stdout + done.stderr
 
@@ -56,10 +71,16 @@ def test_three_verifiers_in_mid_run_share_the_load_within_seconds(run: Project) 
     scaled_s = time.monotonic() - started
 
     def done() -> list[int]:
-        return [worker["done"] for worker in run.status()["workers"] if worker["stage"] == "verify" and worker["done"]]
+        return [
+            worker["done"]
+            for worker in run.status()["workers"]
+            if worker["stage"] == "verify" and worker["done"]
+        ]
 
     wait_for(lambda: len(done()) == 3, "three verifiers at work", 60)
-    print(f"scaled in {scaled_s:.1f} s, all three at work {time.monotonic() - started:.1f} s after the command")
+    print(
+        f"scaled in {scaled_s:.1f} s, all three at work {time.monotonic() - started:.1f} s after the command"
+    )
     run.gets_on()
 
 
@@ -68,7 +89,9 @@ def test_without_generators_the_run_waits_says_for_what_and_goes_on(run: Project
     run.compose("up", "-d", "--no-recreate", "--scale", "verifier=3", "--scale", "generator=0")
     assert run.containers("generator") == []
     waits = "generate: [0-9]+ records wait and no worker takes them; start one with `onstream worker generator`"
-    wait_for(lambda: re.search(waits, run.said()[said:]), "the word that generators are missing", 90)
+    wait_for(
+        lambda: re.search(waits, run.said()[said:]), "the word that generators are missing", 90
+    )
     before = run.steps()
     time.sleep(3)
     assert run.steps() == before
@@ -76,12 +99,20 @@ def test_without_generators_the_run_waits_says_for_what_and_goes_on(run: Project
     run.gets_on()
 
 
-@pytest.mark.parametrize("service", ["generator", "verifier", "teacher", "jobs", "trainer", "redis"])
+@pytest.mark.parametrize(
+    "service", ["generator", "verifier", "teacher", "jobs", "trainer", "redis"]
+)
 def test_a_process_killed_from_the_host_is_started_again(run: Project, service: str) -> None:
     pid = run.worker_pid(service)
     kill(pid)
     killed = time.monotonic()
-    wait_for(lambda: run.containers(service)[0]["RestartCount"] and run.containers(service)[0]["State"]["Running"], f"another {service}")
+    wait_for(
+        lambda: (
+            run.containers(service)[0]["RestartCount"]
+            and run.containers(service)[0]["State"]["Running"]
+        ),
+        f"another {service}",
+    )
     run.gets_on()
     print(f"{service}: two further steps {time.monotonic() - killed:.1f} s after the kill")
 
@@ -89,7 +120,9 @@ def test_a_process_killed_from_the_host_is_started_again(run: Project, service: 
 def test_a_trainer_killed_below_its_launcher_is_started_again_by_that(run: Project) -> None:
     (container,) = run.containers("trainer")
     launcher = run.worker_pid("trainer")
-    (trainer,) = (pid for pid in children(launcher) if b"trainer" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    (trainer,) = (
+        pid for pid in children(launcher) if b"trainer" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
     kill(trainer)
     run.gets_on()
     assert run.containers("trainer")[0]["RestartCount"] == container["RestartCount"]
@@ -104,13 +137,18 @@ def test_docker_kill_counts_as_a_stop_and_docker_start_goes_on(run: Project) -> 
     run.gets_on()
 
 
-def test_stop_drains_within_30_seconds_and_up_resumes_from_the_last_checkpoint_and_returns_by_itself(run: Project) -> None:
+def test_stop_drains_within_30_seconds_and_up_resumes_from_the_last_checkpoint_and_returns_by_itself(
+    run: Project,
+) -> None:
     started = time.monotonic()
     run.compose("stop")
     drained_s = time.monotonic() - started
     print(f"stopped in {drained_s:.1f} s")
     assert drained_s < 30
-    codes = {c["Config"]["Labels"]["com.docker.compose.service"]: c["State"]["ExitCode"] for c in run.containers()}
+    codes = {
+        c["Config"]["Labels"]["com.docker.compose.service"]: c["State"]["ExitCode"]
+        for c in run.containers()
+    }
     assert set(codes.values()) == {0}, codes
     state = json.loads(max((run.run_dir / "checkpoints").glob("step-*/trainer.json")).read_text())
     assert state["step"] == run.steps() > 20

@@ -1,4 +1,6 @@
-"""Which consumers run is the configuration: `.env` alone selects them, and the containers that ran and the metrics show it."""
+"""Which consumers run is the configuration: `.env` alone selects them, and the containers that ran
+and the metrics show it.
+"""
 
 from __future__ import annotations
 
@@ -32,23 +34,40 @@ ALWAYS = {"prepare", "redis", "trainer", "generator"}
 
 @pytest.fixture
 def with_server(project: MakeProject):  # type: ignore[no-untyped-def]
-    """Makes projects in whose network a server of the teacher answers; it is no part of what `up` waits for."""
+    """Makes projects in whose network a server of the teacher answers; it is no part of what `up`
+    waits for.
+    """
 
     def make(**variables: str) -> Project:
-        made = project(HERE / "teacher-server.yaml", KEY=KEY, SERVER=str(HERE / "teacher_server.py"), **SHORT, **variables)
+        made = project(
+            HERE / "teacher-server.yaml",
+            KEY=KEY,
+            SERVER=str(HERE / "teacher_server.py"),
+            **SHORT,
+            **variables,
+        )
         made.compose("up", "-d", "--no-deps", "teacher-server")
-        wait_for(lambda: "serving" in made.compose("logs", "--no-color", "teacher-server"), "the teacher's server", 120)
+        wait_for(
+            lambda: "serving" in made.compose("logs", "--no-color", "teacher-server"),
+            "the teacher's server",
+            120,
+        )
         return made
 
     return make
 
 
 def run_through(made: Project, *services: str) -> list[dict]:  # type: ignore[type-arg]
-    """The metrics of the run. `services` are named where the server must not keep `up` from returning."""
+    """The metrics of the run. `services` are named where the server must not keep `up` from
+    returning.
+    """
     made.run_through(*services)
     rows = made.rows("metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    ended = {one["Config"]["Labels"]["com.docker.compose.service"]: one["State"]["ExitCode"] for one in made.containers()}
+    ended = {
+        one["Config"]["Labels"]["com.docker.compose.service"]: one["State"]["ExitCode"]
+        for one in made.containers()
+    }
     ended.pop("teacher-server", None)
     assert set(ended.values()) == {0}, ended
     return rows
@@ -62,14 +81,20 @@ def test_without_a_verifier_it_is_pure_distillation(project: MakeProject) -> Non
     assert {tuple(row["scored_by"]) for row in rows} == {(TEACHER,)}
 
 
-def test_an_external_teacher_in_another_container_takes_the_place_of_the_local_one(with_server) -> None:  # type: ignore[no-untyped-def]
+def test_an_external_teacher_in_another_container_takes_the_place_of_the_local_one(
+    with_server,
+) -> None:  # type: ignore[no-untyped-def]
     made = with_server(TEACHERS="0", **EXTERNAL)
     rows = run_through(made, "trainer", "generator", "verifier", "teacher-external")
     assert made.services() == {*ALWAYS, "verifier", "teacher-external", "teacher-server"}
     assert all(row["reward"] is not None and row["teacher_kl"] > 0 for row in rows)
     scorers = {name for row in rows for name in row["scored_by"]}
     assert scorers and TEACHER not in scorers, scorers
-    told = {one["Config"]["Labels"]["com.docker.compose.service"] for one in made.containers() if KEY in str(one)}
+    told = {
+        one["Config"]["Labels"]["com.docker.compose.service"]
+        for one in made.containers()
+        if KEY in str(one)
+    }
     assert told == {"teacher-external", "teacher-server"}
 
 
@@ -81,15 +106,24 @@ def test_both_teachers_share_one_stream(with_server) -> None:  # type: ignore[no
     assert TEACHER in scorers and len(scorers) == 2, scorers
 
 
-def test_hard_distillation_runs_no_scoring_teacher_though_none_was_scaled_to_zero(with_server) -> None:  # type: ignore[no-untyped-def]
+def test_hard_distillation_runs_no_scoring_teacher_though_none_was_scaled_to_zero(
+    with_server,
+) -> None:  # type: ignore[no-untyped-def]
     made = with_server(
         SETTINGS="examples/hard.toml",
-        **{f"{WRITES}CLIENT__BASE_URL": "http://teacher-server:8000/v1", f"{WRITES}MODEL__NAME": TEACHER, f"{WRITES}CLIENT__API_KEY": KEY},
+        **{
+            f"{WRITES}CLIENT__BASE_URL": "http://teacher-server:8000/v1",
+            f"{WRITES}MODEL__NAME": TEACHER,
+            f"{WRITES}CLIENT__API_KEY": KEY,
+        },
     )
     plain = (made.directory / "examples/reverse-text/onstream.toml").read_text()
-    hard = plain.partition("[trainer.loss]")[0].replace('[teacher_inference.model]\nname = "examples/reverse-text/teacher"\n', "")
+    hard = plain.partition("[trainer.loss]")[0].replace(
+        '[teacher_inference.model]\nname = "examples/reverse-text/teacher"\n', ""
+    )
     (made.directory / "examples/hard.toml").write_text(
-        hard.replace("[orchestrator]\n", "[orchestrator]\nuse_token_client = false\n") + '[trainer.loss]\ntype = "sft"\n'
+        hard.replace("[orchestrator]\n", "[orchestrator]\nuse_token_client = false\n")
+        + '[trainer.loss]\ntype = "sft"\n'
     )
     rows = run_through(made, "trainer", "generator", "verifier", "teacher")
     assert all(row["teacher_kl"] is None and row["reward"] is not None for row in rows)

@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from deploy import generate
-from pipeline.keys import GROUP, Keys
-from settings.deployment import STAGE_OF
-from settings.fields import known
-from settings.load import load_settings
-from settings.unknown import variable_of
+from onstream.pipeline.redis.keys import GROUP, Keys
+from onstream.settings.deployment import STAGE_OF
+from onstream.settings.fields import known
+from onstream.settings.load import load_settings
+from onstream.settings.unknown import variable_of
 
 ROOT = Path(__file__).parents[2]
 COMPOSE_FILES = [*sorted(ROOT.glob("compose*.yaml")), ROOT / "deploy/stack.yaml"]
@@ -40,7 +40,9 @@ def all_objects(kind: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("path", COMPOSE_FILES, ids=lambda path: path.name)
 def test_a_compose_file_keeps_to_the_compose_spec(path: Path) -> None:
-    schema = json.loads((files("check_jsonschema.builtin_schemas.vendor") / "compose-spec.json").read_text())
+    schema = json.loads(
+        (files("check_jsonschema.builtin_schemas.vendor") / "compose-spec.json").read_text()
+    )
     jsonschema.validate(yaml.safe_load(path.read_text()), schema)
 
 
@@ -49,7 +51,11 @@ def schemas_known(each: dict[str, Any]) -> bool:
     return "kustomize" not in each["apiVersion"] and "keda" not in each["apiVersion"]
 
 
-@pytest.mark.parametrize("path", [path for path in MANIFESTS if any(map(schemas_known, objects(path)))], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [path for path in MANIFESTS if any(map(schemas_known, objects(path)))],
+    ids=lambda path: path.name,
+)
 def test_the_manifests_keep_to_the_schema_of_kubernetes(path: Path) -> None:
     for each in filter(schemas_known, objects(path)):
         kubernetes_validate.validate(each, KUBERNETES, strict=True)
@@ -57,21 +63,36 @@ def test_the_manifests_keep_to_the_schema_of_kubernetes(path: Path) -> None:
 
 def test_the_settings_in_compose_and_the_stack_are_those_of_now() -> None:
     compose = generate.COMPOSE.read_text()
-    assert generate.with_settings(compose) == compose, "run `python -m settings.docs`"
-    assert generate.stack(compose) == generate.STACK.read_text(), "run `python -m settings.docs`"
+    assert generate.with_settings(compose) == compose, "run `python -m onstream.settings.docs`"
+    assert generate.stack(compose) == generate.STACK.read_text(), (
+        "run `python -m onstream.settings.docs`"
+    )
 
 
-def test_every_setting_reaches_every_worker_by_its_own_name_but_for_secrets_and_what_compose_decides() -> None:
+def test_every_setting_reaches_every_worker_by_its_own_name_but_for_secrets_and_what_compose_decides() -> (
+    None
+):
     for service in WORKERS:
         missing = {variable_of(name) for name in known()} - set(SERVICES[service]["environment"])
         assert all(
-            re.search(r"REDIS|STAGES|GENERATORS|VERIFIERS|TEACHERS|JOBS|RUN__DIR|API_KEY|HEADERS|SCALE", name) for name in missing
+            re.search(
+                r"REDIS|STAGES|GENERATORS|VERIFIERS|TEACHERS|JOBS|RUN__DIR|API_KEY|HEADERS|SCALE",
+                name,
+            )
+            for name in missing
         ), missing
 
 
 def test_a_secret_of_an_endpoint_reaches_the_one_service_that_asks_it() -> None:
-    secrets = {variable_of(name) for name, setting in known().items() if setting.secret and not name.startswith("redis.")}
-    has = {service: {name.removesuffix("_FILE") for name in SERVICES[service]["environment"]} & secrets for service in WORKERS}
+    secrets = {
+        variable_of(name)
+        for name, setting in known().items()
+        if setting.secret and not name.startswith("redis.")
+    }
+    has = {
+        service: {name.removesuffix("_FILE") for name in SERVICES[service]["environment"]} & secrets
+        for service in WORKERS
+    }
     holders = {name: [service for service in WORKERS if name in has[service]] for name in secrets}
     expected = {"TEACHER_MODEL": ["teacher-external"], "TEACHER_ROLLOUT_MODEL": ["generator"]}
     assert holders
@@ -81,32 +102,53 @@ def test_a_secret_of_an_endpoint_reaches_the_one_service_that_asks_it() -> None:
 
 
 def test_redis_is_published_by_one_file_alone_and_its_password_is_in_no_file() -> None:
-    publishing = [path.name for path in COMPOSE_FILES if any("ports" in s for s in yaml.safe_load(path.read_text())["services"].values())]
+    publishing = [
+        path.name
+        for path in COMPOSE_FILES
+        if any("ports" in s for s in yaml.safe_load(path.read_text())["services"].values())
+    ]
     assert publishing == ["compose.publish.yaml"]
-    assert [name for name, service in SERVICES.items() if "REDIS_PASSWORD" in service.get("environment", {})] == ["prepare"]
+    assert [
+        name
+        for name, service in SERVICES.items()
+        if "REDIS_PASSWORD" in service.get("environment", {})
+    ] == ["prepare"]
 
 
 def test_the_default_services_carry_no_profile_and_may_be_scaled_to_none() -> None:
-    profiles = {name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service}
+    profiles = {
+        name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service
+    }
     assert profiles == {"teacher-external": ["teacher-external"], "status": ["monitoring"]}
     scaled = {name: service["scale"] for name, service in SERVICES.items() if "scale" in service}
     assert set(scaled) == {"generator", "verifier", "teacher", "teacher-external", "jobs"}
     for kind, scale in scaled.items():
         variable = f"ONSTREAM_DEPLOYMENT__SCALE__{kind.replace('-', '_').upper()}"
-        assert SERVICES["trainer"]["environment"][variable] == scale, "one variable says how many there are, and whether there are any"
+        assert SERVICES["trainer"]["environment"][variable] == scale, (
+            "one variable says how many there are, and whether there are any"
+        )
 
 
 def test_the_example_of_the_environment_names_every_variable_with_its_default() -> None:
     text = (ROOT / ".env.example").read_text()
-    named = {name: value.split("  ")[0].split(" #")[0].strip() for name, value in re.findall(r"^#([A-Z_0-9]+)=(.*)$", text, re.MULTILINE)}
+    named = {
+        name: value.split("  ")[0].split(" #")[0].strip()
+        for name, value in re.findall(r"^#([A-Z_0-9]+)=(.*)$", text, re.MULTILINE)
+    }
     used: dict[str, str] = {}
     for path in COMPOSE_FILES[:-1]:
         used |= dict(re.findall(r"\$\{([A-Z_0-9]+):-([^}]*)\}", path.read_text()))
-    used.pop("TLS"), used.pop("REDIS_ADDRESS"), used.pop("REDIS_PORT")  # of the files for several machines; docs/deploy.md has them
+    (
+        used.pop("TLS"),
+        used.pop("REDIS_ADDRESS"),
+        used.pop("REDIS_PORT"),
+    )  # of the files for several machines; docs/deploy.md has them
     assert set(used) <= set(named)
     ours = {name: value for name, value in used.items() if name != "REDIS_URL"}
     assert {name: named[name] for name in ours} == ours
-    unknown = {name for name in named if name.startswith("ONSTREAM_")} - {variable_of(name) for name in known()}
+    unknown = {name for name in named if name.startswith("ONSTREAM_")} - {
+        variable_of(name) for name in known()
+    }
     assert not unknown
 
 
@@ -116,7 +158,9 @@ def test_the_settings_of_the_manifests_load_with_their_environment() -> None:
     literals.pop("ONSTREAM_REDIS__PASSWORD_FILE")
     settings = load_settings([ROOT / "deploy/k8s/onstream.toml"], environ=literals)
     assert settings.weights.transport == "redis"
-    assert (ROOT / "deploy/k8s/onstream.toml").read_text() == (ROOT / "examples/reverse-text/onstream.toml").read_text()
+    assert (ROOT / "deploy/k8s/onstream.toml").read_text() == (
+        ROOT / "examples/reverse-text/onstream.toml"
+    ).read_text()
 
 
 def test_keda_scales_each_stage_by_the_length_of_the_stream_it_takes_from() -> None:
@@ -129,7 +173,11 @@ def test_keda_scales_each_stage_by_the_length_of_the_stream_it_takes_from() -> N
         assert trigger["metadata"]["stream"] == Keys(settings.run.name).stream(STAGE_OF[kind])
         assert trigger["metadata"]["consumerGroup"] == GROUP
         assert scaled["spec"]["minReplicaCount"] == 1
-    assert {each["metadata"]["name"] for each in all_objects("ScaledObject")} == {"generator", "verifier", "teacher"}
+    assert {each["metadata"]["name"] for each in all_objects("ScaledObject")} == {
+        "generator",
+        "verifier",
+        "teacher",
+    }
 
 
 def test_every_image_of_the_manifests_runs_kinds_that_it_can() -> None:
@@ -153,6 +201,10 @@ def test_docker_builds_see_nothing_but_what_the_dockerfile_copies() -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     assert lines[1] == "*"
     copied = {
-        word for line in re.findall(r"^COPY (?!--from)(.*) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE) for word in line.split()
+        word
+        for line in re.findall(
+            r"^COPY (?!--from)(.*) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE
+        )
+        for word in line.split()
     }
     assert copied == {line[1:] for line in lines if line.startswith("!")}

@@ -13,24 +13,35 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-TEACHER, STUDENT = ROOT / "examples/reverse-text/teacher", ROOT / "examples/reverse-text/student"
+TEACHER = ROOT / "examples/reverse-text/teacher"
+STUDENT = ROOT / "examples/reverse-text/student"
 PAGE = ROOT / "tests/seed_page"
 
 
 class Run:
-    """A run of a settings file, with a second one on top that has nothing but the CPU pair and what makes it short."""
+    """A run of a settings file, with a second one on top that has nothing but the CPU pair and what
+    makes it short.
+    """
 
     def __init__(self, directory: Path, first: Path, *extra: str) -> None:
         self.directory = directory / "run"
         top = directory / "top.toml"
-        top.write_text(f'[run]\nname = "run"\ndir = "{directory}"\n[model]\nname = "{STUDENT}"\n[deployment]\ndevice = "cpu"\n')
+        top.write_text(
+            f'[run]\nname = "run"\ndir = "{directory}"\n[model]\nname = "{STUDENT}"\n[deployment]\ndevice = "cpu"\n'
+        )
         sets = ["inference.sampling.max_completion=16", *extra]
         self.sets = [part for one in sets for part in ("--set", one)]
         self.files = [str(first), str(top)]
 
     def onstream(self, *arguments: str) -> str:
         command = [str(Path(sys.executable).with_name("onstream")), *arguments]
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stdout
 
@@ -41,7 +52,10 @@ class Run:
     def started(self) -> Iterator[subprocess.Popen[bytes]]:
         """`onstream up` in the background; what it prints is what `said` returns."""
         command = [str(Path(sys.executable).with_name("onstream")), "up", *self.files, *self.sets]
-        with self.said_in.open("wb") as out, subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out) as up:
+        with (
+            self.said_in.open("wb") as out,
+            subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out) as up,
+        ):
             try:
                 yield up
             finally:
@@ -69,7 +83,11 @@ class Run:
 
     def workers(self) -> set[str]:
         """Names of the workers that ran."""
-        return {path.stem for path in (self.directory / "logs").glob("*-[0-9].log") if not path.stem.startswith("eval")}
+        return {
+            path.stem
+            for path in (self.directory / "logs").glob("*-[0-9].log")
+            if not path.stem.startswith("eval")
+        }
 
     def audit(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.onstream("audit", str(self.directory)))

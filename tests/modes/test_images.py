@@ -1,4 +1,6 @@
-"""A vision-language student on its own answers: from chance to reading pictures as its teacher does, and wrong where it is shown others."""
+"""A vision-language student on its own answers: from chance to reading pictures as its teacher
+does, and wrong where it is shown others.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from settings.load import load_settings
+from onstream.pipeline.redis.access import opened
+from onstream.settings.load import load_settings
 from tests.modes.run import ROOT, Run
-from workers.access import opened
 
 PAIR = ROOT / "examples/colour-words"
 CHANCE = 1 / 36  # two of six colours
@@ -18,7 +20,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def likely(share: float, samples: int) -> float:
-    """The most that a share of `samples` answers comes to, but for one time in a thousand, where each is right with probability `share`."""
+    """The most that a share of `samples` answers comes to, but for one time in a thousand, where
+    each is right with probability `share`.
+    """
     return share + 3.1 * sqrt(share * (1 - share) / samples)
 
 
@@ -26,15 +30,28 @@ def test_a_student_that_sees_learns_to_read_pictures_from_its_teacher(tmp_path: 
     run = Run(tmp_path, PAIR / "onstream.toml", f"model.name={PAIR / 'student'}")
     summary = run.up()
     before, after = run.rows("evals.jsonl")
-    print(f"exact: {before['exact']:.3f} -> {after['exact']:.3f}; with images swapped {after['exact_swapped']:.3f}\n{summary}")
+    print(
+        f"exact: {before['exact']:.3f} -> {after['exact']:.3f}; with images swapped {after['exact_swapped']:.3f}\n{summary}"
+    )
     assert before["exact"] <= likely(CHANCE, before["samples"])
     assert after["exact"] >= 0.9
     assert after["exact_swapped"] <= likely(CHANCE, after["samples_swapped"])
     assert "eval (images swapped)" in summary
-    audit, rollouts = run.audit(), sum(row["rollouts"] for row in run.rows("metrics.jsonl"))
-    assert (audit["lost"], audit["duplicated"], audit["dead"], audit["trained"]) == (0, 0, 0, rollouts)
-    with opened(load_settings(run.files, overrides=run.sets[1::2], environ={}), purpose="test") as bus:
-        unacknowledged = {int(fields[b"n"]) for _, fields in bus._ask("XRANGE", bus.keys.stream("train"), "-", "+")}
+    audit = run.audit()
+    rollouts = sum(row["rollouts"] for row in run.rows("metrics.jsonl"))
+    assert (audit["lost"], audit["duplicated"], audit["dead"], audit["trained"]) == (
+        0,
+        0,
+        0,
+        rollouts,
+    )
+    with opened(
+        load_settings(run.files, overrides=run.sets[1::2], environ={}), purpose="test"
+    ) as bus:
+        unacknowledged = {
+            int(fields[b"n"])
+            for _, fields in bus._ask("XRANGE", bus.keys.stream("train"), "-", "+")
+        }
         assert set(bus.held_numbers()) == unacknowledged, (
             "images stay for what the last checkpoint alone has seen trained, and for nothing else"
         )

@@ -1,4 +1,6 @@
-"""The snippets of the seed page, their files verbatim, on the shipped pair: which workers ran, and what the metrics show."""
+"""The snippets of the seed page, their files verbatim, on the shipped pair: which workers ran, and
+what the metrics show.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,20 @@ from tests.modes.run import PAGE, ROOT, STUDENT, TEACHER, Run
 from tests.vllm.server import VllmServer
 
 VLLM_PYTHON = ROOT / ".venv-vllm/bin/python"
-# A reward that one answer in seven earns, against a teacher that holds the student where it is: small steps on many rollouts.
-BY_REWARD = ('task.args={"min_length":4,"max_length":5}', "trainer.optim.lr=3e-4", "trainer.optim.warmup=10", "orchestrator.batch_size=512")
-LEARNING = ("trainer.optim.lr=5e-4", "trainer.optim.warmup=5", "trainer.optim.schedule=cosine", "orchestrator.group_size=4")
+# A reward that one answer in seven earns, against a teacher that holds the student where it is:
+# small steps on many rollouts.
+BY_REWARD = (
+    'task.args={"min_length":4,"max_length":5}',
+    "trainer.optim.lr=3e-4",
+    "trainer.optim.warmup=10",
+    "orchestrator.batch_size=512",
+)
+LEARNING = (
+    "trainer.optim.lr=5e-4",
+    "trainer.optim.warmup=5",
+    "trainer.optim.schedule=cosine",
+    "orchestrator.group_size=4",
+)
 LARGE = "orchestrator.batch_size=256"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
@@ -22,7 +35,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
 def shown(run: Run) -> tuple[list[dict[str, Any]], float, float]:
     """The metrics of a run that ended well, and the exact share before and after it."""
     run.up()
-    audit, (before, after) = run.audit(), run.rows("evals.jsonl")
+    audit = run.audit()
+    (before, after) = run.rows("evals.jsonl")
     metrics = run.rows("metrics.jsonl")
     assert audit["lost"] == audit["duplicated"] == audit["dead"] == 0
     assert audit["trained"] == sum(row["rollouts"] for row in metrics) > 0
@@ -33,7 +47,9 @@ def mean(rows: list[dict[str, Any]], name: str) -> float:
     return sum(float(row[name]) for row in rows) / len(rows)
 
 
-def test_quick_start_teaches_by_reward_since_its_teacher_is_the_students_own_start(tmp_path: Path) -> None:
+def test_quick_start_teaches_by_reward_since_its_teacher_is_the_students_own_start(
+    tmp_path: Path,
+) -> None:
     run = Run(tmp_path, PAGE / "quick_start.toml", "trainer.max_steps=80", *BY_REWARD)
     metrics, before, after = shown(run)
     assert run.workers() == {"generator-0", "verifier-0", "teacher-0", "teacher-1", "trainer-0"}
@@ -45,7 +61,14 @@ def test_quick_start_teaches_by_reward_since_its_teacher_is_the_students_own_sta
 
 def test_another_teacher_model_and_the_rewards_teach_together(tmp_path: Path) -> None:
     named = f"teacher_inference.model.name={TEACHER}"
-    run = Run(tmp_path, PAGE / "quick_start_other_teacher.toml", named, "trainer.max_steps=80", LARGE, *LEARNING)
+    run = Run(
+        tmp_path,
+        PAGE / "quick_start_other_teacher.toml",
+        named,
+        "trainer.max_steps=80",
+        LARGE,
+        *LEARNING,
+    )
     metrics, before, after = shown(run)
     assert run.workers() == {"generator-0", "verifier-0", "teacher-0", "teacher-1", "trainer-0"}
     assert metrics[-1]["scored_by"] == {str(TEACHER): 1.0}
@@ -56,7 +79,9 @@ def test_another_teacher_model_and_the_rewards_teach_together(tmp_path: Path) ->
 
 def test_pure_distillation_runs_no_verifier_and_has_no_reward(tmp_path: Path) -> None:
     named = f"teacher_inference.model.name={TEACHER}"
-    run = Run(tmp_path, PAGE / "pure_distillation.toml", named, "trainer.max_steps=80", LARGE, *LEARNING)
+    run = Run(
+        tmp_path, PAGE / "pure_distillation.toml", named, "trainer.max_steps=80", LARGE, *LEARNING
+    )
     metrics, before, after = shown(run)
     assert run.workers() == {"generator-0", "teacher-0", "teacher-1", "trainer-0"}
     assert all(row["reward"] is None for row in metrics)
@@ -71,13 +96,18 @@ def test_an_external_teacher_is_asked_over_http(tmp_path: Path) -> None:
     server.start()
     try:
         server.wait()
-        client, model = "orchestrator.teacher_model.client", "orchestrator.teacher_model.model"
+        client = "orchestrator.teacher_model.client"
+        model = "orchestrator.teacher_model.model"
         addressed = (f'{client}.base_url=["{server.base_url}"]', f"{model}.name=teacher")
-        run = Run(tmp_path, PAGE / "external_teacher.toml", *addressed, "trainer.max_steps=40", *LEARNING)
+        run = Run(
+            tmp_path, PAGE / "external_teacher.toml", *addressed, "trainer.max_steps=40", *LEARNING
+        )
         metrics, before, after = shown(run)
     finally:
         server.kill()
     assert run.workers() == {"generator-0", "verifier-0", "teacher-external-0", "trainer-0"}
-    assert all(row["scored_by"][server.base_url] > 0.5 for row in metrics), "the rest came from the cache of scores"
+    assert all(row["scored_by"][server.base_url] > 0.5 for row in metrics), (
+        "the rest came from the cache of scores"
+    )
     assert mean(metrics[-5:], "teacher_kl") < 0.9 * mean(metrics[:5], "teacher_kl")
     assert after > before

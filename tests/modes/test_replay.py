@@ -1,4 +1,6 @@
-"""A recorded run whose trainer is killed again and again, and its replay by an undisturbed trainer: the same bits."""
+"""A recorded run whose trainer is killed again and again, and its replay by an undisturbed trainer:
+the same bits.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,35 @@ from typing import Any
 
 import pytest
 
-from pipeline.recording import FOLDER, Opened, Recorded, Recorder, Stepped, frames
+from onstream.pipeline.run_files.recording import (
+    FOLDER,
+    Opened,
+    Recorded,
+    Recorder,
+    Stepped,
+    frames,
+)
+from onstream.workers.trainer.durability.recording import SETTINGS
 from tests.modes.run import ROOT, Run
 from tests.processes import worker
-from workers.trainer.recording import SETTINGS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
-SEED, STEPS = 20, 24
+SEED = 20
+STEPS = 24
 SHORT = (
-    *("trainer.record=true", f"trainer.max_steps={STEPS}", "checkpoint.interval=4", "eval.samples=0", "deployment.max_restarts=5"),
-    *("orchestrator.batch_size=32", "orchestrator.max_off_policy_steps=1", "trainer.loss.adv_tau=1"),
+    *(
+        "trainer.record=true",
+        f"trainer.max_steps={STEPS}",
+        "checkpoint.interval=4",
+        "eval.samples=0",
+        "deployment.max_restarts=5",
+    ),
+    *(
+        "orchestrator.batch_size=32",
+        "orchestrator.max_off_policy_steps=1",
+        "trainer.loss.adv_tau=1",
+    ),
 )
 
 
@@ -30,7 +50,9 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_trainer_killed_at_three_random_points_comes_to_the_weights_of_an_undisturbed_replay(tmp_path: Path) -> None:
+def test_a_trainer_killed_at_three_random_points_comes_to_the_weights_of_an_undisturbed_replay(
+    tmp_path: Path,
+) -> None:
     draw = random.Random(SEED)
     kills = sorted(draw.sample(range(2, STEPS - 4), 3))
     run = Run(tmp_path, ROOT / "examples/reverse-text/onstream.toml", *SHORT)
@@ -44,29 +66,50 @@ def test_a_trainer_killed_at_three_random_points_comes_to_the_weights_of_an_undi
     assert (audit["lost"], audit["duplicated"], audit["trained"]) == (0, 0, STEPS * 32)
     print(f"killed at steps {kills}")
     assert_equal(run, run.directory, tmp_path / "twin")
-    assert_equal(run, stream_alone(run.directory, tmp_path / "undisturbed"), tmp_path / "undisturbed-twin")
-    killed, undisturbed = rows(run.directory), rows(tmp_path / "undisturbed-twin")
+    assert_equal(
+        run, stream_alone(run.directory, tmp_path / "undisturbed"), tmp_path / "undisturbed-twin"
+    )
+    killed = rows(run.directory)
+    undisturbed = rows(tmp_path / "undisturbed-twin")
     assert [row["step"] for row in killed] == list(range(1, STEPS + 1))
-    assert [{name: row[name] for name in other} for row, other in zip(killed, undisturbed, strict=True)] == undisturbed
+    assert [
+        {name: row[name] for name in other} for row, other in zip(killed, undisturbed, strict=True)
+    ] == undisturbed
 
 
 def assert_equal(run: Run, recorded: Path, twin: Path) -> None:
-    """Replaying what `recorded` holds gives every version of the run, and the bits of its last checkpoint."""
+    """Replaying what `recorded` holds gives every version of the run, and the bits of its last
+    checkpoint.
+    """
     said = run.onstream("replay", str(recorded), "--out", str(twin), "--worst", "0")
-    assert f"steps 1 to {STEPS}: the weights after each of them equal the recorded ones, bit for bit; so do the metrics" in said, said
-    for name in (f"policies/{STEPS:06d}/model.safetensors", f"checkpoints/step-{STEPS:06d}/model.safetensors"):
+    assert (
+        f"steps 1 to {STEPS}: the weights after each of them equal the recorded ones, bit for bit; so do the metrics"
+        in said
+    ), said
+    for name in (
+        f"policies/{STEPS:06d}/model.safetensors",
+        f"checkpoints/step-{STEPS:06d}/model.safetensors",
+    ):
         assert sha256(twin / name) == sha256(run.directory / name)
 
 
 def stream_alone(run_dir: Path, to: Path) -> Path:
-    """The recording of `run_dir` as one trainer would have made it that was never killed: no resumes, and no record twice.
+    """The recording of `run_dir` as one trainer would have made it that was never killed: no
+    resumes, and no record twice.
 
-    What a killed trainer had recorded and not trained, its successor took again, later: that is when it was taken.
+    What a killed trainer had recorded and not trained, its successor took again, later: that is
+    when it was taken.
     """
-    taken = {frame.number: frame.taken for frame in frames(run_dir / FOLDER) if isinstance(frame, Recorded)}
+    taken = {
+        frame.number: frame.taken
+        for frame in frames(run_dir / FOLDER)
+        if isinstance(frame, Recorded)
+    }
     (to / FOLDER).mkdir(parents=True)
     shutil.copy(run_dir / FOLDER / SETTINGS, to / FOLDER)
-    recorder, numbers, opened = Recorder(to / FOLDER, 0), set[int](), 0
+    recorder = Recorder(to / FOLDER, 0)
+    numbers = set[int]()
+    opened = 0
     for frame in frames(run_dir / FOLDER):
         if isinstance(frame, Recorded) and frame.number not in numbers:
             numbers.add(frame.number)
@@ -75,7 +118,9 @@ def stream_alone(run_dir: Path, to: Path) -> Path:
             recorder.mark(frame, 0.0)
         opened += isinstance(frame, Opened)
     recorder.close()
-    assert opened >= 2, "a trainer took the run up again, besides resumes that were cut away with the steps they led to"
+    assert opened >= 2, (
+        "a trainer took the run up again, besides resumes that were cut away with the steps they led to"
+    )
     return to
 
 

@@ -1,5 +1,6 @@
-"""A fault at every call of the trainer: killed, put to sleep while a successor takes the run over, or cut off, before the call, between
-its work and its reply, and after. Each time the run reaches its end with every number accounted for once."""
+"""A fault at every call of the trainer: killed, put to sleep while a successor takes the run over,
+or cut off, before the call, between its work and its reply, and after. Each time the run reaches
+its end with every number accounted for once."""
 
 from __future__ import annotations
 
@@ -16,31 +17,35 @@ from typing import Any, Literal
 
 import pytest
 
-from pipeline import ownership, scripts
-from pipeline.errors import Exit
-from pipeline.ledger import Ledger
-from pipeline.records import decode_work, encode
-from pipeline.streams import Bus, Move, Out
-from settings.root import Settings
+from onstream.pipeline.errors import Exit
+from onstream.pipeline.records import decode_work, encode
+from onstream.pipeline.redis import scripts
+from onstream.pipeline.redis.streams import Bus, Move, Out
+from onstream.pipeline.run_files import ownership
+from onstream.pipeline.run_files.ledger import Ledger
+from onstream.settings.root import Settings
+from onstream.workers.commands.audit import audit, counted
+from onstream.workers.trainer.durability import checkpoint
 from tests.fault_proxy import MOMENTS, Cut, FaultProxy, Moment, Trap
 from tests.fault_workers import LEASE_S, train
 from tests.forkserver import context
 from tests.tiny import write_tiny
 from tests.workers.trainer.driver import rollout
-from workers.audit import audit, counted
-from workers.trainer import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
-STEPS, BATCH = 3, 4
+STEPS = 3
+BATCH = 4
 Blow = Literal["kill", "stall", "cut"]
 
 
 @dataclass(frozen=True)
 class Point:
-    """A call of the trainer. `step`: not before so many versions are announced. `when` says more of the moment that is meant.
+    """A call of the trainer. `step`: not before so many versions are announced. `when` says more of
+    the moment that is meant.
 
-    `resumed`: the call of a trainer that takes up a run whose trainer was killed with entries in hand.
+    `resumed`: the call of a trainer that takes up a run whose trainer was killed with entries in
+    hand.
     """
 
     call: str
@@ -75,7 +80,10 @@ POINTS = {
 }
 BLOWS: dict[Blow, tuple[Moment, ...]] = {
     "kill": MOMENTS,
-    "stall": ("before", "between"),  # whether the reply waits in the proxy or in a sleeper's socket is all the same
+    "stall": (
+        "before",
+        "between",
+    ),  # whether the reply waits in the proxy or in a sleeper's socket is all the same
     "cut": ("before", "between"),
 }
 CASES = [(point, blow, moment) for point in POINTS for blow in BLOWS for moment in BLOWS[blow]]
@@ -85,7 +93,10 @@ class Company:
     """A run's trainers, one after the other, and the generator that this test is."""
 
     def __init__(self, bus: Bus, url: str, settings: Settings) -> None:
-        self.bus, self.url, self.settings, self.proxy = bus, url, settings, FaultProxy(url)
+        self.bus = bus
+        self.url = url
+        self.settings = settings
+        self.proxy = FaultProxy(url)
         self.trainers: list[BaseProcess] = []
         self.wake = threading.Event()
         bus.mark_ready("generate")
@@ -93,7 +104,9 @@ class Company:
     def start(self, url: str | None = None) -> BaseProcess:
         """Another trainer."""
         name = f"trainer-{len(self.trainers)}"
-        process = context().Process(target=train, args=(name, url or self.url, self.settings.model_dump_json()))
+        process = context().Process(
+            target=train, args=(name, url or self.url, self.settings.model_dump_json())
+        )
         process.start()
         self.trainers.append(process)
         return process
@@ -111,10 +124,13 @@ class Company:
         os.kill(pid, signal.SIGCONT)
 
     def succeed(self, victim: BaseProcess) -> None:
-        """Start the next trainer and see the run through. It waits for a sleeper in the middle of a write, which has to wake up first."""
+        """Start the next trainer and see the run through. It waits for a sleeper in the middle of a
+        write, which has to wake up first.
+        """
         while victim.is_alive() and _state(victim) != "T":
             time.sleep(0.001)
-        epoch, sleeper_writes = self._epoch, victim.is_alive() and self._files_are_locked()
+        epoch = self._epoch
+        sleeper_writes = victim.is_alive() and self._files_are_locked()
         successor = self.start()
         if sleeper_writes:
             self.until(lambda: self._epoch > epoch)
@@ -151,7 +167,13 @@ class Company:
             return
         entries = self.bus.read("generate", 100)
         answers = [(entry, rollout(decode_work(entry.payload), policy.number)) for entry in entries]  # type: ignore[arg-type]
-        self.bus.settle("generate", [Move(entry.id, [Out("train", entry.number, encode(answer))]) for entry, answer in answers])
+        self.bus.settle(
+            "generate",
+            [
+                Move(entry.id, [Out("train", entry.number, encode(answer))])
+                for entry, answer in answers
+            ],
+        )
 
     @property
     def version(self) -> int:
@@ -179,7 +201,9 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def company(bus: Bus, redis_url: str, student: Path, tmp_path: Path) -> Iterator[Company]:
     for script in vars(scripts).values():
         if isinstance(script, scripts.Script):
-            bus._db.script_load(script.source)  # or the first call of each would fail, and count as the one to strike at
+            bus._db.script_load(
+                script.source
+            )  # or the first call of each would fail, and count as the one to strike at
     settings = Settings.model_validate(
         {
             "run": {"name": bus.run, "dir": str(tmp_path)},
@@ -214,7 +238,8 @@ def leave_a_run_behind(company: Company) -> None:
 def test_a_fault_at_any_call_of_the_trainer_loses_nothing_and_doubles_nothing(
     bus: Bus, company: Company, name: str, blow: Blow, moment: Moment
 ) -> None:
-    point, run_dir = POINTS[name], company.settings.run_dir
+    point = POINTS[name]
+    run_dir = company.settings.run_dir
     if point.resumed:
         leave_a_run_behind(company)
     company.proxy.trap = trap = Trap(
@@ -225,7 +250,9 @@ def test_a_fault_at_any_call_of_the_trainer_loses_nothing_and_doubles_nothing(
     )
     victim = company.start(company.proxy.url)
     company.until(lambda: trap.sprung.is_set() or not victim.is_alive())
-    assert trap.sprung.is_set(), f"no {point.call} came; those that did: {sorted(company.proxy.calls)}"
+    assert trap.sprung.is_set(), (
+        f"no {point.call} came; those that did: {sorted(company.proxy.calls)}"
+    )
     if run_dir.exists():
         company.assert_nothing_is_lost_or_doubled()
     if blow == "kill":
@@ -236,11 +263,14 @@ def test_a_fault_at_any_call_of_the_trainer_loses_nothing_and_doubles_nothing(
     company.wake.set()
     if blow != "kill":
         company.until(lambda: victim.exitcode is not None)
-        # One that slept while another trained has lost its lease; unless it slept before it had one, or when all was done.
+        # One that slept while another trained has lost its lease; unless it slept before it had
+        # one, or when all was done.
         assert victim.exitcode in ((Exit.OK,) if blow == "cut" else (Exit.OK, Exit.REFUSED))
     assert bus.finished() and company.version == STEPS
     found = company.assert_nothing_is_lost_or_doubled()
     assert (found["trained"], found["dead"]) == (STEPS * BATCH, 0)
-    assert len({line.number for line in Ledger(run_dir / "trained.jsonl").read()}) == found["trained"] + sum(found["dropped"].values())
+    assert len({line.number for line in Ledger(run_dir / "trained.jsonl").read()}) == found[
+        "trained"
+    ] + sum(found["dropped"].values())
     newest = checkpoint.load_newest(run_dir / checkpoint.FOLDER)
     assert newest is not None and newest.state.step == STEPS

@@ -1,4 +1,6 @@
-"""The processes of the crash test: two kinds of workers, and a trainer that keeps a ledger in place of checkpoints."""
+"""The processes of the crash test: two kinds of workers, and a trainer that keeps a ledger in place
+of checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.loop import run_worker
-from pipeline.records import StageName
-from pipeline.stage import Delivery, Outcome
-from pipeline.streams import Bus
-from settings.run import DeliverySettings
+from onstream.pipeline.loop import run_worker
+from onstream.pipeline.records import StageName
+from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.stage import Delivery, Outcome
+from onstream.settings.run import DeliverySettings
 from tests.pipeline.stages import Passing, ticket
 
 LEASE_S = 0.5
@@ -24,13 +26,17 @@ SETTLED_AT_ONCE = 25
 
 
 class Ledger(Passing):
-    """Issues tickets a window ahead, settles what comes in a durable file, and acknowledges it only then."""
+    """Issues tickets a window ahead, settles what comes in a durable file, and acknowledges it only
+    then.
+    """
 
     holds_entries = True
 
     def __init__(self, bus: Bus, path: Path, records: int) -> None:
         super().__init__("train")
-        self.bus, self.path, self.records = bus, path, records
+        self.bus = bus
+        self.path = path
+        self.records = records
 
     def setup(self) -> None:
         """Become the trainer, and read what is settled. A line that a kill tore is cut away."""
@@ -49,13 +55,18 @@ class Ledger(Passing):
         issued = self.bus.issued()
         if issued < self.records and issued - self.count <= WINDOW:
             numbers = range(issued + 1, min(issued + ISSUED_AT_ONCE, self.records) + 1)
-            assert self.bus.issue(self.lease, issued, [ticket(number) for number in numbers], max_backlog=10_000)
+            assert self.bus.issue(
+                self.lease, issued, [ticket(number) for number in numbers], max_backlog=10_000
+            )
         if self.count >= self.records:
             self.bus.finish(self.lease)
         return []
 
     def _settle(self) -> None:
-        lines = [json.dumps([delivery.number, delivery.entry_id.decode()]) + "\n" for delivery in self.held]
+        lines = [
+            json.dumps([delivery.number, delivery.entry_id.decode()]) + "\n"
+            for delivery in self.held
+        ]
         fresh = [line for line in lines if line not in self.settled]
         with self.path.open("a") as file:
             file.writelines(fresh)
@@ -63,7 +74,9 @@ class Ledger(Passing):
             os.fsync(file.fileno())
         self.settled.update(fresh)
         self.count = len(self.settled)
-        self.bus.acknowledge(self.lease, {delivery.entry_id: delivery.number for delivery in self.held})
+        self.bus.acknowledge(
+            self.lease, {delivery.entry_id: delivery.number for delivery in self.held}
+        )
         self.held = []
 
 

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from pipeline.records import Rollout, Sample, StageName, Ticket, VersionSpan, ids_bytes, logprobs_bytes, mask_bytes
-from pipeline.stage import Delivery, Outcome, Stats
+from onstream.pipeline.records import (
+    Rollout,
+    Sample,
+    StageName,
+    Ticket,
+    VersionSpan,
+    ids_bytes,
+    logprobs_bytes,
+    mask_bytes,
+)
+from onstream.pipeline.stage import Delivery, Outcome, Stats
 
 
-def ticket(number: int, route: Sequence[StageName] = ("verify", "train"), group_size: int = 4) -> Ticket:
+def ticket(
+    number: int, route: Sequence[StageName] = ("verify", "train"), group_size: int = 4
+) -> Ticket:
     """A ticket of the run's `number`."""
     group = (number - 1) // group_size
-    return Ticket(number, group, group_size, group, seed=number, min_policy_version=0, route=list(route))
+    return Ticket(
+        number, group, group_size, group, seed=number, min_policy_version=0, route=list(route)
+    )
 
 
 def rollout(asked: Ticket, tokens: int = 16) -> Rollout:
@@ -39,13 +52,17 @@ def rollout(asked: Ticket, tokens: int = 16) -> Rollout:
 
 
 class Passing:
-    """A stage that passes every record on: tickets become rollouts. `before` sees the deliveries of each slice first."""
+    """A stage that passes every record on: tickets become rollouts. `before` sees the deliveries of
+    each slice first.
+    """
 
     holds_entries = False
     room = 64
     busy = False
 
-    def __init__(self, name: StageName, before: Callable[[Sequence[Delivery]], None] = lambda new: None) -> None:
+    def __init__(
+        self, name: StageName, before: Callable[[Sequence[Delivery]], None] = lambda new: None
+    ) -> None:
         self.name: StageName = name
         self.before = before
         self.stats = Stats(detail="passing records on")

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.records import StageName
-from pipeline.streams import Bus
+from onstream.pipeline.records import StageName
+from onstream.pipeline.redis.streams import Bus
+from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from tests.forkserver import context
 from tests.pipeline.crash_workers import LEASE_S, read_lines, work
-from workers.launcher.embedded_redis import EmbeddedRedis
 
 RECORDS = 1600
 SLOTS: dict[str, StageName] = {
@@ -43,7 +43,9 @@ class Crew:
         self.processes = {slot: start(stage, slot) for slot, stage in SLOTS.items()}
 
     def slot(self, stage: str, dice: random.Random) -> str:
-        return dice.choice([slot for slot in SLOTS if slot.startswith(stage) and slot not in self.sleepers])
+        return dice.choice(
+            [slot for slot in SLOTS if slot.startswith(stage) and slot not in self.sleepers]
+        )
 
     def kill(self, slot: str) -> None:
         """SIGKILL, and another process in its place."""
@@ -57,8 +59,16 @@ class Crew:
         self.processes[slot] = self._start(SLOTS[slot], name)
 
     def pause(self, dice: random.Random) -> None:
-        """Let a process sleep past its lease, so that it wakes as one whose records are somebody else's; one of a stage at a time."""
-        while not (stages := [stage for stage in ("generate", "verify") if not any(slot.startswith(stage) for slot in self.sleepers)]):
+        """Let a process sleep past its lease, so that it wakes as one whose records are somebody
+        else's; one of a stage at a time.
+        """
+        while not (
+            stages := [
+                stage
+                for stage in ("generate", "verify")
+                if not any(slot.startswith(stage) for slot in self.sleepers)
+            ]
+        ):
             time.sleep(0.01)
         slot = self.slot(dice.choice(stages), dice)
         pid = self.processes[slot].pid
@@ -84,7 +94,9 @@ def server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
 @pytest.fixture
 def crew(server: EmbeddedRedis, tmp_path: Path, run_name: str) -> Iterator[Crew]:
     def start(stage: StageName, name: str) -> BaseProcess:
-        process = context().Process(target=work, args=(stage, name, server.url, run_name, tmp_path / "ledger", RECORDS))
+        process = context().Process(
+            target=work, args=(stage, name, server.url, run_name, tmp_path / "ledger", RECORDS)
+        )
         process.start()
         return process
 

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.connection import OUTAGE
-from pipeline.streams import Bus
+from onstream.pipeline.redis.connection import OUTAGE
+from onstream.pipeline.redis.streams import Bus
 from tests.redis_servers import Pair
 
 
-def test_a_call_that_meets_a_read_only_replica_is_repeated_on_the_server_that_has_the_address_now(tmp_path: Path, run_name: str) -> None:
+def test_a_call_that_meets_a_read_only_replica_is_repeated_on_the_server_that_has_the_address_now(
+    tmp_path: Path, run_name: str
+) -> None:
     with Pair(tmp_path) as pair:
         bus = Bus.connect(pair.url, run_name, consumer="tester", block_s=0.05, connect_timeout_s=5)
         bus.mark_ready("verify")

@@ -1,5 +1,5 @@
-"""A fault at every call of the worker loop: killed, put to sleep past its lease, or cut off, before the call, between its work and
-its reply, and after. Each time every number issued arrives once."""
+"""A fault at every call of the worker loop: killed, put to sleep past its lease, or cut off, before
+the call, between its work and its reply, and after. Each time every number issued arrives once."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Literal
 
 import pytest
 
-from pipeline import scripts
-from pipeline.streams import GROUP, Bus
+from onstream.pipeline.redis import scripts
+from onstream.pipeline.redis.streams import GROUP, Bus
 from tests.fault_proxy import MOMENTS, Cut, FaultProxy, Moment, Trap
 from tests.fault_workers import work
 from tests.forkserver import context
@@ -25,7 +25,9 @@ from tests.pipeline.stages import ticket
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
 NUMBERS = list(range(1, 13))
-VICTIM, OTHER, DEAD = "victim", "other", "dead"
+VICTIM = "victim"
+OTHER = "other"
+DEAD = "dead"
 LIVES = 10
 BEAT_S = 0.5  # the heartbeat of one that was put to sleep is older
 Blow = Literal["kill", "stall", "cut"]
@@ -35,8 +37,8 @@ Blow = Literal["kill", "stall", "cut"]
 class Point:
     """A call of the loop, and how to make a worker come to it.
 
-    `keeps`: it finishes nothing, so that it is struck with records in hand. `pending`: who has all records in hand when it starts.
-    `told_to_stop`: the call belongs to its end.
+    `keeps`: it finishes nothing, so that it is struck with records in hand. `pending`: who has all
+    records in hand when it starts. `told_to_stop`: the call belongs to its end.
     """
 
     call: str
@@ -63,7 +65,10 @@ POINTS = {
 }
 BLOWS: dict[Blow, tuple[Moment, ...]] = {
     "kill": MOMENTS,
-    "stall": ("before", "between"),  # whether the reply waits in the proxy or in a sleeper's socket is all the same
+    "stall": (
+        "before",
+        "between",
+    ),  # whether the reply waits in the proxy or in a sleeper's socket is all the same
     "cut": ("before", "between"),
 }
 CASES = [(point, blow, moment) for point in POINTS for blow in BLOWS for moment in BLOWS[blow]]
@@ -73,13 +78,17 @@ class Crew:
     """The processes of one case. The victim alone speaks through the proxy."""
 
     def __init__(self, bus: Bus, url: str) -> None:
-        self.bus, self.url, self.proxy = bus, url, FaultProxy(url)
+        self.bus = bus
+        self.url = url
+        self.proxy = FaultProxy(url)
         self.processes: dict[str, BaseProcess] = {}
         self.wake = threading.Event()
 
     def start(self, name: str, *, keeps: bool = False, url: str | None = None) -> BaseProcess:
         """A worker of this name, in place of one that is dead."""
-        self.processes[name] = process = context().Process(target=work, args=(name, url or self.url, self.bus.run, keeps))
+        self.processes[name] = process = context().Process(
+            target=work, args=(name, url or self.url, self.bus.run, keeps)
+        )
         process.start()
         return process
 
@@ -102,7 +111,13 @@ class Crew:
     def stop(self, name: str) -> None:
         """SIGTERM to a worker that is at work, and a clean end."""
         process = self.processes[name]
-        until(lambda: [1 for beat in self.bus.workers(BEAT_S) if (beat.pid, beat.state) == (process.pid, "running")])
+        until(
+            lambda: [
+                1
+                for beat in self.bus.workers(BEAT_S)
+                if (beat.pid, beat.state) == (process.pid, "running")
+            ]
+        )
         process.terminate()
         self.end(name)
 
@@ -116,7 +131,9 @@ class Crew:
 def crew(bus: Bus, redis_url: str) -> Iterator[Crew]:
     for script in vars(scripts).values():
         if isinstance(script, scripts.Script):
-            bus._db.script_load(script.source)  # or the first call of each would fail, and count as the one to strike at
+            bus._db.script_load(
+                script.source
+            )  # or the first call of each would fail, and count as the one to strike at
     crew = Crew(bus, redis_url)
     yield crew
     crew.wake.set()
@@ -135,15 +152,24 @@ def until(holds: Callable[[], object], within_s: float = 30) -> None:
 
 def issue(bus: Bus, holder: str) -> None:
     """Issue all numbers; what a worker `holder` had read of them before it died is long idle."""
-    assert bus.issue(bus.acquire_lease(60), 0, [ticket(number, route=("train",)) for number in NUMBERS], max_backlog=100)
+    assert bus.issue(
+        bus.acquire_lease(60),
+        0,
+        [ticket(number, route=("train",)) for number in NUMBERS],
+        max_backlog=100,
+    )
     if holder:
         stream = bus.keys.stream("generate")
         entries = bus.read("generate", len(NUMBERS))
-        bus._ask("XCLAIM", stream, GROUP, holder, 0, *(entry.id for entry in entries), "IDLE", 600_000)
+        bus._ask(
+            "XCLAIM", stream, GROUP, holder, 0, *(entry.id for entry in entries), "IDLE", 600_000
+        )
 
 
 def assert_each_number_is_in_one_place(bus: Bus) -> None:
-    """In the place before or in the one after. The later is read first: what moves meanwhile is then in both, and never in none."""
+    """In the place before or in the one after. The later is read first: what moves meanwhile is
+    then in both, and never in none.
+    """
     arrived = Counter(bus.numbers("train"))
     assert set(arrived.values()) <= {1}, "duplicated"
     waiting = Counter(bus.numbers("generate"))
@@ -152,7 +178,9 @@ def assert_each_number_is_in_one_place(bus: Bus) -> None:
 
 
 def told_to_stop(crew: Crew, trap: Trap, victim: BaseProcess) -> BaseProcess:
-    """SIGTERM to a victim that holds records; and to its next life, where a read that ended by itself had not to be ended."""
+    """SIGTERM to a victim that holds records; and to its next life, where a read that ended by
+    itself had not to be ended.
+    """
     for _ in range(LIVES):
         until(lambda: crew.held(VICTIM) > 0)
         victim.terminate()
@@ -164,11 +192,18 @@ def told_to_stop(crew: Crew, trap: Trap, victim: BaseProcess) -> BaseProcess:
 
 
 @pytest.mark.parametrize(("name", "blow", "moment"), CASES)
-def test_a_fault_at_any_call_loses_nothing_and_doubles_nothing(bus: Bus, crew: Crew, name: str, blow: Blow, moment: Moment) -> None:
+def test_a_fault_at_any_call_loses_nothing_and_doubles_nothing(
+    bus: Bus, crew: Crew, name: str, blow: Blow, moment: Moment
+) -> None:
     point = POINTS[name]
     issue(bus, point.pending)
     holds = point.keeps and not point.told_to_stop
-    crew.proxy.trap = trap = Trap(point.call, moment, lambda: crew.strike(blow), when=lambda: not holds or crew.held(VICTIM) > 0)
+    crew.proxy.trap = trap = Trap(
+        point.call,
+        moment,
+        lambda: crew.strike(blow),
+        when=lambda: not holds or crew.held(VICTIM) > 0,
+    )
     victim = crew.start(VICTIM, keeps=point.keeps, url=crew.proxy.url)
     if point.told_to_stop:
         victim = told_to_stop(crew, trap, victim)
@@ -183,7 +218,8 @@ def test_a_fault_at_any_call_loses_nothing_and_doubles_nothing(bus: Bus, crew: C
         crew.stop(VICTIM)  # as nothing else makes it let go
     until(lambda: len(bus.numbers("train")) >= len(NUMBERS))
     if blow == "stall":
-        crew.wake.set()  # what it was about to do, it does now, when all has been done by another one
+        # what it was about to do, it does now, when all has been done by another one
+        crew.wake.set()
     if point.told_to_stop and blow != "kill":
         crew.end(VICTIM)
     elif blow == "stall" or (blow == "cut" and not point.keeps):

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import Exit, UserError
-from pipeline.loop import Worker, run_worker
-from pipeline.records import Rollout, StageName, Tombstone, decode_work, encode
-from pipeline.stage import Delivery, Outcome
-from pipeline.streams import Bus, LeaseLost, Move, Out, WorkerState
-from settings.run import DeliverySettings
+from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.loop import Worker, run_worker
+from onstream.pipeline.records import Rollout, StageName, Tombstone, decode_work, encode
+from onstream.pipeline.redis.streams import Bus, LeaseLost, Move, Out, WorkerState
+from onstream.pipeline.stage import Delivery, Outcome
+from onstream.settings.run import DeliverySettings
+from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from tests.pipeline.stages import Passing, rollout, ticket
-from workers.launcher.embedded_redis import EmbeddedRedis
 
 LASTING = DeliverySettings(lease=5.0, max_deliveries=3, drain=2.0)
 
@@ -63,7 +63,9 @@ def stop_when(condition: Callable[[], bool]) -> threading.Thread:
     return thread
 
 
-def test_a_ticket_becomes_a_rollout_for_the_first_stage_of_its_route(bus: Bus, second_bus: Bus) -> None:
+def test_a_ticket_becomes_a_rollout_for_the_first_stage_of_its_route(
+    bus: Bus, second_bus: Bus
+) -> None:
     issue(bus, 3)
     stage = Passing("generate")
     stop_when(lambda: second_bus.backlog()["verify"] == 3)
@@ -72,12 +74,16 @@ def test_a_ticket_becomes_a_rollout_for_the_first_stage_of_its_route(bus: Bus, s
 
     moved = [decode_work(entry.payload) for entry in second_bus.read("verify", 10)]
     assert [record.number for record in moved] == [1, 2, 3]
-    assert all(isinstance(record, Rollout) and record.route == ["verify", "train"] for record in moved)
+    assert all(
+        isinstance(record, Rollout) and record.route == ["verify", "train"] for record in moved
+    )
     assert bus.backlog() == {"generate": 0, "verify": 3, "score": 0, "train": 0}
     assert bus.ready() == {"generate"}
 
 
-def test_the_loop_strikes_the_stage_from_the_route_and_notes_its_time(bus: Bus, second_bus: Bus) -> None:
+def test_the_loop_strikes_the_stage_from_the_route_and_notes_its_time(
+    bus: Bus, second_bus: Bus
+) -> None:
     put(bus, "verify", (1, encode(rollout(ticket(1, ("verify", "score", "train"))))))
     stop_when(lambda: second_bus.backlog()["score"] == 1)
 
@@ -90,14 +96,26 @@ def test_the_loop_strikes_the_stage_from_the_route_and_notes_its_time(bus: Bus, 
     assert moved.timings[0].taken <= moved.timings[0].done
 
 
-def test_bytes_that_do_not_decode_become_a_dead_letter_and_a_tombstone(bus: Bus, second_bus: Bus) -> None:
-    put(bus, "verify", (7, b"\xc1 no record"), (8, encode(ticket(8))), (9, encode(rollout(ticket(3)))))
+def test_bytes_that_do_not_decode_become_a_dead_letter_and_a_tombstone(
+    bus: Bus, second_bus: Bus
+) -> None:
+    put(
+        bus,
+        "verify",
+        (7, b"\xc1 no record"),
+        (8, encode(ticket(8))),
+        (9, encode(rollout(ticket(3)))),
+    )
     stop_when(lambda: second_bus.backlog()["train"] == 3)
 
     run_worker(Passing("verify"), bus, LASTING, block_s=0.2)
 
     letters = bus.dead_letters()
-    assert (letters[0].number, letters[0].payload, letters[0].stage) == (7, b"\xc1 no record", "verify")
+    assert (letters[0].number, letters[0].payload, letters[0].stage) == (
+        7,
+        b"\xc1 no record",
+        "verify",
+    )
     assert "do not decode" in letters[0].reason
     assert letters[1].reason == "a Ticket in the stream of verify"
     assert letters[2].reason == "the entry has the number 9 and its record 3"
@@ -106,7 +124,9 @@ def test_bytes_that_do_not_decode_become_a_dead_letter_and_a_tombstone(bus: Bus,
     assert bus.backlog()["verify"] == 0
 
 
-def test_a_stage_that_gives_up_a_record_sends_it_to_the_dead_letters_with_its_words(bus: Bus, second_bus: Bus) -> None:
+def test_a_stage_that_gives_up_a_record_sends_it_to_the_dead_letters_with_its_words(
+    bus: Bus, second_bus: Bus
+) -> None:
     class Refusing(Passing):
         def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
             return [Outcome(delivery, dead="the prompt is too long") for delivery in new]
@@ -118,10 +138,14 @@ def test_a_stage_that_gives_up_a_record_sends_it_to_the_dead_letters_with_its_wo
 
     assert [letter.reason for letter in bus.dead_letters()] == ["the prompt is too long"]
     assert decode_work(bus.dead_letters()[0].payload) == ticket(1)
-    assert decode_work(second_bus.read("train", 1)[0].payload) == Tombstone(1, "generate", "the prompt is too long")
+    assert decode_work(second_bus.read("train", 1)[0].payload) == Tombstone(
+        1, "generate", "the prompt is too long"
+    )
 
 
-def test_a_stopped_worker_gives_back_what_it_did_not_finish_uncounted(bus: Bus, second_bus: Bus) -> None:
+def test_a_stopped_worker_gives_back_what_it_did_not_finish_uncounted(
+    bus: Bus, second_bus: Bus
+) -> None:
     class Hoarding(Passing):
         held = 0
 
@@ -148,7 +172,12 @@ def test_a_new_worker_takes_at_once_what_a_stopped_one_gave_back(bus: Bus, secon
     seen: list[int] = []
     stop_when(lambda: second_bus.backlog()["verify"] == 3)
 
-    run_worker(Passing("generate", lambda new: seen.extend(d.deliveries for d in new)), bus, LASTING, block_s=0.2)
+    run_worker(
+        Passing("generate", lambda new: seen.extend(d.deliveries for d in new)),
+        bus,
+        LASTING,
+        block_s=0.2,
+    )
 
     assert seen == [1, 1, 1]
 
@@ -168,19 +197,27 @@ def test_a_worker_drains_what_it_works_on_before_it_stops(bus: Bus, second_bus: 
             self.held += new
             if len(self.held) == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return [Outcome(delivery, self.answer(delivery)) for delivery in [self.held.pop()]] if self.held else []
+            return (
+                [Outcome(delivery, self.answer(delivery)) for delivery in [self.held.pop()]]
+                if self.held
+                else []
+            )
 
     issue(bus, 4)
     assert run_worker(Slow("generate"), bus, LASTING, block_s=0.2) == Exit.OK
     assert bus.backlog() == {"generate": 0, "verify": 4, "score": 0, "train": 0}
 
 
-def test_a_record_that_was_never_finished_is_taken_over_when_its_lease_ends(bus: Bus, second_bus: Bus) -> None:
+def test_a_record_that_was_never_finished_is_taken_over_when_its_lease_ends(
+    bus: Bus, second_bus: Bus
+) -> None:
     issue(bus, 1)
     assert len(second_bus.read("generate", 1)) == 1
     stop_when(lambda: second_bus.backlog()["verify"] == 1)
 
-    assert run_worker(Passing("generate"), bus, DeliverySettings(lease=0.5), block_s=0.05) == Exit.OK
+    assert (
+        run_worker(Passing("generate"), bus, DeliverySettings(lease=0.5), block_s=0.05) == Exit.OK
+    )
 
     assert second_bus.backlog()["generate"] == 0
 
@@ -209,9 +246,13 @@ def test_a_record_handed_out_too_often_is_a_dead_letter(bus: Bus, second_bus: Bu
     assert second_bus.pending_rows("generate")[0].deliveries == LASTING.max_deliveries
     stop_when(lambda: second_bus.backlog()["train"] == 1)
 
-    run_worker(Passing("generate"), bus, DeliverySettings(lease=0.5, max_deliveries=3), block_s=0.05)
+    run_worker(
+        Passing("generate"), bus, DeliverySettings(lease=0.5, max_deliveries=3), block_s=0.05
+    )
 
-    assert bus.dead_letters()[0].reason == "handed out 3 times and never finished; max_deliveries is 3"
+    assert (
+        bus.dead_letters()[0].reason == "handed out 3 times and never finished; max_deliveries is 3"
+    )
 
 
 def test_a_suspect_is_taken_alone(bus: Bus, second_bus: Bus) -> None:
@@ -221,7 +262,10 @@ def test_a_suspect_is_taken_alone(bus: Bus, second_bus: Bus) -> None:
     slices: list[list[int]] = []
     stop_when(lambda: second_bus.backlog()["verify"] == 4)
 
-    stage = Passing("generate", lambda new: slices.append([delivery.number for delivery in new]) if new else None)
+    stage = Passing(
+        "generate",
+        lambda new: slices.append([delivery.number for delivery in new]) if new else None,
+    )
     run_worker(stage, bus, DeliverySettings(lease=0.5), block_s=0.05)
 
     assert len(first) == 4
@@ -269,19 +313,26 @@ def test_a_handler_that_fails_ends_the_worker_and_its_records_stay_pending(bus: 
     assert bus.pending_counts()["generate"] == 2
 
 
-def test_a_worker_whose_handler_hangs_ends_with_code_4_and_its_record_goes_to_another(bus: Bus, redis_url: str, run_name: str) -> None:
+def test_a_worker_whose_handler_hangs_ends_with_code_4_and_its_record_goes_to_another(
+    bus: Bus, redis_url: str, run_name: str
+) -> None:
     issue(bus, 1)
     script = (
         "import sys, time\n"
-        "from pipeline.loop import run_worker\n"
-        "from pipeline.streams import Bus\n"
-        "from settings.run import DeliverySettings\n"
+        "from onstream.pipeline.loop import run_worker\n"
+        "from onstream.pipeline.redis.streams import Bus\n"
+        "from onstream.settings.run import DeliverySettings\n"
         "from tests.pipeline.stages import Passing\n"
         f"bus = Bus.connect({redis_url!r}, {run_name!r}, consumer='hangs', block_s=0.1, connect_timeout_s=5)\n"
         "stage = Passing('generate', lambda new: time.sleep(60 * len(new)))\n"
         "sys.exit(run_worker(stage, bus, DeliverySettings(lease=0.5, max_handle=1), block_s=0.1))"
     )
-    ran = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], check=False, capture_output=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[2],
+        check=False,
+        capture_output=True,
+    )
 
     assert ran.returncode == Exit.STUCK
     stop_when(lambda: bus.backlog()["verify"] == 1)
@@ -290,21 +341,31 @@ def test_a_worker_whose_handler_hangs_ends_with_code_4_and_its_record_goes_to_an
 
 def test_a_worker_gives_up_when_redis_does_not_come_back(tmp_path: Path, run_name: str) -> None:
     server = EmbeddedRedis(tmp_path, max_memory_mb=64)
-    bus = Bus.connect(server.start(), run_name, consumer="tester", block_s=0.1, connect_timeout_s=0.4)
+    bus = Bus.connect(
+        server.start(), run_name, consumer="tester", block_s=0.1, connect_timeout_s=0.4
+    )
     issue(bus, 1)
-    assert run_worker(Passing("generate", lambda new: server.stop()), bus, LASTING, block_s=0.1) == Exit.UNREACHABLE
+    assert (
+        run_worker(Passing("generate", lambda new: server.stop()), bus, LASTING, block_s=0.1)
+        == Exit.UNREACHABLE
+    )
     bus.close()
 
 
 def test_a_user_error_in_setup_reaches_the_caller(bus: Bus) -> None:
     class Misconfigured(Passing):
         def setup(self) -> None:
-            raise UserError("no model at nowhere/", expected="a model directory", next_step="Set model.name.")
+            raise UserError(
+                "no model at nowhere/", expected="a model directory", next_step="Set model.name."
+            )
 
     with pytest.raises(UserError, match="no model at nowhere/; expected a model directory"):
         run_worker(Misconfigured("generate"), bus, LASTING, block_s=0.2)
     [last] = bus.heard_of()
-    assert (last.state, last.detail) == ("failed", "no model at nowhere/; expected a model directory. Set model.name.")
+    assert (last.state, last.detail) == (
+        "failed",
+        "no model at nowhere/; expected a model directory. Set model.name.",
+    )
     assert bus.workers() == []
 
 
@@ -324,7 +385,9 @@ class Holding(Passing):
         return []
 
 
-def test_the_trainer_reads_its_pending_entries_again_first_and_in_order_whoever_had_them(bus: Bus, second_bus: Bus) -> None:
+def test_the_trainer_reads_its_pending_entries_again_first_and_in_order_whoever_had_them(
+    bus: Bus, second_bus: Bus
+) -> None:
     put(bus, "train", *((number, encode(rollout(ticket(number)))) for number in range(1, 7)))
     second_bus.read("train", 2)
     bus.read("train", 2)
@@ -337,7 +400,9 @@ def test_the_trainer_reads_its_pending_entries_again_first_and_in_order_whoever_
     assert bus.pending_counts()["train"] == 6
 
 
-def test_the_trainer_is_given_each_entry_once_and_then_finds_what_a_lost_reply_carried(bus: Bus, second_bus: Bus) -> None:
+def test_the_trainer_is_given_each_entry_once_and_then_finds_what_a_lost_reply_carried(
+    bus: Bus, second_bus: Bus
+) -> None:
     put(bus, "train", *((number, encode(rollout(ticket(number)))) for number in range(1, 4)))
     worker = Worker(Holding(), bus, DeliverySettings(lease=0.5), 0.05)
     worker.turn()
@@ -374,7 +439,12 @@ def test_heartbeats_tell_what_a_worker_does(bus: Bus, second_bus: Bus) -> None:
     stop_when(told)
     run_worker(Passing("generate"), bus, DeliverySettings(lease=0.5), block_s=0.05)
 
-    assert (seen[0].worker, seen[0].stage, seen[0].pid, seen[0].detail) == ("tester", "generate", os.getpid(), "passing records on")
+    assert (seen[0].worker, seen[0].stage, seen[0].pid, seen[0].detail) == (
+        "tester",
+        "generate",
+        os.getpid(),
+        "passing records on",
+    )
     assert second_bus.workers() == []
 
 
@@ -383,7 +453,10 @@ def test_a_record_that_somebody_else_finished_is_not_counted(bus: Bus, second_bu
 
     def overtaken(new: Sequence[Delivery]) -> None:
         for delivery in new:
-            second_bus.settle("generate", [Move(delivery.entry_id, [Out("verify", 1, encode(rollout(ticket(1))))])])
+            second_bus.settle(
+                "generate",
+                [Move(delivery.entry_id, [Out("verify", 1, encode(rollout(ticket(1))))])],
+            )
 
     stage = Passing("generate", overtaken)
     worker = Worker(stage, bus, LASTING, 0.05)

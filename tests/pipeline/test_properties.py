@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.ledger import RangeSet
-from pipeline.records import (
+from onstream.pipeline.records import (
     PolicyVersion,
     RecordError,
     Rollout,
@@ -27,8 +26,9 @@ from pipeline.records import (
     logprobs_array,
     logprobs_bytes,
 )
-from pipeline.streams import HOP_BYTES, HOP_RECORDS, Move, Out, hop_batches
-from workers.verifier.wire import Frames, framed
+from onstream.pipeline.redis.streams import HOP_BYTES, HOP_RECORDS, Move, Out, hop_batches
+from onstream.pipeline.run_files.ledger import RangeSet
+from onstream.workers.verifier.scorer_messages import Frames, framed
 
 pytestmark = pytest.mark.timeout(40)
 
@@ -40,7 +40,8 @@ bytes_fields = st.none() | st.binary(max_size=64)
 
 @given(st.lists(st.tuples(st.sampled_from(["add", "discard"]), spans)))
 def test_a_range_set_is_the_set_of_its_numbers(steps: list[tuple[str, tuple[int, int]]]) -> None:
-    ranges, plain = RangeSet(), set[int]()
+    ranges = RangeSet()
+    plain = set[int]()
     for step, (first, last) in steps:
         if step == "add":
             ranges.add(first, last)
@@ -50,10 +51,16 @@ def test_a_range_set_is_the_set_of_its_numbers(steps: list[tuple[str, tuple[int,
             plain.discard(first)
         assert (list(ranges), len(ranges)) == (sorted(plain), len(plain))
         pairs = ranges.ranges()
-        assert all(a <= b for a, b in pairs) and all(before[1] + 1 < after[0] for before, after in itertools.pairwise(pairs))
+        assert all(a <= b for a, b in pairs) and all(
+            before[1] + 1 < after[0] for before, after in itertools.pairwise(pairs)
+        )
     assert all((number in ranges) == (number in plain) for number in range(62))
     assert list(ranges.missing(61)) == [number for number in range(1, 62) if number not in plain]
-    assert RangeSet(msgspec.json.decode(msgspec.json.encode(ranges.ranges()))) == ranges.copy() == ranges
+    assert (
+        RangeSet(msgspec.json.decode(msgspec.json.encode(ranges.ranges())))
+        == ranges.copy()
+        == ranges
+    )
 
 
 @given(st.sets(numbers), st.sets(numbers))
@@ -69,7 +76,10 @@ samples = st.builds(
     completion_ids=st.binary(max_size=64),
     loss_mask=st.binary(max_size=16),
     generator_logprobs=st.binary(max_size=64),
-    version_spans=st.lists(st.builds(VersionSpan, st.integers(0, 99), st.integers(0, 99), st.integers(0, 99)), max_size=3),
+    version_spans=st.lists(
+        st.builds(VersionSpan, st.integers(0, 99), st.integers(0, 99), st.integers(0, 99)),
+        max_size=3,
+    ),
     completion_text=st.text(max_size=20),
     teacher_logprobs=bytes_fields,
     teacher_top_ids=bytes_fields,
@@ -82,13 +92,22 @@ rollouts = st.builds(
     group=st.integers(0, 2**50),
     group_size=st.integers(1, 64),
     index=st.integers(0, 2**50),
-    messages=st.lists(st.dictionaries(st.text(max_size=8), st.text(max_size=20), max_size=3), max_size=3),
-    info=st.dictionaries(st.text(max_size=8), st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.text(max_size=8), max_size=3),
+    messages=st.lists(
+        st.dictionaries(st.text(max_size=8), st.text(max_size=20), max_size=3), max_size=3
+    ),
+    info=st.dictionaries(
+        st.text(max_size=8),
+        st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.text(max_size=8),
+        max_size=3,
+    ),
     samples=st.lists(samples, max_size=3),
     temperature=st.floats(0.01, 4),
     finish_reason=st.sampled_from(["stop", "length"]),
     route=st.lists(names, max_size=3),
-    timings=st.lists(st.builds(Timing, names, st.text(max_size=8), st.floats(0, 1e10), st.floats(0, 1e10)), max_size=3),
+    timings=st.lists(
+        st.builds(Timing, names, st.text(max_size=8), st.floats(0, 1e10), st.floats(0, 1e10)),
+        max_size=3,
+    ),
     reward=st.none() | st.floats(-10, 10),
     reward_parts=st.dictionaries(st.text(max_size=8), st.floats(-10, 10), max_size=3),
     unscored=st.none() | st.text(max_size=20),
@@ -112,7 +131,15 @@ def test_a_record_comes_back_as_it_was(record: Rollout | Ticket | Tombstone) -> 
     assert decode_work(encode(record)) == record
 
 
-@given(st.builds(PolicyVersion, st.integers(0, 2**31), st.text(max_size=64), st.text(max_size=64), st.integers(0, 2**50)))
+@given(
+    st.builds(
+        PolicyVersion,
+        st.integers(0, 2**31),
+        st.text(max_size=64),
+        st.text(max_size=64),
+        st.integers(0, 2**50),
+    )
+)
 def test_a_policy_version_comes_back_as_it_was(policy: PolicyVersion) -> None:
     assert decode_policy(encode(policy)) == policy
     with pytest.raises(RecordError):
@@ -120,7 +147,9 @@ def test_a_policy_version_comes_back_as_it_was(policy: PolicyVersion) -> None:
 
 
 @given(tickets | tombstones, st.data())
-def test_bytes_that_were_cut_or_mangled_are_refused_in_words_or_are_a_record(record: Ticket | Tombstone, data: st.DataObject) -> None:
+def test_bytes_that_were_cut_or_mangled_are_refused_in_words_or_are_a_record(
+    record: Ticket | Tombstone, data: st.DataObject
+) -> None:
     whole = encode(record)
     at = data.draw(st.integers(0, len(whole) - 1))
     with pytest.raises(RecordError):
@@ -149,16 +178,23 @@ def test_arrays_come_back_as_they_were(ids: list[int], logprobs: list[float]) ->
 @given(st.lists(st.integers(0, HOP_BYTES * 3 // 2), max_size=100))
 def test_a_hop_is_cut_into_batches_that_keep_order_and_bounds(sizes: list[int]) -> None:
     blob = bytes(HOP_BYTES * 3 // 2)
-    moves = [Move(str(at).encode(), [Out("train", at, memoryview(blob)[:size])]) for at, size in enumerate(sizes)]  # type: ignore[arg-type]
+    moves = [
+        Move(str(at).encode(), [Out("train", at, memoryview(blob)[:size])])
+        for at, size in enumerate(sizes)
+    ]  # type: ignore[arg-type]
     batches = list(hop_batches(moves))
     assert [move for batch in batches for move in batch] == moves
     assert all(0 < len(batch) <= HOP_RECORDS for batch in batches)
-    assert all(len(batch) == 1 or sum(move.size_bytes for move in batch) <= HOP_BYTES for batch in batches)
+    assert all(
+        len(batch) == 1 or sum(move.size_bytes for move in batch) <= HOP_BYTES for batch in batches
+    )
 
 
 @given(st.lists(st.binary(max_size=50)), st.lists(st.integers(1, 30)))
 def test_frames_come_back_however_the_stream_was_cut(bodies: list[bytes], cuts: list[int]) -> None:
-    stream, frames, found = b"".join(framed(body) for body in bodies), Frames(1 << 10), []
+    stream = b"".join(framed(body) for body in bodies)
+    frames = Frames(1 << 10)
+    found = []
     for cut in [*cuts, len(stream)]:
         found += list(frames.feed(stream[:cut]))
         stream = stream[cut:]

@@ -1,5 +1,6 @@
-"""Whatever order issuing, reading, settling, dying, reaping and acknowledging come in, every number is in one place: a machine of
-rules over a real Redis, with workers that are killed, fall asleep, and do late what they were about to do."""
+"""Whatever order issuing, reading, settling, dying, reaping and acknowledging come in, every number
+is in one place: a machine of rules over a real Redis, with workers that are killed, fall asleep,
+and do late what they were about to do."""
 
 from __future__ import annotations
 
@@ -12,15 +13,27 @@ from typing import ClassVar
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
-from pipeline.ledger import Ledger, Settled
-from pipeline.records import StageName, Tombstone, encode
-from pipeline.streams import Bus, Entry, Move, Out
+from onstream.pipeline.records import StageName, Tombstone, encode
+from onstream.pipeline.redis.streams import Bus, Entry, Move, Out
+from onstream.pipeline.run_files.ledger import Ledger, Settled
+from onstream.workers.commands.audit import audit, counted
 from tests.pipeline.stages import rollout, ticket
-from workers.audit import audit, counted
 
-WORKERS: dict[str, StageName] = {"generate-0": "generate", "generate-1": "generate", "verify-0": "verify", "verify-1": "verify"}
+WORKERS: dict[str, StageName] = {
+    "generate-0": "generate",
+    "generate-1": "generate",
+    "verify-0": "verify",
+    "verify-1": "verify",
+}
 NEXT: dict[StageName, StageName] = {"generate": "verify", "verify": "train"}
 MOST = 40
 workers = st.sampled_from(sorted(WORKERS))
@@ -28,7 +41,9 @@ counts = st.integers(1, 4)
 
 
 class Streams(RuleBasedStateMachine):
-    """One run: two generators, two verifiers, a trainer that keeps a ledger, and any of them may be killed at any rule."""
+    """One run: two generators, two verifiers, a trainer that keeps a ledger, and any of them may be
+    killed at any rule.
+    """
 
     url: ClassVar[str]
 
@@ -39,13 +54,16 @@ class Streams(RuleBasedStateMachine):
         self.directory = tempfile.TemporaryDirectory()
         self.ledger = Ledger(Path(self.directory.name) / "trained.jsonl")
         self.buses = {
-            name: Bus.connect(self.url, self.run, consumer=name, block_s=0.1, connect_timeout_s=5) for name in (*WORKERS, "trainer")
+            name: Bus.connect(self.url, self.run, consumer=name, block_s=0.1, connect_timeout_s=5)
+            for name in (*WORKERS, "trainer")
         }
         self.trainer = self.buses["trainer"]
         self.lease = self.trainer.acquire_lease(600)
         self.issued = 0
         self.hands: dict[str, list[Entry]] = {name: [] for name in WORKERS}
-        self.late: list[tuple[str, list[Move]]] = []  # what workers were about to settle when they fell asleep
+        self.late: list[
+            tuple[str, list[Move]]
+        ] = []  # what workers were about to settle when they fell asleep
         self.taken: dict[bytes, Entry] = {}  # the trainer's entries that no checkpoint holds
         self.payable: dict[bytes, int] = {}  # numbers by the entries whose checkpoint is durable
         self.settled: set[int] = set()
@@ -84,7 +102,9 @@ class Streams(RuleBasedStateMachine):
     @rule(name=workers, count=counts, dead=st.booleans())
     def fall_asleep(self, name: str, count: int, dead: bool) -> None:
         """About to settle, but not yet."""
-        self.late.append((name, [self._move(name, entry, dead) for entry in self.hands[name][:count]]))
+        self.late.append(
+            (name, [self._move(name, entry, dead) for entry in self.hands[name][:count]])
+        )
 
     @precondition(lambda self: self.late)
     @rule(data=st.data())
@@ -95,7 +115,9 @@ class Streams(RuleBasedStateMachine):
 
     @rule(name=workers)
     def be_killed(self, name: str) -> None:
-        """All that it knew is gone. What it was about to do may still have been on its way to Redis."""
+        """All that it knew is gone. What it was about to do may still have been on its way to
+        Redis.
+        """
         self.hands[name] = []
 
     @rule(name=workers)
@@ -106,9 +128,12 @@ class Streams(RuleBasedStateMachine):
     @rule(name=workers)
     def reap(self, name: str) -> None:
         """Claim what anybody has in hand, as if its lease were over."""
-        bus, stage = self.buses[name], WORKERS[name]
+        bus = self.buses[name]
+        stage = WORKERS[name]
         claimed = bus.claim(stage, bus.pending_rows(stage))
-        self.hands[name] = [entry for entry in self.hands[name] if entry.id not in {other.id for other in claimed}] + claimed
+        self.hands[name] = [
+            entry for entry in self.hands[name] if entry.id not in {other.id for other in claimed}
+        ] + claimed
 
     @rule(name=workers)
     def renew(self, name: str) -> None:
@@ -150,7 +175,9 @@ class Streams(RuleBasedStateMachine):
 
     @rule()
     def another_trainer(self) -> None:
-        """The trainer is killed. The next one takes the lease, and finds the pending entries and the ledger."""
+        """The trainer is killed. The next one takes the lease, and finds the pending entries and
+        the ledger.
+        """
         old = self.lease
         self.lease = self.trainer.acquire_lease(600)
         assert self.lease.epoch > old.epoch
@@ -164,7 +191,11 @@ class Streams(RuleBasedStateMachine):
         """The audit's own count, and what it rests on."""
         found = counted(audit(Path(self.directory.name), self.trainer))
         assert (found["issued"], found["lost"], found["duplicated"]) == (self.issued, 0, 0)
-        places = Counter(number for stage in ("generate", "verify", "train") for number in self.trainer.numbers(stage))
+        places = Counter(
+            number
+            for stage in ("generate", "verify", "train")
+            for number in self.trainer.numbers(stage)
+        )
         assert set(places.values()) <= {1}
         assert set(places) | self.settled == set(range(1, self.issued + 1))
         assert Counter(self.trainer.dead_numbers()).keys() <= set(range(1, self.issued + 1))
@@ -173,12 +204,26 @@ class Streams(RuleBasedStateMachine):
         stage = WORKERS[name]
         if dead:
             letter = Out("dead", entry.number, entry.payload, "given up", entry.deliveries)
-            return Move(entry.id, [letter, Out("train", entry.number, encode(Tombstone(entry.number, stage, "given up")))])
-        return Move(entry.id, [Out(NEXT[stage], entry.number, encode(rollout(ticket(entry.number), tokens=2)))])
+            return Move(
+                entry.id,
+                [
+                    letter,
+                    Out("train", entry.number, encode(Tombstone(entry.number, stage, "given up"))),
+                ],
+            )
+        return Move(
+            entry.id,
+            [Out(NEXT[stage], entry.number, encode(rollout(ticket(entry.number), tokens=2)))],
+        )
 
 
 @pytest.mark.timeout(60)
-def test_in_any_order_of_deliveries_deaths_and_drops_every_number_is_in_one_place(redis_url: str) -> None:
+def test_in_any_order_of_deliveries_deaths_and_drops_every_number_is_in_one_place(
+    redis_url: str,
+) -> None:
     Streams.url = redis_url
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
-    run_state_machine_as_test(Streams, settings=settings(max_examples=40, stateful_step_count=40, suppress_health_check=checks))
+    run_state_machine_as_test(
+        Streams,
+        settings=settings(max_examples=40, stateful_step_count=40, suppress_health_check=checks),
+    )

@@ -8,13 +8,15 @@ import logging
 import threading
 import time
 
-from pipeline import telemetry
-from settings.run import LogSettings
+from onstream.pipeline import telemetry
+from onstream.settings.run import LogSettings
 
 
 def configured(**log: str) -> io.StringIO:
     stream = io.StringIO()
-    telemetry.configure("verify", "verify-1", "mine", LogSettings.model_validate(log), stream=stream)
+    telemetry.configure(
+        "verify", "verify-1", "mine", LogSettings.model_validate(log), stream=stream
+    )
     return stream
 
 
@@ -58,10 +60,17 @@ def test_lines_of_other_threads_and_of_libraries_take_the_same_form() -> None:
     logging.getLogger("library").info("chatter")
     own, foreign = map(json.loads, stream.getvalue().splitlines())
     assert (own["event"], own["run"], own["worker"]) == ("from a thread", "mine", "verify-1")
-    assert (foreign["event"], foreign["level"], foreign["logger"], foreign["run"]) == ("from a library", "warning", "library", "mine")
+    assert (foreign["event"], foreign["level"], foreign["logger"], foreign["run"]) == (
+        "from a library",
+        "warning",
+        "library",
+        "mine",
+    )
 
 
-def test_auto_is_json_where_the_stream_is_no_terminal_and_lines_below_the_level_are_not_written() -> None:
+def test_auto_is_json_where_the_stream_is_no_terminal_and_lines_below_the_level_are_not_written() -> (
+    None
+):
     stream = configured(level="warning")
     telemetry.get_logger().info("quiet")
     telemetry.get_logger().error("loud")

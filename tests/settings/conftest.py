@@ -1,10 +1,12 @@
-"""The plan and the rules are those of a machine without GPUs and without vLLM, wherever these tests run."""
+"""The plan and the rules are those of a machine without GPUs and without vLLM, wherever these tests
+run.
+"""
 
 from __future__ import annotations
 
 import pytest
 
-from settings import serving
+from onstream.settings import serving
 
 
 @pytest.fixture(autouse=True)

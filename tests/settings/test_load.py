@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from settings.load import load_settings, resolve
-from settings.problem import SettingsError
-from settings.text import toml_text
+from onstream.settings.load import load_settings, resolve
+from onstream.settings.problem import SettingsError
+from onstream.settings.text import toml_text
 
 
 def write(path: Path, text: str) -> Path:
@@ -16,7 +16,9 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def problems(*overrides: str, environ: dict[str, str] | None = None, files: tuple[Path, ...] = ()) -> list[str]:
+def problems(
+    *overrides: str, environ: dict[str, str] | None = None, files: tuple[Path, ...] = ()
+) -> list[str]:
     with pytest.raises(SettingsError) as caught:
         load_settings(files, overrides, environ or {})
     return str(caught.value).splitlines()
@@ -24,25 +26,39 @@ def problems(*overrides: str, environ: dict[str, str] | None = None, files: tupl
 
 def test_defaults_alone_are_reward_only_training_of_the_named_student() -> None:
     settings = load_settings(environ={})
-    assert (settings.model.name, settings.task.name, settings.orchestrator.group_size) == ("Qwen/Qwen3-0.6B", "reverse-text", 8)
+    assert (settings.model.name, settings.task.name, settings.orchestrator.group_size) == (
+        "Qwen/Qwen3-0.6B",
+        "reverse-text",
+        8,
+    )
     assert settings.trainer.loss.teacher_tau == 0
 
 
 def test_command_line_beats_environment_beats_later_file_beats_earlier_file(tmp_path: Path) -> None:
-    first = write(tmp_path / "a.toml", "[trainer]\nmax_steps = 1\nmicrobatch = 101\n[trainer.optim]\nlr = 0.1\nwarmup = 1\n")
+    first = write(
+        tmp_path / "a.toml",
+        "[trainer]\nmax_steps = 1\nmicrobatch = 101\n[trainer.optim]\nlr = 0.1\nwarmup = 1\n",
+    )
     second = write(tmp_path / "b.toml", "[trainer]\nmax_steps = 2\n[trainer.optim]\nlr = 0.2\n")
     environ = {"ONSTREAM_TRAINER__MAX_STEPS": "3", "ONSTREAM_TRAINER__OPTIM__LR": "0.3"}
     resolved = resolve([first, second], ["trainer.max_steps=4"], environ)
     assert resolved.settings is not None
     trainer = resolved.settings.trainer
-    assert (trainer.max_steps, trainer.optim.lr, trainer.microbatch, trainer.optim.warmup) == (4, 0.3, 101, 1)
+    assert (trainer.max_steps, trainer.optim.lr, trainer.microbatch, trainer.optim.warmup) == (
+        4,
+        0.3,
+        101,
+        1,
+    )
     assert resolved.origins["trainer.max_steps"] == "--set trainer.max_steps"
     assert resolved.origins["trainer.optim.lr"] == "ONSTREAM_TRAINER__OPTIM__LR"
     assert resolved.origins["trainer.microbatch"] == str(first)
 
 
 @pytest.mark.parametrize("source", ["environment", "override"])
-def test_text_sources_carry_numbers_lists_tables_truth_and_null(source: str, tmp_path: Path) -> None:
+def test_text_sources_carry_numbers_lists_tables_truth_and_null(
+    source: str, tmp_path: Path
+) -> None:
     values = {
         "deployment.stages": '["generate", "train", "score"]',
         "trainer.loss.teacher_tau": "0.5",
@@ -56,7 +72,12 @@ def test_text_sources_carry_numbers_lists_tables_truth_and_null(source: str, tmp
     }
     file = write(tmp_path / "a.toml", "[checkpoint]\nkeep_every = 5\n")
     if source == "environment":
-        settings = load_settings([file], environ={"ONSTREAM_" + name.upper().replace(".", "__"): text for name, text in values.items()})
+        settings = load_settings(
+            [file],
+            environ={
+                "ONSTREAM_" + name.upper().replace(".", "__"): text for name, text in values.items()
+            },
+        )
     else:
         settings = load_settings([file], [f"{name}={text}" for name, text in values.items()], {})
     assert settings.deployment.stages == ("generate", "train", "score")
@@ -80,21 +101,33 @@ def test_an_empty_variable_counts_as_not_set() -> None:
         ("orchestrator.batchsize", "orchestrator.batch_size"),
     ],
 )
-def test_an_unknown_key_is_refused_with_the_nearest_known_one_in_every_source(given: str, near: str, tmp_path: Path) -> None:
+def test_an_unknown_key_is_refused_with_the_nearest_known_one_in_every_source(
+    given: str, near: str, tmp_path: Path
+) -> None:
     section, _, key = given.rpartition(".")
     file = write(tmp_path / "a.toml", f"[{section}]\n{key} = 1\n")
-    variable, near_variable = ("ONSTREAM_" + name.upper().replace(".", "__") for name in (given, near))
-    assert problems(f"{given}=1") == [f"unknown setting {given}; expected the name of a setting. Did you mean {near}?"]
+    variable, near_variable = (
+        "ONSTREAM_" + name.upper().replace(".", "__") for name in (given, near)
+    )
+    assert problems(f"{given}=1") == [
+        f"unknown setting {given}; expected the name of a setting. Did you mean {near}?"
+    ]
     assert problems(environ={variable: "1"}) == [
         f"unknown setting: the environment variable {variable}; expected the name of a setting. Did you mean {near_variable}?"
     ]
     [from_file] = problems(files=(file,))
-    assert f"in {file}; expected the name of a setting. Did you mean {near.partition('.')[0] if 'traner' in given else near}?" in from_file
+    assert (
+        f"in {file}; expected the name of a setting. Did you mean {near.partition('.')[0] if 'traner' in given else near}?"
+        in from_file
+    )
 
 
 def test_every_problem_of_every_source_is_told_at_once(tmp_path: Path) -> None:
     broken = write(tmp_path / "broken.toml", "[trainer\n")
-    bounds = write(tmp_path / "bounds.toml", '[orchestrator]\ngroup_size = 0\n[inference.sampling]\ntemperature = "hot"\n')
+    bounds = write(
+        tmp_path / "bounds.toml",
+        '[orchestrator]\ngroup_size = 0\n[inference.sampling]\ntemperature = "hot"\n',
+    )
     found = problems(
         "orchestrator.batch_size=0",
         "nonsense",
@@ -126,22 +159,34 @@ def test_a_rule_between_settings_is_silent_where_one_of_them_is_wrong_by_itself(
 
 def test_one_message_tells_of_a_list_with_a_wrong_item() -> None:
     [told] = problems('deployment.stages=["generate", "judge"]')
-    assert told.startswith("deployment.stages[1] = judge; expected 'generate', 'verify', 'score' or 'train'")
+    assert told.startswith(
+        "deployment.stages[1] = judge; expected 'generate', 'verify', 'score' or 'train'"
+    )
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "half", "[1]"])
 def test_a_weight_is_a_finite_number_not_below_zero(value: str) -> None:
-    assert problems(f"trainer.loss.teacher_tau={value}")[0].startswith(f"trainer.loss.teacher_tau = {value}; expected ")
+    assert problems(f"trainer.loss.teacher_tau={value}")[0].startswith(
+        f"trainer.loss.teacher_tau = {value}; expected "
+    )
 
 
 def test_no_message_shows_a_secret(tmp_path: Path) -> None:
-    [told] = problems(files=(write(tmp_path / "a.toml", '[redis]\nurl = ["redis://:hunter2@host"]\n'),))
+    [told] = problems(
+        files=(write(tmp_path / "a.toml", '[redis]\nurl = ["redis://:hunter2@host"]\n'),)
+    )
     assert "redis.url = ***" in told and "hunter2" not in told
 
 
 def test_a_runs_written_settings_load_again_without_its_secrets(tmp_path: Path) -> None:
     given = load_settings(
-        (), ["run.name=first", "redis.url=redis://:hunter2@host", 'task.args={"a b": [1, 2.5, "é\\"", true], "n": {"m": 1}}'], {}
+        (),
+        [
+            "run.name=first",
+            "redis.url=redis://:hunter2@host",
+            'task.args={"a b": [1, 2.5, "é\\"", true], "n": {"m": 1}}',
+        ],
+        {},
     )
     text = toml_text(given)
     (tmp_path / "moved").mkdir()
@@ -152,9 +197,14 @@ def test_a_runs_written_settings_load_again_without_its_secrets(tmp_path: Path) 
     assert again.task == given.task and again.trainer == given.trainer
 
 
-def test_a_run_is_found_by_its_name_under_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_found_by_its_name_under_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
-    write(tmp_path / "runs" / "mine" / "settings.toml", toml_text(load_settings(overrides=["run.name=mine", "run.seed=5"], environ={})))
+    write(
+        tmp_path / "runs" / "mine" / "settings.toml",
+        toml_text(load_settings(overrides=["run.name=mine", "run.seed=5"], environ={})),
+    )
     settings = load_settings(["mine"], environ={})
     assert (settings.run.seed, settings.run_dir) == (5, tmp_path / "runs" / "mine")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from settings.load import resolve
+from onstream.settings.load import resolve
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "modes.md").read_text(encoding="utf-8")
@@ -20,10 +20,14 @@ def test_every_file_on_the_page_checks_clean(block: str, tmp_path: Path) -> None
     assert resolve([tmp_path / "mode.toml"], environ={}).problems == []
 
 
-@pytest.mark.parametrize("snippet", sorted((ROOT / "tests" / "seed_page").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "snippet", sorted((ROOT / "tests" / "seed_page").glob("*.toml")), ids=lambda path: path.stem
+)
 def test_the_snippets_of_the_seed_page_are_on_it_as_printed(snippet: Path) -> None:
     text = snippet.read_text(encoding="utf-8")
-    without_heading = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
+    without_heading = "".join(
+        line for line in text.splitlines(keepends=True) if not line.startswith("#")
+    )
     assert without_heading in BLOCKS
 
 

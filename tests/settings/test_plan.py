@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.errors import Exit, UserError
-from settings.load import load_settings
-from settings.plan import Plan, differences, make_plan, refuse_differences
+from onstream.pipeline.errors import Exit, UserError
+from onstream.settings.load import load_settings
+from onstream.settings.plan import Plan, differences, make_plan, refuse_differences
 
 STAGES = 'deployment.stages=["generate", "train"{}]'
-ENDPOINT = ("orchestrator.teacher_model.client.base_url=http://a/v1", "orchestrator.teacher_model.model.name=big")
+ENDPOINT = (
+    "orchestrator.teacher_model.client.base_url=http://a/v1",
+    "orchestrator.teacher_model.model.name=big",
+)
 PURE_DISTILLATION = (
     "orchestrator.verification.enabled=false",
     "trainer.loss.adv_tau=0",
@@ -32,8 +35,16 @@ def plan(*overrides: str) -> Plan:
     ("overrides", "route", "teacher"),
     [
         ([], ("verify", "train"), None),
-        (["deployment.num_teacher_gpus=1", "trainer.loss.teacher_tau=1"], ("verify", "score", "train"), "Qwen/Qwen3-0.6B"),
-        (["teacher_inference.model.name=big", "trainer.loss.teacher_tau=1"], ("verify", "score", "train"), "big"),
+        (
+            ["deployment.num_teacher_gpus=1", "trainer.loss.teacher_tau=1"],
+            ("verify", "score", "train"),
+            "Qwen/Qwen3-0.6B",
+        ),
+        (
+            ["teacher_inference.model.name=big", "trainer.loss.teacher_tau=1"],
+            ("verify", "score", "train"),
+            "big",
+        ),
         (["teacher_inference.model.name=big"], ("verify", "score", "train"), "big"),
         (["deployment.num_teacher_gpus=1"], ("verify", "score", "train"), "Qwen/Qwen3-0.6B"),
         (
@@ -47,22 +58,45 @@ def plan(*overrides: str) -> Plan:
             "big",
         ),
         # The consumers chosen decide, unless a setting says so explicitly.
-        (["teacher_inference.model.name=big", "trainer.loss.teacher_tau=1", STAGES.format(', "score"')], ("score", "train"), "big"),
-        (["teacher_inference.model.name=big", STAGES.format(', "verify"')], ("verify", "train"), None),
+        (
+            [
+                "teacher_inference.model.name=big",
+                "trainer.loss.teacher_tau=1",
+                STAGES.format(', "score"'),
+            ],
+            ("score", "train"),
+            "big",
+        ),
+        (
+            ["teacher_inference.model.name=big", STAGES.format(', "verify"')],
+            ("verify", "train"),
+            None,
+        ),
         ([STAGES.format(', "verify", "score"')], ("verify", "score", "train"), "Qwen/Qwen3-0.6B"),
         (
-            ["trainer.loss.teacher_tau=1", "teacher_inference.model.name=big", STAGES.format(', "verify"')],
+            [
+                "trainer.loss.teacher_tau=1",
+                "teacher_inference.model.name=big",
+                STAGES.format(', "verify"'),
+            ],
             ("verify", "score", "train"),
             "big",
         ),
         (
-            ["orchestrator.verification.enabled=true", "teacher_inference.model.name=big", "trainer.loss.teacher_tau=1", STAGES.format("")],
+            [
+                "orchestrator.verification.enabled=true",
+                "teacher_inference.model.name=big",
+                "trainer.loss.teacher_tau=1",
+                STAGES.format(""),
+            ],
             ("verify", "score", "train"),
             "big",
         ),
     ],
 )
-def test_the_route_follows_from_settings_and_deployed_stages(overrides: list[str], route: tuple[str, ...], teacher: str | None) -> None:
+def test_the_route_follows_from_settings_and_deployed_stages(
+    overrides: list[str], route: tuple[str, ...], teacher: str | None
+) -> None:
     made = plan(*overrides)
     assert (made.route, made.teacher) == (route, teacher)
 
@@ -94,18 +128,31 @@ def test_workers_are_those_of_the_route_that_this_deployment_starts() -> None:
             {"generator": 1, "teacher": 2, "trainer": 1},
         ),
         # Endpoints instead of a teacher beside the run, or as well.
-        ([*ENDPOINT, "trainer.loss.teacher_tau=1"], {"generator": 1, "verifier": 1, "teacher-external": 1, "trainer": 1}),
         (
-            [*ENDPOINT, "trainer.loss.teacher_tau=1", "teacher_inference.model.name=big", "deployment.external_teachers=3"],
+            [*ENDPOINT, "trainer.loss.teacher_tau=1"],
+            {"generator": 1, "verifier": 1, "teacher-external": 1, "trainer": 1},
+        ),
+        (
+            [
+                *ENDPOINT,
+                "trainer.loss.teacher_tau=1",
+                "teacher_inference.model.name=big",
+                "deployment.external_teachers=3",
+            ],
             {"generator": 1, "verifier": 1, "teacher": 1, "teacher-external": 3, "trainer": 1},
         ),
         # Hard distillation: no scores, verified unless told otherwise.
         (HARD, {"generator": 1, "verifier": 1, "trainer": 1}),
-        ([*HARD, "orchestrator.verification.enabled=false", "deployment.generators=2"], {"generator": 2, "trainer": 1}),
+        (
+            [*HARD, "orchestrator.verification.enabled=false", "deployment.generators=2"],
+            {"generator": 2, "trainer": 1},
+        ),
         ([*HARD, STAGES.format(', "score"')], {"generator": 1, "trainer": 1}),
     ],
 )
-def test_each_mode_starts_the_workers_it_needs(overrides: list[str], workers: dict[str, int]) -> None:
+def test_each_mode_starts_the_workers_it_needs(
+    overrides: list[str], workers: dict[str, int]
+) -> None:
     assert plan(*overrides).workers == workers
 
 
@@ -120,7 +167,9 @@ def test_each_mode_starts_the_workers_it_needs(overrides: list[str], workers: di
         (["orchestrator.verification.in_jobs=always", *PURE_DISTILLATION], None),
     ],
 )
-def test_jobs_workers_are_started_beside_those_who_ask_for_jobs(overrides: list[str], jobs: int | None) -> None:
+def test_jobs_workers_are_started_beside_those_who_ask_for_jobs(
+    overrides: list[str], jobs: int | None
+) -> None:
     assert plan(*overrides).workers.get("jobs") == jobs
 
 
@@ -132,12 +181,24 @@ def test_a_plan_names_each_teacher_by_where_it_works() -> None:
     assert (hard.teacher, hard.external_teacher, hard.rollout_teacher) == (None, None, "big")
 
 
-@pytest.mark.parametrize("ours", [ENDPOINT, ("teacher_inference.model.name=big", *ENDPOINT), ("teacher_inference.model.name=big",)])
-def test_a_worker_may_bring_the_runs_teacher_in_a_way_of_its_own_but_no_other_teacher(ours: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "ours",
+    [
+        ENDPOINT,
+        ("teacher_inference.model.name=big", *ENDPOINT),
+        ("teacher_inference.model.name=big",),
+    ],
+)
+def test_a_worker_may_bring_the_runs_teacher_in_a_way_of_its_own_but_no_other_teacher(
+    ours: tuple[str, ...],
+) -> None:
     tau = "trainer.loss.teacher_tau=1"
     run = plan(tau, "teacher_inference.model.name=big")
     refuse_differences(plan(tau, *ours), run)
-    with pytest.raises(UserError, match=r'orchestrator\.teacher_model\.model\.name \(here "big", the run has "other"\)'):
+    with pytest.raises(
+        UserError,
+        match=r'orchestrator\.teacher_model\.model\.name \(here "big", the run has "other"\)',
+    ):
         refuse_differences(plan(tau, *ours), plan(tau, "teacher_inference.model.name=other"))
 
 
@@ -150,19 +211,23 @@ def test_a_plan_survives_encoding_and_other_bytes_are_refused() -> None:
 
 
 def test_worker_settings_are_not_compared_and_changeable_ones_do_not_refuse() -> None:
-    ours, theirs = plan("deployment.generators=4", "trainer.max_steps=7", "log.level=debug"), plan()
-    assert [(item.name, item.ours, item.theirs, item.changeable) for item in differences(ours, theirs)] == [
-        ("trainer.max_steps", 7, 100, True)
-    ]
+    ours = plan("deployment.generators=4", "trainer.max_steps=7", "log.level=debug")
+    theirs = plan()
+    assert [
+        (item.name, item.ours, item.theirs, item.changeable) for item in differences(ours, theirs)
+    ] == [("trainer.max_steps", 7, 100, True)]
     refuse_differences(ours, theirs)
 
 
 def test_a_refusal_names_every_setting_that_differs_with_both_values() -> None:
     with pytest.raises(UserError) as caught:
-        refuse_differences(plan("trainer.loss.kl_tau=0.5", "model.name=other", "trainer.max_steps=7"), plan())
+        refuse_differences(
+            plan("trainer.loss.kl_tau=0.5", "model.name=other", "trainer.max_steps=7"), plan()
+        )
     assert caught.value.exit is Exit.REFUSED
-    assert 'model.name (here "other", the run has "Qwen/Qwen3-0.6B"); trainer.loss.kl_tau (here 0.5, the run has 0.001)' in str(
-        caught.value
+    assert (
+        'model.name (here "other", the run has "Qwen/Qwen3-0.6B"); trainer.loss.kl_tau (here 0.5, the run has 0.001)'
+        in str(caught.value)
     )
     assert "max_steps" not in str(caught.value)
 
@@ -170,4 +235,6 @@ def test_a_refusal_names_every_setting_that_differs_with_both_values() -> None:
 def test_a_setting_that_only_the_other_plan_knows_is_a_difference() -> None:
     theirs = plan()
     theirs.run_settings["trainer.loss.new"] = 1
-    assert [(item.name, item.ours) for item in differences(plan(), theirs)] == [("trainer.loss.new", None)]
+    assert [(item.name, item.ours) for item in differences(plan(), theirs)] == [
+        ("trainer.loss.new", None)
+    ]

@@ -6,25 +6,33 @@ from pathlib import Path
 
 import pytest
 
-from settings.load import load_settings, resolve
-from settings.redis import address
-from settings.root import Settings
-from settings.text import toml_text
+from onstream.settings.load import load_settings, resolve
+from onstream.settings.redis import address
+from onstream.settings.root import Settings
+from onstream.settings.text import toml_text
 
 URL = {"ONSTREAM_REDIS__URL": "redis://redis:6379/0"}
 
 
 def loaded(**variables: str) -> Settings:
-    return load_settings(environ=URL | {f"ONSTREAM_REDIS__{name}": value for name, value in variables.items()})
+    return load_settings(
+        environ=URL | {f"ONSTREAM_REDIS__{name}": value for name, value in variables.items()}
+    )
 
 
 def test_an_address_stays_as_it_is() -> None:
-    for url in ("redis://user:a%20b@host:6379/3?health_check_interval=5", "unix:///run/redis.sock", "unix:///run/redis.sock?db=2"):
+    for url in (
+        "redis://user:a%20b@host:6379/3?health_check_interval=5",
+        "unix:///run/redis.sock",
+        "unix:///run/redis.sock?db=2",
+    ):
         assert address(loaded(URL=url).redis) == url
     assert address(Settings().redis) is None
 
 
-def test_a_password_from_a_file_is_in_the_address_and_in_nothing_that_is_written(tmp_path: Path) -> None:
+def test_a_password_from_a_file_is_in_the_address_and_in_nothing_that_is_written(
+    tmp_path: Path,
+) -> None:
     file = tmp_path / "password"
     file.write_text("p@ss/word\n")
     settings = loaded(PASSWORD_FILE=str(file))
@@ -34,11 +42,18 @@ def test_a_password_from_a_file_is_in_the_address_and_in_nothing_that_is_written
 
 def test_an_empty_file_is_no_secret_so_that_a_mount_may_be_there_for_nothing() -> None:
     assert address(loaded(PASSWORD_FILE="/dev/null").redis) == "redis://redis:6379/0"
-    assert address(loaded(PASSWORD_FILE="/dev/null", PASSWORD="x").redis) == "redis://:x@redis:6379/0"
+    assert (
+        address(loaded(PASSWORD_FILE="/dev/null", PASSWORD="x").redis) == "redis://:x@redis:6379/0"
+    )
 
 
 def test_files_of_tls_go_into_the_address(tmp_path: Path) -> None:
-    settings = loaded(URL="rediss://host:6380/0", TLS_CA="/tls/ca.pem", TLS_CERT="/tls/me.pem", TLS_KEY="/tls/me.key")
+    settings = loaded(
+        URL="rediss://host:6380/0",
+        TLS_CA="/tls/ca.pem",
+        TLS_CERT="/tls/me.pem",
+        TLS_KEY="/tls/me.key",
+    )
     assert address(settings.redis) == (
         "rediss://host:6380/0?ssl_ca_certs=%2Ftls%2Fca.pem&ssl_certfile=%2Ftls%2Fme.pem&ssl_keyfile=%2Ftls%2Fme.key"
     )
@@ -54,7 +69,9 @@ def test_files_of_tls_go_into_the_address(tmp_path: Path) -> None:
         ({"TLS_CA_FILE": "/x"}, "unknown setting"),
     ],
 )
-def test_what_does_not_fit_is_told_without_the_secret(variables: dict[str, str], words: str) -> None:
+def test_what_does_not_fit_is_told_without_the_secret(
+    variables: dict[str, str], words: str
+) -> None:
     environ = URL | {f"ONSTREAM_REDIS__{name}": value for name, value in variables.items()}
     (problem,) = resolve(environ=environ).problems
     assert words in str(problem)
@@ -64,7 +81,9 @@ def test_what_does_not_fit_is_told_without_the_secret(variables: dict[str, str],
 def test_a_secret_given_twice_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "password"
     file.write_text("two")
-    with pytest.raises(Exception, match="both ONSTREAM_REDIS__PASSWORD and ONSTREAM_REDIS__PASSWORD_FILE"):
+    with pytest.raises(
+        Exception, match="both ONSTREAM_REDIS__PASSWORD and ONSTREAM_REDIS__PASSWORD_FILE"
+    ):
         loaded(PASSWORD="one", PASSWORD_FILE=str(file))
 
 
@@ -73,7 +92,11 @@ def test_a_key_of_an_endpoint_may_be_in_a_file(tmp_path: Path) -> None:
     file.write_text("sk-1")
     prefix = "ONSTREAM_ORCHESTRATOR__TEACHER_MODEL__"
     settings = load_settings(
-        environ={f"{prefix}CLIENT__API_KEY_FILE": str(file), f"{prefix}CLIENT__BASE_URL": "http://a/v1", f"{prefix}MODEL__NAME": "t"}
+        environ={
+            f"{prefix}CLIENT__API_KEY_FILE": str(file),
+            f"{prefix}CLIENT__BASE_URL": "http://a/v1",
+            f"{prefix}MODEL__NAME": "t",
+        }
     )
     teacher = settings.orchestrator.teacher_model
     assert teacher is not None and teacher.client.api_key is not None

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from settings.load import load_settings, resolve
-from settings.rules import warnings_of
+from onstream.settings.load import load_settings, resolve
+from onstream.settings.rules import warnings_of
 
 SNIPPETS = sorted((Path(__file__).parent.parent / "seed_page").glob("*.toml"))
 NAMED = ["deployment.num_teacher_gpus=1", "teacher_inference.model.name=big"]
 TEACHER = [*NAMED, "trainer.loss.teacher_tau=1"]
-ENDPOINT = ["orchestrator.teacher_model.client.base_url=http://a/v1", "orchestrator.teacher_model.model.name=big"]
+ENDPOINT = [
+    "orchestrator.teacher_model.client.base_url=http://a/v1",
+    "orchestrator.teacher_model.model.name=big",
+]
 HARD = [
     "trainer.loss.type=sft",
     "orchestrator.use_token_client=false",
@@ -25,7 +28,11 @@ STAGES = "deployment.stages={}".format
 
 REFUSED = [
     # The teacher.
-    (["trainer.loss.teacher_tau=0.5"], "deployment.num_teacher_gpus = unset", "expected a teacher. Set deployment.num_teacher_gpus = 1"),
+    (
+        ["trainer.loss.teacher_tau=0.5"],
+        "deployment.num_teacher_gpus = unset",
+        "expected a teacher. Set deployment.num_teacher_gpus = 1",
+    ),
     (
         [*ENDPOINT, "trainer.loss.teacher_tau=1", "teacher_inference.model.name=other"],
         'orchestrator.teacher_model.model.name = "big" with teacher_inference.model.name = "other"',
@@ -36,38 +43,109 @@ REFUSED = [
         'orchestrator.teacher_model.model.name = "big" with model.name = "Qwen/Qwen3-0.6B" with deployment.num_teacher_gpus = 1',
         "expected one teacher",
     ),
-    ([ENDPOINT[0], "trainer.loss.teacher_tau=1"], 'orchestrator.teacher_model.model.name = ""', "the model's name at the endpoint"),
-    ([ENDPOINT[1], "trainer.loss.teacher_tau=1"], "orchestrator.teacher_model.client.base_url = []", "the address of an endpoint"),
     (
-        ["orchestrator.teacher_model.client.base_url=teacher:8000", ENDPOINT[1], "trainer.loss.teacher_tau=1"],
+        [ENDPOINT[0], "trainer.loss.teacher_tau=1"],
+        'orchestrator.teacher_model.model.name = ""',
+        "the model's name at the endpoint",
+    ),
+    (
+        [ENDPOINT[1], "trainer.loss.teacher_tau=1"],
+        "orchestrator.teacher_model.client.base_url = []",
+        "the address of an endpoint",
+    ),
+    (
+        [
+            "orchestrator.teacher_model.client.base_url=teacher:8000",
+            ENDPOINT[1],
+            "trainer.loss.teacher_tau=1",
+        ],
         "orchestrator.teacher_model.client.base_url[0] = teacher:8000",
         "text to match pattern '^https?://",
     ),
     # Rewards.
-    ([UNVERIFIED], "orchestrator.verification.enabled = false with trainer.loss.adv_tau = 1.0", "rewards for the advantage"),
-    ([*TEACHER, UNVERIFIED], "orchestrator.verification.enabled = false with trainer.loss.adv_tau = 1.0", "rewards for the advantage"),
-    (["orchestrator.group_size=1"], "orchestrator.group_size = 1 with trainer.loss.adv_tau = 1.0", "at least 2 rollouts a group"),
-    (["trainer.loss.adv_tau=0"], "trainer.loss.teacher_tau = 0.0 with trainer.loss.adv_tau = 0.0", "a teacher or rewards"),
+    (
+        [UNVERIFIED],
+        "orchestrator.verification.enabled = false with trainer.loss.adv_tau = 1.0",
+        "rewards for the advantage",
+    ),
+    (
+        [*TEACHER, UNVERIFIED],
+        "orchestrator.verification.enabled = false with trainer.loss.adv_tau = 1.0",
+        "rewards for the advantage",
+    ),
+    (
+        ["orchestrator.group_size=1"],
+        "orchestrator.group_size = 1 with trainer.loss.adv_tau = 1.0",
+        "at least 2 rollouts a group",
+    ),
+    (
+        ["trainer.loss.adv_tau=0"],
+        "trainer.loss.teacher_tau = 0.0 with trainer.loss.adv_tau = 0.0",
+        "a teacher or rewards",
+    ),
     ([STAGES('["generate", "train"]')], "deployment.stages = ", "a teacher or rewards"),
     # Hard distillation.
-    (["trainer.loss.type=sft"], "orchestrator.teacher_rollout_model.model.name = unset", "a teacher whose completions are trained on"),
-    (HARD[1:], 'orchestrator.teacher_rollout_model.model.name = "big" with trainer.loss.type = "rl"', 'the loss "sft"'),
-    ([*HARD, "trainer.loss.teacher_tau=0.5"], 'trainer.loss.type = "sft" with trainer.loss.teacher_tau = 0.5', "no teacher logprobs"),
-    ([*HARD, "deployment.num_teacher_gpus=1"], "deployment.num_teacher_gpus = 1", "no teacher that scores tokens"),
-    ([*HARD, *ENDPOINT], 'orchestrator.teacher_model.model.name = "big"', "no teacher that scores tokens"),
-    ([*HARD, "orchestrator.use_token_client=true"], "orchestrator.use_token_client = true", "chat messages with a teacher_rollout_model"),
+    (
+        ["trainer.loss.type=sft"],
+        "orchestrator.teacher_rollout_model.model.name = unset",
+        "a teacher whose completions are trained on",
+    ),
+    (
+        HARD[1:],
+        'orchestrator.teacher_rollout_model.model.name = "big" with trainer.loss.type = "rl"',
+        'the loss "sft"',
+    ),
+    (
+        [*HARD, "trainer.loss.teacher_tau=0.5"],
+        'trainer.loss.type = "sft" with trainer.loss.teacher_tau = 0.5',
+        "no teacher logprobs",
+    ),
+    (
+        [*HARD, "deployment.num_teacher_gpus=1"],
+        "deployment.num_teacher_gpus = 1",
+        "no teacher that scores tokens",
+    ),
+    (
+        [*HARD, *ENDPOINT],
+        'orchestrator.teacher_model.model.name = "big"',
+        "no teacher that scores tokens",
+    ),
+    (
+        [*HARD, "orchestrator.use_token_client=true"],
+        "orchestrator.use_token_client = true",
+        "chat messages with a teacher_rollout_model",
+    ),
     (["orchestrator.use_token_client=false"], "orchestrator.use_token_client = false", "token ids"),
-    ([*HARD[:3]], 'orchestrator.teacher_rollout_model.model.name = ""', "the model's name at the endpoint"),
-    ([*HARD[:2], HARD[3]], "orchestrator.teacher_rollout_model.client.base_url = []", "the address of an endpoint for the generator"),
-    ([*HARD, "orchestrator.teacher_rollout_model.keep=verified", UNVERIFIED], 'keep = "verified"', "verification, to know which"),
+    (
+        [*HARD[:3]],
+        'orchestrator.teacher_rollout_model.model.name = ""',
+        "the model's name at the endpoint",
+    ),
+    (
+        [*HARD[:2], HARD[3]],
+        "orchestrator.teacher_rollout_model.client.base_url = []",
+        "the address of an endpoint for the generator",
+    ),
+    (
+        [*HARD, "orchestrator.teacher_rollout_model.keep=verified", UNVERIFIED],
+        'keep = "verified"',
+        "verification, to know which",
+    ),
     ([*TEACHER, "trainer.lora.dropout=0.1"], "trainer.lora.dropout = 0.1", "no dropout with rl"),
     # The teacher's server.
     (
-        [*TEACHER, 'teacher_inference.extra_args=["--max-num-seqs", "8", "--tensor_parallel_size=2"]'],
+        [
+            *TEACHER,
+            'teacher_inference.extra_args=["--max-num-seqs", "8", "--tensor_parallel_size=2"]',
+        ],
         "teacher_inference.extra_args",
         "no --tensor-parallel-size, which follows from deployment.num_teacher_gpus",
     ),
-    ([*TEACHER, 'teacher_inference.extra_args=["--port", "80"]'], '"--port"', "no --port, which onstream up chooses"),
+    (
+        [*TEACHER, 'teacher_inference.extra_args=["--port", "80"]'],
+        '"--port"',
+        "no --port, which onstream up chooses",
+    ),
     (
         [ENDPOINT[1], *TEACHER, "teacher_inference.engine=vllm"],
         "orchestrator.teacher_model.client.base_url = []",
@@ -79,42 +157,111 @@ REFUSED = [
         "inference.extra_args = {seed = 1, max_num_seqs = 8}",
         "no max_num_seqs, which follows from inference.max_batch",
     ),
-    (["inference.engine=vllm", "inference.extra_args.logprobs_mode=raw_logprobs"], "raw_logprobs", "which the engine chooses"),
+    (
+        ["inference.engine=vllm", "inference.extra_args.logprobs_mode=raw_logprobs"],
+        "raw_logprobs",
+        "which the engine chooses",
+    ),
     (
         ["inference.engine=vllm", "inference.max_model_len=512"],
         "inference.max_model_len = 512 with inference.sampling.max_completion = 512",
         "room for a prompt",
     ),
-    (["inference.engine=vllm", "inference.sampling.temperature=0.001"], "temperature = 0.001", "at least 0.01 with vLLM"),
-    (["inference.engine=server", "deployment.generators=2"], "deployment.generators = 2 with inference.engine", "expected one generator"),
     (
-        ["inference.engine=server", "deployment.device=cuda", "deployment.num_infer_gpus=3", "inference.tensor_parallel_size=2"],
+        ["inference.engine=vllm", "inference.sampling.temperature=0.001"],
+        "temperature = 0.001",
+        "at least 0.01 with vLLM",
+    ),
+    (
+        ["inference.engine=server", "deployment.generators=2"],
+        "deployment.generators = 2 with inference.engine",
+        "expected one generator",
+    ),
+    (
+        [
+            "inference.engine=server",
+            "deployment.device=cuda",
+            "deployment.num_infer_gpus=3",
+            "inference.tensor_parallel_size=2",
+        ],
         "deployment.num_infer_gpus = 3 with inference.tensor_parallel_size = 2",
         "a multiple of the 2 GPUs that one server takes",
     ),
-    (["inference.engine=server", "inference.extra_args.port=1"], "inference.extra_args = {port = 1}", "no port, which the engine chooses"),
+    (
+        ["inference.engine=server", "inference.extra_args.port=1"],
+        "inference.extra_args = {port = 1}",
+        "no port, which the engine chooses",
+    ),
     # Weights from GPU to GPU.
-    ([*NCCL, "deployment.device=cpu"], 'weights.transport = "nccl" with deployment.device = "cpu"', "expected CUDA"),
-    ([*NCCL, "inference.engine=transformers"], 'with inference.engine = "transformers"', "expected vLLM inside the generators"),
-    ([*NCCL, "inference.engine=server"], 'with inference.engine = "server"', "expected vLLM inside the generators"),
-    ([*NCCL, "inference.on_new_weights=wait"], 'with inference.on_new_weights = "wait"', "weights that are taken at once"),
-    ([*NCCL, "deployment.share_gpus=true"], "with deployment.share_gpus = true", "a GPU of its own for each process"),
+    (
+        [*NCCL, "deployment.device=cpu"],
+        'weights.transport = "nccl" with deployment.device = "cpu"',
+        "expected CUDA",
+    ),
+    (
+        [*NCCL, "inference.engine=transformers"],
+        'with inference.engine = "transformers"',
+        "expected vLLM inside the generators",
+    ),
+    (
+        [*NCCL, "inference.engine=server"],
+        'with inference.engine = "server"',
+        "expected vLLM inside the generators",
+    ),
+    (
+        [*NCCL, "inference.on_new_weights=wait"],
+        'with inference.on_new_weights = "wait"',
+        "weights that are taken at once",
+    ),
+    (
+        [*NCCL, "deployment.share_gpus=true"],
+        "with deployment.share_gpus = true",
+        "a GPU of its own for each process",
+    ),
     ([*NCCL, "weights.delta=true"], "with weights.delta = true", "expected whole sets"),
     # Sampling.
-    (["inference.sampling.top_p=0.9"], "inference.sampling.top_p = 0.9", "expected 1.0 in training"),
+    (
+        ["inference.sampling.top_p=0.9"],
+        "inference.sampling.top_p = 0.9",
+        "expected 1.0 in training",
+    ),
     (["inference.sampling.top_k=5"], "inference.sampling.top_k = 5", "expected 0 in training"),
-    (["inference.sampling.min_p=0.1"], "inference.sampling.min_p = 0.1", "expected 0.0 in training"),
-    ([*TEACHER, "inference.sampling.temperature=0.7"], "trainer.loss.teacher_top_k = 0", "temperature 1 with the sampled"),
+    (
+        ["inference.sampling.min_p=0.1"],
+        "inference.sampling.min_p = 0.1",
+        "expected 0.0 in training",
+    ),
+    (
+        [*TEACHER, "inference.sampling.temperature=0.7"],
+        "trainer.loss.teacher_top_k = 0",
+        "temperature 1 with the sampled",
+    ),
     # Weights, counts and names.
-    (["trainer.loss.teacher_tau=-0.5"], "trainer.loss.teacher_tau = -0.5", "greater than or equal to 0"),
+    (
+        ["trainer.loss.teacher_tau=-0.5"],
+        "trainer.loss.teacher_tau = -0.5",
+        "greater than or equal to 0",
+    ),
     (["trainer.loss.adv_tau=-1"], "trainer.loss.adv_tau = -1", "greater than or equal to 0"),
     (["trainer.loss.kl_tau=-1"], "trainer.loss.kl_tau = -1", "greater than or equal to 0"),
-    (["orchestrator.batch_size=100"], "orchestrator.batch_size = 100", "Set orchestrator.batch_size = 96"),
-    (["orchestrator.batch_size=3"], "orchestrator.group_size = 8", "Set orchestrator.batch_size = 8"),
+    (
+        ["orchestrator.batch_size=100"],
+        "orchestrator.batch_size = 100",
+        "Set orchestrator.batch_size = 96",
+    ),
+    (
+        ["orchestrator.batch_size=3"],
+        "orchestrator.group_size = 8",
+        "Set orchestrator.batch_size = 8",
+    ),
     ([STAGES('["train", "train", "generate", "verify"]')], "deployment.stages", "each stage once"),
     (["task.name=jsonl"], "task.path = unset", "the file of the jsonl task"),
     (["task.path=a.jsonl"], 'task.path = "a.jsonl"', "only a jsonl task reads"),
-    (["orchestrator.teacher_modell.model.name=big"], "orchestrator.teacher_modell", "Did you mean orchestrator.teacher_model"),
+    (
+        ["orchestrator.teacher_modell.model.name=big"],
+        "orchestrator.teacher_modell",
+        "Did you mean orchestrator.teacher_model",
+    ),
     (
         [*ENDPOINT, "trainer.loss.teacher_tau=1", "orchestrator.teacher_model.client.url=a"],
         "orchestrator.teacher_model.client.url",
@@ -125,28 +272,58 @@ REFUSED = [
 WARNED = [
     (["teacher_inference.model.name=big"], "metric-only"),
     (ENDPOINT, "metric-only"),
-    (["deployment.num_teacher_gpus=1", "trainer.loss.teacher_tau=1", "trainer.loss.adv_tau=0"], "nothing to learn"),
-    (["trainer.loss.teacher_top_k=4"], "teacher_top_k = 4 has no effect"),
-    ([*TEACHER, 'teacher_inference.extra_args=["--seed", "1"]'], "extra_args has no effect: the teacher's engine is transformers"),
-    (["deployment.num_infer_gpus=2"], "deployment.num_infer_gpus has no effect: the student's engine is transformers"),
-    (["inference.client.base_url=http://a"], "inference.client.base_url has no effect: the student's engine is transformers"),
     (
-        ["inference.engine=server", "inference.client.base_url=http://127.0.0.1:8000", "deployment.num_infer_gpus=2"],
+        ["deployment.num_teacher_gpus=1", "trainer.loss.teacher_tau=1", "trainer.loss.adv_tau=0"],
+        "nothing to learn",
+    ),
+    (["trainer.loss.teacher_top_k=4"], "teacher_top_k = 4 has no effect"),
+    (
+        [*TEACHER, 'teacher_inference.extra_args=["--seed", "1"]'],
+        "extra_args has no effect: the teacher's engine is transformers",
+    ),
+    (
+        ["deployment.num_infer_gpus=2"],
+        "deployment.num_infer_gpus has no effect: the student's engine is transformers",
+    ),
+    (
+        ["inference.client.base_url=http://a"],
+        "inference.client.base_url has no effect: the student's engine is transformers",
+    ),
+    (
+        [
+            "inference.engine=server",
+            "inference.client.base_url=http://127.0.0.1:8000",
+            "deployment.num_infer_gpus=2",
+        ],
         "deployment.num_infer_gpus has no effect: the student's servers are those of inference.client.base_url",
     ),
     (
         ["inference.engine=server", "inference.client.base_url=http://a:8000"],
         "set inference.client.weights_dir to a directory that both share",
     ),
-    (["inference.tensor_parallel_size=2"], "inference.tensor_parallel_size has no effect: the student's engine is transformers"),
+    (
+        ["inference.tensor_parallel_size=2"],
+        "inference.tensor_parallel_size has no effect: the student's engine is transformers",
+    ),
     ([*TEACHER, STAGES('["generate", "score", "train"]')], "adv_tau has no effect"),
     ([*TEACHER, STAGES('["generate", "verify", "train"]')], "onstream worker teacher)"),
-    ([*ENDPOINT, "trainer.loss.teacher_tau=1", "deployment.external_teachers=0"], "onstream worker teacher-external)"),
+    (
+        [*ENDPOINT, "trainer.loss.teacher_tau=1", "deployment.external_teachers=0"],
+        "onstream worker teacher-external)",
+    ),
     (["deployment.generators=0"], "onstream worker generator)"),
     ([*HARD, "inference.sampling.top_p=0.9"], "inference.sampling.top_p has no effect"),
-    ([*HARD, STAGES('["generate", "verify", "score", "train"]')], 'names score, but trainer.loss.type = "sft"'),
     (
-        [*TEACHER, "trainer.loss.adv_tau=0", UNVERIFIED, STAGES('["generate", "verify", "score", "train"]')],
+        [*HARD, STAGES('["generate", "verify", "score", "train"]')],
+        'names score, but trainer.loss.type = "sft"',
+    ),
+    (
+        [
+            *TEACHER,
+            "trainer.loss.adv_tau=0",
+            UNVERIFIED,
+            STAGES('["generate", "verify", "score", "train"]'),
+        ],
         "deployment.stages names verify",
     ),
 ]
@@ -157,7 +334,9 @@ WARNED = [
     [*REFUSED, *((overrides, "", words) for overrides, words in WARNED)],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_each_rule_tells_one_thing_and_nothing_else_is_told(overrides: list[str], got: str, words: str) -> None:
+def test_each_rule_tells_one_thing_and_nothing_else_is_told(
+    overrides: list[str], got: str, words: str
+) -> None:
     resolved = resolve(overrides=overrides, environ={})
     assert resolved.settings is not None
     if got:
@@ -193,13 +372,29 @@ def test_what_can_work_is_not_refused(overrides: list[str]) -> None:
 
 def test_the_problems_of_all_rules_are_told_at_once() -> None:
     overrides = [
-        *("trainer.loss.type=sft", "trainer.loss.teacher_tau=0.5", "orchestrator.use_token_client=false"),
-        *(*ENDPOINT, "teacher_inference.model.name=other", "orchestrator.batch_size=100", "task.name=jsonl", "trainer.loss.kl_tau=-1"),
+        *(
+            "trainer.loss.type=sft",
+            "trainer.loss.teacher_tau=0.5",
+            "orchestrator.use_token_client=false",
+        ),
+        *(
+            *ENDPOINT,
+            "teacher_inference.model.name=other",
+            "orchestrator.batch_size=100",
+            "task.name=jsonl",
+            "trainer.loss.kl_tau=-1",
+        ),
     ]
     told = [str(problem) for problem in resolve(overrides=overrides, environ={}).problems]
     assert len(told) == 8
     for words in (
-        *("greater than or equal to 0", "batch of whole groups", "one teacher", "a teacher whose completions", "token ids"),
+        *(
+            "greater than or equal to 0",
+            "batch of whole groups",
+            "one teacher",
+            "a teacher whose completions",
+            "token ids",
+        ),
         *("no teacher logprobs", "no teacher that scores", "the file of the jsonl task"),
     ):
         assert sum(words in line for line in told) == 1, words
@@ -223,5 +418,9 @@ def test_the_environment_goes_on_top_of_an_untouched_snippet() -> None:
     }
     source = load_settings([snippet], environ=environ).orchestrator.teacher_rollout_model
     assert source is not None and source.client.api_key is not None
-    assert (source.client.base_url, source.model.name, source.client.skip_model_check) == (("http://localhost:8000/v1",), "mine", True)
+    assert (source.client.base_url, source.model.name, source.client.skip_model_check) == (
+        ("http://localhost:8000/v1",),
+        "mine",
+        True,
+    )
     assert source.client.api_key.get_secret_value() == "hunter2"

@@ -1,14 +1,22 @@
-"""`deployment.scale`: what others start beside this process decides the route, and is not started here."""
+"""`deployment.scale`: what others start beside this process decides the route, and is not started
+here.
+"""
 
 from __future__ import annotations
 
-from settings.load import load_settings, resolve
-from settings.plan import make_plan
-from settings.rules import warnings_of
+from onstream.settings.load import load_settings, resolve
+from onstream.settings.plan import make_plan
+from onstream.settings.rules import warnings_of
 
 TAUGHT = ["teacher_inference.model.name=big", "trainer.loss.teacher_tau=1"]
-ENDPOINT = ["orchestrator.teacher_model.client.base_url=http://a/v1", "orchestrator.teacher_model.model.name=other"]
-COMPOSED = [f"deployment.scale.{kind}=1" for kind in ("generator", "verifier", "teacher", "teacher_external", "jobs")]
+ENDPOINT = [
+    "orchestrator.teacher_model.client.base_url=http://a/v1",
+    "orchestrator.teacher_model.model.name=other",
+]
+COMPOSED = [
+    f"deployment.scale.{kind}=1"
+    for kind in ("generator", "verifier", "teacher", "teacher_external", "jobs")
+]
 
 
 def test_only_the_trainer_is_started_where_others_start_the_rest() -> None:
@@ -24,7 +32,9 @@ def test_a_scale_of_one_asks_for_no_teacher_that_is_configured_nowhere() -> None
 
 
 def test_no_verifier_is_no_verification() -> None:
-    settings = load_settings(overrides=[*TAUGHT, "deployment.scale.verifier=0", "trainer.loss.adv_tau=0"], environ={})
+    settings = load_settings(
+        overrides=[*TAUGHT, "deployment.scale.verifier=0", "trainer.loss.adv_tau=0"], environ={}
+    )
     assert make_plan(settings).route == ("score", "train")
 
 
@@ -35,8 +45,12 @@ def test_verification_that_is_asked_for_explicitly_waits_for_a_verifier() -> Non
     assert any("No verifier worker is started here" in warning for warning in warnings_of(settings))
 
 
-def test_an_external_teacher_takes_the_place_of_a_local_one_that_is_scaled_to_zero_under_a_name_of_its_own() -> None:
-    settings = load_settings(overrides=[*TAUGHT, *ENDPOINT, *COMPOSED, "deployment.scale.teacher=0"], environ={})
+def test_an_external_teacher_takes_the_place_of_a_local_one_that_is_scaled_to_zero_under_a_name_of_its_own() -> (
+    None
+):
+    settings = load_settings(
+        overrides=[*TAUGHT, *ENDPOINT, *COMPOSED, "deployment.scale.teacher=0"], environ={}
+    )
     plan = make_plan(settings)
     assert (plan.teacher, plan.external_teacher) == (None, "other")
     assert plan.kinds("score") == ["teacher-external"]

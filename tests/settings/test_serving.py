@@ -8,19 +8,22 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from settings import serving
-from settings.check import report
-from settings.engines import engine_problems
-from settings.gpus import gpu_problems, placement
-from settings.load import load_settings, resolve
-from settings.plan import Plan, make_plan, refuse_differences
-from settings.rules import problems_of
-from settings.serving import teacher_engine, vllm_importable
+from onstream.settings import serving
+from onstream.settings.check import report
+from onstream.settings.engines import engine_problems
+from onstream.settings.gpus import gpu_problems, placement
+from onstream.settings.load import load_settings, resolve
+from onstream.settings.plan import Plan, make_plan, refuse_differences
+from onstream.settings.rules import problems_of
+from onstream.settings.serving import teacher_engine, vllm_importable
 
 CUDA = "deployment.device=cuda"
 SERVED = ("trainer.loss.teacher_tau=0.5", "teacher_inference.engine=vllm")
 TWO = "deployment.num_teacher_gpus=2"
-ENDPOINT = ("orchestrator.teacher_model.model.name=Qwen/Qwen3-0.6B", 'orchestrator.teacher_model.client.base_url=["http://a/v1"]')
+ENDPOINT = (
+    "orchestrator.teacher_model.model.name=Qwen/Qwen3-0.6B",
+    'orchestrator.teacher_model.client.base_url=["http://a/v1"]',
+)
 
 
 def plan(*overrides: str) -> Plan:
@@ -44,24 +47,44 @@ def test_vllm_serves_where_it_is_asked_for_or_installed_beside_a_gpu(
     assert teacher_engine(load_settings(overrides=overrides, environ={})) == engine
 
 
-def test_a_directory_called_vllm_is_no_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_directory_called_vllm_is_no_vllm(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "vllm").mkdir()
     monkeypatch.undo()
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     assert not vllm_importable()
     (tmp_path / "vllm" / "__init__.py").touch()
-    monkeypatch.setattr("sys.path", [str(tmp_path), ""])  # another path, so that no finder answers from memory
+    monkeypatch.setattr(
+        "sys.path", [str(tmp_path), ""]
+    )  # another path, so that no finder answers from memory
     assert vllm_importable()
 
 
 @pytest.mark.parametrize(
     ("overrides", "workers", "gpus"),
     [
-        ([*SERVED, TWO, CUDA], {"generator": 1, "verifier": 1, "teacher": 0, "teacher-external": 1, "trainer": 1}, 2),
+        (
+            [*SERVED, TWO, CUDA],
+            {"generator": 1, "verifier": 1, "teacher": 0, "teacher-external": 1, "trainer": 1},
+            2,
+        ),
         # On a CPU N is a number of processes, and a server is one whatever N.
-        ([*SERVED, TWO], {"generator": 1, "verifier": 1, "teacher": 0, "teacher-external": 1, "trainer": 1}, 1),
-        ([*SERVED, TWO, *ENDPOINT], {"generator": 1, "verifier": 1, "teacher": 0, "teacher-external": 2, "trainer": 1}, 1),
-        ([*SERVED, *ENDPOINT], {"generator": 1, "verifier": 1, "teacher-external": 1, "trainer": 1}, 0),
+        (
+            [*SERVED, TWO],
+            {"generator": 1, "verifier": 1, "teacher": 0, "teacher-external": 1, "trainer": 1},
+            1,
+        ),
+        (
+            [*SERVED, TWO, *ENDPOINT],
+            {"generator": 1, "verifier": 1, "teacher": 0, "teacher-external": 2, "trainer": 1},
+            1,
+        ),
+        (
+            [*SERVED, *ENDPOINT],
+            {"generator": 1, "verifier": 1, "teacher-external": 1, "trainer": 1},
+            0,
+        ),
         ([SERVED[1]], {"generator": 1, "verifier": 1, "trainer": 1}, 0),
         (
             [*SERVED, TWO, 'deployment.stages=["generate", "train"]'],
@@ -70,7 +93,9 @@ def test_a_directory_called_vllm_is_no_vllm(monkeypatch: pytest.MonkeyPatch, tmp
         ),
     ],
 )
-def test_a_server_takes_the_place_of_the_teacher_workers(overrides: list[str], workers: dict[str, int], gpus: int) -> None:
+def test_a_server_takes_the_place_of_the_teacher_workers(
+    overrides: list[str], workers: dict[str, int], gpus: int
+) -> None:
     made = plan(*overrides)
     assert (made.workers, made.teacher_server) == (workers, gpus)
 
@@ -80,10 +105,18 @@ def test_the_engine_concerns_this_deployment_alone() -> None:
 
 
 def test_each_part_of_the_teacher_has_another_gpu_even_where_gpus_are_shared() -> None:
-    shares = ["deployment.share_gpus=true", *(f"deployment.gpu_memory_shares.{role}=0.3" for role in ("train", "inference", "teacher"))]
+    shares = [
+        "deployment.share_gpus=true",
+        *(f"deployment.gpu_memory_shares.{role}=0.3" for role in ("train", "inference", "teacher")),
+    ]
     settings = load_settings(overrides=[*SERVED, TWO, CUDA, *shares], environ={})
     made = make_plan(settings)
-    assert placement(settings, made, ["4", "5"]) == {("trainer", 0): "4", ("generator", 0): "4", ("teacher", 0): "4", ("teacher", 1): "5"}
+    assert placement(settings, made, ["4", "5"]) == {
+        ("trainer", 0): "4",
+        ("generator", 0): "4",
+        ("teacher", 0): "4",
+        ("teacher", 1): "5",
+    }
     [problem] = gpu_problems(settings, made, ["4"])
     assert str(problem) == (
         "train 1 × 0.3 + inference 1 × 0.3 + teacher 2 × 0.3 = 1.2 GPUs (deployment.num_teacher_gpus = 2); expected workers that fit the 1 "
@@ -93,15 +126,26 @@ def test_each_part_of_the_teacher_has_another_gpu_even_where_gpus_are_shared() -
 
 
 def test_a_server_needs_a_gpu_of_its_own_though_nobody_said_how_many() -> None:
-    settings = load_settings(overrides=[*SERVED, CUDA, "teacher_inference.model.name=big"], environ={})
+    settings = load_settings(
+        overrides=[*SERVED, CUDA, "teacher_inference.model.name=big"], environ={}
+    )
     assert gpu_problems(settings, make_plan(settings), ["0", "1", "2"]) == []
     [problem] = gpu_problems(settings, make_plan(settings), ["0"])
-    assert "train 1 + inference 1 + teacher 1 = 3 GPUs (deployment.num_teacher_gpus = unset)" in str(problem)
+    assert (
+        "train 1 + inference 1 + teacher 1 = 3 GPUs (deployment.num_teacher_gpus = unset)"
+        in str(problem)
+    )
 
 
-def test_vllm_that_is_asked_for_and_missing_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_that_is_asked_for_and_missing_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     printed = io.StringIO()
-    report(resolve(overrides=[*SERVED, TWO], environ={}), Console(file=printed, width=200), everything=False)
+    report(
+        resolve(overrides=[*SERVED, TWO], environ={}),
+        Console(file=printed, width=200),
+        everything=False,
+    )
     assert "Qwen/Qwen3-0.6B beside the run by a vLLM server\n" in printed.getvalue()
     assert 'teacher_inference.engine = "vllm", which is not installed here' in printed.getvalue()
     assert "pip install 'onstream[vllm]'" in printed.getvalue()

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
-from pipeline.images import Picture
-from pipeline.models.loading import load_model
-from pipeline.models.vision import ImageFeatures, Vision, load_vision
-from workers.models.families import FAMILIES, Family, write_fresh_vlm
-from workers.models.fresh import Shape
+from onstream.pipeline.images import Picture
+from onstream.pipeline.models.loading import load_model
+from onstream.pipeline.models.vision import ImageFeatures, Vision, load_vision
+from onstream.workers.tiny_models.fresh import Shape
+from onstream.workers.tiny_models.vlm_families import FAMILIES, Family, write_fresh_vlm
 
 torch.set_num_threads(1)
 
@@ -40,11 +40,15 @@ class Tiny:
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
-def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Family, Path]:
+def directory(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Family, Path]:
     """A model of the family on disk, with weights wide enough to matter."""
     family: Family = request.param
     if family != "llava" and find_spec("torchvision") is None:
-        pytest.skip("the processors of the Qwen families need torchvision: `make test` has it, and tests/vision/__init__.py says how")
+        pytest.skip(
+            "the processors of the Qwen families need torchvision: `make test` has it, and tests/vision/__init__.py says how"
+        )
     made = write_tiny(tmp_path_factory.mktemp(family), family)
     return family, made
 
@@ -64,12 +68,21 @@ def write_tiny(directory: Path, family: Family) -> Path:
 def tiny(directory: tuple[Family, Path]) -> Tiny:
     """The family's model, fresh from disk."""
     family, path = directory
-    return Tiny(family, path, load_model(path, dtype=torch.float32, device=torch.device("cpu")), load_vision(path))
+    return Tiny(
+        family,
+        path,
+        load_model(path, dtype=torch.float32, device=torch.device("cpu")),
+        load_vision(path),
+    )
 
 
 def noise(seed: int, width: int = 32, height: int = 32) -> Picture:
     """A picture that no two seeds share."""
-    return of(Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)))
+    return of(
+        Image.fromarray(
+            np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+        )
+    )
 
 
 def of(image: Image.Image, form: str = "PNG", **options: Any) -> Picture:

@@ -1,4 +1,6 @@
-"""What a group over one large image costs: its bytes in Redis once, until its last rollout has settled; its name in every record."""
+"""What a group over one large image costs: its bytes in Redis once, until its last rollout has
+settled; its name in every record.
+"""
 
 from __future__ import annotations
 
@@ -6,38 +8,56 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.loop import Worker
-from pipeline.records import Rollout, decode_work
-from pipeline.streams import Bus
+from onstream.pipeline.loop import Worker
+from onstream.pipeline.records import Rollout, decode_work
+from onstream.pipeline.redis.streams import Bus
+from onstream.workers.teacher.stage import Teacher
 from tests.vision.conftest import Tiny, noise
 from tests.vision.test_stages import generate, settings_of, shows
-from workers.teacher.stage import Teacher
 
 pytestmark = pytest.mark.timeout(60)
 
 GROUP = 16
 NAMED_BYTES = 300
-"""What a record may have more for an image, beside the 4 bytes of each of its tokens: its digest twice, and the parts of its message."""
+"""What a record may have more for an image, beside the 4 bytes of each of its tokens: its digest
+twice, and the parts of its message.
+"""
 
 
 def memory(bus: Bus) -> int:
     """Bytes that Redis spends on all keys of the run."""
-    return sum(int(bus._ask("MEMORY", "USAGE", key, "SAMPLES", 0)) for key in bus._ask("KEYS", f"{{onstream:{bus.run}}}:*"))
+    return sum(
+        int(bus._ask("MEMORY", "USAGE", key, "SAMPLES", 0))
+        for key in bus._ask("KEYS", f"{{onstream:{bus.run}}}:*")
+    )
 
 
 def image_bytes(bus: Bus) -> int:
     """Bytes of images, counted in Redis itself."""
-    return sum(int(bus._ask("HSTRLEN", bus.keys.images, digest)) for digest in bus._ask("HKEYS", bus.keys.images))
+    return sum(
+        int(bus._ask("HSTRLEN", bus.keys.images, digest))
+        for digest in bus._ask("HKEYS", bus.keys.images)
+    )
 
 
-def test_sixteen_rollouts_over_a_megapixel_add_it_to_redis_once_until_the_last_has_settled(bus: Bus, tiny: Tiny, tmp_path: Path) -> None:
+def test_sixteen_rollouts_over_a_megapixel_add_it_to_redis_once_until_the_last_has_settled(
+    bus: Bus, tiny: Tiny, tmp_path: Path
+) -> None:
     picture = noise(1, 1024, 1024)  # does not compress: 3 MB
-    settings = settings_of(tiny, tmp_path, [shows(picture.data_url)], orchestrator={"group_size": GROUP, "batch_size": GROUP})
+    settings = settings_of(
+        tiny,
+        tmp_path,
+        [shows(picture.data_url)],
+        orchestrator={"group_size": GROUP, "batch_size": GROUP},
+    )
     before = memory(bus)
     generate(bus, settings, tiny, problems=1)
-    generated, held = memory(bus), image_bytes(bus)
+    generated = memory(bus)
+    held = image_bytes(bus)
     assert held == len(picture.data)
-    assert held < generated - before < 1.3 * held  # the allocator rounds large values up by less than a quarter
+    assert (
+        held < generated - before < 1.3 * held
+    )  # the allocator rounds large values up by less than a quarter
 
     teacher = Worker(Teacher(settings, bus), bus, settings.delivery, block_s=0.05)
     teacher.stage.setup()
@@ -62,13 +82,22 @@ def test_sixteen_rollouts_over_a_megapixel_add_it_to_redis_once_until_the_last_h
 
 def test_nothing_large_passes_through_a_hop(bus: Bus, tiny: Tiny, tmp_path: Path) -> None:
     pictures = [noise(1, 1024, 1024), noise(2, 32, 32)]
-    generate(bus, settings_of(tiny, tmp_path, [*(shows(picture.data_url) for picture in pictures), "?"]), tiny, problems=3)
+    generate(
+        bus,
+        settings_of(tiny, tmp_path, [*(shows(picture.data_url) for picture in pictures), "?"]),
+        tiny,
+        problems=3,
+    )
     sizes: dict[str, list[int]] = {}
     for entry in bus.read("score", 100):
         rollout = decode_work(entry.payload)
         assert isinstance(rollout, Rollout)
         (sample,) = rollout.samples
-        sizes.setdefault("".join(sample.images), []).append(len(entry.payload) - len(sample.prompt_ids))
+        sizes.setdefault("".join(sample.images), []).append(
+            len(entry.payload) - len(sample.prompt_ids)
+        )
     large, small, text = (max(sizes[name]) for name in (pictures[0].digest, pictures[1].digest, ""))
-    print(f"records without the ids of their prompts: {large} bytes with 1,048,576 pixels, {small} with 1,024, {text} with none")
+    print(
+        f"records without the ids of their prompts: {large} bytes with 1,048,576 pixels, {small} with 1,024, {text} with none"
+    )
     assert max(large, small) - text < NAMED_BYTES

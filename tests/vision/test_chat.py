@@ -1,4 +1,6 @@
-"""Prompts with images before a chat endpoint, which gets them as they came; the student trains on them as its own processor reads them."""
+"""Prompts with images before a chat endpoint, which gets them as they came; the student trains on
+them as its own processor reads them.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,17 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from pipeline.images import Message, Picture, referred
-from pipeline.loop import Worker
-from pipeline.models.vision import joined
-from pipeline.records import Rollout, Ticket, ids_array
-from pipeline.streams import Bus
-from settings.root import Settings
+from onstream.pipeline.images import Message, Picture, referred
+from onstream.pipeline.loop import Worker
+from onstream.pipeline.models.vision import joined
+from onstream.pipeline.records import Rollout, Ticket, ids_array
+from onstream.pipeline.redis.streams import Bus
+from onstream.settings.root import Settings
+from onstream.workers.generator.chat_stage import ChatGenerator
+from onstream.workers.tiny_models.character_tokenizer import IMAGE, IMAGE_END, IMAGE_START
 from tests.faulty_server import Answer, Body, FaultyServer, serving
 from tests.vision.conftest import Tiny, noise, of
 from tests.vision.test_stages import rollouts
-from workers.generator.chat import ChatGenerator
-from workers.models.tokenizer import IMAGE, IMAGE_END, IMAGE_START
 
 GROUP = 2
 WRITTEN = "red blue"
@@ -66,10 +68,16 @@ def formats() -> list[Picture]:
     return [of(noise(seed).decoded(), form) for seed, form in enumerate(("PNG", "JPEG", "WEBP"))]
 
 
-def generate(bus: Bus, tiny: Tiny, directory: Path, endpoint: FaultyServer, problems: Sequence[list[Message]]) -> list[Rollout]:
+def generate(
+    bus: Bus, tiny: Tiny, directory: Path, endpoint: FaultyServer, problems: Sequence[list[Message]]
+) -> list[Rollout]:
     """The rollouts of a group for each of `problems`."""
     path = directory / "problems.jsonl"
-    path.write_text("".join(json.dumps({"messages": messages, "answer": WRITTEN}) + "\n" for messages in problems))
+    path.write_text(
+        "".join(
+            json.dumps({"messages": messages, "answer": WRITTEN}) + "\n" for messages in problems
+        )
+    )
     source = {"client": {"base_url": [endpoint.base_url]}, "model": {"name": "teacher"}}
     sections = {
         "model": {"name": str(tiny.directory)},
@@ -77,11 +85,19 @@ def generate(bus: Bus, tiny: Tiny, directory: Path, endpoint: FaultyServer, prob
         "deployment": {"device": "cpu"},
         "task": {"name": "jsonl", "path": str(path)},
         "eval": {"samples": 0},
-        "orchestrator": {"use_token_client": False, "group_size": GROUP, "batch_size": GROUP, "teacher_rollout_model": source},
+        "orchestrator": {
+            "use_token_client": False,
+            "group_size": GROUP,
+            "batch_size": GROUP,
+            "teacher_rollout_model": source,
+        },
         "trainer": {"loss": {"type": "sft"}},
     }
     settings = Settings.model_validate(sections)
-    tickets = [Ticket(1 + at, at // GROUP, GROUP, at // GROUP, at, 0, ["train"]) for at in range(len(problems) * GROUP)]
+    tickets = [
+        Ticket(1 + at, at // GROUP, GROUP, at // GROUP, at, 0, ["train"])
+        for at in range(len(problems) * GROUP)
+    ]
     assert bus.issue(bus.acquire_lease(60), 0, tickets, max_backlog=1000)
     worker = Worker(ChatGenerator(settings, bus), bus, settings.delivery, block_s=0.05)
     worker.stage.setup()
@@ -101,18 +117,26 @@ def test_several_images_in_several_turns_reach_the_endpoint_and_the_trainer_in_t
         *asked(text("then"), image(webp.data_url), image(png.data_url)),
     ]
     made = generate(bus, tiny, tmp_path, endpoint, [messages])
-    assert [body["messages"] for body in endpoint.bodies] == [messages], "as they came, once for the group"
+    assert [body["messages"] for body in endpoint.bodies] == [messages], (
+        "as they came, once for the group"
+    )
     assert [body["n"] for body in endpoint.bodies] == [GROUP]
 
-    processor, shown = AutoProcessor.from_pretrained(tiny.directory), [png, jpeg, webp, png]
+    processor = AutoProcessor.from_pretrained(tiny.directory)
+    shown = [png, jpeg, webp, png]
     chat = processor.apply_chat_template([*messages, {"role": "assistant", "content": WRITTEN}])
-    whole = processor(text=[chat], images=[picture.decoded() for picture in shown], return_tensors="pt")
+    whole = processor(
+        text=[chat], images=[picture.decoded() for picture in shown], return_tensors="pt"
+    )
     assert len(made) == GROUP
     for rollout in made:
         (sample,) = rollout.samples
         ids = [*ids_array(sample.prompt_ids), *ids_array(sample.completion_ids)]
         assert ids == whole["input_ids"][0].tolist()
-        assert tiny.vision.tokenizer.decode(ids_array(sample.completion_ids)) == f"{WRITTEN}{tiny.vision.tokenizer.eos_token}"
+        assert (
+            tiny.vision.tokenizer.decode(ids_array(sample.completion_ids))
+            == f"{WRITTEN}{tiny.vision.tokenizer.eos_token}"
+        )
         assert sample.images == referred(rollout.messages) == [picture.digest for picture in shown]
         kept = [Picture(data or b"") for data in bus.images(sample.images)]
         for name, tensor in joined([tiny.vision.features(picture) for picture in kept]).items():
@@ -123,7 +147,9 @@ def test_several_images_in_several_turns_reach_the_endpoint_and_the_trainer_in_t
 def test_a_template_that_knows_parts_alone_shows_the_images_and_the_answer(
     bus: Bus, tiny: Tiny, tmp_path: Path, endpoint: FaultyServer
 ) -> None:
-    """Of LLaVA's kind: images first, by the type `image`; a content that is a plain text is not shown at all."""
+    """Of LLaVA's kind: images first, by the type `image`; a content that is a plain text is not
+    shown at all.
+    """
     student = shutil.copytree(tiny.directory, tmp_path / "student")
     (student / "chat_template.jinja").write_text(OF_PARTS)
     picture = noise(1)
@@ -137,6 +163,12 @@ def test_a_template_that_knows_parts_alone_shows_the_images_and_the_answer(
         (sample,) = rollout.samples
         prompt = tiny.vision.tokenizer.decode(ids_array(sample.prompt_ids)).replace(IMAGE, "")
         assert prompt == f"SYSTEM: look{IMAGE_END}USER: {IMAGE_START}which?{IMAGE_END}ASSISTANT: "
-        assert tiny.vision.misplaced(ids_array(sample.prompt_ids), [tiny.vision.features(picture)]) is None
-        assert tiny.vision.tokenizer.decode(ids_array(sample.completion_ids)) == WRITTEN + tiny.vision.tokenizer.eos_token
+        assert (
+            tiny.vision.misplaced(ids_array(sample.prompt_ids), [tiny.vision.features(picture)])
+            is None
+        )
+        assert (
+            tiny.vision.tokenizer.decode(ids_array(sample.completion_ids))
+            == WRITTEN + tiny.vision.tokenizer.eos_token
+        )
     assert [body["messages"] for body in endpoint.bodies] == [messages]

@@ -1,4 +1,6 @@
-"""The built-in engine samples from prompts with images: what it says of a token is what the family's own forward says."""
+"""The built-in engine samples from prompts with images: what it says of a token is what the
+family's own forward says.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +8,27 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.images import ShownImage
-from pipeline.models.loading import load_model
-from pipeline.models.vision import joined
-from pipeline.weights import LoadedPolicy
+from onstream.pipeline.images import ShownImage
+from onstream.pipeline.models.loading import load_model
+from onstream.pipeline.models.vision import joined
+from onstream.pipeline.weights import LoadedPolicy
+from onstream.workers.generator.engines.base import Completion, Request
+from onstream.workers.generator.engines.transformers.engine import TransformersEngine
+from onstream.workers.generator.student import stop_ids
+from onstream.workers.tiny_models.character_tokenizer import IMAGE, IMAGE_END, IMAGE_START
 from tests.vision.conftest import Tiny, noise
-from workers.generator.engine import Completion, Request
-from workers.generator.student import stop_ids
-from workers.generator.transformers_engine import TransformersEngine
-from workers.models.tokenizer import IMAGE, IMAGE_END, IMAGE_START
 
 WIDE = {"qwen2.5-vl": (48, 32), "qwen3-vl": (48, 32), "llava": (32, 32)}
 
 
 def requests(tiny: Tiny) -> list[Request]:
-    """Twelve requests over four prompts: two of the same ids and other pixels, one of two images, one of none."""
-    first, second, wide = (tiny.vision.features(picture) for picture in (noise(1), noise(2), noise(3, *WIDE[tiny.family])))
+    """Twelve requests over four prompts: two of the same ids and other pixels, one of two images,
+    one of none.
+    """
+    first, second, wide = (
+        tiny.vision.features(picture)
+        for picture in (noise(1), noise(2), noise(3, *WIDE[tiny.family]))
+    )
     shown = [
         (ShownImage(noise(1), first),),
         (ShownImage(noise(2), second),),
@@ -32,21 +39,31 @@ def requests(tiny: Tiny) -> list[Request]:
     for key in range(12):
         images = shown[key // 3]
         text = "ab" + "".join(f"{IMAGE_START}{IMAGE}{IMAGE_END}c" for _ in images)
-        ids = np.array(tiny.vision.tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int32)
+        ids = np.array(
+            tiny.vision.tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int32
+        )
         prompt = tiny.vision.expand(ids, [image.features for image in images])
         made.append(Request(key, prompt, max_tokens=3 + key % 5, seed=key, images=images))
     return made
 
 
 @torch.no_grad()
-def gap(tiny: Tiny, request: Request, completion: Completion, start: int = 0, end: int | None = None) -> float:
-    """The largest difference of the completion's logprobs [start:end] from one plain forward's, in nats."""
-    row = torch.from_numpy(np.concatenate((request.prompt_ids, completion.token_ids[:-1]))).long()[None]
+def gap(
+    tiny: Tiny, request: Request, completion: Completion, start: int = 0, end: int | None = None
+) -> float:
+    """The largest difference of the completion's logprobs [start:end] from one plain forward's, in
+    nats.
+    """
+    row = torch.from_numpy(np.concatenate((request.prompt_ids, completion.token_ids[:-1]))).long()[
+        None
+    ]
     inputs = joined([image.features for image in request.images])
     if request.images and tiny.family != "llava":
         inputs["mm_token_type_ids"] = (row == tiny.vision.placeholder_id).int()
     logits = tiny.model(input_ids=row, **inputs).logits[0, len(request.prompt_ids) - 1 :]
-    plain = logits.log_softmax(-1).gather(-1, torch.from_numpy(completion.token_ids).long()[:, None])[:, 0]
+    plain = logits.log_softmax(-1).gather(
+        -1, torch.from_numpy(completion.token_ids).long()[:, None]
+    )[:, 0]
     return float((plain - torch.from_numpy(completion.logprobs))[start:end].abs().max())
 
 
@@ -57,7 +74,8 @@ def an_engine(tiny: Tiny, slots: int) -> TransformersEngine:
 
 @pytest.mark.parametrize("slots", [12, 5])
 def test_every_logprob_is_that_of_a_plain_forward_pass(tiny: Tiny, slots: int) -> None:
-    engine, asked = an_engine(tiny, slots), requests(tiny)
+    engine = an_engine(tiny, slots)
+    asked = requests(tiny)
     engine.add(asked)
     written: list[Completion] = []
     while engine.active:
@@ -71,7 +89,8 @@ def test_a_completion_ends_where_the_student_writes_a_placeholder(tiny: Tiny) ->
 
 
 def test_new_weights_in_the_middle_see_the_images_too(tiny: Tiny) -> None:
-    engine, asked = an_engine(tiny, 12), requests(tiny)
+    engine = an_engine(tiny, 12)
+    asked = requests(tiny)
     changed = {name: weight * 1.1 for name, weight in tiny.model.state_dict().items()}
     engine.add(asked)
     written = [*engine.step(), *engine.step()]
@@ -80,5 +99,7 @@ def test_new_weights_in_the_middle_see_the_images_too(tiny: Tiny) -> None:
         written += engine.step()
     before = max(gap(tiny, asked[one.key], one, end=2) for one in written)
     tiny.model.load_state_dict(changed)
-    after = max(gap(tiny, asked[one.key], one, start=2) for one in written if len(one.token_ids) > 2)
+    after = max(
+        gap(tiny, asked[one.key], one, start=2) for one in written if len(one.token_ids) > 2
+    )
     assert max(before, after) < 1e-4

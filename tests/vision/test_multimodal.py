@@ -10,19 +10,24 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor
 
-from pipeline.images import Picture
-from pipeline.images.feed import ImageFeed
-from pipeline.models.attention import SHARED_PREFIX
-from pipeline.models.loading import text_config
-from pipeline.models.logprobs import head_of, hidden_states
-from pipeline.models.packing import Ids, pack, share_prompts, single_rows
-from pipeline.models.probe import prepare
-from pipeline.models.vision import PlaceholderMismatch, joined
-from pipeline.records import ids_array, ids_bytes
-from settings.trainer import LossSettings, OptimSettings, TrainerSettings
+from onstream.pipeline.images import Picture
+from onstream.pipeline.images.feed import ImageFeed
+from onstream.pipeline.models.attention import SHARED_PREFIX
+from onstream.pipeline.models.loading import text_config
+from onstream.pipeline.models.logprobs import head_of, hidden_states
+from onstream.pipeline.models.packing import Ids, pack, share_prompts, single_rows
+from onstream.pipeline.models.prompt_sharing import prepare
+from onstream.pipeline.models.vision import PlaceholderMismatch, joined
+from onstream.pipeline.records import ids_array, ids_bytes
+from onstream.settings.trainer import LossSettings, OptimSettings, TrainerSettings
+from onstream.workers.tiny_models.character_tokenizer import (
+    IMAGE,
+    IMAGE_END,
+    IMAGE_START,
+    VOCABULARY_SIZE,
+)
+from onstream.workers.trainer.learner import Learner, TrainSample
 from tests.vision.conftest import Tiny, noise
-from workers.models.tokenizer import IMAGE, IMAGE_END, IMAGE_START, VOCABULARY_SIZE
-from workers.trainer.learner import Learner, TrainSample
 
 WIDE = {"qwen2.5-vl": (48, 32), "qwen3-vl": (48, 32), "llava": (32, 32)}
 
@@ -38,18 +43,27 @@ class Case:
 
 
 def a_case(tiny: Tiny) -> Case:
-    """Groups of three over one image, another of the same ids, an image of another size, two images, and none."""
-    one, same_size, wide = noise(1), noise(2), noise(3, *WIDE[tiny.family])
+    """Groups of three over one image, another of the same ids, an image of another size, two
+    images, and none.
+    """
+    one = noise(1)
+    same_size = noise(2)
+    wide = noise(3, *WIDE[tiny.family])
     features = tiny.features(one, same_size, wide)
-    random, case = np.random.default_rng(0), Case([], [], [], {picture.digest: picture for picture in (one, same_size, wide)})
+    random = np.random.default_rng(0)
+    case = Case([], [], [], {picture.digest: picture for picture in (one, same_size, wide)})
     for shown in [(one,), (same_size,), (wide,), (wide, one), ()]:
         names = tuple(picture.digest for picture in shown)
         text = "ab" + "".join(f"{IMAGE_START}{IMAGE}{IMAGE_END}c" for _ in names)
-        ids = np.array(tiny.vision.tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int32)
+        ids = np.array(
+            tiny.vision.tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int32
+        )
         prompt = tiny.vision.expand(ids, [features[name] for name in names])
         for _ in range(3):
             case.prompts.append(prompt)
-            case.completions.append(random.integers(40, VOCABULARY_SIZE, random.integers(1, 8)).astype(np.int64))
+            case.completions.append(
+                random.integers(40, VOCABULARY_SIZE, random.integers(1, 8)).astype(np.int64)
+            )
             case.images.append(names)
     return case
 
@@ -63,16 +77,21 @@ def one_by_one(tiny: Tiny, case: Case) -> list[Tensor]:
         inputs = dict(joined([tiny.vision.features(case.pictures[name]) for name in names]))
         if names and tiny.family != "llava":
             inputs["mm_token_type_ids"] = (row == tiny.vision.placeholder_id).int()
-        found.append(tiny.model(input_ids=row, **inputs).logits[0, len(prompt) - 1 : -1].log_softmax(-1))
+        found.append(
+            tiny.model(input_ids=row, **inputs).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        )
     return found
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("max_tokens", [4096, 24])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared prompts", "padded rows"])
-def test_a_batch_with_images_gives_the_models_own_logprobs(tiny: Tiny, shared: bool, max_tokens: int) -> None:
+def test_a_batch_with_images_gives_the_models_own_logprobs(
+    tiny: Tiny, shared: bool, max_tokens: int
+) -> None:
     case = a_case(tiny)
-    wanted, features = one_by_one(tiny, case), tiny.features(*case.pictures.values())
+    wanted = one_by_one(tiny, case)
+    features = tiny.features(*case.pictures.values())
     if shared:
         assert prepare(tiny.model) is None
         assert text_config(tiny.model)._attn_implementation == SHARED_PREFIX
@@ -80,7 +99,9 @@ def test_a_batch_with_images_gives_the_models_own_logprobs(tiny: Tiny, shared: b
     got: dict[int, Tensor] = {}
     with torch.no_grad():
         for packed in pack(arrange(case.prompts, case.completions, case.images), max_tokens):
-            logprobs = head_of(tiny.model)(hidden_states(tiny.model, packed, features)).log_softmax(-1)
+            logprobs = head_of(tiny.model)(hidden_states(tiny.model, packed, features)).log_softmax(
+                -1
+            )
             got |= dict(zip(packed.sequences, logprobs.split(packed.lengths), strict=True))
     worst = max(float((got[at] - wanted[at]).abs().max()) for at in range(len(wanted)))
     print(f"{tiny.family}: largest difference {worst:.1e} nats")
@@ -99,11 +120,18 @@ def test_the_tensors_and_tokens_are_the_processors_own_of_the_whole_prompt(tiny:
         {"role": "user", "content": [{"type": "text", "text": "then"}, {"type": "image"}]},
     ]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    whole = processor(text=[text], images=[picture.decoded() for picture in pictures], return_tensors="pt")
+    whole = processor(
+        text=[text], images=[picture.decoded() for picture in pictures], return_tensors="pt"
+    )
     features = [tiny.vision.features(picture) for picture in pictures]
     ids = np.array(tiny.vision.tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int32)
-    assert ids_array(ids_bytes(tiny.vision.expand(ids, features))).tolist() == whole["input_ids"][0].tolist()
-    own = {name for name in whole if name not in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    assert (
+        ids_array(ids_bytes(tiny.vision.expand(ids, features))).tolist()
+        == whole["input_ids"][0].tolist()
+    )
+    own = {
+        name for name in whole if name not in ("input_ids", "attention_mask", "mm_token_type_ids")
+    }
     assert set(joined(features)) == own
     for name, tensor in joined(features).items():
         assert torch.equal(tensor, whole[name])
@@ -120,12 +148,18 @@ def test_a_placeholder_written_in_an_answer_is_found_out(tiny: Tiny) -> None:
     features = tiny.vision.features(noise(1))
     shown = np.array([60, *features.token_ids, 70], dtype=np.int32)
     stray = np.array([61, tiny.vision.placeholder_id, 71], dtype=np.int32)
-    feed = ImageFeed(tiny.vision, lambda digests: [{"one": noise(1).data}.get(digest) for digest in digests], keep_bytes=1 << 20)
+    feed = ImageFeed(
+        tiny.vision,
+        lambda digests: [{"one": noise(1).data}.get(digest) for digest in digests],
+        keep_bytes=1 << 20,
+    )
     try:
         assert feed.objection(shown, stray[:1], ["one"]) is None
         assert feed.objection(shown, stray[:2], ["one"]) is None  # a last token is never read
         assert "it holds" in (feed.objection(shown, stray, ["one"]) or "")
-        assert "it holds 1 tokens of images, where 0 stand for the 0" in (feed.objection(stray[:1], stray, []) or "")
+        assert "it holds 1 tokens of images, where 0 stand for the 0" in (
+            feed.objection(stray[:1], stray, []) or ""
+        )
         assert "is gone" in (feed.objection(shown, stray, ["two"]) or "")
     finally:
         feed.close()
@@ -133,22 +167,38 @@ def test_a_placeholder_written_in_an_answer_is_found_out(tiny: Tiny) -> None:
 
 def a_sample(prompt: Ids, completion: Ids, images: tuple[str, ...]) -> TrainSample:
     tokens = len(completion)
-    return TrainSample(prompt, completion.astype(np.int32), np.ones(tokens, np.uint8), np.zeros(tokens, np.float32), images=images)
+    return TrainSample(
+        prompt,
+        completion.astype(np.int32),
+        np.ones(tokens, np.uint8),
+        np.zeros(tokens, np.float32),
+        images=images,
+    )
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("train_vision", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_lowers_the_loss_and_moves_the_vision_tower_only_where_asked(tiny: Tiny, train_vision: bool, dtype: str) -> None:
+def test_a_step_lowers_the_loss_and_moves_the_vision_tower_only_where_asked(
+    tiny: Tiny, train_vision: bool, dtype: str
+) -> None:
     settings = TrainerSettings(
-        loss=LossSettings(type="sft"), optim=OptimSettings(lr=2e-3, schedule="constant"), dtype=dtype, train_vision=train_vision
+        loss=LossSettings(type="sft"),
+        optim=OptimSettings(lr=2e-3, schedule="constant"),
+        dtype=dtype,
+        train_vision=train_vision,
     )
-    learner, case = Learner(tiny.directory, settings, torch.device("cpu")), a_case(tiny)
+    learner = Learner(tiny.directory, settings, torch.device("cpu"))
+    case = a_case(tiny)
     features = tiny.features(*case.pictures.values())
-    samples = [a_sample(*one) for one in zip(case.prompts, case.completions, case.images, strict=True)]
+    samples = [
+        a_sample(*one) for one in zip(case.prompts, case.completions, case.images, strict=True)
+    ]
     tower = learner.model.get_encoder(modality="image")
     before = [weight.clone() for weight in tower.parameters()]
     losses = [learner.step(samples, 100, features=features)["loss"] for _ in range(5)]
     assert losses[-1] < losses[0]
-    moved = any(not torch.equal(old, new) for old, new in zip(before, tower.parameters(), strict=True))
+    moved = any(
+        not torch.equal(old, new) for old, new in zip(before, tower.parameters(), strict=True)
+    )
     assert moved is train_vision

@@ -1,4 +1,6 @@
-"""A recorded run with images is trained again to the same weights, from the images that the recording holds."""
+"""A recorded run with images is trained again to the same weights, from the images that the
+recording holds.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,22 @@ from typing import Any
 
 import pytest
 
-from pipeline import recording
-from pipeline.images.feed import Fetch
-from pipeline.ledger import Fate
-from pipeline.records import Rollout, Sample, Tombstone, ids_bytes, logprobs_bytes, mask_bytes
-from pipeline.weights import LoadedPolicy
-from settings.root import Settings
+from onstream.pipeline.images.feed import Fetch
+from onstream.pipeline.records import (
+    Rollout,
+    Sample,
+    Tombstone,
+    ids_bytes,
+    logprobs_bytes,
+    mask_bytes,
+)
+from onstream.pipeline.run_files import recording
+from onstream.pipeline.run_files.ledger import Fate
+from onstream.pipeline.weights import LoadedPolicy
+from onstream.settings.root import Settings
+from onstream.workers.trainer.durability.recording import Recording
+from onstream.workers.trainer.training import Course, learner_at
 from tests.vision.conftest import Tiny, noise
-from workers.trainer.course import Course, learner_at
-from workers.trainer.recording import Recording
 
 pytestmark = pytest.mark.timeout(60)
 BATCH = 4
@@ -27,7 +36,8 @@ class Around:
     """Hears what a course tells, and hands what it considers to a recording."""
 
     def __init__(self, recorded: Recording | None) -> None:
-        self.recorded, self.fates = recorded, dict[int, Fate]()
+        self.recorded = recorded
+        self.fates = dict[int, Fate]()
 
     def considered(self, record: Rollout | Tombstone, taken: float) -> None:
         if self.recorded:
@@ -51,7 +61,9 @@ def rollout(number: int, tiny: Tiny, image: str, tokens: int) -> Rollout:
     return Rollout(number, number - 1, 1, number - 1, [], {}, [sample], 1.0, "stop", ["train"])
 
 
-def trained(settings: Settings, records: list[Rollout], images: Fetch, recorded: Recording | None) -> tuple[str, Any]:
+def trained(
+    settings: Settings, records: list[Rollout], images: Fetch, recorded: Recording | None
+) -> tuple[str, Any]:
     """The digest of the weights after a step on `records`, and the fates of their numbers."""
     around = Around(recorded)
     course = Course(settings, learner_at(settings, None), around, worker="t", images=images)
@@ -63,7 +75,9 @@ def trained(settings: Settings, records: list[Rollout], images: Fetch, recorded:
     return LoadedPolicy.of(1, course.learner.published_state()).digest, around.fates
 
 
-def test_images_lie_in_the_recording_once_and_train_to_the_same_bits(tiny: Tiny, tmp_path: Path) -> None:
+def test_images_lie_in_the_recording_once_and_train_to_the_same_bits(
+    tiny: Tiny, tmp_path: Path
+) -> None:
     settings = Settings.model_validate(
         {
             "model": {"name": str(tiny.directory)},
@@ -82,7 +96,9 @@ def test_images_lie_in_the_recording_once_and_train_to_the_same_bits(tiny: Tiny,
     tokens = len(tiny.vision.features(pictures[0]).token_ids)
     settings.run_dir.mkdir()
     recorded = Recording(settings, None, "start", fetch)
-    made = [rollout(number, tiny, pictures[number % 2].digest, tokens) for number in range(1, BATCH + 1)]
+    made = [
+        rollout(number, tiny, pictures[number % 2].digest, tokens) for number in range(1, BATCH + 1)
+    ]
     gone = rollout(BATCH + 1, tiny, "0" * 64, tokens)
     first = trained(settings, [gone, *made], fetch, recorded)
     recorded.close()

@@ -1,4 +1,6 @@
-"""Images on their way through the stages, on the real Redis: once each, seen by whoever judges; a dead letter where they cannot be used."""
+"""Images on their way through the stages, on the real Redis: once each, seen by whoever judges; a
+dead letter where they cannot be used.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.images import Picture, reading, reference_of
-from pipeline.loop import Worker
-from pipeline.records import Rollout, StageName, Ticket, decode_work, ids_array
-from pipeline.streams import Bus
-from pipeline.weights import publish
-from settings.root import Settings
+from onstream.pipeline.images import Picture, reading, reference_of
+from onstream.pipeline.loop import Worker
+from onstream.pipeline.records import Rollout, StageName, Ticket, decode_work, ids_array
+from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.weights import publish
+from onstream.settings.root import Settings
+from onstream.workers.generator.stage import Generator
+from onstream.workers.teacher.stage import Teacher
+from onstream.workers.tiny_models.character_tokenizer import CONTEXT_TOKENS
 from tests.vision.conftest import Tiny, noise, of
-from workers.generator.stage import Generator
-from workers.models.tokenizer import CONTEXT_TOKENS
-from workers.teacher.stage import Teacher
 
 GROUP = 4
 ROUTE: list[StageName] = ["score", "train"]
@@ -29,13 +31,18 @@ pytestmark = pytest.mark.timeout(60)
 
 
 def shows(*urls: str) -> list[dict[str, Any]]:
-    return [*({"type": "image_url", "image_url": {"url": url}} for url in urls), {"type": "text", "text": "?"}]
+    return [
+        *({"type": "image_url", "image_url": {"url": url}} for url in urls),
+        {"type": "text", "text": "?"},
+    ]
 
 
 def settings_of(tiny: Tiny, directory: Path, contents: list[Any], **sections: Any) -> Settings:
     """A run of `tiny` on a file with a problem for each of `contents`."""
     path = directory / "problems.jsonl"
-    rows = [{"messages": [{"role": "user", "content": content}], "answer": "a"} for content in contents]
+    rows = [
+        {"messages": [{"role": "user", "content": content}], "answer": "a"} for content in contents
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = {
         "model": {"name": str(tiny.directory)},
@@ -55,7 +62,10 @@ def generate(bus: Bus, settings: Settings, tiny: Tiny, problems: int) -> Worker:
     group = settings.orchestrator.group_size
     policy = publish(settings.run_dir, 0, tiny.model.state_dict(), tiny.directory)
     lease = bus.acquire_lease(60)
-    tickets = [Ticket(1 + at, at // group, group, at // group, at, 0, list(ROUTE)) for at in range(problems * group)]
+    tickets = [
+        Ticket(1 + at, at // group, group, at // group, at, 0, list(ROUTE))
+        for at in range(problems * group)
+    ]
     assert bus.issue(lease, 0, tickets, max_backlog=1000)
     worker = Worker(Generator(settings, bus, lambda: policy), bus, settings.delivery, block_s=0.05)
     worker.stage.setup()
@@ -69,7 +79,9 @@ def rollouts(bus: Bus, stage: StageName) -> list[Rollout]:
     return [record for record in found if isinstance(record, Rollout)]
 
 
-def test_a_group_over_one_image_keeps_it_once_and_carries_its_name(bus: Bus, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_group_over_one_image_keeps_it_once_and_carries_its_name(
+    bus: Bus, tiny: Tiny, tmp_path: Path
+) -> None:
     picture = noise(1, 32, 32)
     generate(bus, settings_of(tiny, tmp_path, [shows(picture.data_url)]), tiny, problems=1)
     made = rollouts(bus, "score")
@@ -85,7 +97,9 @@ def line() -> Picture:
     return of(Image.new("RGB", (1005, 3)))
 
 
-def test_every_bad_image_is_a_dead_letter_with_the_reason_and_the_run_goes_on(bus: Bus, tiny: Tiny, tmp_path: Path) -> None:
+def test_every_bad_image_is_a_dead_letter_with_the_reason_and_the_run_goes_on(
+    bus: Bus, tiny: Tiny, tmp_path: Path
+) -> None:
     good = noise(1)
     whole = good.data_url.split(",")[1]
     still, turned = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
@@ -100,7 +114,9 @@ def test_every_bad_image_is_a_dead_letter_with_the_reason_and_the_run_goes_on(bu
             "data:image/png;base64," + "A" * 40_000: "images.max_bytes is 20000",
             "data:image/gif;base64,R0lGODlhAQABAAAAACw=": "begin with b'GIF89a",
             "data:image/svg+xml;base64,PHN2Zy8+": "begin with b'<svg/>'",
-            of(still, "WEBP", save_all=True, append_images=[turned]).data_url: "an animation of 2 frames",
+            of(
+                still, "WEBP", save_all=True, append_images=[turned]
+            ).data_url: "an animation of 2 frames",
             "https://example.org/cat.png": "images.allowed_hosts: 127.0.0.1",
             f"http://127.0.0.1:{silent.getsockname()[1]}/cat.png": "took longer than images.fetch_timeout",
             "http://127.0.0.1:port/": "cannot be fetched",
@@ -108,7 +124,13 @@ def test_every_bad_image_is_a_dead_letter_with_the_reason_and_the_run_goes_on(bu
             "": "has no URL",
         }
         contents = [shows(url) for url in bad] + [shows(*[good.data_url] * 3), shows(good.data_url)]
-        limits = {"max_pixels": 4096, "max_bytes": 20_000, "max_per_prompt": 2, "allowed_hosts": ["127.0.0.1"], "fetch_timeout": 0.2}
+        limits = {
+            "max_pixels": 4096,
+            "max_bytes": 20_000,
+            "max_per_prompt": 2,
+            "allowed_hosts": ["127.0.0.1"],
+            "fetch_timeout": 0.2,
+        }
         settings = settings_of(tiny, tmp_path, contents, images=limits)
         generate(bus, settings, tiny, problems=len(contents))
     reasons = [letter.reason for letter in bus.dead_letters(1000)]
@@ -119,34 +141,60 @@ def test_every_bad_image_is_a_dead_letter_with_the_reason_and_the_run_goes_on(bu
     assert bus._ask("HLEN", bus.keys.images) == 1
 
 
-def test_what_a_processor_does_not_take_is_a_dead_letter_too(bus: Bus, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit of our own is looser here than that of Qwen-VL's processors; LLaVA's takes such a picture."""
+def test_what_a_processor_does_not_take_is_a_dead_letter_too(
+    bus: Bus, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit of our own is looser here than that of Qwen-VL's processors; LLaVA's takes such a
+    picture.
+    """
     monkeypatch.setattr(reading, "MAX_ASPECT", 1000)
-    contents = [shows(line().data_url), shows(of(Image.new("RGB", (1, 1))).data_url), shows(noise(1).data_url)]
+    contents = [
+        shows(line().data_url),
+        shows(of(Image.new("RGB", (1, 1))).data_url),
+        shows(noise(1).data_url),
+    ]
     generate(bus, settings_of(tiny, tmp_path, contents), tiny, problems=3)
     reasons = [letter.reason for letter in bus.dead_letters()]
     if tiny.family == "llava":
         assert reasons == []
         return
     assert len(reasons) == GROUP
-    assert all("does not take the image of 1005 × 3 pixels" in reason and "Scale or crop it" in reason for reason in reasons)
+    assert all(
+        "does not take the image of 1005 × 3 pixels" in reason and "Scale or crop it" in reason
+        for reason in reasons
+    )
     assert len(rollouts(bus, "score")) == 2 * GROUP
 
 
-def test_a_prompt_is_never_cut_and_one_beyond_the_context_is_a_dead_letter(bus: Bus, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_prompt_is_never_cut_and_one_beyond_the_context_is_a_dead_letter(
+    bus: Bus, tiny: Tiny, tmp_path: Path
+) -> None:
     picture = noise(1, 64, 64)
     tokens = len(tiny.vision.features(picture).token_ids)
     fits = (CONTEXT_TOKENS - 30) // (tokens + 3)
-    contents = [shows(*[picture.data_url] * fits), shows(*[picture.data_url] * (CONTEXT_TOKENS // tokens + 1))]
+    contents = [
+        shows(*[picture.data_url] * fits),
+        shows(*[picture.data_url] * (CONTEXT_TOKENS // tokens + 1)),
+    ]
     sampling = {"max_batch": 64, "sampling": {"max_completion": CONTEXT_TOKENS}}
-    generate(bus, settings_of(tiny, tmp_path, contents, inference=sampling, images={"max_per_prompt": 1024}), tiny, problems=2)
+    generate(
+        bus,
+        settings_of(tiny, tmp_path, contents, inference=sampling, images={"max_per_prompt": 1024}),
+        tiny,
+        problems=2,
+    )
     shown = CONTEXT_TOKENS // tokens + 1
     reasons = [letter.reason for letter in bus.dead_letters()]
     assert len(reasons) == GROUP
-    assert all(f"{shown * tokens} of them of its {shown} images; the student's context is {CONTEXT_TOKENS}" in reason for reason in reasons)
+    assert all(
+        f"{shown * tokens} of them of its {shown} images; the student's context is {CONTEXT_TOKENS}"
+        in reason
+        for reason in reasons
+    )
     for rollout in rollouts(bus, "score"):
         (sample,) = rollout.samples
-        prompt, completion = ids_array(sample.prompt_ids), ids_array(sample.completion_ids)
+        prompt = ids_array(sample.prompt_ids)
+        completion = ids_array(sample.completion_ids)
         assert np.count_nonzero(prompt == tiny.vision.placeholder_id) == fits * tokens
         assert len(prompt) + len(completion) <= CONTEXT_TOKENS
         assert tiny.vision.misplaced(prompt, [tiny.vision.features(picture)] * fits) is None
@@ -167,7 +215,9 @@ def settle(bus: Bus) -> None:
     bus.acknowledge(bus.lease, {entry.id: entry.number for entry in bus.read("train", 1000)})
 
 
-def test_what_redis_lost_is_held_again_when_it_is_issued_again(bus: Bus, tiny: Tiny, tmp_path: Path) -> None:
+def test_what_redis_lost_is_held_again_when_it_is_issued_again(
+    bus: Bus, tiny: Tiny, tmp_path: Path
+) -> None:
     picture = noise(1)
     worker = generate(bus, settings_of(tiny, tmp_path, [shows(picture.data_url)]), tiny, problems=1)
     assert bus.lease is not None
@@ -181,7 +231,9 @@ def test_what_redis_lost_is_held_again_when_it_is_issued_again(bus: Bus, tiny: T
     assert sorted(bus.held_numbers()) == [1, 2, 3, 4]
 
 
-def test_a_generator_outlives_a_redis_that_was_emptied_under_it(bus: Bus, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_generator_outlives_a_redis_that_was_emptied_under_it(
+    bus: Bus, tiny: Tiny, tmp_path: Path
+) -> None:
     """What it writes then is nobody's any more, and leaves no image behind."""
     settings = settings_of(tiny, tmp_path, [shows(noise(1).data_url)])
     worker = generate(bus, settings, tiny, problems=1)
@@ -192,10 +244,17 @@ def test_a_generator_outlives_a_redis_that_was_emptied_under_it(bus: Bus, tiny: 
     bus._ask("DEL", *bus._ask("KEYS", f"{{onstream:{bus.run}}}:*"))
     while worker.stage.busy:
         worker.turn()
-    assert bus._ask("EXISTS", bus.keys.images, bus.keys.images_counted, bus.keys.images_held, bus.keys.dead) == 0
+    assert (
+        bus._ask(
+            "EXISTS", bus.keys.images, bus.keys.images_counted, bus.keys.images_held, bus.keys.dead
+        )
+        == 0
+    )
 
 
-def test_images_of_rollouts_that_were_given_back_wait_for_whoever_is_next(bus: Bus, tiny: Tiny, tmp_path: Path) -> None:
+def test_images_of_rollouts_that_were_given_back_wait_for_whoever_is_next(
+    bus: Bus, tiny: Tiny, tmp_path: Path
+) -> None:
     settings = settings_of(tiny, tmp_path, [shows(noise(1).data_url)])
     generate(bus, settings, tiny, problems=1)
     entries = bus.read("score", 100)
@@ -207,7 +266,9 @@ def test_images_of_rollouts_that_were_given_back_wait_for_whoever_is_next(bus: B
     assert len(rollouts(bus, "train")) == GROUP
 
 
-def test_a_dead_rollout_asked_for_anew_has_its_image_again(bus: Bus, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_dead_rollout_asked_for_anew_has_its_image_again(
+    bus: Bus, tiny: Tiny, tmp_path: Path
+) -> None:
     """Its first image has gone with its tombstone; the new rollout reads it from the task."""
     picture = noise(1)
     settings = settings_of(tiny, tmp_path, [shows(picture.data_url)])
@@ -219,7 +280,10 @@ def test_a_dead_rollout_asked_for_anew_has_its_image_again(bus: Bus, tiny: Tiny,
     assert bus.held_numbers() == []
 
     assert bus.lease is not None
-    again = [Ticket(GROUP + 1 + at, 1, GROUP, 0, at, 0, list(ROUTE), requeued_from=1 + at) for at in range(GROUP)]
+    again = [
+        Ticket(GROUP + 1 + at, 1, GROUP, 0, at, 0, list(ROUTE), requeued_from=1 + at)
+        for at in range(GROUP)
+    ]
     assert bus.issue(bus.lease, GROUP, again, max_backlog=100)
     while bus.backlog()["generate"]:
         worker.turn()
@@ -229,8 +293,12 @@ def test_a_dead_rollout_asked_for_anew_has_its_image_again(bus: Bus, tiny: Tiny,
     assert len(rollouts(bus, "train")) == GROUP
 
 
-def test_a_local_teacher_scores_with_the_image_present(bus: Bus, tiny: Tiny, tmp_path: Path) -> None:
-    """The teacher is the student: it must find every token exactly as likely as the student did, who saw the image."""
+def test_a_local_teacher_scores_with_the_image_present(
+    bus: Bus, tiny: Tiny, tmp_path: Path
+) -> None:
+    """The teacher is the student: it must find every token exactly as likely as the student did,
+    who saw the image.
+    """
     settings = settings_of(tiny, tmp_path, [shows(noise(1).data_url), shows(noise(2).data_url)])
     generate(bus, settings, tiny, problems=2)
     score(bus, settings)
@@ -243,10 +311,14 @@ def test_a_local_teacher_scores_with_the_image_present(bus: Bus, tiny: Tiny, tmp
         assert np.abs(generator - teacher).max() < 1e-4
 
 
-def test_a_rollout_whose_image_is_gone_is_never_scored_blind(bus: Bus, tiny: Tiny, tmp_path: Path) -> None:
+def test_a_rollout_whose_image_is_gone_is_never_scored_blind(
+    bus: Bus, tiny: Tiny, tmp_path: Path
+) -> None:
     settings = settings_of(tiny, tmp_path, [shows(noise(1).data_url)])
     generate(bus, settings, tiny, problems=1)
     bus._ask("DEL", bus.keys.images)
     score(bus, settings)
-    assert {letter.reason.partition(":")[0] for letter in bus.dead_letters()} == {"it would be scored blind"}
+    assert {letter.reason.partition(":")[0] for letter in bus.dead_letters()} == {
+        "it would be scored blind"
+    }
     assert rollouts(bus, "train") == []

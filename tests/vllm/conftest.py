@@ -9,42 +9,66 @@ from typing import Any
 
 import pytest
 
-from settings.root import Settings
+from onstream.settings.root import Settings
+from onstream.workers.generator.student import Student, open_student
+from onstream.workers.tiny_models.fresh import Shape, write_fresh
 from tests.vllm.server import VllmServer
-from workers.generator.student import Student, open_student
-from workers.models.fresh import Shape, write_fresh
 
 HERE = Path(__file__).parent
 
 
 def on_vllm(model: Path, **inference: Any) -> Settings:
     """Settings of a generator that serves `model` by vLLM, on the CPU."""
-    given = {"engine": "vllm", "max_batch": 64, "prefetch": 32, "sampling": {"max_completion": 200}, **inference}
-    return Settings.model_validate({"model": {"name": str(model)}, "deployment": {"device": "cpu"}, "inference": given})
+    given = {
+        "engine": "vllm",
+        "max_batch": 64,
+        "prefetch": 32,
+        "sampling": {"max_completion": 200},
+        **inference,
+    }
+    return Settings.model_validate(
+        {"model": {"name": str(model)}, "deployment": {"device": "cpu"}, "inference": given}
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if find_spec("vllm") is None:
         for item in items:
             if HERE in item.path.parents:
-                item.add_marker(pytest.mark.skip(reason="needs vLLM: `make test-vllm` installs it and runs this"))
+                item.add_marker(
+                    pytest.mark.skip(
+                        reason="needs vLLM: `make test-vllm` installs it and runs this"
+                    )
+                )
 
 
 @pytest.fixture(scope="session")
 def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher whose weights are wide enough that its distributions are not flat."""
-    return write_fresh(tmp_path_factory.mktemp("teacher"), Shape(hidden=64, layers=2, intermediate=128), seed=7, initializer_range=0.3)
+    return write_fresh(
+        tmp_path_factory.mktemp("teacher"),
+        Shape(hidden=64, layers=2, intermediate=128),
+        seed=7,
+        initializer_range=0.3,
+    )
 
 
 @pytest.fixture(scope="session")
 def student_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student of the same vocabulary."""
-    return write_fresh(tmp_path_factory.mktemp("student"), Shape(hidden=64, layers=2, intermediate=128), seed=8, initializer_range=0.3)
+    return write_fresh(
+        tmp_path_factory.mktemp("student"),
+        Shape(hidden=64, layers=2, intermediate=128),
+        seed=8,
+        initializer_range=0.3,
+    )
 
 
 @pytest.fixture(scope="session")
 def student(student_dir: Path) -> Iterator[Student]:
-    """The student on a real vLLM in this process and its children, started once for the session; its version 0 is `student_dir`."""
+    """The student on a real vLLM in this process and its children, started once for the session;
+    its version 0 is `student_dir`.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # vLLM's imports warn of what torch deprecates

@@ -1,20 +1,22 @@
-"""vLLM's workers with a fault that can be switched on: the one that every built-in reload of a tied model has on a CPU."""
+"""vLLM's workers with a fault that can be switched on: the one that every built-in reload of a tied
+model has on a CPU.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from workers.generator import vllm_extension
+from onstream.workers.generator.engines.vllm import extension
 
-_repack = vllm_extension.repack_tied_head
+_repack = extension.repack_tied_head
 
 
-class Forgetful(vllm_extension.Extension):
+class Forgetful(extension.Extension):
     """`Extension` whose updates may leave the packed copy of the tied head as it was."""
 
     def forget_the_head(self: Any, forget: bool) -> None:
         """From the next update on, leave the head behind, or no longer."""
-        vllm_extension.repack_tied_head = _leave_it if forget else _repack
+        extension.repack_tied_head = _leave_it if forget else _repack
 
 
 def _leave_it(model: Any) -> None:

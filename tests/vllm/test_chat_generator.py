@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.records import Rollout, Ticket, ids_array
-from pipeline.stage import Delivery, Outcome
-from pipeline.streams import Bus
-from settings.root import Settings
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.records import Rollout, Ticket, ids_array
+from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.stage import Delivery, Outcome
+from onstream.settings.root import Settings
+from onstream.workers.generator.chat_stage import ChatGenerator
+from onstream.workers.tiny_models.character_tokenizer import character_tokenizer
 from tests.vllm.server import VllmServer
-from workers.generator.chat import ChatGenerator
-from workers.models.tokenizer import character_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -25,7 +25,12 @@ def configure(server: VllmServer, student: Path, model: str = "teacher") -> Sett
         {
             "model": {"name": str(student)},
             "inference": {"sampling": {"max_completion": 12}},
-            "orchestrator": {"use_token_client": False, "batch_size": 8, "group_size": 4, "teacher_rollout_model": source},
+            "orchestrator": {
+                "use_token_client": False,
+                "batch_size": 8,
+                "group_size": 4,
+                "teacher_rollout_model": source,
+            },
             "trainer": {"loss": {"type": "sft"}},
         }
     )
@@ -41,7 +46,9 @@ def stage(server: VllmServer, student_dir: Path, bus: Bus) -> Iterator[ChatGener
 
 def delivery(number: int) -> Delivery:
     group = (number - 1) // 4
-    return Delivery(b"%d-0" % number, number, Ticket(number, group, 4, group, number, 0, ["train"]), 50, 1, 1.0)
+    return Delivery(
+        b"%d-0" % number, number, Ticket(number, group, 4, group, number, 0, ["train"]), 50, 1, 1.0
+    )
 
 
 def test_a_group_is_one_request_for_several_choices(stage: ChatGenerator) -> None:
@@ -51,17 +58,25 @@ def test_a_group_is_one_request_for_several_choices(stage: ChatGenerator) -> Non
     assert sorted(outcome.delivery.number for outcome in outcomes) == list(range(1, 9))
     assert stage.stats.numbers["requests"] == 2
     rollouts = [outcome.record for outcome in outcomes if isinstance(outcome.record, Rollout)]
-    assert len({rollout.samples[0].completion_text for rollout in rollouts}) > 2, "choices of one prompt are samples, not copies"
+    assert len({rollout.samples[0].completion_text for rollout in rollouts}) > 2, (
+        "choices of one prompt are samples, not copies"
+    )
     tokenizer = character_tokenizer()
     for rollout in rollouts:
         ids = ids_array(rollout.samples[0].completion_ids).tolist()
         ended = rollout.finish_reason == "stop"
-        assert tokenizer.decode(ids) == rollout.samples[0].completion_text + ("<|im_end|>" if ended else "")
+        assert tokenizer.decode(ids) == rollout.samples[0].completion_text + (
+            "<|im_end|>" if ended else ""
+        )
         assert ended == (ids[-1] == tokenizer.eos_token_id)
 
 
-def test_a_model_that_it_does_not_serve_is_refused_with_the_one_that_it_does(server: VllmServer, student_dir: Path, bus: Bus) -> None:
+def test_a_model_that_it_does_not_serve_is_refused_with_the_one_that_it_does(
+    server: VllmServer, student_dir: Path, bus: Bus
+) -> None:
     stage = ChatGenerator(configure(server, student_dir, model="gpt-9"), bus)
-    with pytest.raises(UserError, match=r"model.name = 'gpt-9', which .* does not serve; .* it lists: 'teacher'"):
+    with pytest.raises(
+        UserError, match=r"model.name = 'gpt-9', which .* does not serve; .* it lists: 'teacher'"
+    ):
         stage.setup()
     stage.close(finished=False)

@@ -1,4 +1,6 @@
-"""The engine over vLLM, on a real one: what is sampled and what is said of it, alone, in company, and through updates."""
+"""The engine over vLLM, on a real one: what is sampled and what is said of it, alone, in company,
+and through updates.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,13 @@ import psutil
 import pytest
 import torch
 
-from pipeline.errors import UserError
-from pipeline.weights import LoadedPolicy, WeightsError
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.weights import LoadedPolicy, WeightsError
+from onstream.workers.generator.engines.base import Completion, Request, Sampling
+from onstream.workers.generator.student import Student, open_student
+from onstream.workers.tiny_models.fresh import Shape, write_fresh
 from tests.vllm.conftest import on_vllm
 from tests.vllm.reference import CLOSE_NATS, gaps, model_of, policy_of
-from workers.generator.engine import Completion, Request, Sampling
-from workers.generator.student import Student, open_student
-from workers.models.fresh import Shape, write_fresh
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 MODES = ("recompute", "keep", "wait", "abort")
@@ -61,20 +63,39 @@ def a_prompt(seed: int, length: int) -> Any:
     return np.random.default_rng(seed).integers(8, 128, length).astype(np.int32)
 
 
-def some_requests(keys: range, *, prompt_tokens: Sequence[int] = (30, 150), longest: int = 120, **sampling: Any) -> list[Request]:
-    """Groups of four with one prompt, every second of them longer than a block of vLLM's cache, to be finished one after the other."""
-    prompts = {group: a_prompt(group, prompt_tokens[group % len(prompt_tokens)]) for group in {key // 4 for key in keys}}
+def some_requests(
+    keys: range, *, prompt_tokens: Sequence[int] = (30, 150), longest: int = 120, **sampling: Any
+) -> list[Request]:
+    """Groups of four with one prompt, every second of them longer than a block of vLLM's cache, to
+    be finished one after the other.
+    """
+    prompts = {
+        group: a_prompt(group, prompt_tokens[group % len(prompt_tokens)])
+        for group in {key // 4 for key in keys}
+    }
     lengths = {key: 4 + (key - keys.start) * (longest - 4) // len(keys) for key in keys}
-    return [Request(key, prompts[key // 4], lengths[key], seed=1000 + key, sampling=Sampling(**sampling)) for key in keys]
+    return [
+        Request(
+            key, prompts[key // 4], lengths[key], seed=1000 + key, sampling=Sampling(**sampling)
+        )
+        for key in keys
+    ]
 
 
-def test_logprobs_are_those_of_the_distribution_that_was_sampled_from(engine: Any, first: Any) -> None:
+def test_logprobs_are_those_of_the_distribution_that_was_sampled_from(
+    engine: Any, first: Any
+) -> None:
     for sampling in ({}, {"temperature": 0.7}, {"temperature": 0.0}):
         requests = some_requests(range(24), longest=60, **sampling)
         engine.add(requests)
         written = finish(engine)
-        worst = max(gaps({engine.version: first}, request, written[request.key]).max() for request in requests)
-        print(f"{sampling or 'temperature 1'}: vLLM and transformers differ by at most {worst:.1e} nats")
+        worst = max(
+            gaps({engine.version: first}, request, written[request.key]).max()
+            for request in requests
+        )
+        print(
+            f"{sampling or 'temperature 1'}: vLLM and transformers differ by at most {worst:.1e} nats"
+        )
         assert worst < CLOSE_NATS
 
 
@@ -87,17 +108,24 @@ def test_filters_are_in_the_logprobs(engine: Any, first: Any) -> None:
         one = written[request.key]
         ids = torch.from_numpy(np.concatenate([request.prompt_ids, one.token_ids]).astype(np.int64))
         logits = first(ids[None]).logits[0, len(request.prompt_ids) - 1 : -1]
-        kept = logits.masked_fill(logits < logits.topk(5).values[:, -1:], float("-inf")).log_softmax(-1)
+        kept = logits.masked_fill(
+            logits < logits.topk(5).values[:, -1:], float("-inf")
+        ).log_softmax(-1)
         drawn = kept.gather(1, torch.from_numpy(one.token_ids.astype(np.int64))[:, None])[:, 0]
         assert torch.allclose(drawn, torch.from_numpy(one.logprobs), atol=CLOSE_NATS)
 
 
 @torch.no_grad()
 def test_tokens_are_drawn_by_their_probabilities(engine: Any, first: Any) -> None:
-    prompt, draws = a_prompt(7, 20), 3000
+    prompt = a_prompt(7, 20)
+    draws = 3000
     engine.add([Request(key, prompt, 1, seed=key) for key in range(draws)])
-    drawn = np.bincount([one.token_ids[0] for one in finish(engine).values()], minlength=128) / draws
-    wanted = first(torch.from_numpy(prompt.astype(np.int64))[None]).logits[0, -1].softmax(-1).numpy()
+    drawn = (
+        np.bincount([one.token_ids[0] for one in finish(engine).values()], minlength=128) / draws
+    )
+    wanted = (
+        first(torch.from_numpy(prompt.astype(np.int64))[None]).logits[0, -1].softmax(-1).numpy()
+    )
     likely = wanted > 0.002
     deviations = (drawn - wanted)[likely] / np.sqrt(wanted * (1 - wanted) / draws)[likely]
     assert np.abs(deviations).max() < 4.5, "standard deviations of the likelier tokens' shares"
@@ -118,7 +146,8 @@ def test_a_seed_decides_the_draws_in_whatever_company(engine: Any) -> None:
 def test_a_completion_ends_with_its_stop_token_or_its_length(engine: Any) -> None:
     requests = some_requests(range(48), longest=200)
     engine.add(requests)
-    written, lengths = finish(engine), {request.key: request.max_tokens for request in requests}
+    written = finish(engine)
+    lengths = {request.key: request.max_tokens for request in requests}
     assert engine._stop_ids == {3}
     reasons = {one.finish_reason for one in written.values()}
     assert reasons == {"stop", "length"}
@@ -130,7 +159,11 @@ def test_a_completion_ends_with_its_stop_token_or_its_length(engine: Any) -> Non
 
 def test_what_cannot_be_written_is_refused(engine: Any) -> None:
     assert engine.max_context == 512 and engine.slots == 64
-    for request in (Request(0, a_prompt(0, 500), 13, 0), Request(0, a_prompt(0, 0), 5, 0), Request(0, a_prompt(0, 3), 0, 0)):
+    for request in (
+        Request(0, a_prompt(0, 500), 13, 0),
+        Request(0, a_prompt(0, 0), 5, 0),
+        Request(0, a_prompt(0, 3), 0, 0),
+    ):
         with pytest.raises(ValueError, match="request 0"):
             engine.add([request])
     assert engine.active == 0
@@ -138,13 +171,17 @@ def test_what_cannot_be_written_is_refused(engine: Any) -> None:
     assert len(finish(engine)[0].token_ids) <= 12
 
 
-def through_updates(engine: Any, models: Sequence[Any]) -> tuple[dict[int, Any], list[Request], dict[int, Completion]]:
-    """Requests in three waves, half again as many as there are slots, each wave met by an update in its middle.
+def through_updates(
+    engine: Any, models: Sequence[Any]
+) -> tuple[dict[int, Any], list[Request], dict[int, Completion]]:
+    """Requests in three waves, half again as many as there are slots, each wave met by an update in
+    its middle.
 
     Returns the models by version, the requests and what was written.
     """
     versions = {engine.version: models[0]}
-    requests, written = list[Request](), list[Completion]()
+    requests = list[Request]()
+    written = list[Completion]()
     lengths = (30, 150) if engine.on_new_weights != "keep" else (30, 60)
     for wave, model in enumerate([*models[1:], None]):
         requests += some_requests(range(wave * 96, wave * 96 + 96), prompt_tokens=lengths)
@@ -169,34 +206,56 @@ def test_every_token_is_of_the_version_that_its_span_names_through_updates_under
     assert engine.version == max(versions) and len(written) == len(requests)
     assert {span.version for one in written.values() for span in one.version_spans} == set(versions)
     spans = [len(one.version_spans) for one in written.values()]
-    worst = max(gaps(versions, request, written[request.key], stale=mode == "keep").max() for request in requests)
-    print(f"{mode}: at most {worst:.1e} nats; {sum(number > 1 for number in spans)} of {len(spans)} completions in several spans")
+    worst = max(
+        gaps(versions, request, written[request.key], stale=mode == "keep").max()
+        for request in requests
+    )
+    print(
+        f"{mode}: at most {worst:.1e} nats; {sum(number > 1 for number in spans)} of {len(spans)} completions in several spans"
+    )
     assert worst < CLOSE_NATS
     assert max(spans) == 1 if mode == "wait" else max(spans) > 1
 
 
-def test_kept_keys_and_values_make_tokens_that_no_version_alone_would_have_drawn_so(engine: Any, first: Any, second: Any) -> None:
-    """After an update the logprobs are those that were sampled from (the test above), and not those of the version in the span."""
+def test_kept_keys_and_values_make_tokens_that_no_version_alone_would_have_drawn_so(
+    engine: Any, first: Any, second: Any
+) -> None:
+    """After an update the logprobs are those that were sampled from (the test above), and not those
+    of the version in the span.
+    """
     engine.on_new_weights = "keep"
     versions, requests, written = through_updates(engine, [first, second])
-    found = [(written[request.key].version_spans, gaps(versions, request, written[request.key])) for request in requests]
+    found = [
+        (written[request.key].version_spans, gaps(versions, request, written[request.key]))
+        for request in requests
+    ]
     assert max(gap[: spans[0].end].max() for spans, gap in found) < CLOSE_NATS
     after = np.concatenate([gap[spans[0].end :] for spans, gap in found])
-    print(f"after the update: {after.mean():.2f} nats from the new version in the mean, at most {after.max():.2f}")
+    print(
+        f"after the update: {after.mean():.2f} nats from the new version in the mean, at most {after.max():.2f}"
+    )
     assert after.size and np.median(after) > 0.1
 
 
-def test_a_request_that_was_aborted_by_an_update_does_not_draw_the_same_again(engine: Any, first: Any) -> None:
+def test_a_request_that_was_aborted_by_an_update_does_not_draw_the_same_again(
+    engine: Any, first: Any
+) -> None:
     engine.on_new_weights = "abort"
     _, _, written = through_updates(engine, [first, first])
-    halves = [np.split(one.token_ids, [one.version_spans[0].end]) for one in written.values() if len(one.version_spans) > 1]
+    halves = [
+        np.split(one.token_ids, [one.version_spans[0].end])
+        for one in written.values()
+        if len(one.version_spans) > 1
+    ]
     assert halves
     for before, after in halves:
         shared = min(len(before), len(after))
         assert shared < 12 or before[:shared].tolist() != after[:shared].tolist()
 
 
-def test_weights_that_cannot_be_used_change_nothing_and_are_told(engine: Any, first: Any, second: Any, tmp_path: Path) -> None:
+def test_weights_that_cannot_be_used_change_nothing_and_are_told(
+    engine: Any, first: Any, second: Any, tmp_path: Path
+) -> None:
     version = engine.version
     requests = some_requests(range(32))
     engine.add(requests)
@@ -209,28 +268,49 @@ def test_weights_that_cannot_be_used_change_nothing_and_are_told(engine: Any, fi
     with pytest.raises(WeightsError, match="cannot be read"):
         engine.load(gone)
     narrow = model_of(write_fresh(tmp_path, Shape(hidden=32, layers=2, intermediate=64), seed=1))
-    with pytest.raises(WeightsError, match=r"of another shape .*embed_tokens.weight \[128, 32\], not \[128, 64\]"):
+    with pytest.raises(
+        WeightsError, match=r"of another shape .*embed_tokens.weight \[128, 32\], not \[128, 64\]"
+    ):
         engine.load(policy_of(next(NUMBERS), narrow))
-    headless = {name: tensor for name, tensor in second.state_dict().items() if "layers.1." not in name}
+    headless = {
+        name: tensor for name, tensor in second.state_dict().items() if "layers.1." not in name
+    }
     with pytest.raises(WeightsError, match=r"missing .'model.layers.1"):
         engine.load(LoadedPolicy.of(next(NUMBERS), headless))
     written = finish(engine)
     assert engine.version == version
-    assert max(gaps({version: first}, request, written[request.key]).max() for request in requests) < CLOSE_NATS
+    assert (
+        max(gaps({version: first}, request, written[request.key]).max() for request in requests)
+        < CLOSE_NATS
+    )
     engine.load(policy_of(next(NUMBERS), second))
     engine.add(requests)
     written = finish(engine)
-    assert max(gaps({engine.version: second}, request, written[request.key]).max() for request in requests) < CLOSE_NATS
+    assert (
+        max(
+            gaps({engine.version: second}, request, written[request.key]).max()
+            for request in requests
+        )
+        < CLOSE_NATS
+    )
 
 
 def engines() -> set[psutil.Process]:
     """The processes of vLLM's engines under this one."""
-    return {child for child in psutil.Process().children(recursive=True) if "EngineCore" in child.name()}
+    return {
+        child for child in psutil.Process().children(recursive=True) if "EngineCore" in child.name()
+    }
 
 
-def test_an_engine_that_is_closed_with_requests_in_flight_leaves_nothing_behind(student_dir: Path) -> None:
+def test_an_engine_that_is_closed_with_requests_in_flight_leaves_nothing_behind(
+    student_dir: Path,
+) -> None:
     before = engines()
-    engine = open_student(on_vllm(student_dir, max_batch=8, max_model_len=256, extra_args={"max_num_batched_tokens": 300})).engine
+    engine = open_student(
+        on_vllm(
+            student_dir, max_batch=8, max_model_len=256, extra_args={"max_num_batched_tokens": 300}
+        )
+    ).engine
     started = engines() - before
     assert started and (engine.slots, engine.max_context) == (8, 256)
     engine.add([Request(key, a_prompt(key, 50), 200, seed=key) for key in range(64)])
@@ -240,15 +320,23 @@ def test_an_engine_that_is_closed_with_requests_in_flight_leaves_nothing_behind(
     assert not psutil.wait_procs(started, timeout=5)[1]
 
 
-def test_a_model_or_an_argument_that_vllm_does_not_take_is_told_in_words(student_dir: Path, tmp_path: Path) -> None:
+def test_a_model_or_an_argument_that_vllm_does_not_take_is_told_in_words(
+    student_dir: Path, tmp_path: Path
+) -> None:
     before = engines()
-    with pytest.raises(UserError, match=r"vLLM does not take .*unexpected keyword argument 'colour'"):
+    with pytest.raises(
+        UserError, match=r"vLLM does not take .*unexpected keyword argument 'colour'"
+    ):
         open_student(on_vllm(student_dir, extra_args={"colour": "blue"}))
     with pytest.raises(UserError, match=r"vLLM does not take .*max_model_len"):
         open_student(on_vllm(student_dir, max_model_len=4096))
-    with pytest.raises(UserError, match=r"vLLM did not start with .*vLLM's own lines above say why"):
+    with pytest.raises(
+        UserError, match=r"vLLM did not start with .*vLLM's own lines above say why"
+    ):
         open_student(on_vllm(student_dir, extra_args={"num_gpu_blocks_override": 1}))
     odd = write_fresh(tmp_path, Shape(hidden=48, layers=1, intermediate=64, head_dim=24), seed=1)
-    with pytest.raises(UserError, match=r"vLLM did not start with .*vLLM's own lines above say why"):
+    with pytest.raises(
+        UserError, match=r"vLLM did not start with .*vLLM's own lines above say why"
+    ):
         open_student(on_vllm(odd))  # it starts, and dies of its first request
     assert not psutil.wait_procs(engines() - before, timeout=5)[1]

@@ -1,4 +1,6 @@
-"""A generator over vLLM: what it loads before its first rollout, and what becomes of announcements that it cannot follow."""
+"""A generator over vLLM: what it loads before its first rollout, and what becomes of announcements
+that it cannot follow.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +12,17 @@ import pytest
 import torch
 
 from benchmarks.vllm_update import Announcements, changed, first_token_s
-from pipeline.records import Rollout, Ticket, ids_array, logprobs_array
-from pipeline.stage import Delivery, Outcome
-from pipeline.streams import Bus
-from pipeline.weights import Directory, Reader, publish
+from onstream.pipeline.records import Rollout, Ticket, ids_array, logprobs_array
+from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.stage import Delivery, Outcome
+from onstream.pipeline.weights import Directory, Reader, publish
+from onstream.workers.generator import policy_loader, stage
+from onstream.workers.generator.engines.base import Completion, Request
+from onstream.workers.generator.policy_loader import Policies
+from onstream.workers.generator.stage import Generator
+from onstream.workers.generator.student import Student
 from tests.vllm.conftest import on_vllm
 from tests.vllm.reference import CLOSE_NATS, gaps, model_of
-from workers.generator import policies, stage
-from workers.generator.engine import Completion, Request
-from workers.generator.policies import Policies
-from workers.generator.stage import Generator
-from workers.generator.student import Student
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 FIRST = 1000  # policy versions that no other test of the session uses
@@ -34,18 +36,27 @@ def announced() -> Announcements:
 
 @pytest.fixture
 def generator(
-    student: Student, student_dir: Path, tmp_path: Path, bus: Bus, announced: Announcements, monkeypatch: pytest.MonkeyPatch
+    student: Student,
+    student_dir: Path,
+    tmp_path: Path,
+    bus: Bus,
+    announced: Announcements,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Callable[[], Generator]]:
     """Sets up a generator on the session's engine, which it finds as if it had just started it."""
     monkeypatch.setattr(stage, "open_student", lambda settings: student)
-    monkeypatch.setattr(policies, "LOOK_S", 0.0)
-    monkeypatch.setattr(policies, "RETRY_S", 0.0)
+    monkeypatch.setattr(policy_loader, "LOOK_S", 0.0)
+    monkeypatch.setattr(policy_loader, "RETRY_S", 0.0)
     engine: Any = student.engine
     engine.on_new_weights = "recompute"
 
     def build() -> Generator:
         settings = on_vllm(student_dir, sampling={"max_completion": 60})
-        made = Generator(settings.model_copy(update={"run": settings.run.model_copy(update={"dir": tmp_path})}), bus, announced)
+        made = Generator(
+            settings.model_copy(update={"run": settings.run.model_copy(update={"dir": tmp_path})}),
+            bus,
+            announced,
+        )
         made.setup()
         return made
 
@@ -56,7 +67,14 @@ def generator(
 
 def delivery(number: int, min_policy_version: int) -> Delivery:
     group = (number - 1) // 4
-    return Delivery(b"%d-0" % number, number, Ticket(number, group, 4, group, 1000 + number, min_policy_version, ["train"]), 50, 1, 1.0)
+    return Delivery(
+        b"%d-0" % number,
+        number,
+        Ticket(number, group, 4, group, 1000 + number, min_policy_version, ["train"]),
+        50,
+        1,
+        1.0,
+    )
 
 
 def finish(generator: Generator, outcomes: list[Outcome]) -> list[Rollout]:
@@ -72,7 +90,8 @@ def farthest(models: dict[int, Any], rollouts: list[Rollout]) -> float:
         [sample] = rollout.samples
         request = Request(0, ids_array(sample.prompt_ids), 1, 0)
         assert rollout.finish_reason is not None
-        ids, logprobs = ids_array(sample.completion_ids), logprobs_array(sample.generator_logprobs)
+        ids = ids_array(sample.completion_ids)
+        logprobs = logprobs_array(sample.generator_logprobs)
         one = Completion(0, ids, logprobs, rollout.finish_reason, sample.version_spans)
         worst = max(worst, float(gaps(models, request, one).max()))
     return worst
@@ -84,7 +103,12 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_late_joiner_loads_the_newest_version_before_its_first_rollout_and_goes_on_with_it_past_a_torn_one(
-    generator: Callable[[], Generator], announced: Announcements, student: Student, teacher_dir: Path, student_dir: Path, tmp_path: Path
+    generator: Callable[[], Generator],
+    announced: Announcements,
+    student: Student,
+    teacher_dir: Path,
+    student_dir: Path,
+    tmp_path: Path,
 ) -> None:
     run_dir = tmp_path / on_vllm(student_dir).run.name
     announced.newest = publish(run_dir, FIRST + 7, weights(teacher_dir), student_dir)
@@ -97,7 +121,9 @@ def test_a_late_joiner_loads_the_newest_version_before_its_first_rollout_and_goe
     announced.newest = torn
     rollouts = finish(late, outcomes)
     assert len(rollouts) == 24
-    assert {span.version for rollout in rollouts for span in rollout.samples[0].version_spans} == {FIRST + 7}
+    assert {span.version for rollout in rollouts for span in rollout.samples[0].version_spans} == {
+        FIRST + 7
+    }
     assert farthest({FIRST + 7: model_of(teacher_dir)}, rollouts) < CLOSE_NATS
     assert late.room == 0
     assert late.stats.detail.startswith(f"cannot load policy version {FIRST + 8}: ")
@@ -111,13 +137,22 @@ def test_a_late_joiner_loads_the_newest_version_before_its_first_rollout_and_goe
 
 @pytest.mark.parametrize("mode", ["recompute", "keep", "abort"])
 def test_the_first_token_of_a_new_version_comes_while_requests_are_in_flight(
-    generator: Callable[[], Generator], announced: Announcements, student: Student, teacher_dir: Path, tmp_path: Path, mode: str
+    generator: Callable[[], Generator],
+    announced: Announcements,
+    student: Student,
+    teacher_dir: Path,
+    tmp_path: Path,
+    mode: str,
 ) -> None:
     engine: Any = student.engine
     engine.on_new_weights = mode
-    stop_ids, engine._stop_ids = engine._stop_ids, frozenset()
+    stop_ids = engine._stop_ids
+    engine._stop_ids = frozenset()
     begin = FIRST + 100 * len(mode)
-    versions = [publish(tmp_path, number, changed(weights(teacher_dir), number), teacher_dir) for number in range(begin, begin + 4)]
+    versions = [
+        publish(tmp_path, number, changed(weights(teacher_dir), number), teacher_dir)
+        for number in range(begin, begin + 4)
+    ]
 
     def announce() -> int:
         announced.newest = versions.pop(0)
@@ -125,9 +160,13 @@ def test_the_first_token_of_a_new_version_comes_while_requests_are_in_flight(
 
     followed = Policies(engine, Reader(Directory(tmp_path), deltas=False), announced)
     try:
-        seconds = [first_token_s(engine, followed, announce, IN_FLIGHT) for _ in range(len(versions))]
+        seconds = [
+            first_token_s(engine, followed, announce, IN_FLIGHT) for _ in range(len(versions))
+        ]
     finally:
         engine._stop_ids = stop_ids
     told = ", ".join(f"{one:.3f}" for one in seconds)
-    print(f"{mode}: {told} s from the announcement to the first token, with {IN_FLIGHT} requests in flight")
+    print(
+        f"{mode}: {told} s from the announcement to the first token, with {IN_FLIGHT} requests in flight"
+    )
     assert engine.version == begin + 3

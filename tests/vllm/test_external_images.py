@@ -1,4 +1,6 @@
-"""An external teacher that is a vLLM server, and prompts with images: scored with them present, or not at all."""
+"""An external teacher that is a vLLM server, and prompts with images: scored with them present, or
+not at all.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.loop import Worker
-from pipeline.streams import Bus
-from settings.root import Settings
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.loop import Worker
+from onstream.pipeline.redis.streams import Bus
+from onstream.settings.root import Settings
+from onstream.workers.teacher.external import ExternalTeacher
 from tests.vision.conftest import Tiny, noise
 from tests.vision.test_stages import GROUP, generate, rollouts, settings_of, shows
 from tests.vllm.reference import CLOSE_NATS
 from tests.vllm.server import VllmServer
 from tests.vllm.test_images import tiny_of
-from workers.teacher.external import ExternalTeacher
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -42,11 +44,20 @@ def server(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vll
         server.kill()
 
 
-def settings_with(tiny: Tiny, server: VllmServer, directory: Path, contents: list[Any], **client: Any) -> Settings:
-    """A run on a problem for each of `contents`, whose teacher is `server`, which is the student itself."""
-    teacher = {"client": {"base_url": server.base_url, "breaker_pause": 0.5, **client}, "model": {"name": "teacher"}}
+def settings_with(
+    tiny: Tiny, server: VllmServer, directory: Path, contents: list[Any], **client: Any
+) -> Settings:
+    """A run on a problem for each of `contents`, whose teacher is `server`, which is the student
+    itself.
+    """
+    teacher = {
+        "client": {"base_url": server.base_url, "breaker_pause": 0.5, **client},
+        "model": {"name": "teacher"},
+    }
     orchestrator = {"group_size": GROUP, "batch_size": GROUP, "teacher_model": teacher}
-    return settings_of(tiny, directory, contents, orchestrator=orchestrator, trainer={"loss": {"teacher_top_k": 4}})
+    return settings_of(
+        tiny, directory, contents, orchestrator=orchestrator, trainer={"loss": {"teacher_top_k": 4}}
+    )
 
 
 def score(bus: Bus, settings: Settings) -> None:
@@ -59,10 +70,17 @@ def score(bus: Bus, settings: Settings) -> None:
         worker.stage.close(finished=False)
 
 
-def test_every_token_is_scored_with_the_images_present(bus: Bus, tiny: Tiny, server: VllmServer, tmp_path: Path) -> None:
-    """The teacher is the student: it must find every token exactly as likely as the student did, who saw the pictures."""
+def test_every_token_is_scored_with_the_images_present(
+    bus: Bus, tiny: Tiny, server: VllmServer, tmp_path: Path
+) -> None:
+    """The teacher is the student: it must find every token exactly as likely as the student did,
+    who saw the pictures.
+    """
     pictures = [noise(1), noise(2), noise(3, 48, 32)]
-    contents = [shows(picture.data_url) for picture in pictures] + [shows(*(one.data_url for one in pictures)), "a"]
+    contents = [shows(picture.data_url) for picture in pictures] + [
+        shows(*(one.data_url for one in pictures)),
+        "a",
+    ]
     settings = settings_with(tiny, server, tmp_path, contents)
     generate(bus, settings, tiny, problems=len(contents))
     score(bus, settings)
@@ -78,16 +96,27 @@ def test_every_token_is_scored_with_the_images_present(bus: Bus, tiny: Tiny, ser
     assert max(gaps) < CLOSE_NATS
 
 
-def test_a_rollout_whose_image_is_gone_is_never_scored_blind(bus: Bus, tiny: Tiny, server: VllmServer, tmp_path: Path) -> None:
+def test_a_rollout_whose_image_is_gone_is_never_scored_blind(
+    bus: Bus, tiny: Tiny, server: VllmServer, tmp_path: Path
+) -> None:
     settings = settings_with(tiny, server, tmp_path, [shows(noise(1).data_url)])
     generate(bus, settings, tiny, problems=1)
     bus._ask("DEL", bus.keys.images)
     score(bus, settings)
-    assert {letter.reason.partition(":")[0] for letter in bus.dead_letters()} == {"it would be scored blind"}
+    assert {letter.reason.partition(":")[0] for letter in bus.dead_letters()} == {
+        "it would be scored blind"
+    }
     assert rollouts(bus, "train") == []
 
 
-def test_a_teacher_that_would_judge_images_blind_is_refused_at_the_start(bus: Bus, tiny: Tiny, server: VllmServer, tmp_path: Path) -> None:
-    settings = settings_with(tiny, server, tmp_path, [shows(noise(1).data_url)], protocol="vllm-completions")
-    with pytest.raises(UserError, match=r"would judge them blind: the protocol is vllm-completions, which sends token ids alone"):
+def test_a_teacher_that_would_judge_images_blind_is_refused_at_the_start(
+    bus: Bus, tiny: Tiny, server: VllmServer, tmp_path: Path
+) -> None:
+    settings = settings_with(
+        tiny, server, tmp_path, [shows(noise(1).data_url)], protocol="vllm-completions"
+    )
+    with pytest.raises(
+        UserError,
+        match=r"would judge them blind: the protocol is vllm-completions, which sends token ids alone",
+    ):
         ExternalTeacher(settings, bus).setup()

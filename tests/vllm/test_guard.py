@@ -1,4 +1,6 @@
-"""The guard over a real vLLM: updates that arrive whole pass, and the two faults that vLLM itself does not notice are found."""
+"""The guard over a real vLLM: updates that arrive whole pass, and the two faults that vLLM itself
+does not notice are found.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import Exit, UserError
-from pipeline.records import PolicyVersion
-from pipeline.weights import LoadedPolicy
-from settings.inference import InferenceSettings
-from settings.trainer import TrainerSettings
+from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.records import PolicyVersion
+from onstream.pipeline.weights import LoadedPolicy
+from onstream.settings.inference import InferenceSettings
+from onstream.settings.trainer import TrainerSettings
+from onstream.workers.generator.engines.base import Request
+from onstream.workers.generator.engines.vllm import startup
+from onstream.workers.generator.guard import EXACT, Guard
+from onstream.workers.generator.student import open_student
+from onstream.workers.trainer.batches.train_sample import TrainSample
+from onstream.workers.trainer.learner import Learner
+from onstream.workers.trainer.publication.policy_probe import prober
 from tests.vllm.conftest import on_vllm
-from workers.generator import vllm_start
-from workers.generator.engine import Request
-from workers.generator.guard import EXACT, Guard
-from workers.generator.student import open_student
-from workers.trainer.learner import Learner
-from workers.trainer.probe import prober
-from workers.trainer.samples import TrainSample
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 STEP = 1e-3  # the learning rate of the example
@@ -32,26 +34,33 @@ STEP = 1e-3  # the learning rate of the example
 def engine(student_dir: Path) -> Iterator[Any]:
     """A vLLM whose workers can be made to forget the head."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vllm_start, "EXTENSION", "tests.vllm.faulty_extension.Forgetful")
+        patch.setattr(startup, "EXTENSION", "tests.vllm.faulty_extension.Forgetful")
         student = open_student(on_vllm(student_dir))
     yield student.engine
     student.engine.close()
 
 
 class Trainer:
-    """Takes steps, and publishes each to the engine and its guard, as trainer and generator do between them."""
+    """Takes steps, and publishes each to the engine and its guard, as trainer and generator do
+    between them.
+    """
 
     def __init__(self, engine: Any, student_dir: Path) -> None:
         settings = TrainerSettings.model_validate({"loss": {"type": "sft"}, "optim": {"lr": STEP}})
-        self.engine, self.learner = engine, Learner(student_dir, settings, torch.device("cpu"))
+        self.engine = engine
+        self.learner = Learner(student_dir, settings, torch.device("cpu"))
         asking = prober(self.learner, InferenceSettings())
         assert asking is not None
-        self.prober, self.guard = asking, Guard(engine, interval=1, tolerance=EXACT)
+        self.prober = asking
+        self.guard = Guard(engine, interval=1, tolerance=EXACT)
         self.number = engine.version
 
     def publish(self) -> PolicyVersion:
         self.number += 1
-        loaded = LoadedPolicy.of(self.number, {name: weight.clone() for name, weight in self.learner.published_state().items()})
+        loaded = LoadedPolicy.of(
+            self.number,
+            {name: weight.clone() for name, weight in self.learner.published_state().items()},
+        )
         self.engine.load(loaded)
         policy = PolicyVersion(self.number, loaded.digest, "", 0, probe=self.prober.ask())
         self.guard.look(policy)
@@ -59,11 +68,14 @@ class Trainer:
 
     def step(self) -> None:
         ids = np.random.default_rng(self.number).integers(8, 128, (16, 24)).astype(np.int32)
-        mask, zeros = np.ones(12, np.uint8), np.zeros(12, np.float32)
+        mask = np.ones(12, np.uint8)
+        zeros = np.zeros(12, np.float32)
         self.learner.step([TrainSample(row[:12], row[12:], mask, zeros) for row in ids], 10)
 
     def answers(self) -> list[Any]:
-        """What is written until nothing is in hand and the last version is loaded; the guard has had its answers then."""
+        """What is written until nothing is in hand and the last version is loaded; the guard has
+        had its answers then.
+        """
         written = []
         while self.engine.active or self.engine.version != self.number:
             written += self.guard.take(self.engine.step())
@@ -99,7 +111,9 @@ def test_updates_under_load_that_arrive_whole_pass(trainer: Trainer, mode: str) 
         assert trainer.guard.checked == policy.number
 
 
-def test_a_head_that_an_update_left_behind_is_found_after_one_step_of_training(trainer: Trainer) -> None:
+def test_a_head_that_an_update_left_behind_is_found_after_one_step_of_training(
+    trainer: Trainer,
+) -> None:
     trainer.publish()
     trainer.answers()
     rpc = trainer.engine._background.run
@@ -107,7 +121,9 @@ def test_a_head_that_an_update_left_behind_is_found_after_one_step_of_training(t
     try:
         trainer.step()
         policy = trainer.publish()
-        with pytest.raises(UserError, match=f"under policy version {policy.number} the engine gives token") as caught:
+        with pytest.raises(
+            UserError, match=f"under policy version {policy.number} the engine gives token"
+        ) as caught:
             trainer.answers()
     finally:
         rpc(trainer.engine._llm.collective_rpc("forget_the_head", args=(False,)))
@@ -119,13 +135,15 @@ def test_a_prefix_cache_that_outlives_an_update_is_found_after_one_step_of_train
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scoring prompts would not show it: vLLM reads no cache for those."""
-    from workers.generator import vllm_engine
+    from onstream.workers.generator.engines.vllm import engine
 
     trainer.publish()
     trainer.answers()
-    monkeypatch.setitem(vllm_engine.PAUSES, "recompute", ("keep", False))
+    monkeypatch.setitem(engine.PAUSES, "recompute", ("keep", False))
     trainer.step()
     policy = trainer.publish()
-    with pytest.raises(UserError, match=f"under policy version {policy.number} the engine gives token") as caught:
+    with pytest.raises(
+        UserError, match=f"under policy version {policy.number} the engine gives token"
+    ) as caught:
         trainer.answers()
     print(f"cache kept: {caught.value.got}")

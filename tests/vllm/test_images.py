@@ -1,4 +1,6 @@
-"""The engine over vLLM, with images: what is sampled and what is said of it, in each family, through updates of the vision tower too."""
+"""The engine over vLLM, with images: what is sampled and what is said of it, in each family,
+through updates of the vision tower too.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +16,20 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import UserError
-from pipeline.images import ShownImage
-from pipeline.models.loading import load_model
-from pipeline.models.vision import load_vision
-from pipeline.weights import LoadedPolicy
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.images import ShownImage
+from onstream.pipeline.models.loading import load_model
+from onstream.pipeline.models.vision import load_vision
+from onstream.pipeline.weights import LoadedPolicy
+from onstream.workers.generator.engines.base import Completion
+from onstream.workers.generator.engines.vllm.images import input_of
+from onstream.workers.generator.engines.vllm.request import Writing
+from onstream.workers.generator.student import Student, open_student
+from onstream.workers.tiny_models.vlm_families import FAMILIES, Family
 from tests.vision.conftest import Tiny, noise, write_tiny
 from tests.vision.test_engine import gap, requests
 from tests.vllm.conftest import on_vllm
 from tests.vllm.reference import CLOSE_NATS
-from workers.generator.engine import Completion
-from workers.generator.student import Student, open_student
-from workers.generator.vllm_images import input_of
-from workers.generator.vllm_request import Writing
-from workers.models.families import FAMILIES, Family
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 MODES = ("recompute", "keep", "wait", "abort")
@@ -45,7 +47,12 @@ def tiny_of(family: Family, directory: Path) -> Tiny:
     if find_spec("torchvision") is None:
         pytest.skip("vLLM reads images with torchvision: `make test-vllm` has it")
     write_tiny(directory, family)
-    return Tiny(family, directory, load_model(directory, dtype=torch.float32, device=torch.device("cpu")), load_vision(directory))
+    return Tiny(
+        family,
+        directory,
+        load_model(directory, dtype=torch.float32, device=torch.device("cpu")),
+        load_vision(directory),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +80,16 @@ def weights(tiny: Tiny) -> dict[str, dict[str, Any]]:
 
 
 def weights_of(tiny: Tiny) -> dict[str, dict[str, Any]]:
-    """The model's own weights, and others: in all of it, in its vision tower alone, and in what joins the two."""
+    """The model's own weights, and others: in all of it, in its vision tower alone, and in what
+    joins the two.
+    """
     first = {name: weight.clone() for name, weight in tiny.model.state_dict().items()}
     parts = {"all": ("",), "tower": ("visual", "vision_tower"), "joint": ("merger", "projector")}
     changed = {
-        part: {name: weight * 1.3 if any(word in name for word in words) else weight for name, weight in first.items()}
+        part: {
+            name: weight * 1.3 if any(word in name for word in words) else weight
+            for name, weight in first.items()
+        }
         for part, words in parts.items()
     }
     return {"first": first, **changed}
@@ -118,7 +130,10 @@ def test_a_new_vision_tower_in_the_middle_is_seen_by_all_that_its_version_writes
 ) -> None:
     """But where keys and values are kept: there, by all that begins after it."""
     engine.on_new_weights = mode
-    asked = [replace(request, key=key, max_tokens=100, seed=key) for key, request in enumerate(requests(tiny) * 2)]
+    asked = [
+        replace(request, key=key, max_tokens=100, seed=key)
+        for key, request in enumerate(requests(tiny) * 2)
+    ]
     versions = {engine.version: weights["first"]}
     engine.add(asked)
     written = []
@@ -127,20 +142,38 @@ def test_a_new_vision_tower_in_the_middle_is_seen_by_all_that_its_version_writes
     versions[load(engine, weights["tower"])] = weights["tower"]
     written += finish(engine)
     assert len(written) == len(asked)
-    spans = [(one, span) for one in written for span in one.version_spans if mode != "keep" or len(one.version_spans) == 1]
+    spans = [
+        (one, span)
+        for one in written
+        for span in one.version_spans
+        if mode != "keep" or len(one.version_spans) == 1
+    ]
     assert {span.version for _, span in spans} == set(versions)
     for version, state in versions.items():
         tiny.model.load_state_dict(state)
-        gaps = [gap(tiny, asked[one.key], one, span.start, span.end) for one, span in spans if span.version == version]
+        gaps = [
+            gap(tiny, asked[one.key], one, span.start, span.end)
+            for one, span in spans
+            if span.version == version
+        ]
         assert max(gaps) < CLOSE_NATS
 
 
 def test_a_prompt_that_vllm_reads_otherwise_is_refused(engine: Any, tiny: Tiny) -> None:
     asked = requests(tiny)[0]
-    two = ShownImage(noise(9), replace(asked.images[0].features, token_ids=np.tile(asked.images[0].features.token_ids, 2)))
+    two = ShownImage(
+        noise(9),
+        replace(asked.images[0].features, token_ids=np.tile(asked.images[0].features.token_ids, 2)),
+    )
     ids = np.insert(asked.prompt_ids, 3, asked.images[0].features.token_ids)
-    with pytest.raises(UserError, match=r"of a prompt with 1 images vLLM makes \d+ tokens that are not the \d+"):
-        input_of(Writing(replace(asked, prompt_ids=ids, images=(two,))), engine._sent, engine._llm.renderer)
+    with pytest.raises(
+        UserError, match=r"of a prompt with 1 images vLLM makes \d+ tokens that are not the \d+"
+    ):
+        input_of(
+            Writing(replace(asked, prompt_ids=ids, images=(two,))),
+            engine._sent,
+            engine._llm.renderer,
+        )
 
 
 def test_vllm_is_told_how_many_images_a_prompt_may_hold(engine: Any, tiny: Tiny) -> None:

@@ -45,11 +45,22 @@ name = "teacher"
 def test_a_run_whose_teacher_is_killed_and_started_again_says_what_it_waits_for_and_loses_nothing(
     server: VllmServer, student_dir: Path, tmp_path: Path
 ) -> None:
-    settings, run_dir, said = tmp_path / "onstream.toml", tmp_path / "runs" / "external", tmp_path / "said"
-    settings.write_text(SETTINGS.format(dir=run_dir.parent, student=student_dir, steps=STEPS, base_url=server.base_url))
-    onstream = [sys.executable, "-m", "workers.cli"]
+    settings = tmp_path / "onstream.toml"
+    run_dir = tmp_path / "runs" / "external"
+    said = tmp_path / "said"
+    settings.write_text(
+        SETTINGS.format(
+            dir=run_dir.parent, student=student_dir, steps=STEPS, base_url=server.base_url
+        )
+    )
+    onstream = [sys.executable, "-m", "onstream"]
     with said.open("w") as output:
-        run = subprocess.Popen([*onstream, "up", str(settings)], stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        run = subprocess.Popen(
+            [*onstream, "up", str(settings)],
+            stdout=output,
+            stderr=output,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
     try:
         while steps(run_dir) < 2:
             assert run.poll() is None, said.read_text()
@@ -64,7 +75,9 @@ def test_a_run_whose_teacher_is_killed_and_started_again_says_what_it_waits_for_
     finally:
         run.terminate()
         run.wait()
-    audit = json.loads(subprocess.run([*onstream, "audit", str(run_dir)], capture_output=True, check=True).stdout)
+    audit = json.loads(
+        subprocess.run([*onstream, "audit", str(run_dir)], capture_output=True, check=True).stdout
+    )
     assert (audit["lost"], audit["duplicated"], audit["dead"]) == (0, 0, 0)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == STEPS

@@ -1,4 +1,6 @@
-"""The engine `server` over a real vLLM server: whatever befalls server and weights, each token is what its version span says it is."""
+"""The engine `server` over a real vLLM server: whatever befalls server and weights, each token is
+what its version span says it is.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.models.tokenizer import load_configs, load_tokenizer
-from settings.root import Settings
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.models.tokenizer import load_configs, load_tokenizer
+from onstream.settings.root import Settings
+from onstream.workers.generator.engines.base import Completion, Request, Sampling
+from onstream.workers.generator.engines.server.engine import ServerEngine
 from tests.vllm.reference import CLOSE_NATS, gaps, model_of, policy_of
 from tests.vllm.server import VllmServer
-from workers.generator.engine import Completion, Request, Sampling
-from workers.generator.server_engine import ServerEngine
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 CONTEXT = 512
@@ -24,7 +26,9 @@ Models = Mapping[int, Any]
 
 
 @pytest.fixture(scope="session")
-def student_server(student_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+def student_server(
+    student_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VllmServer]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     server = VllmServer(
         student_dir,
@@ -41,15 +45,30 @@ def student_server(student_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture
-def make(student_server: VllmServer, student_dir: Path, tmp_path: Path) -> Iterator[Callable[..., ServerEngine]]:
+def make(
+    student_server: VllmServer, student_dir: Path, tmp_path: Path
+) -> Iterator[Callable[..., ServerEngine]]:
     """Engines on the server, with these settings of `[inference]` and its client."""
     made: list[ServerEngine] = []
 
     def build(on_new_weights: str = "recompute", **client: object) -> ServerEngine:
         given = {"base_url": student_server.base_url, "breaker_pause": 0.2, **client}
-        inference = {"engine": "server", "on_new_weights": on_new_weights, "client": given, "sampling": {"max_completion": 400}}
-        settings = Settings.model_validate({"model": {"name": str(student_dir)}, "run": {"dir": str(tmp_path)}, "inference": inference})
-        made.append(ServerEngine(settings, load_tokenizer(student_dir), (), load_configs(student_dir)[0]))
+        inference = {
+            "engine": "server",
+            "on_new_weights": on_new_weights,
+            "client": given,
+            "sampling": {"max_completion": 400},
+        }
+        settings = Settings.model_validate(
+            {
+                "model": {"name": str(student_dir)},
+                "run": {"dir": str(tmp_path)},
+                "inference": inference,
+            }
+        )
+        made.append(
+            ServerEngine(settings, load_tokenizer(student_dir), (), load_configs(student_dir)[0])
+        )
         return made[-1]
 
     yield build
@@ -60,19 +79,30 @@ def make(student_server: VllmServer, student_dir: Path, tmp_path: Path) -> Itera
 @pytest.fixture(scope="session")
 def models(student_dir: Path, teacher_dir: Path) -> Models:
     """Version 1 is A, 2 is B, and 3 is A again."""
-    a, b = model_of(student_dir), model_of(teacher_dir)
+    a = model_of(student_dir)
+    b = model_of(teacher_dir)
     return {1: a, 2: b, 3: a}
 
 
 def some_requests(count: int, first: int = 0, temperature: float = 1.0) -> list[Request]:
-    """Completions of 8 to 300 tokens. Every second prompt begins with more than a block of the prefix cache that is all the same."""
+    """Completions of 8 to 300 tokens. Every second prompt begins with more than a block of the
+    prefix cache that is all the same.
+    """
     random = np.random.default_rng(first)
     shared = np.arange(160, dtype=np.int32) % 120
     made = []
     for key in range(first, first + count):
         own = random.integers(0, 128, 8, dtype=np.int32)
         prompt = np.concatenate([shared, own]) if key % 2 else own
-        made.append(Request(key, prompt, max_tokens=8 + 292 * (key % 12) // 11, seed=1000 + key, sampling=Sampling(temperature)))
+        made.append(
+            Request(
+                key,
+                prompt,
+                max_tokens=8 + 292 * (key % 12) // 11,
+                seed=1000 + key,
+                sampling=Sampling(temperature),
+            )
+        )
     return made
 
 
@@ -84,8 +114,12 @@ def until(engine: ServerEngine, count: int) -> list[Completion]:
     return finished
 
 
-def worst_gap(models: Models, requests: list[Request], completions: list[Completion], *, stale: bool = False) -> float:
-    """The largest distance, in nats, of a token's logprob from transformers' under the version of its span."""
+def worst_gap(
+    models: Models, requests: list[Request], completions: list[Completion], *, stale: bool = False
+) -> float:
+    """The largest distance, in nats, of a token's logprob from transformers' under the version of
+    its span.
+    """
     asked = {request.key: request for request in requests}
     assert all(len(one.token_ids) == asked[one.key].max_tokens for one in completions)
     return max(float(gaps(models, asked[one.key], one, stale=stale).max()) for one in completions)
@@ -118,15 +152,23 @@ def test_weights_go_from_a_to_b_and_back_under_load_and_each_token_is_of_the_ver
     crossed = [one for one in finished if len(one.version_spans) > 1]
     assert bool(crossed) == (mode != "wait")
     fresh = [one for one in finished if one not in crossed]
-    exact, alone = worst_gap(models, requests, finished, stale=mode == "keep"), worst_gap(models, requests, fresh)
-    print(f"{mode}: {len(crossed)} of {len(finished)} completions are of several versions; at most {exact:.1e} nats from transformers")
+    exact = worst_gap(models, requests, finished, stale=mode == "keep")
+    alone = worst_gap(models, requests, fresh)
+    print(
+        f"{mode}: {len(crossed)} of {len(finished)} completions are of several versions; at most {exact:.1e} nats from transformers"
+    )
     assert exact < CLOSE_NATS, "with keep, transformers is given the same stale keys and values"
     assert alone < CLOSE_NATS, "nobody finds another version's keys and values in the prefix cache"
-    assert mode != "keep" or worst_gap(models, requests, crossed) > 0.1, "no single version gives what stale keys and values give"
+    assert mode != "keep" or worst_gap(models, requests, crossed) > 0.1, (
+        "no single version gives what stale keys and values give"
+    )
 
 
-def test_the_logprobs_are_those_of_the_temperature_that_was_sampled_at(make: Callable[..., ServerEngine], models: Models) -> None:
-    engine, requests = make(), some_requests(12, temperature=0.7)
+def test_the_logprobs_are_those_of_the_temperature_that_was_sampled_at(
+    make: Callable[..., ServerEngine], models: Models
+) -> None:
+    engine = make()
+    requests = some_requests(12, temperature=0.7)
     engine.load(policy_of(1, models[1]))
     engine.add(requests)
     assert worst_gap(models, requests, until(engine, 12)) < CLOSE_NATS
@@ -135,7 +177,8 @@ def test_the_logprobs_are_those_of_the_temperature_that_was_sampled_at(make: Cal
 def test_a_file_that_is_torn_is_never_loaded_and_what_runs_goes_on_with_the_version_before(
     make: Callable[..., ServerEngine], models: Models, tmp_path: Path
 ) -> None:
-    engine, requests = make(weights_dir=str(tmp_path / "shared")), some_requests(48)
+    engine = make(weights_dir=str(tmp_path / "shared"))
+    requests = some_requests(48)
     engine.load(policy_of(1, models[1]))
     engine.add(requests)
     finished = until(engine, 4)
@@ -161,7 +204,8 @@ def test_a_file_that_is_torn_is_never_loaded_and_what_runs_goes_on_with_the_vers
 def test_a_server_that_is_killed_and_comes_back_with_its_first_weights_gets_the_newest_before_it_writes(
     student_server: VllmServer, make: Callable[..., ServerEngine], models: Models
 ) -> None:
-    engine, requests = make(), some_requests(48)
+    engine = make()
+    requests = some_requests(48)
     engine.load(policy_of(2, models[2]))
     engine.add(requests)
     finished = until(engine, 8)
@@ -176,8 +220,11 @@ def test_a_server_that_is_killed_and_comes_back_with_its_first_weights_gets_the_
     assert worst_gap(models, requests, finished) < CLOSE_NATS
 
 
-def test_a_second_generator_takes_the_server_and_the_first_one_stops(make: Callable[..., ServerEngine], models: Models) -> None:
-    first, second = make(), make()
+def test_a_second_generator_takes_the_server_and_the_first_one_stops(
+    make: Callable[..., ServerEngine], models: Models
+) -> None:
+    first = make()
+    second = make()
     first.load(policy_of(1, models[1]))
     second.load(policy_of(1, models[1]))
     first.load(policy_of(2, models[2]))

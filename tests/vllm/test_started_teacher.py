@@ -18,18 +18,31 @@ from tests.processes import living
 from tests.vllm.test_run import steps
 
 ROOT = Path(__file__).parents[2]
-ONSTREAM = (sys.executable, "-m", "workers.cli")
+ONSTREAM = (sys.executable, "-m", "onstream")
 STEPS = 16
 
 
 def started(run_dir: Path, said: Path, *overrides: str) -> subprocess.Popen[bytes]:
-    """`onstream up` on the example, in batches of all that is under way, so that two runs train on the same rollouts."""
-    every = [f"run.dir={run_dir.parent}", f"run.name={run_dir.name}", "orchestrator.batch_size=32", "orchestrator.max_off_policy_steps=0"]
+    """`onstream up` on the example, in batches of all that is under way, so that two runs train on
+    the same rollouts.
+    """
+    every = [
+        f"run.dir={run_dir.parent}",
+        f"run.name={run_dir.name}",
+        "orchestrator.batch_size=32",
+        "orchestrator.max_off_policy_steps=0",
+    ]
     every += ["eval.samples=0", "deployment.status_interval=0.2", *overrides]
     options = [part for override in every for part in ("--set", override)]
     command = [*ONSTREAM, "up", "examples/reverse-text/onstream.toml", *options]
     with said.open("w") as output:
-        return subprocess.Popen(command, stdout=output, stderr=output, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
 
 
 def servers(run: subprocess.Popen[bytes]) -> list[int]:
@@ -41,7 +54,11 @@ def group(leader: int) -> set[int]:
     """The live processes of a process group."""
     states = (Path(f"/proc/{pid}/stat") for pid in psutil.pids())
     fields = [state.read_text() for state in states if state.exists()]
-    return {int(text.split()[0]) for text in fields if (after := text.rpartition(")")[2].split())[2] == str(leader) and after[0] != "Z"}
+    return {
+        int(text.split()[0])
+        for text in fields
+        if (after := text.rpartition(")")[2].split())[2] == str(leader) and after[0] != "Z"
+    }
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -50,8 +67,11 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-def test_the_example_runs_with_a_server_that_is_started_killed_started_again_and_stopped(tmp_path: Path) -> None:
-    run_dir, said = tmp_path / "runs" / "served", tmp_path / "said"
+def test_the_example_runs_with_a_server_that_is_started_killed_started_again_and_stopped(
+    tmp_path: Path,
+) -> None:
+    run_dir = tmp_path / "runs" / "served"
+    said = tmp_path / "said"
     run = started(run_dir, said, "teacher_inference.engine=vllm", f"trainer.max_steps={STEPS}")
     try:
         while steps(run_dir) < 2:
@@ -71,7 +91,9 @@ def test_the_example_runs_with_a_server_that_is_started_killed_started_again_and
     assert f"waiting: teacher-server: loading its model (its log: {log})" in words
     assert f"teacher-server was killed by SIGKILL; restarting it (its log: {log})" in words
     assert words.count("teacher-server: healthy at ") == 2
-    assert log.read_text().count("Application shutdown complete") == 1, "the second was told to stop, and did"
+    assert log.read_text().count("Application shutdown complete") == 1, (
+        "the second was told to stop, and did"
+    )
     assert group(first) == set() and not any(psutil.pid_exists(pid) for pid in processes)
 
     address = words.partition("teacher-server: healthy at ")[2].split()[0]
@@ -79,11 +101,16 @@ def test_the_example_runs_with_a_server_that_is_started_killed_started_again_and
     assert len(trained) == STEPS
     assert all(row["teacher_kl"] is not None and address in row["scored_by"] for row in trained)
     assert set().union(*(row["scored_by"] for row in trained)) <= {address, "cache"}
-    audit = json.loads(subprocess.run([*ONSTREAM, "audit", str(run_dir)], capture_output=True, check=True, cwd=ROOT).stdout)
+    audit = json.loads(
+        subprocess.run(
+            [*ONSTREAM, "audit", str(run_dir)], capture_output=True, check=True, cwd=ROOT
+        ).stdout
+    )
     assert (audit["lost"], audit["duplicated"], audit["dead"]) == (0, 0, 0)
 
     local = tmp_path / "runs" / "local"
     assert started(local, said, "trainer.max_steps=1").wait() == 0, said.read_text()
-    here, there = trained[0]["teacher_kl"], rows(local)[0]["teacher_kl"]
+    here = trained[0]["teacher_kl"]
+    there = rows(local)[0]["teacher_kl"]
     print(f"the first batch's teacher_kl is {here} by vLLM and {there} by transformers")
     assert here == pytest.approx(there, abs=1e-4)

@@ -1,4 +1,6 @@
-"""vLLM's processes as receivers: what fails leaves the model as it was; the transfer itself needs two GPUs."""
+"""vLLM's processes as receivers: what fails leaves the model as it was; the transfer itself needs
+two GPUs.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +17,17 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.stage import Stats
-from pipeline.streams import Bus
-from pipeline.weights import Directory, Reader, WeightsError, announced
-from pipeline.weights.transfer import Caller, Frame
-from settings.root import Settings
+from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.stage import Stats
+from onstream.pipeline.weights import Directory, Reader, WeightsError, announced
+from onstream.pipeline.weights.nccl_transfer import Caller, Frame
+from onstream.settings.root import Settings
+from onstream.workers.generator.engines.base import Completion, Request
+from onstream.workers.generator.nccl_receiver import READING, Receiver
+from onstream.workers.generator.policy_loader import Policies
+from onstream.workers.generator.student import Student, open_student
+from onstream.workers.trainer.publication.nccl_sender import Transfer
 from tests.vllm.reference import CLOSE_NATS, gaps, model_of, policy_of
-from workers.generator.engine import Completion, Request
-from workers.generator.policies import Policies
-from workers.generator.receiver import READING, Receiver
-from workers.generator.student import Student, open_student
-from workers.trainer.transfer import Transfer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 NOWHERE = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 2}
@@ -53,11 +55,14 @@ def worst(engine: Any, models: Mapping[int, Any]) -> float:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it would wait for a trainer")
-def test_where_no_group_can_be_joined_the_old_weights_serve_on_and_the_next_come_by_file(student: Student, student_dir: Path) -> None:
+def test_where_no_group_can_be_joined_the_old_weights_serve_on_and_the_next_come_by_file(
+    student: Student, student_dir: Path
+) -> None:
     engine: Any = student.engine
     engine.on_new_weights = "recompute"
     model = model_of(student_dir)
-    first, second = policy_of(900_001, model), policy_of(900_002, model)
+    first = policy_of(900_001, model)
+    second = policy_of(900_002, model)
     engine.load(first)
     engine.ask_processes("onstream_join", json.dumps(NOWHERE))
     assert "the group of trainer and generators cannot be joined" in ended(engine)
@@ -66,7 +71,9 @@ def test_where_no_group_can_be_joined_the_old_weights_serve_on_and_the_next_come
         "dtype_names": ["float32"] * len(first.shapes),
         "shapes": [list(x) for x in first.shapes.values()],
     }
-    engine.ask_processes("onstream_receive", json.dumps(update), msgspec.json.encode(Frame.of(second)).decode())
+    engine.ask_processes(
+        "onstream_receive", json.dumps(update), msgspec.json.encode(Frame.of(second)).decode()
+    )
     assert "version 900002 was not received" in ended(engine)
     with pytest.raises(WeightsError):
         engine.load_received(900_002, second.digest)
@@ -93,13 +100,26 @@ def trainer(url: str, run: str, model: Path, gpu: str) -> None:
 def test_versions_go_from_gpu_to_gpu_while_requests_are_written(
     redis_url: str, bus: Bus, student_dir: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    inference = {"engine": "vllm", "dtype": "float32", "max_batch": 16, "sampling": {"max_completion": 200}}
-    given = {"model": {"name": str(student_dir)}, "deployment": {"device": "cuda"}, "inference": inference}
+    inference = {
+        "engine": "vllm",
+        "dtype": "float32",
+        "max_batch": 16,
+        "sampling": {"max_completion": 200},
+    }
+    given = {
+        "model": {"name": str(student_dir)},
+        "deployment": {"device": "cuda"},
+        "inference": inference,
+    }
     engine: Any = open_student(Settings.model_validate(given)).engine
     try:
         receiver = Receiver(bus, engine, PATIENCE_S)
-        policies = Policies(engine, Reader(Directory(tmp_path), deltas=False), bus.newest_policy, receiver=receiver)
-        sending = multiprocessing.get_context("spawn").Process(target=trainer, args=(redis_url, bus.run, teacher_dir, "1"), daemon=True)
+        policies = Policies(
+            engine, Reader(Directory(tmp_path), deltas=False), bus.newest_policy, receiver=receiver
+        )
+        sending = multiprocessing.get_context("spawn").Process(
+            target=trainer, args=(redis_url, bus.run, teacher_dir, "1"), daemon=True
+        )
         bus.heartbeat("generate", Stats())
         sending.start()
         deadline = time.monotonic() + 2 * PATIENCE_S

@@ -8,62 +8,86 @@ import sys
 
 import pytest
 
-from pipeline.errors import Exit, UserError
-from pipeline.streams import Bus
-from settings.load import load_settings
-from settings.plan import make_plan
-from settings.root import Settings
-from workers.runner import class_path, run_kind
+from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.redis.streams import Bus
+from onstream.settings.load import load_settings
+from onstream.settings.plan import make_plan
+from onstream.settings.root import Settings
+from onstream.workers.runner import class_path, run_kind
 
 
 @pytest.fixture
 def settings(redis_url: str, run_name: str) -> Settings:
-    return load_settings(overrides=[f"run.name={run_name}", f"redis.url={redis_url}", "redis.block=0.05"], environ={})
+    return load_settings(
+        overrides=[f"run.name={run_name}", f"redis.url={redis_url}", "redis.block=0.05"], environ={}
+    )
 
 
 def write_plan(bus: Bus, settings: Settings) -> None:
     bus.write_plan(bus.acquire_lease(30), make_plan(settings).encode())
 
 
-def test_a_worker_with_other_run_settings_is_refused_with_names_and_both_values(settings: Settings, bus: Bus) -> None:
+def test_a_worker_with_other_run_settings_is_refused_with_names_and_both_values(
+    settings: Settings, bus: Bus
+) -> None:
     write_plan(bus, settings)
     url = settings.redis.url.get_secret_value() if settings.redis.url else ""
     ours = load_settings(
-        overrides=[f"run.name={settings.run.name}", f"redis.url={url}", "run.seed=7", "trainer.max_steps=9", "log.level=error"], environ={}
+        overrides=[
+            f"run.name={settings.run.name}",
+            f"redis.url={url}",
+            "run.seed=7",
+            "trainer.max_steps=9",
+            "log.level=error",
+        ],
+        environ={},
     )
     with pytest.raises(UserError, match=r"run\.seed \(here 7, the run has 0\); expected") as caught:
         run_kind("verifier", ours)
     assert caught.value.exit is Exit.REFUSED
 
 
-def test_a_worker_of_a_stage_that_no_rollout_passes_is_refused(settings: Settings, bus: Bus) -> None:
+def test_a_worker_of_a_stage_that_no_rollout_passes_is_refused(
+    settings: Settings, bus: Bus
+) -> None:
     write_plan(bus, settings)
-    with pytest.raises(UserError, match=r"a teacher worker .* whose rollouts pass generate → verify → train") as caught:
+    with pytest.raises(
+        UserError, match=r"a teacher worker .* whose rollouts pass generate → verify → train"
+    ) as caught:
         run_kind("teacher", settings)
     assert caught.value.exit is Exit.REFUSED
 
 
-def test_a_worker_that_asks_endpoints_needs_their_addresses(redis_url: str, settings: Settings, bus: Bus) -> None:
+def test_a_worker_that_asks_endpoints_needs_their_addresses(
+    redis_url: str, settings: Settings, bus: Bus
+) -> None:
     overrides = [
         *(f"run.name={bus.run}", f"redis.url={redis_url}", "redis.block=0.05"),
         *("teacher_inference.model.name=big", "trainer.loss.teacher_tau=1"),
     ]
     scored = load_settings(overrides=overrides, environ={})
     write_plan(bus, scored)
-    with pytest.raises(UserError, match=r"a teacher-external worker .* Set orchestrator\.teacher_model for a teacher-external"):
+    with pytest.raises(
+        UserError,
+        match=r"a teacher-external worker .* Set orchestrator\.teacher_model for a teacher-external",
+    ):
         run_kind("teacher-external", scored)
 
 
 def test_the_generator_of_hard_distillation_asks_an_endpoint(settings: Settings) -> None:
     hard = load_settings(
         overrides=[
-            *("trainer.loss.type=sft", "orchestrator.use_token_client=false", "orchestrator.teacher_rollout_model.model.name=big"),
+            *(
+                "trainer.loss.type=sft",
+                "orchestrator.use_token_client=false",
+                "orchestrator.teacher_rollout_model.model.name=big",
+            ),
             "orchestrator.teacher_rollout_model.client.base_url=http://a/v1",
         ],
         environ={},
     )
-    assert class_path("generator", settings) == "workers.generator.stage:Generator"
-    assert class_path("generator", hard) == "workers.generator.chat:ChatGenerator"
+    assert class_path("generator", settings) == "onstream.workers.generator.stage:Generator"
+    assert class_path("generator", hard) == "onstream.workers.generator.chat_stage:ChatGenerator"
 
 
 def test_a_plan_of_another_version_is_refused(settings: Settings, bus: Bus) -> None:
@@ -72,9 +96,21 @@ def test_a_plan_of_another_version_is_refused(settings: Settings, bus: Bus) -> N
         run_kind("verifier", settings)
 
 
-def test_a_worker_waits_for_the_plan_saying_so_and_stops_cleanly_when_told_to(settings: Settings, bus: Bus) -> None:
+def test_a_worker_waits_for_the_plan_saying_so_and_stops_cleanly_when_told_to(
+    settings: Settings, bus: Bus
+) -> None:
     url = settings.redis.url.get_secret_value() if settings.redis.url else ""
-    command = [sys.executable, "-m", "workers.cli", "worker", "verifier", "--set", f"run.name={bus.run}", "--set", f"redis.url={url}"]
+    command = [
+        sys.executable,
+        "-m",
+        "onstream",
+        "worker",
+        "verifier",
+        "--set",
+        f"run.name={bus.run}",
+        "--set",
+        f"redis.url={url}",
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as worker:
         assert worker.stderr is not None
         told = worker.stderr.readline()  # the log line
@@ -82,21 +118,34 @@ def test_a_worker_waits_for_the_plan_saying_so_and_stops_cleanly_when_told_to(se
             assert worker.poll() is None
         worker.send_signal(signal.SIGTERM)
         assert worker.wait() == Exit.OK
-    assert "waiting for the trainer to write the run's plan" in told and f'"run":"{bus.run}"' in told.replace(" ", "")
+    assert (
+        "waiting for the trainer to write the run's plan" in told
+        and f'"run":"{bus.run}"' in told.replace(" ", "")
+    )
     assert [(state.stage, state.state, state.detail) for state in states] == [
         ("verify", "starting", "waiting for the trainer to write the run's plan")
     ]
 
 
-def test_an_admitted_worker_takes_changeable_settings_of_its_own_and_exits_0_when_the_run_is_finished(settings: Settings, bus: Bus) -> None:
+def test_an_admitted_worker_takes_changeable_settings_of_its_own_and_exits_0_when_the_run_is_finished(
+    settings: Settings, bus: Bus
+) -> None:
     write_plan(bus, settings)
     assert bus.lease is not None
     bus.finish(bus.lease)
     url = settings.redis.url.get_secret_value() if settings.redis.url else ""
-    command = [sys.executable, "-m", "workers.cli", "worker", "verifier"]
-    overrides = [f"run.name={bus.run}", f"redis.url={url}", "redis.block=0.05", "trainer.max_steps=9"]
+    command = [sys.executable, "-m", "onstream", "worker", "verifier"]
+    overrides = [
+        f"run.name={bus.run}",
+        f"redis.url={url}",
+        "redis.block=0.05",
+        "trainer.max_steps=9",
+    ]
     done = subprocess.run(
-        [*command, *(part for override in overrides for part in ("--set", override))], capture_output=True, text=True, check=False
+        [*command, *(part for override in overrides for part in ("--set", override))],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == Exit.OK, done.stderr
     assert "verify" in bus.ready()
@@ -104,15 +153,17 @@ def test_an_admitted_worker_takes_changeable_settings_of_its_own_and_exits_0_whe
 
 @pytest.mark.parametrize("kind", ["verifier", "teacher-external", "jobs"])
 def test_the_kinds_of_the_slim_image_come_up_where_torch_is_not_installed(kind: str) -> None:
-    module = {"jobs": "workers.jobs.worker"}.get(kind) or class_path(kind, Settings()).partition(":")[0]  # type: ignore[arg-type]
-    code = f"import sys\nsys.modules['torch'] = None\nimport {module}, workers.runner\nprint('numpy' in sys.modules)"
+    module = {"jobs": "onstream.workers.jobs.worker"}.get(kind) or class_path(
+        kind, Settings()
+    ).partition(":")[0]  # type: ignore[arg-type]
+    code = f"import sys\nsys.modules['torch'] = None\nimport {module}, onstream.workers.runner\nprint('numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "True\n", done.stderr
 
 
 def test_a_tokenizer_loads_where_torch_is_not_installed() -> None:
     code = (
-        "import sys\nsys.modules['torch'] = None\nfrom workers.teacher.party import party\n"
+        "import sys\nsys.modules['torch'] = None\nfrom onstream.workers.teacher.model_info import party\n"
         "print(party('examples/reverse-text/student').context_tokens)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -121,14 +172,16 @@ def test_a_tokenizer_loads_where_torch_is_not_installed() -> None:
 
 @pytest.mark.parametrize("kind", ["generator", "teacher", "trainer"])
 def test_a_kind_that_computes_says_how_to_install_torch(kind: str) -> None:
-    code = f"import sys\nsys.modules['torch'] = None\nsys.argv = ['onstream', 'worker', '{kind}']\nfrom workers.cli import main\nmain()"
+    code = f"import sys\nsys.modules['torch'] = None\nsys.argv = ['onstream', 'worker', '{kind}']\nfrom onstream.workers.commands.cli import main\nmain()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == Exit.USAGE
     assert f"a {kind} worker where torch is not installed" in done.stderr
     assert "pip install 'onstream[train]'" in done.stderr
 
 
-def test_an_optional_worker_that_the_run_has_no_place_for_leaves_and_is_not_waited_for(settings: Settings, bus: Bus) -> None:
+def test_an_optional_worker_that_the_run_has_no_place_for_leaves_and_is_not_waited_for(
+    settings: Settings, bus: Bus
+) -> None:
     write_plan(bus, settings)
     assert run_kind("teacher", settings, optional=True) == Exit.OK
     assert bus.heard_of(60) == []

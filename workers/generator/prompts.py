@@ -1,4 +1,6 @@
-"""A problem as the student reads it: its messages as token ids, with the tokens of its images among them."""
+"""A problem as the student reads it: its messages as token ids, with the tokens of its images among
+them.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.images import (
+from onstream.pipeline.images import (
     ImageError,
     Limits,
     Message,
@@ -22,15 +24,15 @@ from pipeline.images import (
     reference_of,
     with_urls,
 )
-from pipeline.models.tokenizer import has_vision
-from pipeline.records import Ids
-from settings.images import ImagesSettings
-from settings.root import Settings
+from onstream.pipeline.models.tokenizer import has_vision
+from onstream.pipeline.records import Ids
+from onstream.settings.images import ImagesSettings
+from onstream.settings.root import Settings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from pipeline.models.vision import Vision
+    from onstream.pipeline.models.vision import Vision
 
 RENDERED = 64
 """Problems whose prompts are kept, so that a group's is rendered once."""
@@ -40,7 +42,9 @@ KEPT = 64
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked: P token ids, the images among them in order, and the messages as they travel, images by reference."""
+    """What is asked: P token ids, the images among them in order, and the messages as they travel,
+    images by reference.
+    """
 
     ids: Ids  # [P]
     images: tuple[ShownImage, ...]
@@ -58,11 +62,16 @@ class Prompt:
 
 
 class Eyes:
-    """Reads the images of messages, and makes of them what the student is given. `vision` is None for one that reads none."""
+    """Reads the images of messages, and makes of them what the student is given. `vision` is None
+    for one that reads none.
+    """
 
     def __init__(self, vision: Vision | None, settings: ImagesSettings) -> None:
-        self._vision, self._settings = vision, settings
-        self._limits = Limits(settings.max_bytes, settings.max_pixels, settings.allowed_hosts, settings.fetch_timeout)
+        self._vision = vision
+        self._settings = settings
+        self._limits = Limits(
+            settings.max_bytes, settings.max_pixels, settings.allowed_hosts, settings.fetch_timeout
+        )
         self._shown = lru_cache(maxsize=KEPT)(self._look)
 
     def look(self, messages: Sequence[Message]) -> tuple[ShownImage, ...]:
@@ -76,13 +85,20 @@ class Eyes:
         except ValueError as error:
             raise ImageError(str(error)) from error
         if urls and self._vision is None:
-            raise ImageError("the prompt holds images and the student reads none; choose a vision-language model as `model.name`")
+            raise ImageError(
+                "the prompt holds images and the student reads none; choose a vision-language model as `model.name`"
+            )
         if len(urls) > self._settings.max_per_prompt:
-            raise ImageError(f"the prompt holds {len(urls)} images; images.max_per_prompt is {self._settings.max_per_prompt}")
+            raise ImageError(
+                f"the prompt holds {len(urls)} images; images.max_per_prompt is {self._settings.max_per_prompt}"
+            )
         return tuple(self._shown(read_picture(url, self._limits)) for url in urls)
 
-    def prompt(self, ids: Ids, messages: Sequence[Message], images: tuple[ShownImage, ...]) -> Prompt:
-        """The prompt that the template rendered as `ids`, a placeholder for each image, with the images' own tokens.
+    def prompt(
+        self, ids: Ids, messages: Sequence[Message], images: tuple[ShownImage, ...]
+    ) -> Prompt:
+        """The prompt that the template rendered as `ids`, a placeholder for each image, with the
+        images' own tokens.
 
         Raises:
             ImageError: the template shows another number of images.
@@ -93,7 +109,10 @@ class Eyes:
             expanded = self._vision.expand(ids, [image.features for image in images])
         except ValueError as error:
             raise ImageError(str(error)) from error
-        names = {url: reference_of(image.picture.digest) for url, image in zip(image_urls(messages), images, strict=True)}
+        names = {
+            url: reference_of(image.picture.digest)
+            for url, image in zip(image_urls(messages), images, strict=True)
+        }
         return Prompt(expanded, images, with_urls(messages, names))
 
     def _look(self, picture: Picture) -> ShownImage:
@@ -109,12 +128,16 @@ def eyes_of(name: str | Path, config: PretrainedConfig, settings: Settings) -> E
     """
     if not has_vision(config):
         return Eyes(None, settings.images)
-    from pipeline.models.vision import load_vision  # imports torch
+    from onstream.pipeline.models.vision import load_vision  # imports torch
 
     return Eyes(load_vision(name), settings.images)
 
 
 def rendered(tokenizer: Any, messages: Sequence[Message]) -> Ids:
-    """The conversation through the chat template, up to where the answer begins; an image is one placeholder."""
-    ids = tokenizer.apply_chat_template(for_template(messages), add_generation_prompt=True, return_dict=False)
+    """The conversation through the chat template, up to where the answer begins; an image is one
+    placeholder.
+    """
+    ids = tokenizer.apply_chat_template(
+        for_template(messages), add_generation_prompt=True, return_dict=False
+    )
     return np.array(ids, dtype=np.int32)

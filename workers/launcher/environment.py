@@ -1,27 +1,39 @@
-"""What the launcher's children inherit. Light: every worker reads its number of threads here before it imports torch."""
+"""What the launcher's children inherit. Light: every worker reads its number of threads here before
+it imports torch.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 
-from settings.deployment import DeploymentSettings, WorkerKind
+from onstream.settings.deployment import DeploymentSettings, WorkerKind
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def environment(deployment: DeploymentSettings, workers: Mapping[WorkerKind, int], redis_url: str | None) -> dict[str, str]:
-    """The launcher's own environment, the Redis it started, if it did, and the threads of tensor libraries."""
+def environment(
+    deployment: DeploymentSettings, workers: Mapping[WorkerKind, int], redis_url: str | None
+) -> dict[str, str]:
+    """The launcher's own environment, the Redis it started, if it did, and the threads of tensor
+    libraries.
+    """
     environ = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"} | dict(os.environ)
     if redis_url is not None:
         environ["ONSTREAM_REDIS__URL"] = redis_url
     if deployment.threads is not None or "OMP_NUM_THREADS" not in environ:
-        environ |= dict.fromkeys(THREAD_VARIABLES, str(deployment.threads or default_threads(workers)))
+        environ |= dict.fromkeys(
+            THREAD_VARIABLES, str(deployment.threads or default_threads(workers))
+        )
     return environ
 
 
 def default_threads(workers: Mapping[WorkerKind, int], cores: int | None = None) -> int:
-    """Threads of each worker that computes tensors: 1 with up to 4 cores, else the cores shared out among them."""
+    """Threads of each worker that computes tensors: 1 with up to 4 cores, else the cores shared out
+    among them.
+    """
     cores = cores or len(os.sched_getaffinity(0))
-    computing = sum(count for kind, count in workers.items() if kind not in ("verifier", "teacher-external"))
+    computing = sum(
+        count for kind, count in workers.items() if kind not in ("verifier", "teacher-external")
+    )
     return 1 if cores <= 4 else max(1, cores // max(1, computing))

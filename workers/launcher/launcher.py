@@ -1,4 +1,6 @@
-"""`onstream up`: one command that checks the settings, starts Redis and the workers, shows the run, and reports what it came to."""
+"""`onstream up`: one command that checks the settings, starts Redis and the workers, shows the run,
+and reports what it came to.
+"""
 
 from __future__ import annotations
 
@@ -13,38 +15,50 @@ from types import FrameType
 
 from rich.console import Console
 
-from pipeline import telemetry
-from pipeline.errors import Exit, UserError
-from pipeline.streams import Bus
-from settings.deployment import StageName, WorkerKind
-from settings.devices import gpus_found
-from settings.gpus import Place, gpus_of, placement
-from settings.plan import Plan, make_plan
-from settings.redis import address
-from settings.root import Settings
-from settings.text import toml_text
-from workers import report
-from workers.audit import audit
-from workers.launcher import preflight
-from workers.launcher.embedded_redis import EmbeddedRedis
-from workers.launcher.ending import wait_until_alone
-from workers.launcher.environment import environment
-from workers.launcher.lock import only_launcher
-from workers.launcher.model_server import ModelServer
-from workers.launcher.progress import Display, StageView, View, result_table
-from workers.launcher.servers import KINDS as SERVER_KINDS
-from workers.launcher.servers import Servers, serve
-from workers.launcher.supervise import Child, GaveUp, Supervisor, always, process_cpu_seconds
-from workers.launcher.watch import MetricsTail, Watcher, waits
+from onstream.pipeline import telemetry
+from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.redis.streams import Bus
+from onstream.settings.deployment import StageName, WorkerKind
+from onstream.settings.devices import gpus_found
+from onstream.settings.gpus import Place, gpus_of, placement
+from onstream.settings.plan import Plan, make_plan
+from onstream.settings.redis import address
+from onstream.settings.root import Settings
+from onstream.settings.text import toml_text
+from onstream.workers.commands.audit import audit
+from onstream.workers.launcher import preflight, report
+from onstream.workers.launcher.embedded_redis import EmbeddedRedis
+from onstream.workers.launcher.environment import environment
+from onstream.workers.launcher.model_servers import KINDS as SERVER_KINDS
+from onstream.workers.launcher.model_servers import Servers, serve
+from onstream.workers.launcher.progress import Display, StageView, View, result_table
+from onstream.workers.launcher.run_watcher import MetricsTail, Watcher, waits
+from onstream.workers.launcher.shutdown import wait_until_alone
+from onstream.workers.launcher.single_launcher import only_launcher
+from onstream.workers.launcher.supervisor import (
+    Child,
+    GaveUp,
+    Supervisor,
+    always,
+    process_cpu_seconds,
+)
+from onstream.workers.launcher.vllm_server_process import ModelServer
 
 TICK_S = 0.05
 WATCH_S = 0.25
 DRAIN_MARGIN_S = 10.0
 SERVER_STOP_S = 20.0
-START_ORDER: tuple[WorkerKind, ...] = ("trainer", "teacher", "teacher-external", "generator", "verifier", "jobs")
+START_ORDER: tuple[WorkerKind, ...] = (
+    "trainer",
+    "teacher",
+    "teacher-external",
+    "generator",
+    "verifier",
+    "jobs",
+)
 """The slowest to be ready first."""
 EVAL = "eval"
-COMMAND = "workers.cli"
+COMMAND = "onstream"
 log = telemetry.get_logger()
 
 
@@ -69,13 +83,20 @@ class Stop:
                 signal.signal(number, handler)
 
 
-def up(settings: Settings, files: Sequence[Path], overrides: Sequence[str], console: Console | None = None) -> Exit:
+def up(
+    settings: Settings,
+    files: Sequence[Path],
+    overrides: Sequence[str],
+    console: Console | None = None,
+) -> Exit:
     """Run what the settings' plan starts here, from the checks to the report; returns how it ended.
 
     Raises:
-        UserError: something is wrong that shows before the first worker starts. What a run had done already is as it was.
+        UserError: something is wrong that shows before the first worker starts. What a run had done
+            already is as it was.
     """
-    plan, trains = make_plan(settings), bool(make_plan(settings).workers.get("trainer"))
+    plan = make_plan(settings)
+    trains = bool(make_plan(settings).workers.get("trainer"))
     _refuse_lonely_workers(settings, trains)
     preflight.check_gpus(settings, plan, gpus_found())
     preflight.check_files(settings, plan.teacher)
@@ -89,13 +110,25 @@ def up(settings: Settings, files: Sequence[Path], overrides: Sequence[str], cons
             server.start()
         bus = _connect(settings, server)
         stack.callback(bus.close)
-        preflight.check_resume(settings, plan, _existing_plan(settings, bus), lambda: len(audit(settings.run_dir, bus)["in_flight"]))
+        preflight.check_resume(
+            settings,
+            plan,
+            _existing_plan(settings, bus),
+            lambda: len(audit(settings.run_dir, bus)["in_flight"]),
+        )
         if trains:
             (settings.run_dir / "settings.toml").write_text(toml_text(settings), encoding="utf-8")
         stack.enter_context(_own_log(settings))
         stack.enter_context(stop.listening())
-        display = stack.enter_context(Display(settings.run.name, console or Console(highlight=False), settings.deployment.status_interval))
-        # Whether the run may exist has been decided here; a trainer that is restarted would find its own.
+        display = stack.enter_context(
+            Display(
+                settings.run.name,
+                console or Console(highlight=False),
+                settings.deployment.status_interval,
+            )
+        )
+        # Whether the run may exist has been decided here; a trainer that is restarted would find
+        # its own.
         every_override = [*overrides, "run.resume=auto"]
         arguments = [*map(str, files), *_as_options(every_override)]
         return Launch(settings, plan, arguments, server, bus, display, stop).run()
@@ -104,8 +137,8 @@ def up(settings: Settings, files: Sequence[Path], overrides: Sequence[str], cons
 class Launch:
     """One run from its first worker to its report.
 
-    Consumes heartbeats, backlogs and `metrics.jsonl`; waits for its children; is unblocked by their ends and by signals; produces
-    processes, evaluations and the report.
+    Consumes heartbeats, backlogs and `metrics.jsonl`; waits for its children; is unblocked by their
+    ends and by signals; produces processes, evaluations and the report.
     """
 
     def __init__(
@@ -118,15 +151,19 @@ class Launch:
         display: Display,
         stop: Stop,
     ) -> None:
-        self._settings, self._plan, self._server = settings, plan, server
-        self._display, self._stop = display, stop
+        self._settings = settings
+        self._plan = plan
+        self._server = server
+        self._display = display
+        self._stop = stop
         self._run_dir = settings.run_dir
         self._arguments = arguments
         environ = environment(settings.deployment, plan.workers, server.url if server else None)
         self._supervisor = Supervisor(environ, settings.deployment.max_restarts, self._say)
         self._gpus = placement(settings, plan, gpus_found()) or {}
         self._metrics = MetricsTail(self._run_dir / "metrics.jsonl")
-        self._bus, self._watcher = bus, Watcher(bus, WATCH_S)
+        self._bus = bus
+        self._watcher = Watcher(bus, WATCH_S)
         self._launched = time.time()
         self._startup_cpu_s: dict[str, float] = {}  # until the first step of this launch
         self._trainer: Child | None = None
@@ -138,7 +175,9 @@ class Launch:
         self._watcher.start()
         try:
             self._start()
-            while not all(child.done for child in self._supervisor.children if child.kind not in SERVER_KINDS):
+            while not all(
+                child.done for child in self._supervisor.children if child.kind not in SERVER_KINDS
+            ):
                 if self._stop.requests:
                     return self._stopped_by_request()
                 self._tick()
@@ -156,7 +195,9 @@ class Launch:
 
     @property
     def _step(self) -> int:
-        """Steps taken: by the metrics of the trainer here, or by the policy version of one elsewhere."""
+        """Steps taken: by the metrics of the trainer here, or by the policy version of one
+        elsewhere.
+        """
         return self._metrics.step if self._trainer is not None else self._watcher.latest.version
 
     def _start(self) -> None:
@@ -166,29 +207,47 @@ class Launch:
             for index in range(self._plan.workers.get(kind, 0)):
                 child = self._start_worker(kind, index)
                 self._trainer = child if kind == "trainer" else self._trainer
-        self._say(f"run {self._settings.run.name}: {len(self._supervisor.children)} workers, logs in {self._run_dir / 'logs'}")
+        self._say(
+            f"run {self._settings.run.name}: {len(self._supervisor.children)} workers, logs in {self._run_dir / 'logs'}"
+        )
         if self._trainer is not None:
             self._final_eval_due = self._settings.eval.samples > 0
             self._evaluate(0)
 
     def _start_server(self, server: ModelServer) -> None:
         """Start a server. What keeps it from serving at all, a restart will not mend."""
-        arguments, gpus = [server.kind, *self._arguments, "--port", str(server.port)], self._gpus_of(self._servers.place(server))
-        self._start_child(server.name, server.kind, arguments, environ=gpus, mendable=lambda: server.has_served)
+        arguments = [server.kind, *self._arguments, "--port", str(server.port)]
+        gpus = self._gpus_of(self._servers.place(server))
+        self._start_child(
+            server.name, server.kind, arguments, environ=gpus, mendable=lambda: server.has_served
+        )
         server.start()
-        self._say(f"{server.name}: vLLM loads {self._servers.model(server)} (its log: {self._log_file(server.name)})")
+        self._say(
+            f"{server.name}: vLLM loads {self._servers.model(server)} (its log: {self._log_file(server.name)})"
+        )
 
     def _start_worker(self, kind: WorkerKind, index: int) -> Child:
-        """Start the index-th worker of `kind`; one that asks servers waits for them, or for the end of the run."""
+        """Start the index-th worker of `kind`; one that asks servers waits for them, or for the end
+        of the run.
+        """
         asked = self._servers.asked_by(kind, index)
         overrides = _as_options(self._servers.overrides(kind, asked))
         arguments = ["worker", kind, *self._arguments, *overrides, "--slot", f"slot{index}"]
         if not asked:
-            return self._start_child(f"{kind}-{index}", kind, arguments, environ=self._gpus_of((kind, index)))
-        return self._start_child(f"{kind}-{index}", kind, arguments, may_start=lambda: self._watcher.latest.finished or serve(asked))
+            return self._start_child(
+                f"{kind}-{index}", kind, arguments, environ=self._gpus_of((kind, index))
+            )
+        return self._start_child(
+            f"{kind}-{index}",
+            kind,
+            arguments,
+            may_start=lambda: self._watcher.latest.finished or serve(asked),
+        )
 
     def _gpus_of(self, place: Place) -> dict[str, str]:
-        """The variable that keeps a model to its GPUs; none where workers compute on the CPU, or are more than GPUs."""
+        """The variable that keeps a model to its GPUs; none where workers compute on the CPU, or
+        are more than GPUs.
+        """
         gpus = gpus_of(self._settings, self._plan, self._gpus, place)
         return {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
 
@@ -204,7 +263,15 @@ class Launch:
         mendable: Callable[[], bool] = always,
     ) -> Child:
         return self._supervisor.start(
-            name, kind, COMMAND, arguments, self._log_file(name), once=once, environ=environ, may_start=may_start, mendable=mendable
+            name,
+            kind,
+            COMMAND,
+            arguments,
+            self._log_file(name),
+            once=once,
+            environ=environ,
+            may_start=may_start,
+            mendable=mendable,
         )
 
     def _log_file(self, name: str) -> Path:
@@ -213,11 +280,21 @@ class Launch:
     def _evaluate(self, version: int) -> None:
         """Evaluate a policy version in a process of its own, unless a former launch did."""
         jobs_workers = self._plan.workers.get("jobs") or self._settings.deployment.scale.jobs
-        if version and jobs_workers and self._settings.eval.interval and version % self._settings.eval.interval == 0:
+        if (
+            version
+            and jobs_workers
+            and self._settings.eval.interval
+            and version % self._settings.eval.interval == 0
+        ):
             return  # the trainer has asked a jobs worker for it
         done = {row["version"] for row in report.read_rows(self._run_dir / "evals.jsonl")}
         if self._settings.eval.samples and version not in done:
-            self._start_child(f"{EVAL}-{version}", EVAL, [EVAL, str(self._run_dir), "--version", str(version)], once=True)
+            self._start_child(
+                f"{EVAL}-{version}",
+                EVAL,
+                [EVAL, str(self._run_dir), "--version", str(version)],
+                once=True,
+            )
 
     def _tick(self) -> None:
         self._keep_redis()
@@ -230,17 +307,24 @@ class Launch:
             self._metrics.read()
             self._evaluate(self._metrics.step)
         if not self._startup_cpu_s and self._metrics.stepped_since(self._launched):
-            self._startup_cpu_s = {kind: seconds for kind, seconds in self._supervisor.cpu_seconds().items() if kind != EVAL}
+            self._startup_cpu_s = {
+                kind: seconds
+                for kind, seconds in self._supervisor.cpu_seconds().items()
+                if kind != EVAL
+            }
         self._display.show(self._view())
         time.sleep(TICK_S)
 
     def _keep_redis(self) -> None:
         if self._server is not None and not self._server.alive:
-            self._say(f"the embedded Redis died; starting it again on the same data ({self._server.data})")
+            self._say(
+                f"the embedded Redis died; starting it again on the same data ({self._server.data})"
+            )
             self._server.start()
 
     def _view(self) -> View:
-        snapshot, kinds = self._watcher.latest, {stage: self._plan.kinds(stage) for stage in self._plan.streams}
+        snapshot = self._watcher.latest
+        kinds = {stage: self._plan.kinds(stage) for stage in self._plan.streams}
         left_over = [child.kind for child in self._supervisor.children if not child.done]
         started = {stage: sum(kind in kinds[stage] for kind in left_over) for stage in kinds}
         stages = [
@@ -249,13 +333,19 @@ class Launch:
                 processes=len(self._supervisor.running(*kinds[stage])),
                 heartbeats=len(snapshot.workers.get(stage, ())),
                 ready=stage in snapshot.ready,
-                # The trainer holds what it has trained until a checkpoint is durable: that waits for nobody.
-                backlog=max(0, snapshot.backlog.get(stage, 0) - (snapshot.in_hand.get(stage, 0) if stage == "train" else 0)),
+                # The trainer holds what it has trained until a checkpoint is durable: that waits
+                # for nobody.
+                backlog=max(
+                    0,
+                    snapshot.backlog.get(stage, 0)
+                    - (snapshot.in_hand.get(stage, 0) if stage == "train" else 0),
+                ),
                 detail=next((detail for detail in snapshot.workers.get(stage, ()) if detail), ""),
             )
             for stage in self._plan.streams
         ]
-        seconds, left = self._metrics.step_seconds, self._settings.trainer.max_steps - self._step
+        seconds = self._metrics.step_seconds
+        left = self._settings.trainer.max_steps - self._step
         return View(
             step=self._step,
             max_steps=self._settings.trainer.max_steps,
@@ -266,8 +356,12 @@ class Launch:
             waits=self._waits(started, kinds),
         )
 
-    def _waits(self, started: Mapping[StageName, int], kinds: Mapping[StageName, Sequence[str]]) -> list[str]:
-        """What the run waits for, by the newest snapshot of its streams; the servers first, which their workers wait for in turn."""
+    def _waits(
+        self, started: Mapping[StageName, int], kinds: Mapping[StageName, Sequence[str]]
+    ) -> list[str]:
+        """What the run waits for, by the newest snapshot of its streams; the servers first, which
+        their workers wait for in turn.
+        """
         snapshot = self._watcher.latest
         if snapshot.finished or not snapshot.taken:
             return self._evaluations()
@@ -275,7 +369,10 @@ class Launch:
 
     def _evaluations(self) -> list[str]:
         """What is left to wait for when training has ended."""
-        return [f"{child.name}: the held-out prompts are being answered" for child in self._supervisor.running(EVAL, "jobs")]
+        return [
+            f"{child.name}: the held-out prompts are being answered"
+            for child in self._supervisor.running(EVAL, "jobs")
+        ]
 
     def _finished(self) -> Exit:
         self._drain_children(self._supervisor.running(*SERVER_KINDS), SERVER_STOP_S)
@@ -289,10 +386,14 @@ class Launch:
         return Exit.OK
 
     def _stopped_by_request(self) -> Exit:
-        self._say("stopping: the workers finish what they have in hand, then the trainer writes a checkpoint (again to kill them)")
+        self._say(
+            "stopping: the workers finish what they have in hand, then the trainer writes a checkpoint (again to kill them)"
+        )
         self._drain()
         self._metrics.read()
-        self._say(f"stopped at step {self._step}; `onstream up` with the same settings goes on from there")
+        self._say(
+            f"stopped at step {self._step}; `onstream up` with the same settings goes on from there"
+        )
         return Exit.OK
 
     def _stopped_by(self, gave_up: GaveUp) -> Exit:
@@ -300,16 +401,23 @@ class Launch:
         for line in gave_up.log:
             self._say(f"  {line}")
         self._drain()
-        if self._trainer is not None and self._trainer.done:  # it was only the evaluation that failed
+        if (
+            self._trainer is not None and self._trainer.done
+        ):  # it was only the evaluation that failed
             self._report()
         return gave_up.exit
 
     def _drain(self) -> None:
-        """The workers first and the servers that they ask, then the trainer, whose checkpoint takes what they finished.
+        """The workers first and the servers that they ask, then the trainer, whose checkpoint takes
+        what they finished.
 
         It is never killed for being slow.
         """
-        workers = [child for child in self._supervisor.running() if child is not self._trainer and child.kind not in SERVER_KINDS]
+        workers = [
+            child
+            for child in self._supervisor.running()
+            if child is not self._trainer and child.kind not in SERVER_KINDS
+        ]
         within_s = self._settings.delivery.drain + DRAIN_MARGIN_S
         self._drain_children(workers, within_s)
         self._drain_children(self._supervisor.running(*SERVER_KINDS), SERVER_STOP_S)
@@ -320,7 +428,9 @@ class Launch:
             self._keep_redis()
             time.sleep(TICK_S)
 
-        self._supervisor.drain(children, within_s=within_s, hurry=lambda: self._stop.requests > 1, tick=tick)
+        self._supervisor.drain(
+            children, within_s=within_s, hurry=lambda: self._stop.requests > 1, tick=tick
+        )
 
     def _report(self) -> None:
         written = report.build(self._run_dir, self._usage() if self._startup_cpu_s else None)
@@ -331,13 +441,20 @@ class Launch:
     def _usage(self) -> dict[str, dict[str, float]]:
         """CPU seconds of each kind of process, those until the first step apart."""
         used = self._supervisor.cpu_seconds()
-        used = {kind: seconds - self._startup_cpu_s.get(kind, 0.0) for kind, seconds in used.items()}
+        used = {
+            kind: seconds - self._startup_cpu_s.get(kind, 0.0) for kind, seconds in used.items()
+        }
         if self._server is not None and self._server.pid is not None:
             used["redis"] = process_cpu_seconds(self._server.pid)
         own = resource.getrusage(resource.RUSAGE_SELF)
         used["launcher"] = own.ru_utime + own.ru_stime
         rounded = {kind: round(seconds, 2) for kind, seconds in used.items()}
-        return {"cpu_seconds": rounded, "cpu_seconds_startup": {kind: round(seconds, 2) for kind, seconds in self._startup_cpu_s.items()}}
+        return {
+            "cpu_seconds": rounded,
+            "cpu_seconds_startup": {
+                kind: round(seconds, 2) for kind, seconds in self._startup_cpu_s.items()
+            },
+        }
 
 
 def _as_options(overrides: Sequence[str]) -> list[str]:
@@ -350,7 +467,9 @@ def _own_log(settings: Settings) -> Iterator[None]:
     logs = settings.run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     with (logs / "launcher.log").open("a", encoding="utf-8") as stream:
-        telemetry.configure("launcher", f"launcher-{os.getpid()}", settings.run.name, settings.log, stream=stream)
+        telemetry.configure(
+            "launcher", f"launcher-{os.getpid()}", settings.run.name, settings.log, stream=stream
+        )
         yield
 
 
@@ -366,18 +485,30 @@ def _refuse_lonely_workers(settings: Settings, trains: bool) -> None:
 def _embedded_redis(settings: Settings) -> EmbeddedRedis | None:
     if settings.redis.url is not None:
         return None
-    return EmbeddedRedis(settings.run_dir / "redis", max_memory_mb=settings.redis.max_memory, server_bin=settings.redis.server_bin)
+    return EmbeddedRedis(
+        settings.run_dir / "redis",
+        max_memory_mb=settings.redis.max_memory,
+        server_bin=settings.redis.server_bin,
+    )
 
 
 def _connect(settings: Settings, server: EmbeddedRedis | None) -> Bus:
     redis = settings.redis
     url = server.url if server is not None else address(redis) or ""
     consumer = f"launcher-{os.getpid()}"
-    return Bus.connect(url, settings.run.name, consumer=consumer, block_s=redis.block, connect_timeout_s=redis.connect_timeout)
+    return Bus.connect(
+        url,
+        settings.run.name,
+        consumer=consumer,
+        block_s=redis.block,
+        connect_timeout_s=redis.connect_timeout,
+    )
 
 
 def _existing_plan(settings: Settings, bus: Bus) -> Plan | None:
-    """The plan that the run was started with: from Redis, or from the run directory if another Redis held it."""
+    """The plan that the run was started with: from Redis, or from the run directory if another
+    Redis held it.
+    """
     written = settings.run_dir / "plan.json"
     data = bus.read_plan() or (written.read_bytes() if written.exists() else None)
     return None if data is None else Plan.decode(data)

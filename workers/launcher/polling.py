@@ -9,13 +9,16 @@ LEAVE_S = 2.0
 
 
 class Polling:
-    """Calls `look` every `interval_s`: what it asks may hang, and must not stop the supervision of the workers.
+    """Calls `look` every `interval_s`: what it asks may hang, and must not stop the supervision of
+    the workers.
 
-    Consumes what `look` reads; waits for that and its interval; is unblocked by `stop`; produces what `look` leaves behind.
+    Consumes what `look` reads; waits for that and its interval; is unblocked by `stop`; produces
+    what `look` leaves behind.
     """
 
     def __init__(self, name: str, interval_s: float, look: Callable[[], None]) -> None:
-        self._interval_s, self._look = interval_s, look
+        self._interval_s = interval_s
+        self._look = look
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 

@@ -1,4 +1,6 @@
-"""Everything that can be known to be wrong before the first worker starts. Reads files; imports neither torch nor transformers."""
+"""Everything that can be known to be wrong before the first worker starts. Reads files; imports
+neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +11,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import Exit, UserError
-from settings.engines import engine_problems
-from settings.gpus import gpu_problems
-from settings.plan import Plan, refuse_differences
-from settings.problem import SettingsError
-from settings.root import Settings
+from onstream.pipeline.errors import Exit, UserError
+from onstream.settings.engines import engine_problems
+from onstream.settings.gpus import gpu_problems
+from onstream.settings.plan import Plan, refuse_differences
+from onstream.settings.problem import SettingsError
+from onstream.settings.root import Settings
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 FLOAT32_BYTES = 4
-TRAINED_BYTES = 3 * FLOAT32_BYTES  # of one parameter in a checkpoint: its master weight and AdamW's two moments
+TRAINED_BYTES = (
+    3 * FLOAT32_BYTES
+)  # of one parameter in a checkpoint: its master weight and AdamW's two moments
 
 
 def check_gpus(settings: Settings, plan: Plan, gpus: Sequence[str]) -> None:
-    """Check that the workers that start here find room on `gpus`, and vLLM where they are to use it.
+    """Check that the workers that start here find room on `gpus`, and vLLM where they are to use
+    it.
 
     Raises:
         SettingsError: they do not.
@@ -45,7 +50,8 @@ def check_files(settings: Settings, teacher: str | None) -> None:
 
 
 def local_model(name: str) -> Path:
-    """The directory of a model: itself, or the small files of a hub model, fetched unless they are in the local cache.
+    """The directory of a model: itself, or the small files of a hub model, fetched unless they are
+    in the local cache.
 
     Raises:
         UserError: no such directory, or the hub does not give such a model.
@@ -53,8 +59,16 @@ def local_model(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or (path.parent != Path(".") and path.parent.is_dir()):
-        raise UserError(f"no model directory {name}", expected="a directory in Hugging Face form", next_step=_make_hint(path))
+    if (
+        name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or (path.parent != Path(".") and path.parent.is_dir())
+    ):
+        raise UserError(
+            f"no model directory {name}",
+            expected="a directory in Hugging Face form",
+            next_step=_make_hint(path),
+        )
     return _hub_files(name)
 
 
@@ -80,7 +94,9 @@ def _hub_files(name: str) -> Path:
 
 
 def _no_such_model(name: str, error: Exception) -> UserError:
-    first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    first_line = next(
+        (line for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )
     return UserError(
         f"the Hugging Face hub gives no model {name} ({first_line})",
         expected="a directory, a model in the local cache, or a public model id with the hub in reach",
@@ -89,18 +105,28 @@ def _no_such_model(name: str, error: Exception) -> UserError:
 
 
 def check_model(name: str, setting: str) -> Path:
-    """Check that the model `name`, the value of `setting`, has a tokenizer that knows how to chat; returns its directory.
+    """Check that the model `name`, the value of `setting`, has a tokenizer that knows how to chat;
+    returns its directory.
 
     Raises:
-        UserError: there is no such model, a file of it is missing or no JSON, or there is no chat template.
+        UserError: there is no such model, a file of it is missing or no JSON, or there is no chat
+            template.
     """
     directory = local_model(name)
-    _json_file(directory / "config.json", setting, "the config.json of a model in Hugging Face form")
-    if directory == Path(name).expanduser():  # a hub model's weights are fetched by whoever loads it first
+    _json_file(
+        directory / "config.json", setting, "the config.json of a model in Hugging Face form"
+    )
+    if (
+        directory == Path(name).expanduser()
+    ):  # a hub model's weights are fetched by whoever loads it first
         weights = parameters(directory) > 0 or any(directory.glob("*.bin"))
         _require(weights, f"{setting}: {directory} has no weights", "a file *.safetensors or *.bin")
     has_tokenizer = any((directory / file).exists() for file in TOKENIZER_FILES)
-    _require(has_tokenizer, f"{setting}: {directory} has no tokenizer", f"one of {', '.join(TOKENIZER_FILES)}")
+    _require(
+        has_tokenizer,
+        f"{setting}: {directory} has no tokenizer",
+        f"one of {', '.join(TOKENIZER_FILES)}",
+    )
     if not _has_chat_template(directory, setting):
         raise UserError(
             f"{setting}: the tokenizer in {directory} has no chat template",
@@ -112,26 +138,46 @@ def check_model(name: str, setting: str) -> Path:
 
 def _require(holds: bool, got: str, expected: str) -> None:
     if not holds:
-        raise UserError(got, expected=expected, next_step="Save model and tokenizer there by `save_pretrained(directory)`.")
+        raise UserError(
+            got,
+            expected=expected,
+            next_step="Save model and tokenizer there by `save_pretrained(directory)`.",
+        )
 
 
 def _has_chat_template(directory: Path, setting: str) -> bool:
-    if (directory / "chat_template.jinja").exists() or (directory / "additional_chat_templates").is_dir():
+    if (directory / "chat_template.jinja").exists() or (
+        directory / "additional_chat_templates"
+    ).is_dir():
         return True
-    return bool(_json_file(directory / "tokenizer_config.json", setting, "the tokenizer's configuration").get("chat_template"))
+    return bool(
+        _json_file(
+            directory / "tokenizer_config.json", setting, "the tokenizer's configuration"
+        ).get("chat_template")
+    )
 
 
 def _json_file(path: Path, setting: str, expected: str) -> dict[str, Any]:
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{setting}: no file {path}", expected=expected, next_step="Check the path of the model.") from error
+        raise UserError(
+            f"{setting}: no file {path}",
+            expected=expected,
+            next_step="Check the path of the model.",
+        ) from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{setting}: {path} does not read as JSON ({error})", expected=expected, next_step="Save the model again."
+            f"{setting}: {path} does not read as JSON ({error})",
+            expected=expected,
+            next_step="Save the model again.",
         ) from error
     if not isinstance(loaded, dict):
-        raise UserError(f"{setting}: {path} is no JSON object", expected=expected, next_step="Save the model again.")
+        raise UserError(
+            f"{setting}: {path} is no JSON object",
+            expected=expected,
+            next_step="Save the model again.",
+        )
     return loaded
 
 
@@ -141,8 +187,8 @@ def check_task(settings: Settings) -> None:
     Raises:
         UserError: the task cannot be used; the message names the file and line where there is one.
     """
-    from pipeline.tasks import load_scorer, load_task
-    from pipeline.tasks.swapped import swapped_problems
+    from onstream.pipeline.tasks import load_scorer, load_task
+    from onstream.pipeline.tasks.swapped_images import swapped_problems
 
     task = load_task(settings)
     task.train(0)
@@ -153,12 +199,15 @@ def check_task(settings: Settings) -> None:
 
 
 def check_disk(settings: Settings, student: Path) -> None:
-    """Check that checkpoints and policies will fit beside each other, as far as the student's size is known here.
+    """Check that checkpoints and policies will fit beside each other, as far as the student's size
+    is known here.
 
     Raises:
         UserError: the disk of the run directory has less room.
     """
-    checkpoints, policies = settings.checkpoint.keep + 1, settings.checkpoint.keep_policies + 1  # one more while it is written
+    # one more while it is written
+    checkpoints = settings.checkpoint.keep + 1
+    policies = settings.checkpoint.keep_policies + 1
     need_bytes = parameters(student) * (checkpoints * TRAINED_BYTES + policies * FLOAT32_BYTES)
     directory = settings.run.dir
     while not directory.exists():
@@ -186,20 +235,28 @@ def _header_parameters(path: Path) -> int:
         header_bytes = int.from_bytes(file.read(8), "little")
         header = file.read(min(header_bytes, path.stat().st_size))
     try:
-        tensors = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        tensors = {
+            name: entry for name, entry in json.loads(header).items() if name != "__metadata__"
+        }
     except ValueError:
         tensors = {}
-    expected_bytes = 8 + header_bytes + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    expected_bytes = (
+        8 + header_bytes + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    )
     if not tensors or path.stat().st_size != expected_bytes:
         raise UserError(
             f"{path} has {path.stat().st_size:,} bytes and is no whole safetensors file",
-            expected=f"{expected_bytes:,} bytes, by its header" if tensors else "a header and the tensors it tells of",
+            expected=f"{expected_bytes:,} bytes, by its header"
+            if tensors
+            else "a header and the tensors it tells of",
             next_step="Save or download the model again.",
         )
     return sum(math.prod(entry["shape"]) for entry in tensors.values())
 
 
-def check_resume(settings: Settings, ours: Plan, theirs: Plan | None, in_flight: Callable[[], int]) -> None:
+def check_resume(
+    settings: Settings, ours: Plan, theirs: Plan | None, in_flight: Callable[[], int]
+) -> None:
     """Check `run.resume` against the plan of the run that exists, or None where none does.
 
     `in_flight` counts the rollouts on their way; they keep the route that they were issued with.
@@ -231,7 +288,9 @@ def _route_hint(ours: Plan, theirs: Plan) -> str:
     """What to set, where leaving a stage out of `deployment.stages` has turned it off."""
     settings = {"verify": "orchestrator.verification.enabled", "score": "the teacher's section"}
     changed = set(ours.route) ^ set(theirs.route)
-    return "Set " + " and ".join(f"{name} as it was" for stage, name in settings.items() if stage in changed)
+    return "Set " + " and ".join(
+        f"{name} as it was" for stage, name in settings.items() if stage in changed
+    )
 
 
 def _refuse_other_route(ours: Plan, theirs: Plan, in_flight: Callable[[], int]) -> None:

@@ -1,4 +1,6 @@
-"""Shows a run that goes on: a live panel on a terminal, a status line every so often elsewhere. It decides nothing."""
+"""Shows a run that goes on: a live panel on a terminal, a status line every so often elsewhere. It
+decides nothing.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ SHOWN = ("reward", "teacher_kl", "loss")
 
 @dataclass(frozen=True)
 class StageView:
-    """One stage: processes alive here and heartbeats seen anywhere, whether it has been ready, the records in its stream."""
+    """One stage: processes alive here and heartbeats seen anywhere, whether it has been ready, the
+    records in its stream.
+    """
 
     name: str
     processes: int
@@ -31,7 +35,9 @@ class StageView:
 
 @dataclass(frozen=True)
 class View:
-    """What is shown at one moment. `metrics` is the newest row of `metrics.jsonl`, empty before the first step."""
+    """What is shown at one moment. `metrics` is the newest row of `metrics.jsonl`, empty before the
+    first step.
+    """
 
     step: int
     max_steps: int
@@ -43,11 +49,19 @@ class View:
 
 
 class Display:
-    """Shows views and says sentences. On a terminal the last view stays at the bottom; elsewhere every view is a line."""
+    """Shows views and says sentences. On a terminal the last view stays at the bottom; elsewhere
+    every view is a line.
+    """
 
     def __init__(self, run: str, console: Console, interval_s: float) -> None:
-        self._run, self._console, self._interval_s = run, console, interval_s
-        self._live = Live(console=console, refresh_per_second=8, transient=True) if console.is_terminal else None
+        self._run = run
+        self._console = console
+        self._interval_s = interval_s
+        self._live = (
+            Live(console=console, refresh_per_second=8, transient=True)
+            if console.is_terminal
+            else None
+        )
         self._shown = float("-inf")
         self._last_line = ""
 
@@ -56,7 +70,12 @@ class Display:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._live:
             self._live.stop()
 
@@ -69,13 +88,16 @@ class Display:
         self._console.print(table)
 
     def show(self, view: View) -> None:
-        """Show `view` now on a terminal; elsewhere as a line, if it is time for one and it says anything new."""
+        """Show `view` now on a terminal; elsewhere as a line, if it is time for one and it says
+        anything new.
+        """
         if self._live:
             self._live.update(panel(self._run, view))
             return
         if time.monotonic() - self._shown < self._interval_s:
             return
-        self._shown, line = time.monotonic(), status_line(view)
+        self._shown = time.monotonic()
+        line = status_line(view)
         if line != self._last_line:
             self._last_line = line
             self.say(line)
@@ -85,7 +107,9 @@ def status_line(view: View) -> str:
     """The run in one line, what it waits for last."""
     parts = [f"step {view.step}/{view.max_steps}", *_figures(view)]
     if any(stage.backlog for stage in view.stages):
-        parts.append("backlog " + " ".join(f"{stage.name} {stage.backlog}" for stage in view.stages))
+        parts.append(
+            "backlog " + " ".join(f"{stage.name} {stage.backlog}" for stage in view.stages)
+        )
     if view.waits:
         parts.append(f"waiting: {'; '.join(view.waits)}")
     return "  ".join(parts)
@@ -114,17 +138,33 @@ def _stage_table(stages: Sequence[StageView]) -> Table:
     table.add_column("backlog", justify="right")
     table.add_column("", overflow="ellipsis", no_wrap=True)
     for stage in stages:
-        state = "absent" if not (stage.processes or stage.heartbeats) else "ready" if stage.ready else "starting"
-        table.add_row(stage.name, str(max(stage.processes, stage.heartbeats)), state, str(stage.backlog), stage.detail)
+        state = (
+            "absent"
+            if not (stage.processes or stage.heartbeats)
+            else "ready"
+            if stage.ready
+            else "starting"
+        )
+        table.add_row(
+            stage.name,
+            str(max(stage.processes, stage.heartbeats)),
+            state,
+            str(stage.backlog),
+            stage.detail,
+        )
     return table
 
 
 def _figures(view: View) -> list[str]:
-    figures = [f"{name} {view.metrics[name]:.4g}" for name in SHOWN if view.metrics.get(name) is not None]
+    figures = [
+        f"{name} {view.metrics[name]:.4g}" for name in SHOWN if view.metrics.get(name) is not None
+    ]
     if view.rollouts_per_s is not None:
         figures.append(f"{view.rollouts_per_s:.0f} rollouts/s")
     if view.metrics.get("staleness_mean") is not None:
-        figures.append(f"staleness {view.metrics['staleness_mean']:.1f} (max {view.metrics['staleness_max']:.0f})")
+        figures.append(
+            f"staleness {view.metrics['staleness_mean']:.1f} (max {view.metrics['staleness_max']:.0f})"
+        )
     if view.eta_s is not None:
         figures.append(f"ETA {clock(view.eta_s)}")
     return figures
@@ -142,14 +182,29 @@ def result_table(report: Mapping[str, Any]) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_row("steps", str(report["steps"]))
     table.add_row("seconds", f"{report['seconds']:.1f}")
-    table.add_row("rollouts", f"{report['rollouts']} ({_figure(report['rollouts_per_s'])} a second)")
-    table.add_row("eval (exact, held out)", f"{_figure(report['eval']['before'])} → {_figure(report['eval']['after'])}")
+    table.add_row(
+        "rollouts", f"{report['rollouts']} ({_figure(report['rollouts_per_s'])} a second)"
+    )
+    table.add_row(
+        "eval (exact, held out)",
+        f"{_figure(report['eval']['before'])} → {_figure(report['eval']['after'])}",
+    )
     if swapped := report["eval"].get("swapped"):
-        table.add_row("eval (images swapped)", f"{_figure(swapped['before'])} → {_figure(swapped['after'])}")
-    table.add_row("teacher_kl (nats a token)", f"{_figure(report['teacher_kl']['first'])} → {_figure(report['teacher_kl']['last'])}")
-    table.add_row("reward", f"{_figure(report['reward']['first'])} → {_figure(report['reward']['last'])}")
+        table.add_row(
+            "eval (images swapped)", f"{_figure(swapped['before'])} → {_figure(swapped['after'])}"
+        )
+    table.add_row(
+        "teacher_kl (nats a token)",
+        f"{_figure(report['teacher_kl']['first'])} → {_figure(report['teacher_kl']['last'])}",
+    )
+    table.add_row(
+        "reward", f"{_figure(report['reward']['first'])} → {_figure(report['reward']['last'])}"
+    )
     if cpu_seconds := report.get("cpu_seconds"):
-        table.add_row("CPU seconds", "  ".join(f"{kind} {seconds:.1f}" for kind, seconds in cpu_seconds.items()))
+        table.add_row(
+            "CPU seconds",
+            "  ".join(f"{kind} {seconds:.1f}" for kind, seconds in cpu_seconds.items()),
+        )
     return table
 
 

@@ -1,4 +1,6 @@
-"""Feeds a recorded stream to the trainer's own course of training: the same batches, steps and weights, with nobody else at work."""
+"""Feeds a recorded stream to the trainer's own course of training: the same batches, steps and
+weights, with nobody else at work.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +13,26 @@ from typing import Any
 import msgspec
 import torch
 
-from pipeline import weights
-from pipeline.images.feed import Fetch, no_images
-from pipeline.ledger import Fate, RangeSet
-from pipeline.recording import Frame, Opened, Recorded, Stepped
-from pipeline.records import PolicyVersion, Rollout, Ticket, Tombstone, decode_work
-from settings.root import Settings
-from workers.replay.source import Beginning, settled_in
-from workers.trainer import checkpoint
-from workers.trainer.checkpoint import TrainerState
-from workers.trainer.course import Course, Learned, learner_at
-from workers.trainer.publisher import student_files
-from workers.trainer.recording import conditions
-from workers.trainer.witness import Witness
+from onstream.pipeline import weights
+from onstream.pipeline.images.feed import Fetch, no_images
+from onstream.pipeline.records import PolicyVersion, Rollout, Ticket, Tombstone, decode_work
+from onstream.pipeline.run_files.ledger import Fate, RangeSet
+from onstream.pipeline.run_files.recording import Frame, Opened, Recorded, Stepped
+from onstream.settings.root import Settings
+from onstream.workers.replay.source import Beginning, settled_in
+from onstream.workers.trainer.durability import checkpoint
+from onstream.workers.trainer.durability.checkpoint import TrainerState
+from onstream.workers.trainer.durability.recording import conditions
+from onstream.workers.trainer.maths.per_sample_losses import Witness
+from onstream.workers.trainer.publication.publisher import student_files
+from onstream.workers.trainer.training import Course, Learned, learner_at
 
 
 @dataclass(frozen=True)
 class Played:
-    """A step of the replay, and what the recording says of it; `recorded` is None for a step that the recorded run did not take there."""
+    """A step of the replay, and what the recording says of it; `recorded` is None for a step that
+    the recorded run did not take there.
+    """
 
     policy: PolicyVersion
     row: dict[str, Any]
@@ -44,20 +48,26 @@ class Played:
     @property
     def same_weights(self) -> bool:
         """Whether the recorded run came to these weights, bit for bit, in this step."""
-        return self.recorded is not None and (self.recorded.step, self.recorded.digest) == (self.policy.number, self.policy.digest)
+        return self.recorded is not None and (self.recorded.step, self.recorded.digest) == (
+            self.policy.number,
+            self.policy.digest,
+        )
 
     @property
     def other_metrics(self) -> list[str]:
         """Names of the metrics that differ from the recorded ones."""
         recorded = self.recorded.metrics if self.recorded else {}
-        return [name for name in {**recorded, **self.row} if recorded.get(name) != self.row.get(name)]
+        return [
+            name for name in {**recorded, **self.row} if recorded.get(name) != self.row.get(name)
+        ]
 
 
 class Player:
     """Replays from `beginning` into `settings.run_dir`.
 
-    `settings_under` gives the settings that hold when a trainer takes the run up as recorded; `told` hears of conditions that
-    are not the recorded ones; `images` gives the bytes of images by digest.
+    `settings_under` gives the settings that hold when a trainer takes the run up as recorded;
+    `told` hears of conditions that are not the recorded ones; `images` gives the bytes of images by
+    digest.
 
     Raises:
         UserError: the student cannot be loaded.
@@ -70,21 +80,37 @@ class Player:
         told: Callable[[str], None],
         images: Fetch = no_images,
     ) -> None:
-        self._settings_under, self._told = settings_under, told
-        self.settings, found = settings_under(beginning.opened), beginning.found
+        self._settings_under = settings_under
+        self._told = told
+        self.settings = settings_under(beginning.opened)
+        found = beginning.found
         self._under_conditions(beginning.opened)
         self.run_dir = self.settings.run_dir
-        self.fates: dict[Fate, RangeSet] = {fate: RangeSet(ranges) for fate, ranges in found.state.settled.items()} if found else {}
+        self.fates: dict[Fate, RangeSet] = (
+            {fate: RangeSet(ranges) for fate, ranges in found.state.settled.items()}
+            if found
+            else {}
+        )
         self.settled = settled_in(found)
         learner = learner_at(self.settings, found)
         dropped = found.state.dropped if found else {}
         self.missed: int | None = None
         """The first step that the recorded run took where none was due here."""
-        self.course = Course(self.settings, learner, self, worker="replay", step=beginning.step, dropped=dropped, images=images)
+        self.course = Course(
+            self.settings,
+            learner,
+            self,
+            worker="replay",
+            step=beginning.step,
+            dropped=dropped,
+            images=images,
+        )
         self._files = student_files(self.run_dir, learner)
         self.policy = self._publish()
         if not beginning.position and self.policy.digest != beginning.opened.digest:
-            told("the weights that the recorded run started from are not those that this replay starts from")
+            told(
+                "the weights that the recorded run started from are not those that this replay starts from"
+            )
         for record in beginning.held:
             self._take(record)
 
@@ -113,14 +139,18 @@ class Player:
             sequence=1,
             step=self.course.step,
             policy=self.policy,
-            issued=max((last for numbers in self.fates.values() for _, last in numbers.ranges()), default=0),
+            issued=max(
+                (last for numbers in self.fates.values() for _, last in numbers.ranges()), default=0
+            ),
             settled={fate: numbers.ranges() for fate, numbers in self.fates.items()},
             before=[],
             ledger_bytes=0,
             totals={},
             dropped=dict(self.course.dropped),
         )
-        return checkpoint.save(self.run_dir / checkpoint.FOLDER, state, files, fence=nullcontext).path
+        return checkpoint.save(
+            self.run_dir / checkpoint.FOLDER, state, files, fence=nullcontext
+        ).path
 
     def considered(self, record: Rollout | Tombstone, taken: float) -> None:
         """A replay is not recorded."""
@@ -133,25 +163,38 @@ class Player:
 
     def _take(self, recorded: Recorded) -> None:
         record = decode_work(recorded.payload)
-        if not isinstance(record, Ticket) and recorded.number not in self.settled:  # another batch size may have settled it before
+        if (
+            not isinstance(record, Ticket) and recorded.number not in self.settled
+        ):  # another batch size may have settled it before
             self.course.take(record, recorded.taken)
 
     def _open(self, opened: Opened) -> None:
-        """Do as the trainer that took the run up there: under its settings, and knowing only what had settled."""
+        """Do as the trainer that took the run up there: under its settings, and knowing only what
+        had settled.
+        """
         self.course.forget()
         self.settings = self._settings_under(opened)
-        self.course.learner.trainer, self.course.max_steps = self.settings.trainer, self.settings.trainer.max_steps
+        self.course.learner.trainer = self.settings.trainer
+        self.course.max_steps = self.settings.trainer.max_steps
         self._under_conditions(opened)
 
     def _under_conditions(self, opened: Opened) -> None:
-        torch.set_num_threads(self.settings.deployment.threads or opened.conditions.get("threads") or torch.get_num_threads())
+        torch.set_num_threads(
+            self.settings.deployment.threads
+            or opened.conditions.get("threads")
+            or torch.get_num_threads()
+        )
         here = conditions(self.settings)
         for name, recorded in opened.conditions.items():
             if here.get(name) != recorded:
-                self._told(f"{name} was {recorded} when step {opened.step + 1} was recorded, and is {here.get(name)} here")
+                self._told(
+                    f"{name} was {recorded} when step {opened.step + 1} was recorded, and is {here.get(name)} here"
+                )
 
     def _steps(self, recorded: Stepped) -> Iterator[Played]:
-        """The step that is due where the recorded run took one; with another batch size it may be none, or several."""
+        """The step that is due where the recorded run took one; with another batch size it may be
+        none, or several.
+        """
         while self.course.batch is not None:
             yield self._step(recorded if self.course.step + 1 == recorded.step else None)
             self.course.advance()
@@ -167,7 +210,9 @@ class Player:
 
     def _publish(self) -> PolicyVersion:
         step = self.course.step
-        policy = weights.publish(self.run_dir, step, self.course.learner.published_state(), self._files)
+        policy = weights.publish(
+            self.run_dir, step, self.course.learner.published_state(), self._files
+        )
         weights.prune(self.run_dir, self.settings.checkpoint.keep_policies, pinned={step})
         return policy
 

@@ -1,4 +1,6 @@
-"""What a person reads of a replay: how far it is, a step's metrics, and the samples that had the largest part in it."""
+"""What a person reads of a replay: how far it is, a step's metrics, and the samples that had the
+largest part in it.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +8,28 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from workers.launcher.progress import SHOWN, clock
-from workers.trainer.excerpts import excerpt
+from onstream.workers.launcher.progress import SHOWN, clock
+from onstream.workers.trainer.batches.excerpts import excerpt
 
 if TYPE_CHECKING:
-    from workers.replay.player import Played
-    from workers.replay.verdict import Verdict
+    from onstream.workers.replay.player import Played
+    from onstream.workers.replay.verdict import Verdict
 
 FIGURES = ("loss_share", "loss", "mismatch_max", "reward", "staleness")
 TEXT_SHOWN = 120  # characters of a completion
 
 
 class Progress:
-    """Says how far a replay is, at most every `interval_s` seconds. `last_step` is where it will end, if that is known."""
+    """Says how far a replay is, at most every `interval_s` seconds. `last_step` is where it will
+    end, if that is known.
+    """
 
-    def __init__(self, say: Callable[[str], None], last_step: int | None, interval_s: float) -> None:
-        self._say, self._last_step, self._interval_s = say, last_step, interval_s
+    def __init__(
+        self, say: Callable[[str], None], last_step: int | None, interval_s: float
+    ) -> None:
+        self._say = say
+        self._last_step = last_step
+        self._interval_s = interval_s
         self._began = self._said = time.monotonic()
         self._steps = 0
 
@@ -33,42 +41,78 @@ class Progress:
             return
         self._said = now
         parts = [f"step {played.step}" + (f"/{self._last_step}" if self._last_step else "")]
-        parts += [f"{name} {played.row[name]:.4g}" for name in SHOWN if played.row.get(name) is not None]
-        parts.append("as recorded" if verdict.equal else "differs by intent" if verdict.changed else "DIFFERS")
+        parts += [
+            f"{name} {played.row[name]:.4g}" for name in SHOWN if played.row.get(name) is not None
+        ]
+        parts.append(
+            "as recorded"
+            if verdict.equal
+            else "differs by intent"
+            if verdict.changed
+            else "DIFFERS"
+        )
         if self._last_step and self._last_step > played.step:
-            parts.append(f"ETA {clock((now - self._began) / self._steps * (self._last_step - played.step))}")
+            parts.append(
+                f"ETA {clock((now - self._began) / self._steps * (self._last_step - played.step))}"
+            )
         self._say("  ".join(parts))
 
 
 def sample_rows(played: Played, run: str) -> Iterator[dict[str, Any]]:
     """One row for every rollout that the step trained on.
 
-    Beside what `samples.jsonl` of a run has: `loss`, the sum over the rollout's tokens, `loss_share`, its part in the sum of
-    absolute losses of the step, and `mismatch_max`, the largest |log ratio| of one of its tokens, in nats.
+    Beside what `samples.jsonl` of a run has: `loss`, the sum over the rollout's tokens,
+    `loss_share`, its part in the sum of absolute losses of the step, and `mismatch_max`, the
+    largest |log ratio| of one of its tokens, in nats.
     """
     rollouts = [(chosen, rollout) for chosen in played.learned.batch for rollout in chosen.rollouts]
-    losses, mismatches, place = [], [], 0
+    losses = []
+    mismatches = []
+    place = 0
     for _, rollout in rollouts:
         places = range(place, place := place + len(rollout.samples))
         losses.append(sum(played.witness.loss.get(at, 0.0) for at in places))
-        mismatches.append(max((played.witness.mismatch_max[at] for at in places if at in played.witness.mismatch_max), default=None))
+        mismatches.append(
+            max(
+                (
+                    played.witness.mismatch_max[at]
+                    for at in places
+                    if at in played.witness.mismatch_max
+                ),
+                default=None,
+            )
+        )
     total = sum(map(abs, losses)) or 1.0
     for (chosen, rollout), loss, mismatch in zip(rollouts, losses, mismatches, strict=True):
         row = excerpt(rollout, run, played.step)
-        yield {**row, "staleness": chosen.staleness, "loss": loss, "loss_share": abs(loss) / total, "mismatch_max": mismatch}
+        yield {
+            **row,
+            "staleness": chosen.staleness,
+            "loss": loss,
+            "loss_share": abs(loss) / total,
+            "mismatch_max": mismatch,
+        }
 
 
 def step_text(played: Played, worst: int, run: str, *, compared: bool) -> str:
-    """The metrics of a step, beside the recorded ones where they are `compared`, and the `worst` samples by their share in the loss."""
+    """The metrics of a step, beside the recorded ones where they are `compared`, and the `worst`
+    samples by their share in the loss.
+    """
     recorded = played.recorded.metrics if played.recorded and compared else {}
     lines = [f"step {played.step}:"]
     for name, value in played.row.items():
         if value is not None and name != "step":
-            other = f"  (recorded: {_text(recorded[name])})" if name in recorded and recorded[name] != value else ""
+            other = (
+                f"  (recorded: {_text(recorded[name])})"
+                if name in recorded and recorded[name] != value
+                else ""
+            )
             lines.append(f"  {name:<24}{_text(value)}{other}")
     rows = sorted(sample_rows(played, run), key=lambda row: -row["loss_share"])[:worst]
     if rows:
-        lines.append(f"the {len(rows)} samples with the largest part in its loss, of {played.row['rollouts']:g}:")
+        lines.append(
+            f"the {len(rows)} samples with the largest part in its loss, of {played.row['rollouts']:g}:"
+        )
     for row in rows:
         figures = [f"{name} {_text(row[name])}" for name in FIGURES if row[name] is not None]
         lines.append(f"  {row['uid']}  {'  '.join(figures)}")

@@ -1,4 +1,6 @@
-"""Where a replay begins and what it is fed: the recording of a run, and the checkpoint it starts from."""
+"""Where a replay begins and what it is fed: the recording of a run, and the checkpoint it starts
+from.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +8,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import recording
-from pipeline.errors import UserError
-from pipeline.ledger import RangeSet
-from pipeline.recording import Frame, Opened, Recorded
-from workers.trainer import checkpoint
-from workers.trainer.checkpoint import Checkpoint
-from workers.trainer.recording import SETTINGS, START, start_of
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.run_files import recording
+from onstream.pipeline.run_files.ledger import RangeSet
+from onstream.pipeline.run_files.recording import Frame, Opened, Recorded
+from onstream.workers.trainer.durability import checkpoint
+from onstream.workers.trainer.durability.checkpoint import Checkpoint
+from onstream.workers.trainer.durability.recording import SETTINGS, START, start_of
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """Where a replay begins: after `position` bytes of the recording, with the weights of `found` (None: the run's start).
+    """Where a replay begins: after `position` bytes of the recording, with the weights of `found`
+    (None: the run's start).
 
-    `held` are the records that the trainer had considered by then and not settled. `opened` says under which settings and
-    conditions the next step was taken.
+    `held` are the records that the trainer had considered by then and not settled. `opened` says
+    under which settings and conditions the next step was taken.
     """
 
     found: Checkpoint | None
@@ -42,7 +45,8 @@ class Source:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self.run_dir, self.directory = run_dir, run_dir / recording.FOLDER
+        self.run_dir = run_dir
+        self.directory = run_dir / recording.FOLDER
         if not recording.exists(self.directory):
             raise UserError(
                 f"{run_dir} has no {recording.FOLDER}/",
@@ -53,7 +57,8 @@ class Source:
         self._checkpoints = [
             found
             for found in checkpoint.complete(run_dir / checkpoint.FOLDER)
-            if found.state.recorded is not None and (start is None or found.state.sequence > start.sequence)
+            if found.state.recorded is not None
+            and (start is None or found.state.sequence > start.sequence)
         ]
         self.durable = max((found.state.recorded or 0 for found in self._checkpoints), default=0)
 
@@ -63,18 +68,30 @@ class Source:
         return self.directory / SETTINGS
 
     def beginning(self, before: int | None) -> Beginning:
-        """The place of the newest checkpoint whose next steps lead to the step `before`; where the recording begins, for None.
+        """The place of the newest checkpoint whose next steps lead to the step `before`; where the
+        recording begins, for None.
 
         Raises:
             RecordingError: the recording is damaged before that place.
             UserError: the checkpoint is.
         """
-        found = next((found for found in self._checkpoints if before is not None and found.state.step < before), None)
+        found = next(
+            (
+                found
+                for found in self._checkpoints
+                if before is not None and found.state.step < before
+            ),
+            None,
+        )
         position = (found.state.recorded or 0) if found else 0
         if found is None and self._start is not None:
             found = Checkpoint(self.directory / START, self._start)
         if found and (problem := checkpoint.damage(found.path)):
-            raise UserError(f"{found.path}: {problem}", expected="a whole checkpoint", next_step="Give another --from-step, or none.")
+            raise UserError(
+                f"{found.path}: {problem}",
+                expected="a whole checkpoint",
+                next_step="Give another --from-step, or none.",
+            )
         held, opened = self._held_at(position, found)
         return Beginning(found, position, held, opened)
 
@@ -96,13 +113,18 @@ class Source:
         opened = None
         for frame in recording.frames(self.directory, end=position or None, durable=self.durable):
             if isinstance(frame, Opened):
-                held, opened = [], frame
+                held = []
+                opened = frame
                 if not position:
                     break
             elif isinstance(frame, Recorded) and frame.number not in settled:
                 held.append(frame)
         if opened is None:
-            raise UserError(f"{self.directory} is empty", expected="a recorded step", next_step="Record the run for at least one step.")
+            raise UserError(
+                f"{self.directory} is empty",
+                expected="a recorded step",
+                next_step="Record the run for at least one step.",
+            )
         return held, opened
 
 

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from workers.trainer.checkpoint import MANIFEST, OPTIMIZER
+from onstream.workers.trainer.durability.checkpoint import MANIFEST, OPTIMIZER
 
 if TYPE_CHECKING:
-    from workers.replay.player import Played
+    from onstream.workers.replay.player import Played
 
 
 class Verdict:
-    """Counts the steps of a replay, `changed` of whose settings are not as recorded: then a difference is no fault.
+    """Counts the steps of a replay, `changed` of whose settings are not as recorded: then a
+    difference is no fault.
 
-    `first` is the first step whose weights differ; `missed` the first that the recorded run took where none was due here.
+    `first` is the first step whose weights differ; `missed` the first that the recorded run took
+    where none was due here.
     """
 
     def __init__(self, changed: Mapping[str, Any]) -> None:
@@ -38,15 +40,24 @@ class Verdict:
             self.first_metrics = played.step, played.other_metrics
 
     def compare_checkpoints(self, ours: Path, theirs: Path) -> None:
-        """Compare the weights and the optimizer's state in two checkpoints of the last step, by the digests in their manifests."""
+        """Compare the weights and the optimizer's state in two checkpoints of the last step, by the
+        digests in their manifests.
+        """
         mine, recorded = (_digests(path) for path in (ours, theirs))
         self._checkpoint = theirs.name
-        self.other_files = sorted(name for name in {*mine, *recorded} if mine.get(name) != recorded.get(name))
+        self.other_files = sorted(
+            name for name in {*mine, *recorded} if mine.get(name) != recorded.get(name)
+        )
 
     @property
     def equal(self) -> bool:
         """Whether all is as recorded so far."""
-        return self.first is None and self.missed is None and self.first_metrics is None and not self.other_files
+        return (
+            self.first is None
+            and self.missed is None
+            and self.first_metrics is None
+            and not self.other_files
+        )
 
     @property
     def passes(self) -> bool:
@@ -60,7 +71,9 @@ class Verdict:
         what = f"steps {self.steps[0]} to {self.steps[-1]}"
         lines = [f"{what}: {self._weights()}; {self._metrics()}"]
         if self.missed is not None:
-            lines.append(f"step {self.missed} was recorded at a place of the stream where no batch was complete here")
+            lines.append(
+                f"step {self.missed} was recorded at a place of the stream where no batch was complete here"
+            )
         if self.other_files is not None:
             differ = (
                 f"differs in {', '.join(self.other_files)}"
@@ -86,4 +99,8 @@ class Verdict:
 
 def _digests(checkpoint: Path) -> dict[str, str]:
     digests = msgspec.json.decode((checkpoint / MANIFEST).read_bytes(), type=dict[str, str])
-    return {name: digest for name, digest in digests.items() if name.endswith(".safetensors") or name == OPTIMIZER}
+    return {
+        name: digest
+        for name, digest in digests.items()
+        if name.endswith(".safetensors") or name == OPTIMIZER
+    }

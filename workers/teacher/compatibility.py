@@ -1,19 +1,27 @@
-"""Whether a teacher can judge a student's tokens at all: same vocabulary, same turns, enough context."""
+"""Whether a teacher can judge a student's tokens at all: same vocabulary, same turns, enough
+context.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import UserError
+from onstream.pipeline.errors import UserError
 
-TURNS = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "2 + 2"}]
+TURNS = [
+    {"role": "user", "content": "1 + 1"},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "2 + 2"},
+]
 _CHOOSE = "Choose a teacher of the student's family with teacher_inference.model.name, or another student with model.name."
 
 
 @dataclass(frozen=True)
 class Party:
-    """A model as the comparison sees it: its tokenizer, the ids that end its turns, its context, and the width of its output."""
+    """A model as the comparison sees it: its tokenizer, the ids that end its turns, its context,
+    and the width of its output.
+    """
 
     name: str
     tokenizer: Any
@@ -26,8 +34,9 @@ def check(student: Party, teacher: Party, max_completion: int) -> None:
     """Refuses a teacher whose judgement of the student's tokens would mean nothing.
 
     Raises:
-        UserError: the vocabularies, the chat templates or the ends of turn differ, or the teacher's context cannot hold
-            what the student may write, a prompt and a completion of `max_completion` tokens.
+        UserError: the vocabularies, the chat templates or the ends of turn differ, or the teacher's
+            context cannot hold what the student may write, a prompt and a completion of
+            `max_completion` tokens.
     """
     _check_vocabulary(student, teacher)
     _check_template(student, teacher)
@@ -39,7 +48,9 @@ def first_difference(student: dict[str, int], teacher: dict[str, int]) -> str | 
     """The first id whose token differs, in words; None for equal vocabularies (token -> id)."""
     if student == teacher:
         return None
-    ours, theirs = ({number: token for token, number in vocabulary.items()} for vocabulary in (student, teacher))
+    ours, theirs = (
+        {number: token for token, number in vocabulary.items()} for vocabulary in (student, teacher)
+    )
     for number in sorted(ours.keys() | theirs.keys()):
         if ours.get(number) != theirs.get(number):
             return f"id {number} is {_entry(ours.get(number))} to the student and {_entry(theirs.get(number))} to the teacher"
@@ -51,7 +62,8 @@ def _entry(token: str | None) -> str:
 
 
 def _check_vocabulary(student: Party, teacher: Party) -> None:
-    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    ours = student.tokenizer.get_vocab()
+    theirs = teacher.tokenizer.get_vocab()
     difference = first_difference(ours, theirs)
     if difference:
         raise UserError(
@@ -63,7 +75,10 @@ def _check_vocabulary(student: Party, teacher: Party) -> None:
 
 
 def _check_template(student: Party, teacher: Party) -> None:
-    ours, theirs = (party.tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True) for party in (student, teacher))
+    ours, theirs = (
+        party.tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True)
+        for party in (student, teacher)
+    )
     if ours != theirs:
         raise UserError(
             f"the teacher {teacher.name!r} writes a conversation as {_clipped(theirs)}, the student {student.name!r} as {_clipped(ours)}",

@@ -1,4 +1,6 @@
-"""What the teacher stage asks of whatever scores: token ids in, a logprob for every completion token out."""
+"""What the teacher stage asks of whatever scores: token ids in, a logprob for every completion
+token out.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pipeline.records import Ids, Logprobs
+from onstream.pipeline.records import Ids, Logprobs
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """One sample to be judged: P ≥ 1 prompt tokens and C completion tokens. `images` names those that the prompt shows, in order.
+    """One sample to be judged: P ≥ 1 prompt tokens and C completion tokens. `images` names those
+    that the prompt shows, in order.
 
-    `sent` is what vLLM's endpoints are sent in the place of the token ids, where there are images (`pipeline.vllm_images`).
+    `sent` is what vLLM's endpoints are sent in the place of the token ids, where there are images
+    (`onstream.pipeline.images.vllm_prompts`).
     """
 
     prompt_ids: Ids  # [P]
@@ -23,7 +27,9 @@ class ScoreRequest:
 
     @property
     def tokens(self) -> int:
-        """P + C, the context that scoring needs: every completion token is predicted from those before it."""
+        """P + C, the context that scoring needs: every completion token is predicted from those
+        before it.
+        """
         return len(self.prompt_ids) + len(self.completion_ids)
 
 
@@ -31,9 +37,10 @@ class ScoreRequest:
 class Scores:
     """The teacher's judgement of one completion, in nats at temperature 1.
 
-    `top_ids` and `top_logprobs` are the teacher's k likeliest tokens of each position, likeliest first, and
-    `tail_logprobs` is the logprob of everything else together, computed from all logits; None when k = 0. An endpoint
-    gives no tail: then that alone is None, and the trainer computes it from the k.
+    `top_ids` and `top_logprobs` are the teacher's k likeliest tokens of each position, likeliest
+    first, and `tail_logprobs` is the logprob of everything else together, computed from all logits;
+    None when k = 0. An endpoint gives no tail: then that alone is None, and the trainer computes it
+    from the k.
     """
 
     logprobs: Logprobs  # [C]
@@ -43,7 +50,9 @@ class Scores:
 
 
 class Scorer(Protocol):
-    """A teacher. `name` is what a rollout's `scored_by` says; `context_tokens` is the longest sample it takes."""
+    """A teacher. `name` is what a rollout's `scored_by` says; `context_tokens` is the longest
+    sample it takes.
+    """
 
     name: str
     context_tokens: int
@@ -54,11 +63,15 @@ class Scorer(Protocol):
         ...
 
     def unseen(self, request: ScoreRequest) -> str | None:
-        """Why the images of `request` cannot be judged, in words; None where it can be scored with all of them present."""
+        """Why the images of `request` cannot be judged, in words; None where it can be scored with
+        all of them present.
+        """
         ...
 
     def score(self, requests: Sequence[ScoreRequest], *, top_k: int) -> list[Scores]:
-        """Scores of `requests`, in their order. Requests with equal prompts in one call share the prompt's computation."""
+        """Scores of `requests`, in their order. Requests with equal prompts in one call share the
+        prompt's computation.
+        """
         ...
 
     def close(self) -> None:

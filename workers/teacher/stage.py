@@ -5,32 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from pipeline.records import StageName
-from pipeline.stage import Delivery, Outcome
-from pipeline.streams import Bus
-from settings.root import Settings
-from workers.teacher.samples import objection, request_of, rollout_of, write
-from workers.teacher.scorer import Scorer
+from onstream.pipeline.records import StageName
+from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.stage import Delivery, Outcome
+from onstream.settings.root import Settings
+from onstream.workers.teacher.score_requests import objection, request_of, rollout_of, write
+from onstream.workers.teacher.scorer import Scorer
 
 ROOM = 256
-"""Rollouts in hand at once: enough that the groups among them are whole when they come from a busy stream."""
+"""Rollouts in hand at once: enough that the groups among them are whole when they come from a busy
+stream.
+"""
 
 
 class Teacher:
     """Takes rollouts, adds the teacher's logprobs to their samples, and sends them on.
 
-    What is in hand is scored whole groups first come, up to a forward pass a call, so that siblings share the
-    computation of their prompt. Nothing waits for siblings that have not come.
+    What is in hand is scored whole groups first come, up to a forward pass a call, so that siblings
+    share the computation of their prompt. Nothing waits for siblings that have not come.
     """
 
     name: StageName = "score"
     holds_entries = False
 
-    def __init__(self, settings: Settings, bus: Bus, load: Callable[[Settings], Scorer] | None = None) -> None:
+    def __init__(
+        self, settings: Settings, bus: Bus, load: Callable[[Settings], Scorer] | None = None
+    ) -> None:
         self._settings = settings
         self._load = load or partial(_load_local, bus=bus)
         self._top_k = settings.trainer.loss.teacher_top_k
-        self._in_hand: dict[int, list[Delivery]] = {}  # by group, in the order of their first arrival
+        self._in_hand: dict[
+            int, list[Delivery]
+        ] = {}  # by group, in the order of their first arrival
 
     def setup(self) -> None:
         """Load the teacher and compare it with the student.
@@ -52,7 +58,11 @@ class Teacher:
 
     def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
         """Score up to about one forward pass of what is in hand."""
-        refused = [Outcome(delivery, dead=reason) for delivery in new if (reason := self._objection(delivery))]
+        refused = [
+            Outcome(delivery, dead=reason)
+            for delivery in new
+            if (reason := self._objection(delivery))
+        ]
         objected = {outcome.delivery.entry_id for outcome in refused}
         for delivery in new:
             if delivery.entry_id not in objected:
@@ -68,14 +78,22 @@ class Teacher:
 
     def _objection(self, delivery: Delivery) -> str | None:
         """Why this rollout cannot be scored, in words; None when it can."""
-        name, context, size = self._scorer.name, self._scorer.context_tokens, self._scorer.vocabulary_size
-        reasons = (objection(sample, name, context_tokens=context, vocabulary_size=size) for sample in rollout_of(delivery).samples)
+        name = self._scorer.name
+        context = self._scorer.context_tokens
+        size = self._scorer.vocabulary_size
+        reasons = (
+            objection(sample, name, context_tokens=context, vocabulary_size=size)
+            for sample in rollout_of(delivery).samples
+        )
         return next((reason for reason in reasons if reason), None)
 
     def _next_slice(self) -> list[Delivery]:
-        """Takes about one forward pass of rollouts out of hand, group by group, oldest group first; at least one rollout."""
+        """Takes about one forward pass of rollouts out of hand, group by group, oldest group first;
+        at least one rollout.
+        """
         taken: list[Delivery] = []
-        tokens, budget = 0, self._settings.teacher_inference.max_batch_tokens
+        tokens = 0
+        budget = self._settings.teacher_inference.max_batch_tokens
         for group in list(self._in_hand):
             members = self._in_hand[group]
             tokens += _prompt_tokens(members[0])
@@ -88,16 +106,21 @@ class Teacher:
         return taken
 
     def _score(self, deliveries: Sequence[Delivery]) -> list[Outcome]:
-        outcomes, seen = [], []
+        outcomes = []
+        seen = []
         for delivery in deliveries:
-            reasons = (self._scorer.unseen(request_of(sample)) for sample in rollout_of(delivery).samples)
+            reasons = (
+                self._scorer.unseen(request_of(sample)) for sample in rollout_of(delivery).samples
+            )
             if reason := next((reason for reason in reasons if reason), None):
                 outcomes.append(Outcome(delivery, dead=f"it would be scored blind: {reason}"))
             else:
                 seen.append(delivery)
         samples = [sample for delivery in seen for sample in rollout_of(delivery).samples]
         if samples:
-            scored = self._scorer.score([request_of(sample) for sample in samples], top_k=self._top_k)
+            scored = self._scorer.score(
+                [request_of(sample) for sample in samples], top_k=self._top_k
+            )
             for sample, scores in zip(samples, scored, strict=True):
                 write(sample, scores)
         for delivery in seen:
@@ -106,7 +129,9 @@ class Teacher:
 
 
 def _load_local(settings: Settings, bus: Bus) -> Scorer:
-    from workers.teacher.setup import load_local  # torch is imported by the worker that needs it alone
+    from onstream.workers.teacher.local_setup import (
+        load_local,  # torch is imported by the worker that needs it alone
+    )
 
     return load_local(settings, bus.images)
 

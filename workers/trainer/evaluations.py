@@ -1,4 +1,6 @@
-"""How the trainer has its policies evaluated: asked for every `eval.interval` steps, done elsewhere, read when they are there."""
+"""How the trainer has its policies evaluated: asked for every `eval.interval` steps, done
+elsewhere, read when they are there.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import RedisError
 
-from pipeline.pins import pinned
-from pipeline.telemetry import get_logger
-from settings.root import Settings
+from onstream.pipeline.telemetry import get_logger
+from onstream.pipeline.weights.pins import pinned
+from onstream.settings.root import Settings
 
 if TYPE_CHECKING:
-    from pipeline.jobs import Jobs
+    from onstream.pipeline.redis.job_queue import Jobs
 
 METRICS = ("eval_version", "eval_exact", "eval_reward")
 log = get_logger()
@@ -25,40 +27,59 @@ class Evaluations:
     """
 
     def __init__(self, settings: Settings, url: str, run_dir: Path) -> None:
-        from pipeline.jobs import Jobs  # brings RQ, which a run without evaluations needs not
+        from onstream.pipeline.redis.job_queue import (
+            Jobs,  # brings RQ, which a run without evaluations needs not
+        )
 
         self._jobs: Jobs = Jobs(url, settings.run.name, settings.jobs)
-        self._interval, self._max_waiting = settings.eval.interval, settings.jobs.max_waiting
+        self._interval = settings.eval.interval
+        self._max_waiting = settings.jobs.max_waiting
         self._last = settings.trainer.max_steps  # what the run came to is evaluated in any case
-        self._run_dir, self._results = run_dir, run_dir / "evals.jsonl"
+        self._run_dir = run_dir
+        self._results = run_dir / "evals.jsonl"
         self._read_bytes = self._results.stat().st_size if self._results.exists() else 0
 
     def ask(self, version: int) -> None:
         """Have `version` evaluated, if it is its turn. It stays on disk until it is."""
-        from pipeline.jobs import ask_pinned
+        from onstream.pipeline.redis.job_queue import ask_pinned
 
         if not version or version % self._interval:
             return
         waiting = pinned(self._run_dir) - {version}
         if len(waiting) >= self._max_waiting and version != self._last:
-            log.warning("not evaluated: too many evaluations wait", version=version, waiting=len(waiting), next_step="onstream worker jobs")
+            log.warning(
+                "not evaluated: too many evaluations wait",
+                version=version,
+                waiting=len(waiting),
+                next_step="onstream worker jobs",
+            )
             return
         try:
             ask_pinned(self._jobs, self._run_dir, "evaluate", version, str(version), version)
         except (RedisError, OSError) as error:
-            log.warning("not evaluated: the job could not be asked for", version=version, error=str(error))
+            log.warning(
+                "not evaluated: the job could not be asked for", version=version, error=str(error)
+            )
 
     def ask_again(self, step: int) -> None:
-        """Ask anew for what was waiting when the trainer before this one ended: Redis may have lost it. Known jobs are not repeated."""
+        """Ask anew for what was waiting when the trainer before this one ended: Redis may have lost
+        it. Known jobs are not repeated.
+        """
         for version in sorted(pinned(self._run_dir)):
             if version <= step:
                 self.ask(version)
 
     def arrived(self) -> dict[str, Any]:
-        """The newest result since the last call, by the names of METRICS; each None where there is none."""
+        """The newest result since the last call, by the names of METRICS; each None where there is
+        none.
+        """
         found: dict[str, Any] = dict.fromkeys(METRICS)
         for row in self._new_rows():
-            found = {"eval_version": row["version"], "eval_exact": row["exact"], "eval_reward": row["reward"]}
+            found = {
+                "eval_version": row["version"],
+                "eval_exact": row["exact"],
+                "eval_reward": row["reward"],
+            }
         return found
 
     def _new_rows(self) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """Which tickets to issue now. Pure: numbers in, tickets out.
 
-A ticket is outstanding from its issue until its number settles. The window lets (1 + max_off_policy_steps) batches be
-outstanding, so with 0 a batch is asked for only when the one before it has been trained.
+A ticket is outstanding from its issue until its number settles. The window lets (1 +
+max_off_policy_steps) batches be outstanding, so with 0 a batch is asked for only when the one
+before it has been trained.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from pipeline.records import StageName, Ticket
+from onstream.pipeline.records import StageName, Ticket
 
 
 @dataclass(frozen=True)
 class Issuer:
-    """Plans tickets for a run of `max_steps` steps of `batch_size` rollouts, in whole groups of `group_size`.
+    """Plans tickets for a run of `max_steps` steps of `batch_size` rollouts, in whole groups of
+    `group_size`.
 
-    `requeued` gives, for numbers that are asked for in place of dead ones, those. A group with such a number asks what the
-    dead one's group asked.
+    `requeued` gives, for numbers that are asked for in place of dead ones, those. A group with such
+    a number asks what the dead one's group asked.
     """
 
     seed: int
@@ -30,23 +32,31 @@ class Issuer:
     requeued: dict[int, int] = field(default_factory=dict)
 
     def due(self, *, version: int, issued: int, outstanding: int) -> list[Ticket]:
-        """The tickets that the window of `version` (the steps taken so far) has room for, whole groups only.
+        """The tickets that the window of `version` (the steps taken so far) has room for, whole
+        groups only.
 
-        `issued` is the last number issued, `outstanding` how many of them have not settled. The window closes towards
-        the end of the run: nothing is asked for that no step would train.
+        `issued` is the last number issued, `outstanding` how many of them have not settled. The
+        window closes towards the end of the run: nothing is asked for that no step would train.
         """
         steps = min(1 + self.max_off_policy_steps, self.max_steps - version)
         groups = -(-max(0, steps * self.batch_size - outstanding) // self.group_size)
         return [
-            self.ticket(issued + 1 + ahead, self._min_version(version, outstanding + ahead)) for ahead in range(groups * self.group_size)
+            self.ticket(issued + 1 + ahead, self._min_version(version, outstanding + ahead))
+            for ahead in range(groups * self.group_size)
         ]
 
     def again(self, numbers: Iterable[int], *, version: int) -> list[Ticket]:
-        """Tickets for numbers that were issued and lost, in the place they had; any version up to now may write them."""
-        return [self.ticket(number, max(0, version - self.max_off_policy_steps)) for number in numbers]
+        """Tickets for numbers that were issued and lost, in the place they had; any version up to
+        now may write them.
+        """
+        return [
+            self.ticket(number, max(0, version - self.max_off_policy_steps)) for number in numbers
+        ]
 
     def ticket(self, number: int, min_policy_version: int) -> Ticket:
-        """The ticket of `number`, the same whenever it is made: its group, problem and seed follow from the number."""
+        """The ticket of `number`, the same whenever it is made: its group, problem and seed follow
+        from the number.
+        """
         group = (number - 1) // self.group_size
         return Ticket(
             number=number,
@@ -60,15 +70,19 @@ class Issuer:
         )
 
     def problem(self, group: int) -> int:
-        """The index of the problem that `group` asks: its own, unless it is asked for in place of dead rollouts of another one."""
+        """The index of the problem that `group` asks: its own, unless it is asked for in place of
+        dead rollouts of another one.
+        """
         numbers = range(group * self.group_size + 1, (group + 1) * self.group_size + 1)
         dead = next((self.requeued[number] for number in numbers if number in self.requeued), None)
         return group if dead is None else self.problem((dead - 1) // self.group_size)
 
     def _min_version(self, version: int, ahead: int) -> int:
-        """The oldest version that may write a rollout with `ahead` others in flight before it, to be fresh when its turn comes.
+        """The oldest version that may write a rollout with `ahead` others in flight before it, to
+        be fresh when its turn comes.
 
-        Never a version still to come: the rollouts ahead may die, and then this one is what the next step waits for.
+        Never a version still to come: the rollouts ahead may die, and then this one is what the
+        next step waits for.
         """
         return max(0, version + min(0, ahead // self.batch_size - self.max_off_policy_steps))
 

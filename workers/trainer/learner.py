@@ -1,4 +1,6 @@
-"""Takes training steps: rollouts in, better weights out. Knows no streams, and no files but the model's own."""
+"""Takes training steps: rollouts in, better weights out. Knows no streams, and no files but the
+model's own.
+"""
 
 from __future__ import annotations
 
@@ -9,60 +11,79 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.errors import Exit, UserError
-from pipeline.models.loading import base_of, load_model, resolve_dtype
-from pipeline.models.logprobs import NO_IMAGES, head_of, hidden_states
-from pipeline.models.multimodal import Features
-from pipeline.models.packing import Packed, pack, share_prompts, single_rows
-from pipeline.models.probe import prepare
-from pipeline.models.tokenizer import has_vision, load_tokenizer
-from pipeline.models.vision import load_vision
-from settings.trainer import TrainerSettings
-from workers.trainer import lora
-from workers.trainer.head import chunked_loss
-from workers.trainer.mismatch import mismatch_metrics
-from workers.trainer.objective import Objective, Tally, gather_tokens
-from workers.trainer.samples import Ids, TrainSample, check_sample
-from workers.trainer.schedule import learning_rate
-from workers.trainer.witness import Witness
+from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.models.loading import base_of, load_model, resolve_dtype
+from onstream.pipeline.models.logprobs import NO_IMAGES, head_of, hidden_states
+from onstream.pipeline.models.multimodal import Features
+from onstream.pipeline.models.packing import Packed, pack, share_prompts, single_rows
+from onstream.pipeline.models.prompt_sharing import prepare
+from onstream.pipeline.models.tokenizer import has_vision, load_tokenizer
+from onstream.pipeline.models.vision import load_vision
+from onstream.settings.trainer import TrainerSettings
+from onstream.workers.trainer import lora
+from onstream.workers.trainer.batches.train_sample import Ids, TrainSample, check_sample
+from onstream.workers.trainer.maths.chunked_loss import chunked_loss
+from onstream.workers.trainer.maths.mismatch import mismatch_metrics
+from onstream.workers.trainer.maths.per_sample_losses import Witness
+from onstream.workers.trainer.maths.schedule import learning_rate
+from onstream.workers.trainer.objective import Objective, Tally, gather_tokens
 
 __all__ = ["Learner", "TrainSample"]
 
 
 class Learner:
-    """The student with its optimizer: float32 master weights, computed with in `dtype`. With `trainer.lora` an adapter alone is trained.
+    """The student with its optimizer: float32 master weights, computed with in `dtype`. With
+    `trainer.lora` an adapter alone is trained.
 
-    `padded_because` is None where shared prompts are computed once, else the reason why the model's code cannot.
-    The model stays in evaluation mode: dropout would make its logprobs differ from the generator's.
+    `padded_because` is None where shared prompts are computed once, else the reason why the model's
+    code cannot. The model stays in evaluation mode: dropout would make its logprobs differ from the
+    generator's.
 
     Raises:
-        UserError: the model or its tokenizer cannot be loaded, its head is no plain projection, or it has no such layers to adapt.
+        UserError: the model or its tokenizer cannot be loaded, its head is no plain projection, or
+            it has no such layers to adapt.
     """
 
     def __init__(self, model: str | Path, trainer: TrainerSettings, device: torch.device) -> None:
-        self.trainer, self.device = trainer, device
+        self.trainer = trainer
+        self.device = device
         self.dtype = resolve_dtype(trainer.dtype, device)
         self.tokenizer = load_tokenizer(model)
         base = base_of(model)
         self.model = load_model(base or model, dtype=torch.float32, device=device)
         self.padded_because = prepare(self.model)
-        self._adapter = lora.attach(self.model, trainer.lora, saved=model if base else None) if trainer.lora else None
+        self._adapter = (
+            lora.attach(self.model, trainer.lora, saved=model if base else None)
+            if trainer.lora
+            else None
+        )
         self.vision = load_vision(model) if has_vision(self.model.config) else None
         if self.vision and not trainer.train_vision:
             self.model.get_encoder(modality="image").requires_grad_(False)
-        self.vocabulary: int = self.model.get_input_embeddings().num_embeddings  # token ids are below it
+        self.vocabulary: int = (
+            self.model.get_input_embeddings().num_embeddings
+        )  # token ids are below it
         self.steps = 0
         optim = trainer.optim
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self._optimizer = torch.optim.AdamW(
-            trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+            trained,
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            fused=True,
         )
 
     def check(self, sample: TrainSample) -> None:
-        """Raises ValueError where a step could not train on `sample`; `step` does the same before it changes anything."""
+        """Raises ValueError where a step could not train on `sample`; `step` does the same before
+        it changes anything.
+        """
         check_sample(sample, self.trainer.loss, self.vocabulary)
         if sample.images and self.vision is None:
-            raise ValueError(f"a sample of group {sample.group} shows {len(sample.images)} images; the student reads none")
+            raise ValueError(
+                f"a sample of group {sample.group} shows {len(sample.images)} images; the student reads none"
+            )
 
     def step(
         self,
@@ -75,9 +96,10 @@ class Learner:
     ) -> dict[str, Any]:
         """One optimizer step over `samples`; returns its metrics by their names in metrics.jsonl.
 
-        `max_steps` is where a falling schedule ends. `features` holds the images that the samples show. `global_tokens` is the
-        count of loss-mask tokens that the loss is divided by: over all ranks, where there are several, whose gradients are to be
-        summed before they are clipped. None: this process is alone. `witness` is told of every sample.
+        `max_steps` is where a falling schedule ends. `features` holds the images that the samples
+        show. `global_tokens` is the count of loss-mask tokens that the loss is divided by: over all
+        ranks, where there are several, whose gradients are to be summed before they are clipped.
+        None: this process is alone. `witness` is told of every sample.
 
         Raises:
             ValueError: a sample cannot be trained on, or no token is in the loss mask.
@@ -87,39 +109,69 @@ class Learner:
             self.check(sample)
         tokens = sum(int(sample.loss_mask.sum()) for sample in samples)
         if not tokens:
-            raise ValueError(f"none of the {len(samples)} samples has a token in its loss mask; expected at least one in a step")
-        tally, divisor = Tally(), global_tokens or tokens
-        prompts, completions = [sample.prompt_ids for sample in samples], [sample.completion_ids for sample in samples]
+            raise ValueError(
+                f"none of the {len(samples)} samples has a token in its loss mask; expected at least one in a step"
+            )
+        tally = Tally()
+        divisor = global_tokens or tokens
+        prompts = [sample.prompt_ids for sample in samples]
+        completions = [sample.completion_ids for sample in samples]
         for packed in self.pack(prompts, completions, [sample.images for sample in samples]):
             (self._loss(packed, samples, features, tally, witness) / divisor).backward()  # type: ignore[no-untyped-call]
         means = {**tally.means(divisor), **mismatch_metrics(tally.mismatch.found())}
         return {**means, **self._update(max_steps), "tokens": float(tokens)}
 
-    def pack(self, prompts: Sequence[Ids], completions: Sequence[Ids], images: Sequence[tuple[str, ...]] | None = None) -> list[Packed]:
-        """Prompts and their completions as the rows of this model's forward passes; `images` names those that each prompt shows."""
+    def pack(
+        self,
+        prompts: Sequence[Ids],
+        completions: Sequence[Ids],
+        images: Sequence[tuple[str, ...]] | None = None,
+    ) -> list[Packed]:
+        """Prompts and their completions as the rows of this model's forward passes; `images` names
+        those that each prompt shows.
+        """
         arrange = single_rows if self.padded_because else share_prompts
         return pack(arrange(prompts, completions, images), self.trainer.microbatch)
 
     def hidden(self, packed: Packed, features: Features = NO_IMAGES) -> Tensor:
-        """The last hidden states that predict the packed targets, [N, H], in the computing precision."""
+        """The last hidden states that predict the packed targets, [N, H], in the computing
+        precision.
+        """
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return hidden_states(self.model, packed, features).to(self.dtype)
 
-    def _loss(self, packed: Packed, samples: Sequence[TrainSample], features: Features, tally: Tally, witness: Witness | None) -> Tensor:
+    def _loss(
+        self,
+        packed: Packed,
+        samples: Sequence[TrainSample],
+        features: Features,
+        tally: Tally,
+        witness: Witness | None,
+    ) -> Tensor:
         """The summed loss of one packed row."""
-        tokens, hidden = gather_tokens(packed, samples, self.trainer.loss, self.device), self.hidden(packed, features)
+        tokens = gather_tokens(packed, samples, self.trainer.loss, self.device)
+        hidden = self.hidden(packed, features)
         if tokens.kept is not None:
             hidden = hidden.index_select(0, tokens.kept)
         objective = Objective(tokens, self.trainer.loss, tally, witness)
-        loss = chunked_loss(hidden, head_of(self.model), tokens.wanted, objective, chunk=self.trainer.head_chunk)
+        loss = chunked_loss(
+            hidden, head_of(self.model), tokens.wanted, objective, chunk=self.trainer.head_chunk
+        )
         if witness:
-            witness.row(packed.sequences, [int(samples[sequence].loss_mask.sum()) for sequence in packed.sequences])
+            witness.row(
+                packed.sequences,
+                [int(samples[sequence].loss_mask.sum()) for sequence in packed.sequences],
+            )
         return loss
 
     def _update(self, max_steps: int) -> dict[str, float]:
         """Clips the gradient and lets the optimizer take it."""
         optim = self.trainer.optim
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.max_grad_norm, foreach=True))
+        norm = float(
+            torch.nn.utils.clip_grad_norm_(
+                self.model.parameters(), optim.max_grad_norm, foreach=True
+            )
+        )
         if not torch.isfinite(torch.tensor(norm)):
             self._optimizer.zero_grad()
             raise _diverged(self.steps + 1, norm, optim.lr)
@@ -139,15 +191,24 @@ class Learner:
         return {"grad_norm": norm, "lr": rate}
 
     def state(self) -> dict[str, Any]:
-        """Steps taken, optimizer and RNG state, in tensors and plain values: `torch.load(weights_only=True)` reads them back.
+        """Steps taken, optimizer and RNG state, in tensors and plain values:
+        `torch.load(weights_only=True)` reads them back.
 
-        With `save_checkpoint` it is all that a checkpoint needs. The learning rate follows from the step and the settings.
+        With `save_checkpoint` it is all that a checkpoint needs. The learning rate follows from the
+        step and the settings.
         """
         cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
-        return {"steps": self.steps, "optimizer": self._optimizer.state_dict(), "rng": torch.get_rng_state(), "cuda_rng": cuda}
+        return {
+            "steps": self.steps,
+            "optimizer": self._optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": cuda,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continues where the `state()` of a learner with the same weights was taken; bit for bit on a CPU."""
+        """Continues where the `state()` of a learner with the same weights was taken; bit for bit
+        on a CPU.
+        """
         self.steps = state["steps"]
         self._optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"].cpu())
@@ -155,12 +216,18 @@ class Learner:
             torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda_rng"]])
 
     def save_model(self, directory: Path) -> None:
-        """Writes Hugging Face files that transformers loads: float32 weights, an adapter merged, the tokenizer and the processor."""
-        self.model.save_pretrained(directory, state_dict=lora.merged_state(self.model) if self._adapter else None)
+        """Writes Hugging Face files that transformers loads: float32 weights, an adapter merged,
+        the tokenizer and the processor.
+        """
+        self.model.save_pretrained(
+            directory, state_dict=lora.merged_state(self.model) if self._adapter else None
+        )
         self._save_readers(directory)
 
     def save_checkpoint(self, directory: Path) -> None:
-        """Writes what `Learner` starts from again: the model's files, or those of the adapter alone with its base's name."""
+        """Writes what `Learner` starts from again: the model's files, or those of the adapter alone
+        with its base's name.
+        """
         if self._adapter is None:
             return self.save_model(directory)
         lora.save_adapter(self._adapter, directory)
@@ -172,7 +239,8 @@ class Learner:
             self.vision.save(directory)
 
     def published_state(self) -> dict[str, Tensor]:
-        """The weights as generators get them: on the CPU, in the computing precision, tied weights once, an adapter merged.
+        """The weights as generators get them: on the CPU, in the computing precision, tied weights
+        once, an adapter merged.
 
         In float32 on a CPU they are the live weights themselves: write them before the next step.
         """

@@ -1,4 +1,6 @@
-"""LoRA: a low-rank adapter is trained and checkpointed; what is published and exported has it merged into the weights."""
+"""LoRA: a low-rank adapter is trained and checkpointed; what is published and exported has it
+merged into the weights.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
-from pipeline.models.loading import base_of, load_model
-from pipeline.models.tokenizer import load_tokenizer
-from settings.trainer import LoraSettings
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.models.loading import base_of, load_model
+from onstream.pipeline.models.tokenizer import load_tokenizer
+from onstream.settings.trainer import LoraSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +24,8 @@ _ADAPTER = "default"
 
 
 def attach(model: PreTrainedModel, lora: LoraSettings, saved: str | Path | None) -> Any:
-    """Put an adapter into `model` in place, a new one or the one in the directory `saved`; returns peft's wrapper of it.
+    """Put an adapter into `model` in place, a new one or the one in the directory `saved`; returns
+    peft's wrapper of it.
 
     A new adapter changes nothing until its first step. Only its weights require gradients.
 
@@ -35,16 +38,26 @@ def attach(model: PreTrainedModel, lora: LoraSettings, saved: str | Path | None)
     else:
         targets = list(lora.target_modules) if lora.target_modules else "all-linear"
         config = peft.LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=targets,
+            bias="none",
+            task_type="CAUSAL_LM",
         )
         try:
-            with torch.random.fork_rng():  # a trainer that starts over before its first checkpoint starts from the same adapter
+            # a trainer that starts over before its first checkpoint starts from the same adapter
+            with torch.random.fork_rng():
                 torch.manual_seed(0)
                 wrapped = peft.get_peft_model(model, config)
         except ValueError as error:
             raise _no_such_layers(model, lora, error) from error
-    if not isinstance(model.get_output_embeddings(), nn.Linear) or not isinstance(model.get_input_embeddings(), nn.Embedding):
-        raise _no_such_layers(model, lora, "the embeddings and the output layer are trained whole or not at all")
+    if not isinstance(model.get_output_embeddings(), nn.Linear) or not isinstance(
+        model.get_input_embeddings(), nn.Embedding
+    ):
+        raise _no_such_layers(
+            model, lora, "the embeddings and the output layer are trained whole or not at all"
+        )
     wrapped.eval()
     for layer in _layers(model).values():
         layer.lora_dropout.train()
@@ -54,7 +67,11 @@ def attach(model: PreTrainedModel, lora: LoraSettings, saved: str | Path | None)
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """Meanwhile nothing of an adapter in `model`, if there is one, is dropped at random."""
-    dropouts = [module for name, module in model.named_modules() if name.endswith(".lora_dropout") and module.training]
+    dropouts = [
+        module
+        for name, module in model.named_modules()
+        if name.endswith(".lora_dropout") and module.training
+    ]
     for dropout in dropouts:
         dropout.eval()
     try:
@@ -66,8 +83,11 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights under the names of a model without an adapter, the adapter added where it sits; the live model stays as it is."""
-    layers, merged = _layers(model), {}
+    """The weights under the names of a model without an adapter, the adapter added where it sits;
+    the live model stays as it is.
+    """
+    layers = _layers(model)
+    merged = {}
     for name, weight in model.state_dict().items():
         if ".lora_" in name:
             continue
@@ -85,7 +105,8 @@ def save_adapter(wrapped: Any, directory: Path) -> None:
 
 
 def write_merged(directory: Path, out: Path) -> None:
-    """Write the model whose adapter is in `directory` to `out`, merged in float32, with its tokenizer.
+    """Write the model whose adapter is in `directory` to `out`, merged in float32, with its
+    tokenizer.
 
     Raises:
         UserError: peft is not installed, or the base model cannot be loaded.
@@ -108,13 +129,21 @@ def _peft() -> Any:
         import peft
     except ImportError as error:
         raise UserError(
-            "trainer.lora is set, and peft is not installed", expected="peft", next_step="Install it: pip install 'onstream[lora]'."
+            "trainer.lora is set, and peft is not installed",
+            expected="peft",
+            next_step="Install it: pip install 'onstream[lora]'.",
         ) from error
     return peft
 
 
 def _no_such_layers(model: PreTrainedModel, lora: LoraSettings, reason: object) -> UserError:
-    linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+    linear = sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+    )
     return UserError(
         f"trainer.lora.target_modules = {_named(lora.target_modules)} ({' '.join(str(reason).split())[:200]})",
         expected=f"names of linear layers inside the model: {', '.join(name for name in linear if name != 'lm_head')}",

@@ -1,4 +1,6 @@
-"""The trainer: asks for rollouts, forms batches of what comes back, takes steps, publishes weights, and answers for every number."""
+"""The trainer: asks for rollouts, forms batches of what comes back, takes steps, publishes weights,
+and answers for every number.
+"""
 
 from __future__ import annotations
 
@@ -11,30 +13,35 @@ from typing import Any
 
 import torch
 
-from pipeline.jsonl import JsonLines, cut
-from pipeline.ledger import Fate
-from pipeline.ownership import Ownership
-from pipeline.records import PolicyVersion, Rollout, StageName, Ticket, Tombstone
-from pipeline.stage import Delivery, Outcome, Stats
-from pipeline.streams import Bus
-from pipeline.telemetry import get_logger
-from settings.plan import make_plan
-from settings.root import Settings
-from workers.access import redis_url
-from workers.trainer import checkpoint
-from workers.trainer.checkpoint import Checkpoint
-from workers.trainer.course import Course, learner_at
-from workers.trainer.disk import writing_to
-from workers.trainer.evaluations import Evaluations
-from workers.trainer.excerpts import excerpts
-from workers.trainer.groups import Chosen
-from workers.trainer.issuer import Issuer
-from workers.trainer.keeper import Keeper, Standing
-from workers.trainer.opening import agree_on_plan, become_trainer, lost_numbers, unsettled_dead
-from workers.trainer.probe import prober
-from workers.trainer.publisher import Publisher, student_files, transfer_of
-from workers.trainer.recording import Recording
-from workers.trainer.requests import Requests
+from onstream.pipeline.records import PolicyVersion, Rollout, StageName, Ticket, Tombstone
+from onstream.pipeline.redis.access import redis_url
+from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.run_files.json_lines import JsonLines, cut
+from onstream.pipeline.run_files.ledger import Fate
+from onstream.pipeline.run_files.ownership import Ownership
+from onstream.pipeline.stage import Delivery, Outcome, Stats
+from onstream.pipeline.telemetry import get_logger
+from onstream.settings.plan import make_plan
+from onstream.settings.root import Settings
+from onstream.workers.trainer.batches.excerpts import excerpts
+from onstream.workers.trainer.batches.groups import Chosen
+from onstream.workers.trainer.durability import checkpoint
+from onstream.workers.trainer.durability.checkpoint import Checkpoint
+from onstream.workers.trainer.durability.checkpointing import Keeper, Standing
+from onstream.workers.trainer.durability.disk_errors import writing_to
+from onstream.workers.trainer.durability.recording import Recording
+from onstream.workers.trainer.durability.requests import Requests
+from onstream.workers.trainer.durability.resume import (
+    agree_on_plan,
+    become_trainer,
+    lost_numbers,
+    unsettled_dead,
+)
+from onstream.workers.trainer.evaluations import Evaluations
+from onstream.workers.trainer.issuer import Issuer
+from onstream.workers.trainer.publication.policy_probe import prober
+from onstream.workers.trainer.publication.publisher import Publisher, student_files, transfer_of
+from onstream.workers.trainer.training import Course, learner_at
 
 log = get_logger()
 
@@ -44,17 +51,20 @@ READY_POLL_S = 0.05
 
 
 class Trainer:
-    """The stage `train`. Holds its entries: a checkpoint acknowledges what the checkpoint before it settled.
+    """The stage `train`. Holds its entries: a checkpoint acknowledges what the checkpoint before it
+    settled.
 
-    Consumes rollouts and tombstones; waits for the stages of the route to be ready, then for a batch of settled units; is
-    unblocked by the entry that settles the last of them; produces tickets, policy versions, checkpoints and metrics.
+    Consumes rollouts and tombstones; waits for the stages of the route to be ready, then for a
+    batch of settled units; is unblocked by the entry that settles the last of them; produces
+    tickets, policy versions, checkpoints and metrics.
     """
 
     name: StageName = "train"
     holds_entries = True
 
     def __init__(self, settings: Settings, bus: Bus) -> None:
-        self.settings, self.bus = settings, bus
+        self.settings = settings
+        self.bus = bus
         self.plan = make_plan(settings)
         self.run_dir = settings.run.dir / settings.run.name
         self.stats = Stats(detail="starting")
@@ -66,13 +76,15 @@ class Trainer:
         self._next_poll = 0.0
         self._opened = False  # whether all stages have been ready since this trainer started
 
-    # Start -----------------------------------------------------------------------------------------------------------
+    # Start ----------------------------------------------------------------------------------------
 
     def setup(self) -> None:
-        """Become the trainer, take up the run where its newest whole checkpoint left it, and publish its weights.
+        """Become the trainer, take up the run where its newest whole checkpoint left it, and
+        publish its weights.
 
         Raises:
-            UserError: another trainer has the run, the settings are not the run's, the student cannot be loaded, the disk is full.
+            UserError: another trainer has the run, the settings are not the run's, the student
+                cannot be loaded, the disk is full.
         """
         self.files = Ownership(self.run_dir)
         self.lease = become_trainer(self.bus, self.settings.delivery.lease, self.files)
@@ -82,13 +94,23 @@ class Trainer:
             agree_on_plan(self.bus, self.lease, self.plan, self.settings.run, self.run_dir, state)
         self._load(found)
         with self._writing():
-            self.keeper = Keeper(self.bus, self.lease, self.run_dir, self.settings.checkpoint, state)
+            self.keeper = Keeper(
+                self.bus, self.lease, self.run_dir, self.settings.checkpoint, state
+            )
             self.accounts = self.keeper.accounts
-            self.issuer = replace(self.issuer, requeued=self.keeper.requeued)  # one dictionary: what is asked for anew is checkpointed
+            self.issuer = replace(
+                self.issuer, requeued=self.keeper.requeued
+            )  # one dictionary: what is asked for anew is checkpointed
             self.requests = Requests(self.bus, self.lease, self.run_dir, self.accounts, self.issuer)
             self._open_files()
             files = student_files(self.run_dir, self.learner)
-            self.publisher = Publisher(self.bus, self.lease, self.settings, files, transfer_of(self.bus, self.lease, self.settings))
+            self.publisher = Publisher(
+                self.bus,
+                self.lease,
+                self.settings,
+                files,
+                transfer_of(self.bus, self.lease, self.settings),
+            )
             self._prober = prober(self.learner, self.settings.inference)
             self.policy = self._publish(self.step)
             self.recording = Recording(self.settings, found, self.policy.digest, self.bus.images)
@@ -106,10 +128,18 @@ class Trainer:
         state = found.state if found else None
         step, dropped = (state.step, state.dropped) if state else (0, {})
         self.course = Course(
-            self.settings, self.learner, self, worker=self.bus.consumer, step=step, dropped=dropped, images=self.bus.images
+            self.settings,
+            self.learner,
+            self,
+            worker=self.bus.consumer,
+            step=step,
+            dropped=dropped,
+            images=self.bus.images,
         )
         if found:
-            log.info("resuming", checkpoint=str(found.path), step=self.step, issued=found.state.issued)
+            log.info(
+                "resuming", checkpoint=str(found.path), step=self.step, issued=found.state.issued
+            )
 
     @property
     def step(self) -> int:
@@ -121,16 +151,25 @@ class Trainer:
         for name in ("metrics.jsonl", "samples.jsonl"):
             if gone := cut(self.run_dir / name, lambda row: bool(row["step"] <= self.step)):
                 log.info("lines past the checkpoint cut off", file=name, lines=gone)
-        self.metrics, self.samples = JsonLines(self.run_dir / "metrics.jsonl"), JsonLines(self.run_dir / "samples.jsonl")
+        self.metrics, self.samples = (
+            JsonLines(self.run_dir / "metrics.jsonl"),
+            JsonLines(self.run_dir / "samples.jsonl"),
+        )
 
     def _recover(self) -> None:
-        """Compare what Redis has with what it should have: settle what died unnoticed, and ask again for what is lost.
+        """Compare what Redis has with what it should have: settle what died unnoticed, and ask
+        again for what is lost.
 
-        At the start, and whenever Redis may have lost data under a trainer at work: then it is what the trainer remembers that counts.
+        At the start, and whenever Redis may have lost data under a trainer at work: then it is what
+        the trainer remembers that counts.
         """
         self.bus.shaken = False
         if (known := self.bus.issued()) < self.issued:
-            log.error("redis lost data: it counts fewer tickets than were issued", redis=known, issued=self.issued)
+            log.error(
+                "redis lost data: it counts fewer tickets than were issued",
+                redis=known,
+                issued=self.issued,
+            )
         self.issued = self.bus.set_issued(self.lease, self.issued)
         self.bus.write_plan(self.lease, self.plan.encode())
         with self._writing():
@@ -138,10 +177,16 @@ class Trainer:
         self.requests.take_up_requeued()
         for number in unsettled_dead(self.bus, self.accounts.known(), self.run_dir):
             self.accounts.take_without_entry(number)
-            self.course.take(Tombstone(number, "train", "found among the dead letters"), time.time())
+            self.course.take(
+                Tombstone(number, "train", "found among the dead letters"), time.time()
+            )
         lost = lost_numbers(self.bus, self.accounts.known(), self.issued, self.run_dir)
         if lost:
-            log.error("rollouts got lost with redis's data; issuing them again", count=len(lost), numbers=lost.ranges()[:20])
+            log.error(
+                "rollouts got lost with redis's data; issuing them again",
+                count=len(lost),
+                numbers=lost.ranges()[:20],
+            )
         self._again = self.issuer.again(lost, version=self.step)
         self.bus.release_images(self.lease, self.accounts.beyond_recall(self.bus.held_numbers()))
         if self._evaluations:
@@ -158,11 +203,13 @@ class Trainer:
         with self.bus.writing(self.lease), writing_to(self.run_dir):
             yield
 
-    # Work ------------------------------------------------------------------------------------------------------------
+    # Work -----------------------------------------------------------------------------------------
 
     @property
     def room(self) -> int:
-        """Nothing more while a batch waits or the run has ended; nor while nothing is under way that could come."""
+        """Nothing more while a batch waits or the run has ended; nor while nothing is under way
+        that could come.
+        """
         under_way = self.issued > len(self.accounts.settled)
         return READ_AHEAD if under_way and self.course.batch is None and not self._finished else 0
 
@@ -172,14 +219,19 @@ class Trainer:
         return self.course.batch is not None and not self.keeper.stalled
 
     def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
-        """Book `new`, take at most one step, ask for more, and checkpoint where due. Returns no outcomes: entries are held.
+        """Book `new`, take at most one step, ask for more, and checkpoint where due. Returns no
+        outcomes: entries are held.
 
         Raises:
             LeaseLost: another trainer took over.
             UserError: the disk is full, and stayed so.
         """
         if self.bus.shaken:
-            log.warning("redis was restarted, replaced or emptied; looking what it has lost", step=self.step, issued=self.issued)
+            log.warning(
+                "redis was restarted, replaced or emptied; looking what it has lost",
+                step=self.step,
+                issued=self.issued,
+            )
             self._recover()
         for delivery in new:
             if not isinstance(delivery.record, Ticket) and self.accounts.take(delivery):
@@ -203,7 +255,9 @@ class Trainer:
         return []
 
     def close(self, *, finished: bool) -> None:
-        """Checkpoint what is not durable yet, and close the files. Entries stay pending for the next trainer."""
+        """Checkpoint what is not durable yet, and close the files. Entries stay pending for the
+        next trainer.
+        """
         if self.keeper.unsaved(self.step):
             self._checkpoint()
             self.keeper.pay()
@@ -251,7 +305,9 @@ class Trainer:
             self._write_down(row, learned.batch, learn_s=learned_at - started)
 
     def _publish(self, number: int) -> PolicyVersion:
-        return self.publisher.publish(number, self.learner.published_state(), self._prober.ask() if self._prober else None)
+        return self.publisher.publish(
+            number, self.learner.published_state(), self._prober.ask() if self._prober else None
+        )
 
     def _write_down(self, row: dict[str, Any], batch: Sequence[Chosen], *, learn_s: float) -> None:
         now = time.monotonic()
@@ -268,14 +324,22 @@ class Trainer:
         self.stats.done += int(row["rollouts"])
         self.stats.dead += int(row["dead"])
 
-    # Tickets ---------------------------------------------------------------------------------------------------------
+    # Tickets --------------------------------------------------------------------------------------
 
     def _issue(self) -> None:
-        """Issue what was lost, then what the window has room for, once the stages of the route are ready."""
-        tickets = self.issuer.due(version=self.step, issued=self.issued, outstanding=self.issued - len(self.accounts.settled))
+        """Issue what was lost, then what the window has room for, once the stages of the route are
+        ready.
+        """
+        tickets = self.issuer.due(
+            version=self.step,
+            issued=self.issued,
+            outstanding=self.issued - len(self.accounts.settled),
+        )
         if (tickets or self._again) and self._stages_ready():
             self._issue_again()
-            taken = self.requests.issue(tickets, self.issued, self.settings.orchestrator.max_backlog)
+            taken = self.requests.issue(
+                tickets, self.issued, self.settings.orchestrator.max_backlog
+            )
             self.issued += taken
             self._issue_new(tickets[taken:])
 
@@ -291,7 +355,9 @@ class Trainer:
         at_once = max(1, TICKETS_AT_ONCE // self.issuer.group_size) * self.issuer.group_size
         for at in range(0, len(tickets), at_once):
             some = tickets[at : at + at_once]
-            if not self.bus.issue(self.lease, self.issued, some, self.settings.orchestrator.max_backlog):
+            if not self.bus.issue(
+                self.lease, self.issued, some, self.settings.orchestrator.max_backlog
+            ):
                 self._waits_for = f"room for tickets: {'Redis is full' if self.bus.full else 'the backlog is at orchestrator.max_backlog'}"
                 return
             self.issued += len(some)
@@ -303,11 +369,15 @@ class Trainer:
             ready = {*self.bus.ready(), self.name}
             missing = [stage for stage in self.plan.streams if stage not in ready]
             self._waits_for = f"{', '.join(missing)}: not ready yet" if missing else ""
-            if not missing and not self._opened:  # start-up is neither training nor waiting for data
-                self._opened, self._free_since, self._stepped_at = True, time.monotonic(), time.monotonic()
+            if (
+                not missing and not self._opened
+            ):  # start-up is neither training nor waiting for data
+                self._opened = True
+                self._free_since = time.monotonic()
+                self._stepped_at = time.monotonic()
         return not self._waits_for
 
-    # Checkpoints -----------------------------------------------------------------------------------------------------
+    # Checkpoints ----------------------------------------------------------------------------------
 
     def _checkpoint(self) -> None:
         started = time.monotonic()
@@ -315,7 +385,9 @@ class Trainer:
             self.metrics.sync()
             self.samples.sync()
             self.recording.sync()
-        now = Standing(self.step, self.policy, self.issued, self.course.dropped, self.recording.position)
+        now = Standing(
+            self.step, self.policy, self.issued, self.course.dropped, self.recording.position
+        )
         if self.keeper.save(now, self._write_files):
             with self._writing():
                 self.requests.durable()
@@ -348,9 +420,16 @@ class Trainer:
         }
 
     def _fruitless(self) -> str:
-        """What to add where a batch's worth of completions came since the last step and none was right enough to be trained on."""
-        wrong, verified = self.course.dropped["not_verified"], self.course.book.least_reward is not None
-        if not verified or self.course.book.settled_units or wrong < self.settings.orchestrator.batch_size:
+        """What to add where a batch's worth of completions came since the last step and none was
+        right enough to be trained on.
+        """
+        wrong = self.course.dropped["not_verified"]
+        verified = self.course.book.least_reward is not None
+        if (
+            not verified
+            or self.course.book.settled_units
+            or wrong < self.settings.orchestrator.batch_size
+        ):
             return ""
         return f'; none of the {wrong} completions since the last step was right, and keep = "verified" trains on no others'
 

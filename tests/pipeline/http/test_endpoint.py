@@ -7,9 +7,9 @@ from email.utils import format_datetime
 
 import pytest
 
-from pipeline.http import BadReply, Endpoint, EndpointFault, Refused, decoded
-from pipeline.http.endpoint import MAX_RETRY_AFTER_S, addresses, http_client
-from settings.client import ClientSettings
+from onstream.pipeline.http import BadReply, Endpoint, EndpointFault, Refused, decoded
+from onstream.pipeline.http.endpoint import MAX_RETRY_AFTER_S, addresses, http_client
+from onstream.settings.client import ClientSettings
 from tests.faulty_server import Answer, FaultyServer, cut, drip, status
 
 
@@ -22,7 +22,9 @@ def server() -> Iterator[FaultyServer]:
 
 def ask(url: str, timeout_s: float = 2.0, **client: object) -> bytes:
     async def once() -> bytes:
-        async with http_client(ClientSettings.model_validate({"connect_timeout": 0.5, **client})) as http:
+        async with http_client(
+            ClientSettings.model_validate({"connect_timeout": 0.5, **client})
+        ) as http:
             return await Endpoint(url, http, timeout_s).post("/generate", {"model": "teacher"})
 
     return asyncio.run(once())
@@ -34,33 +36,54 @@ def ask(url: str, timeout_s: float = 2.0, **client: object) -> bytes:
         ("http://host:8000/v1", ("http://host:8000/v1", "http://host:8000", "http://host:8000/v1")),
         ("http://host:8000", ("http://host:8000", "http://host:8000", "http://host:8000/v1")),
         ("https://host/api/v1", ("https://host/api/v1", "https://host/api", "https://host/api/v1")),
-        ("https://host/openai", ("https://host/openai", "https://host/openai", "https://host/openai")),
-        ("http://me:secret@host/v1", ("http://host/v1", "http://me:secret@host", "http://me:secret@host/v1")),
+        (
+            "https://host/openai",
+            ("https://host/openai", "https://host/openai", "https://host/openai"),
+        ),
+        (
+            "http://me:secret@host/v1",
+            ("http://host/v1", "http://me:secret@host", "http://me:secret@host/v1"),
+        ),
     ],
 )
-def test_an_address_names_the_servers_root_and_its_openai_routes(base_url: str, expected: tuple[str, str, str]) -> None:
+def test_an_address_names_the_servers_root_and_its_openai_routes(
+    base_url: str, expected: tuple[str, str, str]
+) -> None:
     assert addresses(base_url) == expected
 
 
 @pytest.mark.parametrize("code", [400, 413, 422])
-def test_a_status_about_the_request_refuses_it_with_the_servers_words(server: FaultyServer, code: int) -> None:
+def test_a_status_about_the_request_refuses_it_with_the_servers_words(
+    server: FaultyServer, code: int
+) -> None:
     server.faults.append(status(code, "this one I will not have"))
     with pytest.raises(Refused, match=f"^{code} this one I will not have$") as refusal:
         ask(server.base_url)
     assert refusal.value.status == code
 
 
-@pytest.mark.parametrize(("code", "breaks"), [(401, True), (403, True), (404, True), (429, False), (500, True), (503, True)])
-def test_any_other_status_is_the_endpoints_fault(server: FaultyServer, code: int, breaks: bool) -> None:
+@pytest.mark.parametrize(
+    ("code", "breaks"),
+    [(401, True), (403, True), (404, True), (429, False), (500, True), (503, True)],
+)
+def test_any_other_status_is_the_endpoints_fault(
+    server: FaultyServer, code: int, breaks: bool
+) -> None:
     server.faults.append(status(code))
     with pytest.raises(EndpointFault, match=f"^{code} out of order$") as fault:
         ask(server.base_url)
-    assert (fault.value.status, fault.value.breaks, fault.value.retry_after_s) == (code, breaks, None)
+    assert (fault.value.status, fault.value.breaks, fault.value.retry_after_s) == (
+        code,
+        breaks,
+        None,
+    )
 
 
 def test_retry_after_is_read_as_seconds_and_as_a_date_and_bounded(server: FaultyServer) -> None:
     soon = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
-    server.faults.extend(status(503, retry_after=header) for header in ("7", soon, "9999999", "soon"))
+    server.faults.extend(
+        status(503, retry_after=header) for header in ("7", soon, "9999999", "soon")
+    )
     found = []
     for _ in range(4):
         with pytest.raises(EndpointFault) as fault:
@@ -71,13 +94,17 @@ def test_retry_after_is_read_as_seconds_and_as_a_date_and_bounded(server: Faulty
     assert found[2:] == [(MAX_RETRY_AFTER_S, False), (None, True)]
 
 
-def test_a_connection_cut_in_the_middle_of_a_reply_is_the_endpoints_fault(server: FaultyServer) -> None:
+def test_a_connection_cut_in_the_middle_of_a_reply_is_the_endpoints_fault(
+    server: FaultyServer,
+) -> None:
     server.faults.append(cut)
     with pytest.raises(EndpointFault, match="RemoteProtocolError"):
         ask(server.base_url)
 
 
-def test_a_reply_that_drips_is_cut_off_by_the_bound_of_the_whole_request(server: FaultyServer) -> None:
+def test_a_reply_that_drips_is_cut_off_by_the_bound_of_the_whole_request(
+    server: FaultyServer,
+) -> None:
     server.faults.append(drip)
     with pytest.raises(EndpointFault, match=r"no whole answer within 0\.3 s"):
         ask(server.base_url, timeout_s=0.3)
@@ -92,11 +119,15 @@ def test_the_key_and_the_headers_are_sent_and_not_shown(server: FaultyServer) ->
     server.key = "s3cret"
     with pytest.raises(EndpointFault, match="401 Unauthorized"):
         ask(server.base_url)
-    assert ask(server.base_url, api_key="s3cret") == ask(server.base_url, headers={"authorization": "Bearer s3cret"})
+    assert ask(server.base_url, api_key="s3cret") == ask(
+        server.base_url, headers={"authorization": "Bearer s3cret"}
+    )
     assert "s3cret" not in repr(ClientSettings(api_key="s3cret", headers={"x": "s3cret"}))  # type: ignore[arg-type]
 
 
-def test_openai_routes_are_where_the_address_has_them_and_others_at_the_servers_root(server: FaultyServer) -> None:
+def test_openai_routes_are_where_the_address_has_them_and_others_at_the_servers_root(
+    server: FaultyServer,
+) -> None:
     async def both() -> None:
         async with http_client(ClientSettings()) as http:
             endpoint = Endpoint(f"http://127.0.0.1:{server.port}/api/v1", http, 2.0)
@@ -111,7 +142,10 @@ def test_openai_routes_are_where_the_address_has_them_and_others_at_the_servers_
     ("reply", "words"),
     [
         (b"<html>", "a reply that is no JSON"),
-        (b'{"error": {"message": "upstream\\ndied"}}', "^an error in a reply that says success: upstream died$"),
+        (
+            b'{"error": {"message": "upstream\\ndied"}}',
+            "^an error in a reply that says success: upstream died$",
+        ),
     ],
 )
 def test_a_success_that_is_none_is_the_endpoints_fault(reply: bytes, words: str) -> None:

@@ -1,4 +1,6 @@
-"""The images that records name: each fetched and processed once while it is kept, and no dearer to ask for the more there are."""
+"""The images that records name: each fetched and processed once while it is kept, and no dearer to
+ask for the more there are.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.images import Picture
-from pipeline.images.feed import FETCHED_AT_ONCE, ImageFeed, MissingImage
-from pipeline.models.vision import Vision, load_vision
+from onstream.pipeline.images import Picture
+from onstream.pipeline.images.feed import FETCHED_AT_ONCE, ImageFeed, MissingImage
+from onstream.pipeline.models.vision import Vision, load_vision
 from tests.vision.conftest import noise
 
 STUDENT = Path(__file__).parents[3] / "examples/colour-words/student"
@@ -72,7 +74,9 @@ def calls(feed: ImageFeed, digest: str) -> int:
     return found
 
 
-def test_what_is_begun_ahead_and_asked_for_often_is_processed_once(feed: ImageFeed, vision: Vision, source: Source) -> None:
+def test_what_is_begun_ahead_and_asked_for_often_is_processed_once(
+    feed: ImageFeed, vision: Vision, source: Source
+) -> None:
     feed.ahead(NAMES[:2])
     found = [feed.of(NAMES[:2]), feed.of([NAMES[0]])]
     assert source.asked == {NAMES[0]: 1, NAMES[1]: 1}
@@ -83,7 +87,9 @@ def test_what_is_begun_ahead_and_asked_for_often_is_processed_once(feed: ImageFe
 
 
 def test_those_that_wait_are_fetched_together_a_few_at_a_time(vision: Vision) -> None:
-    fetched, first, go = list[int](), Event(), Event()
+    fetched = list[int]()
+    first = Event()
+    go = Event()
 
     def fetch(digests: Sequence[str]) -> list[bytes | None]:
         first.set()
@@ -101,7 +107,9 @@ def test_those_that_wait_are_fetched_together_a_few_at_a_time(vision: Vision) ->
     feed.close()
 
 
-def test_beyond_keep_bytes_the_least_recently_used_goes_first(vision: Vision, source: Source) -> None:
+def test_beyond_keep_bytes_the_least_recently_used_goes_first(
+    vision: Vision, source: Source
+) -> None:
     first, second, third = NAMES[:3]
     size = vision.features(PICTURES[first]).size_bytes
     feed = ImageFeed(vision, source, keep_bytes=2 * size)
@@ -111,11 +119,15 @@ def test_beyond_keep_bytes_the_least_recently_used_goes_first(vision: Vision, so
     assert source.asked == {first: 1, second: 1, third: 1}
     feed.of([second])
     feed.of([first])
-    assert source.asked == {first: 2, second: 2, third: 1}, "the second was gone, and in its place went the first"
+    assert source.asked == {first: 2, second: 2, third: 1}, (
+        "the second was gone, and in its place went the first"
+    )
     feed.close()
 
 
-def test_all_that_is_asked_for_at_once_is_there_even_where_nothing_is_kept(vision: Vision, source: Source) -> None:
+def test_all_that_is_asked_for_at_once_is_there_even_where_nothing_is_kept(
+    vision: Vision, source: Source
+) -> None:
     feed = ImageFeed(vision, source, keep_bytes=0)
     assert list(feed.of(NAMES[:3])) == NAMES[:3]
     feed.of(NAMES[:1])
@@ -130,7 +142,9 @@ def test_asking_for_an_image_costs_the_same_however_many_are_kept(feed: ImageFee
     assert calls(feed, NAMES[0]) == among_two
 
 
-def test_an_image_that_is_gone_or_could_not_be_fetched_is_asked_for_again(feed: ImageFeed, source: Source) -> None:
+def test_an_image_that_is_gone_or_could_not_be_fetched_is_asked_for_again(
+    feed: ImageFeed, source: Source
+) -> None:
     with pytest.raises(MissingImage, match="the image cat is gone"):
         feed.of(["cat"])
     PICTURES["cat"] = PICTURES[NAMES[0]]

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.errors import UserError
-from pipeline.models.loading import load_model, resolve_device, resolve_dtype
-from pipeline.models.tokenizer import load_configs, load_tokenizer
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.models.loading import load_model, resolve_device, resolve_dtype
+from onstream.pipeline.models.tokenizer import load_configs, load_tokenizer
 from tests.tiny import tiny_tokenizer, write_tiny
 
 CPU = torch.device("cpu")
@@ -24,7 +24,9 @@ def test_a_directory_loads_whole_and_in_evaluation_mode(tmp_path: Path) -> None:
     assert load_tokenizer(directory).eos_token_id == 1
 
 
-def test_configurations_load_without_weights_and_a_missing_generation_configuration_is_empty(tmp_path: Path) -> None:
+def test_configurations_load_without_weights_and_a_missing_generation_configuration_is_empty(
+    tmp_path: Path,
+) -> None:
     directory = write_tiny(tmp_path)
     (directory / "model.safetensors").unlink()
     assert [one.eos_token_id for one in load_configs(directory)] == [1, 1]
@@ -33,7 +35,10 @@ def test_configurations_load_without_weights_and_a_missing_generation_configurat
     assert (config.eos_token_id, generation.eos_token_id) == (1, None)
 
 
-@pytest.mark.parametrize("load", [load_tokenizer, load_configs, lambda name: load_model(name, dtype=torch.float32, device=CPU)])
+@pytest.mark.parametrize(
+    "load",
+    [load_tokenizer, load_configs, lambda name: load_model(name, dtype=torch.float32, device=CPU)],
+)
 def test_a_missing_directory_is_named(load: object, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"from {tmp_path}/nowhere: no such directory"):
         load(tmp_path / "nowhere")  # type: ignore[operator]

@@ -10,26 +10,32 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.models import packing
-from pipeline.models.attention import SHARED_PREFIX
-from pipeline.models.logprobs import head_of, hidden_states, token_logprobs
-from pipeline.models.packing import Ids, pack, share_prompts
-from pipeline.models.probe import prepare
+from onstream.pipeline.models import packing
+from onstream.pipeline.models.attention import SHARED_PREFIX
+from onstream.pipeline.models.logprobs import head_of, hidden_states, token_logprobs
+from onstream.pipeline.models.packing import Ids, pack, share_prompts
+from onstream.pipeline.models.prompt_sharing import prepare
 from tests.tiny import Family, sequences, tiny_model
 from tests.widest import Widest
 
 
 def one_by_one(model: PreTrainedModel, prompts: list[Ids], completions: list[Ids]) -> list[Tensor]:
-    """Logprobs of each completion's tokens, each sequence alone in its row, from the model's own forward."""
+    """Logprobs of each completion's tokens, each sequence alone in its row, from the model's own
+    forward.
+    """
     logprobs = []
     for prompt, completion in zip(prompts, completions, strict=True):
         ids = torch.from_numpy(np.concatenate((prompt, completion)))[None]
         logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-        logprobs.append(logits.log_softmax(-1).gather(1, torch.from_numpy(completion)[:, None])[:, 0])
+        logprobs.append(
+            logits.log_softmax(-1).gather(1, torch.from_numpy(completion)[:, None])[:, 0]
+        )
     return logprobs
 
 
-def packed_logprobs(model: PreTrainedModel, prompts: list[Ids], completions: list[Ids], max_tokens: int) -> list[Tensor]:
+def packed_logprobs(
+    model: PreTrainedModel, prompts: list[Ids], completions: list[Ids], max_tokens: int
+) -> list[Tensor]:
     """The same from packed rows."""
     logprobs: dict[int, Tensor] = {}
     for packed in pack(share_prompts(prompts, completions), max_tokens):
@@ -53,7 +59,11 @@ def gradients(model: PreTrainedModel, logprobs: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("max_tokens", [40, 1000])
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_packed_rows_give_the_logprobs_and_gradients_of_one_sequence_at_a_time(
-    family: Family, max_tokens: int, group_size: int, dense_row_tokens: int, monkeypatch: pytest.MonkeyPatch
+    family: Family,
+    max_tokens: int,
+    group_size: int,
+    dense_row_tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(packing, "DENSE_ROW_TOKENS", dense_row_tokens)
     model = tiny_model(family)
@@ -64,7 +74,9 @@ def test_packed_rows_give_the_logprobs_and_gradients_of_one_sequence_at_a_time(
     got = packed_logprobs(model, prompts, completions, max_tokens)
     torch.testing.assert_close(torch.cat(got), torch.cat(wanted), rtol=0, atol=1e-5)
     for gradient, expected in zip(gradients(model, got), wanted_gradients, strict=True):
-        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+        torch.testing.assert_close(
+            gradient, expected, rtol=0, atol=1e-5 * expected.abs().max().item()
+        )
 
 
 def test_padded_rows_give_the_same() -> None:
@@ -72,7 +84,9 @@ def test_padded_rows_give_the_same() -> None:
     prompts, completions = sequences(5, 3, seed=8)
     wanted = torch.cat(one_by_one(model, prompts, completions))
     assert model.config._attn_implementation == "sdpa"
-    torch.testing.assert_close(torch.cat(packed_logprobs(model, prompts, completions, 50)), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        torch.cat(packed_logprobs(model, prompts, completions, 50)), wanted, rtol=0, atol=1e-5
+    )
 
 
 def test_a_completion_does_not_see_its_siblings() -> None:
@@ -80,14 +94,18 @@ def test_a_completion_does_not_see_its_siblings() -> None:
     assert prepare(model) is None
     prompts, completions = sequences(1, 3, completion=(6, 6), seed=9)
     before = packed_logprobs(model, prompts, completions, 1000)
-    after = packed_logprobs(model, prompts, [completions[0], (completions[1] + 1) % 48, completions[2]], 1000)
+    after = packed_logprobs(
+        model, prompts, [completions[0], (completions[1] + 1) % 48, completions[2]], 1000
+    )
     torch.testing.assert_close(after[2], before[2], rtol=0, atol=1e-6)
     assert not torch.allclose(after[1], before[1], atol=1e-2)
 
 
 def test_chunked_logprobs_and_their_tail_equal_the_naive_ones() -> None:
     torch.manual_seed(0)
-    hidden, head, targets = torch.randn(37, 16), nn.Linear(16, 50), torch.randint(0, 50, (37,))
+    hidden = torch.randn(37, 16)
+    head = nn.Linear(16, 50)
+    targets = torch.randint(0, 50, (37,))
     found = token_logprobs(hidden, head, targets, temperature=0.7, top_k=4, chunk=8)
     logprobs = (head(hidden) / 0.7).log_softmax(-1).detach()
     top = logprobs.topk(4)
@@ -96,7 +114,9 @@ def test_chunked_logprobs_and_their_tail_equal_the_naive_ones() -> None:
     torch.testing.assert_close(found.entropy, -(logprobs.exp() * logprobs).sum(-1))
     torch.testing.assert_close(found.top.logprobs, top.values)
     assert torch.equal(found.top.ids, top.indices)
-    torch.testing.assert_close(found.top.logprobs.exp().sum(-1) + found.top.tail.exp(), torch.ones(37))
+    torch.testing.assert_close(
+        found.top.logprobs.exp().sum(-1) + found.top.tail.exp(), torch.ones(37)
+    )
 
 
 def test_the_tail_of_a_confident_model_is_exact_where_one_less_the_sum_would_be_nothing() -> None:
@@ -115,7 +135,9 @@ def test_a_top_k_without_a_tail_is_refused() -> None:
 
 
 def test_no_tensor_of_more_than_one_chunk_of_logits_is_made() -> None:
-    hidden, head, targets = torch.randn(256, 8), nn.Linear(8, 1000), torch.zeros(256, dtype=torch.long)
+    hidden = torch.randn(256, 8)
+    head = nn.Linear(8, 1000)
+    targets = torch.zeros(256, dtype=torch.long)
     with Widest() as widest:
         token_logprobs(hidden, head, targets, top_k=4, chunk=16)
     assert widest.elements == 16 * 1000

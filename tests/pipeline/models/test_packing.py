@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.models import packing
-from pipeline.models.packing import Packed, pack, share_prompts, single_rows
+from onstream.pipeline.models import packing
+from onstream.pipeline.models.packing import Packed, pack, share_prompts, single_rows
 from tests.tiny import sequences
 
 
@@ -16,7 +16,11 @@ def visible(packed: Packed) -> np.ndarray:
     place = 0
     for call in packed.calls:
         for row in range(len(call.queries)):
-            mask = np.tri(call.queries.shape[1], dtype=bool) if call.mask is None else call.mask[row % len(call.mask)]
+            mask = (
+                np.tri(call.queries.shape[1], dtype=bool)
+                if call.mask is None
+                else call.mask[row % len(call.mask)]
+            )
             for query, keys in zip(call.queries[row], mask, strict=True):
                 if packed.output_index[query] == place:
                     seen[query, call.keys[row][keys]] = True
@@ -25,7 +29,9 @@ def visible(packed: Packed) -> np.ndarray:
 
 
 def expected_visible(packed: Packed) -> np.ndarray:
-    """The same, said directly: a prompt token sees the prompt up to itself, a completion's token also the completion up to itself."""
+    """The same, said directly: a prompt token sees the prompt up to itself, a completion's token
+    also the completion up to itself.
+    """
     seen = np.zeros((len(packed.input_ids),) * 2, dtype=bool)
     at = 0
     for group in packed.groups:
@@ -51,17 +57,25 @@ def test_a_prompt_with_two_completions_is_laid_out_as_the_docstring_says() -> No
 
 
 def test_positions_restart_after_the_prompt_in_every_completion() -> None:
-    (packed,) = pack(share_prompts([[5, 6, 7]] * 2 + [[9]], [[1, 2, 3], [4, 5, 6, 7], [8, 8]]), max_tokens=64)
+    (packed,) = pack(
+        share_prompts([[5, 6, 7]] * 2 + [[9]], [[1, 2, 3], [4, 5, 6, 7], [8, 8]]), max_tokens=64
+    )
     assert packed.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 0, 1]
 
 
 def test_equal_prompts_are_grouped_in_the_order_in_which_they_first_come() -> None:
     groups = share_prompts([[1, 2], [3], [1, 2], [3, 0]], [[4], [5], [6], [7]])
-    assert [(group.prompt_ids.tolist(), group.sequences) for group in groups] == [([1, 2], (0, 2)), ([3], (1,)), ([3, 0], (3,))]
+    assert [(group.prompt_ids.tolist(), group.sequences) for group in groups] == [
+        ([1, 2], (0, 2)),
+        ([3], (1,)),
+        ([3, 0], (3,)),
+    ]
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [([], [1]), ([1], [])])
-def test_an_empty_prompt_or_completion_is_refused_with_its_place(prompt: list[int], completion: list[int]) -> None:
+def test_an_empty_prompt_or_completion_is_refused_with_its_place(
+    prompt: list[int], completion: list[int]
+) -> None:
     with pytest.raises(ValueError, match="sequence 1 has"):
         share_prompts([[1], prompt], [[1], completion])
 
@@ -89,11 +103,16 @@ def test_no_row_exceeds_the_budget_and_every_completion_is_packed_once() -> None
 
 def test_a_group_over_the_budget_is_split_with_its_prompt_repeated() -> None:
     rows = pack(share_prompts([[9] * 4] * 3, [[1, 2, 3, 4], [5, 6, 7], [8, 9]]), max_tokens=9)
-    assert [row.input_ids.tolist() for row in rows] == [[9, 9, 9, 9, 1, 2, 3, 5, 6], [9, 9, 9, 9, 8]]
+    assert [row.input_ids.tolist() for row in rows] == [
+        [9, 9, 9, 9, 1, 2, 3, 5, 6],
+        [9, 9, 9, 9, 8],
+    ]
 
 
 def test_a_single_sequence_over_the_budget_has_a_row_of_its_own() -> None:
-    rows = pack(share_prompts([[1] * 4, [2] * 40, [3] * 4], [[1] * 3, [2] * 3, [3] * 3]), max_tokens=16)
+    rows = pack(
+        share_prompts([[1] * 4, [2] * 40, [3] * 4], [[1] * 3, [2] * 3, [3] * 3]), max_tokens=16
+    )
     assert [len(row.input_ids) for row in rows] == [6, 42, 6]
 
 
@@ -108,7 +127,11 @@ def test_a_long_group_attends_to_its_prompt_without_a_square_mask() -> None:
     prompt, branches = packed.calls
     assert (prompt.queries.shape, prompt.mask) == ((1, 300), None)
     assert branches.mask is not None
-    assert (branches.queries.shape, branches.keys.shape, branches.mask.shape) == ((4, 99), (4, 399), (4, 99, 399))
+    assert (branches.queries.shape, branches.keys.shape, branches.mask.shape) == (
+        (4, 99),
+        (4, 399),
+        (4, 99, 399),
+    )
 
 
 def test_short_completions_of_a_long_prompt_share_one_copy_of_its_keys() -> None:
@@ -126,4 +149,8 @@ def test_a_long_prompt_whose_completions_are_one_token_needs_the_prompt_alone() 
 
 def test_single_rows_share_nothing_and_stand_longest_first() -> None:
     groups = single_rows([[1, 2], [3], [1, 2]], [[4], [5, 6, 7], [8, 9, 9, 9]])
-    assert [(group.prompt_ids.tolist(), group.sequences) for group in groups] == [([1, 2], (2,)), ([3], (1,)), ([1, 2], (0,))]
+    assert [(group.prompt_ids.tolist(), group.sequences) for group in groups] == [
+        ([1, 2], (2,)),
+        ([3], (1,)),
+        ([1, 2], (0,)),
+    ]

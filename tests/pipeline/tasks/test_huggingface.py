@@ -8,11 +8,15 @@ from typing import Any
 import datasets
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.tasks import load_scorer, load_task
-from settings.root import Settings
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.tasks import load_scorer, load_task
+from onstream.settings.root import Settings
 
-ROWS = {"prompt": [f"q{number}" for number in range(10)], "answer": list(range(10)), "level": ["easy"] * 10}
+ROWS = {
+    "prompt": [f"q{number}" for number in range(10)],
+    "answer": list(range(10)),
+    "level": ["easy"] * 10,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +27,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings_of(path: Path, *, samples: int = 2, **task: Any) -> Settings:
-    return Settings.model_validate({"task": {"name": f"hf:{path}", **task}, "eval": {"samples": samples}})
+    return Settings.model_validate(
+        {"task": {"name": f"hf:{path}", **task}, "eval": {"samples": samples}}
+    )
 
 
 def saved(path: Path, rows: dict[str, list[Any]] = ROWS) -> Path:
@@ -44,21 +50,35 @@ def saved(path: Path, rows: dict[str, list[Any]] = ROWS) -> Path:
 def test_a_local_data_set_is_trained_on_but_for_its_last_rows(tmp_path: Path, name: str) -> None:
     settings = settings_of(saved(tmp_path / name))
     task = load_task(settings)
-    assert [task.held_out(index).info for index in range(task.held_out_size)] == [{"answer": "8"}, {"answer": "9"}]
+    assert [task.held_out(index).info for index in range(task.held_out_size)] == [
+        {"answer": "8"},
+        {"answer": "9"},
+    ]
     trained = [task.train(index) for index in range(16)]
-    assert sorted(problem.info["answer"] for problem in trained[:8]) == [str(number) for number in range(8)]
-    assert all(problem.messages == [{"role": "user", "content": "q" + problem.info["answer"]}] for problem in trained)
+    assert sorted(problem.info["answer"] for problem in trained[:8]) == [
+        str(number) for number in range(8)
+    ]
+    assert all(
+        problem.messages == [{"role": "user", "content": "q" + problem.info["answer"]}]
+        for problem in trained
+    )
     assert load_scorer(settings)("7", {"answer": "7"}) == {"reward": 1.0, "similarity": 1.0}
 
 
 def test_rows_that_ask_the_same_as_a_held_out_one_are_not_trained_on(tmp_path: Path) -> None:
-    path = saved(tmp_path / "t.parquet", {"prompt": ["a", "b", "a", "c", "b"], "answer": ["1", "2", "3", "4", "5"]})
+    path = saved(
+        tmp_path / "t.parquet",
+        {"prompt": ["a", "b", "a", "c", "b"], "answer": ["1", "2", "3", "4", "5"]},
+    )
     task = load_task(settings_of(path))
     assert {task.train(index).messages[0]["content"] for index in range(12)} == {"a"}
 
 
 def test_another_split_can_be_held_out(tmp_path: Path) -> None:
-    splits = {"train": datasets.Dataset.from_dict(ROWS), "test": datasets.Dataset.from_dict({"prompt": ["q3", "t"], "answer": ["3", "t"]})}
+    splits = {
+        "train": datasets.Dataset.from_dict(ROWS),
+        "test": datasets.Dataset.from_dict({"prompt": ["q3", "t"], "answer": ["3", "t"]}),
+    }
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "both")
     task = load_task(settings_of(tmp_path / "both", args={"eval_split": "test"}))
     assert [task.held_out(index).info["answer"] for index in range(2)] == ["3", "t"]
@@ -66,14 +86,20 @@ def test_another_split_can_be_held_out(tmp_path: Path) -> None:
 
 
 def test_a_scorer_of_ones_own_gets_every_other_column(tmp_path: Path) -> None:
-    task = load_task(settings_of(saved(tmp_path / "t.parquet"), scorer="tests.workers.verifier.misbehaving:score"))
+    task = load_task(
+        settings_of(
+            saved(tmp_path / "t.parquet"), scorer="tests.workers.verifier.misbehaving:score"
+        )
+    )
     info = task.train(0).info
     assert info == {"answer": info["answer"], "level": "easy"} and isinstance(info["answer"], int)
 
 
 def test_a_row_that_is_no_problem_is_named(tmp_path: Path) -> None:
     path = saved(tmp_path / "t.parquet", {"prompt": ["a", "", "c"], "answer": ["1", "2", "3"]})
-    with pytest.raises(UserError, match=r"t.parquet \[train\] row 1: `prompt` is ''; expected `messages` or a text"):
+    with pytest.raises(
+        UserError, match=r"t.parquet \[train\] row 1: `prompt` is ''; expected `messages` or a text"
+    ):
         load_task(settings_of(path, samples=0))
 
 
@@ -81,10 +107,16 @@ def test_a_row_that_is_no_problem_is_named(tmp_path: Path) -> None:
     ("name", "task", "words"),
     [
         ("nowhere", {}, r"hf:.*nowhere, split 'train', cannot be used: \w+"),
-        ("t.parquet", {"args": {"eval_split": "test", "no_such_option": 1}}, "cannot be used: .*no_such_option"),
+        (
+            "t.parquet",
+            {"args": {"eval_split": "test", "no_such_option": 1}},
+            "cannot be used: .*no_such_option",
+        ),
     ],
 )
-def test_a_data_set_that_cannot_be_loaded_says_why(tmp_path: Path, name: str, task: dict[str, Any], words: str) -> None:
+def test_a_data_set_that_cannot_be_loaded_says_why(
+    tmp_path: Path, name: str, task: dict[str, Any], words: str
+) -> None:
     saved(tmp_path / "t.parquet")
     with pytest.raises(UserError, match=words):
         load_task(settings_of(tmp_path / name, **task))
@@ -96,8 +128,12 @@ def test_a_slice_of_a_split_is_a_smaller_data_set(tmp_path: Path) -> None:
     assert task.held_out(0).info == {"answer": "4"}
 
 
-@pytest.mark.parametrize(("rows", "split"), [({"prompt": [], "answer": []}, "train"), (ROWS, "train[:0]")])
-def test_an_empty_data_set_is_refused(tmp_path: Path, rows: dict[str, list[Any]], split: str) -> None:
+@pytest.mark.parametrize(
+    ("rows", "split"), [({"prompt": [], "answer": []}, "train"), (ROWS, "train[:0]")]
+)
+def test_an_empty_data_set_is_refused(
+    tmp_path: Path, rows: dict[str, list[Any]], split: str
+) -> None:
     with pytest.raises(UserError, match=r"cannot be used: .* no data!"):
         load_task(settings_of(saved(tmp_path / "t.parquet", rows), split=split))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.tasks import ScoreError, read_score
-from pipeline.tasks.scorers import match_answer
+from onstream.pipeline.tasks import ScoreError, read_score
+from onstream.pipeline.tasks.scorers import match_answer
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,9 @@ from pipeline.tasks.scorers import match_answer
         ("", {"reward": 0.0, "similarity": 0.0}),
     ],
 )
-def test_only_the_exact_answer_after_any_reasoning_is_rewarded(completion: str, expected: dict[str, float]) -> None:
+def test_only_the_exact_answer_after_any_reasoning_is_rewarded(
+    completion: str, expected: dict[str, float]
+) -> None:
     assert match_answer(completion, {"answer": "abcd"}) == expected
 
 
@@ -36,7 +38,9 @@ def test_only_the_exact_answer_after_any_reasoning_is_rewarded(completion: str, 
         ({"reward": -1, "format": 0.5}, (-1.0, {"format": 0.5})),
     ],
 )
-def test_a_score_is_a_number_or_parts_that_add_up_unless_one_is_the_reward(score: object, expected: object) -> None:
+def test_a_score_is_a_number_or_parts_that_add_up_unless_one_is_the_reward(
+    score: object, expected: object
+) -> None:
     assert read_score(score) == expected
 
 

@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.tasks import Problem, Task, load_scorer, load_task
-from settings.root import Settings
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.tasks import Problem, Task, load_scorer, load_task
+from onstream.settings.root import Settings
 
 BUILTIN = ["reverse-text", "alphabet-sort", "arithmetic"]
 GYM = ["reasoning-gym:leg_counting", "reasoning-gym:word_sorting"]
 
 
 def settings_of(name: str, *, seed: int = 0, samples: int = 64, **task: Any) -> Settings:
-    return Settings.model_validate({"task": {"name": name, **task}, "run": {"seed": seed}, "eval": {"samples": samples}})
+    return Settings.model_validate(
+        {"task": {"name": name, **task}, "run": {"seed": seed}, "eval": {"samples": samples}}
+    )
 
 
 def task_of(name: str, *, seed: int = 0, samples: int = 64, **task: Any) -> Task:
@@ -29,7 +31,11 @@ def asked(problem: Problem) -> str:
 
 @pytest.mark.parametrize(
     ("name", "question"),
-    [("reverse-text", r"Reverse: [a-z]{4,10}"), ("alphabet-sort", r"Sort: [a-z]{4,10}"), ("arithmetic", r"Compute: .*")],
+    [
+        ("reverse-text", r"Reverse: [a-z]{4,10}"),
+        ("alphabet-sort", r"Sort: [a-z]{4,10}"),
+        ("arithmetic", r"Compute: .*"),
+    ],
 )
 def test_prompts_are_one_short_user_message(name: str, question: str) -> None:
     for index in range(100):
@@ -48,10 +54,18 @@ def test_answers_are_right() -> None:
 
 @pytest.mark.parametrize("name", [*BUILTIN, *GYM])
 def test_the_seed_decides_the_order_and_the_held_out_part_is_the_same_for_all(name: str) -> None:
-    first, again, other = task_of(name), task_of(name), task_of(name, seed=1)
-    assert [first.train(index) for index in (5, 3, 4)] == [again.train(index) for index in (5, 3, 4)]
-    assert [first.train(index) for index in range(20)] != [other.train(index) for index in range(20)]
-    assert [first.held_out(index) for index in range(64)] == [other.held_out(index) for index in range(64)]
+    first = task_of(name)
+    again = task_of(name)
+    other = task_of(name, seed=1)
+    assert [first.train(index) for index in (5, 3, 4)] == [
+        again.train(index) for index in (5, 3, 4)
+    ]
+    assert [first.train(index) for index in range(20)] != [
+        other.train(index) for index in range(20)
+    ]
+    assert [first.held_out(index) for index in range(64)] == [
+        other.held_out(index) for index in range(64)
+    ]
 
 
 @pytest.mark.parametrize("name", [*BUILTIN, *GYM])
@@ -99,7 +113,10 @@ def test_arguments_bound_what_is_asked() -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ({"min_lenght": 3}, r"unknown field `min_lenght`; expected among min_length \(default 4\), max_length \(default 10\)"),
+        (
+            {"min_lenght": 3},
+            r"unknown field `min_lenght`; expected among min_length \(default 4\), max_length \(default 10\)",
+        ),
         ({"min_length": "3"}, r"Expected `int`, got `str` - at `\$.min_length`"),
         ({"min_length": 0}, r"Expected `int` >= 1 - at `\$.min_length`"),
         ({"min_length": 11}, "min_length 11 is more than max_length 10"),
@@ -112,15 +129,23 @@ def test_wrong_arguments_are_named_with_what_was_expected(args: dict[str, Any], 
 
 @pytest.mark.parametrize("load", [load_task, load_scorer])
 def test_an_unknown_task_is_answered_with_the_nearest_known_one(load: Any) -> None:
-    with pytest.raises(UserError, match=r"'reverse-txt' is no task; expected one of reverse-text, .* Did you mean 'reverse-text'\?"):
+    with pytest.raises(
+        UserError,
+        match=r"'reverse-txt' is no task; expected one of reverse-text, .* Did you mean 'reverse-text'\?",
+    ):
         load(settings_of("reverse-txt"))
 
 
 def test_reasoning_gym_scores_with_its_own_scorer_and_takes_tagged_answers() -> None:
     settings = settings_of("reasoning-gym:leg_counting")
-    problem, score = load_task(settings).train(7), load_scorer(settings)
+    problem = load_task(settings).train(7)
+    score = load_scorer(settings)
     answer = problem.info["answer"]
-    assert score(answer, problem.info) == score(f"<think>so many legs</think> It is <answer> {answer} </answer>.", problem.info) == 1.0
+    assert (
+        score(answer, problem.info)
+        == score(f"<think>so many legs</think> It is <answer> {answer} </answer>.", problem.info)
+        == 1.0
+    )
     assert score("none", problem.info) != 1.0
 
 
@@ -132,7 +157,9 @@ def test_reasoning_gym_data_sets_that_list_their_problems_beforehand_work_too(na
 
 
 def test_an_unknown_reasoning_gym_data_set_is_answered_with_near_ones() -> None:
-    with pytest.raises(UserError, match=r"no data set 'leg_count'; expected one of its names \(leg_counting"):
+    with pytest.raises(
+        UserError, match=r"no data set 'leg_count'; expected one of its names \(leg_counting"
+    ):
         task_of("reasoning-gym:leg_count")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.streams import Bus
+from onstream.pipeline.redis.streams import Bus
 from tests.pipeline.weights.policies import Transport
 
 

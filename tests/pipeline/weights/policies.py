@@ -1,4 +1,6 @@
-"""Policies that change a little from one version to the next, and both transports to send them through."""
+"""Policies that change a little from one version to the next, and both transports to send them
+through.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +10,39 @@ from pathlib import Path
 
 import torch
 
-from pipeline.streams import Bus
-from pipeline.weights import Directory, DirectoryOutlet, LoadedPolicy, Outlet, Reader, Sender, Shelf
-from pipeline.weights.chunks import Chunks, ChunksOutlet
+from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.weights import (
+    Directory,
+    DirectoryOutlet,
+    LoadedPolicy,
+    Outlet,
+    Reader,
+    Sender,
+    Shelf,
+)
+from onstream.pipeline.weights.redis_chunks import Chunks, ChunksOutlet
 
 
-def course(versions: int, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, rate: float = 1e-4) -> Iterator[LoadedPolicy]:
-    """`versions` policies, from number 0 on: float32 master weights that move by about `rate`, cast to `dtype`."""
+def course(
+    versions: int, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, rate: float = 1e-4
+) -> Iterator[LoadedPolicy]:
+    """`versions` policies, from number 0 on: float32 master weights that move by about `rate`, cast
+    to `dtype`.
+    """
     draw = torch.Generator().manual_seed(seed)
-    master = {name: torch.randn(shape, generator=draw) for name, shape in (("embed", (300, 64)), ("w", (64, 192)), ("norm", (64,)))}
+    master = {
+        name: torch.randn(shape, generator=draw)
+        for name, shape in (("embed", (300, 64)), ("w", (64, 192)), ("norm", (64,)))
+    }
     steps = torch.zeros(1, dtype=torch.int64)
     for number in range(versions):
-        yield LoadedPolicy.of(number, {**{name: weight.to(dtype) for name, weight in master.items()}, "steps": steps + number})
+        yield LoadedPolicy.of(
+            number,
+            {
+                **{name: weight.to(dtype) for name, weight in master.items()},
+                "steps": steps + number,
+            },
+        )
         for weight in master.values():
             weight += rate * torch.randn(weight.shape, generator=draw)
 

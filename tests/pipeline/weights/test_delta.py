@@ -1,4 +1,6 @@
-"""A delta on its base gives the new weights bit for bit, in few bytes, and anything else is refused."""
+"""A delta on its base gives the new weights bit for bit, in few bytes, and anything else is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ import pytest
 import torch
 from safetensors.numpy import load
 
-from pipeline.weights import LoadedPolicy, WeightsError
-from pipeline.weights.delta import _within_reach, applied, encode, overwrite
-from pipeline.weights.layout import layout_of
+from onstream.pipeline.weights import LoadedPolicy, WeightsError
+from onstream.pipeline.weights.delta import _within_reach, applied, encode, overwrite
+from onstream.pipeline.weights.safetensors_layout import layout_of
 
 
 def policy(number: int = 0, **state: torch.Tensor) -> LoadedPolicy:
@@ -38,11 +40,15 @@ def roundtrip(base: LoadedPolicy, new: LoadedPolicy) -> int:
         ([11], 4, [3, 7, 11]),
     ],
 )
-def test_far_apart_elements_get_others_between_them(indices: list[int], reach: int, filled: list[int]) -> None:
+def test_far_apart_elements_get_others_between_them(
+    indices: list[int], reach: int, filled: list[int]
+) -> None:
     assert _within_reach(np.array(indices), reach).tolist() == filled
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.uint8])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.uint8]
+)
 @pytest.mark.parametrize("share", [1e-5, 1e-3, 0.03, 0.3, 0.9])
 def test_whatever_changed_arrives(dtype: torch.dtype, share: float) -> None:
     draw = torch.Generator().manual_seed(int(share * 1e6))
@@ -50,7 +56,8 @@ def test_whatever_changed_arrives(dtype: torch.dtype, share: float) -> None:
     flat = before.clone().reshape(-1)
     chosen = torch.randperm(flat.numel(), generator=draw)[: int(share * flat.numel())]
     flat[chosen] = (flat[chosen] + 1).to(dtype)
-    base, new = policy(w=before, still=torch.ones(50_000)), policy(1, w=flat.reshape(before.shape), still=torch.ones(50_000))
+    base = policy(w=before, still=torch.ones(50_000))
+    new = policy(1, w=flat.reshape(before.shape), still=torch.ones(50_000))
     size = roundtrip(base, new)
     wide = (chosen.numel() + 700 * 300 / 65536) * (before.element_size() + 2)
     bits = chosen.numel() * before.element_size() + 700 * 300 / 8
@@ -66,11 +73,15 @@ def test_bits_are_compared_so_that_negative_zero_and_nan_arrive_too() -> None:
     assert delta is not None and delta.share == 1 / 1003
 
 
-@pytest.mark.parametrize(("share", "kind"), [(0.001, "at"), (0.05, "at"), (0.3, "in"), (0.97, "to")])
+@pytest.mark.parametrize(
+    ("share", "kind"), [(0.001, "at"), (0.05, "at"), (0.3, "in"), (0.97, "to")]
+)
 def test_the_way_of_the_fewest_bytes_is_taken(share: float, kind: str) -> None:
     after = torch.zeros(40_000, dtype=torch.bfloat16)
     after[torch.rand(40_000, generator=torch.Generator().manual_seed(3)) < share] = 1
-    delta = encode(policy(w=after * 0, still=torch.ones(50_000)), policy(1, w=after, still=torch.ones(50_000)))
+    delta = encode(
+        policy(w=after * 0, still=torch.ones(50_000)), policy(1, w=after, still=torch.ones(50_000))
+    )
     assert delta is not None and delta.data is not None
     assert {name.partition("/")[0] for name in load(delta.data.tobytes())} == {kind, "to"}
 
@@ -90,7 +101,9 @@ def test_no_delta_where_it_would_be_no_smaller() -> None:
 
 def test_bits_for_a_tensor_of_another_size_are_refused() -> None:
     base = policy(w=torch.zeros(5000))
-    delta = encode(base, policy(1, w=torch.zeros(5000).index_fill(0, torch.arange(0, 5000, 3), 1.0)))
+    delta = encode(
+        base, policy(1, w=torch.zeros(5000).index_fill(0, torch.arange(0, 5000, 3), 1.0))
+    )
     assert delta is not None and delta.data is not None
     longer = policy(w=torch.zeros(5100))
     with pytest.raises(WeightsError, match="625 bytes of bits for 5100 elements"):
@@ -99,7 +112,12 @@ def test_bits_for_a_tensor_of_another_size_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [{"v": torch.ones(9)}, {"w": torch.ones(3, 3)}, {"w": torch.ones(9, dtype=torch.bfloat16)}, {"w": torch.ones(9), "v": torch.ones(1)}],
+    [
+        {"v": torch.ones(9)},
+        {"w": torch.ones(3, 3)},
+        {"w": torch.ones(9, dtype=torch.bfloat16)},
+        {"w": torch.ones(9), "v": torch.ones(1)},
+    ],
     ids=["name", "shape", "dtype", "one more"],
 )
 def test_there_is_no_delta_between_different_models(other: dict[str, torch.Tensor]) -> None:
@@ -107,7 +125,8 @@ def test_there_is_no_delta_between_different_models(other: dict[str, torch.Tenso
 
 
 def test_a_delta_on_another_base_is_found_out_by_the_digest_of_what_comes_of_it() -> None:
-    base, wrong = policy(w=torch.zeros(5000)), policy(w=torch.full((5000,), 2.0))
+    base = policy(w=torch.zeros(5000))
+    wrong = policy(w=torch.full((5000,), 2.0))
     new = policy(1, w=torch.zeros(5000).index_fill(0, torch.tensor([7]), 1.0))
     delta = encode(base, new)
     assert delta is not None and delta.data is not None
@@ -116,9 +135,16 @@ def test_a_delta_on_another_base_is_found_out_by_the_digest_of_what_comes_of_it(
 
 
 def test_a_delta_for_other_tensors_is_refused() -> None:
-    delta = encode(policy(w=torch.zeros(5000)), policy(1, w=torch.zeros(5000).index_fill(0, torch.tensor([4999]), 1.0)))
+    delta = encode(
+        policy(w=torch.zeros(5000)),
+        policy(1, w=torch.zeros(5000).index_fill(0, torch.tensor([4999]), 1.0)),
+    )
     assert delta is not None and delta.data is not None
-    for state in ({"v": torch.zeros(5000)}, {"w": torch.zeros(4999)}, {"w": torch.zeros(5000, dtype=torch.bfloat16)}):
+    for state in (
+        {"v": torch.zeros(5000)},
+        {"w": torch.zeros(4999)},
+        {"w": torch.zeros(5000, dtype=torch.bfloat16)},
+    ):
         target = LoadedPolicy.of(0, state)
         with pytest.raises(WeightsError, match="no delta of these weights"):
             overwrite(target.data.copy(), layout_of(target.data), delta.data)
@@ -137,7 +163,9 @@ def test_random_courses_of_versions_arrive_however_their_deltas_are_cut() -> Non
         state = draw.integers(0, 5, size).astype(np.int64)
         versions = []
         for number in range(5):
-            versions.append(policy(number, w=torch.from_numpy(state.copy()), ballast=torch.zeros(4000)))
+            versions.append(
+                policy(number, w=torch.from_numpy(state.copy()), ballast=torch.zeros(4000))
+            )
             state[draw.random(size) < draw.random() * 0.4] += 1
         deltas = [encode(before, after) for before, after in itertools.pairwise(versions)]
         data = [delta.data for delta in deltas if delta and delta.data is not None]

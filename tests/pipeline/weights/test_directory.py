@@ -1,4 +1,6 @@
-"""A version is published whole, read only if it is what was announced, and pruned without leaving halves."""
+"""A version is published whole, read only if it is what was announced, and pruned without leaving
+halves.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import pipeline.weights.directory
-from pipeline.records import PolicyVersion
-from pipeline.weights import Directory, Reader, WeightsError, prune, publish
+import onstream.pipeline.weights.directory
+from onstream.pipeline.records import PolicyVersion
+from onstream.pipeline.weights import Directory, Reader, WeightsError, prune, publish
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 
@@ -47,10 +49,15 @@ def test_a_published_version_is_read_back_as_it_was(tmp_path: Path, model_dir: P
     assert policy.size_bytes == (tmp_path / "policies/000007/model.safetensors").stat().st_size
     found = read(tmp_path, policy)
     assert found.keys() == STATE.keys()
-    assert all(torch.equal(found[name], STATE[name]) and found[name].dtype == STATE[name].dtype for name in STATE)
+    assert all(
+        torch.equal(found[name], STATE[name]) and found[name].dtype == STATE[name].dtype
+        for name in STATE
+    )
 
 
-def test_a_version_holds_the_models_other_files_and_no_weights_but_its_own(tmp_path: Path, model_dir: Path) -> None:
+def test_a_version_holds_the_models_other_files_and_no_weights_but_its_own(
+    tmp_path: Path, model_dir: Path
+) -> None:
     publish(tmp_path, 0, STATE, model_dir)
     names = sorted(path.name for path in (tmp_path / "policies/000000").iterdir())
     assert names == ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
@@ -65,7 +72,9 @@ def test_publishing_the_same_weights_again_changes_nothing(tmp_path: Path, model
     assert folder_names(tmp_path) == ["000003"]
 
 
-def test_other_weights_under_the_same_number_replace_it_and_the_old_announcement_is_refused(tmp_path: Path, model_dir: Path) -> None:
+def test_other_weights_under_the_same_number_replace_it_and_the_old_announcement_is_refused(
+    tmp_path: Path, model_dir: Path
+) -> None:
     old = publish(tmp_path, 3, STATE, model_dir)
     new = publish(tmp_path, 3, {"a": torch.zeros(2)}, model_dir)
     assert new.digest != old.digest
@@ -94,7 +103,9 @@ def test_damaged_weights_are_never_loaded(tmp_path: Path, model_dir: Path, damag
         read(tmp_path, policy)
 
 
-def test_bytes_that_are_no_safetensors_are_a_weights_error_even_under_their_own_digest(tmp_path: Path) -> None:
+def test_bytes_that_are_no_safetensors_are_a_weights_error_even_under_their_own_digest(
+    tmp_path: Path,
+) -> None:
     import hashlib
 
     directory = tmp_path / "policies/000001"
@@ -105,7 +116,9 @@ def test_bytes_that_are_no_safetensors_are_a_weights_error_even_under_their_own_
         read(tmp_path, policy)
 
 
-def test_what_was_checked_is_what_is_loaded_even_if_the_file_is_replaced_meanwhile(tmp_path: Path, model_dir: Path) -> None:
+def test_what_was_checked_is_what_is_loaded_even_if_the_file_is_replaced_meanwhile(
+    tmp_path: Path, model_dir: Path
+) -> None:
     loaded = Reader(Directory(tmp_path), deltas=False).fetch(publish(tmp_path, 1, STATE, model_dir))
     (tmp_path / "policies/000001/model.safetensors").write_bytes(b"")
     publish(tmp_path, 1, {"a": torch.zeros(1)}, model_dir)
@@ -123,7 +136,7 @@ def test_a_crash_while_publishing_leaves_no_version_and_the_next_attempt_succeed
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(pipeline.weights.directory, killed_at, die)
+        patch.setattr(onstream.pipeline.weights.directory, killed_at, die)
         publish(tmp_path, 5, STATE, model_dir)
     assert not (tmp_path / "policies/000005").exists()
     policy = publish(tmp_path, 5, STATE, model_dir)
@@ -136,7 +149,8 @@ def test_everything_written_is_synced_before_the_rename_and_the_folder_after_it(
     tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, links: bool
 ) -> None:
     events: list[str] = []
-    fsync, rename = os.fsync, Path.rename
+    fsync = os.fsync
+    rename = Path.rename
 
     def noted_fsync(descriptor: int) -> None:
         events.append(os.readlink(f"/proc/self/fd/{descriptor}").rpartition("/")[2])
@@ -154,15 +168,20 @@ def test_everything_written_is_synced_before_the_rename_and_the_folder_after_it(
         monkeypatch.setattr(os, "link", no_links)
     monkeypatch.setattr(Path, "rename", noted_rename)
     publish(tmp_path, 2, STATE, model_dir)
-    before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
+    before = events[: events.index("rename")]
+    after = events[events.index("rename") + 1 :]
     copies = set() if links else {"config.json", "tokenizer.json", "chat_template.jinja"}
     assert set(before) == {*copies, "model.safetensors", ".unfinished-000002"}
     assert (tmp_path / "policies/000002/tokenizer.json").read_text() == "tokenizer.json"
-    assert (tmp_path / "policies/000002/tokenizer.json").samefile(model_dir / "tokenizer.json") == links
+    assert (tmp_path / "policies/000002/tokenizer.json").samefile(
+        model_dir / "tokenizer.json"
+    ) == links
     assert after == ["policies"]
 
 
-def test_pruning_keeps_the_newest_and_the_pinned_and_clears_what_crashes_left(tmp_path: Path, model_dir: Path) -> None:
+def test_pruning_keeps_the_newest_and_the_pinned_and_clears_what_crashes_left(
+    tmp_path: Path, model_dir: Path
+) -> None:
     for number in range(6):
         publish(tmp_path, number, STATE, model_dir)
     (tmp_path / "policies/.unfinished-000006").mkdir()

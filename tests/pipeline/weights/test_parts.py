@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.weights.parts import Part, Version, of_use, way_to
+from onstream.pipeline.weights.parts import Part, Version, of_use, way_to
 
 
 def full(number: int, size: int = 100, digest: str | None = None) -> Part:
@@ -12,7 +12,9 @@ def full(number: int, size: int = 100, digest: str | None = None) -> Part:
 
 
 def delta(number: int, size: int = 10) -> Part:
-    return Part(number, f"d{number}", size, f"delta {number}", Version(number - 1, f"d{number - 1}"))
+    return Part(
+        number, f"d{number}", size, f"delta {number}", Version(number - 1, f"d{number - 1}")
+    )
 
 
 def version(number: int) -> Version:
@@ -36,8 +38,12 @@ DELTAS = [delta(number) for number in range(1, 9)]
         (9, 8, None),
     ],
 )
-def test_the_fewest_bytes_that_lead_there(wanted: int, have: int | None, way: list[str] | None) -> None:
-    found = way_to(version(wanted), [full(0), full(4), *DELTAS], None if have is None else version(have))
+def test_the_fewest_bytes_that_lead_there(
+    wanted: int, have: int | None, way: list[str] | None
+) -> None:
+    found = way_to(
+        version(wanted), [full(0), full(4), *DELTAS], None if have is None else version(have)
+    )
     assert (found and [part.place for part in found]) == way
 
 

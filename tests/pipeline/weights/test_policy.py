@@ -1,4 +1,6 @@
-"""A policy in memory is what its digest says, gives its tensors without copying them, and its file to others for as long as it lives."""
+"""A policy in memory is what its digest says, gives its tensors without copying them, and its file
+to others for as long as it lives.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from pipeline.weights import LoadedPolicy, WeightsError, read_file
+from onstream.pipeline.weights import LoadedPolicy, WeightsError, read_file
 
 STATE = {
     "w": torch.arange(6.0).reshape(2, 3),
@@ -25,12 +27,15 @@ STATE = {
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     return first.keys() == second.keys() and all(
-        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first
+        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name])
+        for name in first
     )
 
 
 def checked(data: bytes) -> LoadedPolicy:
-    return LoadedPolicy(3, hashlib.sha256(data).hexdigest(), np.frombuffer(bytearray(data), dtype=np.uint8))
+    return LoadedPolicy(
+        3, hashlib.sha256(data).hexdigest(), np.frombuffer(bytearray(data), dtype=np.uint8)
+    )
 
 
 def test_tensors_of_every_shape_and_kind_come_out_as_they_went_in() -> None:

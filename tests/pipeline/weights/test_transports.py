@@ -1,4 +1,6 @@
-"""Whatever the transport and whatever happens to the reader, what it loads is bit for bit what was published."""
+"""Whatever the transport and whatever happens to the reader, what it loads is bit for bit what was
+published.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.records import PolicyVersion
-from pipeline.weights import LoadedPolicy, Reader, Version, WeightsError, announced
+from onstream.pipeline.records import PolicyVersion
+from onstream.pipeline.weights import LoadedPolicy, Reader, Version, WeightsError, announced
 from tests.pipeline.weights.policies import Transport, course
 
 UPDATES = 50
@@ -29,11 +31,16 @@ def fetched(reader: Reader, policy: LoadedPolicy) -> LoadedPolicy:
 
 @pytest.mark.parametrize("full_every", [None, 10], ids=["full sets", "deltas"])
 def test_over_50_updates_a_reader_that_keeps_up_one_that_misses_some_and_one_that_joins_late_get_every_bit(
-    transport: Transport, full_every: int | None, record_testsuite_property: Callable[[str, object], None]
+    transport: Transport,
+    full_every: int | None,
+    record_testsuite_property: Callable[[str, object], None],
 ) -> None:
     sender = transport.sender(full_every)
-    steady, dropping = transport.reader(), transport.reader()
-    sizes, shares, full_bytes = [], [], 0
+    steady = transport.reader()
+    dropping = transport.reader()
+    sizes = []
+    shares = []
+    full_bytes = 0
     for policy in course(UPDATES + 1):
         sent = sender.send(policy)
         tensors = fetched(steady, policy).tensors()
@@ -48,7 +55,9 @@ def test_over_50_updates_a_reader_that_keeps_up_one_that_misses_some_and_one_tha
         shares.append(sent.changed_share)
     mean = sum(sizes[1:]) / UPDATES
     record_testsuite_property(f"{transport.name}, {full_every}: bytes an update", mean)
-    print(f"{transport.name}, full_every={full_every}: {mean:,.0f} bytes an update, a full set has {full_bytes:,}")
+    print(
+        f"{transport.name}, full_every={full_every}: {mean:,.0f} bytes an update, a full set has {full_bytes:,}"
+    )
     if full_every is None:
         assert (set(sizes), set(shares)) == ({full_bytes}, {None})
     else:
@@ -57,7 +66,8 @@ def test_over_50_updates_a_reader_that_keeps_up_one_that_misses_some_and_one_tha
 
 
 def test_weights_that_change_everywhere_go_whole(transport: Transport) -> None:
-    sender, reader = transport.sender(), transport.reader()
+    sender = transport.sender()
+    reader = transport.reader()
     for policy in course(4, dtype=torch.float32):
         sent = sender.send(policy)
         assert sent.update_bytes == policy.data.size
@@ -71,13 +81,18 @@ def test_only_the_newest_full_set_and_the_deltas_since_are_offered(transport: Tr
         sender.send(policy)
     found = {(part.number, part.base is not None) for part in transport.shelf().parts()}
     if transport.name == "filesystem":
-        found -= {(0, False)}  # what else becomes of model directories is not the transport's to say
+        found -= {
+            (0, False)
+        }  # what else becomes of model directories is not the transport's to say
     assert found == {(4, False), (4, True), (5, True), (6, True)}
 
 
-def test_deltas_that_have_come_to_the_size_of_a_full_set_are_followed_by_one(transport: Transport) -> None:
+def test_deltas_that_have_come_to_the_size_of_a_full_set_are_followed_by_one(
+    transport: Transport,
+) -> None:
     sender = transport.sender(full_every=10**6)
-    since, most = 0, 0.0
+    since = 0
+    most = 0.0
     for policy in course(30, rate=1e-3):
         sent = sender.send(policy)
         parts = transport.shelf().parts()
@@ -88,32 +103,43 @@ def test_deltas_that_have_come_to_the_size_of_a_full_set_are_followed_by_one(tra
     assert 0.5 < most < 1
 
 
-def test_a_reader_without_the_base_starts_from_the_full_set_and_the_deltas_that_follow(transport: Transport) -> None:
+def test_a_reader_without_the_base_starts_from_the_full_set_and_the_deltas_that_follow(
+    transport: Transport,
+) -> None:
     policies = list(course(4))
     sender = transport.sender()
     for policy in policies:
         sender.send(policy)
     late = transport.reader()
     fetched(late, policies[-1])
-    deltas = sum(part.size_bytes for part in transport.shelf().parts() if part.base and part.number > 0)
+    deltas = sum(
+        part.size_bytes for part in transport.shelf().parts() if part.base and part.number > 0
+    )
     assert late.fetched_bytes == policies[0].data.size + deltas
 
 
 def test_what_a_reader_has_already_is_not_read_again(transport: Transport) -> None:
     policies = list(course(2))
-    sender, reader = transport.sender(), transport.reader()
+    sender = transport.sender()
+    reader = transport.reader()
     for policy in policies:
         sender.send(policy)
     assert reader.fetch(announced(policies[1])) is reader.fetch(announced(policies[1]))
 
 
-def test_a_version_that_was_taken_back_is_not_loaded_and_what_replaced_it_is(transport: Transport) -> None:
-    old, other = list(course(8)), list(course(8, seed=1))
-    sender, reader = transport.sender(), transport.reader()
+def test_a_version_that_was_taken_back_is_not_loaded_and_what_replaced_it_is(
+    transport: Transport,
+) -> None:
+    old = list(course(8))
+    other = list(course(8, seed=1))
+    sender = transport.sender()
+    reader = transport.reader()
     for policy in old:
         sender.send(policy)
     fetched(reader, old[7])
-    after = transport.sender()  # a trainer that fell back to version 4, and went another way from there
+    after = (
+        transport.sender()
+    )  # a trainer that fell back to version 4, and went another way from there
     after.skip(old[4])
     replaced = LoadedPolicy.of(5, other[5].tensors())
     after.send(replaced)
@@ -124,9 +150,12 @@ def test_a_version_that_was_taken_back_is_not_loaded_and_what_replaced_it_is(tra
             transport.reader().fetch(announced(gone))
 
 
-def test_a_trainer_that_starts_anew_goes_on_with_deltas_where_they_lead_somewhere(transport: Transport) -> None:
+def test_a_trainer_that_starts_anew_goes_on_with_deltas_where_they_lead_somewhere(
+    transport: Transport,
+) -> None:
     policies = list(course(5))
-    sender, reader = transport.sender(), transport.reader()
+    sender = transport.sender()
+    reader = transport.reader()
     for policy in policies[:3]:
         sender.send(policy)
     fetched(reader, policies[2])
@@ -141,9 +170,12 @@ def test_a_trainer_that_starts_anew_goes_on_with_deltas_where_they_lead_somewher
     fetched(reader, policies[4])
 
 
-def test_a_delta_that_is_damaged_is_not_loaded_and_the_base_stays_what_it_was(transport: Transport) -> None:
+def test_a_delta_that_is_damaged_is_not_loaded_and_the_base_stays_what_it_was(
+    transport: Transport,
+) -> None:
     policies = list(course(3))
-    sender, reader = transport.sender(), transport.reader()
+    sender = transport.sender()
+    reader = transport.reader()
     sender.send(policies[0])
     sender.send(policies[1])
     base = fetched(reader, policies[1])
@@ -173,10 +205,10 @@ def store(transport: Transport, place: str, data: bytes) -> None:
 READER = """
 import sys
 from pathlib import Path
-from pipeline.records import PolicyVersion
-from pipeline.streams import Bus
-from pipeline.weights import Directory, Reader
-from pipeline.weights.chunks import Chunks
+from onstream.pipeline.records import PolicyVersion
+from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.weights import Directory, Reader
+from onstream.pipeline.weights.redis_chunks import Chunks
 
 name, run_dir, url, run = sys.argv[1:]
 bus = Bus.connect(url, run, consumer="killed", block_s=0.2, connect_timeout_s=5)
@@ -189,20 +221,36 @@ for line in sys.stdin:
 
 
 @pytest.mark.timeout(120)
-def test_readers_that_are_killed_leave_nothing_wrong_and_their_successors_load_the_newest(transport: Transport, redis_url: str) -> None:
-    command = [sys.executable, "-c", READER, transport.name, str(transport.run_dir), redis_url, transport.bus.run]
+def test_readers_that_are_killed_leave_nothing_wrong_and_their_successors_load_the_newest(
+    transport: Transport, redis_url: str
+) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        READER,
+        transport.name,
+        str(transport.run_dir),
+        redis_url,
+        transport.bus.run,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    sender, steady = transport.sender(), transport.reader()
+    sender = transport.sender()
+    steady = transport.reader()
     process: subprocess.Popen[str] | None = None
     for policy in course(UPDATES + 1):
         sender.send(policy)
         fetched(steady, policy)
         if process is None:
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            )
         assert process.stdin and process.stdout
         process.stdin.write(f"{policy.number} {policy.digest}\n")
         process.stdin.flush()
-        if policy.number in (13, 37):  # in the middle of its reading, or just before or after: all the same
+        if policy.number in (
+            13,
+            37,
+        ):  # in the middle of its reading, or just before or after: all the same
             process.send_signal(signal.SIGKILL)
             process.wait()
             process.stdin.close()
@@ -211,7 +259,10 @@ def test_readers_that_are_killed_leave_nothing_wrong_and_their_successors_load_t
         else:
             number, digest, size = process.stdout.readline().split()
             assert (int(number), digest) == (policy.number, policy.digest)
-            if policy.number in (14, 38):  # with nothing in memory it read the full set and what followed
+            if policy.number in (
+                14,
+                38,
+            ):  # with nothing in memory it read the full set and what followed
                 assert int(size) > policy.data.size
     assert process and process.stdin and process.stdout
     process.stdin.close()

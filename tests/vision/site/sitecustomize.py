@@ -1,7 +1,9 @@
-"""Lets torchvision load beside a torch that was built for CPUs. On PYTHONPATH, so that every process of a test has it.
+"""Lets torchvision load beside a torch that was built for CPUs. On PYTHONPATH, so that every
+process of a test has it.
 
-The torchvision wheel of the package index is built for CUDA: beside a CPU build of torch its operators do not load, and its
-import dies declaring the shapes of two of them. Image processors need none, so the two are declared before that import.
+The torchvision wheel of the package index is built for CUDA: beside a CPU build of torch its
+operators do not load, and its import dies declaring the shapes of two of them. Image processors
+need none, so the two are declared before that import.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from typing import Any
 class _Declare(MetaPathFinder):
     """Sees that torchvision is about to be imported, and steps aside."""
 
-    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Any = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name == "torchvision":
             sys.meta_path.remove(self)
             _declare_what_does_not_load(find_spec(name))
@@ -34,7 +38,10 @@ def _declare_what_does_not_load(torchvision: ModuleSpec | None) -> None:
         torch.ops.load_library(Path(torchvision.origin).with_name("_C.so"))
     except OSError:
         for operator in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            torch.library.define(
+                f"torchvision::{operator}",
+                "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+            )
 
 
 sys.meta_path.insert(0, _Declare())

@@ -1,4 +1,6 @@
-"""A tiny random student, sharp enough that its choices matter, and the forward pass that everything is compared with."""
+"""A tiny random student, sharp enough that its choices matter, and the forward pass that everything
+is compared with.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,15 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from workers.models.tokenizer import character_tokenizer
+from onstream.workers.tiny_models.character_tokenizer import character_tokenizer
 
 CONTEXT = 96
 
 
 def random_student(seed: int = 0) -> Qwen3ForCausalLM:
-    """Qwen3-shaped with grouped queries; its weights are large, so that its distributions are far from uniform."""
+    """Qwen3-shaped with grouped queries; its weights are large, so that its distributions are far
+    from uniform.
+    """
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=128,
@@ -47,10 +51,17 @@ def other_weights() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def plain_logprobs(student: Qwen3ForCausalLM) -> Callable[..., Any]:
-    """`f(prompt_ids, token_ids, temperature=1.0, weights=None)` -> [C, V] logprobs of one plain forward pass."""
+    """`f(prompt_ids, token_ids, temperature=1.0, weights=None)` -> [C, V] logprobs of one plain
+    forward pass.
+    """
     pristine = copy.deepcopy(student)
 
-    def compute(prompt_ids: Any, token_ids: Any, temperature: float = 1.0, weights: dict[str, torch.Tensor] | None = None) -> Any:
+    def compute(
+        prompt_ids: Any,
+        token_ids: Any,
+        temperature: float = 1.0,
+        weights: dict[str, torch.Tensor] | None = None,
+    ) -> Any:
         model = pristine
         if weights is not None:
             model = copy.deepcopy(pristine)

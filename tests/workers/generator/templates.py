@@ -1,4 +1,6 @@
-"""Chat templates of the habits that families of models have, over the tokens of the character tokenizer."""
+"""Chat templates of the habits that families of models have, over the tokens of the character
+tokenizer.
+"""
 
 PLAIN = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ':' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -29,7 +31,8 @@ THINKING = (  # renders reasoning, and drops it once a later user message has co
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-SCAFFOLD = (  # writes an empty block of reasoning into the last answer, which the generation prompt does not have
+# writes an empty block of reasoning into the last answer, which the generation prompt does not have
+SCAFFOLD = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}"
     "{{ message['content'] + '<|im_end|>' }}{% endfor %}"

@@ -1,4 +1,6 @@
-"""An engine that computes another policy than the trainer's is found out, whichever way it does; a right one passes."""
+"""An engine that computes another policy than the trainer's is found out, whichever way it does; a
+right one passes.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import Exit, UserError
-from pipeline.records import PolicyVersion, Probe, VersionSpan
-from pipeline.weights import LoadedPolicy
-from settings.inference import InferenceSettings
-from settings.trainer import TrainerSettings
+from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.records import PolicyVersion, Probe, VersionSpan
+from onstream.pipeline.weights import LoadedPolicy
+from onstream.settings.inference import InferenceSettings
+from onstream.settings.trainer import TrainerSettings
+from onstream.workers.generator.engines.base import Request
+from onstream.workers.generator.engines.transformers.engine import TransformersEngine
+from onstream.workers.generator.guard import EXACT, Guard, compare
+from onstream.workers.trainer.learner import Learner
+from onstream.workers.trainer.publication.policy_probe import PROMPTS, prober
 from tests.workers.generator.conftest import random_student
-from workers.generator.engine import Request
-from workers.generator.guard import EXACT, Guard, compare
-from workers.generator.transformers_engine import TransformersEngine
-from workers.trainer.learner import Learner
-from workers.trainer.probe import PROMPTS, prober
 
-IDS, LOGPROBS = np.array([7, 3, 5], dtype=np.int32), np.array([-0.5, -1.0, -2.0], dtype=np.float32)
+IDS = np.array([7, 3, 5], dtype=np.int32)
+LOGPROBS = np.array([-0.5, -1.0, -2.0], dtype=np.float32)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +34,13 @@ IDS, LOGPROBS = np.array([7, 3, 5], dtype=np.int32), np.array([-0.5, -1.0, -2.0]
         (7, -0.5, -0.5, False, 0.0),
         (7, -0.75, -0.5, False, 0.25),
         (3, -0.25, -1.0, False, 0.75),
-        (3, -0.875, -1.0, False, 0.375),  # the trainer's choice cannot be likelier to the engine than the engine's own: -0.5 to -0.875
+        (
+            3,
+            -0.875,
+            -1.0,
+            False,
+            0.375,
+        ),  # the trainer's choice cannot be likelier to the engine than the engine's own: -0.5 to -0.875
         (9, -0.25, -2.0, True, 1.75),
         (9, -2.0, -2.0, True, 1.5),
     ],
@@ -58,7 +67,11 @@ class Watched(TransformersEngine):
         super().add(requests)
 
     def load(self, policy: LoadedPolicy) -> None:
-        kept = {name: tensor.clone() for name, tensor in self._model.state_dict().items() if name in self.skipped}
+        kept = {
+            name: tensor.clone()
+            for name, tensor in self._model.state_dict().items()
+            if name in self.skipped
+        }
         super().load(policy)
         for name, tensor in kept.items():
             self._model.state_dict()[name].copy_(tensor)
@@ -67,11 +80,21 @@ class Watched(TransformersEngine):
 class Run:
     """A trainer's versions and the generator's side of them: an engine, and the guard over it."""
 
-    def __init__(self, engine: TransformersEngine, learner: Learner, *, interval: int = 1, mixes: bool = False) -> None:
-        self.engine, self.learner = engine, learner
+    def __init__(
+        self,
+        engine: TransformersEngine,
+        learner: Learner,
+        *,
+        interval: int = 1,
+        mixes: bool = False,
+    ) -> None:
+        self.engine = engine
+        self.learner = learner
         self.guard = Guard(engine, interval=interval, tolerance=EXACT, mixes=mixes)
 
-    def load(self, number: int, weights: dict[str, torch.Tensor], *, probe: bool = True) -> PolicyVersion:
+    def load(
+        self, number: int, weights: dict[str, torch.Tensor], *, probe: bool = True
+    ) -> PolicyVersion:
         """Version `number` as the trainer has it, loaded by the engine and known to the guard."""
         self.learner.model.load_state_dict(weights, strict=False)
         probing = prober(self.learner, InferenceSettings())
@@ -98,7 +121,9 @@ def learner(student_dir: Path) -> Learner:
     return Learner(student_dir, TrainerSettings(), torch.device("cpu"))
 
 
-def test_an_engine_that_loads_what_was_published_passes_at_every_version(student: Any, learner: Learner) -> None:
+def test_an_engine_that_loads_what_was_published_passes_at_every_version(
+    student: Any, learner: Learner
+) -> None:
     run = Run(Watched(student), learner)
     for number in range(4):
         run.load(number, weights_of(number))
@@ -106,8 +131,13 @@ def test_an_engine_that_loads_what_was_published_passes_at_every_version(student
     assert len(run.engine.asked) == 4 * PROMPTS  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("skipped", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
-def test_an_update_that_leaves_a_part_of_the_model_behind_stops_the_generator(student: Any, learner: Learner, skipped: str) -> None:
+@pytest.mark.parametrize(
+    "skipped",
+    ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"],
+)
+def test_an_update_that_leaves_a_part_of_the_model_behind_stops_the_generator(
+    student: Any, learner: Learner, skipped: str
+) -> None:
     for parameter in student.parameters():
         parameter.data *= 1.01  # the norms, too, differ from the trainer's
     engine = Watched(student)
@@ -117,12 +147,18 @@ def test_an_update_that_leaves_a_part_of_the_model_behind_stops_the_generator(st
     with pytest.raises(UserError, match="under policy version 7 the engine gives token") as caught:
         run.finish()
     assert caught.value.exit == Exit.REFUSED
-    assert "the trainer" in caught.value.got and "at most 0.001 (inference.guard.tolerance)" in caught.value.expected
+    assert (
+        "the trainer" in caught.value.got
+        and "at most 0.001 (inference.guard.tolerance)" in caught.value.expected
+    )
 
 
-def test_after_the_first_version_one_in_so_many_is_asked_about(student: Any, learner: Learner) -> None:
+def test_after_the_first_version_one_in_so_many_is_asked_about(
+    student: Any, learner: Learner
+) -> None:
     engine = Watched(student)
-    run, asked = Run(engine, learner, interval=3), []
+    run = Run(engine, learner, interval=3)
+    asked = []
     for number in (2, 3, 4, 5, 9, 10):
         run.load(number, weights_of(number))
         asked.append(len(engine.asked) // PROMPTS)
@@ -130,8 +166,14 @@ def test_after_the_first_version_one_in_so_many_is_asked_about(student: Any, lea
     assert asked == [1, 1, 1, 2, 3, 3]
 
 
-@pytest.mark.parametrize(("number", "seed"), [(1, 1), (2, 5)], ids=["a lower number", "the same number with other weights"])
-def test_a_version_that_replaces_what_was_loaded_is_asked_about_at_once(student: Any, learner: Learner, number: int, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "seed"),
+    [(1, 1), (2, 5)],
+    ids=["a lower number", "the same number with other weights"],
+)
+def test_a_version_that_replaces_what_was_loaded_is_asked_about_at_once(
+    student: Any, learner: Learner, number: int, seed: int
+) -> None:
     engine = Watched(student)
     run = Run(engine, learner, interval=100)
     run.load(2, weights_of(2))
@@ -152,7 +194,9 @@ def test_an_answer_is_judged_by_the_version_that_wrote_it(student: Any, learner:
     assert len(engine.asked) == 2 + PROMPTS
 
 
-def test_where_versions_mix_in_a_prompt_an_answer_that_an_update_overtook_is_asked_for_anew(student: Any, learner: Learner) -> None:
+def test_where_versions_mix_in_a_prompt_an_answer_that_an_update_overtook_is_asked_for_anew(
+    student: Any, learner: Learner
+) -> None:
     engine = Watched(student)
     run = Run(engine, learner, interval=100, mixes=True)
     run.load(1, weights_of(1))
@@ -161,7 +205,9 @@ def test_where_versions_mix_in_a_prompt_an_answer_that_an_update_overtook_is_ask
     assert len(engine.asked) == 2 * PROMPTS
 
 
-def test_while_an_engine_finishes_what_runs_the_version_to_come_is_not_asked_about(student: Any, learner: Learner) -> None:
+def test_while_an_engine_finishes_what_runs_the_version_to_come_is_not_asked_about(
+    student: Any, learner: Learner
+) -> None:
     engine = Watched(student, on_new_weights="wait")
     run = Run(engine, learner)
     engine.add([Request(1, np.arange(4, 9, dtype=np.int32), 3, seed=0)])
@@ -175,12 +221,24 @@ def test_while_an_engine_finishes_what_runs_the_version_to_come_is_not_asked_abo
     assert run.finish() == []
 
 
-def test_a_token_that_is_said_to_be_of_a_version_before_the_loaded_one_stops_the_generator(student: Any, learner: Learner) -> None:
+def test_a_token_that_is_said_to_be_of_a_version_before_the_loaded_one_stops_the_generator(
+    student: Any, learner: Learner
+) -> None:
     run = Run(Watched(student), learner)
     run.load(3, weights_of(3))
     (first, *_) = run.engine.step()
     with pytest.raises(UserError, match="policy version 2 wrote a token, after 3 had been loaded"):
-        run.guard.take([type(first)(first.key, first.token_ids, first.logprobs, first.finish_reason, [VersionSpan(2, 0, 1)])])
+        run.guard.take(
+            [
+                type(first)(
+                    first.key,
+                    first.token_ids,
+                    first.logprobs,
+                    first.finish_reason,
+                    [VersionSpan(2, 0, 1)],
+                )
+            ]
+        )
 
 
 def test_every_replica_of_the_model_is_asked(student: Any, learner: Learner) -> None:
@@ -194,21 +252,31 @@ def test_every_replica_of_the_model_is_asked(student: Any, learner: Learner) -> 
     assert run.finish() == []
 
 
-def test_rollouts_pass_through_and_only_the_guards_own_are_taken_out(student: Any, learner: Learner) -> None:
+def test_rollouts_pass_through_and_only_the_guards_own_are_taken_out(
+    student: Any, learner: Learner
+) -> None:
     run = Run(Watched(student), learner)
     run.load(0, weights_of(0))
     run.engine.add([Request(5, np.arange(4, 9, dtype=np.int32), 3, seed=0)])
     assert [one.key for one in run.finish()] == [5]
 
 
-@pytest.mark.parametrize(("interval", "probe"), [(0, True), (1, False)], ids=["the guard is off here", "the trainer sent no probe"])
-def test_nothing_is_asked_where_the_guard_is_off(student: Any, learner: Learner, interval: int, probe: bool) -> None:
+@pytest.mark.parametrize(
+    ("interval", "probe"),
+    [(0, True), (1, False)],
+    ids=["the guard is off here", "the trainer sent no probe"],
+)
+def test_nothing_is_asked_where_the_guard_is_off(
+    student: Any, learner: Learner, interval: int, probe: bool
+) -> None:
     engine = Watched(student)
     Run(engine, learner, interval=interval).load(0, weights_of(0), probe=probe)
     assert engine.asked == []
 
 
-def test_a_probe_that_is_too_long_for_the_engine_says_what_to_set(student: Any, learner: Learner) -> None:
+def test_a_probe_that_is_too_long_for_the_engine_says_what_to_set(
+    student: Any, learner: Learner
+) -> None:
     engine = Watched(student)
     too_long = Probe([np.arange(96, dtype="<i4").tobytes()], b"", b"")
     with pytest.raises(UserError, match="prompts of 96 tokens; this engine takes 96") as caught:

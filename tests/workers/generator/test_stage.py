@@ -13,9 +13,9 @@ import torch
 from msgspec.structs import replace
 from safetensors.torch import load_file
 
-from pipeline.errors import Exit, UserError
-from pipeline.loop import Worker
-from pipeline.records import (
+from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.loop import Worker
+from onstream.pipeline.records import (
     PolicyVersion,
     Probe,
     Rollout,
@@ -27,18 +27,18 @@ from pipeline.records import (
     logprobs_array,
     mask_array,
 )
-from pipeline.stage import Delivery
-from pipeline.streams import Bus
-from pipeline.tasks import load_task
-from pipeline.weights import publish
-from settings.inference import InferenceSettings
-from settings.root import Settings
-from settings.trainer import TrainerSettings
-from workers.generator import policies
-from workers.generator.guard import tolerance_of
-from workers.generator.stage import Generator
-from workers.trainer.learner import Learner
-from workers.trainer.probe import prober
+from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.stage import Delivery
+from onstream.pipeline.tasks import load_task
+from onstream.pipeline.weights import publish
+from onstream.settings.inference import InferenceSettings
+from onstream.settings.root import Settings
+from onstream.settings.trainer import TrainerSettings
+from onstream.workers.generator import policy_loader
+from onstream.workers.generator.guard import tolerance_of
+from onstream.workers.generator.stage import Generator
+from onstream.workers.trainer.learner import Learner
+from onstream.workers.trainer.publication.policy_probe import prober
 
 ROUTE: list[StageName] = ["verify", "train"]
 
@@ -47,7 +47,8 @@ class Announced:
     """Stands where the bus's newest policy is read; publishes real files."""
 
     def __init__(self, run_dir: Path, student_dir: Path) -> None:
-        self.run_dir, self.student_dir = run_dir, student_dir
+        self.run_dir = run_dir
+        self.student_dir = student_dir
         self.newest: PolicyVersion | None = None
 
     def publish(self, number: int, weights: dict[str, torch.Tensor] | None = None) -> PolicyVersion:
@@ -61,7 +62,9 @@ class Announced:
 
 def probe_of(student_dir: Path) -> Probe:
     """What a trainer of the student there says of it."""
-    asking = prober(Learner(student_dir, TrainerSettings(), torch.device("cpu")), InferenceSettings())
+    asking = prober(
+        Learner(student_dir, TrainerSettings(), torch.device("cpu")), InferenceSettings()
+    )
     assert asking is not None
     return asking.ask()
 
@@ -71,7 +74,12 @@ def settings_of(student_dir: Path, tmp_path: Path, **inference: Any) -> Settings
         "model": {"name": str(student_dir)},
         "run": {"dir": str(tmp_path), "name": "run"},
         "deployment": {"device": "cpu"},
-        "inference": {"max_batch": 8, "prefetch": 4, "sampling": {"max_completion": 6}, **inference},
+        "inference": {
+            "max_batch": 8,
+            "prefetch": 4,
+            "sampling": {"max_completion": 6},
+            **inference,
+        },
     }
     return Settings.model_validate(sections)
 
@@ -82,10 +90,16 @@ def announced(tmp_path: Path, student_dir: Path) -> Announced:
 
 
 @pytest.fixture
-def make(student_dir: Path, tmp_path: Path, bus: Bus, announced: Announced, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Generator]:
+def make(
+    student_dir: Path,
+    tmp_path: Path,
+    bus: Bus,
+    announced: Announced,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Generator]:
     """A stage that is set up; it looks for a new version at every step."""
-    monkeypatch.setattr(policies, "LOOK_S", 0.0)
-    monkeypatch.setattr(policies, "RETRY_S", 0.0)
+    monkeypatch.setattr(policy_loader, "LOOK_S", 0.0)
+    monkeypatch.setattr(policy_loader, "RETRY_S", 0.0)
 
     def build(settings: Settings | None = None) -> Generator:
         stage = Generator(settings or settings_of(student_dir, tmp_path), bus, announced)
@@ -114,7 +128,11 @@ def finish(stage: Generator) -> dict[int, Rollout]:
 
 
 def test_a_ticket_becomes_a_rollout_with_all_that_the_next_stages_need(
-    make: Callable[..., Generator], announced: Announced, student_dir: Path, tmp_path: Path, plain_logprobs: Callable[..., Any]
+    make: Callable[..., Generator],
+    announced: Announced,
+    student_dir: Path,
+    tmp_path: Path,
+    plain_logprobs: Callable[..., Any],
 ) -> None:
     announced.publish(5)
     stage = make()
@@ -126,8 +144,12 @@ def test_a_ticket_becomes_a_rollout_with_all_that_the_next_stages_need(
     assert (rollout.messages, rollout.info) == (problem.messages, problem.info)
     assert (rollout.route, rollout.temperature) == (ROUTE, 1.0)
     sample = rollout.samples[0]
-    prompt, completion = ids_array(sample.prompt_ids), ids_array(sample.completion_ids)
-    assert prompt.tolist()[:2] == [2, 5] and prompt.tolist()[-2:] == [2, 6]  # <|im_start|><|user|> … <|im_start|><|assistant|>
+    prompt = ids_array(sample.prompt_ids)
+    completion = ids_array(sample.completion_ids)
+    assert prompt.tolist()[:2] == [2, 5] and prompt.tolist()[-2:] == [
+        2,
+        6,
+    ]  # <|im_start|><|user|> … <|im_start|><|assistant|>
     assert rollout.finish_reason == ("stop" if completion[-1] == 3 else "length")
     assert sample.version_spans == [VersionSpan(5, 0, len(completion))]
     assert mask_array(sample.loss_mask).tolist() == [1] * len(completion)
@@ -135,7 +157,9 @@ def test_a_ticket_becomes_a_rollout_with_all_that_the_next_stages_need(
     assert np.abs(plain - logprobs_array(sample.generator_logprobs)).max() < 1e-5
 
 
-def test_the_text_of_a_completion_has_no_special_tokens(make: Callable[..., Generator], announced: Announced) -> None:
+def test_the_text_of_a_completion_has_no_special_tokens(
+    make: Callable[..., Generator], announced: Announced
+) -> None:
     announced.publish(0)
     stage = make()
     stage.handle([delivery(number) for number in range(1, 9)])
@@ -144,22 +168,32 @@ def test_the_text_of_a_completion_has_no_special_tokens(make: Callable[..., Gene
         assert len(rollout.samples[0].completion_text) == (ids >= 128 - 96).sum()
 
 
-def test_no_ticket_is_taken_before_the_first_version_can_be_loaded(make: Callable[..., Generator], announced: Announced) -> None:
+def test_no_ticket_is_taken_before_the_first_version_can_be_loaded(
+    make: Callable[..., Generator], announced: Announced
+) -> None:
     stage = make()
-    assert (stage.room, stage.busy, stage.stats.detail) == (0, False, "waits for the first policy version")
+    assert (stage.room, stage.busy, stage.stats.detail) == (
+        0,
+        False,
+        "waits for the first policy version",
+    )
     announced.publish(0)
     assert stage.handle([]) == []
     assert (stage.room, stage.stats.detail) == (12, "")
 
 
-def test_room_is_the_slots_and_the_prefetch_less_what_is_in_hand(make: Callable[..., Generator], announced: Announced) -> None:
+def test_room_is_the_slots_and_the_prefetch_less_what_is_in_hand(
+    make: Callable[..., Generator], announced: Announced
+) -> None:
     announced.publish(0)
     stage = make()
     stage.handle([delivery(1), delivery(2), delivery(3, min_policy_version=9)])
     assert stage.room == 12 - 3
 
 
-def test_a_ticket_waits_for_its_version_and_is_written_by_it(make: Callable[..., Generator], announced: Announced) -> None:
+def test_a_ticket_waits_for_its_version_and_is_written_by_it(
+    make: Callable[..., Generator], announced: Announced
+) -> None:
     announced.publish(2)
     stage = make()
     assert stage.handle([delivery(1, min_policy_version=3)]) == []
@@ -173,7 +207,10 @@ def test_a_ticket_waits_for_its_version_and_is_written_by_it(make: Callable[...,
 
 
 def test_a_version_that_comes_in_the_middle_takes_over_and_the_spans_say_where(
-    make: Callable[..., Generator], announced: Announced, other_weights: dict[str, torch.Tensor], plain_logprobs: Callable[..., Any]
+    make: Callable[..., Generator],
+    announced: Announced,
+    other_weights: dict[str, torch.Tensor],
+    plain_logprobs: Callable[..., Any],
 ) -> None:
     announced.publish(2)
     stage = make()
@@ -184,20 +221,27 @@ def test_a_version_that_comes_in_the_middle_takes_over_and_the_spans_say_where(
     assert len(done) + len(rollouts) == 4 and rollouts
     for rollout in rollouts.values():
         sample = rollout.samples[0]
-        prompt, completion = ids_array(sample.prompt_ids), ids_array(sample.completion_ids)
+        prompt = ids_array(sample.prompt_ids)
+        completion = ids_array(sample.completion_ids)
         assert sample.version_spans == [VersionSpan(2, 0, 2), VersionSpan(3, 2, len(completion))]
-        plain = plain_logprobs(prompt, completion, weights=other_weights)[np.arange(len(completion)), completion]
+        plain = plain_logprobs(prompt, completion, weights=other_weights)[
+            np.arange(len(completion)), completion
+        ]
         assert np.abs(plain - logprobs_array(sample.generator_logprobs))[2:].max() < 1e-5
 
 
-def test_torn_weights_stop_new_tickets_but_not_what_is_being_written(make: Callable[..., Generator], announced: Announced) -> None:
+def test_torn_weights_stop_new_tickets_but_not_what_is_being_written(
+    make: Callable[..., Generator], announced: Announced
+) -> None:
     announced.publish(2)
     stage = make()
     stage.handle([delivery(1)])
     torn = announced.publish(3)
     path = announced.run_dir / torn.path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
-    rollouts = {outcome.delivery.number: outcome.record for outcome in stage.handle([])} | finish(stage)
+    rollouts = {outcome.delivery.number: outcome.record for outcome in stage.handle([])} | finish(
+        stage
+    )
     rollout = rollouts[1]
     assert isinstance(rollout, Rollout)
     assert [span.version for span in rollout.samples[0].version_spans] == [2]
@@ -216,7 +260,9 @@ def test_tickets_do_not_wait_for_ever_with_a_generator_that_cannot_load_their_ve
     assert stage.handle([]) == []
     began = time.monotonic()
     monkeypatch.setattr(stage._policies, "_clock", lambda: began + 601)
-    with pytest.raises(UserError, match=r"cannot load policy version 3.*go to another generator") as raised:
+    with pytest.raises(
+        UserError, match=r"cannot load policy version 3.*go to another generator"
+    ) as raised:
         stage.handle([])
     assert raised.value.exit == Exit.UNREACHABLE
 
@@ -238,7 +284,9 @@ def test_a_completion_never_runs_past_the_context(
     make: Callable[..., Generator], announced: Announced, student_dir: Path, tmp_path: Path
 ) -> None:
     announced.publish(0)
-    stage = make(settings_of(student_dir, tmp_path, sampling={"max_completion": 500, "temperature": 0.7}))
+    stage = make(
+        settings_of(student_dir, tmp_path, sampling={"max_completion": 500, "temperature": 0.7})
+    )
     stage.handle([delivery(number) for number in range(1, 9)])
     for rollout in finish(stage).values():
         sample = rollout.samples[0]
@@ -246,17 +294,31 @@ def test_a_completion_never_runs_past_the_context(
         assert rollout.temperature == 0.7
 
 
-def test_the_same_ticket_gives_the_same_rollout_whatever_else_is_in_hand(make: Callable[..., Generator], announced: Announced) -> None:
+def test_the_same_ticket_gives_the_same_rollout_whatever_else_is_in_hand(
+    make: Callable[..., Generator], announced: Announced
+) -> None:
     announced.publish(0)
-    alone, crowded = make(), make()
+    alone = make()
+    crowded = make()
     alone.handle([delivery(3)])
     crowded.handle([delivery(number) for number in (9, 2, 3, 4, 17)])
-    ours, theirs = finish(alone)[3].samples[0], finish(crowded)[3].samples[0]
-    assert (ours.completion_ids, ours.version_spans) == (theirs.completion_ids, theirs.version_spans)
-    assert np.abs(logprobs_array(ours.generator_logprobs) - logprobs_array(theirs.generator_logprobs)).max() < 1e-5
+    ours = finish(alone)[3].samples[0]
+    theirs = finish(crowded)[3].samples[0]
+    assert (ours.completion_ids, ours.version_spans) == (
+        theirs.completion_ids,
+        theirs.version_spans,
+    )
+    assert (
+        np.abs(
+            logprobs_array(ours.generator_logprobs) - logprobs_array(theirs.generator_logprobs)
+        ).max()
+        < 1e-5
+    )
 
 
-def test_a_student_that_is_not_there_fails_at_setup(make: Callable[..., Generator], tmp_path: Path) -> None:
+def test_a_student_that_is_not_there_fails_at_setup(
+    make: Callable[..., Generator], tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="nowhere"):
         make(settings_of(tmp_path / "nowhere", tmp_path))
 
@@ -281,7 +343,10 @@ def test_through_real_streams_every_ticket_arrives_at_the_next_stage(
 
 
 def test_a_generator_stops_before_it_hands_out_what_another_policy_than_the_announced_one_wrote(
-    make: Callable[..., Generator], announced: Announced, student_dir: Path, other_weights: dict[str, torch.Tensor]
+    make: Callable[..., Generator],
+    announced: Announced,
+    student_dir: Path,
+    other_weights: dict[str, torch.Tensor],
 ) -> None:
     probe = probe_of(student_dir)
     announced.newest = replace(announced.publish(3), probe=probe)
@@ -296,9 +361,16 @@ def test_a_generator_stops_before_it_hands_out_what_another_policy_than_the_anno
 
 @pytest.mark.parametrize(
     ("inference", "trainer", "expected"),
-    [({}, {}, 1e-3), ({"dtype": "bfloat16"}, {}, 0.3), ({}, {"dtype": "bfloat16"}, 0.3), ({"guard": {"tolerance": 2.5}}, {}, 2.5)],
+    [
+        ({}, {}, 1e-3),
+        ({"dtype": "bfloat16"}, {}, 0.3),
+        ({}, {"dtype": "bfloat16"}, 0.3),
+        ({"guard": {"tolerance": 2.5}}, {}, 2.5),
+    ],
     ids=["float32 on both sides", "bfloat16 here", "bfloat16 at the trainer", "as set"],
 )
-def test_the_guard_tolerates_what_the_precisions_come_to(inference: dict[str, Any], trainer: dict[str, Any], expected: float) -> None:
+def test_the_guard_tolerates_what_the_precisions_come_to(
+    inference: dict[str, Any], trainer: dict[str, Any], expected: float
+) -> None:
     sections = {"deployment": {"device": "cpu"}, "inference": inference, "trainer": trainer}
     assert tolerance_of(Settings.model_validate(sections)) == expected

@@ -1,4 +1,6 @@
-"""The jobs worker as a process, on a real Redis: limits that hold, retries, drains, and its end with the run's."""
+"""The jobs worker as a process, on a real Redis: limits that hold, retries, drains, and its end
+with the run's.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,11 @@ import pytest
 from rq import Queue
 
 import tests.workers.jobs.worker_process as misbehaving
-from pipeline.jobs import JobRow, Jobs, ask_pinned, queue_name
-from pipeline.pins import pinned
-from pipeline.streams import Bus
-from settings.root import Settings
-from workers.launcher.embedded_redis import EmbeddedRedis
+from onstream.pipeline.redis.job_queue import JobRow, Jobs, ask_pinned, queue_name
+from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.weights.pins import pinned
+from onstream.settings.root import Settings
+from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 
 pytestmark = pytest.mark.timeout(40)
 Start = Callable[..., subprocess.Popen[bytes]]
@@ -28,7 +30,9 @@ Start = Callable[..., subprocess.Popen[bytes]]
 @pytest.fixture
 def settings(bus: Bus, tmp_path: Path) -> Settings:
     jobs = {"time_limit": 1, "retries": 1, "sweep_interval": 0}
-    return Settings.model_validate({"run": {"name": bus.run, "dir": str(tmp_path)}, "jobs": jobs, "delivery": {"drain": 0.3}})
+    return Settings.model_validate(
+        {"run": {"name": bus.run, "dir": str(tmp_path)}, "jobs": jobs, "delivery": {"drain": 0.3}}
+    )
 
 
 @pytest.fixture
@@ -48,7 +52,11 @@ def start(redis_url: str, settings: Settings) -> Iterator[Start]:
         for section, values in changes.items():
             given[section] |= values
         text = Settings.model_validate(given).model_dump_json()
-        started.append(subprocess.Popen([sys.executable, "-m", "tests.workers.jobs.worker_process", redis_url, text]))
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.workers.jobs.worker_process", redis_url, text]
+            )
+        )
         return started[-1]
 
     yield worker
@@ -71,7 +79,13 @@ def until(holds: Callable[[], Any], within_s: float = 25) -> Any:
 
 
 def ended(jobs: Jobs, kind: str) -> JobRow:
-    rows = until(lambda: [row for row in jobs.rows() if row.kind == kind and row.status in ("finished", "failed", "stopped")])
+    rows = until(
+        lambda: [
+            row
+            for row in jobs.rows()
+            if row.kind == kind and row.status in ("finished", "failed", "stopped")
+        ]
+    )
     return rows[0]  # type: ignore[no-any-return]
 
 
@@ -82,7 +96,9 @@ def gone(pid: int) -> bool:
         return True
 
 
-def test_a_job_that_ignores_its_limit_is_killed_with_its_children_and_the_worker_goes_on(jobs: Jobs, start: Start, tmp_path: Path) -> None:
+def test_a_job_that_ignores_its_limit_is_killed_with_its_children_and_the_worker_goes_on(
+    jobs: Jobs, start: Start, tmp_path: Path
+) -> None:
     ask(jobs, "hang", str(tmp_path / "pids"))
     ask(jobs, "answer", 7)
     worker = start()
@@ -94,7 +110,9 @@ def test_a_job_that_ignores_its_limit_is_killed_with_its_children_and_the_worker
     assert worker.poll() is None
 
 
-def test_what_a_job_leaves_behind_is_killed_when_it_has_ended(jobs: Jobs, start: Start, tmp_path: Path) -> None:
+def test_what_a_job_leaves_behind_is_killed_when_it_has_ended(
+    jobs: Jobs, start: Start, tmp_path: Path
+) -> None:
     ask(jobs, "daemon", str(tmp_path / "pid"))
     start(jobs={"time_limit": 20})
     assert ended(jobs, "daemon").result == "left"
@@ -108,7 +126,9 @@ def test_a_job_that_fails_is_tried_again(jobs: Jobs, start: Start, tmp_path: Pat
     assert (row.status, row.tries, row.result) == ("finished", 2, "done")
 
 
-def test_what_only_the_user_can_mend_is_not_tried_again(jobs: Jobs, start: Start, tmp_path: Path) -> None:
+def test_what_only_the_user_can_mend_is_not_tried_again(
+    jobs: Jobs, start: Start, tmp_path: Path
+) -> None:
     ask(jobs, "hopeless", str(tmp_path / "tries"))
     start()
     row = ended(jobs, "hopeless")
@@ -117,19 +137,29 @@ def test_what_only_the_user_can_mend_is_not_tried_again(jobs: Jobs, start: Start
     assert (tmp_path / "tries").read_text() == "tried\n"
 
 
-def test_a_job_is_asked_for_once_and_anew_only_where_that_is_wanted(jobs: Jobs, start: Start) -> None:
+def test_a_job_is_asked_for_once_and_anew_only_where_that_is_wanted(
+    jobs: Jobs, start: Start
+) -> None:
     assert ask(jobs, "answer", 1)
     assert not ask(jobs, "answer", 2)
     assert not jobs.ask("answer", "1", 2, again=True)  # type: ignore[arg-type]  # it is still waiting
     assert ask(jobs, "answer", 3, key="2")
     start()
-    until(lambda: jobs.idle() and len(jobs.rows()) == 2 and all(row.status == "finished" for row in jobs.rows()))
+    until(
+        lambda: (
+            jobs.idle()
+            and len(jobs.rows()) == 2
+            and all(row.status == "finished" for row in jobs.rows())
+        )
+    )
     assert {row.key: row.result["value"] for row in jobs.rows()} == {"1": 1, "2": 3}
     assert not ask(jobs, "answer", 4)
     assert jobs.ask("answer", "1", 5, again=True)  # type: ignore[arg-type]
 
 
-def test_a_worker_told_to_stop_gives_the_job_in_hand_back_uncounted(jobs: Jobs, start: Start, tmp_path: Path) -> None:
+def test_a_worker_told_to_stop_gives_the_job_in_hand_back_uncounted(
+    jobs: Jobs, start: Start, tmp_path: Path
+) -> None:
     begun = tmp_path / "begun"
     ask(jobs, "slow", str(begun))
     worker = start(jobs={"time_limit": 60, "retries": 0})
@@ -141,7 +171,9 @@ def test_a_worker_told_to_stop_gives_the_job_in_hand_back_uncounted(jobs: Jobs, 
     assert ended(jobs, "slow").result == "done"
 
 
-def test_a_worker_ends_by_itself_when_the_run_has_and_nothing_is_left_to_do(jobs: Jobs, start: Start, bus: Bus) -> None:
+def test_a_worker_ends_by_itself_when_the_run_has_and_nothing_is_left_to_do(
+    jobs: Jobs, start: Start, bus: Bus
+) -> None:
     ask(jobs, "answer", 1)
     bus.finish(bus.acquire_lease(30))
     assert start().wait(25) == 0
@@ -154,18 +186,31 @@ def test_it_says_in_heartbeats_that_it_lives(jobs: Jobs, start: Start, bus: Bus)
     assert (state.stage, state.detail) == ("jobs", "waits for jobs")
 
 
-def test_a_function_that_is_no_job_of_ours_is_not_called(jobs: Jobs, start: Start, bus: Bus, tmp_path: Path) -> None:
+def test_a_function_that_is_no_job_of_ours_is_not_called(
+    jobs: Jobs, start: Start, bus: Bus, tmp_path: Path
+) -> None:
     victim = tmp_path / "victim"
     victim.touch()
-    Queue(queue_name(bus.run), connection=jobs.queue.connection, serializer="json").enqueue("os.unlink", str(victim))
+    Queue(queue_name(bus.run), connection=jobs.queue.connection, serializer="json").enqueue(
+        "os.unlink", str(victim)
+    )
     start()
     [row] = until(lambda: [row for row in jobs.rows() if row.status == "failed"])
     assert "a job that calls os.unlink" in row.reason
     assert victim.exists()
 
 
-def test_a_sweep_runs_once_an_interval_and_tells_of_dead_letters(jobs: Jobs, start: Start, bus: Bus) -> None:
-    fields = {"n": 1, "b": b"", "stage": "verify", "why": "4 times in vain", "deliveries": 4, "worker": "w"}
+def test_a_sweep_runs_once_an_interval_and_tells_of_dead_letters(
+    jobs: Jobs, start: Start, bus: Bus
+) -> None:
+    fields = {
+        "n": 1,
+        "b": b"",
+        "stage": "verify",
+        "why": "4 times in vain",
+        "deliveries": 4,
+        "worker": "w",
+    }
     bus._ask("XADD", bus.keys.dead, "*", *(part for pair in fields.items() for part in pair))
     for _ in range(2):
         start(jobs={"sweep_interval": 86400, "time_limit": 20})
@@ -174,7 +219,9 @@ def test_a_sweep_runs_once_an_interval_and_tells_of_dead_letters(jobs: Jobs, sta
     assert len([row for row in jobs.rows() if row.kind == "sweep"]) == 1
 
 
-def test_pruning_lets_go_of_versions_kept_for_jobs_that_are_gone(jobs: Jobs, start: Start, settings: Settings) -> None:
+def test_pruning_lets_go_of_versions_kept_for_jobs_that_are_gone(
+    jobs: Jobs, start: Start, settings: Settings
+) -> None:
     for version in range(7):
         (settings.run_dir / "policies" / f"{version:06d}").mkdir(parents=True)
     ask_pinned(jobs, settings.run_dir, "evaluate", 1, "1", 1)
@@ -187,7 +234,9 @@ def test_pruning_lets_go_of_versions_kept_for_jobs_that_are_gone(jobs: Jobs, sta
     assert pinned(settings.run_dir) == set()
 
 
-def test_pruning_leaves_the_directories_to_a_trainer_that_is_at_work(jobs: Jobs, start: Start, bus: Bus, settings: Settings) -> None:
+def test_pruning_leaves_the_directories_to_a_trainer_that_is_at_work(
+    jobs: Jobs, start: Start, bus: Bus, settings: Settings
+) -> None:
     (settings.run_dir / "policies" / "000001").mkdir(parents=True)
     lease = bus.acquire_lease(60)
     jobs.ask("prune", "now")
@@ -205,21 +254,37 @@ def test_a_worker_that_is_killed_loses_no_job(jobs: Jobs, start: Start, tmp_path
     registry = jobs.queue.started_job_registry
     assert registry.get_job_and_execution_ids(cleanup=False)
     assert not jobs.idle()
-    registry.cleanup(timestamp=time.time() + 3600)  # what another worker's maintenance does once the execution's lease is over
+    registry.cleanup(
+        timestamp=time.time() + 3600
+    )  # what another worker's maintenance does once the execution's lease is over
     start(jobs={"time_limit": 20})
     assert ended(jobs, "slow").result == "done"
 
 
-def test_a_worker_waits_while_redis_is_full_and_does_its_jobs_when_there_is_room_again(tmp_path: Path, settings: Settings) -> None:
+def test_a_worker_waits_while_redis_is_full_and_does_its_jobs_when_there_is_room_again(
+    tmp_path: Path, settings: Settings
+) -> None:
     server = EmbeddedRedis(tmp_path / "redis", max_memory_mb=64)
     url = server.start()
     bus = Bus.connect(url, settings.run.name, consumer="tester", block_s=0.2, connect_timeout_s=5)
-    command = [sys.executable, "-m", "tests.workers.jobs.worker_process", url, settings.model_dump_json()]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.workers.jobs.worker_process",
+        url,
+        settings.model_dump_json(),
+    ]
     with Jobs(url, settings.run.name, settings.jobs) as jobs, subprocess.Popen(command) as worker:
         try:
             until(lambda: [beat for beat in bus.workers() if beat.stage == "jobs"])
             bus._ask("CONFIG", "SET", "maxmemory", 1)
-            until(lambda: [beat for beat in bus.workers() if beat.detail == "waits for room in Redis, which is full"])
+            until(
+                lambda: [
+                    beat
+                    for beat in bus.workers()
+                    if beat.detail == "waits for room in Redis, which is full"
+                ]
+            )
             bus._ask("CONFIG", "SET", "maxmemory", 64 << 20)
             assert ask(jobs, "answer", 7)
             assert ended(jobs, "answer").status == "finished"

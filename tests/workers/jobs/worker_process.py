@@ -1,4 +1,6 @@
-"""A jobs worker in a process of its own, with jobs that misbehave: `python -m tests.workers.jobs.worker_process URL SETTINGS_JSON`."""
+"""A jobs worker in a process of its own, with jobs that misbehave: `python -m
+tests.workers.jobs.worker_process URL SETTINGS_JSON`.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.jobs import FUNCTIONS
-from settings.root import Settings
-from workers.access import connect
-from workers.jobs.tasks import job
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.redis.access import connect
+from onstream.pipeline.redis.job_queue import FUNCTIONS
+from onstream.settings.root import Settings
+from onstream.workers.jobs.functions import job
 
 NAMES = ("hang", "flaky", "hopeless", "slow", "daemon", "answer")
 
@@ -74,9 +76,10 @@ FUNCTIONS.update({name: f"tests.workers.jobs.worker_process.{name}" for name in 
 
 
 def main() -> None:
-    from workers.jobs.worker import run_jobs
+    from onstream.workers.jobs.worker import run_jobs
 
-    url, settings = sys.argv[1], Settings.model_validate_json(sys.argv[2])
+    url = sys.argv[1]
+    settings = Settings.model_validate_json(sys.argv[2])
     sys.exit(run_jobs(settings, connect(settings, url, consumer=f"jobs-{os.getpid()}"), url))
 
 

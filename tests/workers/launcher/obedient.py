@@ -1,4 +1,6 @@
-"""A stand-in for a worker, as a real process: does what its arguments say, which the real ones cannot be told to do."""
+"""A stand-in for a worker, as a real process: does what its arguments say, which the real ones
+cannot be told to do.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from pathlib import Path
 
 
 def main() -> None:
-    """`exit CODE [WORDS]`, `die` by SIGKILL, `wait` for SIGTERM, `ignore` it; FILE is made when the process is up."""
+    """`exit CODE [WORDS]`, `die` by SIGKILL, `wait` for SIGTERM, `ignore` it; FILE is made when the
+    process is up.
+    """
     action, *rest = sys.argv[1:]
     if action == "exit":
         print(" ".join(rest[1:]), file=sys.stderr)

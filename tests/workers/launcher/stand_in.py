@@ -1,9 +1,12 @@
-"""Stands in for the command `onstream` where a test needs workers that start in no time and die when told to.
+"""Stands in for the command `onstream` where a test needs workers that start in no time and die
+when told to.
 
-`worker trainer FILES… --set …` takes a step every 20 ms on a real Redis and writes `metrics.jsonl`; the other workers wait for the
-end of the run. `eval RUN --version N` appends to `evals.jsonl`. `teacher-server` and `student-server` stand in for vLLM: a health page,
-and a child process that would outlive it. A file `<run directory>/<stage>` holds what a stage shall do instead: `exit CODE WORDS` once
-it has started, or `hold` (train: stay at step 3 until the file is gone; a server: do not serve until then).
+`worker trainer FILES… --set …` takes a step every 20 ms on a real Redis and writes `metrics.jsonl`;
+the other workers wait for the end of the run. `eval RUN --version N` appends to `evals.jsonl`.
+`teacher-server` and `student-server` stand in for vLLM: a health page, and a child process that
+would outlive it. A file `<run directory>/<stage>` holds what a stage shall do instead: `exit CODE
+WORDS` once it has started, or `hold` (train: stay at step 3 until the file is gone; a server: do
+not serve until then).
 """
 
 from __future__ import annotations
@@ -19,13 +22,13 @@ from pathlib import Path
 
 import click
 
-from pipeline.stage import Stats
-from pipeline.streams import Bus, Lease, LeaseHeld
-from settings.deployment import STAGE_OF, WorkerKind
-from settings.load import load_settings
-from settings.plan import make_plan
-from settings.root import Settings
-from workers.cli import sources
+from onstream.pipeline.redis.streams import Bus, Lease, LeaseHeld
+from onstream.pipeline.stage import Stats
+from onstream.settings.deployment import STAGE_OF, WorkerKind
+from onstream.settings.load import load_settings
+from onstream.settings.plan import make_plan
+from onstream.settings.root import Settings
+from onstream.workers.commands.cli import sources
 
 
 @click.group()
@@ -37,13 +40,22 @@ def cli() -> None:
 @click.argument("kind")
 @sources
 @click.option("--slot", required=True)
-def worker(kind: WorkerKind, files: tuple[Path, ...], overrides: tuple[str, ...], slot: str) -> None:
+def worker(
+    kind: WorkerKind, files: tuple[Path, ...], overrides: tuple[str, ...], slot: str
+) -> None:
     """Be a worker."""
-    settings, stage = load_settings(files, overrides), STAGE_OF[kind]
+    settings = load_settings(files, overrides)
+    stage = STAGE_OF[kind]
     signal.signal(signal.SIGTERM, lambda *_: leave(settings, stage))
     url = settings.redis.url
     assert url is not None
-    bus = Bus.connect(url.get_secret_value(), settings.run.name, consumer=f"{stage}-{slot}", block_s=0.2, connect_timeout_s=5)
+    bus = Bus.connect(
+        url.get_secret_value(),
+        settings.run.name,
+        consumer=f"{stage}-{slot}",
+        block_s=0.2,
+        connect_timeout_s=5,
+    )
     obey(settings.run_dir / stage)
     bus.mark_ready(stage)
     bus.heartbeat(stage, Stats())
@@ -58,7 +70,8 @@ def worker(kind: WorkerKind, files: tuple[Path, ...], overrides: tuple[str, ...]
 
 def served(files: tuple[Path, ...], overrides: tuple[str, ...], port: int) -> None:
     """Be a server of a model."""
-    settings, name = load_settings(files, overrides), click.get_current_context().info_name or ""
+    settings = load_settings(files, overrides)
+    name = click.get_current_context().info_name or ""
     signal.signal(signal.SIGTERM, lambda *_: leave(settings, name))
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", str(settings.run_dir)])
     orders = settings.run_dir / name
@@ -95,7 +108,14 @@ def train(settings: Settings, bus: Bus) -> None:
     with metrics.open("a") as file:
         for step in range(done + 1, settings.trainer.max_steps + 1):
             time.sleep(0.02)
-            row = {"step": step, "time": time.time(), "rollouts": 8, "wait_s": 0.01, "elapsed_s": 0.02, "teacher_kl": 1 / step}
+            row = {
+                "step": step,
+                "time": time.time(),
+                "rollouts": 8,
+                "wait_s": 0.01,
+                "elapsed_s": 0.02,
+                "teacher_kl": 1 / step,
+            }
             file.write(json.dumps(row) + "\n")
             file.flush()
             if step == 3:
@@ -139,7 +159,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def evaluate(run: Path, version: int) -> None:
     """Pretend to evaluate."""
     with (run / "evals.jsonl").open("a") as file:
-        file.write(json.dumps({"version": version, "exact": 0.5 + version / 100, "samples": 8}) + "\n")
+        file.write(
+            json.dumps({"version": version, "exact": 0.5 + version / 100, "samples": 8}) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from pipeline.errors import UserError
-from workers.launcher import embedded_redis
-from workers.launcher.embedded_redis import EmbeddedRedis, find_server
+from onstream.pipeline.errors import UserError
+from onstream.workers.launcher import embedded_redis
+from onstream.workers.launcher.embedded_redis import EmbeddedRedis, find_server
 
 
 @pytest.fixture
@@ -30,7 +30,9 @@ def client(server: EmbeddedRedis) -> Redis:
     return Redis.from_url(server.url)
 
 
-def test_the_server_keeps_every_write_when_it_is_killed_and_comes_back_at_the_same_address(server: EmbeddedRedis) -> None:
+def test_the_server_keeps_every_write_when_it_is_killed_and_comes_back_at_the_same_address(
+    server: EmbeddedRedis,
+) -> None:
     url = server.url
     with client(server) as redis:
         redis.set("kept", "yes")
@@ -50,7 +52,9 @@ def test_the_server_is_bounded_and_never_evicts(server: EmbeddedRedis) -> None:
     assert (memory["maxmemory"], memory["maxmemory_policy"]) == (64 << 20, "noeviction")
 
 
-def test_two_servers_never_share_data(server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_servers_never_share_data(
+    server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(embedded_redis, "LOCK_TIMEOUT_S", 0.05)
     second = EmbeddedRedis(server.data, max_memory_mb=64)
     with pytest.raises(UserError, match="another Redis still runs on"):
@@ -60,15 +64,19 @@ def test_two_servers_never_share_data(server: EmbeddedRedis, monkeypatch: pytest
 
 def test_the_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     script = (
-        "import os, signal; from pathlib import Path; from workers.launcher.embedded_redis import EmbeddedRedis\n"
+        "import os, signal; from pathlib import Path; from onstream.workers.launcher.embedded_redis import EmbeddedRedis\n"
         f"server = EmbeddedRedis(Path({str(tmp_path)!r}), max_memory_mb=64); server.start(); print(server.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     root = Path(__file__).parents[3]
-    ran = subprocess.run([sys.executable, "-c", script], cwd=root, stdout=subprocess.PIPE, text=True, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, stdout=subprocess.PIPE, text=True, check=False
+    )
     assert ran.returncode == -signal.SIGKILL
 
-    successor = EmbeddedRedis(tmp_path, max_memory_mb=64)  # it waits for the lock, which the first server gives up when it is gone
+    successor = EmbeddedRedis(
+        tmp_path, max_memory_mb=64
+    )  # it waits for the lock, which the first server gives up when it is gone
     successor.start()
     assert successor.pid not in (None, int(ran.stdout))
     successor.stop()
@@ -86,7 +94,9 @@ def test_a_configured_server_that_does_not_exist_is_named(tmp_path: Path) -> Non
         find_server(tmp_path / "no-server")
 
 
-def test_a_server_on_the_path_comes_before_the_bundled_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_on_the_path_comes_before_the_bundled_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundled = find_server(None)
     on_path = tmp_path / "valkey-server"
     on_path.symlink_to(bundled)

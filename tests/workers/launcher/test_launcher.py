@@ -1,4 +1,6 @@
-"""`onstream up` on a real Redis with real processes; the workers are stand-ins that start at once and die when told to."""
+"""`onstream up` on a real Redis with real processes; the workers are stand-ins that start at once
+and die when told to.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline.errors import Exit, UserError
-from settings.load import load_settings
+from onstream.pipeline.errors import Exit, UserError
+from onstream.settings.load import load_settings
+from onstream.workers.launcher import launcher, shutdown
+from onstream.workers.launcher.embedded_redis import EmbeddedRedis
+from onstream.workers.launcher.environment import default_threads, environment
 from tests.workers.launcher.test_preflight import make_model
-from workers.launcher import ending, launcher
-from workers.launcher.embedded_redis import EmbeddedRedis
-from workers.launcher.environment import default_threads, environment
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -35,7 +37,12 @@ class Run:
         self.directory = tmp_path / "runs" / "demo"
         self.directory.mkdir(parents=True)
         self.printed = io.StringIO()
-        self.overrides = [f"run.dir={tmp_path / 'runs'}", "run.name=demo", f"model.name={tmp_path / 'student'}", "trainer.max_steps=5"]
+        self.overrides = [
+            f"run.dir={tmp_path / 'runs'}",
+            "run.name=demo",
+            f"model.name={tmp_path / 'student'}",
+            "trainer.max_steps=5",
+        ]
 
     def up(self, *overrides: str) -> Exit:
         every = [*self.overrides, *overrides]
@@ -89,7 +96,14 @@ def test_a_run_goes_from_one_command_to_its_report_and_on_from_there(run: Run) -
     report = run.read("report.json")
     assert (report["steps"], report["eval"]["before"], report["eval"]["after"]) == (5, 0.5, 0.55)
     assert report["rollouts"] == 40
-    assert set(report["cpu_seconds"]) == {"generator", "verifier", "trainer", "eval", "redis", "launcher"}
+    assert set(report["cpu_seconds"]) == {
+        "generator",
+        "verifier",
+        "trainer",
+        "eval",
+        "redis",
+        "launcher",
+    }
     assert (run.directory / "curves.png").exists()
     assert load_settings([run.directory], environ={}).trainer.max_steps == 5
     assert "teacher_kl (nats a token)" in run.printed.getvalue()
@@ -101,14 +115,20 @@ def test_a_run_goes_from_one_command_to_its_report_and_on_from_there(run: Run) -
 
     assert run.up("trainer.max_steps=8") == Exit.OK
     assert run.read("report.json")["steps"] == 8
-    assert [json.loads(line)["version"] for line in (run.directory / "evals.jsonl").read_text().splitlines()] == [0, 5, 8]
+    assert [
+        json.loads(line)["version"]
+        for line in (run.directory / "evals.jsonl").read_text().splitlines()
+    ] == [0, 5, 8]
 
 
 def test_a_worker_that_refuses_stops_the_run_with_its_last_words(run: Run) -> None:
     run.orders("verify", "exit 2 no such scorer")
     run.orders("train", "hold")
     assert run.up() == Exit.USAGE
-    assert "the run stops: verifier-0 exited with 2 (usage)\n  no such scorer" in run.printed.getvalue()
+    assert (
+        "the run stops: verifier-0 exited with 2 (usage)\n  no such scorer"
+        in run.printed.getvalue()
+    )
     assert run.pids() == []
 
 
@@ -117,7 +137,10 @@ def test_a_worker_that_dies_is_replaced_and_the_run_goes_on(run: Run) -> None:
 
     def kill() -> None:
         os.kill(run.pids("worker generator")[0], signal.SIGKILL)
-        run.when(lambda: "generator-0 was killed" in run.printed.getvalue(), (run.directory / "train").unlink)
+        run.when(
+            lambda: "generator-0 was killed" in run.printed.getvalue(),
+            (run.directory / "train").unlink,
+        )
 
     run.when(lambda: run.steps() == 3 and (run.directory / "generate.up").exists(), kill)
     assert run.up() == Exit.OK
@@ -130,10 +153,17 @@ def test_a_redis_that_dies_is_started_again_on_the_same_data(run: Run) -> None:
     def kill() -> None:
         server = int((run.directory / "redis.pid").read_text())
         os.kill(server, signal.SIGKILL)
-        run.when(lambda: "the embedded Redis died" in run.printed.getvalue(), (run.directory / "train").unlink)
+        run.when(
+            lambda: "the embedded Redis died" in run.printed.getvalue(),
+            (run.directory / "train").unlink,
+        )
 
     def note() -> None:
-        pids = [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if is_server(entry, run.directory)]
+        pids = [
+            int(entry.name)
+            for entry in Path("/proc").glob("[0-9]*")
+            if is_server(entry, run.directory)
+        ]
         (run.directory / "redis.pid").write_text(str(pids[0]))
         kill()
 
@@ -145,7 +175,10 @@ def test_a_redis_that_dies_is_started_again_on_the_same_data(run: Run) -> None:
 def is_server(entry: Path, directory: Path) -> bool:
     """Whether the process is the Redis that serves the data of the run."""
     try:
-        return "redis-server" in (entry / "cmdline").read_text() and (entry / "cwd").resolve() == (directory / "redis").resolve()
+        return (
+            "redis-server" in (entry / "cmdline").read_text()
+            and (entry / "cwd").resolve() == (directory / "redis").resolve()
+        )
     except OSError:
         return False
 
@@ -153,7 +186,10 @@ def is_server(entry: Path, directory: Path) -> bool:
 def test_a_signal_drains_the_workers_first_and_the_trainer_last(run: Run) -> None:
     run.orders("train", "hold")
     run.when(
-        lambda: run.steps() == 3 and all((run.directory / f"{stage}.up").exists() for stage in ("generate", "verify")),
+        lambda: (
+            run.steps() == 3
+            and all((run.directory / f"{stage}.up").exists() for stage in ("generate", "verify"))
+        ),
         lambda: os.kill(os.getpid(), signal.SIGTERM),
     )
     assert run.up() == Exit.OK
@@ -167,7 +203,7 @@ def test_a_signal_drains_the_workers_first_and_the_trainer_last(run: Run) -> Non
 def test_after_a_kill_of_the_launcher_nothing_lives_on_and_up_resumes(run: Run) -> None:
     run.orders("train", "hold")
     program = (
-        "from workers.launcher import launcher; from settings.load import load_settings\n"
+        "from onstream.workers.launcher import launcher; from onstream.settings.load import load_settings\n"
         "launcher.COMMAND = 'tests.workers.launcher.stand_in'\n"
         f"overrides = {run.overrides!r}\n"
         "launcher.up(load_settings(overrides=overrides, environ={}), [], overrides)"
@@ -190,7 +226,9 @@ def test_workers_without_a_trainer_need_a_redis_to_join(run: Run) -> None:
         run.up('deployment.stages=["generate","verify"]')
 
 
-def test_threads_are_one_on_few_cores_and_shared_out_on_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_one_on_few_cores_and_shared_out_on_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     workers = {"generator": 2, "verifier": 4, "teacher": 1, "teacher-external": 3, "trainer": 1}
     assert default_threads(workers, cores=4) == 1  # type: ignore[arg-type]
     assert default_threads(workers, cores=64) == 16  # type: ignore[arg-type]
@@ -205,7 +243,7 @@ def test_threads_are_one_on_few_cores_and_shared_out_on_many(monkeypatch: pytest
 def test_a_redis_that_is_there_for_one_run_is_shut_down_when_its_workers_have_left(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ending, "MISSED_S", 0.5)  # the stand-ins leave without a word
+    monkeypatch.setattr(shutdown, "MISSED_S", 0.5)  # the stand-ins leave without a word
     server = EmbeddedRedis(tmp_path / "of-the-run", max_memory_mb=64)
     url = server.start()
     try:

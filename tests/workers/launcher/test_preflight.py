@@ -14,12 +14,18 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import Exit, UserError
-from settings.load import load_settings
-from settings.plan import Plan, make_plan
-from settings.root import Settings
-from workers.launcher.lock import only_launcher
-from workers.launcher.preflight import check_disk, check_files, check_model, check_resume, parameters
+from onstream.pipeline.errors import Exit, UserError
+from onstream.settings.load import load_settings
+from onstream.settings.plan import Plan, make_plan
+from onstream.settings.root import Settings
+from onstream.workers.launcher.preflight import (
+    check_disk,
+    check_files,
+    check_model,
+    check_resume,
+    parameters,
+)
+from onstream.workers.launcher.single_launcher import only_launcher
 
 
 def make_model(directory: Path, shape: tuple[int, ...] = (4, 8)) -> Path:
@@ -28,8 +34,15 @@ def make_model(directory: Path, shape: tuple[int, ...] = (4, 8)) -> Path:
     (directory / "config.json").write_text("{}")
     (directory / "tokenizer.json").write_text("{}")
     (directory / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
-    header = json.dumps({"__metadata__": {"format": "pt"}, "weight": {"dtype": "BF16", "shape": shape, "data_offsets": [0, 64]}}).encode()
-    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
+    header = json.dumps(
+        {
+            "__metadata__": {"format": "pt"},
+            "weight": {"dtype": "BF16", "shape": shape, "data_offsets": [0, 64]},
+        }
+    ).encode()
+    (directory / "model.safetensors").write_bytes(
+        struct.pack("<Q", len(header)) + header + bytes(64)
+    )
     return directory
 
 
@@ -37,7 +50,9 @@ def settings_of(tmp_path: Path, *overrides: str) -> Settings:
     model = tmp_path / "student"
     if not model.exists():
         make_model(model)
-    return load_settings(overrides=[f"run.dir={tmp_path / 'runs'}", f"model.name={model}", *overrides], environ={})
+    return load_settings(
+        overrides=[f"run.dir={tmp_path / 'runs'}", f"model.name={model}", *overrides], environ={}
+    )
 
 
 def test_a_whole_model_and_a_built_in_task_pass(tmp_path: Path) -> None:
@@ -46,9 +61,14 @@ def test_a_whole_model_and_a_built_in_task_pass(tmp_path: Path) -> None:
 
 
 def test_images_to_swap_are_looked_for_before_the_start(tmp_path: Path) -> None:
-    check_files(settings_of(tmp_path, "task.name=colour-words", "eval.swap_images=true", "eval.samples=8"), teacher=None)
+    check_files(
+        settings_of(tmp_path, "task.name=colour-words", "eval.swap_images=true", "eval.samples=8"),
+        teacher=None,
+    )
     check_files(settings_of(tmp_path, "eval.swap_images=true", "eval.samples=0"), teacher=None)
-    with pytest.raises(UserError, match=r"eval\.swap_images = true, and of 8 held-out problems 0 show images"):
+    with pytest.raises(
+        UserError, match=r"eval\.swap_images = true, and of 8 held-out problems 0 show images"
+    ):
         check_files(settings_of(tmp_path, "eval.swap_images=true", "eval.samples=8"), teacher=None)
 
 
@@ -58,7 +78,9 @@ def test_a_missing_model_directory_is_named(name: str) -> None:
         check_model(name, "model.name")
 
 
-def test_a_missing_directory_beside_existing_ones_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_directory_beside_existing_ones_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     make_model(tmp_path / "models" / "student")
     with pytest.raises(UserError, match="no model directory models/studnet"):
@@ -106,7 +128,10 @@ def test_a_line_that_is_no_json_is_told_before_any_worker(tmp_path: Path) -> Non
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": \n')
     with pytest.raises(UserError, match=r"data\.jsonl.*2"):
-        check_files(settings_of(tmp_path, "task.name=jsonl", f"task.path={data}", "eval.samples=1"), teacher=None)
+        check_files(
+            settings_of(tmp_path, "task.name=jsonl", f"task.path={data}", "eval.samples=1"),
+            teacher=None,
+        )
 
 
 def test_parameters_are_counted_from_the_headers(tmp_path: Path) -> None:
@@ -118,17 +143,23 @@ def test_weights_that_are_cut_short_are_refused(tmp_path: Path, size: int) -> No
     model = make_model(tmp_path / "student")
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:size])
-    with pytest.raises(UserError, match=r"model\.safetensors has [\d,]+ bytes and is no whole safetensors file"):
+    with pytest.raises(
+        UserError, match=r"model\.safetensors has [\d,]+ bytes and is no whole safetensors file"
+    ):
         check_model(str(model), "model.name")
 
 
-def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_room_for_the_checkpoints_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     student = make_model(tmp_path / "student", shape=(1 << 20,))
     settings = settings_of(tmp_path, "checkpoint.keep=2", "checkpoint.keep_policies=4")
     # 2^20 parameters: 3 checkpoints of 12 bytes each and 5 policies of 4, so 56 MiB
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 55 << 20))
-    with pytest.raises(UserError, match=r"55 MiB free.*expected 56 MiB for 3 checkpoints and 5 policy versions"):
+    with pytest.raises(
+        UserError, match=r"55 MiB free.*expected 56 MiB for 3 checkpoints and 5 policy versions"
+    ):
         check_disk(settings, student)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 56 << 20))
     check_disk(settings, student)
@@ -146,7 +177,9 @@ def test_the_same_settings_resume(tmp_path: Path) -> None:
 
 
 def test_a_run_that_exists_with_other_settings_is_refused_by_their_names(tmp_path: Path) -> None:
-    settings, ours, theirs = plans(tmp_path, "run.seed=7", "orchestrator.group_size=4", "trainer.max_steps=7")
+    settings, ours, theirs = plans(
+        tmp_path, "run.seed=7", "orchestrator.group_size=4", "trainer.max_steps=7"
+    )
     with pytest.raises(UserError, match=r"orchestrator\.group_size") as refused:
         check_resume(settings, ours, theirs, lambda: 0)
     assert "run.seed" in str(refused.value)
@@ -155,15 +188,22 @@ def test_a_run_that_exists_with_other_settings_is_refused_by_their_names(tmp_pat
 
 
 def test_a_resume_on_another_route_is_refused_with_the_rollouts_in_flight(tmp_path: Path) -> None:
-    settings, ours, theirs = plans(tmp_path, "trainer.loss.teacher_tau=1", "deployment.num_teacher_gpus=1")
+    settings, ours, theirs = plans(
+        tmp_path, "trainer.loss.teacher_tau=1", "deployment.num_teacher_gpus=1"
+    )
     with pytest.raises(
-        UserError, match="generate → verify → train, but run 'onstream' by generate → verify → score → train, with 31 rollouts in flight"
+        UserError,
+        match="generate → verify → train, but run 'onstream' by generate → verify → score → train, with 31 rollouts in flight",
     ):
         check_resume(settings, ours, theirs, lambda: 31)
 
 
-@pytest.mark.parametrize(("resume", "exists", "words"), [("never", True, "exists"), ("must", False, "there is no run")])
-def test_resume_never_and_must_are_kept(tmp_path: Path, resume: str, exists: bool, words: str) -> None:
+@pytest.mark.parametrize(
+    ("resume", "exists", "words"), [("never", True, "exists"), ("must", False, "there is no run")]
+)
+def test_resume_never_and_must_are_kept(
+    tmp_path: Path, resume: str, exists: bool, words: str
+) -> None:
     settings = settings_of(tmp_path, f"run.resume={resume}")
     plan = make_plan(settings)
     with pytest.raises(UserError, match=words):
@@ -172,7 +212,10 @@ def test_resume_never_and_must_are_kept(tmp_path: Path, resume: str, exists: boo
 
 def test_a_second_launcher_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
     with only_launcher(tmp_path / "run"):
-        with pytest.raises(UserError, match=rf"pid {os.getpid()}\) is running") as refused, only_launcher(tmp_path / "run"):
+        with (
+            pytest.raises(UserError, match=rf"pid {os.getpid()}\) is running") as refused,
+            only_launcher(tmp_path / "run"),
+        ):
             pass
         assert refused.value.exit == Exit.REFUSED
     with only_launcher(tmp_path / "run"):
@@ -180,8 +223,8 @@ def test_a_second_launcher_is_refused_with_the_pid_of_the_first(tmp_path: Path) 
 
 
 def test_the_launcher_imports_no_torch() -> None:
-    program = (
-        "import sys, workers.launcher.launcher, pipeline.tasks; print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    program = "import sys, onstream.workers.launcher.launcher, onstream.pipeline.tasks; print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    result: Any = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    result: Any = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"

@@ -7,12 +7,26 @@ import io
 import pytest
 from rich.console import Console
 
-from workers.launcher.progress import Display, StageView, View, clock, panel, result_table, status_line
+from onstream.workers.launcher.progress import (
+    Display,
+    StageView,
+    View,
+    clock,
+    panel,
+    result_table,
+    status_line,
+)
 
 VIEW = View(
     step=12,
     max_steps=60,
-    metrics={"reward": 0.75, "teacher_kl": 0.03125, "loss": None, "staleness_mean": 1.25, "staleness_max": 2.0},
+    metrics={
+        "reward": 0.75,
+        "teacher_kl": 0.03125,
+        "loss": None,
+        "staleness_mean": 1.25,
+        "staleness_max": 2.0,
+    },
     rollouts_per_s=431.6,
     eta_s=14.2,
     stages=(StageView("generate", 1, 1, True, 256), StageView("score", 0, 0, False, 31)),
@@ -69,7 +83,9 @@ def test_a_sentence_with_brackets_is_not_taken_for_markup() -> None:
     assert text.getvalue() == "stages = [red]\n"
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(7.4, "0:07"), (750, "12:30"), (11045, "3:04:05")])
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(7.4, "0:07"), (750, "12:30"), (11045, "3:04:05")]
+)
 def test_durations_read_like_a_clock(seconds: float, expected: str) -> None:
     assert clock(seconds) == expected
 
@@ -89,7 +105,10 @@ def test_the_result_says_a_dash_for_what_was_not_measured() -> None:
     }
     Console(file=text, width=80).print(result_table(report))
     Console(file=text, width=80).print(
-        result_table(report | {"eval": {"before": 0.03, "after": 0.9, "swapped": {"before": 0.04, "after": 0}}})
+        result_table(
+            report
+            | {"eval": {"before": 0.03, "after": 0.9, "swapped": {"before": 0.04, "after": 0}}}
+        )
     )
     rows = [" ".join(line.split()) for line in text.getvalue().splitlines()]
     assert "eval (exact, held out) 0.5 → –" in rows

@@ -11,21 +11,25 @@ from typing import Any
 import msgspec
 import pytest
 
-from pipeline import recording
-from pipeline.errors import Exit, UserError
-from pipeline.recording import Opened, Recorded, Recorder, Stepped, frames
-from pipeline.streams import Bus
+from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.run_files import recording
+from onstream.pipeline.run_files.recording import Opened, Recorded, Recorder, Stepped, frames
+from onstream.workers.commands.replay import replay
 from tests.tiny import write_tiny
 from tests.workers.trainer.driver import Run
-from workers.replay.command import replay
 
 
 @pytest.fixture(scope="module")
 def recorded(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run of six steps that was recorded, with checkpoints of the steps 2, 4 and 6."""
+    """The directory of a run of six steps that was recorded, with checkpoints of the steps 2, 4 and
+    6.
+    """
     directory = tmp_path_factory.mktemp("recorded")
     bus = Bus.connect(redis_url, "recorded", consumer="tester", block_s=0.2, connect_timeout_s=5)
-    job = Run(bus, write_tiny(directory / "student"), directory, trainer__record=True, checkpoint__keep=9)
+    job = Run(
+        bus, write_tiny(directory / "student"), directory, trainer__record=True, checkpoint__keep=9
+    )
     job.ready()
     job.to_the_end()
     job.close_files()
@@ -37,10 +41,26 @@ class Command:
     """The command on one run, and all that it said."""
 
     def __init__(self, run: Path, out: Path) -> None:
-        self.run, self.out, self.said = run, out, list[str]()
+        self.run = run
+        self.out = out
+        self.said = list[str]()
 
-    def __call__(self, *overrides: str, from_step: int | None = None, stop_at: int | None = None, worst: int = 0) -> Exit:
-        return replay(self.run, overrides, from_step=from_step, stop_at=stop_at, out=self.out, worst=worst, say=self.said.append)
+    def __call__(
+        self,
+        *overrides: str,
+        from_step: int | None = None,
+        stop_at: int | None = None,
+        worst: int = 0,
+    ) -> Exit:
+        return replay(
+            self.run,
+            overrides,
+            from_step=from_step,
+            stop_at=stop_at,
+            out=self.out,
+            worst=worst,
+            say=self.said.append,
+        )
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.out / name).read_text().splitlines()]
@@ -71,25 +91,37 @@ def rewrite(run: Path, change: Callable[[Any], Any]) -> None:
     recorder.close()
 
 
-def test_a_replay_reproduces_weights_metrics_and_checkpoint_with_nobody_else_at_work(command: Command) -> None:
+def test_a_replay_reproduces_weights_metrics_and_checkpoint_with_nobody_else_at_work(
+    command: Command,
+) -> None:
     assert command() is Exit.OK
     assert command.said[0] == f"replays {command.run} from the start of the run"
-    assert "steps 1 to 6: the weights after each of them equal the recorded ones, bit for bit; so do the metrics" in command.said
+    assert (
+        "steps 1 to 6: the weights after each of them equal the recorded ones, bit for bit; so do the metrics"
+        in command.said
+    )
     for name in ("checkpoints/step-000006/model.safetensors", "policies/000006/model.safetensors"):
         assert (command.out / name).read_bytes() == (command.run / name).read_bytes()
     theirs = [json.loads(line) for line in (command.run / "metrics.jsonl").read_text().splitlines()]
     for mine, other in zip(command.rows("metrics.jsonl"), theirs, strict=True):
-        assert {name: other[name] for name in mine if name != "time"} == {name: mine[name] for name in mine if name != "time"}
+        assert {name: other[name] for name in mine if name != "time"} == {
+            name: mine[name] for name in mine if name != "time"
+        }
     assert [line["same_weights"] for line in command.rows("replay.jsonl")] == [True] * 6
     assert not (command.out / recording.FOLDER).exists()
 
 
-def test_every_rollout_of_every_step_is_written_down_with_its_part_in_the_loss(command: Command) -> None:
+def test_every_rollout_of_every_step_is_written_down_with_its_part_in_the_loss(
+    command: Command,
+) -> None:
     command(stop_at=2, worst=3)
     rows = command.rows("samples.jsonl")
     assert [sum(row["step"] == step for row in rows) for step in (1, 2)] == [8, 8]
-    first, metrics = rows[:8], command.rows("metrics.jsonl")[0]
-    assert sum(row["loss"] for row in first) / metrics["tokens"] == pytest.approx(metrics["loss"], rel=1e-5)
+    first = rows[:8]
+    metrics = command.rows("metrics.jsonl")[0]
+    assert sum(row["loss"] for row in first) / metrics["tokens"] == pytest.approx(
+        metrics["loss"], rel=1e-5
+    )
     assert sum(row["loss_share"] for row in first) == pytest.approx(1)
     assert max(row["mismatch_max"] for row in first) == pytest.approx(metrics["mismatch_max"])
     worst = max(rows[8:], key=lambda row: row["loss_share"])
@@ -98,15 +130,25 @@ def test_every_rollout_of_every_step_is_written_down_with_its_part_in_the_loss(c
     assert shown.split("of 8:\n")[1].split()[0] == worst["uid"]
 
 
-@pytest.mark.parametrize(("from_step", "first"), [(1, 1), (2, 1), (3, 3), (4, 3), (5, 5), (99, None)])
-def test_a_replay_starts_from_the_newest_checkpoint_before_the_step_wanted(command: Command, from_step: int, first: int | None) -> None:
+@pytest.mark.parametrize(
+    ("from_step", "first"), [(1, 1), (2, 1), (3, 3), (4, 3), (5, 5), (99, None)]
+)
+def test_a_replay_starts_from_the_newest_checkpoint_before_the_step_wanted(
+    command: Command, from_step: int, first: int | None
+) -> None:
     if first is None:
         with pytest.raises(UserError, match="no step was replayed from step 6 on"):
             command(from_step=from_step)
         return
     assert command(from_step=from_step) is Exit.OK
-    assert f"steps {first} to 6: the weights after each of them equal the recorded ones, bit for bit; so do the metrics" in command.said
-    assert "checkpoint step-000006 has the same weights and optimizer state, byte for byte" in command.text
+    assert (
+        f"steps {first} to 6: the weights after each of them equal the recorded ones, bit for bit; so do the metrics"
+        in command.said
+    )
+    assert (
+        "checkpoint step-000006 has the same weights and optimizer state, byte for byte"
+        in command.text
+    )
 
 
 def test_a_replay_stops_at_the_step_wanted(command: Command) -> None:
@@ -118,19 +160,35 @@ def test_a_replay_stops_at_the_step_wanted(command: Command) -> None:
 def test_the_first_step_that_differs_is_named_and_the_exit_code_is_1(command: Command) -> None:
     rewrite(
         command.run,
-        lambda frame: msgspec.structs.replace(frame, digest="0" * 64) if isinstance(frame, Stepped) and frame.step == 4 else frame,
+        lambda frame: (
+            msgspec.structs.replace(frame, digest="0" * 64)
+            if isinstance(frame, Stepped) and frame.step == 4
+            else frame
+        ),
     )
     assert command() is Exit.FAILED
-    assert "steps 1 to 6: the weights differ from the recorded ones, first after step 4; the metrics are the same" in command.said
-    assert [line["step"] for line in command.rows("replay.jsonl") if not line["same_weights"]] == [4]
+    assert (
+        "steps 1 to 6: the weights differ from the recorded ones, first after step 4; the metrics are the same"
+        in command.said
+    )
+    assert [line["step"] for line in command.rows("replay.jsonl") if not line["same_weights"]] == [
+        4
+    ]
 
 
-def test_another_student_under_the_recorded_name_is_told_before_the_first_step(command: Command, recorded: Path, tmp_path: Path) -> None:
+def test_another_student_under_the_recorded_name_is_told_before_the_first_step(
+    command: Command, recorded: Path, tmp_path: Path
+) -> None:
     write_tiny(tmp_path / "other", seed=1)
     settings = command.run / recording.FOLDER / "settings.toml"
-    settings.write_text(settings.read_text().replace(str(recorded.parent / "student"), str(tmp_path / "other")))
+    settings.write_text(
+        settings.read_text().replace(str(recorded.parent / "student"), str(tmp_path / "other"))
+    )
     assert command() is Exit.FAILED
-    assert command.said[1] == "the weights that the recorded run started from are not those that this replay starts from"
+    assert (
+        command.said[1]
+        == "the weights that the recorded run started from are not those that this replay starts from"
+    )
     assert "first after step 1" in command.text
 
 
@@ -147,7 +205,10 @@ def test_a_record_that_is_missing_is_told_by_the_step_that_is_not_due(command: C
     for folder in (command.run / "checkpoints").iterdir():
         shutil.rmtree(folder)  # they name places of the whole recording
     assert command() is Exit.FAILED
-    assert "step 6 was recorded at a place of the stream where no batch was complete here" in command.said
+    assert (
+        "step 6 was recorded at a place of the stream where no batch was complete here"
+        in command.said
+    )
 
 
 def test_a_changed_setting_is_a_what_if_and_its_difference_no_fault(command: Command) -> None:
@@ -162,7 +223,9 @@ def test_a_setting_set_to_what_was_recorded_is_no_what_if(command: Command) -> N
     assert "what if" not in command.text
 
 
-@pytest.mark.parametrize("override", ["orchestrator.batch_size=4", "trainer.record=true", "run.name=other"])
+@pytest.mark.parametrize(
+    "override", ["orchestrator.batch_size=4", "trainer.record=true", "run.name=other"]
+)
 def test_a_setting_that_a_replay_cannot_change_is_refused(command: Command, override: str) -> None:
     with pytest.raises(UserError, match="expected a setting of the trainer"):
         command(override)
@@ -171,7 +234,11 @@ def test_a_setting_that_a_replay_cannot_change_is_refused(command: Command, over
 
 def test_other_conditions_are_named(command: Command) -> None:
     def elsewhere(frame: Any) -> Any:
-        changed = {"conditions": {**frame.conditions, "torch": "1.0"}} if isinstance(frame, Opened) else {}
+        changed = (
+            {"conditions": {**frame.conditions, "torch": "1.0"}}
+            if isinstance(frame, Opened)
+            else {}
+        )
         return msgspec.structs.replace(frame, **changed) if changed else frame
 
     rewrite(command.run, elsewhere)
@@ -215,4 +282,8 @@ def test_replays_go_beside_their_run_by_default_each_to_its_own_directory(comman
     command.out = None  # type: ignore[assignment]
     command(stop_at=1)
     command(stop_at=1)
-    assert sorted(path.name for path in command.run.parent.glob("run*")) == ["run", "run-replay", "run-replay-2"]
+    assert sorted(path.name for path in command.run.parent.glob("run*")) == [
+        "run",
+        "run-replay",
+        "run-replay-2",
+    ]

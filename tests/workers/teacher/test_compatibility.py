@@ -6,20 +6,25 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
-from pipeline.errors import UserError
-from workers.models.tokenizer import character_tokenizer
-from workers.teacher.compatibility import Party, check, first_difference
+from onstream.pipeline.errors import UserError
+from onstream.workers.teacher.compatibility import Party, check, first_difference
+from onstream.workers.tiny_models.character_tokenizer import character_tokenizer
 
 
 def party(name: str, **changes: Any) -> Party:
-    return dataclasses.replace(Party(name, character_tokenizer(), frozenset({3}), context_tokens=512, vocabulary_size=128), **changes)
+    return dataclasses.replace(
+        Party(name, character_tokenizer(), frozenset({3}), context_tokens=512, vocabulary_size=128),
+        **changes,
+    )
 
 
 def test_a_teacher_of_the_same_family_is_accepted() -> None:
     check(party("student"), party("teacher"), max_completion=511)
 
 
-def test_a_teacher_with_another_vocabulary_is_refused_naming_both_and_the_first_difference() -> None:
+def test_a_teacher_with_another_vocabulary_is_refused_naming_both_and_the_first_difference() -> (
+    None
+):
     other = character_tokenizer()
     other.add_tokens([AddedToken("extra")])
     with pytest.raises(UserError) as refusal:
@@ -31,18 +36,26 @@ def test_a_teacher_with_another_vocabulary_is_refused_naming_both_and_the_first_
 
 def test_the_first_difference_is_that_of_the_lowest_id() -> None:
     assert first_difference({"a": 0, "b": 1}, {"a": 0, "b": 1}) is None
-    assert first_difference({"a": 0, "b": 1, "c": 2}, {"a": 0, "c": 1, "b": 2}) == "id 1 is 'b' to the student and 'c' to the teacher"
+    assert (
+        first_difference({"a": 0, "b": 1, "c": 2}, {"a": 0, "c": 1, "b": 2})
+        == "id 1 is 'b' to the student and 'c' to the teacher"
+    )
 
 
 def test_a_teacher_with_another_chat_template_is_refused_showing_both() -> None:
     other = character_tokenizer()
     other.chat_template = "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
-    with pytest.raises(UserError, match=r"writes a conversation as '\[1 \+ 1\].*the student 'student' as '<\|im_start\|>"):
+    with pytest.raises(
+        UserError,
+        match=r"writes a conversation as '\[1 \+ 1\].*the student 'student' as '<\|im_start\|>",
+    ):
         check(party("student"), party("teacher", tokenizer=other), max_completion=16)
 
 
 def test_a_teacher_that_ends_its_turns_otherwise_is_refused() -> None:
-    with pytest.raises(UserError, match=r"ends its turn with token 3, the teacher 'teacher' with \[0, 1\]"):
+    with pytest.raises(
+        UserError, match=r"ends its turn with token 3, the teacher 'teacher' with \[0, 1\]"
+    ):
         check(party("student"), party("teacher", end_ids=frozenset({0, 1})), max_completion=16)
 
 

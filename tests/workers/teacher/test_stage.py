@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.images.feed import no_images
-from pipeline.loop import Worker
-from pipeline.records import (
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.images.feed import no_images
+from onstream.pipeline.loop import Worker
+from onstream.pipeline.records import (
     Rollout,
     Sample,
     Ticket,
@@ -24,14 +24,14 @@ from pipeline.records import (
     logprobs_bytes,
     mask_bytes,
 )
-from pipeline.stage import Delivery, Outcome
-from pipeline.streams import Bus, Move, Out
-from settings.root import Settings
-from settings.run import DeliverySettings
-from workers.models.fresh import Shape, write_fresh
-from workers.teacher.scorer import ScoreRequest, Scores
-from workers.teacher.setup import load_local
-from workers.teacher.stage import ROOM, Teacher
+from onstream.pipeline.redis.streams import Bus, Move, Out
+from onstream.pipeline.stage import Delivery, Outcome
+from onstream.settings.root import Settings
+from onstream.settings.run import DeliverySettings
+from onstream.workers.teacher.local_setup import load_local
+from onstream.workers.teacher.scorer import ScoreRequest, Scores
+from onstream.workers.teacher.stage import ROOM, Teacher
+from onstream.workers.tiny_models.fresh import Shape, write_fresh
 
 BUS: Any = SimpleNamespace(images=no_images)  # the stage itself moves nothing
 
@@ -39,7 +39,9 @@ BUS: Any = SimpleNamespace(images=no_images)  # the stage itself moves nothing
 class Recorder:
     """A teacher that gives every token −its id / 100, and notes what it was asked together."""
 
-    name, context_tokens, vocabulary_size = "recorder", 64, 128
+    name = "recorder"
+    context_tokens = 64
+    vocabulary_size = 128
 
     def __init__(self) -> None:
         self.calls: list[list[ScoreRequest]] = []
@@ -59,7 +61,12 @@ class Recorder:
 
 
 def rollout(
-    number: int, *, prompt: Sequence[int] = (5, 6), completion: Sequence[int] = (20, 30), group: int = 0, samples: int = 1
+    number: int,
+    *,
+    prompt: Sequence[int] = (5, 6),
+    completion: Sequence[int] = (20, 30),
+    group: int = 0,
+    samples: int = 1,
 ) -> Rollout:
     sample = Sample(
         prompt_ids=ids_bytes(prompt),
@@ -84,7 +91,10 @@ def rollout(
 
 
 def delivered(*records: Rollout) -> list[Delivery]:
-    return [Delivery(b"%d-0" % record.number, record.number, record, 100, 1, taken=1.0) for record in records]
+    return [
+        Delivery(b"%d-0" % record.number, record.number, record, 100, 1, taken=1.0)
+        for record in records
+    ]
 
 
 def stage_with(scorer: Recorder, **settings: Any) -> Teacher:
@@ -101,12 +111,19 @@ def scored(outcome: Outcome) -> Rollout:
 def test_a_rollout_gets_the_teachers_logprobs_and_its_name() -> None:
     (outcome,) = stage_with(Recorder()).handle(delivered(rollout(1)))
     record = scored(outcome)
-    np.testing.assert_allclose(logprobs_array(record.samples[0].teacher_logprobs or b""), [-0.2, -0.3])
+    np.testing.assert_allclose(
+        logprobs_array(record.samples[0].teacher_logprobs or b""), [-0.2, -0.3]
+    )
     assert record.scored_by == "recorder"
 
 
-def test_the_local_teacher_writes_k_alternatives_and_the_tail_into_every_sample(model_dir: Path) -> None:
-    settings = {"model": {"name": str(model_dir)}, "trainer": {"loss": {"teacher_tau": 1.0, "teacher_top_k": 4}}}
+def test_the_local_teacher_writes_k_alternatives_and_the_tail_into_every_sample(
+    model_dir: Path,
+) -> None:
+    settings = {
+        "model": {"name": str(model_dir)},
+        "trainer": {"loss": {"teacher_tau": 1.0, "teacher_top_k": 4}},
+    }
     teacher = Teacher(Settings.model_validate(settings), BUS)
     teacher.setup()
     (outcome,) = teacher.handle(delivered(rollout(1, completion=[20, 30, 3], samples=2)))
@@ -114,11 +131,16 @@ def test_the_local_teacher_writes_k_alternatives_and_the_tail_into_every_sample(
         assert logprobs_array(sample.teacher_logprobs or b"").shape == (3,)
         assert ids_array(sample.teacher_top_ids or b"").shape == (12,)
         mass = np.exp(logprobs_array(sample.teacher_top_logprobs or b"")).reshape(3, 4).sum(1)
-        np.testing.assert_allclose(mass + np.exp(logprobs_array(sample.teacher_tail_logprobs or b"")), 1, atol=1e-5)
+        np.testing.assert_allclose(
+            mass + np.exp(logprobs_array(sample.teacher_tail_logprobs or b"")), 1, atol=1e-5
+        )
 
 
-def test_a_rollout_with_images_that_the_teacher_does_not_see_is_a_dead_letter_and_is_never_scored_blind() -> None:
-    shown, plain = rollout(1), rollout(2)
+def test_a_rollout_with_images_that_the_teacher_does_not_see_is_a_dead_letter_and_is_never_scored_blind() -> (
+    None
+):
+    shown = rollout(1)
+    plain = rollout(2)
     shown.samples[0].images = ["cat"]
     recorder = Recorder()
     dead, done = stage_with(recorder).handle(delivered(shown, plain))
@@ -130,7 +152,9 @@ def test_a_rollout_with_images_that_the_teacher_does_not_see_is_a_dead_letter_an
 def test_siblings_that_arrive_apart_are_scored_in_one_forward_pass() -> None:
     scorer = Recorder()
     teacher = stage_with(scorer)
-    outcomes = teacher.handle(delivered(rollout(1, group=0), rollout(9, group=1), rollout(2, group=0)))
+    outcomes = teacher.handle(
+        delivered(rollout(1, group=0), rollout(9, group=1), rollout(2, group=0))
+    )
     assert [scored(outcome).number for outcome in outcomes] == [1, 2, 9]
     assert len(scorer.calls) == 1
 
@@ -138,7 +162,9 @@ def test_siblings_that_arrive_apart_are_scored_in_one_forward_pass() -> None:
 def test_a_call_scores_about_one_forward_pass_and_keeps_the_rest_for_the_next() -> None:
     scorer = Recorder()
     teacher = stage_with(scorer, teacher_inference={"max_batch_tokens": 16})
-    first = teacher.handle(delivered(*(rollout(number, completion=[20] * 6, group=0) for number in range(1, 6))))
+    first = teacher.handle(
+        delivered(*(rollout(number, completion=[20] * 6, group=0) for number in range(1, 6)))
+    )
     assert teacher.busy
     assert [scored(outcome).number for outcome in first] == [1, 2, 3] and teacher.room == ROOM - 2
     second = teacher.handle([])
@@ -149,12 +175,20 @@ def test_a_call_scores_about_one_forward_pass_and_keeps_the_rest_for_the_next() 
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        (rollout(1, completion=[20] * 63), "a sample of 65 tokens is longer than the teacher's context of 64 (recorder)"),
-        (rollout(1, completion=[20, 128]), "token ids from 5 to 128; the teacher recorder knows 0 to 127"),
+        (
+            rollout(1, completion=[20] * 63),
+            "a sample of 65 tokens is longer than the teacher's context of 64 (recorder)",
+        ),
+        (
+            rollout(1, completion=[20, 128]),
+            "token ids from 5 to 128; the teacher recorder knows 0 to 127",
+        ),
         (rollout(1, completion=[]), "2 prompt and 0 completion tokens"),
     ],
 )
-def test_what_cannot_be_scored_is_a_dead_letter_with_the_reason_and_does_not_hold_up_the_others(record: Rollout, words: str) -> None:
+def test_what_cannot_be_scored_is_a_dead_letter_with_the_reason_and_does_not_hold_up_the_others(
+    record: Rollout, words: str
+) -> None:
     dead, alive = stage_with(Recorder()).handle(delivered(record, rollout(2)))
     assert dead.record is None and dead.dead is not None
     assert words in dead.dead
@@ -173,34 +207,69 @@ def test_the_local_teacher_scores_a_sample_exactly_as_long_as_its_context(model_
     assert np.isfinite(scorer.score([request], top_k=0)[0].logprobs).all()
 
 
-def test_a_teacher_of_another_vocabulary_is_refused_at_setup(model_dir: Path, tmp_path: Path) -> None:
+def test_a_teacher_of_another_vocabulary_is_refused_at_setup(
+    model_dir: Path, tmp_path: Path
+) -> None:
     other = write_fresh(tmp_path / "other", Shape(hidden=32, layers=1, intermediate=32), seed=0)
     text = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(text.replace("<|reserved_0|>", "<|renamed|>"))
-    settings = {"model": {"name": str(model_dir)}, "teacher_inference": {"model": {"name": str(other)}}}
+    settings = {
+        "model": {"name": str(model_dir)},
+        "teacher_inference": {"model": {"name": str(other)}},
+    }
     teacher = Teacher(Settings.model_validate(settings), BUS)
-    with pytest.raises(UserError, match=r"id 8 is '<\|reserved_0\|>' to the student and '<\|renamed\|>' to the teacher"):
+    with pytest.raises(
+        UserError,
+        match=r"id 8 is '<\|reserved_0\|>' to the student and '<\|renamed\|>' to the teacher",
+    ):
         teacher.setup()
 
 
 def test_a_teacher_that_is_not_there_is_refused_by_name(model_dir: Path) -> None:
-    settings = {"model": {"name": str(model_dir)}, "teacher_inference": {"model": {"name": "./no-such-teacher"}}}
+    settings = {
+        "model": {"name": str(model_dir)},
+        "teacher_inference": {"model": {"name": "./no-such-teacher"}},
+    }
     with pytest.raises(UserError, match="no-such-teacher"):
         Teacher(Settings.model_validate(settings), BUS).setup()
 
 
-def test_on_the_streams_a_scored_rollout_goes_to_the_trainer_and_one_too_long_becomes_a_tombstone(bus: Bus) -> None:
+def test_on_the_streams_a_scored_rollout_goes_to_the_trainer_and_one_too_long_becomes_a_tombstone(
+    bus: Bus,
+) -> None:
     lease = bus.acquire_lease(5)
-    bus.issue(lease, 0, [Ticket(number, 0, 8, 0, 0, 0, ["score", "train"]) for number in (1, 2)], max_backlog=10)
+    bus.issue(
+        lease,
+        0,
+        [Ticket(number, 0, 8, 0, 0, 0, ["score", "train"]) for number in (1, 2)],
+        max_backlog=10,
+    )
     written = [rollout(1), rollout(2, completion=[20] * 63)]
-    moves = [Move(entry.id, [Out("score", r.number, encode(r))]) for entry, r in zip(bus.read("generate", 2), written, strict=True)]
+    moves = [
+        Move(entry.id, [Out("score", r.number, encode(r))])
+        for entry, r in zip(bus.read("generate", 2), written, strict=True)
+    ]
     assert bus.settle("generate", moves) == [True, True]
     worker = Worker(stage_with(Recorder()), bus, DeliverySettings(), block_s=0.2)
     while bus.backlog()["score"]:
         worker.turn()
-    arrived = {record.number: record for record in (decode_work(entry.payload) for entry in bus.read("train", 10))}
-    alive, dead = arrived[1], arrived[2]
-    assert isinstance(alive, Rollout) and alive.route == ["train"] and alive.timings[-1].stage == "score"
-    np.testing.assert_allclose(logprobs_array(alive.samples[0].teacher_logprobs or b""), [-0.2, -0.3])
-    assert isinstance(dead, Tombstone) and dead.stage == "score" and "longer than the teacher's context" in dead.reason
+    arrived = {
+        record.number: record
+        for record in (decode_work(entry.payload) for entry in bus.read("train", 10))
+    }
+    alive = arrived[1]
+    dead = arrived[2]
+    assert (
+        isinstance(alive, Rollout)
+        and alive.route == ["train"]
+        and alive.timings[-1].stage == "score"
+    )
+    np.testing.assert_allclose(
+        logprobs_array(alive.samples[0].teacher_logprobs or b""), [-0.2, -0.3]
+    )
+    assert (
+        isinstance(dead, Tombstone)
+        and dead.stage == "score"
+        and "longer than the teacher's context" in dead.reason
+    )
     assert bus.dead_numbers() == [2]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.streams import Bus
+from onstream.pipeline.redis.streams import Bus
 from tests.tiny import write_tiny
 from tests.workers.trainer.driver import Run
 

@@ -1,4 +1,6 @@
-"""A run around a real trainer and real streams, whose generator is this module: it answers tickets as a test wants."""
+"""A run around a real trainer and real streams, whose generator is this module: it answers tickets
+as a test wants.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.loop import Worker
-from pipeline.records import (
+from onstream.pipeline.loop import Worker
+from onstream.pipeline.records import (
     Rollout,
     Sample,
     Ticket,
@@ -24,18 +26,29 @@ from pipeline.records import (
     logprobs_bytes,
     mask_bytes,
 )
-from pipeline.streams import Bus, Move, Out
-from settings.root import Settings
-from workers.audit import audit, counted
-from workers.trainer.stage import Trainer
+from onstream.pipeline.redis.streams import Bus, Move, Out
+from onstream.settings.root import Settings
+from onstream.workers.commands.audit import audit, counted
+from onstream.workers.trainer.stage import Trainer
 
 Answer = Callable[[Ticket, int], Rollout | Tombstone]
-CLOCKS = ("time", "wait_s", "step_s", "publish_s", "publish_bytes", "tokens_per_s", "elapsed_s", "rollouts_per_s")
+CLOCKS = (
+    "time",
+    "wait_s",
+    "step_s",
+    "publish_s",
+    "publish_bytes",
+    "tokens_per_s",
+    "elapsed_s",
+    "rollouts_per_s",
+)
 """Metrics that tell of the machine and of the moment; all others follow from the records."""
 
 
 def rollout(ticket: Ticket, version: int, **changes: Any) -> Rollout:
-    """What a generator at `version` and a teacher might make of `ticket`; the same whenever it is asked."""
+    """What a generator at `version` and a teacher might make of `ticket`; the same whenever it is
+    asked.
+    """
     draw = np.random.default_rng(ticket.number)
     prompt = np.random.default_rng(ticket.index).integers(2, 48, 5)
     tokens = int(draw.integers(2, 7))
@@ -60,7 +73,10 @@ def rollout(ticket: Ticket, version: int, **changes: Any) -> Rollout:
         "temperature": 1.0,
         "finish_reason": "stop",
         "route": ["train"],
-        "timings": [Timing("generate", "g", now - 3, now - 2), Timing("verify", "v", now - 1.5, now - 1)],
+        "timings": [
+            Timing("generate", "g", now - 3, now - 2),
+            Timing("verify", "v", now - 1.5, now - 1),
+        ],
         "reward": float(draw.integers(0, 3)) / 2,
     }
     return Rollout(**{**fields, **changes})
@@ -71,10 +87,15 @@ def dead(ticket: Ticket, version: int) -> Tombstone:
 
 
 class Run:
-    """One run with a trainer at work. `crash` and `start` are a kill and a new process: nothing is closed in between."""
+    """One run with a trainer at work. `crash` and `start` are a kill and a new process: nothing is
+    closed in between.
+    """
 
     def __init__(self, bus: Bus, model: Path, directory: Path, **changes: Any) -> None:
-        self.bus, self.model, self.directory, self.changes = bus, model, directory, changes
+        self.bus = bus
+        self.model = model
+        self.directory = directory
+        self.changes = changes
         self.trainers: list[Trainer] = []
         self.start()
 
@@ -126,7 +147,9 @@ class Run:
         return [(entry, decode_work(entry.payload)) for entry in self.bus.read("generate", count)]
 
     def answer(self, make: Answer = rollout, count: int = 10_000) -> int:
-        """Answer tickets with what `make` says, in their order, written by the newest policy; returns how many."""
+        """Answer tickets with what `make` says, in their order, written by the newest policy;
+        returns how many.
+        """
         policy = self.bus.newest_policy()
         assert policy is not None
         moves = []
@@ -143,7 +166,9 @@ class Run:
                 return
             self.answer(make, count=8)
             self.turn()
-        raise AssertionError(f"step {self.trainer.step} of {step} after 400 turns: {self.trainer.stats.detail}")
+        raise AssertionError(
+            f"step {self.trainer.step} of {step} after 400 turns: {self.trainer.stats.detail}"
+        )
 
     def to_the_end(self, make: Answer = rollout) -> None:
         """Answer and train until the run has ended."""
@@ -163,7 +188,11 @@ class Run:
     def counts(self) -> dict[str, int]:
         """Sizes of the audit's sets, those that are not empty."""
         found = counted(audit(self.trainer.run_dir, self.bus))
-        return {name: count for name, count in {**found, "dropped": sum(found["dropped"].values())}.items() if count}
+        return {
+            name: count
+            for name, count in {**found, "dropped": sum(found["dropped"].values())}.items()
+            if count
+        }
 
     def lose_redis(self) -> None:
         """Every key of the run is gone, as after a restart without data."""

@@ -1,4 +1,6 @@
-"""Generators that receive, each in a process of its own; no GPU is there, so no weights move: only what is said about them."""
+"""Generators that receive, each in a process of its own; no GPU is there, so no weights move: only
+what is said about them.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +9,22 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from pipeline.stage import Stats
-from pipeline.streams import Bus
+from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.stage import Stats
+from onstream.workers.generator.nccl_receiver import READING, READY, Receiver
 from tests.forkserver import context
-from workers.generator.receiver import READING, READY, Receiver
 
 
 class SaysSo:
-    """Stands for an engine on GPUs. A transfer is done when the trainer asks next, or ends with the next of `ends`.
+    """Stands for an engine on GPUs. A transfer is done when the trainer asks next, or ends with the
+    next of `ends`.
 
     `joined` has the ranks that it was given, one for each time.
     """
 
     def __init__(self, gpus: int, ends: Sequence[str] = ()) -> None:
-        self.gpus, self._ends = gpus, list(ends)
+        self.gpus = gpus
+        self._ends = list(ends)
         self.joined: list[int] = []
         self.asked: list[str] = []
         self.loaded: list[tuple[int, str]] = []
@@ -44,7 +48,9 @@ class SaysSo:
 
 
 def generator(url: str, run: str, name: str, gpus: int, ends: Sequence[str], joined: Any) -> None:
-    """A process that answers the trainer's calls until it is killed; `joined` is a queue of the ranks it is given."""
+    """A process that answers the trainer's calls until it is killed; `joined` is a queue of the
+    ranks it is given.
+    """
     bus = Bus.connect(url, run, consumer=name, block_s=0.2, connect_timeout_s=5)
     bus.heartbeat("generate", Stats())
     engine = SaysSo(gpus, ends)
@@ -59,9 +65,13 @@ def generator(url: str, run: str, name: str, gpus: int, ends: Sequence[str], joi
         bus.server_time()
 
 
-def start(url: str, bus: Bus, name: str, gpus: int, ends: Sequence[str], joined: Any) -> BaseProcess:
+def start(
+    url: str, bus: Bus, name: str, gpus: int, ends: Sequence[str], joined: Any
+) -> BaseProcess:
     """Start a `generator` and wait until it receives."""
-    process = context().Process(target=generator, args=(url, bus.run, name, gpus, ends, joined), daemon=True)
+    process = context().Process(
+        target=generator, args=(url, bus.run, name, gpus, ends, joined), daemon=True
+    )
     process.start()
     assert joined.get(timeout=60) == (name, "up")
     return process

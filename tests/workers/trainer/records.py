@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from pipeline.records import Rollout, Sample, Tombstone, VersionSpan, ids_bytes, logprobs_bytes, mask_bytes
+from onstream.pipeline.records import (
+    Rollout,
+    Sample,
+    Tombstone,
+    VersionSpan,
+    ids_bytes,
+    logprobs_bytes,
+    mask_bytes,
+)
 
 
-def rollout(number: int, *, group_size: int = 4, versions: tuple[int, ...] = (0,), reward: float | None = 1.0) -> Rollout:
-    """A rollout with one span of one token for each of `versions`, or one token that no policy wrote."""
+def rollout(
+    number: int,
+    *,
+    group_size: int = 4,
+    versions: tuple[int, ...] = (0,),
+    reward: float | None = 1.0,
+) -> Rollout:
+    """A rollout with one span of one token for each of `versions`, or one token that no policy
+    wrote.
+    """
     tokens = max(1, len(versions))
     sample = Sample(
         prompt_ids=ids_bytes([2, 3]),

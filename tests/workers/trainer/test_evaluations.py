@@ -1,4 +1,6 @@
-"""Evaluations in the course of a run: asked for by the trainer, kept on disk, done by a jobs worker, read into the metrics."""
+"""Evaluations in the course of a run: asked for by the trainer, kept on disk, done by a jobs
+worker, read into the metrics.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.jobs import Jobs
-from pipeline.pins import pin, pinned, pins, unpin
-from settings.jobs import JobsSettings
+from onstream.pipeline.redis.job_queue import Jobs
+from onstream.pipeline.weights.pins import pin, pinned, pins, unpin
+from onstream.settings.jobs import JobsSettings
+from onstream.workers.launcher.report import build
 from tests.workers.trainer.driver import Run
-from workers.report import build
 
 RunMaker = Callable[..., Run]
 
@@ -23,7 +25,9 @@ RunMaker = Callable[..., Run]
 @pytest.fixture
 def start(run: RunMaker, redis_url: str) -> Callable[..., Run]:
     def begin(**changes: Any) -> Run:
-        started = run(**{"eval__interval": 2, "eval__samples": 4, "redis__url": redis_url, **changes})
+        started = run(
+            **{"eval__interval": 2, "eval__samples": 4, "redis__url": redis_url, **changes}
+        )
         started.ready()
         return started
 
@@ -44,7 +48,9 @@ def policies(run: Run) -> set[int]:
     return {int(path.name) for path in (run.trainer.run_dir / "policies").glob("[0-9]*")}
 
 
-def test_every_interval_a_version_is_asked_for_and_kept_until_it_is_evaluated(start: Callable[..., Run], jobs: Jobs) -> None:
+def test_every_interval_a_version_is_asked_for_and_kept_until_it_is_evaluated(
+    start: Callable[..., Run], jobs: Jobs
+) -> None:
     started = start(checkpoint__keep_policies=2, trainer__max_steps=8)
     started.to_the_end()
     assert asked(jobs) == ["2", "4", "6", "8"]
@@ -60,7 +66,9 @@ def test_a_replayed_step_is_not_asked_for_twice(start: Callable[..., Run], jobs:
     assert asked(jobs) == ["2", "4", "6"]
 
 
-def test_what_redis_forgot_is_asked_for_again_by_the_next_trainer(start: Callable[..., Run], jobs: Jobs) -> None:
+def test_what_redis_forgot_is_asked_for_again_by_the_next_trainer(
+    start: Callable[..., Run], jobs: Jobs
+) -> None:
     started = start()
     started.until(4)
     started.turn()
@@ -71,14 +79,18 @@ def test_what_redis_forgot_is_asked_for_again_by_the_next_trainer(start: Callabl
     assert asked(jobs) == ["2", "4"]
 
 
-def test_no_more_evaluations_than_may_wait_are_asked_for_but_for_the_last(start: Callable[..., Run], jobs: Jobs) -> None:
+def test_no_more_evaluations_than_may_wait_are_asked_for_but_for_the_last(
+    start: Callable[..., Run], jobs: Jobs
+) -> None:
     started = start(jobs__max_waiting=1)
     started.to_the_end()
     assert asked(jobs) == ["2", "6"]
     assert pinned(started.trainer.run_dir) == {2, 6}
 
 
-def test_a_job_that_cannot_be_asked_for_costs_no_step(start: Callable[..., Run], jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_cannot_be_asked_for_costs_no_step(
+    start: Callable[..., Run], jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from redis.exceptions import OutOfMemoryError
 
     def full(*_: object, **__: object) -> bool:
@@ -90,7 +102,9 @@ def test_a_job_that_cannot_be_asked_for_costs_no_step(start: Callable[..., Run],
     assert pinned(started.trainer.run_dir) == set()
 
 
-def test_results_join_the_metrics_of_the_next_step_and_the_report(start: Callable[..., Run]) -> None:
+def test_results_join_the_metrics_of_the_next_step_and_the_report(
+    start: Callable[..., Run],
+) -> None:
     started = start()
     started.until(2)
     with (started.trainer.run_dir / "evals.jsonl").open("a") as file:
@@ -100,15 +114,19 @@ def test_results_join_the_metrics_of_the_next_step_and_the_report(start: Callabl
         file.write('{"version": 4, "exa')
     started.to_the_end()
     rows = started.rows()
-    assert [(row["eval_version"], row["eval_exact"], row["eval_reward"]) for row in rows if row["eval_version"] is not None] == [
-        (2, 0.5, 0.6)
-    ]
+    assert [
+        (row["eval_version"], row["eval_exact"], row["eval_reward"])
+        for row in rows
+        if row["eval_version"] is not None
+    ] == [(2, 0.5, 0.6)]
     assert rows[1]["eval_version"] is None
     report = build(started.trainer.run_dir)
     assert report["evals"] == [{"version": 0, "exact": 0.25}, {"version": 2, "exact": 0.5}]
 
 
-def test_without_an_interval_nothing_is_asked_for_and_the_metrics_are_as_ever(start: Callable[..., Run], jobs: Jobs) -> None:
+def test_without_an_interval_nothing_is_asked_for_and_the_metrics_are_as_ever(
+    start: Callable[..., Run], jobs: Jobs
+) -> None:
     started = start(eval__interval=0)
     started.to_the_end()
     assert asked(jobs) == []
@@ -116,13 +134,25 @@ def test_without_an_interval_nothing_is_asked_for_and_the_metrics_are_as_ever(st
 
 
 @pytest.mark.timeout(60)
-def test_a_jobs_worker_evaluates_what_was_asked_for_and_lets_go_of_it(start: Callable[..., Run], jobs: Jobs, redis_url: str) -> None:
+def test_a_jobs_worker_evaluates_what_was_asked_for_and_lets_go_of_it(
+    start: Callable[..., Run], jobs: Jobs, redis_url: str
+) -> None:
     started = start(eval__interval=3, inference__sampling__max_completion=4)
     started.to_the_end()
     settings = started.settings().model_dump(mode="json") | {"redis": {"url": redis_url}}
-    command = [sys.executable, "-m", "tests.workers.jobs.worker_process", redis_url, json.dumps(settings)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.workers.jobs.worker_process",
+        redis_url,
+        json.dumps(settings),
+    ]
     subprocess.run(command, check=True)
-    assert {row.key: (row.status, row.result["version"]) for row in jobs.rows() if row.kind == "evaluate"} == {
+    assert {
+        row.key: (row.status, row.result["version"])
+        for row in jobs.rows()
+        if row.kind == "evaluate"
+    } == {
         "3": ("finished", 3),
         "6": ("finished", 6),
     }

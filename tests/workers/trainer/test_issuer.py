@@ -2,15 +2,28 @@
 
 from dataclasses import replace
 
-from pipeline.records import Ticket
-from workers.trainer.issuer import Issuer, sampling_seed
+from onstream.pipeline.records import Ticket
+from onstream.workers.trainer.issuer import Issuer, sampling_seed
 
-ISSUER = Issuer(seed=3, group_size=4, batch_size=8, max_off_policy_steps=2, max_steps=100, route=("verify", "train"))
+ISSUER = Issuer(
+    seed=3,
+    group_size=4,
+    batch_size=8,
+    max_off_policy_steps=2,
+    max_steps=100,
+    route=("verify", "train"),
+)
 
 
 def test_a_ticket_says_all_that_its_rollout_needs() -> None:
     assert ISSUER.ticket(6, 0) == Ticket(
-        number=6, group=1, group_size=4, index=1, seed=sampling_seed(3, 6), min_policy_version=0, route=["verify", "train"]
+        number=6,
+        group=1,
+        group_size=4,
+        index=1,
+        seed=sampling_seed(3, 6),
+        min_policy_version=0,
+        route=["verify", "train"],
     )
 
 

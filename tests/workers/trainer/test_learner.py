@@ -15,21 +15,33 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.errors import UserError
-from pipeline.models.logprobs import head_of, hidden_states, token_logprobs
-from pipeline.models.packing import pack, share_prompts
-from settings.trainer import LossSettings, OptimSettings, TrainerSettings
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.models.logprobs import head_of, hidden_states, token_logprobs
+from onstream.pipeline.models.packing import pack, share_prompts
+from onstream.settings.trainer import LossSettings, OptimSettings, TrainerSettings
+from onstream.workers.trainer.batches.train_sample import TrainSample
+from onstream.workers.trainer.learner import Learner
 from tests.tiny import VOCABULARY, Family, sequences, write_tiny
-from workers.trainer.learner import Learner
-from workers.trainer.samples import TrainSample
 
 CPU = torch.device("cpu")
 LR = 1e-3
 
 
-def learner(directory: Path, *, optim: dict[str, Any] | None = None, microbatch: int = 8192, dtype: str = "auto", **loss: Any) -> Learner:
+def learner(
+    directory: Path,
+    *,
+    optim: dict[str, Any] | None = None,
+    microbatch: int = 8192,
+    dtype: str = "auto",
+    **loss: Any,
+) -> Learner:
     settings = TrainerSettings.model_validate(
-        {"loss": LossSettings(**loss), "optim": OptimSettings(**{"lr": LR, **(optim or {})}), "microbatch": microbatch, "dtype": dtype}
+        {
+            "loss": LossSettings(**loss),
+            "optim": OptimSettings(**{"lr": LR, **(optim or {})}),
+            "microbatch": microbatch,
+            "dtype": dtype,
+        }
     )
     return Learner(directory, settings, CPU)
 
@@ -39,24 +51,52 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("student"))
 
 
-def judge(teacher: Learner, prompts: list[Any], completions: list[Any], top_k: int, temperature: float = 1.0) -> list[dict[str, Any]]:
+def judge(
+    teacher: Learner,
+    prompts: list[Any],
+    completions: list[Any],
+    top_k: int,
+    temperature: float = 1.0,
+) -> list[dict[str, Any]]:
     """What a teacher, or the generator, says of each completion."""
     said: dict[int, dict[str, Any]] = {}
     with torch.no_grad():
         for packed in pack(share_prompts(prompts, completions), 8192):
-            hidden, targets = hidden_states(teacher.model, packed), torch.from_numpy(packed.targets)
-            found = token_logprobs(hidden, head_of(teacher.model), targets, temperature=temperature, top_k=max(top_k, 1))
+            hidden = hidden_states(teacher.model, packed)
+            targets = torch.from_numpy(packed.targets)
+            found = token_logprobs(
+                hidden,
+                head_of(teacher.model),
+                targets,
+                temperature=temperature,
+                top_k=max(top_k, 1),
+            )
             assert found.top is not None
             columns = [found.sampled, found.top.ids.int(), found.top.logprobs, found.top.tail]
-            for sequence, *parts in zip(packed.sequences, *(column.split(packed.lengths) for column in columns), strict=True):
-                said[sequence] = dict(zip(("sampled", "ids", "top", "tail"), (part.numpy() for part in parts), strict=True))
+            for sequence, *parts in zip(
+                packed.sequences, *(column.split(packed.lengths) for column in columns), strict=True
+            ):
+                said[sequence] = dict(
+                    zip(
+                        ("sampled", "ids", "top", "tail"),
+                        (part.numpy() for part in parts),
+                        strict=True,
+                    )
+                )
     return [said[sequence] for sequence in range(len(prompts))]
 
 
 def samples(
-    policy: Learner, teacher: Learner | None = None, *, top_k: int = 0, temperature: float = 1.0, groups: int = 4
+    policy: Learner,
+    teacher: Learner | None = None,
+    *,
+    top_k: int = 0,
+    temperature: float = 1.0,
+    groups: int = 4,
 ) -> list[TrainSample]:
-    """On-policy samples of groups of 4, with made-up rewards; every third one has a token outside the loss mask."""
+    """On-policy samples of groups of 4, with made-up rewards; every third one has a token outside
+    the loss mask.
+    """
     prompts, completions = sequences(groups, 4, completion=(2, 7), seed=11)
     generator = judge(policy, prompts, completions, 0, temperature)
     judged = judge(teacher, prompts, completions, top_k) if teacher else [{}] * len(prompts)
@@ -90,7 +130,9 @@ def gradient(of: Learner, batch: list[TrainSample], global_tokens: int | None = 
     """The step's gradient, before clipping, flat."""
     kept: list[Tensor] = []
     update = of._update
-    of._update = lambda max_steps: kept.extend(weight.grad.flatten() for weight in of.model.parameters()) or {}  # type: ignore
+    of._update = lambda max_steps: (
+        kept.extend(weight.grad.flatten() for weight in of.model.parameters()) or {}
+    )  # type: ignore
     try:
         of.step(batch, 10, global_tokens=global_tokens)
     finally:
@@ -100,7 +142,9 @@ def gradient(of: Learner, batch: list[TrainSample], global_tokens: int | None = 
 
 
 @pytest.mark.parametrize("top_k", [0, 4])
-def test_with_the_student_as_its_own_teacher_the_first_step_has_nothing_to_learn(student: Path, top_k: int) -> None:
+def test_with_the_student_as_its_own_teacher_the_first_step_has_nothing_to_learn(
+    student: Path, top_k: int
+) -> None:
     found = learner(student, adv_tau=0.0, teacher_tau=1.0, teacher_top_k=top_k)
     metrics = found.step(samples(found, found, top_k=top_k), 10)
     assert abs(metrics["teacher_kl"]) < 1e-5
@@ -108,39 +152,73 @@ def test_with_the_student_as_its_own_teacher_the_first_step_has_nothing_to_learn
     assert metrics["mismatch_max"] < 1e-5
 
 
-@pytest.mark.parametrize("case", [{"teacher_tau": 0.5}, {"teacher_tau": 0.5, "teacher_top_k": 3}, {"type": "sft"}, {}])
+@pytest.mark.parametrize(
+    "case", [{"teacher_tau": 0.5}, {"teacher_tau": 0.5, "teacher_top_k": 3}, {"type": "sft"}, {}]
+)
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
-def test_the_gradient_does_not_depend_on_how_the_samples_are_packed(tmp_path: Path, family: Family, case: dict[str, Any]) -> None:
+def test_the_gradient_does_not_depend_on_how_the_samples_are_packed(
+    tmp_path: Path, family: Family, case: dict[str, Any]
+) -> None:
     directory = write_tiny(tmp_path / "student", family)
     teacher = learner(write_tiny(tmp_path / "teacher", family, seed=1))
-    whole, split = learner(directory, **case), learner(directory, microbatch=16, **case)
+    whole = learner(directory, **case)
+    split = learner(directory, microbatch=16, **case)
     batch = samples(whole, teacher, top_k=case.get("teacher_top_k", 0))
     expected = gradient(whole, batch)
-    torch.testing.assert_close(gradient(split, batch[::-1]), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(
+        gradient(split, batch[::-1]), expected, rtol=0, atol=1e-5 * expected.abs().max().item()
+    )
 
 
-def test_a_model_that_cannot_share_prompts_has_the_same_gradient_from_padded_rows(student: Path) -> None:
-    shared, padded = learner(student), learner(student, microbatch=64)
+def test_a_model_that_cannot_share_prompts_has_the_same_gradient_from_padded_rows(
+    student: Path,
+) -> None:
+    shared = learner(student)
+    padded = learner(student, microbatch=64)
     padded.padded_because = "as if its code could not"
     padded.model.set_attn_implementation("sdpa")
     batch = samples(shared)
-    assert max(len(row.input_ids) for row in padded.pack([one.prompt_ids for one in batch], [one.completion_ids for one in batch])) <= 64
+    assert (
+        max(
+            len(row.input_ids)
+            for row in padded.pack(
+                [one.prompt_ids for one in batch], [one.completion_ids for one in batch]
+            )
+        )
+        <= 64
+    )
     expected = gradient(shared, batch)
-    torch.testing.assert_close(gradient(padded, batch), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(
+        gradient(padded, batch), expected, rtol=0, atol=1e-5 * expected.abs().max().item()
+    )
 
 
 def test_a_steps_gradient_is_the_naive_one(student: Path, tmp_path: Path) -> None:
-    """One sequence at a time, all logits, plain autograd, and the formula of the design written out."""
+    """One sequence at a time, all logits, plain autograd, and the formula of the design written
+    out.
+    """
     teacher = learner(write_tiny(tmp_path, seed=1))
     found = learner(student, teacher_tau=0.5, kl_tau=0.01)
-    batch = [replace(sample, generator_logprobs=sample.generator_logprobs - 0.1) for sample in samples(found, teacher)]
-    total, tokens = torch.zeros(()), 0
+    batch = [
+        replace(sample, generator_logprobs=sample.generator_logprobs - 0.1)
+        for sample in samples(found, teacher)
+    ]
+    total = torch.zeros(())
+    tokens = 0
     found.model.set_attn_implementation("sdpa")
     for sample in batch:
-        ids = torch.from_numpy(np.concatenate((sample.prompt_ids, sample.completion_ids))).long()[None]
-        logits = found.model(input_ids=ids, use_cache=False).logits[0, len(sample.prompt_ids) - 1 : -1]
-        trainer = logits.log_softmax(-1).gather(1, torch.from_numpy(sample.completion_ids).long()[:, None])[:, 0]
-        generator, judged = torch.from_numpy(sample.generator_logprobs), torch.from_numpy(sample.teacher_logprobs)  # type: ignore[arg-type]
+        ids = torch.from_numpy(np.concatenate((sample.prompt_ids, sample.completion_ids))).long()[
+            None
+        ]
+        logits = found.model(input_ids=ids, use_cache=False).logits[
+            0, len(sample.prompt_ids) - 1 : -1
+        ]
+        trainer = logits.log_softmax(-1).gather(
+            1, torch.from_numpy(sample.completion_ids).long()[:, None]
+        )[:, 0]
+        # type: ignore[arg-type]
+        generator = torch.from_numpy(sample.generator_logprobs)
+        judged = torch.from_numpy(sample.teacher_logprobs)
         log_ratio = trainer - generator
         advantage = (sample.advantage - 0.5 * (trainer - judged)).detach()
         moved = (trainer.exp() - generator.exp()).detach()
@@ -149,17 +227,26 @@ def test_a_steps_gradient_is_the_naive_one(student: Path, tmp_path: Path) -> Non
         total = total + (loss * torch.from_numpy(sample.loss_mask)).sum()
         tokens += int(sample.loss_mask.sum())
     (total / tokens).backward()
-    expected = torch.cat([weight.grad.flatten() for weight in found.model.parameters() if weight.grad is not None])
+    expected = torch.cat(
+        [weight.grad.flatten() for weight in found.model.parameters() if weight.grad is not None]
+    )
     found.model.zero_grad()
     found.model.set_attn_implementation("onstream_shared_prefix")
-    torch.testing.assert_close(gradient(found, batch), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(
+        gradient(found, batch), expected, rtol=0, atol=1e-5 * expected.abs().max().item()
+    )
     assert found.step(batch, 10)["loss"] == pytest.approx((total / tokens).item(), rel=1e-5)
 
 
 def test_tokens_outside_the_loss_mask_do_not_count(student: Path) -> None:
     found = learner(student)
     batch = samples(found)
-    changed = [replace(sample, generator_logprobs=np.where(sample.loss_mask, sample.generator_logprobs, -9.0)) for sample in batch]
+    changed = [
+        replace(
+            sample, generator_logprobs=np.where(sample.loss_mask, sample.generator_logprobs, -9.0)
+        )
+        for sample in batch
+    ]
     torch.testing.assert_close(gradient(found, changed), gradient(found, batch), rtol=0, atol=0)
     assert found.step(batch, 10)["tokens"] == sum(int(sample.loss_mask.sum()) for sample in batch)
 
@@ -174,53 +261,95 @@ def test_the_denominator_is_the_global_token_count(student: Path) -> None:
 
 
 def test_each_term_is_at_its_own_temperature(student: Path, tmp_path: Path) -> None:
-    """Sampled at 0.6: the ratio is 1 at that temperature, while teacher_kl compares both models at 1."""
+    """Sampled at 0.6: the ratio is 1 at that temperature, while teacher_kl compares both models at
+    1.
+    """
     teacher = learner(write_tiny(tmp_path, seed=1))
     found = learner(student, adv_tau=0.0, teacher_tau=1.0, teacher_top_k=3)
     batch = samples(found, teacher, top_k=3, temperature=0.6)
-    cold = judge(found, [sample.prompt_ids for sample in batch], [sample.completion_ids for sample in batch], 0)
+    cold = judge(
+        found,
+        [sample.prompt_ids for sample in batch],
+        [sample.completion_ids for sample in batch],
+        0,
+    )
     difference = [
-        (mine["sampled"] - sample.teacher_logprobs)[sample.loss_mask.astype(bool)] for mine, sample in zip(cold, batch, strict=True)
+        (mine["sampled"] - sample.teacher_logprobs)[sample.loss_mask.astype(bool)]
+        for mine, sample in zip(cold, batch, strict=True)
     ]
     metrics = found.step(batch, 10)
     assert metrics["mismatch_max"] < 1e-4
-    assert metrics["teacher_kl"] == pytest.approx(float(np.concatenate(difference).mean()), abs=1e-5)
+    assert metrics["teacher_kl"] == pytest.approx(
+        float(np.concatenate(difference).mean()), abs=1e-5
+    )
 
 
 def test_the_mismatch_is_told_by_the_staleness_of_each_token(student: Path) -> None:
-    """Tokens of staleness 1 were sampled 0.5 nats away, those of a tool anywhere; the loss mask counts, and packing does not."""
+    """Tokens of staleness 1 were sampled 0.5 nats away, those of a tool anywhere; the loss mask
+    counts, and packing does not.
+    """
     batch = samples(learner(student))
     for index, sample in enumerate(batch):
-        sample.staleness = np.array([[0, 1, -1][(index + at) % 3] for at in range(len(sample.completion_ids))], dtype=np.int32)
-        sample.generator_logprobs = sample.generator_logprobs - np.array([0, 0.5, -3])[sample.staleness].astype(np.float32)
+        sample.staleness = np.array(
+            [[0, 1, -1][(index + at) % 3] for at in range(len(sample.completion_ids))],
+            dtype=np.int32,
+        )
+        sample.generator_logprobs = sample.generator_logprobs - np.array([0, 0.5, -3])[
+            sample.staleness
+        ].astype(np.float32)
     masks = [sample.loss_mask.astype(bool) for sample in batch]
-    counts = [sum(int((mask & (sample.staleness == age)).sum()) for mask, sample in zip(masks, batch, strict=True)) for age in (0, 1)]
+    counts = [
+        sum(
+            int((mask & (sample.staleness == age)).sum())
+            for mask, sample in zip(masks, batch, strict=True)
+        )
+        for age in (0, 1)
+    ]
     for microbatch in (16, 8192):
         metrics = learner(student, microbatch=microbatch).step(batch, 10)
-        fresh, stale = metrics["mismatch_by_staleness"]["0"], metrics["mismatch_by_staleness"]["1"]
+        fresh = metrics["mismatch_by_staleness"]["0"]
+        stale = metrics["mismatch_by_staleness"]["1"]
         assert len(metrics["mismatch_by_staleness"]) == 2
         assert (fresh["tokens"], stale["tokens"]) == tuple(counts)
-        assert (fresh["mean"], fresh["max"]) == (metrics["mismatch_fresh_mean"], metrics["mismatch_fresh_max"])
+        assert (fresh["mean"], fresh["max"]) == (
+            metrics["mismatch_fresh_mean"],
+            metrics["mismatch_fresh_max"],
+        )
         assert fresh["max"] < 1e-4
-        assert (stale["mean"], stale["max"]) == (pytest.approx(0.5, abs=1e-4), pytest.approx(0.5, abs=1e-4))
+        assert (stale["mean"], stale["max"]) == (
+            pytest.approx(0.5, abs=1e-4),
+            pytest.approx(0.5, abs=1e-4),
+        )
         assert metrics["mismatch_max"] == pytest.approx(3, abs=1e-4)
 
 
 def test_supervised_loss_is_at_temperature_1_whatever_the_sampling(student: Path) -> None:
     found = learner(student, type="sft")
     hot = [replace(sample, temperature=3.0) for sample in samples(found)]
-    torch.testing.assert_close(gradient(found, hot), gradient(found, samples(found)), rtol=0, atol=0)
+    torch.testing.assert_close(
+        gradient(found, hot), gradient(found, samples(found)), rtol=0, atol=0
+    )
 
 
-def test_an_endpoints_missing_tail_is_computed_from_its_top_k_and_the_floored_share_is_told(student: Path, tmp_path: Path) -> None:
+def test_an_endpoints_missing_tail_is_computed_from_its_top_k_and_the_floored_share_is_told(
+    student: Path, tmp_path: Path
+) -> None:
     teacher = learner(write_tiny(tmp_path, seed=1))
     found = learner(student, adv_tau=0.0, teacher_tau=1.0, teacher_top_k=3, teacher_tail_floor=1e-6)
     given = samples(found, teacher, top_k=3)
     without = [replace(sample, teacher_tail_logprobs=None) for sample in given]
     expected = gradient(found, given)
-    torch.testing.assert_close(gradient(found, without), expected, rtol=0, atol=1e-3 * expected.abs().max().item())
-    sure = [np.log([[0.7, 0.2, 0.1]] * len(sample.completion_ids)).astype(np.float32) for sample in without]
-    half = [replace(sample, teacher_top_logprobs=top) for sample, top in zip(without[:8], sure[:8], strict=True)]
+    torch.testing.assert_close(
+        gradient(found, without), expected, rtol=0, atol=1e-3 * expected.abs().max().item()
+    )
+    sure = [
+        np.log([[0.7, 0.2, 0.1]] * len(sample.completion_ids)).astype(np.float32)
+        for sample in without
+    ]
+    half = [
+        replace(sample, teacher_top_logprobs=top)
+        for sample, top in zip(without[:8], sure[:8], strict=True)
+    ]
     tokens = [int(sample.loss_mask.sum()) for sample in without]
     share = found.step([*half, *without[8:]], 10)["tail_floored_share"]
     assert share == pytest.approx(sum(tokens[:8]) / sum(tokens))
@@ -233,14 +362,31 @@ def test_training_on_its_own_completions_makes_them_likelier(student: Path) -> N
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_the_sampled_form_moves_each_token_towards_the_teachers_judgement(student: Path, tmp_path: Path) -> None:
+def test_the_sampled_form_moves_each_token_towards_the_teachers_judgement(
+    student: Path, tmp_path: Path
+) -> None:
     teacher = learner(write_tiny(tmp_path, seed=1))
     found = learner(student, adv_tau=0.0, teacher_tau=1.0, optim={"lr": 1e-4})
-    batch = [replace(sample, loss_mask=np.ones_like(sample.loss_mask)) for sample in samples(found, teacher)]
+    batch = [
+        replace(sample, loss_mask=np.ones_like(sample.loss_mask))
+        for sample in samples(found, teacher)
+    ]
     found.step(batch, 10)
-    after = judge(found, [sample.prompt_ids for sample in batch], [sample.completion_ids for sample in batch], 0)
-    moved = np.concatenate([now["sampled"] - sample.generator_logprobs for now, sample in zip(after, batch, strict=True)])
-    praise = np.concatenate([sample.teacher_logprobs - sample.generator_logprobs for sample in batch])  # type: ignore[operator]
+    after = judge(
+        found,
+        [sample.prompt_ids for sample in batch],
+        [sample.completion_ids for sample in batch],
+        0,
+    )
+    moved = np.concatenate(
+        [
+            now["sampled"] - sample.generator_logprobs
+            for now, sample in zip(after, batch, strict=True)
+        ]
+    )
+    praise = np.concatenate(
+        [sample.teacher_logprobs - sample.generator_logprobs for sample in batch]
+    )  # type: ignore[operator]
     assert np.corrcoef(moved, praise)[0, 1] > 0.3
 
 
@@ -291,9 +437,11 @@ def test_what_is_published_is_the_cast_with_tied_weights_once(student: Path) -> 
 
 
 def test_bfloat16_computes_near_float32_on_float32_masters(student: Path) -> None:
-    exact, rough = learner(student, type="sft"), learner(student, type="sft", dtype="bfloat16")
+    exact = learner(student, type="sft")
+    rough = learner(student, type="sft", dtype="bfloat16")
     batch = samples(exact)
-    expected, found = gradient(exact, batch), gradient(rough, batch)
+    expected = gradient(exact, batch)
+    found = gradient(rough, batch)
     assert found.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(expected, found, dim=0) > 0.99
     assert not torch.equal(expected, found)
@@ -310,7 +458,10 @@ def test_the_gradient_is_clipped_and_its_norm_before_that_is_told(student: Path)
 def test_a_gradient_that_is_not_finite_stops_the_step_and_keeps_the_weights(student: Path) -> None:
     found = learner(student, teacher_tau=1.0, adv_tau=0.0)
     before = weights(found)
-    batch = [replace(sample, teacher_logprobs=np.full(len(sample.loss_mask), -3e38, dtype=np.float32)) for sample in samples(found)]
+    batch = [
+        replace(sample, teacher_logprobs=np.full(len(sample.loss_mask), -3e38, dtype=np.float32))
+        for sample in samples(found)
+    ]
     with pytest.raises(UserError, match=r"the gradient norm of step 1 is (inf|nan)"):
         found.step(batch, 10)
     assert found.steps == 0
@@ -324,17 +475,31 @@ def flawed(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (flawed(generator_logprobs=np.full(3, np.nan, dtype=np.float32)), "generator_logprobs that are not finite"),
+        (
+            flawed(generator_logprobs=np.full(3, np.nan, dtype=np.float32)),
+            "generator_logprobs that are not finite",
+        ),
         (flawed(teacher_logprobs=None), "no teacher_logprobs; expected 3"),
         (flawed(teacher_logprobs=np.zeros(2, dtype=np.float32)), "2 teacher_logprobs; expected 3"),
         (flawed(teacher_top_ids=None), "teacher_top_ids of shape None; expected \\(3, 2\\)"),
-        (flawed(teacher_top_ids=np.array([[0, 1], [2, 3], [4, 48]], dtype=np.int32)), "teacher_top_ids 0 to 48; expected 0 to 47"),
-        (flawed(loss_mask=np.ones(4, dtype=np.uint8)), "loss mask of 4; expected its 3 completion tokens"),
-        (flawed(completion_ids=np.array([1, 2, VOCABULARY], dtype=np.int32)), "token ids 1 to 48; expected 0 to 47"),
+        (
+            flawed(teacher_top_ids=np.array([[0, 1], [2, 3], [4, 48]], dtype=np.int32)),
+            "teacher_top_ids 0 to 48; expected 0 to 47",
+        ),
+        (
+            flawed(loss_mask=np.ones(4, dtype=np.uint8)),
+            "loss mask of 4; expected its 3 completion tokens",
+        ),
+        (
+            flawed(completion_ids=np.array([1, 2, VOCABULARY], dtype=np.int32)),
+            "token ids 1 to 48; expected 0 to 47",
+        ),
         (flawed(prompt_ids=np.array([], dtype=np.int32)), "0 prompt and 3 completion tokens"),
     ],
 )
-def test_a_sample_that_cannot_be_trained_on_is_named_before_anything_changes(student: Path, changes: dict[str, Any], words: str) -> None:
+def test_a_sample_that_cannot_be_trained_on_is_named_before_anything_changes(
+    student: Path, changes: dict[str, Any], words: str
+) -> None:
     found = learner(student, teacher_tau=1.0, teacher_top_k=2)
     zeros = np.zeros(3, dtype=np.float32)
     good = TrainSample(
@@ -356,7 +521,9 @@ def test_a_sample_that_cannot_be_trained_on_is_named_before_anything_changes(stu
 
 def test_a_step_without_a_token_to_train_on_is_refused(student: Path) -> None:
     found = learner(student)
-    batch = [replace(sample, loss_mask=np.zeros_like(sample.loss_mask)) for sample in samples(found)]
+    batch = [
+        replace(sample, loss_mask=np.zeros_like(sample.loss_mask)) for sample in samples(found)
+    ]
     with pytest.raises(ValueError, match="none of the 16 samples has a token in its loss mask"):
         found.step(batch, 10)
 
@@ -366,11 +533,18 @@ def test_the_metrics_of_a_step_are_those_of_metrics_jsonl(student: Path, tmp_pat
     found = learner(student, teacher_tau=0.5, teacher_top_k=2)
     metrics = found.step(samples(found, teacher, top_k=2), 10)
     losses = {"loss", "loss_policy", "loss_teacher", "loss_kl"}
-    mismatches = {f"mismatch_{name}" for name in ("mean", "max", "fresh_mean", "fresh_max", "by_staleness")}
+    mismatches = {
+        f"mismatch_{name}" for name in ("mean", "max", "fresh_mean", "fresh_max", "by_staleness")
+    }
     ratios = {"ratio_mean", "ratio_max", "masked_share", *mismatches}
     teachers = {"teacher_kl", "teacher_kl_k3", "tail_floored_share"}
     assert set(metrics) == {*losses, *ratios, *teachers, "entropy", "grad_norm", "lr", "tokens"}
-    assert {name for name, value in metrics.items() if value is None} == mismatches - {"mismatch_mean", "mismatch_max"}  # no version named
+    assert {name for name, value in metrics.items() if value is None} == mismatches - {
+        "mismatch_mean",
+        "mismatch_max",
+    }  # no version named
     assert all(math.isfinite(value) for value in metrics.values() if value is not None)
-    assert metrics["loss"] == pytest.approx(metrics["loss_policy"] + metrics["loss_teacher"] + metrics["loss_kl"], rel=1e-5)
+    assert metrics["loss"] == pytest.approx(
+        metrics["loss_policy"] + metrics["loss_teacher"] + metrics["loss_kl"], rel=1e-5
+    )
     assert 0 < metrics["entropy"] < math.log(VOCABULARY)

@@ -13,21 +13,27 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.errors import UserError
-from pipeline.models.loading import ADAPTER_CONFIG, base_of
-from pipeline.streams import Bus
-from settings.trainer import TrainerSettings
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.models.loading import ADAPTER_CONFIG, base_of
+from onstream.pipeline.redis.streams import Bus
+from onstream.settings.trainer import TrainerSettings
+from onstream.workers.trainer.batches.train_sample import TrainSample
+from onstream.workers.trainer.learner import Learner
 from tests.tiny import sequences, write_tiny
 from tests.workers.trainer.driver import Run
-from workers.trainer.learner import Learner
-from workers.trainer.samples import TrainSample
 
 CPU = torch.device("cpu")
 
 
 def learner(directory: Path, dropout: float = 0.0, targets: list[str] | None = None) -> Learner:
     lora = {"rank": 4, "alpha": 8, "dropout": dropout, "target_modules": targets}
-    return Learner(directory, TrainerSettings.model_validate({"loss": {"type": "sft"}, "optim": {"lr": 1e-2}, "lora": lora}), CPU)
+    return Learner(
+        directory,
+        TrainerSettings.model_validate(
+            {"loss": {"type": "sft"}, "optim": {"lr": 1e-2}, "lora": lora}
+        ),
+        CPU,
+    )
 
 
 @pytest.fixture(params=["qwen3", "llama"], ids=["tied embeddings", "untied"])
@@ -39,7 +45,9 @@ def samples() -> list[TrainSample]:
     made = []
     for prompt, completion in zip(*sequences(3, 2, completion=(3, 7), seed=5), strict=True):
         tokens = len(completion)
-        made.append(TrainSample(prompt, completion, np.ones(tokens, np.uint8), np.zeros(tokens, np.float32)))
+        made.append(
+            TrainSample(prompt, completion, np.ones(tokens, np.uint8), np.zeros(tokens, np.float32))
+        )
     return made
 
 
@@ -49,14 +57,19 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def test_a_new_adapter_publishes_the_weights_that_it_started_from(student: Path) -> None:
-    published, start = learner(student).published_state(), load_file(student / "model.safetensors")
+    published = learner(student).published_state()
+    start = load_file(student / "model.safetensors")
     assert published.keys() == start.keys()
     assert all(torch.equal(published[name], weight) for name, weight in start.items())
 
 
 def test_steps_lower_the_loss_and_change_nothing_but_the_adapter(student: Path) -> None:
     adapted = learner(student)
-    base = {name: weight.clone() for name, weight in adapted.model.state_dict().items() if ".lora_" not in name}
+    base = {
+        name: weight.clone()
+        for name, weight in adapted.model.state_dict().items()
+        if ".lora_" not in name
+    }
     losses = [adapted.step(samples(), 20)["loss"] for _ in range(20)]
     assert losses[-1] < 0.8 * losses[0]
     after = adapted.model.state_dict()
@@ -80,13 +93,16 @@ def test_an_exported_model_has_the_adapter_merged(student: Path, tmp_path: Path)
         adapted.step(samples(), 5)
     adapted.save_model(tmp_path / "export")
     assert not (tmp_path / "export" / ADAPTER_CONFIG).exists()
-    exported, start = AutoModelForCausalLM.from_pretrained(tmp_path / "export"), AutoModelForCausalLM.from_pretrained(student)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    start = AutoModelForCausalLM.from_pretrained(student)
     adapted.model.set_attn_implementation("sdpa")
     torch.testing.assert_close(logits(exported), logits(adapted.model), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(logits(exported), logits(start), atol=1e-2)
 
 
-def test_a_checkpoint_holds_the_adapter_and_its_bases_name_and_training_goes_on_from_it(student: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_holds_the_adapter_and_its_bases_name_and_training_goes_on_from_it(
+    student: Path, tmp_path: Path
+) -> None:
     adapted = learner(student)
     for _ in range(3):
         adapted.step(samples(), 6)
@@ -102,15 +118,19 @@ def test_a_checkpoint_holds_the_adapter_and_its_bases_name_and_training_goes_on_
     for one in (adapted, resumed):
         for _ in range(3):
             one.step(samples(), 6)
-    wanted, got = adapted.published_state(), resumed.published_state()
+    wanted = adapted.published_state()
+    got = resumed.published_state()
     assert all(torch.equal(got[name], weight) for name, weight in wanted.items())
 
 
 def test_a_killed_trainer_goes_on_from_the_adapters_checkpoint_to_the_same_bits(
     run: Callable[..., Run], redis_url: str, run_name: str, model: Path, tmp_path: Path
 ) -> None:
-    twin = Bus.connect(redis_url, f"{run_name}-twin", consumer="tester", block_s=0.2, connect_timeout_s=5)
-    undisturbed, job = Run(twin, model, tmp_path, trainer__lora={"rank": 4}), run(trainer__lora={"rank": 4})
+    twin = Bus.connect(
+        redis_url, f"{run_name}-twin", consumer="tester", block_s=0.2, connect_timeout_s=5
+    )
+    undisturbed = Run(twin, model, tmp_path, trainer__lora={"rank": 4})
+    job = run(trainer__lora={"rank": 4})
     for one in (undisturbed, job):
         one.ready()
     job.until(3)
@@ -125,16 +145,22 @@ def test_a_killed_trainer_goes_on_from_the_adapters_checkpoint_to_the_same_bits(
 
 
 def test_dropout_is_on_in_the_adapter_alone(student: Path) -> None:
-    assert learner(student).step(samples(), 5)["loss"] == learner(student).step(samples(), 5)["loss"]
+    assert (
+        learner(student).step(samples(), 5)["loss"] == learner(student).step(samples(), 5)["loss"]
+    )
     dropped = learner(student, dropout=0.5)
     dropped.step(samples(), 5)
     losses = {dropped.step(samples(), 5)["loss"], learner(student).step(samples(), 5)["loss"]}
     assert len(losses) == 2
-    assert not any(module.training for name, module in dropped.model.named_modules() if "lora" not in name)
+    assert not any(
+        module.training for name, module in dropped.model.named_modules() if "lora" not in name
+    )
 
 
 @pytest.mark.parametrize("targets", [["nowhere"], ["lm_head"], ["q_proj", "embed_tokens"]])
-def test_layers_that_cannot_be_adapted_are_refused_with_those_that_can(tmp_path: Path, targets: list[str]) -> None:
+def test_layers_that_cannot_be_adapted_are_refused_with_those_that_can(
+    tmp_path: Path, targets: list[str]
+) -> None:
     with pytest.raises(UserError, match="q_proj") as raised:
         learner(write_tiny(tmp_path / "student", "llama"), targets=targets)
     assert targets[-1] in raised.value.got
@@ -143,5 +169,9 @@ def test_layers_that_cannot_be_adapted_are_refused_with_those_that_can(tmp_path:
 
 def test_named_layers_alone_are_adapted(student: Path) -> None:
     adapted = learner(student, targets=["q_proj", "v_proj"])
-    names = {name.split(".lora_")[0].rpartition(".")[2] for name in adapted.model.state_dict() if ".lora_" in name}
+    names = {
+        name.split(".lora_")[0].rpartition(".")[2]
+        for name in adapted.model.state_dict()
+        if ".lora_" in name
+    }
     assert names == {"q_proj", "v_proj"}

@@ -1,4 +1,6 @@
-"""A trainer at work whose Redis is restarted, emptied, replaced by a replica that lags, or full: it goes on, and nothing is lost."""
+"""A trainer at work whose Redis is restarted, emptied, replaced by a replica that lags, or full: it
+goes on, and nothing is lost.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.streams import Bus, LeaseLost
-from settings.deployment import StageName
+from onstream.pipeline.redis.streams import Bus, LeaseLost
+from onstream.settings.deployment import StageName
+from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from tests.redis_servers import Pair
 from tests.workers.trainer.driver import Run
-from workers.launcher.embedded_redis import EmbeddedRedis
 
 
 @pytest.fixture
@@ -46,22 +48,32 @@ def test_a_trainer_whose_redis_is_emptied_under_it_asks_again_for_what_is_lost_a
     job.until(3)
     job.answer(count=3)
     job.turn()
-    epoch, held, issued = job.trainer.lease.epoch, len(list(job.trainer.course.book.held())), bus.issued()
+    epoch = job.trainer.lease.epoch
+    held = len(list(job.trainer.course.book.held()))
+    issued = bus.issued()
     job.lose_redis()
     beat(job)
     job.turn(3)
     said = capsys.readouterr().out
     lost = issued - 24 - held
-    assert "redis has lost its data, the lease with it" in said and f"count={lost}" in said and lost > 0
+    assert (
+        "redis has lost its data, the lease with it" in said
+        and f"count={lost}" in said
+        and lost > 0
+    )
     assert job.trainer.lease.epoch == epoch + 1 and bus.issued() >= issued
     policy = bus.newest_policy()
-    assert policy is not None and policy.number == 3 and bus.read_plan() == job.trainer.plan.encode()
+    assert (
+        policy is not None and policy.number == 3 and bus.read_plan() == job.trainer.plan.encode()
+    )
     job.to_the_end()
     assert job.counts() == {"issued": 48, "trained": 48}
     assert [row["step"] for row in job.rows()] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_loss_in_the_middle_of_a_step_is_met_by_the_call_that_finds_it(run: Callable[..., Run], bus: Bus) -> None:
+def test_a_loss_in_the_middle_of_a_step_is_met_by_the_call_that_finds_it(
+    run: Callable[..., Run], bus: Bus
+) -> None:
     job = run()
     job.ready()
     job.until(2)
@@ -80,11 +92,14 @@ def test_a_loss_in_the_middle_of_a_step_is_met_by_the_call_that_finds_it(run: Ca
     assert job.counts() == {"issued": 48, "trained": 48}
 
 
-def test_an_older_trainer_does_not_come_back_to_power_when_redis_has_forgotten_who_followed_it(run: Callable[..., Run], bus: Bus) -> None:
+def test_an_older_trainer_does_not_come_back_to_power_when_redis_has_forgotten_who_followed_it(
+    run: Callable[..., Run], bus: Bus
+) -> None:
     job = run()
     job.ready()
     job.until(1)
-    older, stopped = job.trainer, job.worker
+    older = job.trainer
+    stopped = job.worker
     job.start()
     job.lose_redis()
     with pytest.raises(LeaseLost, match="which was followed by 2"):
@@ -98,7 +113,9 @@ def test_an_older_trainer_does_not_come_back_to_power_when_redis_has_forgotten_w
     assert job.counts() == {"issued": 48, "trained": 48}
 
 
-def test_a_successor_has_a_higher_epoch_on_an_empty_redis_too(run: Callable[..., Run], bus: Bus) -> None:
+def test_a_successor_has_a_higher_epoch_on_an_empty_redis_too(
+    run: Callable[..., Run], bus: Bus
+) -> None:
     job = run()
     epoch = job.trainer.lease.epoch
     job.lose_redis()
@@ -128,7 +145,9 @@ def test_a_restart_on_the_same_data_is_looked_into_and_costs_nothing(
     job.close_files()
 
 
-def test_what_a_replica_had_not_got_when_it_took_over_is_asked_for_again(model: Path, tmp_path: Path, run_name: str) -> None:
+def test_what_a_replica_had_not_got_when_it_took_over_is_asked_for_again(
+    model: Path, tmp_path: Path, run_name: str
+) -> None:
     with Pair(tmp_path) as pair:
         bus = Bus.connect(pair.url, run_name, consumer="tester", block_s=0.2, connect_timeout_s=5)
         job = Run(bus, model, tmp_path)
@@ -138,12 +157,18 @@ def test_what_a_replica_had_not_got_when_it_took_over_is_asked_for_again(model: 
         job.until(4)
         job.answer(count=3)
         job.turn()
-        issued, policy, epoch = bus.issued(), bus.newest_policy(), job.trainer.lease.epoch
+        issued = bus.issued()
+        policy = bus.newest_policy()
+        epoch = job.trainer.lease.epoch
         pair.fail_over()
         assert bus.issued() < issued, "the replica lags"
         beat(job)
         job.turn(3)
-        assert bus.issued() >= issued and bus.newest_policy() == policy and job.trainer.lease.epoch == epoch
+        assert (
+            bus.issued() >= issued
+            and bus.newest_policy() == policy
+            and job.trainer.lease.epoch == epoch
+        )
         job.to_the_end()
         assert job.counts() == {"issued": 48, "trained": 48}
         job.close_files()
@@ -166,7 +191,9 @@ def test_while_redis_is_full_no_tickets_are_issued_and_the_trainer_acknowledges_
     assert job.trainer.stats.detail == "waits for room for tickets: Redis is full"
     assert capsys.readouterr().out.count("redis is full; no tickets") == 1
     assert job.trainer.step > full_at, "what was under way is trained"
-    assert job.checkpoints() and own.numbers("train") == [], "what is settled is acknowledged, to free memory"
+    assert job.checkpoints() and own.numbers("train") == [], (
+        "what is settled is acknowledged, to free memory"
+    )
     for stage in ("generate", "verify"):
         fresh: StageName = stage
         own.mark_ready(fresh)  # a worker that starts on a full Redis says so too

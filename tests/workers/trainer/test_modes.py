@@ -1,4 +1,6 @@
-"""Every mode through a real trainer and real streams: what it asks for, what it trains on, and what its metrics say."""
+"""Every mode through a real trainer and real streams: what it asks for, what it trains on, and what
+its metrics say.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.records import Rollout, Ticket, logprobs_bytes
+from onstream.pipeline.records import Rollout, Ticket, logprobs_bytes
 from tests.workers.trainer.driver import Run, rollout
 
 pytestmark = pytest.mark.timeout(30)
 
-TEACHER: dict[str, Any] = {"teacher_inference__model__name": "big", "trainer__loss__teacher_tau": 1.0}
+TEACHER: dict[str, Any] = {
+    "teacher_inference__model__name": "big",
+    "trainer__loss__teacher_tau": 1.0,
+}
 DISTILL: dict[str, Any] = {
     **TEACHER,
     "trainer__loss__adv_tau": 0.0,
@@ -23,7 +28,10 @@ DISTILL: dict[str, Any] = {
 HARD: dict[str, Any] = {
     "trainer__loss__type": "sft",
     "orchestrator__use_token_client": False,
-    "orchestrator__teacher_rollout_model": {"client": {"base_url": ["http://a/v1"]}, "model": {"name": "big"}},
+    "orchestrator__teacher_rollout_model": {
+        "client": {"base_url": ["http://a/v1"]},
+        "model": {"name": "big"},
+    },
 }
 
 
@@ -49,7 +57,9 @@ def written_by_a_teacher(ticket: Ticket, version: int, **changes: Any) -> Rollou
     return made
 
 
-def test_pure_distillation_waits_for_no_verifier_and_its_metrics_have_no_reward(run: Callable[..., Run]) -> None:
+def test_pure_distillation_waits_for_no_verifier_and_its_metrics_have_no_reward(
+    run: Callable[..., Run],
+) -> None:
     job = run(**DISTILL, trainer__max_steps=2)
     for stage in ("generate", "score"):
         job.bus.mark_ready(stage)  # type: ignore[arg-type]
@@ -72,7 +82,9 @@ def test_pure_distillation_trains_rollouts_and_not_groups(run: Callable[..., Run
     assert len(tickets) == 8 and job.trainer.course.book.unit_size == 1
 
 
-def test_pure_rl_asks_no_teacher_and_its_metrics_have_no_teacher_kl(run: Callable[..., Run]) -> None:
+def test_pure_rl_asks_no_teacher_and_its_metrics_have_no_teacher_kl(
+    run: Callable[..., Run],
+) -> None:
     job = run(trainer__max_steps=2)
     job.ready()
     job.to_the_end(unscored)
@@ -83,13 +95,20 @@ def test_pure_rl_asks_no_teacher_and_its_metrics_have_no_teacher_kl(run: Callabl
 
 
 def test_the_mixed_objective_has_both_terms(run: Callable[..., Run]) -> None:
-    job = run(**TEACHER, deployment__stages=["generate", "verify", "score", "train"], trainer__max_steps=1)
+    job = run(
+        **TEACHER, deployment__stages=["generate", "verify", "score", "train"], trainer__max_steps=1
+    )
     for stage in ("generate", "verify", "score"):
         job.bus.mark_ready(stage)  # type: ignore[arg-type]
     job.to_the_end(scored)
     [row] = job.rows()
     assert job.trainer.plan.route == ("verify", "score", "train")
-    assert row["reward"] is not None and row["teacher_kl"] is not None and row["loss_teacher"] != 0 and row["loss_policy"] != 0
+    assert (
+        row["reward"] is not None
+        and row["teacher_kl"] is not None
+        and row["loss_teacher"] != 0
+        and row["loss_policy"] != 0
+    )
 
 
 def test_hard_distillation_trains_on_what_no_policy_wrote(run: Callable[..., Run]) -> None:
@@ -98,14 +117,23 @@ def test_hard_distillation_trains_on_what_no_policy_wrote(run: Callable[..., Run
     job.to_the_end(written_by_a_teacher)
     rows = job.rows()
     assert job.trainer.plan.route == ("verify", "train")
-    assert 3 < rows[0]["loss"] < 7  # nats a token: random words under an untrained model of 48 tokens, log 48 = 3.9 at best
+    assert (
+        3 < rows[0]["loss"] < 7
+    )  # nats a token: random words under an untrained model of 48 tokens, log 48 = 3.9 at best
     for row in rows:
-        assert (row["teacher_kl"], row["ratio_mean"], row["staleness_max"], row["dropped_other"]) == (None, None, 0, 0)
+        assert (
+            row["teacher_kl"],
+            row["ratio_mean"],
+            row["staleness_max"],
+            row["dropped_other"],
+        ) == (None, None, 0, 0)
         assert row["reward"] is not None
     assert job.counts()["trained"] == 24
 
 
-def test_hard_distillation_without_verification_goes_straight_to_the_trainer(run: Callable[..., Run]) -> None:
+def test_hard_distillation_without_verification_goes_straight_to_the_trainer(
+    run: Callable[..., Run],
+) -> None:
     job = run(**HARD, orchestrator__verification__enabled=False, trainer__max_steps=1)
     job.bus.mark_ready("generate")
     job.to_the_end(lambda ticket, version: written_by_a_teacher(ticket, version, reward=None))
@@ -113,27 +141,49 @@ def test_hard_distillation_without_verification_goes_straight_to_the_trainer(run
     assert (job.trainer.plan.route, row["reward"], row["rollouts"]) == (("train",), None, 8)
 
 
-def test_only_right_answers_are_kept_where_that_is_asked_and_the_others_are_replaced(run: Callable[..., Run]) -> None:
+def test_only_right_answers_are_kept_where_that_is_asked_and_the_others_are_replaced(
+    run: Callable[..., Run],
+) -> None:
     job = run(
         trainer__loss__type="sft",
         orchestrator__use_token_client=False,
-        orchestrator__teacher_rollout_model={**HARD["orchestrator__teacher_rollout_model"], "keep": "verified"},
+        orchestrator__teacher_rollout_model={
+            **HARD["orchestrator__teacher_rollout_model"],
+            "keep": "verified",
+        },
         trainer__max_steps=2,
     )
     job.ready()
     rewards = (1.0, 0.5, None)
-    job.to_the_end(lambda ticket, version: written_by_a_teacher(ticket, version, reward=rewards[ticket.number % 3]))
-    rows, counts = job.rows(), job.counts()
+    job.to_the_end(
+        lambda ticket, version: written_by_a_teacher(
+            ticket, version, reward=rewards[ticket.number % 3]
+        )
+    )
+    rows = job.rows()
+    counts = job.counts()
     assert [row["reward"] for row in rows] == [1.0, 1.0]
     assert counts["trained"] == 16
     assert counts["dropped"] == sum(row["dropped_other"] for row in rows) > 0
 
 
 def test_a_teacher_that_is_never_right_is_told_of(run: Callable[..., Run]) -> None:
-    job = run(**HARD | {"orchestrator__teacher_rollout_model": {**HARD["orchestrator__teacher_rollout_model"], "keep": "verified"}})
+    job = run(
+        **HARD
+        | {
+            "orchestrator__teacher_rollout_model": {
+                **HARD["orchestrator__teacher_rollout_model"],
+                "keep": "verified",
+            }
+        }
+    )
     job.ready()
     for count, told in ((7, False), (1, True), (8, True)):
-        while (done := job.answer(lambda ticket, version: written_by_a_teacher(ticket, version, reward=0.5), count)) == 0:
+        while (
+            done := job.answer(
+                lambda ticket, version: written_by_a_teacher(ticket, version, reward=0.5), count
+            )
+        ) == 0:
             job.turn()
         assert done == count
         job.turn(2)

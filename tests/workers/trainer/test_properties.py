@@ -1,4 +1,6 @@
-"""What holds of batches, accounts, tickets and checkpoints, whatever comes, in whatever reads, and whoever is killed in between."""
+"""What holds of batches, accounts, tickets and checkpoints, whatever comes, in whatever reads, and
+whoever is killed in between.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +16,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.ledger import Fate
-from pipeline.records import PolicyVersion, Rollout, Tombstone
-from pipeline.stage import Delivery
-from settings.root import Settings
+from onstream.pipeline.records import PolicyVersion, Rollout, Tombstone
+from onstream.pipeline.run_files.ledger import Fate
+from onstream.pipeline.stage import Delivery
+from onstream.settings.root import Settings
+from onstream.workers.trainer.durability import checkpoint
+from onstream.workers.trainer.durability.acknowledgements import Accounts
+from onstream.workers.trainer.durability.checkpoint import TrainerState
+from onstream.workers.trainer.issuer import Issuer
+from onstream.workers.trainer.training import Course
 from tests.workers.trainer.records import rollout, tombstone
-from workers.trainer import checkpoint
-from workers.trainer.accounts import Accounts
-from workers.trainer.checkpoint import TrainerState
-from workers.trainer.course import Course
-from workers.trainer.issuer import Issuer
 
 pytestmark = pytest.mark.timeout(40)
 
-GROUP, BATCH, STALENESS = 2, 4, 1
+GROUP = 2
+BATCH = 4
+STALENESS = 1
 Blow = Literal["none", "checkpoint", "death", "death and a torn checkpoint"]
 POLICY = PolicyVersion(0, "digest", "policies/000000", 1)
 
@@ -47,7 +51,9 @@ class CountingLearner:
 
 @dataclass
 class Trained:
-    """What a stream came to: the numbers of each batch, the fate of each number, and how often each was settled."""
+    """What a stream came to: the numbers of each batch, the fate of each number, and how often each
+    was settled.
+    """
 
     batches: list[list[int]] = field(default_factory=list)
     fates: dict[int, Fate] = field(default_factory=dict)
@@ -55,12 +61,20 @@ class Trained:
 
 
 class Life:
-    """A trainer from the checkpoint `state` on, as workers.trainer.stage puts its parts together."""
+    """A trainer from the checkpoint `state` on, as onstream.workers.trainer.stage puts its parts
+    together.
+    """
 
     def __init__(self, run: Settings, state: TrainerState | None) -> None:
-        self.accounts, self.new = Accounts(state), Trained()
+        self.accounts = Accounts(state)
+        self.new = Trained()
         self.course = Course(
-            run, CountingLearner(), self, worker="t", step=state.step if state else 0, dropped=state.dropped if state else None
+            run,
+            CountingLearner(),
+            self,
+            worker="t",
+            step=state.step if state else 0,
+            dropped=state.dropped if state else None,
         )  # type: ignore[arg-type]
 
     def considered(self, record: Rollout | Tombstone, taken: float) -> None:
@@ -81,20 +95,36 @@ class Life:
         self.course.advance()
         if self.course.batch is not None:
             learned = self.course.learn()
-            self.new.batches.append([rollout.number for unit in learned.batch for rollout in unit.rollouts])
+            self.new.batches.append(
+                [rollout.number for unit in learned.batch for rollout in unit.rollouts]
+            )
             self.course.conclude(learned)
             self.course.advance()
 
     def state(self, sequence: int) -> TrainerState:
         """What a checkpoint holds now."""
         settled = {fate: numbers.ranges() for fate, numbers in self.accounts.fates.items()}
-        return TrainerState(sequence, self.course.step, POLICY, 0, settled, self.accounts.before, 0, {}, dropped=dict(self.course.dropped))
+        return TrainerState(
+            sequence,
+            self.course.step,
+            POLICY,
+            0,
+            settled,
+            self.accounts.before,
+            0,
+            {},
+            dropped=dict(self.course.dropped),
+        )
 
 
 def settings_of_the_run() -> Settings:
     return Settings.model_validate(
         {
-            "orchestrator": {"batch_size": BATCH, "group_size": GROUP, "max_off_policy_steps": STALENESS},
+            "orchestrator": {
+                "batch_size": BATCH,
+                "group_size": GROUP,
+                "max_off_policy_steps": STALENESS,
+            },
             "trainer": {"max_steps": 100},
             "deployment": {"stages": ["generate", "verify", "train"]},
         }
@@ -105,7 +135,9 @@ def delivered(stream: Sequence[Rollout | Tombstone], at: int) -> Delivery:
     """The entry `at`; each time with a record of its own, as decoding gives."""
     record = stream[at]
     if isinstance(record, Rollout):
-        record = rollout(record.number, group_size=GROUP, versions=_versions(record), reward=record.reward)
+        record = rollout(
+            record.number, group_size=GROUP, versions=_versions(record), reward=record.reward
+        )
     return Delivery(f"{at}-0".encode(), record.number, record, 10, 1, 0.0)
 
 
@@ -113,24 +145,36 @@ def _versions(record: Rollout) -> tuple[int, ...]:
     return tuple(span.version for span in record.samples[0].version_spans)
 
 
-def train(stream: Sequence[Rollout | Tombstone], reads: Iterable[int], blows: Iterable[Blow]) -> Trained:
+def train(
+    stream: Sequence[Rollout | Tombstone], reads: Iterable[int], blows: Iterable[Blow]
+) -> Trained:
     """Feed `stream` in `reads` of so many entries, and after each do what `blows` say.
 
     The newest checkpoint may be torn when the trainer dies: then the one before it is taken up.
     """
-    run, acknowledged, at = settings_of_the_run(), set[bytes](), 0
-    kept: list[tuple[TrainerState | None, Trained]] = [(None, Trained())]  # the last two checkpoints, with what had come of the stream
-    life, left = Life(run, None), iter(blows)
+    run = settings_of_the_run()
+    acknowledged = set[bytes]()
+    at = 0
+    kept: list[tuple[TrainerState | None, Trained]] = [
+        (None, Trained())
+    ]  # the last two checkpoints, with what had come of the stream
+    life = Life(run, None)
+    left = iter(blows)
     for size in (*reads, *[1] * (2 * len(stream) + 2)):
         life.handle([delivered(stream, entry) for entry in range(at, min(at + size, len(stream)))])
         at = min(at + size, len(stream))
         blow = next(left, "none")
         if blow == "checkpoint":
             before, durable = kept[-1]
-            kept = [kept[-1], (life.state(before.sequence + 1 if before else 1), _together(durable, life.new))]
+            kept = [
+                kept[-1],
+                (life.state(before.sequence + 1 if before else 1), _together(durable, life.new)),
+            ]
             life.accounts.durable()
             ids = life.accounts.payable()
-            assert all(stream[int(entry.split(b"-")[0])].number in life.accounts.settled for entry in ids)
+            assert all(
+                stream[int(entry.split(b"-")[0])].number in life.accounts.settled for entry in ids
+            )
             acknowledged |= set(ids)
             life.accounts.paid(ids)
             life.new = Trained()
@@ -138,15 +182,27 @@ def train(stream: Sequence[Rollout | Tombstone], reads: Iterable[int], blows: It
             if blow == "death and a torn checkpoint":
                 kept = kept[:1]
             life = Life(run, kept[-1][0])
-            life.handle([delivered(stream, entry) for entry in range(at) if f"{entry}-0".encode() not in acknowledged])
+            life.handle(
+                [
+                    delivered(stream, entry)
+                    for entry in range(at)
+                    if f"{entry}-0".encode() not in acknowledged
+                ]
+            )
     return _together(kept[-1][1], life.new)
 
 
 def _together(before: Trained, after: Trained) -> Trained:
-    return Trained([*before.batches, *after.batches], {**before.fates, **after.fates}, before.settled + after.settled)
+    return Trained(
+        [*before.batches, *after.batches],
+        {**before.fates, **after.fates},
+        before.settled + after.settled,
+    )
 
 
-records = st.tuples(st.sampled_from(["live", "live", "live", "unscored", "dead"]), st.integers(0, 4))
+records = st.tuples(
+    st.sampled_from(["live", "live", "live", "unscored", "dead"]), st.integers(0, 4)
+)
 streams = st.integers(1, 10).flatmap(
     lambda groups: st.tuples(
         st.lists(records, min_size=groups * GROUP, max_size=groups * GROUP),
@@ -156,19 +212,31 @@ streams = st.integers(1, 10).flatmap(
 )
 
 
-def stream_of(drawn: tuple[list[tuple[str, int]], list[int], list[int]]) -> list[Rollout | Tombstone]:
-    """Records of all numbers in some order, some of which come again, as they do when they were issued again."""
+def stream_of(
+    drawn: tuple[list[tuple[str, int]], list[int], list[int]],
+) -> list[Rollout | Tombstone]:
+    """Records of all numbers in some order, some of which come again, as they do when they were
+    issued again.
+    """
     kinds, order, again = drawn
     made: list[Rollout | Tombstone] = []
     for number in order:
         kind, version = kinds[number - 1]
         reward = None if kind == "unscored" else 1.0
-        made.append(tombstone(number) if kind == "dead" else rollout(number, group_size=GROUP, versions=(version,), reward=reward))
+        made.append(
+            tombstone(number)
+            if kind == "dead"
+            else rollout(number, group_size=GROUP, versions=(version,), reward=reward)
+        )
     return made + [made[at] for at in again]
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow])
-@given(streams, st.lists(st.integers(0, 7), max_size=20), st.lists(st.sampled_from(get_args(Blow)), max_size=20))
+@given(
+    streams,
+    st.lists(st.integers(0, 7), max_size=20),
+    st.lists(st.sampled_from(get_args(Blow)), max_size=20),
+)
 def test_batches_are_a_function_of_the_stream_alone(
     drawn: tuple[list[tuple[str, int]], list[int], list[int]], reads: list[int], blows: list[Blow]
 ) -> None:
@@ -180,13 +248,19 @@ def test_batches_are_a_function_of_the_stream_alone(
     assert set(disturbed.settled.values()) <= {1}, "settled twice"
     trained = [number for batch in undisturbed.batches for number in batch]
     assert len(trained) == len(set(trained))
-    assert {number for number, fate in undisturbed.fates.items() if fate == "trained"} == set(trained)
+    assert {number for number, fate in undisturbed.fates.items() if fate == "trained"} == set(
+        trained
+    )
 
 
 @given(streams)
-def test_no_batch_holds_a_group_that_is_too_stale_and_dropped_ones_were(drawn: tuple[list[tuple[str, int]], list[int], list[int]]) -> None:
+def test_no_batch_holds_a_group_that_is_too_stale_and_dropped_ones_were(
+    drawn: tuple[list[tuple[str, int]], list[int], list[int]],
+) -> None:
     stream = stream_of(drawn)
-    versions = {record.number: _versions(record)[0] for record in stream if isinstance(record, Rollout)}
+    versions = {
+        record.number: _versions(record)[0] for record in stream if isinstance(record, Rollout)
+    }
     found = train(stream, [len(stream)], [])
     for step, batch in enumerate(found.batches):
         assert all(step - versions[number] <= STALENESS for number in batch)
@@ -209,19 +283,38 @@ def test_no_batch_holds_a_group_that_is_too_stale_and_dropped_ones_were(drawn: t
     outstanding=st.integers(0, 300),
 )
 def test_the_window_is_filled_in_whole_groups_and_never_overfilled(
-    version: int, max_steps: int, groups: int, group_size: int, ahead: int, issued: int, outstanding: int
+    version: int,
+    max_steps: int,
+    groups: int,
+    group_size: int,
+    ahead: int,
+    issued: int,
+    outstanding: int,
 ) -> None:
     batch = groups * group_size
-    issuer = Issuer(seed=1, group_size=group_size, batch_size=batch, max_off_policy_steps=ahead, max_steps=max_steps, route=("train",))
+    issuer = Issuer(
+        seed=1,
+        group_size=group_size,
+        batch_size=batch,
+        max_off_policy_steps=ahead,
+        max_steps=max_steps,
+        route=("train",),
+    )
     issued *= group_size
     tickets = issuer.due(version=version, issued=issued, outstanding=outstanding)
     window = max(0, min(1 + ahead, max_steps - version)) * batch
-    assert [ticket.number for ticket in tickets] == list(range(issued + 1, issued + 1 + len(tickets)))
+    assert [ticket.number for ticket in tickets] == list(
+        range(issued + 1, issued + 1 + len(tickets))
+    )
     assert len(tickets) % group_size == 0
     assert not tickets or window <= outstanding + len(tickets) < window + group_size
     assert tickets or outstanding >= window
-    assert all(max(0, version - ahead) <= ticket.min_policy_version <= version for ticket in tickets)
-    assert [ticket.min_policy_version for ticket in tickets] == sorted(ticket.min_policy_version for ticket in tickets)
+    assert all(
+        max(0, version - ahead) <= ticket.min_policy_version <= version for ticket in tickets
+    )
+    assert [ticket.min_policy_version for ticket in tickets] == sorted(
+        ticket.min_policy_version for ticket in tickets
+    )
     for ticket in tickets:
         assert ticket == issuer.ticket(ticket.number, ticket.min_policy_version)
         assert ticket.index == issuer.problem((ticket.number - 1) // group_size)
@@ -240,7 +333,9 @@ def test_a_torn_checkpoint_is_found_whatever_was_torn_and_the_one_before_it_is_u
         directory = Path(name)
         for step, contents in enumerate((older, newer), 1):
             contents = {**contents, checkpoint.OPTIMIZER: b"state"}
-            state = TrainerState(step, step, POLICY, 4 * step, {"trained": [(1, 4 * step)]}, [], 0, {})
+            state = TrainerState(
+                step, step, POLICY, 4 * step, {"trained": [(1, 4 * step)]}, [], 0, {}
+            )
 
             def write(where: Path, contents: dict[str, bytes] = contents) -> None:
                 for file, content in contents.items():
@@ -251,7 +346,11 @@ def test_a_torn_checkpoint_is_found_whatever_was_torn_and_the_one_before_it_is_u
         assert checkpoint.damage(path) is None
         victim = path / data.draw(st.sampled_from(sorted(file.name for file in path.iterdir())))
         whole = victim.read_bytes()
-        torn = data.draw(st.binary(max_size=60) | st.integers(0, len(whole) - 1).map(lambda at: whole[:at]) | st.none())
+        torn = data.draw(
+            st.binary(max_size=60)
+            | st.integers(0, len(whole) - 1).map(lambda at: whole[:at])
+            | st.none()
+        )
         if torn is None:
             victim.unlink()
         else:

@@ -13,25 +13,47 @@ OWN = {"pipeline", "workers"}
 
 def imported_by(module: str) -> set[str]:
     """Top-level names of everything that a fresh interpreter imports with `module`."""
-    asked = subprocess.run([sys.executable, "-c", ASK.format(module=module)], capture_output=True, text=True, check=True)
+    asked = subprocess.run(
+        [sys.executable, "-c", ASK.format(module=module)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return set(asked.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["workers.trainer.advantages", "workers.trainer.staleness", "workers.trainer.schedule"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "onstream.workers.trainer.maths.advantages",
+        "onstream.workers.trainer.maths.staleness",
+        "onstream.workers.trainer.maths.schedule",
+    ],
+)
 def test_plain_numbers_need_the_standard_library_alone(module: str) -> None:
     assert imported_by(module) <= set(sys.stdlib_module_names) | OWN
 
 
 def test_packing_needs_numpy_alone() -> None:
-    assert imported_by("pipeline.models.packing") <= set(sys.stdlib_module_names) | OWN | {"numpy"}
+    assert imported_by("onstream.pipeline.models.packing") <= set(sys.stdlib_module_names) | OWN | {
+        "numpy"
+    }
 
 
 def test_groups_need_the_records_and_no_tensors() -> None:
-    assert not imported_by("workers.trainer.groups") & {"torch", "transformers", "redis", "pydantic", "settings"}
+    assert not imported_by("onstream.workers.trainer.batches.groups") & {
+        "torch",
+        "transformers",
+        "redis",
+        "pydantic",
+        "settings",
+    }
 
 
 @pytest.mark.timeout(30)
-@pytest.mark.parametrize("module", ["workers.trainer.loss", "workers.trainer.mismatch"])
+@pytest.mark.parametrize(
+    "module", ["onstream.workers.trainer.maths.loss", "onstream.workers.trainer.maths.mismatch"]
+)
 def test_the_loss_needs_torch_and_nothing_of_ours(module: str) -> None:
     names = imported_by(module)
     assert "torch" in names

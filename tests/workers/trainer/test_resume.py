@@ -1,4 +1,6 @@
-"""A trainer that was killed, drained, replaced or robbed of its data: nothing lost, nothing trained twice, the same bits."""
+"""A trainer that was killed, drained, replaced or robbed of its data: nothing lost, nothing trained
+twice, the same bits.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,19 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import Exit, UserError
-from pipeline.records import Rollout, Ticket, Tombstone, encode
-from pipeline.streams import Bus, LeaseHeld, LeaseLost, Move, Out
+from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.records import Rollout, Ticket, Tombstone, encode
+from onstream.pipeline.redis.streams import Bus, LeaseHeld, LeaseLost, Move, Out
+from onstream.workers.trainer.durability import checkpointing
 from tests.workers.trainer.driver import Run, dead, rollout
-from workers.trainer import keeper
 
 
 @pytest.fixture
 def undisturbed(redis_url: str, run_name: str, model: Path, tmp_path: Path) -> Iterator[str]:
     """The digest of the weights at the end of a run that nothing happened to."""
-    bus = Bus.connect(redis_url, f"{run_name}-twin", consumer="tester", block_s=0.2, connect_timeout_s=5)
+    bus = Bus.connect(
+        redis_url, f"{run_name}-twin", consumer="tester", block_s=0.2, connect_timeout_s=5
+    )
     job = Run(bus, model, tmp_path)
     job.ready()
     job.to_the_end()
@@ -64,7 +68,9 @@ def test_a_kill_between_the_announcement_and_the_metrics_is_made_good(
     job = run()
     job.ready()
     job.until(2)
-    monkeypatch.setattr(job.trainer, "_write_down", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        job.trainer, "_write_down", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         job.until(3)
     assert digest_of(job, 3) is not None
@@ -75,7 +81,9 @@ def test_a_kill_between_the_announcement_and_the_metrics_is_made_good(
 
 
 def digest_of(job: Run, number: int) -> str | None:
-    return next((policy.digest for _, policy in job.bus.announcements() if policy.number == number), None)
+    return next(
+        (policy.digest for _, policy in job.bus.announcements() if policy.number == number), None
+    )
 
 
 def test_a_kill_between_the_checkpoint_and_its_acknowledgements_repeats_neither(
@@ -93,7 +101,9 @@ def test_a_kill_between_the_checkpoint_and_its_acknowledgements_repeats_neither(
     job.start()
     while 1 in bus.numbers("train"):
         job.turn()
-    assert set(range(17, 33)) <= set(bus.numbers("train"))  # settled by the newest checkpoint: kept until the next
+    assert set(range(17, 33)) <= set(
+        bus.numbers("train")
+    )  # settled by the newest checkpoint: kept until the next
     job.to_the_end()
     assert digest(bus) == undisturbed
     assert job.counts() == {"issued": 48, "trained": 48}
@@ -105,7 +115,9 @@ def test_a_kill_between_the_ledger_and_the_checkpoint_leaves_no_line_behind(
     job = run()
     job.ready()
     job.until(1)
-    monkeypatch.setattr(job.trainer, "_write_files", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        job.trainer, "_write_files", lambda path: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         job.until(2)
     assert len(job.rows("trained.jsonl")) == 16
@@ -153,7 +165,9 @@ def test_a_fall_back_by_more_than_one_issues_the_missing_numbers_again(
     assert job.counts() == {"issued": 48, "trained": 48}
 
 
-def test_an_empty_redis_is_filled_again_from_the_checkpoint(run: Callable[..., Run], bus: Bus, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_redis_is_filled_again_from_the_checkpoint(
+    run: Callable[..., Run], bus: Bus, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = run()
     job.ready()
     job.until(4)
@@ -170,7 +184,9 @@ def test_an_empty_redis_is_filled_again_from_the_checkpoint(run: Callable[..., R
     assert job.counts() == {"issued": 48, "trained": 48}
 
 
-def test_a_number_lost_in_the_middle_of_a_step_is_issued_again_as_it_was(run: Callable[..., Run], bus: Bus) -> None:
+def test_a_number_lost_in_the_middle_of_a_step_is_issued_again_as_it_was(
+    run: Callable[..., Run], bus: Bus
+) -> None:
     job = run()
     job.ready()
     while not bus.issued():
@@ -183,7 +199,9 @@ def test_a_number_lost_in_the_middle_of_a_step_is_issued_again_as_it_was(run: Ca
     assert again == [ticket]
 
 
-def test_a_dead_letter_whose_tombstone_went_with_a_lost_checkpoint_stays_dead(run: Callable[..., Run], bus: Bus) -> None:
+def test_a_dead_letter_whose_tombstone_went_with_a_lost_checkpoint_stays_dead(
+    run: Callable[..., Run], bus: Bus
+) -> None:
     job = run(trainer__max_steps=2)
     job.ready()
     while not bus.issued():
@@ -195,7 +213,9 @@ def test_a_dead_letter_whose_tombstone_went_with_a_lost_checkpoint_stays_dead(ru
     assert job.counts() == {"issued": 16, "trained": 15, "dead": 1}
 
 
-def test_a_drain_checkpoints_at_any_step_and_gives_nothing_back(run: Callable[..., Run], bus: Bus, undisturbed: str) -> None:
+def test_a_drain_checkpoints_at_any_step_and_gives_nothing_back(
+    run: Callable[..., Run], bus: Bus, undisturbed: str
+) -> None:
     job = run(checkpoint__interval=1000)
     job.ready()
     job.until(3)
@@ -214,7 +234,9 @@ def test_a_drain_with_nothing_new_writes_no_checkpoint(run: Callable[..., Run], 
     assert job.checkpoints() == []
 
 
-def test_a_finished_run_goes_on_when_max_steps_is_raised_and_the_change_is_recorded(run: Callable[..., Run], bus: Bus) -> None:
+def test_a_finished_run_goes_on_when_max_steps_is_raised_and_the_change_is_recorded(
+    run: Callable[..., Run], bus: Bus
+) -> None:
     job = run(trainer__max_steps=4)
     job.ready()
     job.to_the_end()
@@ -225,14 +247,21 @@ def test_a_finished_run_goes_on_when_max_steps_is_raised_and_the_change_is_recor
     job.start(trainer__max_steps=6)
     assert not bus.finished()
     (change,) = job.rows("changes.jsonl")
-    assert {name: change[name] for name in ("step", "name", "from", "to")} == {"step": 4, "name": "trainer.max_steps", "from": 4, "to": 6}
+    assert {name: change[name] for name in ("step", "name", "from", "to")} == {
+        "step": 4,
+        "name": "trainer.max_steps",
+        "from": 4,
+        "to": 6,
+    }
     job.to_the_end()
     assert job.counts() == {"issued": 48, "trained": 48}
 
 
 def test_a_changed_run_setting_is_refused_by_name_with_both_values(run: Callable[..., Run]) -> None:
     job = run()
-    with pytest.raises(UserError, match=r"orchestrator\.group_size \(here 2, the run has 4\)") as refused:
+    with pytest.raises(
+        UserError, match=r"orchestrator\.group_size \(here 2, the run has 4\)"
+    ) as refused:
         job.start(orchestrator__group_size=2)
     assert refused.value.exit == Exit.REFUSED
     shutil.rmtree(job.trainer.run_dir / "checkpoints", ignore_errors=True)
@@ -241,15 +270,21 @@ def test_a_changed_run_setting_is_refused_by_name_with_both_values(run: Callable
         job.start(run__seed=6)
 
 
-def test_a_route_that_changed_is_refused_with_the_number_in_flight(run: Callable[..., Run], bus: Bus) -> None:
+def test_a_route_that_changed_is_refused_with_the_number_in_flight(
+    run: Callable[..., Run], bus: Bus
+) -> None:
     job = run()
     job.ready()
     job.until(2)
-    with pytest.raises(UserError, match=r"rollouts would go by train; run .* has 16 in flight by verify → train"):
+    with pytest.raises(
+        UserError, match=r"rollouts would go by train; run .* has 16 in flight by verify → train"
+    ):
         job.start(deployment__stages=["generate", "train"])
 
 
-def test_never_refuses_a_run_that_exists_and_must_one_that_does_not(bus: Bus, model: Path, tmp_path: Path, run: Callable[..., Run]) -> None:
+def test_never_refuses_a_run_that_exists_and_must_one_that_does_not(
+    bus: Bus, model: Path, tmp_path: Path, run: Callable[..., Run]
+) -> None:
     with pytest.raises(UserError, match="exists neither in"):
         run(run__resume="must")
     run().start(run__resume="must")
@@ -267,7 +302,9 @@ def test_a_second_trainer_stops_and_names_who_holds_the_lease(
     other.close()
 
 
-def test_a_revived_trainer_beside_its_successor_writes_nothing(run: Callable[..., Run], bus: Bus) -> None:
+def test_a_revived_trainer_beside_its_successor_writes_nothing(
+    run: Callable[..., Run], bus: Bus
+) -> None:
     job = run()
     job.ready()
     job.until(1)
@@ -276,7 +313,9 @@ def test_a_revived_trainer_beside_its_successor_writes_nothing(run: Callable[...
     while job.trainer.step < 2:
         job.answer(count=8)
         job.turn()
-    policy, rows, ledger = bus.newest_policy(), job.rows(), job.rows("trained.jsonl")
+    policy = bus.newest_policy()
+    rows = job.rows()
+    ledger = job.rows("trained.jsonl")
     with pytest.raises(LeaseLost):
         for _ in range(10):
             stopped.turn()
@@ -295,7 +334,10 @@ def full_disk(path: Path) -> None:
 
 
 def test_training_goes_on_when_a_checkpoint_finds_the_disk_full_and_it_is_tried_again(
-    run: Callable[..., Run], bus: Bus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., Run],
+    bus: Bus,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     clock = Clock(monkeypatch)
     job = run()
@@ -305,7 +347,9 @@ def test_training_goes_on_when_a_checkpoint_finds_the_disk_full_and_it_is_tried_
     monkeypatch.setattr(job.trainer, "_write_files", full_disk)
     job.until(5)
     said = capsys.readouterr().out
-    assert "No space left on device" in said and "the ones before stand, and training goes on" in said
+    assert (
+        "No space left on device" in said and "the ones before stand, and training goes on" in said
+    )
     assert job.checkpoints() == ["step-000002"]
     assert len(job.rows("trained.jsonl")) == 16
     monkeypatch.setattr(job.trainer, "_write_files", room)
@@ -323,7 +367,10 @@ def test_a_disk_that_stays_full_stops_the_trainer_with_the_reason_and_loses_noth
     job = run(trainer__max_steps=2)
     job.ready()
     monkeypatch.setattr(job.trainer, "_write_files", full_disk)
-    with pytest.raises(UserError, match=r"could not be written to .*No space left on device.* Free space and start again"):
+    with pytest.raises(
+        UserError,
+        match=r"could not be written to .*No space left on device.* Free space and start again",
+    ):
         for _ in range(100):
             job.answer()
             job.turn()
@@ -353,10 +400,12 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(keeper, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(checkpointing, "time", SimpleNamespace(monotonic=lambda: self.now))
 
 
-def test_a_ledger_that_went_missing_is_written_anew_from_the_checkpoint(run: Callable[..., Run], bus: Bus) -> None:
+def test_a_ledger_that_went_missing_is_written_anew_from_the_checkpoint(
+    run: Callable[..., Run], bus: Bus
+) -> None:
     def make(ticket: Ticket, version: int) -> Rollout | Tombstone:
         return dead(ticket, version) if ticket.number == 3 else rollout(ticket, version)
 
@@ -372,13 +421,18 @@ def test_a_ledger_that_went_missing_is_written_anew_from_the_checkpoint(run: Cal
     assert job.counts() == {"issued": 48, "trained": 47, "dead": 1}
 
 
-def test_other_weights_under_an_announced_number_are_announced_anew(run: Callable[..., Run], bus: Bus) -> None:
+def test_other_weights_under_an_announced_number_are_announced_anew(
+    run: Callable[..., Run], bus: Bus
+) -> None:
     job = run()
     job.ready()
     job.until(3)
     job.start(trainer__optim__lr=1e-2)  # what is replayed from step 2 differs now
     job.until(3)
     assert job.announced() == [0, 1, 2, 3, 3]
-    assert json.loads((job.trainer.run_dir / "changes.jsonl").read_text())["name"] == "trainer.optim.lr"
+    assert (
+        json.loads((job.trainer.run_dir / "changes.jsonl").read_text())["name"]
+        == "trainer.optim.lr"
+    )
     job.to_the_end()
     assert job.announced() == [0, 1, 2, 3, 3, 4, 5, 6]

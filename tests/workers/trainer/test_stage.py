@@ -11,12 +11,12 @@ import msgspec
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.errors import Exit
-from pipeline.loop import run_worker
-from pipeline.records import Rollout, Ticket, Tombstone, decode_work, encode
-from pipeline.streams import Bus, Move, Out
+from onstream.pipeline.errors import Exit
+from onstream.pipeline.loop import run_worker
+from onstream.pipeline.records import Rollout, Ticket, Tombstone, decode_work, encode
+from onstream.pipeline.redis.streams import Bus, Move, Out
+from onstream.workers.trainer.stage import Trainer
 from tests.workers.trainer.driver import Run, dead, rollout
-from workers.trainer.stage import Trainer
 
 NAMES = (
     "step time loss loss_policy loss_teacher loss_kl reward reward_std unscored teacher_kl teacher_kl_k3 entropy ratio_mean ratio_max "
@@ -27,17 +27,24 @@ NAMES = (
 )
 
 
-def test_a_fresh_run_has_a_plan_and_the_student_as_version_0_before_any_ticket(run: Callable[..., Run], bus: Bus) -> None:
+def test_a_fresh_run_has_a_plan_and_the_student_as_version_0_before_any_ticket(
+    run: Callable[..., Run], bus: Bus
+) -> None:
     job = run()
     plan = bus.read_plan()
     assert plan is not None and plan == (job.trainer.run_dir / "plan.json").read_bytes()
     policy = bus.newest_policy()
     assert policy is not None and policy.number == 0
-    assert AutoModelForCausalLM.from_pretrained(job.trainer.run_dir / policy.path).config.vocab_size == 48
+    assert (
+        AutoModelForCausalLM.from_pretrained(job.trainer.run_dir / policy.path).config.vocab_size
+        == 48
+    )
     assert bus.issued() == 0
 
 
-def test_the_first_ticket_waits_for_every_stage_of_the_route_and_says_so(run: Callable[..., Run], bus: Bus) -> None:
+def test_the_first_ticket_waits_for_every_stage_of_the_route_and_says_so(
+    run: Callable[..., Run], bus: Bus
+) -> None:
     job = run()
     bus.mark_ready("generate")
     job.turn()
@@ -49,7 +56,9 @@ def test_the_first_ticket_waits_for_every_stage_of_the_route_and_says_so(run: Ca
     assert job.trainer.stats.detail == "step 1 of 6; 0 rollouts of 0 open groups to come"
 
 
-def test_a_step_publishes_a_version_and_writes_every_metric(run: Callable[..., Run], bus: Bus) -> None:
+def test_a_step_publishes_a_version_and_writes_every_metric(
+    run: Callable[..., Run], bus: Bus
+) -> None:
     job = run()
     job.ready()
     job.until(1)
@@ -57,17 +66,28 @@ def test_a_step_publishes_a_version_and_writes_every_metric(run: Callable[..., R
     assert policy is not None and policy.number == 1
     (row,) = job.rows()
     assert set(NAMES.split()) <= set(row)
-    assert (row["step"], row["rollouts"], row["policy_version"], row["staleness_max"]) == (1, 8, 1, 0)
+    assert (row["step"], row["rollouts"], row["policy_version"], row["staleness_max"]) == (
+        1,
+        8,
+        1,
+        0,
+    )
     assert row["latency_generate_s"] == pytest.approx(1.0, abs=1e-3)
     assert row["queue_verify_s"] == pytest.approx(0.5, abs=1e-3)
     assert row["latency_score_s"] is None
     assert 1.0 <= row["queue_train_s"] < 10
     assert bus.issued() == 24  # the window moved on by a batch
     sample = job.rows("samples.jsonl")[0]
-    assert (sample["uid"], sample["completions"], sample["policy_versions"]) == (f"{bus.run}/1", ["some words"], [0])
+    assert (sample["uid"], sample["completions"], sample["policy_versions"]) == (
+        f"{bus.run}/1",
+        ["some words"],
+        [0],
+    )
 
 
-def test_a_run_ends_by_itself_with_a_checkpoint_that_transformers_loads_and_nothing_in_flight(run: Callable[..., Run], bus: Bus) -> None:
+def test_a_run_ends_by_itself_with_a_checkpoint_that_transformers_loads_and_nothing_in_flight(
+    run: Callable[..., Run], bus: Bus
+) -> None:
     job = run()
     job.ready()
     job.to_the_end()
@@ -80,7 +100,9 @@ def test_a_run_ends_by_itself_with_a_checkpoint_that_transformers_loads_and_noth
     assert job.trainer.stats.detail == "finished after step 6"
 
 
-def test_entries_are_acknowledged_by_the_checkpoint_after_the_one_that_settled_them(run: Callable[..., Run], bus: Bus) -> None:
+def test_entries_are_acknowledged_by_the_checkpoint_after_the_one_that_settled_them(
+    run: Callable[..., Run], bus: Bus
+) -> None:
     job = run()
     job.ready()
     job.until(2)
@@ -94,9 +116,15 @@ def test_entries_are_acknowledged_by_the_checkpoint_after_the_one_that_settled_t
     assert bus.numbers("train") == list(range(33, 49))
 
 
-def test_a_dead_member_leaves_its_group_and_a_dead_group_is_replaced(run: Callable[..., Run], bus: Bus) -> None:
+def test_a_dead_member_leaves_its_group_and_a_dead_group_is_replaced(
+    run: Callable[..., Run], bus: Bus
+) -> None:
     def make(ticket: Ticket, version: int) -> Rollout | Tombstone:
-        return dead(ticket, version) if ticket.number in (2, 9, 10, 11, 12) else rollout(ticket, version)
+        return (
+            dead(ticket, version)
+            if ticket.number in (2, 9, 10, 11, 12)
+            else rollout(ticket, version)
+        )
 
     job = run()
     job.ready()
@@ -107,7 +135,9 @@ def test_a_dead_member_leaves_its_group_and_a_dead_group_is_replaced(run: Callab
     assert (second["rollouts"], second["dead"], second["dropped_other"]) == (8, 0, 4)
 
 
-def test_a_group_that_is_too_stale_is_dropped_and_replaced_under_new_numbers(run: Callable[..., Run], bus: Bus) -> None:
+def test_a_group_that_is_too_stale_is_dropped_and_replaced_under_new_numbers(
+    run: Callable[..., Run], bus: Bus
+) -> None:
     def make(ticket: Ticket, version: int) -> Rollout:
         return rollout(ticket, version=0 if ticket.number == 30 else version)
 
@@ -116,10 +146,17 @@ def test_a_group_that_is_too_stale_is_dropped_and_replaced_under_new_numbers(run
     job.to_the_end(make)
     assert job.counts() == {"issued": 52, "trained": 48, "dropped": 4}
     assert sum(row["dropped_stale"] for row in job.rows()) == 4
-    assert {line["number"] for line in job.rows("trained.jsonl") if line["fate"] == "stale"} == {29, 30, 31, 32}
+    assert {line["number"] for line in job.rows("trained.jsonl") if line["fate"] == "stale"} == {
+        29,
+        30,
+        31,
+        32,
+    }
 
 
-def test_with_no_step_off_policy_every_rollout_is_trained_by_the_version_that_wrote_it(run: Callable[..., Run], bus: Bus) -> None:
+def test_with_no_step_off_policy_every_rollout_is_trained_by_the_version_that_wrote_it(
+    run: Callable[..., Run], bus: Bus
+) -> None:
     job = run(orchestrator__max_off_policy_steps=0)
     job.ready()
     asked: list[tuple[int, int]] = []
@@ -134,9 +171,13 @@ def test_with_no_step_off_policy_every_rollout_is_trained_by_the_version_that_wr
     assert [row["staleness_max"] for row in job.rows()] == [0] * 6
 
 
-def test_single_rollouts_are_the_unit_where_no_reward_has_a_baseline(run: Callable[..., Run], bus: Bus) -> None:
+def test_single_rollouts_are_the_unit_where_no_reward_has_a_baseline(
+    run: Callable[..., Run], bus: Bus
+) -> None:
     def make(ticket: Ticket, version: int) -> Rollout | Tombstone:
-        return dead(ticket, version) if ticket.number == 3 else rollout(ticket, version, reward=None)
+        return (
+            dead(ticket, version) if ticket.number == 3 else rollout(ticket, version, reward=None)
+        )
 
     job = run(
         orchestrator__max_off_policy_steps=0,
@@ -153,7 +194,9 @@ def test_single_rollouts_are_the_unit_where_no_reward_has_a_baseline(run: Callab
     assert "lost" not in counts
 
 
-def test_a_rollout_that_no_step_can_take_counts_as_dead_and_stops_nothing(run: Callable[..., Run], bus: Bus) -> None:
+def test_a_rollout_that_no_step_can_take_counts_as_dead_and_stops_nothing(
+    run: Callable[..., Run], bus: Bus
+) -> None:
     def make(ticket: Ticket, version: int) -> Rollout:
         made = rollout(ticket, version)
         if ticket.number == 5:
@@ -176,15 +219,22 @@ def test_a_number_that_comes_twice_is_trained_once(run: Callable[..., Run], bus:
     while not bus.issued():
         job.turn()
     taken = job.tickets()
-    twice = [Move(entry.id, [Out("train", ticket.number, encode(rollout(ticket, 0)))] * 2) for entry, ticket in taken]
+    twice = [
+        Move(entry.id, [Out("train", ticket.number, encode(rollout(ticket, 0)))] * 2)
+        for entry, ticket in taken
+    ]
     bus.settle("generate", twice)
     job.turn(4)
     assert job.rows()[0]["rollouts"] == 8
     assert job.counts() == {"issued": 8, "trained": 8}
 
 
-def test_a_checkpoint_is_taken_early_when_much_waits_for_it(run: Callable[..., Run], bus: Bus) -> None:
-    job = run(checkpoint__interval=1000, checkpoint__max_unacked_bytes=1 << 16, trainer__max_steps=4)
+def test_a_checkpoint_is_taken_early_when_much_waits_for_it(
+    run: Callable[..., Run], bus: Bus
+) -> None:
+    job = run(
+        checkpoint__interval=1000, checkpoint__max_unacked_bytes=1 << 16, trainer__max_steps=4
+    )
     job.ready()
     long = [{"role": "user", "content": "x" * 2000}]
     job.until(1, lambda ticket, version: rollout(ticket, version, messages=long))
@@ -209,7 +259,9 @@ def test_tickets_wait_for_the_backlog(run: Callable[..., Run], bus: Bus) -> None
     assert bus.issued() == 32
 
 
-def test_no_steps_at_all_still_leave_a_checkpoint_and_an_end(run: Callable[..., Run], bus: Bus) -> None:
+def test_no_steps_at_all_still_leave_a_checkpoint_and_an_end(
+    run: Callable[..., Run], bus: Bus
+) -> None:
     job = run(trainer__max_steps=0)
     job.turn(2)
     assert bus.finished()
@@ -221,7 +273,9 @@ def test_what_the_state_file_says_is_complete(run: Callable[..., Run], bus: Bus)
     job = run()
     job.ready()
     job.until(4)
-    state: dict[str, Any] = json.loads((job.trainer.run_dir / "checkpoints/step-000004/trainer.json").read_text())
+    state: dict[str, Any] = json.loads(
+        (job.trainer.run_dir / "checkpoints/step-000004/trainer.json").read_text()
+    )
     assert (state["sequence"], state["step"], state["issued"]) == (2, 4, 48)
     assert state["settled"] == {"trained": [[1, 32]]}
     assert state["before"] == [[1, 16]]
@@ -230,7 +284,9 @@ def test_what_the_state_file_says_is_complete(run: Callable[..., Run], bus: Bus)
     assert msgspec.json.encode(state["policy"][1])
 
 
-def test_the_worker_loop_runs_it_to_its_end_and_frees_the_lease(run: Callable[..., Run], bus: Bus, redis_url: str) -> None:
+def test_the_worker_loop_runs_it_to_its_end_and_frees_the_lease(
+    run: Callable[..., Run], bus: Bus, redis_url: str
+) -> None:
     job = run(delivery__lease=2, delivery__max_handle=60)
     job.ready()
     other = Bus.connect(redis_url, bus.run, consumer="generator", block_s=0.2, connect_timeout_s=5)
@@ -243,12 +299,19 @@ def test_the_worker_loop_runs_it_to_its_end_and_frees_the_lease(run: Callable[..
             for entry in other.read("generate", 8, block_s=0.05):
                 ticket = decode_work(entry.payload)
                 assert isinstance(ticket, Ticket)
-                moves.append(Move(entry.id, [Out("train", entry.number, encode(rollout(ticket, newest.number)))]))
+                moves.append(
+                    Move(
+                        entry.id,
+                        [Out("train", entry.number, encode(rollout(ticket, newest.number)))],
+                    )
+                )
             other.settle("generate", moves)
 
     generator = threading.Thread(target=generate)
     generator.start()
-    settings = job.settings(delivery__lease=2, delivery__max_handle=60, orchestrator__max_off_policy_steps=1)
+    settings = job.settings(
+        delivery__lease=2, delivery__max_handle=60, orchestrator__max_off_policy_steps=1
+    )
     try:
         assert run_worker(Trainer(settings, bus), bus, settings.delivery, block_s=0.1) == Exit.OK
     finally:

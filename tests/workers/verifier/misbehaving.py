@@ -1,4 +1,6 @@
-"""Scorers that do what no scorer should. `info["do"]` names one, so that a pool meets several among honest ones."""
+"""Scorers that do what no scorer should. `info["do"]` names one, so that a pool meets several among
+honest ones.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline.tasks import RolloutError
+from onstream.pipeline.tasks import RolloutError
 
 
 def score(completion: str, info: dict[str, Any]) -> Any:

@@ -9,30 +9,45 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.loop import Worker
-from pipeline.records import Rollout, Sample, decode_work, encode
-from pipeline.streams import Bus
-from settings.root import Settings
-from settings.run import DeliverySettings
-from workers.verifier.stage import Verifier
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.loop import Worker
+from onstream.pipeline.records import Rollout, Sample, decode_work, encode
+from onstream.pipeline.redis.streams import Bus
+from onstream.settings.root import Settings
+from onstream.settings.run import DeliverySettings
+from onstream.workers.verifier.stage import Verifier
 
 MISBEHAVING = "tests.workers.verifier.misbehaving:score"
 
 
 def rollout(number: int, text: str = "", *earlier: str, **info: Any) -> Rollout:
     samples = [Sample(b"", b"", b"", b"", [], completion) for completion in (*earlier, text)]
-    return Rollout(number, 0, 1, 0, [{"role": "user", "content": "?"}], info, samples, 1.0, "stop", ["verify", "score", "train"])
+    return Rollout(
+        number,
+        0,
+        1,
+        0,
+        [{"role": "user", "content": "?"}],
+        info,
+        samples,
+        1.0,
+        "stop",
+        ["verify", "score", "train"],
+    )
 
 
 def worker_of(bus: Bus, limits: dict[str, Any] | None = None, **task: Any) -> Worker:
-    settings = Settings.model_validate({"task": task, "orchestrator": {"verification": limits or {"timeout": 0.3}}})
+    settings = Settings.model_validate(
+        {"task": task, "orchestrator": {"verification": limits or {"timeout": 0.3}}}
+    )
     return Worker(Verifier(settings, bus), bus, DeliverySettings(), block_s=0.05)
 
 
 @pytest.fixture
 def verify(bus: Bus) -> Iterator[Any]:
-    """Puts rollouts into the verifier's stream, lets a worker verify them, and gives what reached the next stage, by number."""
+    """Puts rollouts into the verifier's stream, lets a worker verify them, and gives what reached
+    the next stage, by number.
+    """
     workers: list[Worker] = []
 
     def run(*rollouts: Rollout, **task: Any) -> dict[int, Rollout]:
@@ -56,7 +71,11 @@ def test_each_rollout_goes_on_with_its_reward_and_all_else_as_it_was(verify: Any
     assert (wrong.reward, wrong.reward_parts, wrong.unscored) == (0.0, {"similarity": 2 / 3}, None)
     assert right.route == ["score", "train"]
     assert [timing.stage for timing in right.timings] == ["verify"]
-    assert (right.samples, right.info, right.messages) == ([*rollout(1, "cba").samples], {"answer": "cba"}, rollout(1).messages)
+    assert (right.samples, right.info, right.messages) == (
+        [*rollout(1, "cba").samples],
+        {"answer": "cba"},
+        rollout(1).messages,
+    )
 
 
 def test_of_several_samples_the_last_one_holds_the_answer(verify: Any) -> None:
@@ -71,8 +90,15 @@ def test_a_rollout_without_samples_is_an_empty_answer(verify: Any) -> None:
 
 def test_the_records_tell_the_rollouts_fault_from_the_scorers(verify: Any) -> None:
     misdeeds = ["loop_forever", "leave", "blame_the_rollout", "raise_error"]
-    verified = verify(*[rollout(number, do=misdeed) for number, misdeed in enumerate(misdeeds, start=1)], rollout(5), scorer=MISBEHAVING)
-    told = {number: (record.reward, record.reward_parts, record.unscored) for number, record in verified.items()}
+    verified = verify(
+        *[rollout(number, do=misdeed) for number, misdeed in enumerate(misdeeds, start=1)],
+        rollout(5),
+        scorer=MISBEHAVING,
+    )
+    told = {
+        number: (record.reward, record.reward_parts, record.unscored)
+        for number, record in verified.items()
+    }
     assert told == {
         1: (0.0, {"timed_out": 1.0}, None),
         2: (0.0, {"crashed": 1.0}, None),
@@ -87,30 +113,56 @@ def test_the_heartbeat_counts_each_kind_of_trouble(bus: Bus) -> None:
     worker = worker_of(bus, scorer=MISBEHAVING)
     worker.stage.setup()
     for number in (1, 2, 3):
-        bus._ask("XADD", bus.keys.stream("verify"), "*", "n", number, "b", encode(rollout(number, do="raise_error")))
+        bus._ask(
+            "XADD",
+            bus.keys.stream("verify"),
+            "*",
+            "n",
+            number,
+            "b",
+            encode(rollout(number, do="raise_error")),
+        )
     while bus.backlog()["verify"]:
         worker.turn()
     worker.stage.close(finished=False)
-    assert worker.life.stats.numbers == {"unscored": 3, "timed_out": 0, "crashed": 0, "rollout_error": 0}
+    assert worker.life.stats.numbers == {
+        "unscored": 3,
+        "timed_out": 0,
+        "crashed": 0,
+        "rollout_error": 0,
+    }
 
 
-def test_a_scorer_that_cannot_be_imported_stops_the_worker_before_it_takes_anything(bus: Bus) -> None:
+def test_a_scorer_that_cannot_be_imported_stops_the_worker_before_it_takes_anything(
+    bus: Bus,
+) -> None:
     with pytest.raises(UserError, match="no_such_module"):
         worker_of(bus, scorer="no_such_module:score").stage.setup()
 
 
 def test_the_verifier_imports_no_tensor_library() -> None:
     script = (
-        "import sys, workers.verifier.stage, workers.verifier.nursery, pipeline.loop\n"
+        "import sys, onstream.workers.verifier.stage, onstream.workers.verifier.fork_server, onstream.pipeline.loop\n"
         "print({'torch', 'transformers', 'datasets', 'reasoning_gym'} & set(sys.modules))"
     )
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "set()\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        ).stdout
+        == "set()\n"
+    )
 
 
-def test_a_program_is_run_in_its_sandbox_and_an_endless_one_scores_0_with_the_reason(verify: Any) -> None:
-    right, endless = rollout(1, "print(input()[::-1])"), rollout(2, "while True: pass")
+def test_a_program_is_run_in_its_sandbox_and_an_endless_one_scores_0_with_the_reason(
+    verify: Any,
+) -> None:
+    right = rollout(1, "print(input()[::-1])")
+    endless = rollout(2, "while True: pass")
     for each in (right, endless):
         each.info = {"tests": [{"input": "abc", "output": "cba"}]}
     verdicts = verify(right, endless, scorer="code", limits={"timeout": 5, "sandbox": {"wall": 1}})
     assert (verdicts[1].reward, verdicts[1].reward_parts) == (1.0, {"passed": 1.0})
-    assert (verdicts[2].reward, verdicts[2].reward_parts) == (0.0, {"passed": 0.0, "program_timed_out": 1.0})
+    assert (verdicts[2].reward, verdicts[2].reward_parts) == (
+        0.0,
+        {"passed": 0.0, "program_timed_out": 1.0},
+    )

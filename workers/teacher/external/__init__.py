@@ -1,5 +1,7 @@
-"""Teachers that run elsewhere and are asked for logprobs over HTTP. docs/teachers.md is their manual."""
+"""Teachers that run elsewhere and are asked for logprobs over HTTP. docs/teachers.md is their
+manual.
+"""
 
-from workers.teacher.external.stage import ExternalTeacher
+from onstream.workers.teacher.external.stage import ExternalTeacher
 
 __all__ = ["ExternalTeacher"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import httpx
 
-from pipeline.http import Endpoint, Refused
-from workers.teacher.external.protocols import SHOWN_IMAGES, TeacherProtocol
-from workers.teacher.scorer import ScoreRequest, Scores
+from onstream.pipeline.http import Endpoint, Refused
+from onstream.workers.teacher.external.protocols import SHOWN_IMAGES, TeacherProtocol
+from onstream.workers.teacher.scorer import ScoreRequest, Scores
 
 
 class TeacherEndpoint(Endpoint):
@@ -22,12 +22,17 @@ class TeacherEndpoint(Endpoint):
 
         Raises:
             EndpointFault: there are none, through no fault of the request.
-            Refused: the request is too long, the server will not have it, or it would be scored without its images.
+            Refused: the request is too long, the server will not have it, or it would be scored
+                without its images.
         """
         assert self.protocol is not None, "an endpoint that serves has been probed"
         if request.images and (request.sent is None or self.protocol.name != SHOWN_IMAGES):
-            raise Refused(f"it would be scored blind: {self.protocol.name} sends token ids alone, and {SHOWN_IMAGES} images too")
+            raise Refused(
+                f"it would be scored blind: {self.protocol.name} sends token ids alone, and {SHOWN_IMAGES} images too"
+            )
         if self.context_tokens is not None and request.tokens + 1 > self.context_tokens:
-            raise Refused(f"{request.tokens} tokens, and one that scoring takes, exceed its context of {self.context_tokens}")
+            raise Refused(
+                f"{request.tokens} tokens, and one that scoring takes, exceed its context of {self.context_tokens}"
+            )
         reply = await self.post(self.protocol.path, self.protocol.body(model, request, top_k))
         return self.protocol.scores(reply, request, top_k)

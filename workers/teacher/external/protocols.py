@@ -1,7 +1,8 @@
 """The four ways in which servers are asked for the logprobs of tokens that they did not write.
 
-Each is a pure function of the request and of the reply's bytes. Whatever a server returns is looked up by token id: a
-position of vLLM's reply holds the k likeliest tokens and the actual one in no order worth trusting.
+Each is a pure function of the request and of the reply's bytes. Whatever a server returns is looked
+up by token id: a position of vLLM's reply holds the k likeliest tokens and the actual one in no
+order worth trusting.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
-from pipeline.http import BadReply, Refused
-from pipeline.undecodable import UNDECODABLE
-from workers.teacher.scorer import ScoreRequest, Scores
+from onstream.pipeline.http import BadReply, Refused
+from onstream.pipeline.undecodable import UNDECODABLE
+from onstream.workers.teacher.scorer import ScoreRequest, Scores
 
 TOKEN_ID = "token_id:"
 Position = Mapping[int, float]  # token id -> logprob
@@ -107,8 +108,18 @@ class VllmGenerate:
 
     def body(self, model: str, request: ScoreRequest, top_k: int) -> dict[str, Any]:
         """As in the protocol; one token is generated, since vLLM takes no less."""
-        sampling = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": top_k, "detokenize": False}
-        return {"model": model, "token_ids": _ids(request), "sampling_params": sampling, **(request.sent or {})}
+        sampling = {
+            "max_tokens": 1,
+            "temperature": 1.0,
+            "prompt_logprobs": top_k,
+            "detokenize": False,
+        }
+        return {
+            "model": model,
+            "token_ids": _ids(request),
+            "sampling_params": sampling,
+            **(request.sent or {}),
+        }
 
     def scores(self, reply: bytes, request: ScoreRequest, top_k: int) -> Scores:
         """As in the protocol.
@@ -138,7 +149,13 @@ class VllmCompletions:
 
     def body(self, model: str, request: ScoreRequest, top_k: int) -> dict[str, Any]:
         """As in the protocol; one token is generated, since vLLM takes no less."""
-        return {"model": model, "prompt": _ids(request), "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": top_k}
+        return {
+            "model": model,
+            "prompt": _ids(request),
+            "max_tokens": 1,
+            "temperature": 1.0,
+            "prompt_logprobs": top_k,
+        }
 
     def scores(self, reply: bytes, request: ScoreRequest, top_k: int) -> Scores:
         """As in the protocol."""
@@ -148,7 +165,11 @@ class VllmCompletions:
         """As in the protocol."""
         positions = (_choice(reply).prompt_logprobs or [])[len(request.prompt_ids) :]
         entries = zip(request.completion_ids.tolist(), positions, strict=False)
-        found = {token: position[token].decoded_token for token, position in entries if position and token in position}
+        found = {
+            token: position[token].decoded_token
+            for token, position in entries
+            if position and token in position
+        }
         return {token: text for token, text in found.items() if text is not None}
 
 
@@ -156,8 +177,9 @@ class VllmCompletions:
 class Echo:
     """The legacy form of `/v1/completions`: `echo` with `logprobs`.
 
-    Servers differ in two points. `named_ids` asks for tokens as `token_id:N` instead of text, without which the k
-    likeliest cannot be told apart; `max_tokens` is 0 where the server takes that, and 1 where it does not.
+    Servers differ in two points. `named_ids` asks for tokens as `token_id:N` instead of text,
+    without which the k likeliest cannot be told apart; `max_tokens` is 0 where the server takes
+    that, and 1 where it does not.
     """
 
     named_ids: bool = True
@@ -178,35 +200,61 @@ class Echo:
         return asked | ({"return_tokens_as_token_ids": True} if self.named_ids else {})
 
     def scores(self, reply: bytes, request: ScoreRequest, top_k: int) -> Scores:
-        """As in the protocol. Tokens that come as text are taken in order: there is nothing to look them up by."""
+        """As in the protocol. Tokens that come as text are taken in order: there is nothing to look
+        them up by.
+        """
         given = _echoed(reply)
-        start, end = len(request.prompt_ids), request.tokens
+        start = len(request.prompt_ids)
+        end = request.tokens
         if min(len(given.tokens), len(given.token_logprobs)) < end:
             raise BadReply(f"logprobs of {len(given.token_logprobs)} tokens for a prompt of {end}")
         if not given.tokens[start].startswith(TOKEN_ID):
             if top_k:
                 raise BadReply("the likeliest tokens as text, which do not say their ids")
-            return _from_pairs(list(zip(request.completion_ids.tolist(), given.token_logprobs[start:end], strict=True)), request)
+            return _from_pairs(
+                list(
+                    zip(
+                        request.completion_ids.tolist(),
+                        given.token_logprobs[start:end],
+                        strict=True,
+                    )
+                ),
+                request,
+            )
         named = [_named(token) for token in given.tokens[start:end]]
-        scores = _from_pairs(list(zip(named, given.token_logprobs[start:end], strict=True)), request)
+        scores = _from_pairs(
+            list(zip(named, given.token_logprobs[start:end], strict=True)), request
+        )
         tops = (given.top_logprobs or [])[start:end] if top_k else []
-        return _with_top(scores, [{_named(token): logprob for token, logprob in (top or {}).items()} for top in tops], top_k)
+        return _with_top(
+            scores,
+            [{_named(token): logprob for token, logprob in (top or {}).items()} for top in tops],
+            top_k,
+        )
 
     def texts(self, reply: bytes, request: ScoreRequest) -> dict[int, str]:
         """As in the protocol."""
-        tokens = zip(request.completion_ids.tolist(), _echoed(reply).tokens[len(request.prompt_ids) :], strict=False)
+        tokens = zip(
+            request.completion_ids.tolist(),
+            _echoed(reply).tokens[len(request.prompt_ids) :],
+            strict=False,
+        )
         return {token: text for token, text in tokens if not text.startswith(TOKEN_ID)}
 
 
 @dataclass(frozen=True)
 class Sglang:
-    """SGLang's `/generate` with the logprobs of its input. Written to its documented interface; no SGLang server was at hand."""
+    """SGLang's `/generate` with the logprobs of its input. Written to its documented interface; no
+    SGLang server was at hand.
+    """
 
     name: str = "sglang"
     path: str = "/generate"
 
     def body(self, model: str, request: ScoreRequest, top_k: int) -> dict[str, Any]:
-        """As in the protocol. Logprobs begin at the prompt's last token; versions differ in whether that one is listed."""
+        """As in the protocol. Logprobs begin at the prompt's last token; versions differ in whether
+        that one is listed.
+        """
         return {
             "model": model,
             "input_ids": _ids(request),
@@ -219,14 +267,23 @@ class Sglang:
 
     def scores(self, reply: bytes, request: ScoreRequest, top_k: int) -> Scores:
         """As in the protocol; the completion's tokens are the last ones listed."""
-        meta, count = _decoded(reply, _Sglang).meta_info, len(request.completion_ids)
-        scores = _from_pairs([(token, logprob) for logprob, token, _ in meta.input_token_logprobs[-count:]], request)
+        meta = _decoded(reply, _Sglang).meta_info
+        count = len(request.completion_ids)
+        scores = _from_pairs(
+            [(token, logprob) for logprob, token, _ in meta.input_token_logprobs[-count:]], request
+        )
         tops = (meta.input_top_logprobs or [])[-count:] if top_k else []
-        return _with_top(scores, [{token: lp for lp, token, _ in top or () if lp is not None} for top in tops], top_k)
+        return _with_top(
+            scores,
+            [{token: lp for lp, token, _ in top or () if lp is not None} for top in tops],
+            top_k,
+        )
 
     def texts(self, reply: bytes, request: ScoreRequest) -> dict[int, str]:
         """As in the protocol."""
-        listed = _decoded(reply, _Sglang).meta_info.input_token_logprobs[-len(request.completion_ids) :]
+        listed = _decoded(reply, _Sglang).meta_info.input_token_logprobs[
+            -len(request.completion_ids) :
+        ]
         return {token: text for _, token, text in listed if text is not None}
 
 
@@ -276,12 +333,17 @@ def _named(token: str) -> int:
 
 
 def _from_positions(positions: _PromptLogprobs | None, request: ScoreRequest, top_k: int) -> Scores:
-    """The scores in a `prompt_logprobs` list: one dict a token of the prompt and completion, None for the first."""
+    """The scores in a `prompt_logprobs` list: one dict a token of the prompt and completion, None
+    for the first.
+    """
     if positions is None:
         raise BadReply("a reply without prompt_logprobs")
     if len(positions) != request.tokens:
         raise BadReply(f"logprobs of {len(positions)} tokens for a prompt of {request.tokens}")
-    given = [{token: entry.logprob for token, entry in (position or {}).items()} for position in positions[len(request.prompt_ids) :]]
+    given = [
+        {token: entry.logprob for token, entry in (position or {}).items()}
+        for position in positions[len(request.prompt_ids) :]
+    ]
     pairs = [
         (token if token in position else next(iter(position), None), position.get(token))
         for token, position in zip(request.completion_ids.tolist(), given, strict=True)
@@ -297,7 +359,9 @@ def _from_pairs(pairs: Sequence[tuple[int | None, float | None]], request: Score
     logprobs = np.empty(len(wanted), dtype=np.float32)
     for at, ((token, logprob), ours) in enumerate(zip(pairs, wanted, strict=True)):
         if token != ours:
-            raise BadReply(f"token {token} where token {ours} was sent, at position {at} of the completion")
+            raise BadReply(
+                f"token {token} where token {ours} was sent, at position {at} of the completion"
+            )
         if logprob is None or not math.isfinite(logprob):
             raise BadReply(f"logprob {logprob} for token {ours} at position {at} of the completion")
         logprobs[at] = logprob
@@ -305,16 +369,22 @@ def _from_pairs(pairs: Sequence[tuple[int | None, float | None]], request: Score
 
 
 def _with_top(scores: Scores, positions: Sequence[Position], top_k: int) -> Scores:
-    """`scores` with the k likeliest tokens of each of `positions`, likeliest first. The tail is the trainer's to compute."""
+    """`scores` with the k likeliest tokens of each of `positions`, likeliest first. The tail is the
+    trainer's to compute.
+    """
     if top_k == 0:
         return scores
     if len(positions) != len(scores.logprobs):
-        raise BadReply(f"the likeliest tokens of {len(positions)} positions for a completion of {len(scores.logprobs)}")
+        raise BadReply(
+            f"the likeliest tokens of {len(positions)} positions for a completion of {len(scores.logprobs)}"
+        )
     ids = np.empty((len(positions), top_k), dtype=np.int32)
     logprobs = np.empty((len(positions), top_k), dtype=np.float32)
     for at, position in enumerate(positions):
         likeliest = heapq.nlargest(top_k, position.items(), key=lambda item: item[1])
         if len(likeliest) < top_k:
-            raise BadReply(f"{len(likeliest)} likeliest tokens at position {at} of the completion where {top_k} were asked for")
+            raise BadReply(
+                f"{len(likeliest)} likeliest tokens at position {at} of the completion where {top_k} were asked for"
+            )
         ids[at], logprobs[at] = zip(*likeliest, strict=True)
     return Scores(scores.logprobs, ids, logprobs)

@@ -9,22 +9,22 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pipeline.errors import UserError
-from pipeline.http import Answered, Background, Budget, Pool, Refused
-from pipeline.models.tokenizer import has_vision, load_configs
-from pipeline.records import Sample, StageName
-from pipeline.stage import Delivery, Outcome, Stats
-from pipeline.streams import Bus
-from settings.root import Settings
-from workers.teacher.external.cache import ScoreCache
-from workers.teacher.external.endpoint import TeacherEndpoint
-from workers.teacher.external.probe import SECTION, Probe
-from workers.teacher.external.student import judged_student
-from workers.teacher.samples import objection, request_of, rollout_of, write
-from workers.teacher.scorer import ScoreRequest, Scores
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.http import Answered, Background, Budget, Pool, Refused
+from onstream.pipeline.models.tokenizer import has_vision, load_configs
+from onstream.pipeline.records import Sample, StageName
+from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.stage import Delivery, Outcome, Stats
+from onstream.settings.root import Settings
+from onstream.workers.teacher.external.endpoint import TeacherEndpoint
+from onstream.workers.teacher.external.endpoint_check import SECTION, Probe
+from onstream.workers.teacher.external.score_cache import ScoreCache
+from onstream.workers.teacher.external.student_info import judged_student
+from onstream.workers.teacher.score_requests import objection, request_of, rollout_of, write
+from onstream.workers.teacher.scorer import ScoreRequest, Scores
 
 if TYPE_CHECKING:
-    from workers.teacher.external.images import Sight
+    from onstream.workers.teacher.external.prompt_images import Sight
 
 SLICE_S = 0.02
 CACHED = "cache"
@@ -42,27 +42,38 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """What sending the requests still without scores takes, the one token that each generates included."""
-        return sum(request.tokens + 1 for at, request in enumerate(self.requests) if at not in self.scored)
+        """What sending the requests still without scores takes, the one token that each generates
+        included.
+        """
+        return sum(
+            request.tokens + 1 for at, request in enumerate(self.requests) if at not in self.scored
+        )
 
 
-Reply = tuple[bytes, int, Future[Scored]]  # the entry, the sample of its rollout, and what came of it
+Reply = tuple[
+    bytes, int, Future[Scored]
+]  # the entry, the sample of its rollout, and what came of it
 
 
 class ExternalTeacher:
     """Takes rollouts, has their tokens scored over HTTP, many at once, and sends them on.
 
-    Waits for replies, which a thread of its own collects. While no endpoint serves it keeps what it holds and takes no
-    more, and `stats.detail` says what it waits for; past its budget of tokens the same.
+    Waits for replies, which a thread of its own collects. While no endpoint serves it keeps what it
+    holds and takes no more, and `stats.detail` says what it waits for; past its budget of tokens
+    the same.
     """
 
     name: StageName = "score"
     holds_entries = False
 
     def __init__(self, settings: Settings, bus: Bus) -> None:
-        # All keys from the start: the heartbeat's thread reads this, and must not meet a dictionary that grows.
-        self.stats = Stats(numbers=dict.fromkeys(("in_flight", "endpoints", "cached", "tokens"), 0.0))
-        self._settings, self._bus = settings, bus
+        # All keys from the start: the heartbeat's thread reads this, and must not meet a dictionary
+        # that grows.
+        self.stats = Stats(
+            numbers=dict.fromkeys(("in_flight", "endpoints", "cached", "tokens"), 0.0)
+        )
+        self._settings = settings
+        self._bus = bus
         self._jobs: dict[bytes, Job] = {}
         self._unasked: deque[Job] = deque()  # those of _jobs that nothing was asked about yet
         self._replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
@@ -83,12 +94,27 @@ class ExternalTeacher:
                 next_step=f'Set {SECTION}.client.base_url = ["http://…/v1"] and {SECTION}.model.name.',
             )
         self._teacher, self._student = teacher, judged_student(self._settings)
-        self._top_k = min(self._settings.trainer.loss.teacher_top_k, self._student.party.vocabulary_size - 1)
+        self._top_k = min(
+            self._settings.trainer.loss.teacher_top_k, self._student.party.vocabulary_size - 1
+        )
         self._background, self._probe = Background(), Probe(self._student, teacher, self._top_k)
-        self._pool = Pool(teacher.client, TeacherEndpoint, model=teacher.model.name, section=SECTION, probe=self._probe, proves=True)
-        self._budget = Budget(self._bus, self.name, teacher.client.max_tokens_per_run, f"{SECTION}.client.max_tokens_per_run")
+        self._pool = Pool(
+            teacher.client,
+            TeacherEndpoint,
+            model=teacher.model.name,
+            section=SECTION,
+            probe=self._probe,
+            proves=True,
+        )
+        self._budget = Budget(
+            self._bus,
+            self.name,
+            teacher.client.max_tokens_per_run,
+            f"{SECTION}.client.max_tokens_per_run",
+        )
         try:
-            # A run that was scored before waits for its teacher; one that begins is told of a wrong address at once.
+            # A run that was scored before waits for its teacher; one that begins is told of a wrong
+            # address at once.
             self._background.run(self._pool.open(patient="score" in self._bus.ready()))
         except BaseException:
             self._background.stop(self._pool.close)
@@ -99,7 +125,9 @@ class ExternalTeacher:
 
     @property
     def room(self) -> int:
-        """How many more rollouts it takes: a request for each of those that its endpoints may be sent at once."""
+        """How many more rollouts it takes: a request for each of those that its endpoints may be
+        sent at once.
+        """
         if self._unasked or not self._budget.allows():
             return 0
         return max(0, self._pool.capacity - len(self._jobs))
@@ -111,7 +139,11 @@ class ExternalTeacher:
 
     def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
         """Send what there is to send, and wait for replies for a moment."""
-        outcomes = [Outcome(delivery, dead=reason) for delivery in new if (reason := self._objection(delivery))]
+        outcomes = [
+            Outcome(delivery, dead=reason)
+            for delivery in new
+            if (reason := self._objection(delivery))
+        ]
         refused = {outcome.delivery.entry_id for outcome in outcomes}
         self._take([delivery for delivery in new if delivery.entry_id not in refused])
         outcomes += self._finished()
@@ -132,28 +164,38 @@ class ExternalTeacher:
         config, _ = load_configs(self._settings.model.name)
         if not has_vision(config):
             return None
-        from workers.teacher.external.images import Sight  # imports torch
+        from onstream.workers.teacher.external.prompt_images import Sight  # imports torch
 
         return Sight(self._settings, config, self._bus.images)
 
     def _objection(self, delivery: Delivery) -> str | None:
-        name, size = self._teacher.model.name, self._student.party.vocabulary_size
+        name = self._teacher.model.name
+        size = self._student.party.vocabulary_size
         samples = rollout_of(delivery).samples
         if shown := sum(len(sample.images) for sample in samples):
             if self._sight is None:
                 return f"it would be scored blind: its prompt shows {shown} images, and the student reads none"
-            if reason := next((reason for sample in samples if (reason := self._sight.objection(sample))), None):
+            if reason := next(
+                (reason for sample in samples if (reason := self._sight.objection(sample))), None
+            ):
                 return f"it would be scored blind: {reason}"
-        reasons = (objection(sample, name, context_tokens=None, vocabulary_size=size) for sample in samples)
+        reasons = (
+            objection(sample, name, context_tokens=None, vocabulary_size=size) for sample in samples
+        )
         return next((reason for reason in reasons if reason), None)
 
     def _take(self, deliveries: Sequence[Delivery]) -> None:
         """Take rollouts in hand, with the scores that are known of them."""
-        jobs = [Job(delivery, [self._request_of(sample) for sample in rollout_of(delivery).samples]) for delivery in deliveries]
+        jobs = [
+            Job(delivery, [self._request_of(sample) for sample in rollout_of(delivery).samples])
+            for delivery in deliveries
+        ]
         requests = [request for job in jobs for request in job.requests]
         known = iter(self._known(requests))
         for job in jobs:
-            found = {at: scores for at in range(len(job.requests)) if (scores := next(known)) is not None}
+            found = {
+                at: scores for at in range(len(job.requests)) if (scores := next(known)) is not None
+            }
             job.scored = {at: Scored(scores, CACHED) for at, scores in found.items()}
             self.stats.numbers["cached"] += len(found)
             self._jobs[job.delivery.entry_id] = job
@@ -186,20 +228,29 @@ class ExternalTeacher:
         self._budget.tell()
 
     def _ask(self, entry_id: bytes, at: int, request: ScoreRequest) -> None:
-        model, top_k = self._teacher.model.name, self._top_k
-        future = self._background.submit(self._pool.ask(lambda endpoint: endpoint.score(request, model, top_k)))
+        model = self._teacher.model.name
+        top_k = self._top_k
+        future = self._background.submit(
+            self._pool.ask(lambda endpoint: endpoint.score(request, model, top_k))
+        )
         future.add_done_callback(lambda done: self._replies.put((entry_id, at, done)))
 
     def _collect(self, wait_s: float) -> list[Outcome]:
         """The outcomes that the replies complete, after waiting up to `wait_s` for the first."""
-        outcomes, kept = [], []
+        outcomes = []
+        kept = []
         for entry_id, at, future in self._arrived(wait_s):
             if (job := self._jobs.get(entry_id)) is None:
                 continue  # another sample of this rollout was refused
             try:
                 job.scored[at] = future.result()
             except Refused as refusal:
-                outcomes.append(Outcome(self._jobs.pop(entry_id).delivery, dead=f"the teacher {self._teacher.model.name!r}: {refusal}"))
+                outcomes.append(
+                    Outcome(
+                        self._jobs.pop(entry_id).delivery,
+                        dead=f"the teacher {self._teacher.model.name!r}: {refusal}",
+                    )
+                )
                 continue
             kept.append((job.requests[at], job.scored[at].answer))
         if self._cache is not None:
@@ -210,7 +261,11 @@ class ExternalTeacher:
         replies: list[Reply] = []
         try:
             while True:
-                replies.append(self._replies.get(timeout=wait_s) if wait_s and not replies else self._replies.get_nowait())
+                replies.append(
+                    self._replies.get(timeout=wait_s)
+                    if wait_s and not replies
+                    else self._replies.get_nowait()
+                )
         except queue.Empty:
             return replies
 
@@ -220,17 +275,26 @@ class ExternalTeacher:
         return [self._outcome(self._jobs.pop(job.delivery.entry_id)) for job in done]
 
     def _outcome(self, job: Job) -> Outcome:
-        rollout, size = rollout_of(job.delivery), self._student.party.vocabulary_size
+        rollout = rollout_of(job.delivery)
+        size = self._student.party.vocabulary_size
         for at, sample in enumerate(rollout.samples):
             scores = job.scored[at].answer
             if scores.top_ids is not None and scores.top_ids.max() >= size:
                 reason = f"the teacher finds token {scores.top_ids.max()} likely, and the student knows 0 to {size - 1}"
                 return Outcome(job.delivery, dead=reason)
             write(sample, scores)
-        rollout.scored_by = ", ".join(sorted({scored.endpoint for scored in job.scored.values()})) or CACHED
+        rollout.scored_by = (
+            ", ".join(sorted({scored.endpoint for scored in job.scored.values()})) or CACHED
+        )
         return Outcome(job.delivery, rollout)
 
     def _tell(self) -> None:
-        numbers = {"in_flight": self._pool.in_flight, "endpoints": self._pool.serving, "tokens": self._budget.own}
+        numbers = {
+            "in_flight": self._pool.in_flight,
+            "endpoints": self._pool.serving,
+            "tokens": self._budget.own,
+        }
         self.stats.numbers.update({name: float(number) for name, number in numbers.items()})
-        self.stats.detail = self._pool.problem or self._budget.problem(self._unasked[0].tokens if self._unasked else 1)
+        self.stats.detail = self._pool.problem or self._budget.problem(
+            self._unasked[0].tokens if self._unasked else 1
+        )

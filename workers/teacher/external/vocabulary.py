@@ -7,12 +7,12 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from pipeline.errors import UserError
-from pipeline.http import Endpoint, EndpointError, EndpointFault, Refused, decoded
-from pipeline.telemetry import get_logger
-from pipeline.undecodable import UNDECODABLE
-from workers.teacher.compatibility import TURNS, Party
-from workers.teacher.external.student import TEXT, prompt_ids
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.http import Endpoint, EndpointError, EndpointFault, Refused, decoded
+from onstream.pipeline.telemetry import get_logger
+from onstream.pipeline.undecodable import UNDECODABLE
+from onstream.workers.teacher.compatibility import TURNS, Party
+from onstream.workers.teacher.external.student_info import TEXT, prompt_ids
 
 SPECIAL_TOKENS = 64
 DECODED_IDS = 256
@@ -31,42 +31,58 @@ class Tokenized(msgspec.Struct):
 
 
 async def compare_by_routes(student: Party, endpoint: Endpoint, model: str) -> Tokenized | None:
-    """Compares by the server's own tokenizer; returns what it said of a text, None where it has no `/tokenize`.
+    """Compares by the server's own tokenizer; returns what it said of a text, None where it has no
+    `/tokenize`.
 
-    A text, the special tokens, the end of turn, a spread of ids over the whole vocabulary, and the chat template.
+    A text, the special tokens, the end of turn, a spread of ids over the whole vocabulary, and the
+    chat template.
 
     Raises:
         UserError: the vocabularies or the chat templates differ.
         EndpointFault: the server did not answer.
     """
     text = TEXT + "".join(_special_tokens(student.tokenizer))
-    theirs = await _tokenized(endpoint, {"model": model, "prompt": text, "add_special_tokens": False})
+    theirs = await _tokenized(
+        endpoint, {"model": model, "prompt": text, "add_special_tokens": False}
+    )
     if theirs is None:
         return None
-    _same_ids(student, endpoint, student.tokenizer.encode(text, add_special_tokens=False), theirs.tokens)
+    _same_ids(
+        student, endpoint, student.tokenizer.encode(text, add_special_tokens=False), theirs.tokens
+    )
     await _same_decoding(student, endpoint, model)
     await _same_template(student, endpoint, model)
     return theirs
 
 
 def compare_by_texts(student: Party, endpoint: Endpoint, texts: dict[int, str]) -> None:
-    """Compares the texts that came with logprobs, by token id, with what the student's tokenizer says of the ids.
+    """Compares the texts that came with logprobs, by token id, with what the student's tokenizer
+    says of the ids.
 
     Raises:
         UserError: one differs by more than white space.
     """
     if not texts:
-        log.warning("the endpoint has no /tokenize and returns no text, so its vocabulary is not compared", endpoint=endpoint.name)
+        log.warning(
+            "the endpoint has no /tokenize and returns no text, so its vocabulary is not compared",
+            endpoint=endpoint.name,
+        )
     for token, theirs in texts.items():
         ours = student.tokenizer.decode([token])
         if REPLACED in ours + theirs or not _bare(ours) or not _bare(theirs):
             continue
         if _bare(ours) != _bare(theirs):
-            raise _differs(student, endpoint, f"id {token} is {ours!r} to the student and {theirs!r} to the teacher")
+            raise _differs(
+                student,
+                endpoint,
+                f"id {token} is {ours!r} to the student and {theirs!r} to the teacher",
+            )
 
 
 def _special_tokens(tokenizer: Any) -> list[str]:
-    return list(dict.fromkeys([*tokenizer.all_special_tokens, tokenizer.eos_token]))[:SPECIAL_TOKENS]
+    return list(dict.fromkeys([*tokenizer.all_special_tokens, tokenizer.eos_token]))[
+        :SPECIAL_TOKENS
+    ]
 
 
 async def _tokenized(endpoint: Endpoint, body: dict[str, Any]) -> Tokenized | None:
@@ -83,8 +99,14 @@ async def _tokenized(endpoint: Endpoint, body: dict[str, Any]) -> Tokenized | No
 def _same_ids(student: Party, endpoint: Endpoint, ours: list[int], theirs: list[int]) -> None:
     if ours == theirs:
         return
-    at = next((at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    seen = [f"{ids[at]} ({student.tokenizer.decode([ids[at]])!r})" if at < len(ids) else "no token" for ids in (ours, theirs)]
+    at = next(
+        (at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+        min(len(ours), len(theirs)),
+    )
+    seen = [
+        f"{ids[at]} ({student.tokenizer.decode([ids[at]])!r})" if at < len(ids) else "no token"
+        for ids in (ours, theirs)
+    ]
     raise _differs(
         student,
         endpoint,
@@ -94,12 +116,16 @@ def _same_ids(student: Party, endpoint: Endpoint, ours: list[int], theirs: list[
 
 
 async def _same_decoding(student: Party, endpoint: Endpoint, model: str) -> None:
-    """One request decodes ids from the whole of the student's vocabulary; the last ones show a vocabulary that is shorter."""
+    """One request decodes ids from the whole of the student's vocabulary; the last ones show a
+    vocabulary that is shorter.
+    """
     ids = np.unique(np.linspace(0, len(student.tokenizer) - 1, DECODED_IDS).astype(int)).tolist()
     try:
         reply = await endpoint.post("/detokenize", {"model": model, "tokens": ids})
     except Refused as refusal:
-        raise _differs(student, endpoint, f"the teacher does not know all ids up to {ids[-1]} ({refusal})") from refusal
+        raise _differs(
+            student, endpoint, f"the teacher does not know all ids up to {ids[-1]} ({refusal})"
+        ) from refusal
     except EndpointFault as fault:
         if fault.status in NO_ROUTE:
             return
@@ -108,13 +134,20 @@ async def _same_decoding(student: Party, endpoint: Endpoint, model: str) -> None
     theirs = str(body.get("prompt") if isinstance(body, dict) else body)
     ours = student.tokenizer.decode(ids)
     if _bare(ours) != _bare(theirs):
-        raise _differs(student, endpoint, f"{len(ids)} ids from 0 to {ids[-1]} read {_around(ours, theirs)}")
+        raise _differs(
+            student, endpoint, f"{len(ids)} ids from 0 to {ids[-1]} read {_around(ours, theirs)}"
+        )
 
 
 async def _same_template(student: Party, endpoint: Endpoint, model: str) -> None:
-    theirs = await _tokenized(endpoint, {"model": model, "messages": TURNS, "add_generation_prompt": True})
+    theirs = await _tokenized(
+        endpoint, {"model": model, "messages": TURNS, "add_generation_prompt": True}
+    )
     if theirs is None:
-        log.warning("the endpoint does not render conversations, so its chat template is not compared", endpoint=endpoint.name)
+        log.warning(
+            "the endpoint does not render conversations, so its chat template is not compared",
+            endpoint=endpoint.name,
+        )
         return
     ours = prompt_ids(student, TURNS)
     if ours != theirs.tokens:
@@ -132,8 +165,12 @@ def _bare(text: str) -> str:
 
 
 def _around(ours: str, theirs: str) -> str:
-    ours, theirs = _bare(ours), _bare(theirs)
-    at = next((at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    ours = _bare(ours)
+    theirs = _bare(theirs)
+    at = next(
+        (at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+        min(len(ours), len(theirs)),
+    )
     window = slice(max(0, at - 8), at + 24)
     return f"…{ours[window]!r} to the student and …{theirs[window]!r} to the teacher"
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.records import Rollout, Sample, ids_bytes, logprobs_bytes, mask_bytes
-from pipeline.stage import Delivery, Outcome
-from pipeline.streams import Bus
-from settings.root import Settings
+from onstream.pipeline.records import Rollout, Sample, ids_bytes, logprobs_bytes, mask_bytes
+from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.stage import Delivery, Outcome
+from onstream.settings.root import Settings
+from onstream.workers.teacher.external import ExternalTeacher
 from tests.table_teacher import TableTeacher
-from workers.teacher.external import ExternalTeacher
 
 Servers = Callable[..., TableTeacher]
 Configure = Callable[..., Settings]
@@ -38,9 +38,17 @@ def servers() -> Iterator[Servers]:
 
 @pytest.fixture
 def configure(model_dir: Path) -> Configure:
-    """Settings of a run with the given servers as its teacher; keywords are the client's settings, `top_k` and `score_cache`."""
+    """Settings of a run with the given servers as its teacher; keywords are the client's settings,
+    `top_k` and `score_cache`.
+    """
 
-    def make(*servers: TableTeacher, top_k: int = 0, score_cache: int = 0, max_completion: int = 16, **client: Any) -> Settings:
+    def make(
+        *servers: TableTeacher,
+        top_k: int = 0,
+        score_cache: int = 0,
+        max_completion: int = 16,
+        **client: Any,
+    ) -> Settings:
         fast = {"breaker_pause": 0.05, "timeout": 5, "connect_timeout": 1}
         client = {"base_url": [server.base_url for server in servers], **fast, **client}
         return Settings.model_validate(
@@ -48,7 +56,10 @@ def configure(model_dir: Path) -> Configure:
                 "model": {"name": str(model_dir)},
                 "inference": {"sampling": {"max_completion": max_completion}},
                 "trainer": {"loss": {"teacher_tau": 1.0, "teacher_top_k": top_k}},
-                "orchestrator": {"score_cache": score_cache, "teacher_model": {"client": client, "model": {"name": "teacher"}}},
+                "orchestrator": {
+                    "score_cache": score_cache,
+                    "teacher_model": {"client": client, "model": {"name": "teacher"}},
+                },
             }
         )
 
@@ -71,7 +82,13 @@ def stages(bus: Bus) -> Iterator[Stages]:
         stage.close(finished=True)
 
 
-def rollout(number: int, *, prompt: Sequence[int] = (2, 5), completion: Sequence[int] | None = None, samples: int = 1) -> Rollout:
+def rollout(
+    number: int,
+    *,
+    prompt: Sequence[int] = (2, 5),
+    completion: Sequence[int] | None = None,
+    samples: int = 1,
+) -> Rollout:
     completion = completion or [20 + number % 50, 30, 40, 3]
     sample = Sample(
         prompt_ids=ids_bytes(prompt),
@@ -81,21 +98,37 @@ def rollout(number: int, *, prompt: Sequence[int] = (2, 5), completion: Sequence
         version_spans=[],
         completion_text="",
     )
-    many = [sample] + [Sample(*(getattr(sample, name) for name in sample.__struct_fields__)) for _ in range(samples - 1)]
+    many = [sample] + [
+        Sample(*(getattr(sample, name) for name in sample.__struct_fields__))
+        for _ in range(samples - 1)
+    ]
     return Rollout(number, 0, 8, 0, [], {}, many, 1.0, "stop", ["score", "train"])
 
 
 def delivered(*records: Rollout) -> list[Delivery]:
-    return [Delivery(b"%d-0" % record.number, record.number, record, 100, 1, taken=1.0) for record in records]
+    return [
+        Delivery(b"%d-0" % record.number, record.number, record, 100, 1, taken=1.0)
+        for record in records
+    ]
 
 
-def work(stage: ExternalTeacher, new: Sequence[Delivery], *, count: int | None = None, patience_s: float = 8) -> list[Outcome]:
+def work(
+    stage: ExternalTeacher,
+    new: Sequence[Delivery],
+    *,
+    count: int | None = None,
+    patience_s: float = 8,
+) -> list[Outcome]:
     """The outcomes of `new`, handed in as the loop does; gives up after `patience_s`."""
-    outcomes, waiting = [], list(new)
+    outcomes = []
+    waiting = list(new)
     deadline = time.monotonic() + patience_s
     while len(outcomes) < (len(new) if count is None else count):
-        assert time.monotonic() < deadline, f"{len(outcomes)} of {len(new)} outcomes; {stage.stats.detail}"
-        taken, waiting = waiting[: stage.room], waiting[stage.room :]
+        assert time.monotonic() < deadline, (
+            f"{len(outcomes)} of {len(new)} outcomes; {stage.stats.detail}"
+        )
+        taken = waiting[: stage.room]
+        waiting = waiting[stage.room :]
         outcomes += stage.handle(taken)
     return outcomes
 

@@ -6,17 +6,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.http import BadReply
+from onstream.pipeline.http import BadReply
+from onstream.workers.teacher.external.protocols import (
+    VARIANTS,
+    Echo,
+    Sglang,
+    TeacherProtocol,
+    VllmCompletions,
+    VllmGenerate,
+)
+from onstream.workers.teacher.scorer import ScoreRequest
 from tests.table_teacher import TableTeacher
-from workers.teacher.external.protocols import VARIANTS, Echo, Sglang, TeacherProtocol, VllmCompletions, VllmGenerate
-from workers.teacher.scorer import ScoreRequest
 
-REQUEST = ScoreRequest(np.array([2, 5, 40], dtype=np.int32), np.array([50, 60, 70, 3], dtype=np.int32))
+REQUEST = ScoreRequest(
+    np.array([2, 5, 40], dtype=np.int32), np.array([50, 60, 70, 3], dtype=np.int32)
+)
 TABLE = TableTeacher()
 
 
 def reply(protocol: TeacherProtocol, top_k: int, table: TableTeacher = TABLE) -> bytes:
-    return json.dumps(table.scores(protocol.path, protocol.body("teacher", REQUEST, top_k))).encode()
+    return json.dumps(
+        table.scores(protocol.path, protocol.body("teacher", REQUEST, top_k))
+    ).encode()
 
 
 def changed(answer: bytes, change: Any) -> bytes:
@@ -26,37 +37,52 @@ def changed(answer: bytes, change: Any) -> bytes:
 
 
 @pytest.mark.parametrize("protocol", VARIANTS, ids=str)
-def test_every_protocol_gives_the_logprobs_of_the_completion_alone(protocol: TeacherProtocol) -> None:
+def test_every_protocol_gives_the_logprobs_of_the_completion_alone(
+    protocol: TeacherProtocol,
+) -> None:
     scores = protocol.scores(reply(protocol, 0), REQUEST, 0)
-    np.testing.assert_allclose(scores.logprobs, TABLE.expected(REQUEST.prompt_ids, REQUEST.completion_ids), rtol=1e-6)
+    np.testing.assert_allclose(
+        scores.logprobs, TABLE.expected(REQUEST.prompt_ids, REQUEST.completion_ids), rtol=1e-6
+    )
     assert scores.logprobs.dtype == np.float32
     assert scores.top_ids is scores.top_logprobs is scores.tail_logprobs is None
 
 
 @pytest.mark.parametrize("protocol", [VllmGenerate(), VllmCompletions(), Echo(), Sglang()], ids=str)
-def test_the_k_likeliest_come_likeliest_first_and_without_the_sampled_token_that_is_none_of_them(protocol: TeacherProtocol) -> None:
+def test_the_k_likeliest_come_likeliest_first_and_without_the_sampled_token_that_is_none_of_them(
+    protocol: TeacherProtocol,
+) -> None:
     scores = protocol.scores(reply(protocol, 3), REQUEST, 3)
     ids = [2, 5, 40, 50, 60, 70, 3]
     rows = np.array([TABLE.logprobs[before] for before in ids[2:-1]])
     assert scores.top_ids is not None and scores.top_logprobs is not None
     np.testing.assert_array_equal(scores.top_ids, np.argsort(-rows)[:, :3])
     np.testing.assert_allclose(scores.top_logprobs, -np.sort(-rows)[:, :3], rtol=1e-6)
-    assert scores.tail_logprobs is None  # the trainer computes it from the k, and counts where it was floored
+    assert (
+        scores.tail_logprobs is None
+    )  # the trainer computes it from the k, and counts where it was floored
 
 
 def test_logprobs_are_looked_up_by_id_whatever_their_order() -> None:
     def reverse(answer: Any) -> None:
-        answer["prompt_logprobs"] = [p and dict(reversed(p.items())) for p in answer["prompt_logprobs"]]
+        answer["prompt_logprobs"] = [
+            p and dict(reversed(p.items())) for p in answer["prompt_logprobs"]
+        ]
 
     protocol = VllmGenerate()
     right = protocol.scores(reply(protocol, 5), REQUEST, 5)
-    assert right.logprobs.tolist() == protocol.scores(changed(reply(protocol, 5), reverse), REQUEST, 5).logprobs.tolist()
+    assert (
+        right.logprobs.tolist()
+        == protocol.scores(changed(reply(protocol, 5), reverse), REQUEST, 5).logprobs.tolist()
+    )
 
 
 def test_echo_in_text_is_taken_in_order_and_cannot_give_the_likeliest() -> None:
     textual = TableTeacher(named_ids=False)
     scores = Echo().scores(reply(Echo(), 0, textual), REQUEST, 0)
-    np.testing.assert_allclose(scores.logprobs, TABLE.expected(REQUEST.prompt_ids, REQUEST.completion_ids), rtol=1e-6)
+    np.testing.assert_allclose(
+        scores.logprobs, TABLE.expected(REQUEST.prompt_ids, REQUEST.completion_ids), rtol=1e-6
+    )
     with pytest.raises(BadReply, match="the likeliest tokens as text"):
         Echo().scores(reply(Echo(), 2, textual), REQUEST, 2)
 
@@ -95,17 +121,23 @@ def not_finite(answer: Any) -> None:
         (not_finite, "does not have the protocol's form"),
     ],
 )
-def test_a_reply_that_is_not_what_was_asked_for_is_refused_in_words(change: Any, words: str) -> None:
+def test_a_reply_that_is_not_what_was_asked_for_is_refused_in_words(
+    change: Any, words: str
+) -> None:
     with pytest.raises(BadReply, match=words):
         VllmGenerate().scores(changed(reply(VllmGenerate(), 0), change), REQUEST, 0)
 
 
 def test_fewer_likeliest_tokens_than_asked_for_are_refused() -> None:
-    with pytest.raises(BadReply, match="2 likeliest tokens at position 0 of the completion where 4 were asked for"):
+    with pytest.raises(
+        BadReply, match="2 likeliest tokens at position 0 of the completion where 4 were asked for"
+    ):
         VllmGenerate().scores(
             changed(
                 reply(VllmGenerate(), 4),
-                lambda a: a.update(prompt_logprobs=[p and dict(list(p.items())[:2]) for p in a["prompt_logprobs"]]),
+                lambda a: a.update(
+                    prompt_logprobs=[p and dict(list(p.items())[:2]) for p in a["prompt_logprobs"]]
+                ),
             ),
             ScoreRequest(REQUEST.prompt_ids, REQUEST.completion_ids),
             4,
@@ -119,6 +151,9 @@ def test_other_ids_in_echo_and_sglang_are_noticed() -> None:
     def sglang(answer: Any) -> None:
         answer["meta_info"]["input_token_logprobs"][-1][1] = 9
 
-    for protocol, change, words in ((Echo(), echo, "token 9 where token 70"), (Sglang(), sglang, "token 9 where token 3")):
+    for protocol, change, words in (
+        (Echo(), echo, "token 9 where token 70"),
+        (Sglang(), sglang, "token 9 where token 3"),
+    ):
         with pytest.raises(BadReply, match=words):
             protocol.scores(changed(reply(protocol, 0), change), REQUEST, 0)

@@ -6,15 +6,23 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pipeline.loop import Worker
-from pipeline.records import Rollout, decode_work, encode, ids_array, logprobs_array
-from pipeline.stage import Outcome
-from pipeline.streams import Bus, Move, Out
-from settings.run import DeliverySettings
+from onstream.pipeline.loop import Worker
+from onstream.pipeline.records import Rollout, decode_work, encode, ids_array, logprobs_array
+from onstream.pipeline.redis.streams import Bus, Move, Out
+from onstream.pipeline.stage import Outcome
+from onstream.settings.run import DeliverySettings
+from onstream.workers.teacher.external.stage import CACHED
 from tests.faulty_server import Fault, cut, drip, status
 from tests.table_teacher import TableTeacher, wrong_ids
-from tests.workers.teacher.external.conftest import Configure, Servers, Stages, delivered, rollout, until, work
-from workers.teacher.external.stage import CACHED
+from tests.workers.teacher.external.conftest import (
+    Configure,
+    Servers,
+    Stages,
+    delivered,
+    rollout,
+    until,
+    work,
+)
 
 
 def check(outcome: Outcome, server: TableTeacher) -> Rollout:
@@ -22,42 +30,67 @@ def check(outcome: Outcome, server: TableTeacher) -> Rollout:
     record = outcome.record
     assert isinstance(record, Rollout), outcome.dead
     for sample in record.samples:
-        expected = server.expected(ids_array(sample.prompt_ids).tolist(), ids_array(sample.completion_ids).tolist())
-        np.testing.assert_allclose(logprobs_array(sample.teacher_logprobs or b""), expected, rtol=1e-6)
+        expected = server.expected(
+            ids_array(sample.prompt_ids).tolist(), ids_array(sample.completion_ids).tolist()
+        )
+        np.testing.assert_allclose(
+            logprobs_array(sample.teacher_logprobs or b""), expected, rtol=1e-6
+        )
     return record
 
 
-def test_rollouts_are_scored_by_the_endpoint_that_they_name(servers: Servers, configure: Configure, stages: Stages) -> None:
+def test_rollouts_are_scored_by_the_endpoint_that_they_name(
+    servers: Servers, configure: Configure, stages: Stages
+) -> None:
     server = servers()
     stage = stages(configure(server, top_k=4))
     for outcome in work(stage, delivered(*(rollout(number, samples=2) for number in range(1, 6)))):
         record = check(outcome, server)
         assert record.scored_by == server.base_url
         for sample in record.samples:
-            assert len(ids_array(sample.teacher_top_ids or b"")) == len(logprobs_array(sample.teacher_top_logprobs or b"")) == 4 * 4
+            assert (
+                len(ids_array(sample.teacher_top_ids or b""))
+                == len(logprobs_array(sample.teacher_top_logprobs or b""))
+                == 4 * 4
+            )
             assert sample.teacher_tail_logprobs is None
     assert stage.stats.detail == "" and stage.stats.numbers["tokens"] == 5 * 2 * 7
 
 
-def test_many_requests_are_in_flight_at_once_and_never_more_than_allowed(servers: Servers, configure: Configure, stages: Stages) -> None:
+def test_many_requests_are_in_flight_at_once_and_never_more_than_allowed(
+    servers: Servers, configure: Configure, stages: Stages
+) -> None:
     server = servers()
     stage = stages(configure(server, max_in_flight=6))
-    server.delay_s, server.most_in_flight = 0.03, 0
+    server.delay_s = 0.03
+    server.most_in_flight = 0
     assert stage.room == 6
     work(stage, delivered(*(rollout(number, samples=2) for number in range(1, 31))))
     assert server.most_in_flight == 6
 
 
-def test_load_goes_to_the_endpoint_with_less_in_flight(servers: Servers, configure: Configure, stages: Stages) -> None:
-    quick, slow = servers(), servers()
+def test_load_goes_to_the_endpoint_with_less_in_flight(
+    servers: Servers, configure: Configure, stages: Stages
+) -> None:
+    quick = servers()
+    slow = servers()
     stage = stages(configure(quick, slow, max_in_flight=4))
     slow.delay_s = 0.2
-    by = Counter(check(outcome, quick).scored_by for outcome in work(stage, delivered(*(rollout(number) for number in range(1, 41)))))
+    by = Counter(
+        check(outcome, quick).scored_by
+        for outcome in work(stage, delivered(*(rollout(number) for number in range(1, 41))))
+    )
     assert by[quick.base_url] > 2 * by[slow.base_url] > 0
 
 
-@pytest.mark.parametrize("fault", [status(500), status(502), cut, drip, wrong_ids], ids=["500", "502", "cut", "drip", "wrong ids"])
-def test_a_request_that_failed_is_sent_again(servers: Servers, configure: Configure, stages: Stages, fault: Fault) -> None:
+@pytest.mark.parametrize(
+    "fault",
+    [status(500), status(502), cut, drip, wrong_ids],
+    ids=["500", "502", "cut", "drip", "wrong ids"],
+)
+def test_a_request_that_failed_is_sent_again(
+    servers: Servers, configure: Configure, stages: Stages, fault: Fault
+) -> None:
     server = servers()
     stage = stages(configure(server, timeout=0.3))
     server.faults.extend([fault] * 3)
@@ -72,18 +105,27 @@ def test_one_rollout_refused_is_a_dead_letter_with_the_servers_words_and_the_oth
     server = servers()
     stage = stages(configure(server, max_in_flight=1))
     server.faults.append(status(422, "I do not score this"))
-    refused, *others = work(stage, delivered(*(rollout(number, samples=2) for number in range(1, 4))))
-    assert refused.dead == f"the teacher 'teacher': {server.base_url} refused it: 422 I do not score this"
+    refused, *others = work(
+        stage, delivered(*(rollout(number, samples=2) for number in range(1, 4)))
+    )
+    assert (
+        refused.dead
+        == f"the teacher 'teacher': {server.base_url} refused it: 422 I do not score this"
+    )
     assert [check(outcome, server).number for outcome in others] == [2, 3]
 
 
 @pytest.mark.parametrize("code", [401, 403, 404])
-def test_a_status_about_the_endpoint_is_waited_out_and_told(servers: Servers, configure: Configure, stages: Stages, code: int) -> None:
+def test_a_status_about_the_endpoint_is_waited_out_and_told(
+    servers: Servers, configure: Configure, stages: Stages, code: int
+) -> None:
     server = servers()
     stage = stages(configure(server, max_retries=1, breaker_failures=2))
     server.forever = status(code, "not for you")
     assert stage.handle(delivered(*(rollout(number) for number in range(1, 5)))) == []
-    until(lambda: stage.stats.detail.startswith(f"waiting for the teacher: {server.base_url}"), stage)
+    until(
+        lambda: stage.stats.detail.startswith(f"waiting for the teacher: {server.base_url}"), stage
+    )
     assert f"{code} not for you" in stage.stats.detail and stage.room == 0
     server.forever = None
     outcomes = work(stage, [], count=4)
@@ -96,7 +138,9 @@ def test_a_sample_too_long_for_the_endpoint_is_a_dead_letter_and_is_not_sent(
     server = servers(max_model_len=256)
     stage = stages(configure(server))
     sent = len(server.scored)
-    fits, exceeds = (rollout(number, completion=[20] * length) for number, length in ((1, 253), (2, 254)))
+    fits, exceeds = (
+        rollout(number, completion=[20] * length) for number, length in ((1, 253), (2, 254))
+    )
     first, second = work(stage, delivered(fits, exceeds))
     assert {first.dead, second.dead} == {
         None,
@@ -105,9 +149,13 @@ def test_a_sample_too_long_for_the_endpoint_is_a_dead_letter_and_is_not_sent(
     assert len(server.scored) == sent + 1
 
 
-def test_a_sample_that_fails_while_others_are_scored_is_given_up_at_last(servers: Servers, configure: Configure, stages: Stages) -> None:
+def test_a_sample_that_fails_while_others_are_scored_is_given_up_at_last(
+    servers: Servers, configure: Configure, stages: Stages
+) -> None:
     server = servers()
-    stage = stages(configure(server, max_retries=0, max_in_flight=2, breaker_failures=1000, breaker_pause=0.1))
+    stage = stages(
+        configure(server, max_retries=0, max_in_flight=2, breaker_failures=1000, breaker_pause=0.1)
+    )
     scores = server.scores
 
     def poisoned(path: str, asked: dict[str, list[int]]) -> object:
@@ -124,12 +172,19 @@ def test_a_sample_that_fails_while_others_are_scored_is_given_up_at_last(servers
     assert "failed 3 times while others were answered" in dead
 
 
-def test_an_endpoint_that_dies_is_waited_for_and_nothing_is_lost(servers: Servers, configure: Configure, stages: Stages) -> None:
+def test_an_endpoint_that_dies_is_waited_for_and_nothing_is_lost(
+    servers: Servers, configure: Configure, stages: Stages
+) -> None:
     server = servers()
     stage = stages(configure(server, max_in_flight=4, breaker_failures=2, max_retries=1))
     server.stop()
     assert stage.handle(delivered(*(rollout(number) for number in range(1, 5)))) == []
-    until(lambda: stage.stats.detail.startswith(f"waiting for the teacher: {server.base_url}: ConnectError"), stage)
+    until(
+        lambda: stage.stats.detail.startswith(
+            f"waiting for the teacher: {server.base_url}: ConnectError"
+        ),
+        stage,
+    )
     assert (stage.room, stage.busy) == (0, False)
     server.start()
     outcomes = work(stage, [], count=4)
@@ -137,9 +192,14 @@ def test_an_endpoint_that_dies_is_waited_for_and_nothing_is_lost(servers: Server
     assert stage.stats.detail == "" and stage.room == 4
 
 
-def test_while_one_endpoint_is_away_the_other_does_the_work(servers: Servers, configure: Configure, stages: Stages) -> None:
-    lasting, leaving = servers(), servers()
-    stage = stages(configure(lasting, leaving, breaker_failures=1, max_retries=0, breaker_pause=0.1))
+def test_while_one_endpoint_is_away_the_other_does_the_work(
+    servers: Servers, configure: Configure, stages: Stages
+) -> None:
+    lasting = servers()
+    leaving = servers()
+    stage = stages(
+        configure(lasting, leaving, breaker_failures=1, max_retries=0, breaker_pause=0.1)
+    )
     leaving.stop()
     for outcome in work(stage, delivered(*(rollout(number) for number in range(1, 40)))):
         assert check(outcome, lasting).scored_by == lasting.base_url
@@ -148,32 +208,43 @@ def test_while_one_endpoint_is_away_the_other_does_the_work(servers: Servers, co
     until(lambda: stage.stats.detail == "", stage)
 
 
-def test_a_server_that_comes_back_with_other_weights_stays_away(servers: Servers, configure: Configure, stages: Stages) -> None:
+def test_a_server_that_comes_back_with_other_weights_stays_away(
+    servers: Servers, configure: Configure, stages: Stages
+) -> None:
     server = servers()
     stage = stages(configure(server, breaker_failures=1, max_retries=0))
     server.stop()
     assert stage.handle(delivered(rollout(1))) == []
     other = TableTeacher(seed=1, port=server.port)
     other.start()
-    until(lambda: "nats a token away from what this teacher scored it first" in stage.stats.detail, stage)
+    until(
+        lambda: "nats a token away from what this teacher scored it first" in stage.stats.detail,
+        stage,
+    )
     other.stop()
     server.start()
     check(work(stage, [], count=1)[0], server)
 
 
-def test_an_endpoint_that_asks_to_be_left_alone_is(servers: Servers, configure: Configure, stages: Stages) -> None:
+def test_an_endpoint_that_asks_to_be_left_alone_is(
+    servers: Servers, configure: Configure, stages: Stages
+) -> None:
     server = servers()
     stage = stages(configure(server, max_retries=1))
     server.faults.append(status(429, retry_after="1"))
     started = time.monotonic()
     assert stage.handle(delivered(rollout(1))) == []
-    until(lambda: "asked to be left alone for another 1 s (Retry-After)" in stage.stats.detail, stage)
+    until(
+        lambda: "asked to be left alone for another 1 s (Retry-After)" in stage.stats.detail, stage
+    )
     check(work(stage, [], count=1)[0], server)
     assert time.monotonic() - started >= 1
     assert stage.stats.detail == ""
 
 
-def test_requests_keep_to_the_budget_per_second(servers: Servers, configure: Configure, stages: Stages) -> None:
+def test_requests_keep_to_the_budget_per_second(
+    servers: Servers, configure: Configure, stages: Stages
+) -> None:
     stage = stages(configure(servers(), requests_per_second=50))
     started = time.monotonic()
     work(stage, delivered(*(rollout(number) for number in range(1, 22))))
@@ -184,21 +255,29 @@ def test_past_its_budget_of_tokens_the_worker_takes_no_more_and_says_so(
     servers: Servers, configure: Configure, stages: Stages, bus: Bus
 ) -> None:
     server = servers()
-    settings = configure(server, max_tokens_per_run=20)  # a rollout takes 7: 2 of the prompt, 4, and one that is generated
+    settings = configure(
+        server, max_tokens_per_run=20
+    )  # a rollout takes 7: 2 of the prompt, 4, and one that is generated
     stage = stages(settings)
     sent = len(server.scored)
     outcomes = work(stage, delivered(*(rollout(number) for number in range(1, 5))), count=2)
     assert len(server.scored) - sent == len(outcomes) == 2
-    assert stage.stats.detail.startswith("the budget is spent: 14 of orchestrator.teacher_model.client.max_tokens_per_run = 20 tokens")
+    assert stage.stats.detail.startswith(
+        "the budget is spent: 14 of orchestrator.teacher_model.client.max_tokens_per_run = 20 tokens"
+    )
     assert (stage.room, stage.busy) == (0, False)
     for name in (bus.consumer, "another"):
         bus.consumer = name
         restarted = stages(settings)
         assert restarted.handle(delivered(rollout(5))) == [], "a restart brings no new budget"
-        assert restarted.room == 0 and restarted.stats.detail.startswith("the budget is spent: 14 of")
+        assert restarted.room == 0 and restarted.stats.detail.startswith(
+            "the budget is spent: 14 of"
+        )
 
 
-def test_a_replay_is_answered_from_what_was_kept(servers: Servers, configure: Configure, stages: Stages) -> None:
+def test_a_replay_is_answered_from_what_was_kept(
+    servers: Servers, configure: Configure, stages: Stages
+) -> None:
     server = servers(seed=11)
     settings = configure(server, top_k=3, score_cache=100)
     (first,) = work(stages(settings), delivered(rollout(1, samples=2)))
@@ -206,16 +285,22 @@ def test_a_replay_is_answered_from_what_was_kept(servers: Servers, configure: Co
     sent = len(server.scored)
     (second,) = work(again, delivered(rollout(1, samples=2)))
     assert len(server.scored) == sent
-    record, replay = check(first, server), check(second, server)
+    record = check(first, server)
+    replay = check(second, server)
     assert replay.scored_by == CACHED and again.stats.numbers["cached"] == 2
-    assert [encode_sample(sample) for sample in record.samples] == [encode_sample(sample) for sample in replay.samples]
+    assert [encode_sample(sample) for sample in record.samples] == [
+        encode_sample(sample) for sample in replay.samples
+    ]
     other = servers(seed=12)  # other weights under the same name
     (third,) = work(stages(configure(other, top_k=3, score_cache=100)), delivered(rollout(1)))
     assert check(third, other).scored_by == other.base_url
 
 
 def encode_sample(sample: object) -> tuple[object, ...]:
-    return tuple(getattr(sample, name) for name in ("teacher_logprobs", "teacher_top_ids", "teacher_top_logprobs"))
+    return tuple(
+        getattr(sample, name)
+        for name in ("teacher_logprobs", "teacher_top_ids", "teacher_top_logprobs")
+    )
 
 
 @pytest.mark.timeout(30)
@@ -242,15 +327,25 @@ def test_under_the_loop_a_server_that_is_killed_in_the_middle_costs_nothing(
         worker.turn()
     done = [decode_work(entry.payload) for entry in bus.read("train", 64)]
     assert sorted(record.number for record in done) == list(range(1, 41))
-    assert all(isinstance(record, Rollout) and record.scored_by == server.base_url for record in done)
+    assert all(
+        isinstance(record, Rollout) and record.scored_by == server.base_url for record in done
+    )
     assert bus.dead_numbers() == []
 
 
 def feed(bus: Bus, numbers: range) -> None:
     """Put rollouts into the stream of the teacher, by way of tickets."""
-    from pipeline.records import Ticket
+    from onstream.pipeline.records import Ticket
 
     lease = bus.acquire_lease(30)
-    bus.issue(lease, 0, [Ticket(number, 0, 8, 0, 0, 0, ["score", "train"]) for number in numbers], 1000)
+    bus.issue(
+        lease, 0, [Ticket(number, 0, 8, 0, 0, 0, ["score", "train"]) for number in numbers], 1000
+    )
     entries = bus.read("generate", len(numbers))
-    bus.settle("generate", [Move(entry.id, [Out("score", entry.number, encode(rollout(entry.number)))]) for entry in entries])
+    bus.settle(
+        "generate",
+        [
+            Move(entry.id, [Out("score", entry.number, encode(rollout(entry.number)))])
+            for entry in entries
+        ],
+    )

@@ -1,0 +1,27 @@
+"""vLLM's OpenAI server, in the place of the process that asks for it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from onstream.settings.deployment import DeploymentSettings
+from onstream.settings.devices import device_of
+from onstream.settings.engines import vllm_environment
+
+# the command `vllm serve` does not start from the wheel for CPUs
+SERVER = "vllm.entrypoints.openai.api_server"
+
+
+def become_server(
+    arguments: Sequence[str],
+    deployment: DeploymentSettings,
+    variables: Mapping[str, str] | None = None,
+) -> NoReturn:
+    """Turn this process into the server. The environment goes before what the device asks for, and
+    `variables` before both.
+    """
+    environ = vllm_environment(device_of(deployment)) | dict(os.environ) | dict(variables or {})
+    os.execve(sys.executable, [sys.executable, "-P", "-m", SERVER, *arguments], environ)

@@ -1,0 +1,305 @@
+"""One worker's connections to Redis: how it gets in, what it refuses, and how calls outlive an
+outage.
+
+The library's own retries are off. A call that is repeated blindly writes twice, so everything that
+is repeated here is a read, a script that may run twice, or a command with the same property.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import structlog
+import tenacity
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    ConnectionError,
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+    TimeoutError,
+)
+from redis.retry import Retry
+
+from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.records import StageName
+from onstream.pipeline.redis.keys import GROUP, STAGES, Keys
+from onstream.pipeline.redis.scripts import Script
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+OUTAGE = (ConnectionError, TimeoutError, ReadOnlyError)
+"""What a call raises while Redis is away, loading its data, or failing over."""
+READ_MARGIN_S = (
+    10.0  # a blocking read may be late by this much before its connection counts as dead
+)
+CALL_TIMEOUT_S = 15.0
+READ_BYTES = 1 << 18  # the default of 32 KB halves the throughput of 64 KB records
+OLDEST = (6, 2)
+
+
+class Connection:
+    """Two clients of one Redis: `_reader` blocks and belongs to the main thread, `_db` does all
+    else, from any thread.
+
+    Raises (also in `connect`):
+        UserError: Redis does not answer, wants another password, is too old, or would evict keys.
+    """
+
+    def __init__(
+        self, url: str, run: str, *, consumer: str, block_s: float, connect_timeout_s: float
+    ) -> None:
+        self.run = run
+        self.consumer = consumer
+        self.keys = Keys(run)
+        self.patience_s = connect_timeout_s
+        self.url = url
+        self._where = shown(url)
+        self._db = self._client(url, CALL_TIMEOUT_S)
+        self._reader = self._client(url, block_s + READ_MARGIN_S)
+        self._reader_id: int | None = None
+        self._server: str | None = None
+
+    def _client(
+        self, url: str, timeout_s: float
+    ) -> Any:  # redis-py types every reply as sync-or-async, which helps nobody
+        try:
+            return Redis.from_url(
+                url,
+                protocol=2,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=min(5.0, self.patience_s),
+                socket_read_size=READ_BYTES,
+                retry=Retry(NoBackoff(), 0),
+                client_name=f"onstream:{self.consumer}"[:64].replace(" ", "-"),
+            )
+        except ValueError as error:
+            raise UserError(
+                f"redis.url = {self._where}", expected=str(error), next_step="Correct redis.url."
+            ) from error
+
+    def close(self) -> None:
+        """Close both clients."""
+        self._reader.close()
+        self._db.close()
+
+    def check(self) -> None:
+        """Reach the server and refuse one that cannot carry a run; then create the streams' groups.
+
+        Raises:
+            UserError: as the class says.
+        """
+        try:
+            self._patiently(self._db.ping)
+            info = self._db.info()
+        except (AuthenticationError, AuthorizationError, NoPermissionError) as error:
+            raise self._locked(error) from error
+        except ResponseError as error:
+            if not str(error).startswith(("NOAUTH", "WRONGPASS", "DENIED")):
+                raise
+            raise self._locked(error) from error
+        except OUTAGE as error:
+            raise self._unreachable(error) from error
+        self._refuse_unfit(info)
+        self._server = info.get("run_id")
+        self.create_groups()
+
+    def server_id(self) -> str | None:
+        """What tells one server process from another; None where the server does not say."""
+        found: str | None = self._ask("INFO", "server").get("run_id")
+        return found
+
+    def _locked(self, error: Exception) -> UserError:
+        return UserError(
+            f"Redis at {self._where} refused this login ({error})",
+            expected="a user and password that Redis accepts",
+            next_step="Put them into redis.url: redis://user:password@host:port/0.",
+        )
+
+    def _unreachable(self, error: Exception) -> UserError:
+        return UserError(
+            f"no answer from Redis at {self._where} within {self.patience_s:g} s ({error})",
+            expected="a running Redis",
+            next_step="Start it, correct redis.url, or unset redis.url so that `onstream up` starts its own.",
+            exit=Exit.UNREACHABLE,
+        )
+
+    def _refuse_unfit(self, info: dict[str, Any]) -> None:
+        version = str(info["redis_version"])
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+            raise UserError(
+                f"Redis {version} at {self._where}",
+                expected="Redis 6.2 or newer",
+                next_step="Use a newer server.",
+            )
+        policy = info["maxmemory_policy"]
+        if policy != "noeviction":
+            raise UserError(
+                f"maxmemory-policy {policy} of the Redis at {self._where}, which may delete a run's records",
+                expected="noeviction",
+                next_step="Run `redis-cli config set maxmemory-policy noeviction`, or use another server.",
+            )
+
+    def has_room(self) -> bool:
+        """Whether Redis has memory for what is written next."""
+        memory = self._ask("INFO", "memory")
+        return not 0 < memory["maxmemory"] <= memory["used_memory"]
+
+    def create_groups(self) -> None:
+        """Create the consumer group of every stream, at its beginning, where it is missing."""
+        for stage in STAGES:
+            try:
+                self._ask("XGROUP", "CREATE", self.keys.stream(stage), GROUP, "0", "MKSTREAM")
+            except OutOfMemoryError as error:
+                if not self._has_group(stage):  # where it exists, a full Redis may do
+                    raise self._full(error) from error
+            except ResponseError as error:
+                if not str(error).startswith("BUSYGROUP"):
+                    raise
+
+    def _has_group(self, stage: StageName) -> bool:
+        return bool(self._ask("EXISTS", self.keys.stream(stage))) and bool(
+            self._ask("XINFO", "GROUPS", self.keys.stream(stage))
+        )
+
+    def _full(self, error: Exception) -> UserError:
+        return UserError(
+            f"the Redis at {self._where} is full ({error})",
+            expected="memory for a new run",
+            next_step="Delete what it does not need, raise its maxmemory (redis.max_memory for the one of `onstream up`), or use another.",
+        )
+
+    def _ask(self, *command: Any, **parsing: Any) -> Any:
+        """The reply to a command that may be repeated, asked again through an outage of up to
+        `patience_s`.
+
+        Where Redis has lost the streams' groups, they are made anew first.
+        """
+        try:
+            return self._patiently(lambda: self._execute(*command, **parsing))
+        except ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            log.warning("streams or their groups are gone; creating them anew", error=str(error))
+            self.create_groups()
+            return self._patiently(lambda: self._execute(*command, **parsing))
+
+    def _execute(self, *command: Any, **parsing: Any) -> Any:
+        try:
+            return self._db.execute_command(*command, **parsing)
+        except ResponseError as error:
+            if "-READONLY" in str(error):  # Redis 6.2 wraps it in an error of the script
+                raise ReadOnlyError(str(error)) from error
+            raise
+
+    def _run(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        """The reply of `script`, repeated through an outage like any command: each script allows
+        it.
+
+        Raises:
+            redis.OutOfMemoryError: Redis is full and refused the script's first write, so it
+                changed nothing.
+        """
+        try:
+            return self._evaluate(script, keys, args)
+        except ResponseError as error:
+            if "OOM command not allowed" in str(
+                error
+            ):  # Redis 6.2 wraps it in an error of the script
+                raise OutOfMemoryError(str(error)) from error
+            raise
+
+    def _evaluate(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        try:
+            return self._ask("EVALSHA", script.sha, len(keys), *keys, *args)
+        except NoScriptError:  # a restarted server has forgotten its scripts
+            return self._ask("EVAL", script.source, len(keys), *keys, *args)
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except (AuthenticationError, AuthorizationError):
+            raise
+        except OUTAGE as error:
+            log.warning(
+                "redis does not answer",
+                redis=self._where,
+                error=str(error),
+                patience_s=self.patience_s,
+            )
+            return self._retrying()(lambda: self._connected_anew(call))
+
+    def _connected_anew(self, call: Callable[[], T]) -> T:
+        """The reply to `call`. A server that takes no writes has become a replica: the next try
+        asks for the address again.
+        """
+        try:
+            return call()
+        except ReadOnlyError:
+            self._db.connection_pool.disconnect(inuse_connections=False)
+            raise
+
+    def _retrying(self) -> tenacity.Retrying:
+        return tenacity.Retrying(
+            stop=tenacity.stop_after_delay(self.patience_s),
+            wait=tenacity.wait_random_exponential(multiplier=0.05, max=1.0),
+            retry=tenacity.retry_if_exception(
+                lambda error: (
+                    isinstance(error, OUTAGE) and not isinstance(error, AuthenticationError)
+                )
+            ),
+            reraise=True,
+        )
+
+    def _block(self, *command: Any) -> Any:
+        """The reply to a blocking read. It is not repeated: the reply that was lost may have
+        carried entries.
+        """
+        try:
+            if self._reader_id is None:
+                self._reader_id = self._reader.client_id()
+            return self._reader.execute_command(*command)
+        except OUTAGE:
+            self._reader_id = None
+            self._reader.connection_pool.disconnect()
+            raise
+
+    def unblock(self) -> None:
+        """End the blocking read that the main thread may be in. For another thread, and never from
+        a signal handler.
+        """
+        if (reader := self._reader_id) is not None:
+            self._ask("CLIENT", "UNBLOCK", reader)
+
+    def shut_down(self) -> None:
+        """Have the server write what it holds to its disk, and end."""
+        self._db.shutdown()
+
+    def server_time(self) -> float:
+        """The server's clock, in seconds since the epoch."""
+        seconds, micros = self._ask("TIME")
+        return float(seconds) + float(micros) / 1e6
+
+    def stage_keys(self, stages: Sequence[StageName]) -> list[str]:
+        """The streams of `stages`."""
+        return [self.keys.stream(stage) for stage in stages]
+
+
+def shown(url: str) -> str:
+    """`url` without its password."""
+    parts = urlsplit(url)
+    return url if parts.password is None else url.replace(f":{parts.password}@", ":***@")
+
+
+def since(started: float) -> float:
+    """Seconds since `started`, a reading of the monotonic clock."""
+    return time.monotonic() - started

@@ -1,0 +1,277 @@
+"""What everybody may read of a run, and say of itself: policies, readiness, heartbeats, backlogs,
+dead letters.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, Literal
+
+import msgspec
+from redis.exceptions import ResponseError
+
+from onstream.pipeline import telemetry
+from onstream.pipeline.records import PolicyVersion, StageName, decode_policy
+from onstream.pipeline.redis import scripts
+from onstream.pipeline.redis.connection import Connection
+from onstream.pipeline.redis.keys import GROUP, STAGES
+from onstream.pipeline.stage import Stats
+
+PAGE = 500
+STARTED = time.time()
+VERSION = version("onstream")
+FAILED = "failed"
+ALIVE_S = 10.0
+FORGOTTEN_S = 3600.0
+
+
+class WorkerState(msgspec.Struct, frozen=True):
+    """A worker's last heartbeat, `age_s` seconds ago. `error` is the last error in its log,
+    `error_time` in seconds since the epoch.
+    """
+
+    worker: str
+    stage: StageName | Literal["jobs"]
+    host: str
+    pid: int
+    state: str  # "starting", "running", "draining" or, said at its end, "failed"
+    started: float
+    in_hand: int
+    done: int
+    dead: int
+    detail: str
+    numbers: dict[str, float]
+    version: str = ""  # of Onstream
+    error: str = ""
+    error_time: float = 0.0
+    age_s: float = 0.0
+
+    @property
+    def alive(self) -> bool:
+        """Whether it was heard of lately, and not for the last time."""
+        return self.age_s <= ALIVE_S and self.state != FAILED
+
+
+@dataclass(frozen=True)
+class Held:
+    """What workers have in hand of one stage's stream. `oldest_s`: how long ago the oldest of it
+    came into the stream.
+    """
+
+    count: int = 0
+    oldest_s: float | None = None
+    by_worker: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DeadLetter:
+    """An entry that was given up: where it was, why, and its bytes."""
+
+    entry_id: bytes
+    number: int
+    stage: str
+    reason: str
+    deliveries: int
+    worker: str
+    payload: bytes
+
+    @property
+    def time(self) -> float:
+        """When it was written, in seconds since the epoch by the server's clock."""
+        return float(self.entry_id.partition(b"-")[0]) / 1000
+
+
+_state = msgspec.json.Decoder(WorkerState)
+
+
+class Board(Connection):
+    """Calls that change nothing but what a worker says of itself."""
+
+    def newest_policy(self) -> PolicyVersion | None:
+        """The newest announced policy version.
+
+        Raises:
+            RecordError: it was announced by another version of this program.
+        """
+        payload = self._ask("GET", self.keys.policy)
+        return None if payload is None else decode_policy(payload)
+
+    def announcements(
+        self, after_id: bytes = b"0", block_s: float = 0
+    ) -> list[tuple[bytes, PolicyVersion]]:
+        """Policy versions announced after the entry `after_id`, waiting up to `block_s` for one.
+        For the main thread alone.
+
+        Raises:
+            RecordError: one was announced by another version of this program.
+        """
+        wait = ["BLOCK", max(1, round(block_s * 1000))] if block_s > 0 else []
+        reply = self._block("XREAD", *wait, "STREAMS", self.keys.policies, after_id)
+        return [
+            (entry_id, decode_policy(fields[b"b"]))
+            for _, entries in reply or []
+            for entry_id, fields in entries
+        ]
+
+    def mark_ready(self, stage: StageName) -> None:
+        """Say that a worker of `stage` has been ready once."""
+        self._run(scripts.MARK_READY, [self.keys.ready], [stage])
+
+    def ready(self) -> set[StageName]:
+        """The stages that a worker has been ready for."""
+        members = {member.decode() for member in self._ask("SMEMBERS", self.keys.ready)}
+        return {stage for stage in STAGES if stage in members}
+
+    def finished(self) -> bool:
+        """Whether the run has ended."""
+        return bool(self._ask("EXISTS", self.keys.finished))
+
+    def heartbeat(
+        self,
+        stage: StageName | Literal["jobs"],
+        stats: Stats,
+        *,
+        state: str = "running",
+        in_hand: int = 0,
+    ) -> None:
+        """Say that this worker lives, what it did, what it waits for, and what went wrong last."""
+        error = telemetry.last_error()
+        me = WorkerState(
+            worker=self.consumer,
+            stage=stage,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            state=state,
+            started=STARTED,
+            in_hand=in_hand,
+            done=stats.done,
+            dead=stats.dead,
+            detail=stats.detail,
+            numbers=stats.numbers,
+            version=VERSION,
+            error=error.words if error else "",
+            error_time=error.time if error else 0.0,
+        )
+        ready = stage if stage in STAGES and state != "starting" else ""
+        self._run(
+            scripts.HEARTBEAT,
+            [self.keys.workers, self.keys.ready],
+            [self.consumer, msgspec.json.encode(me), ready],
+        )
+
+    def leave(self) -> None:
+        """Take this worker's heartbeat back; `retire` does so too, for one that serves a stage."""
+        self._ask("HDEL", self.keys.workers, self.consumer)
+
+    def workers(self, max_age_s: float = ALIVE_S) -> list[WorkerState]:
+        """The workers heard of within `max_age_s` that have not failed, by stage and name."""
+        return [state for state in self.heard_of(max_age_s) if state.state != FAILED]
+
+    def heard_of(self, max_age_s: float = FORGOTTEN_S) -> list[WorkerState]:
+        """The last heartbeats not older than `max_age_s`, also of workers that died, by stage and
+        name.
+        """
+        now = self.server_time()
+        states = []
+        for beat in self._ask("HGETALL", self.keys.workers).values():
+            stamp, _, payload = beat.partition(b" ")
+            if (age_s := now - float(stamp)) <= max_age_s:
+                states.append(
+                    msgspec.structs.replace(_state.decode(payload), age_s=max(0.0, age_s))
+                )
+        return sorted(
+            states, key=lambda state: ((*STAGES, "jobs").index(state.stage), state.worker)
+        )
+
+    def backlog(self) -> dict[StageName, int]:
+        """Entries in each stage's stream, waiting or in hand. The trainer's counts what it trained
+        and did not yet acknowledge.
+        """
+        return {stage: int(self._ask("XLEN", self.keys.stream(stage))) for stage in STAGES}
+
+    def pending_counts(self) -> dict[StageName, int]:
+        """Entries of each stage's stream that some worker has in hand."""
+        return {stage: self._pending_count(stage) for stage in STAGES}
+
+    def _pending_count(self, stage: StageName) -> int:
+        return int(self._pending_summary(stage).get("pending", 0))
+
+    def held(self, stage: StageName) -> Held:
+        """What workers have in hand of the stream of `stage`, and whose it is."""
+        summary = self._pending_summary(stage)
+        if not summary.get("pending"):
+            return Held()
+        written = float(summary["min"].partition(b"-")[0]) / 1000
+        by_worker = {
+            consumer["name"].decode(): int(consumer["pending"]) for consumer in summary["consumers"]
+        }
+        return Held(int(summary["pending"]), max(0.0, self.server_time() - written), by_worker)
+
+    def _pending_summary(self, stage: StageName) -> dict[str, Any]:
+        try:
+            summary: dict[str, Any] = self._ask("XPENDING", self.keys.stream(stage), GROUP)
+        except ResponseError as error:
+            if "NOGROUP" in str(error):
+                return {}
+            raise
+        return summary
+
+    def numbers(self, stage: StageName) -> list[int]:
+        """The numbers of all entries in the stream of `stage`, in order."""
+        return list(self._numbers(self.keys.stream(stage)))
+
+    def dead_numbers(self) -> list[int]:
+        """The numbers of all dead letters still in Redis, in order."""
+        return list(self._numbers(self.keys.dead))
+
+    def _numbers(self, stream: str) -> Iterator[int]:
+        start = "-"
+        while True:
+            last, numbers = self._run(scripts.NUMBERS, [stream], [start, PAGE])
+            yield from map(int, numbers)
+            if not last:
+                return
+            start = f"({last.decode()}"
+
+    def dead_count(self) -> int:
+        """Dead letters in Redis."""
+        return int(self._ask("XLEN", self.keys.dead))
+
+    def dead_letters(self, count: int = 100, after: bytes | None = None) -> list[DeadLetter]:
+        """The oldest `count` dead letters, or the oldest after the entry `after`."""
+        start = "-" if after is None else b"(" + after
+        return [
+            _letter(entry_id, fields)
+            for entry_id, fields in self._ask("XRANGE", self.keys.dead, start, "+", "COUNT", count)
+        ]
+
+    def newest_dead_letter(self) -> DeadLetter | None:
+        """The dead letter written last, where there is one."""
+        rows = self._ask("XREVRANGE", self.keys.dead, "+", "-", "COUNT", 1)
+        return _letter(*rows[0]) if rows else None
+
+    def drop_dead(self, ids: Sequence[bytes]) -> None:
+        """Delete dead letters that were written elsewhere."""
+        if ids:
+            self._ask("XDEL", self.keys.dead, *ids)
+
+
+def _letter(entry_id: bytes, fields: dict[bytes, Any]) -> DeadLetter:
+    words = {
+        name: fields.get(name, b"").decode(errors="replace")
+        for name in (b"n", b"stage", b"why", b"deliveries", b"worker")
+    }
+    return DeadLetter(
+        entry_id=entry_id,
+        number=int(words[b"n"] or 0),
+        stage=words[b"stage"],
+        reason=words[b"why"],
+        deliveries=int(words[b"deliveries"] or 0),
+        worker=words[b"worker"],
+        payload=fields.get(b"b", b""),
+    )

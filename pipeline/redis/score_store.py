@@ -1,0 +1,79 @@
+"""Scores of external teachers, kept so that a replay does not ask for them again, and what was
+spent on endpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import structlog
+from redis.exceptions import OutOfMemoryError
+
+from onstream.pipeline.records import StageName
+from onstream.pipeline.redis import scripts
+from onstream.pipeline.redis.connection import Connection
+from onstream.pipeline.redis.keys import ScoreKeys
+
+KEPT_BYTES = 64 << 20  # of a Redis that carries the run's records first of all
+log = structlog.get_logger(__name__)
+_KEYS = ScoreKeys()
+
+
+class ScoreShelf(Connection):
+    """Scores by digest, bounded by their number and by `KEPT_BYTES`; the least recently used go
+    first.
+    """
+
+    def recall_scores(self, digests: Sequence[bytes]) -> list[bytes | None]:
+        """What was kept under each of `digests`."""
+        if not digests:
+            return []
+        return list(
+            self._run(scripts.RECALL_SCORES, [_KEYS.scores, _KEYS.used, _KEYS.clock], digests)
+        )
+
+    def keep_scores(self, scores: Sequence[tuple[bytes, bytes]], most: int) -> None:
+        """Keep pairs of digest and scores, and no more than `most` of all that there are. A full
+        Redis keeps none.
+        """
+        if not scores:
+            return
+        keys = [_KEYS.scores, _KEYS.used, _KEYS.clock, _KEYS.size]
+        try:
+            self._run(
+                scripts.KEEP_SCORES,
+                keys,
+                [most, KEPT_BYTES, *(part for pair in scores for part in pair)],
+            )
+        except OutOfMemoryError as error:
+            log.warning("redis is full; scores are not kept", scores=len(scores), error=str(error))
+
+    def probed_teacher(self, name: bytes) -> bytes | None:
+        """What was noted last under `name`."""
+        noted: bytes | None = self._ask("HGET", _KEYS.teachers, name)
+        return noted
+
+    def note_teacher(self, name: bytes, probed: bytes) -> None:
+        """Note what the teacher `name` scored the text that it was probed with, so that another one
+        of that name is found out.
+
+        A full Redis notes nothing.
+        """
+        try:
+            self._ask("HSET", _KEYS.teachers, name, probed)
+        except OutOfMemoryError as error:
+            log.warning(
+                "redis is full; what the teacher scored at the start is not noted", error=str(error)
+            )
+
+    def own_spent(self, stage: StageName) -> int:
+        """The tokens that this worker, and former ones of its name, have spent in this run on the
+        endpoints of `stage`.
+        """
+        return int(self._ask("HGET", self.keys.spent(stage), self.consumer) or 0)
+
+    def report_spent(self, stage: StageName, tokens: int) -> int:
+        """Say that workers of this name have spent `tokens` so far; returns what all workers of
+        `stage` have.
+        """
+        return int(self._run(scripts.SPENT, [self.keys.spent(stage)], [self.consumer, tokens]))

@@ -1,0 +1,356 @@
+"""Streams: how entries are read, moved on, renewed, handed over and given back. The only module
+that speaks stream commands of work.
+
+`Bus` adds what the trainer alone may do (`onstream.pipeline.redis.trainer_lease`), what everybody
+may read (`onstream.pipeline.redis.run_state`), the scores that are kept
+(`onstream.pipeline.redis.score_store`), weights (`onstream.pipeline.redis.weight_store`), and the
+images that rollouts name (`onstream.pipeline.redis.image_store`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import structlog
+from redis.exceptions import ResponseError
+
+from onstream.pipeline.records import StageName
+from onstream.pipeline.redis import scripts
+from onstream.pipeline.redis.image_store import ImageShelf
+from onstream.pipeline.redis.keys import GROUP, PARKED, STAGES, WORKING
+from onstream.pipeline.redis.operator_requests import Desk
+from onstream.pipeline.redis.run_state import DeadLetter, WorkerState
+from onstream.pipeline.redis.score_store import ScoreShelf
+from onstream.pipeline.redis.trainer_lease import Lease, LeaseHeld, batched_ids
+from onstream.pipeline.redis.transfer_state import TransferBoard
+from onstream.pipeline.redis.weight_store import WeightShelf
+from onstream.pipeline.run_files.ownership import LeaseLost
+
+log = structlog.get_logger(__name__)
+
+HOP_RECORDS = (
+    32  # one script stalls every client of the server while it runs: about 0.2 ms per 64 KB
+)
+HOP_BYTES = 1 << 20
+IDS_AT_ONCE = 256
+ROWS_AT_ONCE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One stream entry in this worker's hands. `number` is 0 where the entry does not say."""
+
+    id: bytes
+    number: int
+    payload: bytes
+    deliveries: int
+
+
+@dataclass(frozen=True, slots=True)
+class PendingRow:
+    """An entry in somebody's hands, without its payload: handed out `deliveries` times, last
+    `idle_s` ago.
+    """
+
+    id: bytes
+    consumer: str
+    idle_s: float
+    deliveries: int
+
+
+@dataclass(frozen=True, slots=True)
+class Out:
+    """What a hop writes: a record for a stage, or a dead letter with its `reason`."""
+
+    to: StageName | Literal["dead"]
+    number: int
+    payload: bytes
+    reason: str = ""
+    deliveries: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Entry `entry_id` leaves its stream, and `outs` are written, both or neither."""
+
+    entry_id: bytes
+    outs: Sequence[Out]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all that it writes."""
+        return sum(len(out.payload) for out in self.outs)
+
+
+class Bus(Desk, TransferBoard, ScoreShelf, WeightShelf, ImageShelf):
+    """One worker's way to the streams of one run."""
+
+    @classmethod
+    def connect(
+        cls, url: str, run: str, *, consumer: str, block_s: float, connect_timeout_s: float
+    ) -> Self:
+        """A bus that has reached Redis, where every stream has its group.
+
+        `consumer` names this worker among those of the run; no two living workers may share it.
+        `block_s` is the longest that one read will wait. Calls outlive an outage of
+        `connect_timeout_s` seconds.
+
+        Raises:
+            UserError: Redis does not answer, wants another password, is older than 6.2, or would
+                evict keys.
+        """
+        bus = cls(url, run, consumer=consumer, block_s=block_s, connect_timeout_s=connect_timeout_s)
+        try:
+            bus.check()
+        except BaseException:
+            bus.close()
+            raise
+        return bus
+
+    def read(self, stage: StageName, count: int, block_s: float = 0) -> list[Entry]:
+        """Up to `count` new entries, waiting up to `block_s` for the first. For the main thread
+        alone.
+
+        Raises:
+            redis.ConnectionError, redis.TimeoutError: Redis is away. The reply may have been lost
+                with entries in it: they are pending with this worker.
+        """
+        wait = ["BLOCK", max(1, round(block_s * 1000))] if block_s > 0 else []
+        stream = self.keys.stream(stage)
+        try:
+            reply = self._block(
+                "XREADGROUP",
+                "GROUP",
+                GROUP,
+                self.consumer,
+                "COUNT",
+                count,
+                *wait,
+                "STREAMS",
+                stream,
+                ">",
+            )
+        except ResponseError as error:
+            if not str(error).startswith(("NOGROUP", "UNBLOCKED")):
+                raise
+            log.warning(
+                "the stream or its group is gone; creating them anew",
+                stream=stream,
+                error=str(error),
+            )
+            self.create_groups()
+            return []
+        return [
+            _entry(entry_id, fields, 1)
+            for _, entries in reply or []
+            for entry_id, fields in entries
+        ]
+
+    def look_at(self, stage: StageName, entry_id: bytes) -> Entry | None:
+        """The entry `entry_id` as it lies in the stream, whoever has it; None where it has moved
+        on. Counts as no delivery.
+        """
+        found = self._ask("XRANGE", self.keys.stream(stage), entry_id, entry_id)
+        return next((_entry(found_id, fields, 0) for found_id, fields in found), None)
+
+    def pending(self, stage: StageName, after: bytes = b"0", count: int = 256) -> list[Entry]:
+        """Up to `count` entries that are pending with this worker, in order, after the entry
+        `after`. Counts as a delivery.
+        """
+        return self.claim(
+            stage, self.pending_rows(stage, after=after, count=count, consumer=self.consumer)
+        )
+
+    def pending_rows(
+        self,
+        stage: StageName,
+        *,
+        after: bytes = b"0",
+        count: int = 256,
+        consumer: str | None = None,
+        min_idle_s: float = 0,
+    ) -> list[PendingRow]:
+        """Up to `count` pending entries after `after`, in order: of `consumer` or of all, idle for
+        `min_idle_s` or longer.
+        """
+        idle = ["IDLE", round(min_idle_s * 1000)] if min_idle_s > 0 else []
+        whose = [] if consumer is None else [consumer]
+        rows = self._ask(
+            "XPENDING",
+            self.keys.stream(stage),
+            GROUP,
+            *idle,
+            b"(" + after,
+            "+",
+            count,
+            *whose,
+            parse_detail=True,
+        )
+        return [
+            PendingRow(
+                row["message_id"],
+                row["consumer"].decode(),
+                row["time_since_delivered"] / 1000,
+                row["times_delivered"],
+            )
+            for row in rows
+        ]
+
+    def all_pending_rows(
+        self, stage: StageName, consumer: str | None = None
+    ) -> Iterator[PendingRow]:
+        """Every pending entry of `stage`, in order, page by page."""
+        rows = self.pending_rows(stage, count=ROWS_AT_ONCE, consumer=consumer)
+        while rows:
+            yield from rows
+            rows = self.pending_rows(
+                stage, after=rows[-1].id, count=ROWS_AT_ONCE, consumer=consumer
+            )
+
+    def claim(
+        self, stage: StageName, rows: Sequence[PendingRow], min_idle_s: float = 0
+    ) -> list[Entry]:
+        """Take over those of `rows` that are still idle for `min_idle_s`; the others are in
+        somebody's hands by now.
+        """
+        if not rows:
+            return []
+        deliveries = {row.id: row.deliveries + 1 for row in rows}
+        stream = self.keys.stream(stage)
+        idle_ms = round(min_idle_s * 1000)
+        claimed = self._ask("XCLAIM", stream, GROUP, self.consumer, idle_ms, *deliveries)
+        if any(entry_id is None for entry_id, _ in claimed):
+            self._forget_deleted(stage, deliveries)
+        return [
+            _entry(entry_id, fields, deliveries[entry_id])
+            for entry_id, fields in claimed
+            if entry_id is not None
+        ]
+
+    def _forget_deleted(self, stage: StageName, ids: Iterable[bytes]) -> None:
+        """Acknowledge those of `ids` that a person deleted from the stream: Redis 6.2 keeps them
+        pending for ever.
+        """
+        stream = self.keys.stream(stage)
+        gone = [entry_id for entry_id in ids if not self._ask("XRANGE", stream, entry_id, entry_id)]
+        log.error(
+            "pending entries were deleted from outside; their numbers are lost",
+            stream=stream,
+            entries=[i.decode() for i in gone],
+        )
+        self._ask("XACK", stream, GROUP, *gone)
+
+    def settle(self, stage: StageName, moves: Sequence[Move]) -> list[bool]:
+        """Move entries on: each leaves the stream of `stage` and is written where it goes, both or
+        neither.
+
+        Returns which of them moved; False means that somebody else was first, and is not an error.
+        """
+        return [moved for batch in hop_batches(moves) for moved in self._hop(stage, batch)]
+
+    def _hop(self, stage: StageName, moves: Sequence[Move]) -> list[bool]:
+        targets: dict[str, int] = {}
+        args: list[Any] = [GROUP]
+        for move in moves:
+            args += [move.entry_id, len(move.outs)]
+            for out in move.outs:
+                key = self.keys.dead if out.to == "dead" else self.keys.stream(out.to)
+                fields = self._fields(stage, out)
+                args += [targets.setdefault(key, len(targets) + 2), len(fields), *fields]
+        return [
+            bool(moved)
+            for moved in self._run(scripts.HOP, [self.keys.stream(stage), *targets], args)
+        ]
+
+    def _fields(self, stage: StageName, out: Out) -> list[Any]:
+        fields: list[Any] = ["n", out.number, "b", out.payload]
+        if out.to == "dead":
+            fields += [
+                "stage",
+                stage,
+                "why",
+                out.reason,
+                "deliveries",
+                out.deliveries,
+                "worker",
+                self.consumer,
+            ]
+        return fields
+
+    def renew(self, stage: StageName, ids: Sequence[bytes]) -> int:
+        """Renew the lease of the entries that are still this worker's; returns how many are."""
+        stream = [self.keys.stream(stage)]
+        return sum(
+            int(self._run(scripts.RENEW, stream, [GROUP, self.consumer, *some]))
+            for some in batched_ids(ids, IDS_AT_ONCE)
+        )
+
+    def give_back(self, stage: StageName, ids: Sequence[bytes]) -> int:
+        """Hand entries to whoever is next, as if they had not been taken; returns how many were
+        still this worker's.
+        """
+        stream = [self.keys.stream(stage)]
+        args = [GROUP, self.consumer, PARKED]
+        return sum(
+            int(self._run(scripts.GIVE_BACK, stream, [*args, *some]))
+            for some in batched_ids(ids, IDS_AT_ONCE)
+        )
+
+    def retire(self, stage: StageName) -> bool:
+        """Forget this consumer; False, and nothing forgotten, while entries are pending with it."""
+        return bool(
+            self._run(
+                scripts.RETIRE, [self.keys.stream(stage), self.keys.workers], [GROUP, self.consumer]
+            )
+        )
+
+    def bury(self, stage: StageName, idle_s: float) -> int:
+        """Forget the consumers of dead workers: those with nothing pending, not heard of for
+        `idle_s`.
+        """
+        keys = [self.keys.stream(stage), self.keys.workers]
+        return int(self._run(scripts.BURY, keys, [GROUP, round(idle_s * 1000)]))
+
+
+def hop_batches(moves: Sequence[Move]) -> Iterator[list[Move]]:
+    """`moves` in runs that one script may move at once."""
+    batch: list[Move] = []
+    size_bytes = 0
+    for move in moves:
+        if batch and (len(batch) == HOP_RECORDS or size_bytes + move.size_bytes > HOP_BYTES):
+            yield batch
+            batch = []
+            size_bytes = 0
+        batch.append(move)
+        size_bytes += move.size_bytes
+    if batch:
+        yield batch
+
+
+def _entry(entry_id: bytes, fields: dict[bytes, bytes] | None, deliveries: int) -> Entry:
+    """The entry as workers see it. One deleted from under its reader has neither number nor
+    payload.
+    """
+    fields = fields or {}
+    number = fields.get(b"n", b"")
+    return Entry(
+        entry_id, int(number) if number.isdigit() else 0, fields.get(b"b", b""), deliveries
+    )
+
+
+__all__ = [
+    "STAGES",
+    "WORKING",
+    "Bus",
+    "DeadLetter",
+    "Entry",
+    "Lease",
+    "LeaseHeld",
+    "LeaseLost",
+    "Move",
+    "Out",
+    "PendingRow",
+    "WorkerState",
+]

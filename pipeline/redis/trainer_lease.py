@@ -1,0 +1,409 @@
+"""What only the trainer may do. Each call carries the epoch of the trainer's lease, and Redis
+refuses a lower one.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import structlog
+from redis.exceptions import OutOfMemoryError, ResponseError
+
+from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.records import PolicyVersion, Ticket, encode
+from onstream.pipeline.redis import scripts
+from onstream.pipeline.redis.connection import Connection
+from onstream.pipeline.redis.keys import GROUP, WORKING
+from onstream.pipeline.run_files.ownership import LeaseLost, Ownership
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+ANNOUNCEMENTS_KEPT = 256
+_POLL_S = 0.1
+ACKNOWLEDGED_AT_ONCE = 500
+
+
+class LeaseHeld(UserError):
+    """Another trainer has this run; `holder` says which."""
+
+    def __init__(self, run: str, holder: str) -> None:
+        self.holder = holder
+        super().__init__(
+            f"the run {run} has a trainer already: {holder}",
+            expected="one trainer to a run",
+            next_step="Stop that one, or choose another run.name.",
+            exit=Exit.REFUSED,
+        )
+
+
+class DataLost(Exception):
+    """Redis knows less than it was told: it was emptied, or is a replica that had not got the last
+    writes.
+    """
+
+
+@dataclass
+class Lease:
+    """The right to be the run's trainer, on the run's `files` too where it has some.
+
+    `epoch` rises when Redis has lost its data and the same trainer takes the lease again.
+    """
+
+    epoch: int
+    holder: str
+    ttl_s: float
+    files: Ownership | None = None
+    changing: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
+
+
+class Authority(Connection):
+    """The trainer's calls. `lease` is the lease held, which the worker loop renews.
+
+    `shaken` is set once Redis may have lost data; who clears it is to compare what Redis has with
+    what it should have. `full` tells whether the last tickets were refused because Redis has no
+    memory for them.
+    """
+
+    lease: Lease | None = None
+    shaken = False
+    full = False
+
+    def acquire_lease(self, ttl_s: float, files: Ownership | None = None) -> Lease:
+        """Become the run's trainer, until released, or not renewed for `ttl_s` seconds; then claim
+        its `files`.
+
+        The lease of a process that died on this machine is taken over at once.
+
+        Raises:
+            LeaseHeld: another trainer has it.
+            LeaseLost: another trainer took over while this one waited for the files.
+        """
+        me = f"{self.consumer} on {socket.gethostname()} pid {os.getpid()}"
+        self.lease = Lease(
+            self._acquire(me, ttl_s, files.newest() if files else 0), me, ttl_s, files
+        )
+        if files is not None:
+            files.take(self.lease.epoch, me)
+        return self.lease
+
+    def _acquire(self, me: str, ttl_s: float, floor: int) -> int:
+        """The epoch of the lease, above `floor`."""
+        keys = [self.keys.epoch, self.keys.lease]
+        args = [me, _ms(ttl_s), floor]
+        epoch, holder = self._run(scripts.ACQUIRE, keys, [*args, ""])
+        if not epoch and _is_dead(holder.decode()):
+            epoch, holder = self._run(scripts.ACQUIRE, keys, [*args, holder])
+        if not epoch:
+            raise LeaseHeld(self.run, holder.decode())
+        return int(epoch)
+
+    def renew_lease(self, lease: Lease) -> None:
+        """Hold the lease for another `ttl_s`.
+
+        Raises:
+            LeaseLost: another trainer took over.
+        """
+        self._fenced(
+            scripts.RENEW_LEASE, lease, [self.keys.lease], [lease.holder, _ms(lease.ttl_s)]
+        )
+
+    def keep_lease(self, lease: Lease) -> None:
+        """Renew the lease, beside the main thread; and look whether Redis may have lost data, which
+        `shaken` tells from then on.
+
+        Another server process than before counts as that: a restart, or a replica in its place.
+
+        Raises:
+            LeaseLost: another trainer took over.
+        """
+        server = self.server_id()
+        if server != self._server:
+            self._server = server
+            self.shaken = True
+        if not lease.changing.acquire(blocking=False):
+            return  # the main thread takes it again just now, under another epoch
+        try:
+            self._once_fenced(
+                scripts.RENEW_LEASE, lease, [self.keys.lease], [lease.holder, _ms(lease.ttl_s)]
+            )
+        except DataLost:
+            self.shaken = True
+        finally:
+            lease.changing.release()
+
+    @contextmanager
+    def writing(self, lease: Lease) -> Iterator[None]:
+        """Change the run's files meanwhile, which are the trainer's alone; may be nested.
+
+        Raises:
+            LeaseLost: another trainer took over; nothing was changed.
+        """
+        self.renew_lease(lease)
+        with lease.files.held() if lease.files else nullcontext():
+            yield
+
+    def release_lease(self, lease: Lease) -> None:
+        """Stop being the trainer.
+
+        Raises:
+            LeaseLost: another trainer took over.
+        """
+        self.lease = None
+        try:
+            self._once_fenced(scripts.RELEASE_LEASE, lease, [self.keys.lease], [lease.holder])
+        except DataLost:
+            log.warning("redis has lost the lease that was to be released", epoch=lease.epoch)
+
+    def issued(self) -> int:
+        """How many tickets were ever issued; the number of the last one."""
+        return int(self._ask("GET", self.keys.issued) or 0)
+
+    def issue(
+        self, lease: Lease, expected_issued: int, tickets: Sequence[Ticket], max_backlog: int
+    ) -> bool:
+        """Issue `tickets`, numbered from `expected_issued` + 1, all or none; the same call may be
+        repeated.
+
+        Returns False, with nothing issued, while a working stream holds more than `max_backlog`
+        records, or Redis is `full`, or it has forgotten tickets before these and is `shaken`.
+
+        Raises:
+            LeaseLost: another trainer took over.
+            ValueError: the numbers do not follow on `expected_issued`, or another count was issued.
+        """
+        if [ticket.number for ticket in tickets] != list(
+            range(expected_issued + 1, expected_issued + 1 + len(tickets))
+        ):
+            raise ValueError(
+                f"tickets of numbers {[t.number for t in tickets][:4]}… do not follow on {expected_issued}"
+            )
+        keys = [self.keys.issued, self.keys.stream("generate"), *self.stage_keys(WORKING)]
+        return self._issue(
+            scripts.ISSUE, lease, keys, [expected_issued, max_backlog, *_numbered(tickets)]
+        )
+
+    def _issue(
+        self, script: scripts.Script, lease: Lease, keys: Sequence[str], args: Sequence[Any]
+    ) -> bool:
+        """Whether the tickets in `args` stand issued. Nothing is issued while Redis is full, nor
+        once it has lost tickets.
+        """
+        was_full = self.full
+        self.full = False
+        try:
+            return bool(self._fenced(script, lease, keys, args))
+        except DataLost:
+            self.shaken = True
+        except OutOfMemoryError:
+            self.full = True
+            if not was_full:
+                log.warning("redis is full; no tickets until records have moved on")
+        return False
+
+    def reissue(self, lease: Lease, token: str, tickets: Sequence[Ticket]) -> bool:
+        """Issue numbers again that got lost with Redis's data; once for each `token`, however often
+        it is called.
+
+        Returns False, with nothing issued, when Redis is full.
+
+        Raises:
+            LeaseLost: another trainer took over.
+        """
+        keys = [self.keys.reissued, self.keys.stream("generate")]
+        return self._issue(scripts.REISSUE, lease, keys, [token, *_numbered(tickets)])
+
+    def set_issued(self, lease: Lease, count: int) -> int:
+        """Raise the count of issued tickets to `count`, where it is lower (Redis lost its data);
+        returns what it is now.
+
+        Raises:
+            LeaseLost: another trainer took over.
+        """
+        return int(self._fenced(scripts.RAISE_ISSUED, lease, [self.keys.issued], [count]))
+
+    def announce(self, lease: Lease, policy: PolicyVersion) -> None:
+        """Make `policy` the newest; nothing happens when it is already.
+
+        Raises:
+            LeaseLost: another trainer took over.
+        """
+        keys = [self.keys.policy, self.keys.policies]
+        self._fenced(scripts.ANNOUNCE, lease, keys, [encode(policy), ANNOUNCEMENTS_KEPT])
+
+    def acknowledge(self, lease: Lease, entries: Mapping[bytes, int]) -> int:
+        """Delete entries of the trainer's stream, numbers by id, whose fate a durable checkpoint
+        records; returns how many were there.
+
+        Images that no other number needs go with them.
+
+        Raises:
+            LeaseLost: another trainer took over.
+        """
+        keys = [
+            self.keys.stream("train"),
+            self.keys.images_held,
+            self.keys.images_counted,
+            self.keys.images,
+        ]
+        chunks = batched_ids(list(entries), ACKNOWLEDGED_AT_ONCE)
+        numbered = (
+            [part for entry_id in chunk for part in (entry_id, entries[entry_id])]
+            for chunk in chunks
+        )
+        return sum(
+            int(self._fenced(scripts.ACKNOWLEDGE, lease, keys, [GROUP, *some])) for some in numbered
+        )
+
+    def finish(self, lease: Lease) -> None:
+        """Tell every worker that the run has ended.
+
+        Raises:
+            LeaseLost: another trainer took over.
+        """
+        self._fenced(scripts.SET_KEY, lease, [self.keys.finished], [lease.epoch])
+
+    def reopen(self, lease: Lease) -> None:
+        """Go on with a run that had ended.
+
+        Raises:
+            LeaseLost: another trainer took over.
+        """
+        self._fenced(scripts.CLEAR_KEY, lease, [self.keys.finished], [])
+
+    def write_plan(self, lease: Lease, plan: bytes) -> None:
+        """Write the run's plan.
+
+        Raises:
+            LeaseLost: another trainer took over.
+        """
+        self._fenced(scripts.SET_KEY, lease, [self.keys.plan], [plan])
+
+    def read_plan(self) -> bytes | None:
+        """The run's plan, once a trainer has written it."""
+        plan: bytes | None = self._ask("GET", self.keys.plan)
+        return plan
+
+    def _fenced(
+        self, script: scripts.Script, lease: Lease, keys: Sequence[str], args: Sequence[Any]
+    ) -> Any:
+        """The reply of a script that carries the epoch. Where Redis has lost that, the lease is
+        taken again first.
+        """
+        epoch = lease.epoch
+        try:
+            return self._once_fenced(script, lease, keys, args)
+        except DataLost:
+            if not self._has_lost(epoch):
+                raise
+            with lease.changing:
+                self._regain(lease)
+            return self._once_fenced(script, lease, keys, args)
+
+    def _once_fenced(
+        self, script: scripts.Script, lease: Lease, keys: Sequence[str], args: Sequence[Any]
+    ) -> Any:
+        try:
+            return self._run(script, [self.keys.epoch, *keys], [lease.epoch, *args])
+        except OutOfMemoryError:
+            raise
+        except ResponseError as error:
+            if "LEASELOST" in str(error):
+                raise LeaseLost(str(error)) from error
+            if "DATALOST" in str(error):
+                raise DataLost(str(error)) from error
+            if "MISCOUNT" in str(error):
+                raise ValueError(str(error)) from error
+            raise
+
+    def _has_lost(self, epoch: int) -> bool:
+        return int(self._ask("GET", self.keys.epoch) or 0) < epoch
+
+    def _regain(self, lease: Lease) -> None:
+        """Take the lease again, which Redis has forgotten. Waits for the lease of an earlier
+        trainer that has come back instead.
+
+        Raises:
+            LeaseLost: another trainer was faster, or has the run's files.
+        """
+        self.shaken = True
+        lost = lease.epoch
+        if lease.files is not None and (newest := lease.files.newest()) != lost:
+            raise LeaseLost(
+                f"redis has lost the lease of epoch {lost}, which was followed by {newest}"
+            )
+        try:
+            epoch = while_it_may_expire(
+                lambda: self._acquire(lease.holder, lease.ttl_s, lost), lease.ttl_s
+            )
+        except LeaseHeld as held:
+            raise LeaseLost(
+                f"redis has lost the lease of epoch {lost}, and {held.holder} has it now"
+            ) from held
+        if lease.files is not None:
+            lease.files.take(epoch, lease.holder)
+        log.error(
+            "redis has lost its data, the lease with it; taken again",
+            epoch_before=lost,
+            epoch=epoch,
+        )
+        lease.epoch = epoch
+
+
+def while_it_may_expire(acquire: Callable[[], T], ttl_s: float) -> T:
+    """What `acquire` returns, tried as long as the lease of a dead trainer could still run.
+
+    Raises:
+        LeaseHeld: another trainer renews it.
+    """
+    deadline = time.monotonic() + ttl_s + 2 * _POLL_S
+    told = False
+    while True:
+        try:
+            return acquire()
+        except LeaseHeld as held:
+            if time.monotonic() > deadline:
+                raise
+            if not told:
+                log.info(
+                    "another trainer has this run; waiting whether it still lives",
+                    holder=held.holder,
+                    wait_s=ttl_s,
+                )
+                told = True
+            time.sleep(_POLL_S)
+
+
+def batched_ids(ids: Sequence[bytes], size: int) -> list[Sequence[bytes]]:
+    """`ids` in runs of up to `size`."""
+    return [ids[at : at + size] for at in range(0, len(ids), size)]
+
+
+def _numbered(tickets: Sequence[Ticket]) -> list[Any]:
+    return [value for ticket in tickets for value in (ticket.number, encode(ticket))]
+
+
+def _ms(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
+
+
+def _is_dead(holder: str) -> bool:
+    """Whether `holder` was a process of this machine that is gone."""
+    _, _, place = holder.rpartition(" on ")
+    host, _, pid = place.partition(" pid ")
+    if host != socket.gethostname() or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

@@ -1,0 +1,69 @@
+"""Files of JSON lines that a run appends to while it goes, and that are cut back when it resumes
+from an older state.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from onstream.pipeline.undecodable import UNDECODABLE
+
+
+class JsonLines:
+    """One file of JSON objects, a line each. Every line is in the kernel's hands when `write`
+    returns.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append `row`. A line that the disk takes only in part is taken back.
+
+        Raises:
+            OSError: the disk is full, or the file cannot be written.
+        """
+        line = msgspec.json.encode(row) + b"\n"
+        written = self._file.write(line)
+        if written != len(line):
+            os.truncate(self.path, self._file.tell() - (written or 0))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    def sync(self) -> None:
+        """Make what was written durable."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
+    """Cut `path` before its first line that is torn or that `keep` refuses; returns how many lines
+    went.
+    """
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = 0
+    for line in lines:
+        if not line.endswith(b"\n") or not _kept(line, keep):
+            break
+        kept += 1
+    if kept < len(lines):
+        os.truncate(path, sum(len(line) for line in lines[:kept]))
+    return len(lines) - kept
+
+
+def _kept(line: bytes, keep: Callable[[dict[str, Any]], bool]) -> bool:
+    try:
+        return keep(msgspec.json.decode(line, type=dict[str, Any]))
+    except UNDECODABLE:
+        return False

@@ -1,0 +1,277 @@
+"""The recorded stream of a trainer: every record that the training depends on, in the order in
+which it did.
+
+`<run directory>/recording/` holds segments, named by the position of their first byte, each a
+heading and then frames: a head with the payload's length, a checksum, the kind, the time and the
+number, then the payload. A frame's kind says what the payload is; one that this version does not
+know is refused and never skipped. `images/` holds the images that records name, each in a file of
+its digest's name.
+
+A recording is appended to, made durable before each checkpoint that names its length, and cut back
+to that length when the trainer goes on from that checkpoint: so it never tells of anything that the
+training has forgotten.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from onstream.pipeline.run_files.durable import sync
+
+FOLDER = "recording"
+IMAGES = "images"
+SEGMENT_BYTES = 256 << 20
+_HEADING = b"onstream recording 1\n"
+_HEAD = struct.Struct(
+    "<IIBdQ"
+)  # payload bytes, CRC-32 of what follows it, kind, seconds since the epoch, number
+_CHECKED_FROM = 8
+_RECORD = 1
+_OPENED = 2
+_STEPPED = 3
+
+
+class RecordingError(Exception):
+    """A recording that is damaged, or was made by another version."""
+
+
+class Opened(msgspec.Struct, frozen=True):
+    """A trainer took the run up at `step`: of the records before, it knows those alone that its
+    checkpoint has settled.
+
+    `digest` is that of the policy version it went on from. `settings` may differ from those of the
+    trainer before it, and `conditions` are what the last bit of a sum may depend on: threads,
+    library, processor.
+    """
+
+    step: int
+    digest: str
+    settings: dict[str, Any]
+    conditions: dict[str, Any]
+
+
+class Stepped(msgspec.Struct, frozen=True):
+    """The records so far completed the batch of `step`, which made the policy version of `digest`;
+    `metrics` follow from them alone.
+    """
+
+    step: int
+    digest: str
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A rollout or tombstone as the wire had it, taken at `taken`, in seconds since the epoch."""
+
+    number: int
+    taken: float
+    payload: bytes
+
+
+Frame = Recorded | Opened | Stepped
+_MARKS: dict[int, type[Opened | Stepped]] = {_OPENED: Opened, _STEPPED: Stepped}
+
+
+class Recorder:
+    """Appends to the recording in `directory`, cut back to its first `keep_bytes` bytes. `position`
+    is its length in bytes.
+
+    What is appended is in the kernel's hands at once. A frame that the disk takes only in part is
+    taken back, by an OSError.
+    """
+
+    def __init__(self, directory: Path, keep_bytes: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        cut(directory, keep_bytes)
+        self._directory = directory
+        self._open(max(_starts(directory), default=0))
+
+    @property
+    def position(self) -> int:
+        """Bytes so far, in all segments."""
+        return self._start + self._file.tell()
+
+    def record(self, number: int, taken: float, payload: bytes) -> None:
+        """Append the rollout or tombstone in `payload`."""
+        self._append(_RECORD, taken, number, payload)
+
+    def mark(self, mark: Opened | Stepped, at: float) -> None:
+        """Append `mark`, made at `at`."""
+        kind = _OPENED if isinstance(mark, Opened) else _STEPPED
+        self._append(kind, at, mark.step, msgspec.json.encode(mark))
+
+    def sync(self) -> None:
+        """Make all of it durable.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        os.fsync(self._file.fileno())
+        sync(self._directory)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _append(self, kind: int, at: float, number: int, payload: bytes) -> None:
+        if self._file.tell() >= SEGMENT_BYTES:
+            self._next_segment()
+        head = _HEAD.pack(len(payload), 0, kind, at, number)
+        checksum = zlib.crc32(payload, zlib.crc32(head[_CHECKED_FROM:]))
+        self._write(_HEAD.pack(len(payload), checksum, kind, at, number) + payload)
+
+    def _write(self, data: bytes) -> None:
+        """Append `data` at once: nothing is left behind in this process for later, when the file
+        may be another trainer's.
+        """
+        written = self._file.write(data)
+        if written != len(data):
+            os.truncate(self._file.fileno(), self._file.tell() - (written or 0))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._directory))
+
+    def _next_segment(self) -> None:
+        position = self.position
+        self.sync()
+        self._file.close()
+        self._open(position)
+
+    def _open(self, start: int) -> None:
+        self._start = start
+        self._file = (self._directory / _name(start)).open("ab", buffering=0)
+        if not self._file.tell():
+            self._write(_HEADING)
+
+
+def keep_image(directory: Path, digest: str, data: bytes) -> None:
+    """Put an image beside the recording in `directory`, durably, unless it lies there.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    path = directory / IMAGES / digest
+    if path.exists():
+        return
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_bytes(data)
+    sync(unfinished)
+    unfinished.rename(path)
+    sync(path.parent)
+
+
+def images(directory: Path, digests: Sequence[str]) -> list[bytes | None]:
+    """The bytes of images that records of the recording in `directory` name; None for one that was
+    gone when they were recorded.
+    """
+    paths = [directory / IMAGES / digest for digest in digests]
+    return [path.read_bytes() if path.exists() else None for path in paths]
+
+
+def exists(directory: Path) -> bool:
+    """Whether `directory` holds a recording."""
+    return bool(_starts(directory))
+
+
+def size_bytes(directory: Path) -> int:
+    """Bytes of the recording in `directory`; 0 where there is none."""
+    last = max(_starts(directory), default=None)
+    return 0 if last is None else _end(directory, last)
+
+
+def cut(directory: Path, keep_bytes: int) -> None:
+    """Cut the recording in `directory` back to its first `keep_bytes` bytes; one that is shorter
+    stays as it is.
+    """
+    for start in _starts(directory):
+        path = directory / _name(start)
+        if start >= keep_bytes:
+            path.unlink()
+        elif path.stat().st_size > keep_bytes - start:
+            os.truncate(path, keep_bytes - start)
+
+
+def frames(
+    directory: Path, start: int = 0, end: int | None = None, *, durable: int = 0
+) -> Iterator[Frame]:
+    """The frames from the position `start` on (one that a `Recorder` gave), up to `end`.
+
+    A last frame that was still being written is left out, but not within the first `durable` bytes,
+    which a checkpoint names.
+
+    Raises:
+        RecordingError: a frame is damaged, a segment is missing, or another version wrote it.
+    """
+    starts = sorted(_starts(directory))
+    whole = size_bytes(directory)
+    if starts[:1] not in ([], [0]) or any(
+        _end(directory, first) != following for first, following in pairwise(starts)
+    ):
+        raise RecordingError(
+            f"a segment is missing in {directory}; it has those that begin at {starts}"
+        )
+    for first in starts:
+        upto = _end(directory, first) if end is None else min(end, _end(directory, first))
+        if start < upto:
+            yield from _frames_of(
+                directory / _name(first),
+                max(start - first, 0),
+                upto - first,
+                torn_from=durable - first,
+            )
+    if whole < durable:
+        raise RecordingError(
+            f"{directory} has {whole} bytes; a checkpoint of the run names {durable}"
+        )
+
+
+def _frames_of(path: Path, at: int, end: int, *, torn_from: int) -> Iterator[Frame]:
+    """The frames of one segment; one that `end` cuts short may begin at `torn_from` or after."""
+    with path.open("rb") as file:
+        at = max(at, len(_HEADING))
+        if end >= at and file.read(len(_HEADING)) != _HEADING:
+            raise RecordingError(f"{path} does not begin with {_HEADING.decode().strip()!r}")
+        file.seek(at)
+        while at < end:
+            head = file.read(_HEAD.size)
+            length, checksum, kind, taken, number = (
+                _HEAD.unpack(head) if len(head) == _HEAD.size else (end, 0, 0, 0.0, 0)
+            )
+            after = at + _HEAD.size + length
+            if after > end and at >= torn_from:
+                return
+            payload = file.read(length) if after <= end else b""
+            if after > end or zlib.crc32(payload, zlib.crc32(head[_CHECKED_FROM:])) != checksum:
+                raise RecordingError(f"{path} is damaged at byte {at}")
+            yield _frame(kind, taken, number, payload, path)
+            at = after
+
+
+def _frame(kind: int, taken: float, number: int, payload: bytes, path: Path) -> Frame:
+    if kind == _RECORD:
+        return Recorded(number, taken, payload)
+    if kind not in _MARKS:
+        raise RecordingError(f"{path} has a frame of kind {kind}, which this version does not know")
+    return msgspec.json.decode(payload, type=_MARKS[kind])
+
+
+def _end(directory: Path, start: int) -> int:
+    return start + (directory / _name(start)).stat().st_size
+
+
+def _name(start: int) -> str:
+    return f"{start:015d}.segment"
+
+
+def _starts(directory: Path) -> list[int]:
+    return [int(path.stem) for path in directory.glob("*.segment")] if directory.is_dir() else []

@@ -1,0 +1,254 @@
+"""Runs a program that nobody has read: in processes that can be killed, under limits, as a user who
+owns nothing.
+
+Linux only. Namespaces hide the machine's files, processes and network where they are permitted: to
+root, and to others where the kernel lets users make their own. `Sandbox.missing` says what could
+not be had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from onstream.settings.orchestrator import SandboxSettings
+
+JAIL = Path(__file__).with_name("jail.py")
+NEEDED = ("user", "kill")
+"""Without these the program could read the environment of the process that runs it, or outlive it.
+"""
+WISHED = ("files", "processes", "network")
+# a range that no system gives to people
+FIRST_USER = 61184
+USERS = 4336
+PROBE = "import os, sys\nprint(sum(range(10)))"
+PROBE_S = 10.0
+END_S = 5.0
+ALL_GONE = b'{"gone": true}\n'
+"""Stands for the jail's last words where it had none."""
+
+_runs = itertools.count()
+Problem = Literal["timed_out", "output_limit", "cpu_limit", "killed", "failed"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a program ended: its output, and what went wrong, if anything. `words` explains it; `had`
+    is how it was isolated.
+    """
+
+    output: bytes
+    problem: Problem | None
+    words: str = ""
+    had: tuple[str, ...] = ()
+
+
+class SandboxError(RuntimeError):
+    """The sandbox itself failed; nothing is known of the program."""
+
+
+class Sandbox:
+    """Runs programs under `settings`, one at a time. Call from a process without other children, or
+    one that waits for each by its id.
+    """
+
+    def __init__(self, settings: SandboxSettings) -> None:
+        self._settings = settings
+        self._user = FIRST_USER
+
+    def missing(self) -> list[str]:
+        """What of NEEDED and WISHED cannot be had here.
+
+        Raises:
+            SandboxError: no program can be run at all.
+        """
+        if sys.platform != "linux":
+            raise SandboxError(f"there is no sandbox on {sys.platform}")
+        result = self.run(PROBE, b"", wall_s=PROBE_S)
+        if result.output.strip() != b"45":
+            raise SandboxError(
+                f"a trial program gave {result.output!r} ({result.words or 'no error'})"
+            )
+        return [name for name in (*NEEDED, *WISHED) if name not in result.had]
+
+    def run(self, program: str, given: bytes, *, wall_s: float | None = None) -> Result:
+        """Run the Python `program` with `given` on its standard input, for up to `wall_s` (by
+        default the setting's) seconds.
+
+        Raises:
+            SandboxError: it could not be started.
+        """
+        wall_s = self._settings.wall if wall_s is None else wall_s
+        # Another user for each run: what the last one left dead, and nobody has waited for, counts
+        # against the limit of its user.
+        self._user = FIRST_USER + (os.getpid() * 64 + next(_runs)) % USERS
+        scratch = tempfile.mkdtemp(prefix="onstream-")
+        status, status_end = os.pipe()
+        try:
+            with tempfile.TemporaryFile() as spec, tempfile.TemporaryFile() as stdin:
+                stdin.write(given)
+                stdin.seek(0)
+                spec.write(json.dumps(self._spec(program, scratch)).encode())
+                spec.seek(0)
+                jail = self._start(spec, stdin, status_end)
+            os.close(status_end)
+            status_end = -1
+            return self._attend(jail, status, time.monotonic() + wall_s, wall_s)
+        finally:
+            os.close(status)
+            if status_end >= 0:
+                os.close(status_end)
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _spec(self, program: str, scratch: str) -> dict[str, Any]:
+        limits = self._settings
+        return {
+            "program": program,
+            "scratch": scratch,
+            "python": os.path.realpath(sys.executable),
+            "prefix": sys.base_prefix,
+            "parent": os.getpid(),
+            "user": self._user,
+            "outer_user": os.geteuid(),
+            "outer_group": os.getegid(),
+            "cpu_s": max(1, round(limits.cpu)),
+            "memory_bytes": limits.memory << 20,
+            "file_bytes": limits.file_size << 20,
+            "scratch_bytes": limits.scratch << 20,
+            "processes": limits.processes,
+        }
+
+    def _start(self, spec: IO[bytes], stdin: IO[bytes], status: int) -> subprocess.Popen[bytes]:
+        command = [
+            os.path.realpath(sys.executable),
+            "-I",
+            "-S",
+            "-B",
+            str(JAIL),
+            str(spec.fileno()),
+            str(status),
+        ]
+        return subprocess.Popen(
+            command,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={},
+            pass_fds=[spec.fileno(), status],
+            start_new_session=True,
+        )
+
+    def _attend(
+        self, jail: subprocess.Popen[bytes], status: int, deadline: float, wall_s: float
+    ) -> Result:
+        """Read what the program writes until it ends, writes too much, or its time is over; then
+        end all of it.
+        """
+        assert jail.stdout is not None
+        output = bytearray()
+        message = b""
+        with jail.stdout, selectors.DefaultSelector() as selector:
+            selector.register(jail.stdout, selectors.EVENT_READ)
+            selector.register(status, selectors.EVENT_READ)
+            while (
+                not _is_over(message)
+                and len(output) <= self._settings.output
+                and (left_s := deadline - time.monotonic()) > 0
+            ):
+                for key, _ in selector.select(left_s):
+                    data = os.read(key.fd, 1 << 16)
+                    if key.fd == status:
+                        message += data or ALL_GONE
+                    elif data:
+                        output += data
+                    else:
+                        selector.unregister(key.fileobj)
+            said = _said(message)
+            self._end(jail, "processes" in said.get("had", ()))
+            if _is_over(message):
+                self._drain(jail.stdout, output)
+        return self._result(bytes(output), said, wall_s)
+
+    def _drain(self, stdout: IO[bytes], output: bytearray) -> None:
+        """What was written before the end, and not read yet: all who could write are gone."""
+        os.set_blocking(stdout.fileno(), False)
+        try:
+            while len(output) <= self._settings.output and (
+                data := os.read(stdout.fileno(), 1 << 16)
+            ):
+                output += data
+        except BlockingIOError:
+            return
+
+    def _end(self, jail: subprocess.Popen[bytes], takes_all: bool) -> None:
+        """Kill all that was started: with the first process where that `takes_all`, else by their
+        user.
+        """
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(jail.pid, signal.SIGKILL)
+        jail.wait(END_S)
+        if os.geteuid() == 0 and not takes_all:
+            self._kill_user()
+
+    def _kill_user(self) -> None:
+        """Kill whatever runs as the program's user: one call that no fork escapes."""
+        killer = os.fork()
+        if not killer:
+            try:
+                os.setresuid(self._user, self._user, self._user)
+                os.kill(-1, signal.SIGKILL)
+            finally:
+                os._exit(0)
+        os.waitpid(killer, 0)
+
+    def _result(self, output: bytes, said: dict[str, Any], wall_s: float) -> Result:
+        if "error" in said:
+            raise SandboxError(f"the sandbox could not start a program: {said['error']}")
+        had = (
+            *said.get("had", ()),
+            *(("kill",) if os.geteuid() == 0 or "processes" in said.get("had", ()) else ()),
+        )
+        if len(output) > self._settings.output:
+            return Result(
+                output[: self._settings.output],
+                "output_limit",
+                f"it wrote more than {self._settings.output} bytes",
+                had,
+            )
+        if "gone" in said:
+            return Result(output, "killed", "all of it was killed, perhaps for want of memory", had)
+        if "code" not in said:
+            return Result(output, "timed_out", f"it ran longer than {wall_s:g} s", had)
+        return Result(output, *_ending(said["code"]), had)
+
+
+def _said(message: bytes) -> dict[str, Any]:
+    """What the jail has told so far: how it is isolated, then how the program ended, or what
+    stopped it.
+    """
+    lines = message.split(b"\n")[:-1]
+    return {name: value for line in lines for name, value in json.loads(line).items()}
+
+
+def _is_over(message: bytes) -> bool:
+    return not {"code", "error", "gone"}.isdisjoint(_said(message))
+
+
+def _ending(code: int) -> tuple[Problem | None, str]:
+    if code == -signal.SIGXCPU:
+        return "cpu_limit", "it used more CPU time than it may"
+    if code < 0:
+        return "killed", f"it was killed by {signal.Signals(-code).name}"
+    return ("failed", f"it ended with status {code}") if code else (None, "")

@@ -1,0 +1,230 @@
+"""The processes between a scorer and the program it runs: `python -I -S jail.py SPEC_FD STATUS_FD`.
+Standard library alone.
+
+Three of them: this one leaves the machine's namespaces, its child is the first process of the new
+ones and takes all others with it when it ends, and that one's child becomes the program, under
+limits and as an unprivileged user. Everything that the machine does not permit is left out and said
+in the status, for `onstream.pipeline.tasks.sandbox` to judge.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+PR_SET_NO_NEW_PRIVS = 38
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
+    *(0x00020000, 0x04000000, 0x08000000),
+    *(0x10000000, 0x20000000, 0x40000000),
+)
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_REMOUNT = 32
+MS_BIND = 4096
+MS_REC = 16384
+MS_PRIVATE = 1 << 18
+MS_RELATIME = 1 << 21
+ST_RELATIME = 4096
+SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+PROGRAM = "program.py"
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def checked(result: int, what: str) -> None:
+    """Raise the error of a call to libc."""
+    if result:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def unshare(flags: int) -> bool:
+    """Leave the namespaces of `flags`; False where that is not permitted."""
+    return bool(libc.unshare(flags) == 0)
+
+
+def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
+    """mount(2)."""
+    checked(
+        libc.mount(
+            source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), data.encode()
+        ),
+        f"mount {target}",
+    )
+
+
+def die_with(parent: int) -> None:
+    """Be killed when `parent` ends, which may have happened already."""
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def isolate(spec: dict[str, Any]) -> list[str]:
+    """Leave as much of the machine as is permitted; returns what was left, in words that
+    `onstream.pipeline.tasks.sandbox` knows.
+    """
+    had = ["user"] if os.getuid() == 0 else []
+    if os.getuid() and unshare(CLONE_NEWUSER):
+        user = spec["outer_user"]
+        group = spec["outer_group"]
+        for name, text in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{user} {user} 1"),
+            ("gid_map", f"{group} {group} 1"),
+        ):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+        had.append("user")
+    for name, flag in (
+        ("files", CLONE_NEWNS),
+        ("processes", CLONE_NEWPID),
+        ("network", CLONE_NEWNET),
+        ("ipc", CLONE_NEWIPC),
+    ):
+        if unshare(flag):
+            had.append(name)
+    unshare(CLONE_NEWUTS)
+    return had
+
+
+def build_root(spec: dict[str, Any], had: list[str]) -> None:
+    """A file system of its own: the system's libraries and this Python to read, a small place in
+    memory to write, nothing else.
+    """
+    mount("none", "/", "", MS_REC | MS_PRIVATE)
+    root = spec["scratch"]
+    mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, f"size={spec['scratch_bytes']},mode=755")
+    prefix = os.path.realpath(spec["prefix"])
+    for path in (*SYSTEM, *(() if prefix.startswith("/usr") else (prefix,)), *DEVICES):
+        if os.path.islink(path):
+            os.symlink(os.readlink(path), root + path)
+        elif os.path.exists(path):
+            show(path, root + path)
+    os.makedirs(f"{root}/proc")
+    if "processes" in had:
+        with contextlib.suppress(
+            OSError
+        ):  # a container that hides parts of its own /proc allows no other; the program then has none
+            mount("proc", f"{root}/proc", "proc", MS_NOSUID | MS_NODEV)
+    os.makedirs(f"{root}/work")
+    os.chroot(root)
+    spec["scratch"] = "/work"
+
+
+def show(path: str, target: str) -> None:
+    """Make `path` readable at `target`."""
+    os.makedirs(target if os.path.isdir(path) else os.path.dirname(target), exist_ok=True)
+    if not os.path.isdir(path):
+        os.close(os.open(target, os.O_CREAT))
+    mount(path, target, "", MS_BIND | MS_REC)
+    there = os.statvfs(target).f_flag
+    kept = (there & ~ST_RELATIME) | (
+        MS_RELATIME if there & ST_RELATIME else 0
+    )  # a flag that the owner set cannot be dropped
+    writes = 0 if path in DEVICES else MS_RDONLY
+    mount("none", target, "", MS_REMOUNT | MS_BIND | MS_NOSUID | writes | kept)
+
+
+def limit(spec: dict[str, Any]) -> None:
+    """The limits of one process, and of the user's processes together."""
+    for name, value in (
+        (resource.RLIMIT_CPU, spec["cpu_s"]),
+        (resource.RLIMIT_AS, spec["memory_bytes"]),
+        (resource.RLIMIT_FSIZE, spec["file_bytes"]),
+        (resource.RLIMIT_NPROC, spec["processes"]),
+        (resource.RLIMIT_NOFILE, 64),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(name)[1]
+        most = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(name, (most, most))
+
+
+def become_program(spec: dict[str, Any]) -> None:
+    """Become the program: a session of its own, no privileges, no environment."""
+    os.setsid()
+    os.chdir(spec["scratch"])
+    limit(spec)
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setresgid(spec["user"], spec["user"], spec["user"])
+        os.setresuid(spec["user"], spec["user"], spec["user"])
+    checked(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    os.execve(
+        spec["python"],
+        [spec["python"], "-I", "-S", "-B", PROGRAM],
+        {"PATH": "/usr/bin:/bin", "HOME": spec["scratch"], "LANG": "C.UTF-8"},
+    )
+
+
+def first_process(spec: dict[str, Any], had: list[str], status: int) -> None:
+    """Start the program and reap what it leaves; tell how it ended. When this process ends, the
+    kernel ends all others of its kind.
+    """
+    if "files" in had:
+        build_root(spec, had)
+    path = os.path.join(spec["scratch"], PROGRAM)
+    with open(path, "w", encoding="utf-8", errors="replace") as file:
+        file.write(spec["program"])
+    os.chmod(path, 0o444)
+    if os.getuid() == 0:
+        os.chown(spec["scratch"], spec["user"], spec["user"])
+    tell(status, {"had": had})
+    program = os.fork()
+    if not program:
+        attempt(become_program, spec, status=status)
+    while True:
+        ended, code = os.wait()
+        if ended == program:
+            tell(status, {"code": os.waitstatus_to_exitcode(code)})
+            os._exit(0)
+
+
+def attempt(step: Callable[..., None], *arguments: Any, status: int) -> None:
+    """Do a step that does not return; whatever stops it is told."""
+    try:
+        step(*arguments)
+    except BaseException as error:
+        tell(status, {"error": f"{type(error).__name__}: {error}"})
+    os._exit(1)
+
+
+def tell(status: int, message: dict[str, Any]) -> None:
+    """One line of status."""
+    os.write(status, json.dumps(message).encode() + b"\n")
+
+
+def main() -> None:
+    """Read the spec, isolate, and wait for the first process."""
+    spec_fd = int(sys.argv[1])
+    status = int(sys.argv[2])
+    os.set_inheritable(status, False)
+    with open(spec_fd, encoding="utf-8") as file:
+        spec = json.load(file)
+    die_with(spec["parent"])
+    had = isolate(spec)
+    me = os.getpid()
+    first = os.fork()
+    if not first:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if "processes" not in had and os.getppid() != me:
+            os._exit(1)
+        attempt(first_process, spec, had, status, status=status)
+    os.waitpid(first, 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The transport `redis`: weights as chunks in the Redis that carries the records, for generators
+that share no disk.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection
+
+import msgspec
+import numpy as np
+import structlog
+from redis.exceptions import OutOfMemoryError
+
+from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.redis.trainer_lease import Lease
+from onstream.pipeline.redis.weight_store import WeightShelf
+from onstream.pipeline.weights.parts import Part
+from onstream.pipeline.weights.policy import Bytes, WeightsError
+
+CHUNK_BYTES = (1 << 20) - 64
+"""With its header a chunk is just under 1 MiB, for which Redis's allocator takes no more; reading
+or writing one takes about 1 ms.
+"""
+LOOK_S = 0.1
+_MIB = 1 << 20
+_decoder = msgspec.msgpack.Decoder(Part)
+log = structlog.get_logger(__name__)
+
+
+class Chunks:
+    """A generator's end: reads parts over its own connection, a chunk at a time."""
+
+    where = "in Redis"
+
+    def __init__(self, bus: WeightShelf) -> None:
+        self._bus = bus
+
+    def parts(self) -> list[Part]:
+        """What the trainer offers."""
+        return [_decoder.decode(part) for part in self._bus.weights().values()]
+
+    def read(self, part: Part) -> Bytes:
+        """The bytes of `part`.
+
+        Raises:
+            WeightsError: the trainer has removed it meanwhile.
+        """
+        data = np.empty(part.size_bytes, dtype=np.uint8)
+        for index, start in enumerate(range(0, part.size_bytes, CHUNK_BYTES)):
+            target = data[start : start + CHUNK_BYTES]
+            chunk = self._bus.weight_chunk(part.place, index)
+            if chunk is None or len(chunk) != target.size:
+                raise WeightsError(
+                    f"version {part.number} was removed from Redis while it was read"
+                )
+            target[:] = np.frombuffer(chunk, dtype=np.uint8)
+        return data
+
+
+class ChunksOutlet(Chunks):
+    """The trainer's end. Weights take at most `share` of Redis's maxmemory, so that the records
+    always find room.
+
+    A new full set is written beside the old one where both find room there, and in its place
+    otherwise. A Redis that the records have filled is waited for, up to `patience_s`.
+    """
+
+    def __init__(self, bus: WeightShelf, lease: Lease, share: float, patience_s: float) -> None:
+        super().__init__(bus)
+        self._bus = bus
+        self._lease = lease
+        self._share = share
+        self._patience_s = patience_s
+        self.keep(self.parts())  # frees what a trainer that was killed left unfinished
+
+    def parts(self) -> list[Part]:
+        """What is offered, and there: a Redis that lost its data while it was written to may list
+        what it has only the end of.
+        """
+        return [
+            part
+            for part in super().parts()
+            if self._bus.chunks_kept(part.place) == -(-part.size_bytes // CHUNK_BYTES)
+        ]
+
+    def room_bytes(self) -> float:
+        """What weights may still take of Redis's memory."""
+        return self._budget() - sum(part.size_bytes for part in self.parts())
+
+    def _budget(self) -> float:
+        return self._share * self._bus.memory().most_bytes or math.inf
+
+    def put(self, part: Part, data: Bytes) -> Part:
+        """Write the chunks of `part`. Readers do not see it before `keep`.
+
+        Raises:
+            UserError: Redis has no room for it.
+        """
+        self._make_room(part)
+        kind = "full" if part.base is None else "delta"
+        placed = msgspec.structs.replace(part, place=f"{part.number:06d}-{part.digest[:16]}-{kind}")
+        for index, start in enumerate(range(0, data.size, CHUNK_BYTES)):
+            self._keep_chunk(placed, index, data[start : start + CHUNK_BYTES].data)
+        return placed
+
+    def keep(self, parts: Collection[Part]) -> None:
+        """Offer `parts`, and free the memory of all else."""
+        self._bus.offer_weights(
+            self._lease, {part.place: msgspec.msgpack.encode(part) for part in parts}
+        )
+
+    def _make_room(self, part: Part) -> None:
+        budget = self._budget()
+        if part.size_bytes > budget:
+            raise _too_large(part, budget)
+        if part.base is None and part.size_bytes > self.room_bytes():
+            log.info(
+                "the weights in redis go before the new ones come",
+                version=part.number,
+                budget_mib=round(budget / _MIB),
+            )
+            self.keep([])
+
+    def _keep_chunk(self, part: Part, index: int, chunk: memoryview) -> None:
+        deadline = time.monotonic() + self._patience_s
+        while True:
+            try:
+                return self._bus.keep_chunk(self._lease, part.place, index, chunk)
+            except OutOfMemoryError as error:
+                if time.monotonic() > deadline:
+                    raise _full(part, self._patience_s) from error
+                log.warning(
+                    "redis is full; the weights wait",
+                    version=part.number,
+                    patience_s=self._patience_s,
+                )
+                time.sleep(LOOK_S)
+
+
+def _too_large(part: Part, budget: float) -> UserError:
+    return UserError(
+        f"policy version {part.number} has {part.size_bytes / _MIB:.0f} MiB; weights may take {budget / _MIB:.0f} MiB of Redis's memory",
+        expected="room for at least one full set of weights, and better for two",
+        next_step="Raise the maxmemory of Redis (redis.max_memory for the one of `onstream up`) or weights.max_share, or set "
+        'weights.transport = "filesystem".',
+    )
+
+
+def _full(part: Part, patience_s: float) -> UserError:
+    return UserError(
+        f"Redis stayed full for {patience_s:g} s while policy version {part.number} was written",
+        expected="memory for the records and the weights",
+        next_step="Raise its maxmemory (redis.max_memory for the one of `onstream up`) or lower orchestrator.max_backlog, and start "
+        "again: the run goes on from its newest checkpoint.",
+        exit=Exit.FAILED,
+    )

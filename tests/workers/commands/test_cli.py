@@ -1,0 +1,152 @@
+"""The command line, as a user meets it: in processes of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SNIPPETS = sorted((Path(__file__).parent.parent / "seed_page").glob("*.toml"))
+
+
+def onstream(
+    *arguments: str, environ: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    clean = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "onstream", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=clean | (environ or {}), check=False
+    )
+
+
+def imported_by(*arguments: str) -> set[str]:
+    """The top-level modules that are loaded once the command has run."""
+    code = (
+        "import sys\nfrom onstream.workers.commands.cli import main\n"
+        f"try:\n    main({list(arguments)!r})\nexcept SystemExit:\n    pass\n"
+        "print('\\n', ' '.join(sorted({name.partition('.')[0] for name in sys.modules})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["worker", "--help"],
+        ["check"],
+        ["check", "nowhere.toml"],
+        ["up", "nowhere.toml"],
+    ],
+)
+def test_parsing_and_checking_import_no_torch(arguments: list[str]) -> None:
+    loaded = imported_by(*arguments)
+    assert {"click", "onstream"} <= loaded
+    assert not loaded & {"torch", "transformers", "matplotlib", "numpy"}
+
+
+def test_help_does_not_even_load_the_settings() -> None:
+    assert not imported_by("--help") & {"pydantic", "rich", "redis", "msgspec"}
+
+
+def test_check_without_a_file_is_clean_reward_only_training_of_the_default_student() -> None:
+    done = onstream("check")
+    assert done.returncode == 0
+    assert "generate → verify → train" in done.stdout
+    assert "Qwen/Qwen3-0.6B" in done.stdout
+    assert "No problems." in done.stdout
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda path: path.stem)
+def test_check_accepts_each_snippet_of_the_seed_page(snippet: Path) -> None:
+    assert onstream("check", str(snippet)).returncode == 0
+
+
+def test_check_prints_where_a_value_came_from_and_hides_secrets(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('[redis]\nurl = "redis://:hunter2@host:6379/0"\n')
+    done = onstream(
+        "check", str(file), "--set", "run.name=mine", environ={"ONSTREAM_TRAINER__MAX_STEPS": "7"}
+    )
+    assert done.returncode == 0
+    assert 'run.name = "mine"  --set run.name' in done.stdout
+    assert "trainer.max_steps = 7  ONSTREAM_TRAINER__MAX_STEPS" in done.stdout
+    assert f"redis.url = ***  {file}" in done.stdout
+    assert "hunter2" not in done.stdout + done.stderr
+    assert "checkpoint.interval" not in done.stdout
+
+
+def test_check_all_prints_settings_at_their_defaults_too() -> None:
+    assert "checkpoint.interval = 20  default" in onstream("check", "--all").stdout
+
+
+def test_check_tells_every_problem_and_exits_2() -> None:
+    done = onstream(
+        "check",
+        "--set",
+        "trainer.loss.teacher_tua=1",
+        "--set",
+        "trainer.max_steps=-1",
+        "--set",
+        "orchestrator.batch_size=100",
+    )
+    assert done.returncode == 2
+    assert "3 problems" in done.stdout
+    for part in (
+        "Did you mean trainer.loss.teacher_tau?",
+        "trainer.max_steps = -1",
+        "Set orchestrator.batch_size = 96.",
+    ):
+        assert part in done.stdout
+
+
+def test_check_warns_of_a_teacher_that_trains_nothing() -> None:
+    done = onstream("check", "--set", "teacher_inference.model.name=big")
+    assert done.returncode == 0
+    assert "metric-only" in done.stdout
+
+
+@pytest.mark.parametrize("command", [["up"], ["worker", "verifier"], ["status"]])
+def test_wrong_settings_end_every_command_with_one_message_a_line_and_exit_2(
+    command: list[str],
+) -> None:
+    done = onstream(*command, "--set", "trainer.max_steps=-1", "--set", "nonsense.x=1")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 2 and "Traceback" not in done.stderr
+
+
+def test_an_unknown_worker_is_refused_with_the_known_ones() -> None:
+    done = onstream("worker", "judge")
+    assert done.returncode == 2
+    assert "'generator', 'verifier', 'teacher', 'teacher-external', 'trainer'" in done.stderr
+
+
+def test_a_command_on_a_run_that_does_not_exist_says_so() -> None:
+    done = onstream("audit", "no-such-run")
+    assert done.returncode == 2
+    assert (
+        "no file no-such-run; expected a TOML file, or the directory or name of a run"
+        in done.stderr
+    )
+
+
+def test_a_worker_without_a_redis_says_what_to_set(tmp_path: Path) -> None:
+    done = onstream("worker", "verifier", "--set", f"run.dir={tmp_path}")
+    assert done.returncode == 2
+    assert "redis.url is unset" in done.stderr and "ONSTREAM_REDIS__URL" in done.stderr
+
+
+def test_a_worker_whose_redis_is_down_exits_5() -> None:
+    done = onstream(
+        "worker",
+        "verifier",
+        "--set",
+        "redis.url=unix:///nowhere.sock",
+        "--set",
+        "redis.connect_timeout=0.1",
+    )
+    assert done.returncode == 5
+    assert "no answer from Redis at unix:///nowhere.sock" in done.stderr

@@ -1,0 +1,155 @@
+"""What `onstream status` says of a run."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from onstream.pipeline import telemetry
+from onstream.pipeline.records import PolicyVersion, StageName, Ticket
+from onstream.pipeline.redis.access import opened, running_server
+from onstream.pipeline.redis.image_store import Hold
+from onstream.pipeline.redis.run_state import VERSION
+from onstream.pipeline.redis.streams import Bus, Move, Out
+from onstream.pipeline.stage import Stats
+from onstream.settings.load import load_settings
+from onstream.settings.plan import make_plan
+from onstream.settings.run import LogSettings
+from onstream.workers.commands.status import show, status
+from onstream.workers.launcher.embedded_redis import EmbeddedRedis
+
+
+def ticket(number: int) -> Ticket:
+    route: list[StageName] = ["verify", "train"]
+    return Ticket(number, group=0, group_size=2, index=0, seed=1, min_policy_version=0, route=route)
+
+
+def test_a_run_that_nobody_started_waits_for_a_trainer(bus: Bus) -> None:
+    state = status(bus)
+    assert (state["started"], state["policy_version"], state["issued"]) == (False, None, 0)
+    assert state["waits"][0] == "the run has no plan yet: no trainer has started"
+
+
+def test_status_tells_backlog_hands_heartbeats_versions_and_what_is_waited_for(bus: Bus) -> None:
+    lease = bus.acquire_lease(30)
+    bus.write_plan(
+        lease, make_plan(load_settings(overrides=[f"run.name={bus.run}"], environ={})).encode()
+    )
+    bus.announce(lease, PolicyVersion(number=3, digest="d", path="policies/000003", size_bytes=1))
+    assert bus.issue(lease, 0, [ticket(1), ticket(2)], max_backlog=10)
+    bus.mark_ready("train")
+    assert len(bus.read("generate", 1)) == 1
+    bus.heartbeat("train", Stats(done=5, detail="trains step 4"))
+    state = status(bus)
+    assert (state["route"], state["policy_version"], state["issued"], state["finished"]) == (
+        ["generate", "verify", "train"],
+        3,
+        2,
+        False,
+    )
+    oldest_s = state["stages"]["generate"].pop("oldest_in_hand_s")
+    assert 0 < oldest_s < 10
+    assert state["stages"]["generate"] == {"ready": False, "backlog": 2, "in_hand": 1}
+    assert state["stages"]["train"] == {
+        "ready": True,
+        "backlog": 0,
+        "in_hand": 0,
+        "oldest_in_hand_s": None,
+    }
+    [worker] = state["workers"]
+    assert (worker["worker"], worker["stage"], worker["done"], worker["detail"]) == (
+        "tester",
+        "train",
+        5,
+        "trains step 4",
+    )
+    assert (worker["holds"], worker["version"], state["version"]) == (1, VERSION, VERSION)
+    assert (state["gone"], state["last_dead"]) == ([], None)
+    assert any("generate" in sentence for sentence in state["waits"])
+
+
+def test_status_tells_what_images_take(bus: Bus) -> None:
+    assert bus.issue(bus.acquire_lease(30), 0, [ticket(1)], max_backlog=10)
+    (entry,) = bus.read("generate", 1)
+    console = Console(file=io.StringIO(), width=200)
+    show(status(bus), console)
+    bus.hold_images(
+        "generate", [Hold(entry.id, 1, {"a": b"x" * 1_500_000, "b": b"y" * 600_000})], patience_s=1
+    )
+    state = status(bus)
+    assert state["images"] == {"held": 2, "bytes": 2_100_000}
+    assert "images held" not in console.file.getvalue()
+    show(state, console)
+    assert "2 images held, 2.1 MB" in console.file.getvalue()
+
+
+def test_status_tells_who_is_gone_with_what_in_hand_and_what_went_wrong_last(bus: Bus) -> None:
+    assert bus.issue(bus.acquire_lease(30), 0, [ticket(1), ticket(2)], max_backlog=10)
+    assert len(bus.read("generate", 1)) == 1
+    telemetry.configure("generate", "tester", bus.run, LogSettings())
+    telemetry.get_logger().error("the engine failed", error="no memory")
+    bus.heartbeat("generate", Stats(detail="see its last error"), state="failed")
+    bus.settle(
+        "generate",
+        [Move(bus.pending("generate")[0].id, [Out("dead", 1, b"x", "handed out too often", 4)])],
+    )
+    state = status(bus)
+    assert state["workers"] == []
+    [gone] = state["gone"]
+    assert (gone["worker"], gone["state"], gone["holds"], gone["error"]) == (
+        "tester",
+        "failed",
+        0,
+        "the engine failed: no memory",
+    )
+    assert {name: state["last_dead"][name] for name in ("number", "stage", "reason")} == {
+        "number": 1,
+        "stage": "generate",
+        "reason": "handed out too often",
+    }
+    out = io.StringIO()
+    show(state, Console(file=out, width=200))
+    assert (
+        "gone: tester, failed, last heard of 0.0 s ago, holds 0; see its last error"
+        in out.getvalue()
+    )
+    assert "ago: the engine failed: no memory" in out.getvalue()
+    assert "ago: 1 at generate: handed out too often" in out.getvalue()
+
+
+def test_the_command_finds_a_run_that_stands_still_by_its_directory_and_starts_its_redis_for_so_long(
+    tmp_path: Path,
+) -> None:
+    settings = load_settings(overrides=["run.name=still", f"run.dir={tmp_path}"], environ={})
+    server = EmbeddedRedis(settings.run_dir / "redis", max_memory_mb=64)
+    server.start()
+    try:
+        assert running_server(settings.run_dir) == server.url
+        with opened(settings, purpose="test") as bus:
+            assert bus.issue(bus.acquire_lease(30), 0, [ticket(1)], max_backlog=10)
+    finally:
+        server.stop()
+    assert running_server(settings.run_dir) is None
+    (settings.run_dir / "settings.toml").write_text('[run]\nname = "still"\n')
+    command = [
+        sys.executable,
+        "-m",
+        "onstream",
+        "status",
+        "--json",
+        str(settings.run_dir),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["issued"] == 1
+    shown = subprocess.run(
+        [part for part in command if part != "--json"], capture_output=True, text=True, check=True
+    )
+    assert (
+        "run still: not started" in shown.stdout
+        and "waits: the run has no plan yet" in shown.stdout
+    )

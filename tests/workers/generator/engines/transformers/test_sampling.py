@@ -1,0 +1,126 @@
+"""Draws, filters and logprobs, against numbers worked by hand and against transformers' own
+filters.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from onstream.workers.generator.engines.base import Sampling
+from onstream.workers.generator.engines.transformers.sampling import draw, filtered, uniforms
+
+PROBS = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
+
+
+def kept(sampling: Sampling) -> list[float]:
+    return [round(p, 6) for p in filtered(PROBS.log(), [sampling]).exp()[0].tolist()]
+
+
+def test_a_draw_depends_on_its_own_seed_and_position_alone() -> None:
+    together = uniforms([5, 7, 9], [0, 3, 1])
+    assert uniforms([7], [3])[0] == together[1]
+    assert len({*together, *uniforms([7, 7], [2, 4])}) == 5
+
+
+def test_draws_are_spread_evenly_over_seeds_and_over_positions() -> None:
+    by_seed = uniforms(np.arange(20_000), np.zeros(20_000))
+    by_position = uniforms(np.full(20_000, 123), np.arange(20_000))
+    for draws in (by_seed, by_position):
+        counts = np.histogram(draws, bins=20, range=(0, 1))[0]
+        assert (
+            (counts - 1000) ** 2 / 1000
+        ).sum() < 43.8  # chi-square, 19 degrees of freedom, p = 0.001
+        assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 0.03
+
+
+def test_a_token_is_drawn_where_the_cumulative_probability_passes_the_draw() -> None:
+    ids, logprobs = draw(
+        PROBS.log().repeat(5, 1), [Sampling()] * 5, np.array([0.0, 0.39, 0.41, 0.89, 0.9999999])
+    )
+    assert ids.tolist() == [0, 0, 1, 2, 3]
+    assert logprobs.exp().tolist() == pytest.approx([0.4, 0.4, 0.3, 0.2, 0.1])
+
+
+def test_the_largest_draw_never_falls_past_the_last_token_that_can_be_drawn() -> None:
+    logits = torch.tensor([[0.0, 0.0, -torch.inf, -torch.inf]])
+    ids, _ = draw(logits, [Sampling()], np.array([1 - 2.0**-52]))
+    assert ids.tolist() == [1]
+
+
+def test_the_logprob_of_a_draw_is_at_the_sampling_temperature() -> None:
+    _, logprobs = draw(PROBS.log(), [Sampling(temperature=0.5)], np.array([0.0]))
+    assert logprobs.exp().tolist() == pytest.approx([0.16 / 0.30])
+
+
+def test_temperature_zero_takes_the_likeliest_token_and_reports_the_models_own_logprob() -> None:
+    ids, logprobs = draw(PROBS.log(), [Sampling(temperature=0)], np.array([0.95]))
+    assert ids.tolist() == [0]
+    assert logprobs.exp().tolist() == pytest.approx([0.4])
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(top_k=2), [4 / 7, 3 / 7, 0, 0]),
+        (Sampling(top_p=0.6), [4 / 7, 3 / 7, 0, 0]),
+        (Sampling(top_p=0.05), [1, 0, 0, 0]),
+        (Sampling(min_p=0.6), [4 / 7, 3 / 7, 0, 0]),
+        (Sampling(top_k=3, top_p=0.7), [4 / 7, 3 / 7, 0, 0]),
+        (Sampling(), [0.4, 0.3, 0.2, 0.1]),
+    ],
+)
+def test_filters_leave_a_renormalised_distribution(
+    sampling: Sampling, expected: list[float]
+) -> None:
+    assert kept(sampling) == pytest.approx(expected, abs=1e-6)
+
+
+def test_filters_agree_with_those_of_transformers() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(6, 50) * 3
+    settings = [
+        Sampling(0.7, 0.9, 20, 0.02),
+        Sampling(1.3, 0.8),
+        Sampling(1, top_k=7),
+        Sampling(1, min_p=0.1),
+        Sampling(2, 0.5, 3),
+        Sampling(),
+    ]
+    ours = filtered(
+        torch.stack(
+            [(row / s.temperature) for row, s in zip(logits, settings, strict=True)]
+        ).log_softmax(-1),
+        settings,
+    )
+    for row, sampling, result in zip(logits, settings, ours, strict=True):
+        warpers = [TemperatureLogitsWarper(float(sampling.temperature))]
+        warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+        warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+        warpers += [MinPLogitsWarper(sampling.min_p)] if sampling.min_p else []
+        theirs = row[None]
+        for warper in warpers:
+            theirs = warper(None, theirs)
+        torch.testing.assert_close(result.exp(), theirs.softmax(-1)[0])
+
+
+def test_rows_with_and_without_filters_share_a_batch() -> None:
+    ids, logprobs = draw(
+        PROBS.log().repeat(3, 1),
+        [Sampling(top_k=1), Sampling(), Sampling(temperature=0)],
+        np.array([0.95, 0.95, 0.95]),
+    )
+    assert ids.tolist() == [0, 3, 0]
+    assert logprobs.exp().tolist() == pytest.approx([1.0, 0.1, 0.4])
+
+
+def test_logits_that_are_not_numbers_are_an_error_and_no_token() -> None:
+    with pytest.raises(FloatingPointError, match="not finite"):
+        draw(torch.tensor([[0.0, torch.nan]]), [Sampling()], np.array([0.5]))

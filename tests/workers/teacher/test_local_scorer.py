@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from onstream.settings.root import Settings
+from onstream.workers.teacher.local_scorer import LocalScorer
+from onstream.workers.teacher.local_setup import load_local
+from onstream.workers.teacher.scorer import ScoreRequest, Scores
+
+
+def scorer_of(model_dir: Path, **teacher: object) -> LocalScorer:
+    return load_local(
+        Settings.model_validate({"model": {"name": str(model_dir)}, "teacher_inference": teacher})
+    )
+
+
+def some_requests(seed: int = 0) -> list[ScoreRequest]:
+    """Three groups of 5, 1 and 3 samples, mixed, of different lengths; one completion is a single
+    token.
+    """
+    random = np.random.default_rng(seed)
+    prompts = [random.integers(8, 128, length).astype(np.int32) for length in (19, 30, 3)]
+    order = [0, 1, 0, 2, 0, 2, 0, 2, 0]
+    lengths = [7, 1, 12, 30, 1, 4, 9, 2, 3]
+    return [
+        ScoreRequest(prompts[group], random.integers(3, 128, length).astype(np.int32))
+        for group, length in zip(order, lengths, strict=True)
+    ]
+
+
+@torch.no_grad()
+def one_by_one(model_dir: Path, requests: Sequence[ScoreRequest]) -> list[torch.Tensor]:
+    """The log distribution [C, V] at every completion token, by plain transformers, one sample at a
+    time.
+    """
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    found = []
+    for request in requests:
+        ids = torch.from_numpy(
+            np.concatenate((request.prompt_ids, request.completion_ids)).astype(np.int64)
+        )
+        logits = model(ids[None], use_cache=False).logits[0]
+        found.append(logits[len(request.prompt_ids) - 1 : -1].log_softmax(-1))
+    return found
+
+
+@pytest.mark.parametrize("max_batch_tokens", [8192, 48, 16])
+def test_scores_equal_one_sample_at_a_time_however_they_are_packed(
+    model_dir: Path, max_batch_tokens: int
+) -> None:
+    requests = some_requests()
+    scores = scorer_of(model_dir, max_batch_tokens=max_batch_tokens, head_chunk=5).score(
+        requests, top_k=4
+    )
+    for request, score, wanted in zip(
+        requests, scores, one_by_one(model_dir, requests), strict=True
+    ):
+        targets = torch.from_numpy(request.completion_ids.astype(np.int64))
+        np.testing.assert_allclose(
+            score.logprobs, wanted.gather(1, targets[:, None])[:, 0].numpy(), atol=1e-5
+        )
+        assert score.top_ids is not None and score.top_logprobs is not None
+        np.testing.assert_allclose(score.top_logprobs, wanted.topk(4).values, atol=1e-5)
+        np.testing.assert_allclose(
+            wanted.gather(1, torch.from_numpy(score.top_ids.astype(np.int64))),
+            score.top_logprobs,
+            atol=1e-5,
+        )
+
+
+def test_the_likeliest_tokens_and_the_tail_sum_to_one(model_dir: Path) -> None:
+    for score in scorer_of(model_dir).score(some_requests(), top_k=4):
+        assert score.top_logprobs is not None and score.tail_logprobs is not None
+        total = np.exp(score.top_logprobs.astype(np.float64)).sum(-1) + np.exp(
+            score.tail_logprobs.astype(np.float64)
+        )
+        np.testing.assert_allclose(total, 1, atol=1e-5)
+
+
+def test_without_top_k_there_are_sampled_logprobs_alone(model_dir: Path) -> None:
+    (score,) = scorer_of(model_dir).score(some_requests()[:1], top_k=0)
+    assert score == Scores(score.logprobs)
+    assert score.logprobs.shape == (7,) and score.logprobs.dtype == np.float32
+
+
+def test_k_of_the_whole_vocabulary_leaves_one_token_to_the_tail(model_dir: Path) -> None:
+    (score,) = scorer_of(model_dir).score(some_requests()[:1], top_k=1024)
+    assert score.top_ids is not None and score.top_ids.shape == (7, 127)
+    assert score.tail_logprobs is not None and np.isfinite(score.tail_logprobs).all()
+
+
+def test_entries_that_only_the_teacher_has_take_no_probability(model_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    narrow = LocalScorer(
+        "narrow",
+        model,
+        context_tokens=512,
+        vocabulary_size=100,
+        max_batch_tokens=8192,
+        head_chunk=64,
+    )
+    request = ScoreRequest(np.arange(10, 20, dtype=np.int32), np.arange(30, 35, dtype=np.int32))
+    (score,) = narrow.score([request], top_k=4)
+    with torch.no_grad():
+        logits = model(torch.tensor([[*range(10, 20), *range(30, 35)]])).logits[0, 9:-1, :100]
+    np.testing.assert_allclose(
+        score.logprobs, logits.log_softmax(-1)[torch.arange(5), torch.arange(30, 35)], atol=1e-5
+    )
+    assert score.top_ids is not None and score.top_ids.max() < 100
+
+
+def test_no_more_positions_than_a_chunk_have_logits_at_once(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onstream.pipeline.models.logprobs as logprobs
+
+    seen: list[int] = []
+    head_logits = logprobs.head_logits
+
+    def spy(hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(len(hidden))
+        return head_logits(hidden, *rest)
+
+    monkeypatch.setattr(logprobs, "head_logits", spy)
+    requests = some_requests()
+    scorer_of(model_dir, head_chunk=8).score(requests, top_k=4)
+    assert max(seen) == 8
+    assert sum(seen) == sum(len(request.completion_ids) for request in requests)

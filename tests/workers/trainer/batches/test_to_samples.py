@@ -1,0 +1,139 @@
+"""Records become samples, and broken ones are named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from onstream.pipeline.records import (
+    Rollout,
+    Sample,
+    Ticket,
+    VersionSpan,
+    ids_bytes,
+    logprobs_bytes,
+    mask_bytes,
+)
+from onstream.workers.trainer.batches.excerpts import excerpts
+from onstream.workers.trainer.batches.groups import Chosen
+from onstream.workers.trainer.batches.to_samples import flaw, training_samples
+from onstream.workers.trainer.batches.train_sample import TrainSample
+from tests.workers.trainer.driver import rollout
+
+
+def accept(sample: TrainSample) -> None:
+    """A learner that takes everything."""
+
+
+def made(number: int = 6, **changes: Any) -> Rollout:
+    return rollout(
+        Ticket(number, (number - 1) // 4, 4, (number - 1) // 4, 0, 0, ["train"]), 2, **changes
+    )
+
+
+def test_every_field_arrives_as_an_array_of_its_shape() -> None:
+    sample = Sample(
+        prompt_ids=ids_bytes([7, 8]),
+        completion_ids=ids_bytes([5, 6, 1]),
+        loss_mask=mask_bytes([1, 0, 1]),
+        generator_logprobs=logprobs_bytes([-0.5, 0, -1.5]),
+        version_spans=[VersionSpan(2, 0, 3)],
+        completion_text="x",
+        teacher_logprobs=logprobs_bytes([-0.25, 0, -2]),
+        teacher_top_ids=ids_bytes([1, 2, 3, 4, 5, 6]),
+        teacher_top_logprobs=logprobs_bytes([-1, -2, -3, -4, -5, -6]),
+        teacher_tail_logprobs=logprobs_bytes([-7, -8, -9]),
+    )
+    record = made(samples=[sample], temperature=0.5)
+    (found,) = training_samples([Chosen(1, (record,), 0, {}, ())], normalize=False, version=2)
+    assert (found.prompt_ids.tolist(), found.completion_ids.tolist(), found.loss_mask.tolist()) == (
+        [7, 8],
+        [5, 6, 1],
+        [1, 0, 1],
+    )
+    assert found.generator_logprobs.tolist() == [-0.5, 0, -1.5]
+    assert found.teacher_top_ids is not None and found.teacher_top_ids.tolist() == [
+        [1, 2],
+        [3, 4],
+        [5, 6],
+    ]
+    assert found.teacher_top_logprobs is not None and found.teacher_top_logprobs.tolist() == [
+        [-1, -2],
+        [-3, -4],
+        [-5, -6],
+    ]
+    assert found.teacher_tail_logprobs is not None and found.teacher_tail_logprobs.tolist() == [
+        -7,
+        -8,
+        -9,
+    ]
+    assert (found.group, found.temperature, found.advantage) == (1, 0.5, 0.0)
+    assert found.staleness is not None and found.staleness.tolist() == [0, 0, 0]
+
+
+def test_advantages_are_within_a_unit_and_every_sample_of_a_rollout_has_its_own() -> None:
+    two = made(5, reward=1.0)
+    two.samples = [*two.samples, *two.samples]
+    units = [
+        Chosen(1, (two, made(6, reward=0.0)), 0, {}, ()),
+        Chosen(2, (made(9, reward=5.0),), 0, {}, ()),
+    ]
+    assert [sample.advantage for sample in training_samples(units, normalize=False, version=2)] == [
+        0.5,
+        0.5,
+        -0.5,
+        0.0,
+    ]
+
+
+def test_a_sound_rollout_has_no_flaw() -> None:
+    assert flaw(made(), group_size=4, check=accept) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"group": 2}, "it says group 2 of 4; its number belongs to group 1 of 4"),
+        ({"group_size": 8}, "it says group 1 of 8"),
+        ({"samples": []}, "it has no samples"),
+    ],
+)
+def test_a_rollout_that_contradicts_its_number_or_is_empty_is_refused(
+    changes: dict[str, Any], words: str
+) -> None:
+    assert words in (flaw(made(**changes), group_size=4, check=accept) or "")
+
+
+def test_bytes_that_are_no_array_are_a_flaw_and_no_crash() -> None:
+    record = made()
+    record.samples[0].teacher_logprobs = b"odd"
+    assert flaw(record, group_size=4, check=accept)
+    record = made()
+    record.samples[0].teacher_top_ids = np.arange(5, dtype="<i4").tobytes() * 7
+    assert flaw(record, group_size=4, check=accept)
+
+
+def test_what_the_learner_would_refuse_is_a_flaw_in_its_words() -> None:
+    def refuse(sample: TrainSample) -> None:
+        raise ValueError("an id outside the vocabulary")
+
+    assert flaw(made(), group_size=4, check=refuse) == "an id outside the vocabulary"
+
+
+def test_an_excerpt_shows_a_person_what_was_asked_answered_and_thought_of_it() -> None:
+    record = made(reward=0.5)
+    (row, *rest) = excerpts([Chosen(unit, (record,), 0, {}, ()) for unit in range(9)], "job", 12)
+    assert len(rest) == 3
+    assert (row["step"], row["uid"], row["reward"], row["policy_versions"]) == (
+        12,
+        "job/6",
+        0.5,
+        [2],
+    )
+    assert row["messages"] == [{"role": "user", "content": "say some words"}]
+    generator = np.frombuffer(record.samples[0].generator_logprobs, "<f4").sum()
+    assert row["generator_logprob"] == pytest.approx(float(generator))
+    record.samples[0].teacher_logprobs = None
+    assert excerpts([Chosen(1, (record,), 0, {}, ())], "job", 12)[0]["teacher_logprob"] is None

@@ -1,0 +1,51 @@
+"""What a witness tells of each sample adds up to the step's own metrics, and changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from onstream.pipeline.records import Rollout
+from onstream.workers.trainer.batches.groups import Chosen
+from onstream.workers.trainer.batches.to_samples import training_samples
+from onstream.workers.trainer.maths.per_sample_losses import Witness
+from onstream.workers.trainer.training import learner_at
+from tests.workers.trainer.records import rollout
+from tests.workers.trainer.test_training import settings
+
+
+def units() -> list[Chosen]:
+    def group(first: int) -> tuple[Rollout, Rollout]:
+        return rollout(first, group_size=2, versions=(0,) * 3, reward=1.0), rollout(
+            first + 1, group_size=2, versions=(0,), reward=0.0
+        )
+
+    return [Chosen(at, group(2 * at + 1), 0, {}, ()) for at in range(2)]
+
+
+@pytest.mark.parametrize("microbatch", [8192, 16])
+def test_the_samples_losses_add_up_to_the_loss_of_the_step(model: Path, microbatch: int) -> None:
+    job = settings(model)
+    trainer = job.trainer.model_copy(update={"microbatch": microbatch, "head_chunk": 2})
+    job = job.model_copy(update={"trainer": trainer})
+    samples = training_samples(units(), normalize=False, version=0)
+    unseen = learner_at(job, None)
+    seen = learner_at(job, None)
+    witness = Witness()
+    metrics = seen.step(samples, 3, witness=witness)
+    assert metrics == unseen.step(samples, 3)
+    assert sorted(witness.loss) == [0, 1, 2, 3]
+    assert sum(witness.loss.values()) / metrics["tokens"] == pytest.approx(
+        metrics["loss"], rel=1e-5
+    )
+    assert max(witness.mismatch_max.values()) == pytest.approx(metrics["mismatch_max"])
+
+
+def test_supervised_samples_have_a_loss_and_no_mismatch(model: Path) -> None:
+    witness = Witness()
+    job = settings(model, type="sft")
+    samples = training_samples(units(), normalize=False, version=0)
+    samples[1].loss_mask[:] = 0
+    learner_at(job, None).step(samples, 3, witness=witness)
+    assert sorted(witness.loss) == [0, 2, 3] and witness.mismatch_max == {}

@@ -1,0 +1,133 @@
+"""`onstream jobs`: what was asked for and what it came to, and asking for more."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.redis.access import opened
+from onstream.pipeline.redis.job_queue import Jobs, ask_pinned
+from onstream.settings.root import Settings
+from onstream.workers.evaluation.versions import find_version
+
+SHOWN = 120  # characters of a result
+
+
+def listed(settings: Settings) -> list[dict[str, Any]]:
+    """The jobs of the run as JSON data, the newest first."""
+    with _jobs(settings) as jobs:
+        return [asdict(row) for row in jobs.rows()]
+
+
+def show(rows: list[dict[str, Any]], console: Console) -> None:
+    """Print what `listed` returned, for people."""
+    table = Table("job", "state", "tries", "asked", "took", "result", box=None, pad_edge=False)
+    for row in rows:
+        asked = (
+            time.strftime("%m-%d %H:%M:%S", time.localtime(row["asked"])) if row["asked"] else ""
+        )
+        took = f"{row['seconds']:.1f} s" if row["seconds"] is not None else ""
+        cells = (
+            f"{row['kind']} {row['key']}",
+            row["status"],
+            row["tries"],
+            asked,
+            took,
+            row["reason"] or _short(row["result"]),
+        )
+        table.add_row(*(Text(str(cell)) for cell in cells))
+    console.print(table if rows else Text("no jobs"))
+
+
+def _short(result: Any) -> str:
+    """What a job returned, for people: neither what is empty nor what the line says already."""
+    if not isinstance(result, dict):
+        return "" if result is None else str(result)
+    shown = {
+        name: value
+        for name, value in result.items()
+        if value not in (None, [], {}, 0) and name not in ("version", "time", "seconds")
+    }
+    return ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in shown.items()
+    )[:SHOWN]
+
+
+def ask_evaluation(settings: Settings, version: int | None) -> str:
+    """Ask for an evaluation; returns what became of that in words.
+
+    Raises:
+        UserError: the run has no such version.
+    """
+    _, version = find_version(settings, version)
+    with _jobs(settings) as jobs:
+        new = ask_pinned(
+            jobs, settings.run_dir, "evaluate", version, str(version), version, again=True
+        )
+    return _answer(new, f"the evaluation of version {version}")
+
+
+def ask_export(
+    settings: Settings, version: int | None, to: Path | None, dtype: str | None, *, upload: bool
+) -> str:
+    """Ask for an export; returns what became of that in words.
+
+    Raises:
+        UserError: the run has no such version, or there is nowhere to export it to.
+    """
+    if to is None and not upload:
+        raise UserError(
+            "neither --to nor --upload",
+            expected="where the export goes",
+            next_step="Give --to DIR, or --upload, or both.",
+        )
+    _, version = find_version(settings, version)
+    target = str(to.absolute()) if to else None
+    key = f"{version} {target or 'upload'}{f' {dtype}' if dtype else ''}{' + upload' if to and upload else ''}"
+    with _jobs(settings) as jobs:
+        new = ask_pinned(
+            jobs,
+            settings.run_dir,
+            "export",
+            version,
+            key,
+            version,
+            target,
+            dtype,
+            upload,
+            again=True,
+        )
+    return _answer(new, f"the export of version {version}")
+
+
+def ask_prune(settings: Settings) -> str:
+    """Ask for pruning; returns what became of that in words."""
+    with _jobs(settings) as jobs:
+        return _answer(jobs.ask("prune", "now", again=True), "pruning")
+
+
+def _answer(new: bool, what: str) -> str:
+    return (
+        f"asked for {what}; `onstream jobs` shows how it goes"
+        if new
+        else f"{what} is under way already"
+    )
+
+
+@contextlib.contextmanager
+def _jobs(settings: Settings) -> Iterator[Jobs]:
+    with (
+        opened(settings, purpose="jobs") as bus,
+        Jobs(bus.url, settings.run.name, settings.jobs) as jobs,
+    ):
+        yield jobs

@@ -1,0 +1,125 @@
+"""Greedy evaluation of a model on the task's held-out problems, with the generator's engine and the
+verifier's children.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.images import ImageError
+from onstream.pipeline.tasks import Problem, load_task
+from onstream.pipeline.tasks.swapped_images import swapped_problems
+from onstream.settings.root import Settings
+from onstream.workers.generator.engines.base import Request, Sampling
+from onstream.workers.generator.student import PromptTooLong, Student, load_student
+from onstream.workers.verifier.scorer_messages import Verdict
+from onstream.workers.verifier.scorer_pool import Children
+
+EXACT = 1.0
+"""The least reward of an answer that counts as exact."""
+WAIT_S = 1.0
+
+GREEDY = Sampling(temperature=0)
+
+
+def evaluate(model_dir: Path, settings: Settings) -> dict[str, Any]:
+    """The likeliest answer of the model in `model_dir` to each held-out problem, scored.
+
+    Returns:
+        `exact`, the share of problems with a reward of 1 or more; `reward`, the mean of those that
+        were scored (None if none was); `samples`, the number of problems; `unscored`, how many the
+        scorer itself failed on; `seconds`. With `eval.swap_images` also `exact_swapped`, the share
+        of those `samples_swapped` problems that are answered right though another problem's images
+        are shown.
+
+    Raises:
+        UserError: the model, the task or its scorer cannot be used, nothing is held out, or a
+            problem does not fit the context.
+    """
+    started = time.monotonic()
+    task = load_task(settings)
+    if task.held_out_size == 0:
+        raise UserError(
+            "there are no held-out problems",
+            expected="at least one",
+            next_step="Set `eval.samples` above 0.",
+        )
+    own = {f"held-out problem {index}": task.held_out(index) for index in range(task.held_out_size)}
+    swapped = swapped_problems(task) if settings.eval.swap_images else {}
+    others = {
+        f"held-out problem {index} with another one's images": problem
+        for index, problem in swapped.items()
+    }
+    asked = own | others
+    answers = _answers(
+        load_student(model_dir, settings), asked, settings.inference.sampling.max_completion
+    )
+    verdicts = _verdicts(settings, list(asked.values()), answers)
+    rewards = [verdict.reward for verdict in verdicts[: len(own)] if verdict.reward is not None]
+    return {
+        "exact": _exact(verdicts[: len(own)]),
+        "reward": sum(rewards) / len(rewards) if rewards else None,
+        "samples": len(own),
+        "unscored": len(own) - len(rewards),
+        **(
+            {"exact_swapped": _exact(verdicts[len(own) :]), "samples_swapped": len(others)}
+            if others
+            else {}
+        ),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _exact(verdicts: Sequence[Verdict]) -> float:
+    return sum(
+        verdict.reward is not None and verdict.reward >= EXACT for verdict in verdicts
+    ) / len(verdicts)
+
+
+def _answers(student: Student, problems: Mapping[str, Problem], max_completion: int) -> list[str]:
+    """The likeliest answer to each of `problems`, which are named for messages, in their order."""
+    requests = []
+    for key, (name, problem) in enumerate(problems.items()):
+        try:
+            prompt = student.prompt(problem.messages)
+            room = student.completion_room(prompt, max_completion)
+        except (PromptTooLong, ImageError) as error:
+            raise UserError(
+                f"{name}: {error}",
+                expected="prompts shorter than the context, and images within `[images]`",
+                next_step="Change `[task]`.",
+            ) from error
+        requests.append(
+            Request(key, prompt.ids, room, seed=0, sampling=GREEDY, images=prompt.images)
+        )
+    texts = [""] * len(requests)
+    with contextlib.closing(student.engine) as engine:
+        engine.add(requests)
+        while engine.active:
+            for completion in engine.step():
+                texts[completion.key] = student.text(completion.token_ids)
+    return texts
+
+
+def _verdicts(
+    settings: Settings, problems: Sequence[Problem], answers: Sequence[str]
+) -> list[Verdict]:
+    """Scores in killable children, as in the run: a scorer that hangs costs its problem, not the
+    evaluation.
+    """
+    children = Children(settings)
+    children.start()
+    try:
+        for key, (problem, answer) in enumerate(zip(problems, answers, strict=True)):
+            children.submit(key, answer, problem.info)
+        verdicts: dict[int, Verdict] = {}
+        while len(verdicts) < len(answers):
+            verdicts.update(children.collect(WAIT_S))
+    finally:
+        children.close()
+    return [verdicts[key] for key in range(len(answers))]

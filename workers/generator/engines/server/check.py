@@ -1,0 +1,163 @@
+"""What must hold of a vLLM server before it writes for a run: at the start, and whenever it comes
+back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.http import EndpointError, EndpointFault, Refused, decoded, require_model
+from onstream.pipeline.images.vllm_prompts import SentImages
+from onstream.settings.client import StudentClientSettings
+from onstream.workers.generator.engines.base import Request
+from onstream.workers.generator.engines.server.endpoint import (
+    GENERATE,
+    RPC,
+    WEIGHT_INFO,
+    StudentServer,
+)
+from onstream.workers.generator.engines.vllm.images import fields_of, require_same_tokens
+from onstream.workers.generator.engines.vllm.request import Writing
+
+CHECK_S = 30.0
+CLIENT = "inference.client"
+TEXT = "Write 12 + 30 = 42 backwards, déjà vu.\n\n"
+GONE = (403, 404, 405)
+START = "Start the server by `onstream student-server`, or as docs/engines.md says"
+
+
+@dataclass(frozen=True)
+class ServerCheck:
+    """Asks a server all of it. `model` is the student's name there, `text_ids` are the tokens of
+    `TEXT` by the student's own tokenizer.
+
+    `longest` is the most tokens that a completion may have. `tried` shows a picture, of which
+    `sent` makes what a server is sent.
+    """
+
+    client: StudentClientSettings
+    model: str
+    text_ids: list[int]
+    longest: int
+    sent: SentImages
+    tried: Request | None
+
+    async def __call__(self, server: StudentServer) -> None:
+        """Checks `server`, and fills in its context.
+
+        Raises:
+            UserError: it answers, and cannot be used.
+            EndpointFault: it does not answer, or not in time.
+        """
+        try:
+            async with asyncio.timeout(CHECK_S):
+                await self._check_model(server)
+                await self._check_updates(server)
+                await self._check_tokens(server)
+                await self._check_generation(server)
+                if self.tried is not None:
+                    await self._check_images(server, Writing(self.tried))
+        except TimeoutError as error:
+            raise EndpointFault(
+                f"the questions of the start took longer than {CHECK_S:g} s"
+            ) from error
+
+    async def _check_model(self, server: StudentServer) -> None:
+        if self.client.skip_model_check:
+            return
+        named = f"{CLIENT}.model" if self.client.model else "model.name"
+        listed = await require_model(server, self.model, "inference", named)
+        server.context_tokens = listed.get("max_model_len")
+        if server.context_tokens is not None and server.context_tokens <= self.longest:
+            raise UserError(
+                f"the context of {server.name} is {server.context_tokens} tokens, with inference.sampling.max_completion = {self.longest}",
+                expected="room for a prompt beside the longest completion",
+                next_step="Lower inference.sampling.max_completion, or start the server with a longer --max-model-len.",
+            )
+
+    async def _check_updates(self, server: StudentServer) -> None:
+        """Whether weights can be replaced. A server that somebody left paused goes on: no request
+        comes before its weights are new.
+        """
+        try:
+            paused = decoded(await server.get("/is_paused"))
+            await server.found_label()
+        except EndpointFault as fault:
+            if fault.status not in GONE:
+                raise
+            raise _misses(
+                server,
+                f"no {WEIGHT_INFO} ({fault})",
+                "the environment variable VLLM_SERVER_DEV_MODE=1",
+            ) from fault
+        try:
+            await server.rpc("onstream_staged")
+        except EndpointFault as fault:
+            if fault.status is None:
+                raise
+            flags = '--worker-extension-cls onstream.workers.generator.engines.vllm.extension.Extension --weight-transfer-config \'{"backend": "disk"}\''
+            raise _misses(server, f"nothing of Onstream's behind {RPC} ({fault})", flags) from fault
+        if paused.get("is_paused"):
+            await server.resume()
+
+    async def _check_tokens(self, server: StudentServer) -> None:
+        """Whether its tokenizer is the student's, where it tells."""
+        try:
+            reply = decoded(
+                await server.post(
+                    "/tokenize", {"model": self.model, "prompt": TEXT, "add_special_tokens": False}
+                )
+            )
+        except EndpointError as error:
+            if error.status is None or error.status >= 500:
+                raise
+            return
+        if reply.get("tokens") != self.text_ids:
+            raise UserError(
+                f"{server.name} reads {TEXT[:9]!r}… as the tokens {str(reply.get('tokens'))[:60]}…",
+                expected=f"{str(self.text_ids)[:60]}…, as the student's tokenizer does",
+                next_step="Serve the student of `model.name` there, with its own tokenizer.",
+            )
+
+    async def _check_generation(self, server: StudentServer) -> None:
+        """Whether it takes and gives token ids, and logprobs of what it samples from: with one
+        token to choose from, exactly 0.
+        """
+        sampling = {"max_tokens": 1, "top_k": 1, "seed": 0, "logprobs": 0, "detokenize": False}
+        try:
+            piece = await server.generate(
+                {"model": self.model, "token_ids": self.text_ids, "sampling_params": sampling}
+            )
+        except EndpointFault as fault:
+            if fault.status not in GONE:
+                raise
+            raise _misses(
+                server, f"no {GENERATE} ({fault})", "the flag --enable-scale-out"
+            ) from fault
+        if piece.logprobs != [0.0]:
+            got = f"logprobs before sampling's filters ({piece.logprobs} of the one token that could be drawn)"
+            raise _misses(server, got, "the flag --logprobs-mode processed_logprobs")
+
+    async def _check_images(self, server: StudentServer, tried: Writing) -> None:
+        """Whether it reads images, and makes the student's tokens of them."""
+        body = {
+            "model": self.model,
+            "sampling_params": tried.sampling(()),
+            **fields_of(tried, self.sent),
+        }
+        try:
+            piece = await server.generate(body)
+        except Refused as refusal:
+            got = f"no answer to a prompt with a picture ({refusal})"
+            raise _misses(
+                server,
+                got,
+                "a server of the student of `model.name`, which reads images, with torchvision",
+            ) from refusal
+        require_same_tokens(piece.prompt_ids, tried)
+
+
+def _misses(server: StudentServer, got: str, expected: str) -> UserError:
+    return UserError(f"{server.name} has {got}", expected=expected, next_step=f"{START}.")

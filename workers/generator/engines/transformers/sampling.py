@@ -1,0 +1,108 @@
+"""Drawing tokens from logits: seeds that no neighbour disturbs, filters, and the logprob of what
+was drawn.
+
+Pure functions of tensors. n rows, V tokens in the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from onstream.workers.generator.engines.base import Sampling
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's increment and multipliers
+_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+
+
+def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64's finaliser: every input bit reaches every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * _MIX[0]
+    x = (x ^ (x >> np.uint64(27))) * _MIX[1]
+    return x ^ (x >> np.uint64(31))
+
+
+def uniforms(seeds: npt.ArrayLike, positions: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Draws in [0, 1), one for each (seed, position) pair: a hash, so there is no generator whose
+    state rows could share.
+
+    Args:
+        seeds: uint64 [n], the rollouts' seeds.
+        positions: [n], the index of the token to draw in its completion.
+    """
+    stream = _mixed(np.asarray(seeds, dtype=np.uint64) + _GOLDEN)
+    bits = _mixed(stream + np.asarray(positions, dtype=np.uint64) * _GOLDEN)
+    # 52 bits, so that u·total stays below total in float64 and never falls past the last token.
+    return (bits >> np.uint64(12)).astype(np.float64) * 2.0**-52
+
+
+def filtered(logprobs: Tensor, sampling: Sequence[Sampling]) -> Tensor:
+    """`logprobs` [n, V] with the tokens that each row's top-k, top-p and min-p exclude at −inf,
+    renormalised.
+
+    Top-p keeps the fewest likeliest tokens whose probabilities, of what top-k left, reach it; at
+    least one stays.
+    """
+    top_k, top_p, min_p = (
+        torch.tensor(values, device=logprobs.device)[:, None]
+        for values in (
+            [s.top_k or logprobs.shape[-1] for s in sampling],
+            [s.top_p for s in sampling],
+            [s.min_p for s in sampling],
+        )
+    )
+    ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(logprobs.shape[-1], device=logprobs.device)
+    ordered = ordered.masked_fill(rank >= top_k, -torch.inf).log_softmax(dim=-1)
+    probs = ordered.exp()
+    before = probs.cumsum(dim=-1) - probs
+    drop = (rank > 0) & ((probs < min_p * probs[:, :1]) | ((before >= top_p) & (top_p < 1)))
+    ordered = ordered.masked_fill(drop, -torch.inf).log_softmax(dim=-1)
+    return torch.empty_like(ordered).scatter_(-1, order, ordered)
+
+
+def draw(
+    logits: Tensor, sampling: Sequence[Sampling], uniform: npt.NDArray[np.float64]
+) -> tuple[Tensor, Tensor]:
+    """One token per row by inverse CDF, and its logprob in nats under the distribution it was drawn
+    from.
+
+    Args:
+        logits: [n, V], any float type; computed in float32.
+        sampling: n rows' settings.
+        uniform: [n] draws in [0, 1).
+
+    Returns:
+        Token ids int64 [n] and logprobs float32 [n].
+
+    Raises:
+        FloatingPointError: a row's logits are not numbers: broken weights, or an overflow.
+    """
+    greedy = [s.temperature == 0 for s in sampling]
+    temperature = torch.tensor(
+        [s.temperature or 1.0 for s in sampling], dtype=torch.float32, device=logits.device
+    )
+    logprobs = (logits.float() / temperature[:, None]).log_softmax(dim=-1)
+    if any(
+        s.top_k or s.top_p < 1 or s.min_p
+        for s, still in zip(sampling, greedy, strict=True)
+        if not still
+    ):
+        plain = torch.tensor(greedy, device=logits.device)[:, None]
+        logprobs = torch.where(plain, logprobs, filtered(logprobs, sampling))
+    # Summed in float64: over a vocabulary of 150k tokens a float32 sum is off by more than its rare
+    # tokens weigh.
+    cdf = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
+    if not cdf[:, -1].isfinite().all():
+        raise FloatingPointError(
+            "the model's logits are not finite; its weights are broken, or overflow at this precision"
+        )
+    target = torch.from_numpy(uniform).to(logits.device)[:, None] * cdf[:, -1:]
+    ids = torch.searchsorted(cdf, target, right=True)[:, 0]
+    if any(greedy):
+        ids = torch.where(torch.tensor(greedy, device=logits.device), logprobs.argmax(dim=-1), ids)
+    return ids, logprobs.gather(-1, ids[:, None])[:, 0]

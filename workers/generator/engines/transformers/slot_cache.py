@@ -1,0 +1,236 @@
+"""The slot cache, and the attention that reads and writes it.
+
+Each running sequence owns one slot, and slots 0 … n−1 are always in use, so that decoding reads
+views and copies no key. All tokens of a pass lie in one packed row, so that linear layers see no
+padding; attention alone works in the layout of the slots. Grouped queries are folded into the query
+axis, so that keys are never repeated per query head.
+
+Shapes: T packed tokens, n slots in use, g prompts, M tokens of the longest run of new tokens, H
+query and K key/value heads, G = H / K, D head dimension, L positions that are looked at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+ATTENTION = "onstream_slots"
+_FIRST_CAPACITY = 64
+
+
+class UnsupportedAttention(Exception):
+    """A layer asked for something that slot attention does not compute."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The first `tokens` packed tokens: g whole prompts. What they leave in the cache goes to slots
+    `first` … `last`−1.
+
+    `cells` [tokens] is each token's place in a [g, M] grid; `source` [last − first] is the prompt
+    of each slot.
+    """
+
+    tokens: int
+    count: int
+    longest: int
+    cells: Tensor
+    first: int
+    last: int
+    source: Tensor
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """Packed tokens `begin` … `end`−1: what slots `first` … `last`−1 add to what they hold, M
+    tokens each at most.
+
+    `slots` and `positions` [end − begin] say where each token belongs; `cells` its place in a [last
+    − first, M] grid, None when every slot adds exactly one. `bias` [last − first, M, L] is 0 where
+    a query may look and −inf elsewhere.
+    """
+
+    begin: int
+    end: int
+    first: int
+    last: int
+    longest: int
+    slots: Tensor
+    positions: Tensor
+    cells: Tensor | None
+    bias: Tensor
+
+
+@dataclass
+class Pass:
+    """One forward pass over packed tokens: new prompts first, then continuations. The cache is
+    written on the way.
+    """
+
+    cache: SlotCache
+    prompts: Prompts | None = None
+    continuations: list[Continuations] = field(default_factory=list)
+
+
+class SlotCache:
+    """Keys and values [slots, K, capacity, D] of every layer. Layers and capacity are allocated as
+    they come to be used.
+    """
+
+    def __init__(self, slots: int, max_context: int | None) -> None:
+        self._slots = slots
+        self._bound = max_context
+        self._capacity = min(_FIRST_CAPACITY, max_context or _FIRST_CAPACITY)
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def layers(self) -> int:
+        """How many layers have asked for their cache."""
+        return len(self._layers)
+
+    def reserve(self, length: int) -> None:
+        """Make every slot hold at least `length` tokens; doubles, so that a growing batch is copied
+        a few times only.
+        """
+        if length <= self._capacity:
+            return
+        while self._capacity < length:
+            self._capacity *= 2
+        self._capacity = max(length, min(self._capacity, self._bound or self._capacity))
+        for index, (keys, values) in self._layers.items():
+            self._layers[index] = (self._grown(keys), self._grown(values))
+
+    def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The cache of layer `index`, which holds heads like those of `key` and `value` [1, K, T,
+        D].
+        """
+        if index not in self._layers:
+            self._layers[index] = (self._empty(key), self._empty(value))
+        return self._layers[index]
+
+    def move(self, sources: list[int], targets: list[int], length: int) -> None:
+        """Copy the first `length` positions of slots `sources` over slots `targets`."""
+        source = torch.tensor(sources)
+        target = torch.tensor(targets)
+        for layer in self._layers.values():
+            for tensor in layer:
+                used = tensor[:, :, :length]
+                used[target.to(tensor.device)] = used[source.to(tensor.device)]
+
+    def _empty(self, like: Tensor) -> Tensor:
+        return like.new_zeros(self._slots, like.shape[1], self._capacity, like.shape[3])
+
+    def _grown(self, old: Tensor) -> Tensor:
+        new = old.new_zeros(*old.shape[:2], self._capacity, old.shape[3])
+        new[:, :, : old.shape[2]] = old
+        return new
+
+
+def slot_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    onstream_pass: Pass | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of packed tokens over the slots, as transformers calls it; `onstream_pass` says
+    what belongs where.
+
+    Args:
+        query: [1, H, T, D]; `key` and `value`: [1, K, T, D].
+
+    Returns:
+        [1, T, H, D], and no weights.
+
+    Raises:
+        UnsupportedAttention: the layer is not plain causal attention, or the model does not hand
+            the pass on to it.
+    """
+    _refuse(onstream_pass, attention_mask, kwargs)
+    assert onstream_pass is not None
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    keys, values = onstream_pass.cache.layer(int(module.layer_idx), key, value)  # type: ignore[arg-type]
+    out = []
+    if onstream_pass.prompts is not None:
+        out.append(_attend_prompts(onstream_pass.prompts, q, k, v, keys, values, scale))
+    for block in onstream_pass.continuations:
+        attend = _attend_one if block.cells is None else _attend_many
+        own = slice(block.begin, block.end)
+        keys[block.slots, :, block.positions] = k[own]
+        values[block.slots, :, block.positions] = v[own]
+        out.append(attend(block, q[own], keys, values, scale))
+    return (out[0] if len(out) == 1 else torch.cat(out))[None], None
+
+
+def _refuse(
+    onstream_pass: Pass | None, attention_mask: Tensor | None, kwargs: dict[str, Any]
+) -> None:
+    if onstream_pass is None or attention_mask is not None:
+        raise UnsupportedAttention("the model does not pass keyword arguments on to its attention")
+    for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedAttention(f"a layer's attention has {name}")
+
+
+def _grid(x: Tensor, cells: Tensor, rows: int, longest: int) -> Tensor:
+    """Packed [t, heads, D] as [rows, heads, M, D]; cells that no token has are zero."""
+    grid = x.new_zeros(rows * longest, *x.shape[1:])
+    grid[cells] = x
+    return grid.view(rows, longest, *x.shape[1:]).transpose(1, 2)
+
+
+def _attend_prompts(
+    block: Prompts, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> Tensor:
+    # Pads lie at the right, where causal attention never looks from a real token; they need no
+    # mask. The zeros that they leave in the cache are overwritten before any query may look there.
+    q, k, v = (_grid(x[: block.tokens], block.cells, block.count, block.longest) for x in (q, k, v))
+    keys[block.first : block.last, :, : block.longest] = k[block.source]
+    values[block.first : block.last, :, : block.longest] = v[block.source]
+    grouped = q.shape[1] != k.shape[1]
+    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2).flatten(0, 1)[block.cells]
+
+
+def _attend_one(
+    block: Continuations, q: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> Tensor:
+    rows = len(q)
+    heads = q.shape[1]
+    kv_heads = keys.shape[1]
+    length = block.bias.shape[-1]
+    k, v = (x[block.first : block.last, :, :length].flatten(0, 1) for x in (keys, values))
+    folded = q.reshape(rows * kv_heads, heads // kv_heads, -1)
+    bias = block.bias if kv_heads == 1 else block.bias.repeat_interleave(kv_heads, dim=0)
+    scores = torch.baddbmm(bias, folded, k.transpose(1, 2), alpha=scale)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
+    return torch.bmm(weights, v).reshape(rows, heads, -1)
+
+
+def _attend_many(
+    block: Continuations, q: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> Tensor:
+    assert block.cells is not None
+    rows = block.last - block.first
+    longest = block.longest
+    heads = q.shape[1]
+    kv_heads = keys.shape[1]
+    length = block.bias.shape[-1]
+    k, v = (x[block.first : block.last, :, :length] for x in (keys, values))
+    folded = _grid(q, block.cells, rows, longest).reshape(rows, kv_heads, -1, q.shape[-1])
+    bias = block.bias[:, None, None].expand(-1, 1, heads // kv_heads, -1, -1).flatten(2, 3)
+    out = scaled_dot_product_attention(folded, k, v, attn_mask=bias, scale=scale)
+    return out.reshape(rows, heads, longest, -1).transpose(1, 2).flatten(0, 1)[block.cells]
+
+
+AttentionInterface.register(ATTENTION, slot_attention)

@@ -1,0 +1,30 @@
+"""The names of a CLIP vision tower's weights: vLLM 0.32 knows those of older files alone, all under
+`vision_model`.
+
+transformers writes them without, and so do the trainer's updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from vllm.model_executor.models.clip import CLIPVisionModel
+from vllm.model_executor.models.utils import AutoWeightsLoader
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BELOW = "vision_model."
+
+
+def read_either_names() -> None:
+    """Have vLLM load a CLIP tower from either names."""
+    CLIPVisionModel.load_weights = _load_weights
+
+
+def _load_weights(tower: Any, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+    """Load the tower; returns the names of what was loaded."""
+    older = ((name if name.startswith(BELOW) else BELOW + name, weight) for name, weight in weights)
+    loaded: set[str] = AutoWeightsLoader(tower).load_weights(older)
+    return loaded

@@ -1,0 +1,109 @@
+"""A request on its way through vLLM, in process or behind a server: how it is asked for, and what
+has come of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import numpy as np
+
+from onstream.pipeline.records import FinishReason, VersionSpan
+from onstream.workers.generator.engines.base import Completion, Request
+
+ABORTED = "abort"
+_FINISHED: tuple[FinishReason, ...] = get_args(FinishReason)
+
+
+@dataclass
+class Writing:
+    """A request and what vLLM has written of it, in one piece, or in several where updates aborted
+    it in between.
+    """
+
+    request: Request
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    spans: list[VersionSpan] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """What the next piece continues."""
+        return [*self.request.prompt_ids.tolist(), *self.token_ids]
+
+    def sampling(self, stop_ids: Collection[int]) -> dict[str, Any]:
+        """The fields of vLLM's SamplingParams for the next piece, as plain data.
+
+        vLLM applies its filters in another order (temperature, min-p, top-k, top-p), which matters
+        only where several are on.
+        """
+        chosen = self.request.sampling
+        return {
+            "max_tokens": self.request.max_tokens - len(self.token_ids),
+            "temperature": chosen.temperature,
+            "top_p": chosen.top_p,
+            "top_k": chosen.top_k,
+            "min_p": chosen.min_p,
+            "seed": self._seed(),
+            "stop_token_ids": sorted(stop_ids),
+            "ignore_eos": True,  # `stop_token_ids` are all there are
+            "logprobs": 0,  # of the sampled token alone
+            "detokenize": False,
+        }
+
+    def take(
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[float],
+        versions: Sequence[tuple[int, int, int]],
+        finish_reason: str,
+    ) -> None:
+        """Add a piece: tokens [n], their logprobs [n] in nats, and (policy version, start, end)
+        over its tokens.
+
+        Raises:
+            RuntimeError: vLLM ended it for a reason that a rollout cannot have.
+        """
+        before = len(self.token_ids)
+        self.token_ids += token_ids
+        self.logprobs += logprobs
+        for version, start, end in versions:
+            self._add_span(version, before + start, before + end)
+        if finish_reason in _FINISHED:
+            self.finish_reason = finish_reason
+        elif finish_reason != ABORTED:
+            raise RuntimeError(
+                f"vLLM ended request {self.request.key} for the reason {finish_reason!r}"
+            )
+
+    def completion(self) -> Completion:
+        """The whole, once it is finished."""
+        assert self.finish_reason is not None
+        return Completion(
+            key=self.request.key,
+            token_ids=np.array(self.token_ids, dtype=np.int32),
+            logprobs=np.array(self.logprobs, dtype=np.float32),
+            finish_reason=self.finish_reason,
+            version_spans=self.spans,
+        )
+
+    def _add_span(self, version: int, start: int, end: int) -> None:
+        if self.spans and self.spans[-1].version == version:
+            start = self.spans.pop().start
+        if end > start:
+            self.spans.append(VersionSpan(version, start, end))
+
+    def _seed(self) -> int:
+        """The request's own; for a later piece one that follows from it, since the same would
+        repeat the first piece's draws.
+        """
+        if not self.token_ids:
+            return self.request.seed & ((1 << 63) - 1)
+        digest = hashlib.blake2b(
+            f"{self.request.seed}/{len(self.token_ids)}".encode(), digest_size=8
+        ).digest()
+        return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,292 @@
+"""The jobs. Each runs in a process of its own, forked from a worker that has set `context`, and
+returns what JSON can say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from rq import get_current_job
+
+from onstream.pipeline import weights
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.redis.dead_letters import all_letters
+from onstream.pipeline.redis.job_queue import Jobs, pin_use
+from onstream.pipeline.redis.keys import WORKING
+from onstream.pipeline.redis.streams import Bus, LeaseHeld
+from onstream.pipeline.run_files.ownership import Ownership
+from onstream.pipeline.telemetry import get_logger
+from onstream.pipeline.weights.pins import pinned, pins, unpin
+from onstream.settings.plan import Plan, make_plan, refuse_differences
+from onstream.settings.root import Settings
+from onstream.workers.commands.dead import kind_of
+from onstream.workers.launcher.report import read_rows
+
+P = ParamSpec("P")
+T = TypeVar("T")
+NICENESS = 10
+DEAD_AFTER_LEASES = 10
+PRUNING_TTL_S = 60.0
+OUTPUT_KEPT = 2000
+log = get_logger()
+
+
+@dataclass(frozen=True)
+class Context:
+    """What jobs inherit from their worker: it is never in Redis, since it has secrets in it."""
+
+    settings: Settings
+    url: str
+
+
+context: Context | None = None
+
+
+def job(function: Callable[P, T]) -> Callable[P, T]:
+    """A job gives way to the training, and is not tried again where only the user can mend what is
+    wrong.
+    """
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        os.nice(NICENESS)
+        try:
+            return function(*args, **kwargs)
+        except UserError:
+            if (current := get_current_job()) is not None:
+                current.retries_left = 0
+            raise
+
+    return run
+
+
+@job
+def evaluate(version: int) -> dict[str, Any]:
+    """Evaluate a policy version into `evals.jsonl`, unless somebody has done so."""
+    settings = _context().settings
+    for row in read_rows(settings.run_dir / "evals.jsonl"):
+        if row["version"] == version:
+            return row
+    with _bus() as bus:
+        _refuse_other_plan(settings, bus)
+    from onstream.workers.evaluation.versions import evaluate_version
+
+    return evaluate_version(settings, version)
+
+
+@job
+def export(version: int, to: str | None, dtype: str | None, upload: bool) -> dict[str, Any]:
+    """Write a policy version to the directory `to` as Hugging Face files, cast to `dtype`, and
+    upload it by `jobs.upload`.
+
+    Without `to` it lies in the run directory while it is uploaded.
+    """
+    settings = _context().settings
+    command = settings.jobs.upload
+    if upload and command is None:
+        raise UserError(
+            "an upload, and no jobs.upload",
+            expected="the command to upload with",
+            next_step="Set jobs.upload for the jobs worker.",
+        )
+    out = Path(to) if to else settings.run_dir / "exports" / f"{version:06d}"
+    with contextlib.ExitStack() as stack:
+        if to is None:
+            stack.callback(shutil.rmtree, out, ignore_errors=True)
+        _write_export(settings, version, out, dtype)
+        said = _upload(command, out, settings.run.name, version) if upload and command else None
+    return {"version": version, "path": str(out) if to else None, "dtype": dtype, "upload": said}
+
+
+@job
+def prune() -> dict[str, Any]:
+    """Remove what nothing keeps: pins of jobs that are gone and, where no trainer is at work, old
+    policies and checkpoints.
+    """
+    settings = _context().settings
+    found: dict[str, Any] = {"pins": _drop_stale_pins(settings)}
+    with _bus() as bus:
+        try:
+            # A trainer writes these directories, and does its own pruning.
+            lease = bus.acquire_lease(PRUNING_TTL_S, Ownership(settings.run_dir))
+        except LeaseHeld as held:
+            return {**found, "policies": [], "left_to": held.holder}
+        try:
+            with bus.writing(lease):
+                return {**found, **_prune_directories(settings, bus)}
+        finally:
+            bus.release_lease(lease)
+
+
+@job
+def sweep() -> dict[str, Any]:
+    """Forget consumers that died, drop pins of jobs that are gone, and count the dead letters by
+    reason.
+    """
+    settings = _context().settings
+    with _bus() as bus:
+        buried = sum(
+            bus.bury(stage, settings.delivery.lease * DEAD_AFTER_LEASES) for stage in WORKING
+        )
+        dead = Counter(kind_of(letter.reason) for letter in all_letters(bus, settings.run_dir))
+        backlog: dict[str, int] = {stage: count for stage, count in bus.backlog().items() if count}
+    if dead:
+        log.warning(
+            "dead letters",
+            count=dead.total(),
+            reasons=dict(dead.most_common(5)),
+            next_step="onstream dead list",
+        )
+    return {
+        "consumers": buried,
+        "pins": _drop_stale_pins(settings),
+        "dead": dict(dead.most_common(20)),
+        "backlog": backlog,
+    }
+
+
+@job
+def verify(entry_id: str) -> dict[str, Any]:
+    """Score the rollout in an entry of the verifiers' stream and move it on, unless somebody has."""
+    from onstream.workers.verifier.verification_jobs import verify_entry
+
+    settings = _context().settings
+    with _bus() as bus:
+        _refuse_other_plan(settings, bus)
+        return verify_entry(settings, bus, entry_id)
+
+
+def refuse(name: str) -> None:
+    """What runs in place of a function that is no job of ours."""
+    raise UserError(
+        f"a job that calls {name}",
+        expected="one that Onstream asked for",
+        next_step="Look who else writes to this Redis.",
+    )
+
+
+def _context() -> Context:
+    if context is None:
+        raise RuntimeError("a job outside a jobs worker")
+    return context
+
+
+@contextlib.contextmanager
+def _bus() -> Iterator[Bus]:
+    here = _context()
+    redis = here.settings.redis
+    bus = Bus.connect(
+        here.url,
+        here.settings.run.name,
+        consumer=f"job-{os.getpid()}",
+        block_s=redis.block,
+        connect_timeout_s=redis.connect_timeout,
+    )
+    with contextlib.closing(bus):
+        yield bus
+
+
+def _refuse_other_plan(settings: Settings, bus: Bus) -> None:
+    """An evaluation by other settings than the run's would not compare with the others."""
+    if (data := bus.read_plan()) is not None:
+        refuse_differences(make_plan(settings), Plan.decode(data))
+
+
+def _write_export(settings: Settings, version: int, out: Path, dtype: str | None) -> None:
+    from onstream.workers.commands.export import export as write
+
+    if out.exists():
+        raise UserError(
+            f"{out} exists",
+            expected="a directory to be made",
+            next_step="Choose another one, or remove it.",
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a try that was killed
+    write(settings, version, partial)
+    if dtype is not None:
+        _cast(partial, dtype)
+    partial.rename(out)
+
+
+def _cast(directory: Path, dtype: str) -> None:
+    """Cast the weights in `directory`, and say so in its configuration."""
+    import msgspec
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    wanted = getattr(torch, dtype)
+    for path in directory.glob("*.safetensors"):
+        tensors = {
+            name: tensor.to(wanted) if tensor.is_floating_point() else tensor
+            for name, tensor in load_file(path).items()
+        }
+        path.unlink()  # it may be a link to the published file
+        save_file(tensors, path, metadata={"format": "pt"})
+    config = directory / "config.json"
+    fields = {**msgspec.json.decode(config.read_bytes()), "dtype": dtype}
+    config.unlink()
+    config.write_bytes(msgspec.json.format(msgspec.json.encode(fields), indent=2))
+
+
+def _upload(command: tuple[str, ...], path: Path, run: str, version: int) -> str:
+    """Run the upload command; returns the end of what it wrote."""
+    words = [
+        part.replace("{path}", str(path)).replace("{run}", run).replace("{version}", str(version))
+        for part in command
+    ]
+    with tempfile.TemporaryFile() as output:
+        try:
+            code = subprocess.run(
+                words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False
+            ).returncode
+        except OSError as error:
+            raise UserError(
+                f"jobs.upload: {error}",
+                expected="a command that can be run",
+                next_step="Correct jobs.upload.",
+            ) from error
+        output.seek(max(0, output.tell() - OUTPUT_KEPT))
+        said = output.read().decode(errors="replace").strip()
+    if code:
+        raise RuntimeError(f"jobs.upload ended with {code}: {said[-200:]}")
+    return said
+
+
+def _drop_stale_pins(settings: Settings) -> list[int]:
+    """Drop pins whose job is neither waiting nor under way; returns their versions."""
+    with Jobs(_context().url, settings.run.name, settings.jobs) as jobs:
+        wanted = {
+            pin_use(row.kind, row.key)
+            for row in jobs.rows()
+            if row.status in ("queued", "started", "scheduled")
+        }
+    stale = sorted((version, use) for version, use in pins(settings.run_dir) if use not in wanted)
+    for version, use in stale:
+        unpin(settings.run_dir, version, use)
+    return [version for version, _ in stale]
+
+
+def _prune_directories(settings: Settings, bus: Bus) -> dict[str, Any]:
+    from onstream.workers.trainer.durability import checkpoint
+
+    newest = bus.newest_policy()
+    keep = {0, *pinned(settings.run_dir), *([newest.number] if newest else [])}
+    directory = settings.run_dir / checkpoint.FOLDER
+    before = {path.name for path in directory.glob("step-*")}
+    checkpoint.prune(directory, settings.checkpoint.keep, settings.checkpoint.keep_every)
+    return {
+        "policies": weights.prune(settings.run_dir, settings.checkpoint.keep_policies, keep),
+        "checkpoints": sorted(before - {path.name for path in directory.glob("step-*")}),
+    }

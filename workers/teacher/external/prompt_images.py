@@ -1,0 +1,70 @@
+"""Rollouts with images, as vLLM's endpoints of a teacher are sent them: with the images, or not at
+all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from onstream.pipeline.images import Picture, ShownImage
+from onstream.pipeline.images.feed import Fetch, ImageFeed, MissingImage
+from onstream.pipeline.images.vllm_prompts import KEPT, SentImages
+from onstream.pipeline.models.vision import load_vision
+from onstream.pipeline.records import Sample, ids_array
+from onstream.settings.root import Settings
+from onstream.workers.teacher.score_requests import request_of
+from onstream.workers.teacher.scorer import ScoreRequest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class Sight:
+    """The images of rollouts of the student of `settings`, whose configuration is `config`. `fetch`
+    gives their bytes.
+    """
+
+    def __init__(self, settings: Settings, config: PretrainedConfig, fetch: Fetch) -> None:
+        self._feed = ImageFeed(load_vision(settings.model.name), fetch, settings.images.keep_bytes)
+        self._fetch = fetch
+        self._sent = SentImages(config)
+        self._picture = lru_cache(maxsize=KEPT)(self._read)
+
+    def objection(self, sample: Sample) -> str | None:
+        """Why `sample` cannot be scored with its images present, in words; None where it can."""
+        try:
+            for digest in sample.images:
+                self._picture(digest)
+        except MissingImage as error:
+            return str(error)
+        return self._feed.objection(
+            ids_array(sample.prompt_ids), ids_array(sample.completion_ids), sample.images
+        )
+
+    def request_of(self, sample: Sample) -> ScoreRequest:
+        """What an endpoint is asked about `sample`.
+
+        Raises:
+            MissingImage: the bytes of one of its images are gone.
+        """
+        request = request_of(sample)
+        if not request.images:
+            return request
+        made = self._feed.of(request.images)
+        shown = [ShownImage(self._picture(digest), made[digest]) for digest in request.images]
+        return replace(
+            request,
+            sent=self._sent.fields(request.prompt_ids, shown, request.completion_ids.tolist()),
+        )
+
+    def close(self) -> None:
+        """End the thread that processes images."""
+        self._feed.close()
+
+    def _read(self, digest: str) -> Picture:
+        data = self._fetch([digest])[0]
+        if data is None:
+            raise MissingImage(f"the image {digest[:12]} is gone")
+        return Picture(data)

@@ -1,0 +1,115 @@
+"""What an external teacher said before of the same tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from onstream.pipeline.records import Logprobs, ids_array, ids_bytes, logprobs_array, logprobs_bytes
+from onstream.workers.teacher.external.endpoint_check import SAME_NATS, distance
+from onstream.workers.teacher.scorer import ScoreRequest, Scores
+
+
+class Shelf(Protocol):
+    """What the cache asks of the bus."""
+
+    def recall_scores(self, digests: Sequence[bytes]) -> list[bytes | None]: ...
+    def keep_scores(self, scores: Sequence[tuple[bytes, bytes]], most: int) -> None: ...
+    def probed_teacher(self, name: bytes) -> bytes | None: ...
+    def note_teacher(self, name: bytes, probed: bytes) -> None: ...
+
+
+class _Kept(msgspec.Struct, array_like=True):
+    logprobs: bytes
+    top_ids: bytes | None = None
+    top_logprobs: bytes | None = None
+
+
+_decoder = msgspec.msgpack.Decoder(_Kept)
+
+
+class ScoreCache:
+    """Scores by teacher, token ids and k. `most` entries are kept; with 0 nothing is kept or found.
+
+    A name says little of the weights behind it. So a teacher is its name and what it scores the
+    probe's text; one that scores it otherwise than the last one of its name did finds nothing of
+    that one's.
+    """
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        most: int,
+        *,
+        teacher: str,
+        top_k: int,
+        probe: ScoreRequest,
+        reference: Logprobs,
+    ) -> None:
+        self._shelf = shelf
+        self._most = most
+        self._top_k = top_k
+        if most:
+            name = _digest(teacher.encode(), ids_bytes(probe.completion_ids))
+            noted = shelf.probed_teacher(name)
+            if noted is None or distance(logprobs_array(noted), reference) > SAME_NATS:
+                noted = logprobs_bytes(reference)
+                shelf.note_teacher(name, noted)
+            self._teacher = _digest(name, noted)
+
+    def find(self, requests: Sequence[ScoreRequest]) -> list[Scores | None]:
+        """The scores that each of `requests` was given before, or None."""
+        if not self._most:
+            return [None] * len(requests)
+        kept = self._shelf.recall_scores([self._key(request) for request in requests])
+        return [None if value is None else self._scores(value) for value in kept]
+
+    def keep(self, scored: Sequence[tuple[ScoreRequest, Scores]]) -> None:
+        """Keep scores for later."""
+        if self._most:
+            self._shelf.keep_scores(
+                [(self._key(request), _value(scores)) for request, scores in scored], self._most
+            )
+
+    def _key(self, request: ScoreRequest) -> bytes:
+        images = [
+            name.encode() for name in request.images
+        ]  # the same ids stand for other pictures too
+        split = f"{self._top_k} {len(request.prompt_ids)}".encode()
+        return _digest(
+            self._teacher,
+            split,
+            ids_bytes(request.prompt_ids),
+            ids_bytes(request.completion_ids),
+            *images,
+        )
+
+    def _scores(self, value: bytes) -> Scores:
+        kept = _decoder.decode(value)
+        if kept.top_ids is None or kept.top_logprobs is None:
+            return Scores(logprobs_array(kept.logprobs))
+        shape = (-1, self._top_k)
+        return Scores(
+            logprobs_array(kept.logprobs),
+            ids_array(kept.top_ids).reshape(shape),
+            logprobs_array(kept.top_logprobs).reshape(shape),
+        )
+
+
+def _value(scores: Scores) -> bytes:
+    top = None if scores.top_ids is None else ids_bytes(scores.top_ids)
+    top_logprobs = None if scores.top_logprobs is None else logprobs_bytes(scores.top_logprobs)
+    return msgspec.msgpack.encode(
+        _Kept(logprobs_bytes(np.asarray(scores.logprobs)), top, top_logprobs)
+    )
+
+
+def _digest(*parts: bytes) -> bytes:
+    hashed = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        hashed.update(len(part).to_bytes(8, "little") + part)
+    return hashed.digest()

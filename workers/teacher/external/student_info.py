@@ -1,0 +1,137 @@
+"""The student as an external teacher is compared with it: its tokenizer, and the longest sample it
+may write.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.images import ImageError, Message, image_urls, plain_picture
+from onstream.pipeline.images.vllm_prompts import SentImages
+from onstream.pipeline.models.tokenizer import has_vision, load_configs
+from onstream.pipeline.tasks import load_task
+from onstream.pipeline.telemetry import get_logger
+from onstream.settings.root import Settings
+from onstream.workers.generator.prompts import Eyes, eyes_of, rendered
+from onstream.workers.teacher.compatibility import Party
+from onstream.workers.teacher.model_info import party
+from onstream.workers.teacher.scorer import ScoreRequest
+
+PROMPTS = 64
+"""Prompts of the task that are measured."""
+PROBE_TOKENS = 96
+WORD = 8
+"""Tokens that are scored after a picture."""
+TRIED = 64, 48
+"""Width and height, in pixels, of that picture."""
+TEXT = "The 7 quick brown foxes (lazy dogs: none!) jumped over x_1 = [3.14, -2]; naïve café, 東京, ≤ 100 %\n\tdef f(a): return a**2\n"
+
+log = get_logger()
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The student, `probe` to be scored at start, and the tokens of the longest sample that the
+    teacher may be sent.
+
+    `shown` is to be scored as well: a prompt with a picture, where the task's prompts show any.
+    """
+
+    party: Party
+    probe: ScoreRequest
+    longest_sample: int
+    shown: ScoreRequest | None = None
+
+
+def judged_student(settings: Settings) -> Judged:
+    """The student of `settings`, from its tokenizer and configuration alone.
+
+    Raises:
+        UserError: it has no usable tokenizer, or the task's prompts hold images and it reads none.
+    """
+    student = party(settings.model.name)
+    prompts = _first_prompts(settings)
+    shows = any(image_urls(messages) for messages in prompts)
+    eyes = _eyes(settings) if shows else None
+    longest = max((_tokens(messages, student, eyes) for messages in prompts), default=1)
+    longest = min(student.context_tokens, longest + settings.inference.sampling.max_completion)
+    probe = probe_request(student, longest)
+    return Judged(
+        student,
+        probe,
+        longest,
+        _shown(settings, student, eyes, probe) if eyes is not None else None,
+    )
+
+
+def probe_request(student: Party, longest: int) -> ScoreRequest:
+    """What each endpoint scores at start: a question by the chat template and a text of many kinds
+    of characters.
+    """
+    asked = prompt_ids(student, [{"role": "user", "content": "1 + 1 = ?"}])
+    ids = np.array(
+        [*asked, *student.tokenizer.encode(TEXT, add_special_tokens=False)], dtype=np.int32
+    )
+    ids = ids[: max(2, min(PROBE_TOKENS, longest))]
+    return ScoreRequest(ids[:1], ids[1:])
+
+
+def prompt_ids(student: Party, messages: list[Message]) -> list[int]:
+    """`messages` by the student's chat template, up to where the answer begins."""
+    ids = student.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+    return [int(token) for token in ids]
+
+
+def _first_prompts(settings: Settings) -> list[list[Message]]:
+    """The task's first prompts; none where the task's data is not on this machine."""
+    try:
+        task = load_task(settings)
+    except UserError as error:
+        log.warning(
+            "the task cannot be loaded here, so its prompts are not measured against the teacher's context",
+            reason=str(error),
+        )
+        return []
+    return [list(task.train(index).messages) for index in range(PROMPTS)]
+
+
+def _tokens(messages: list[Message], student: Party, eyes: Eyes | None) -> int:
+    """The tokens of a prompt; 1 of one whose images cannot be used, which no teacher will see."""
+    if eyes is None:
+        return len(prompt_ids(student, messages))
+    try:
+        return len(
+            eyes.prompt(rendered(student.tokenizer, messages), messages, eyes.look(messages)).ids
+        )
+    except ImageError:
+        return 1
+
+
+def _eyes(settings: Settings) -> Eyes:
+    config, _ = load_configs(settings.model.name)
+    if not has_vision(config):
+        raise UserError(
+            f"the task's prompts hold images, and {settings.model.name} reads none",
+            expected="a vision-language student, or prompts without images",
+            next_step="Choose another model.name or task (docs/images.md).",
+        )
+    return eyes_of(settings.model.name, config, settings)
+
+
+def _shown(settings: Settings, student: Party, eyes: Eyes, probe: ScoreRequest) -> ScoreRequest:
+    """A prompt that is a picture, and a word after it."""
+    picture = plain_picture(*TRIED)
+    messages: list[Message] = [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": picture.data_url}}]}
+    ]
+    prompt = eyes.prompt(rendered(student.tokenizer, messages), messages, eyes.look(messages))
+    word = probe.completion_ids[-WORD:]
+    sent = SentImages(load_configs(settings.model.name)[0]).fields(
+        prompt.ids, prompt.images, word.tolist()
+    )
+    return ScoreRequest(prompt.ids, word, (picture.digest,), sent)

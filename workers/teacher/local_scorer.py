@@ -1,0 +1,140 @@
+"""The teacher that runs in this process: a transformers model over packed batches, shared prompts
+computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from onstream.pipeline.images.feed import ImageFeed
+from onstream.pipeline.models.logprobs import (
+    NO_IMAGES,
+    TokenLogprobs,
+    head_of,
+    hidden_states,
+    token_logprobs,
+)
+from onstream.pipeline.models.multimodal import Features
+from onstream.pipeline.models.packing import Packed, pack, share_prompts
+from onstream.workers.teacher.scorer import ScoreRequest, Scores
+
+
+class LocalScorer:
+    """Scores samples with `model`.
+
+    No more than `head_chunk` positions have their logits over the whole vocabulary at once.
+    `vocabulary_size` is how many entries of the model's output count: models of one family pad
+    theirs differently, and a likeliest token that the student has no logit for would mean nothing
+    to it. `feed` gives the images that prompts show, as this model reads them; None for one that
+    reads none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        *,
+        context_tokens: int,
+        vocabulary_size: int,
+        max_batch_tokens: int,
+        head_chunk: int,
+        feed: ImageFeed | None = None,
+    ) -> None:
+        self.name = name
+        self.context_tokens = context_tokens
+        self.vocabulary_size = vocabulary_size
+        self._model = model
+        self._head = _first_rows(head_of(model), vocabulary_size)
+        self._max_batch_tokens = max_batch_tokens
+        self._head_chunk = head_chunk
+        self._feed = feed
+
+    def look_ahead(self, request: ScoreRequest) -> None:
+        """Begin with the images of a request that will be scored soon."""
+        if self._feed:
+            self._feed.ahead(request.images)
+
+    def unseen(self, request: ScoreRequest) -> str | None:
+        """Why the images of `request` cannot be judged, in words; None where it can be scored with
+        all of them present.
+        """
+        if self._feed is None:
+            return (
+                f"its prompt shows {len(request.images)} images, and the teacher {self.name} reads none"
+                if request.images
+                else None
+            )
+        return self._feed.objection(request.prompt_ids, request.completion_ids, request.images)
+
+    def close(self) -> None:
+        """End what looks ahead."""
+        if self._feed:
+            self._feed.close()
+
+    @torch.inference_mode()
+    def score(self, requests: Sequence[ScoreRequest], *, top_k: int) -> list[Scores]:
+        """Scores of `requests`, in their order.
+
+        Raises:
+            ValueError: a prompt or a completion is empty.
+        """
+        prompts = [request.prompt_ids for request in requests]
+        completions = [request.completion_ids for request in requests]
+        groups = share_prompts(prompts, completions, [request.images for request in requests])
+        shown = {digest for request in requests for digest in request.images}
+        features = self._feed.of(shown) if self._feed and shown else NO_IMAGES
+        scores: dict[int, Scores] = {}
+        for packed in pack(groups, self._max_batch_tokens):
+            scores.update(
+                zip(packed.sequences, self._score_row(packed, features, top_k), strict=True)
+            )
+        return [scores[index] for index in range(len(requests))]
+
+    def _score_row(self, packed: Packed, features: Features, top_k: int) -> list[Scores]:
+        hidden = hidden_states(self._model, packed, features)
+        targets = torch.from_numpy(packed.targets).to(hidden.device)
+        k = min(top_k, self.vocabulary_size - 1)  # the tail is never empty
+        return _split(
+            token_logprobs(hidden, self._head, targets, top_k=k, chunk=self._head_chunk),
+            packed.lengths,
+        )
+
+
+def _split(scored: TokenLogprobs, lengths: Sequence[int]) -> list[Scores]:
+    """One `Scores` a completion of `lengths` [S] tokens, from the fields of them all, one after the
+    other.
+    """
+    ends = np.cumsum(lengths)[:-1]
+
+    def pieces(field: Tensor, dtype: type[np.generic]) -> list[npt.NDArray[Any]]:
+        return np.split(field.cpu().numpy().astype(dtype, copy=False), ends)
+
+    logprobs = pieces(scored.sampled, np.float32)
+    if scored.top is None:
+        return [Scores(own) for own in logprobs]
+    top = (
+        pieces(scored.top.ids, np.int32),
+        pieces(scored.top.logprobs, np.float32),
+        pieces(scored.top.tail, np.float32),
+    )
+    return [Scores(*fields) for fields in zip(logprobs, *top, strict=True)]
+
+
+def _first_rows(head: nn.Linear, rows: int) -> nn.Linear:
+    """The output projection onto the first `rows` entries, on the same memory; `head` itself when
+    it has no more.
+    """
+    if head.out_features <= rows:
+        return head
+    cut = nn.Linear(head.in_features, rows, bias=head.bias is not None, device="meta")
+    cut.weight = nn.Parameter(head.weight[:rows], requires_grad=False)
+    if head.bias is not None:
+        cut.bias = nn.Parameter(head.bias[:rows], requires_grad=False)
+    return cut

@@ -1,0 +1,52 @@
+"""A rollout's sample as scorers see it: what may be asked of a teacher, and where its answer goes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onstream.pipeline.records import Rollout, Sample, ids_array, ids_bytes, logprobs_bytes
+from onstream.pipeline.stage import Delivery
+from onstream.workers.teacher.scorer import ScoreRequest, Scores
+
+
+def rollout_of(delivery: Delivery) -> Rollout:
+    """The rollout in `delivery`."""
+    assert isinstance(delivery.record, Rollout)
+    return delivery.record
+
+
+def request_of(sample: Sample) -> ScoreRequest:
+    """What a teacher is asked about `sample`."""
+    return ScoreRequest(
+        ids_array(sample.prompt_ids), ids_array(sample.completion_ids), tuple(sample.images)
+    )
+
+
+def objection(
+    sample: Sample, teacher: str, *, context_tokens: int | None, vocabulary_size: int
+) -> str | None:
+    """Why the teacher of that name cannot score `sample`, in words; None when it can, as far as its
+    limits say.
+    """
+    request = request_of(sample)
+    if not len(request.prompt_ids) or not len(request.completion_ids):
+        return f"a sample has {len(request.prompt_ids)} prompt and {len(request.completion_ids)} completion tokens; expected ≥ 1 of each"
+    if context_tokens is not None and request.tokens > context_tokens:
+        return (
+            f"a sample of {request.tokens} tokens is longer than the teacher's context of {context_tokens} "
+            f"({teacher}); lower inference.sampling.max_completion or shorten the prompts"
+        )
+    ids = np.concatenate((request.prompt_ids, request.completion_ids))
+    if ids.max() >= vocabulary_size or ids.min() < 0:
+        return f"token ids from {ids.min()} to {ids.max()}; the teacher {teacher} knows 0 to {vocabulary_size - 1}"
+    return None
+
+
+def write(sample: Sample, scores: Scores) -> None:
+    """Puts `scores` into `sample`."""
+    sample.teacher_logprobs = logprobs_bytes(scores.logprobs)
+    if scores.top_ids is not None and scores.top_logprobs is not None:
+        sample.teacher_top_ids = ids_bytes(scores.top_ids)
+        sample.teacher_top_logprobs = logprobs_bytes(scores.top_logprobs)
+    if scores.tail_logprobs is not None:
+        sample.teacher_tail_logprobs = logprobs_bytes(scores.tail_logprobs)

@@ -1,0 +1,184 @@
+"""Tiny vision-language models with random weights, one of each family that the tests and the
+example train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    LlavaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen3VLConfig,
+)
+from transformers.utils import logging as transformers_logging
+
+from onstream.workers.tiny_models.character_tokenizer import (
+    CONTEXT_TOKENS,
+    IMAGE,
+    IMAGE_END,
+    IMAGE_START,
+    VIDEO,
+    VOCABULARY_SIZE,
+    character_tokenizer,
+)
+from onstream.workers.tiny_models.fresh import Shape
+
+Family = Literal["qwen2.5-vl", "qwen3-vl", "llava"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
+
+PATCH = 8
+"""Side of a patch in pixels. Four patches make a token in the Qwen families, one in LLaVA's."""
+SIDE = 32
+"""Side of the pictures in pixels."""
+
+
+def write_fresh_vlm(directory: Path, family: Family, shape: Shape, seed: int) -> Path:
+    """Writes a float32 model of `family`, drawn by `seed`, with its processor and tokenizer;
+    returns `directory`.
+
+    The vision tower is as wide as the language model, and two layers deep.
+    """
+    transformers_logging.disable_progress_bar()
+    tokenizer = character_tokenizer(images=True)
+    config, processor = _MAKERS[family](shape, tokenizer)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(config)
+    model.generation_config = GenerationConfig(**ends)
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return directory
+
+
+def _text(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCABULARY_SIZE,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.key_value_heads,
+        "head_dim": shape.head_dim,
+        "intermediate_size": shape.intermediate,
+        "max_position_embeddings": CONTEXT_TOKENS,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    names = {
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+        "vision_start_token_id": IMAGE_START,
+        "vision_end_token_id": IMAGE_END,
+    }
+    return {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+
+
+def _qwen2_5(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> tuple[PretrainedConfig, Any]:
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
+
+    tower = {"window_size": 4 * PATCH, "fullatt_block_indexes": [0, 1]}
+    config = _qwen(Qwen2_5_VLConfig, tower, shape, tokenizer, interleaved=False)
+    return config, _qwen_processor(Qwen2_5_VLProcessor, Qwen2VLVideoProcessor, tokenizer)
+
+
+def _qwen3(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> tuple[PretrainedConfig, Any]:
+    from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    tower = {"num_position_embeddings": (SIDE // PATCH) ** 2, "deepstack_visual_indexes": [0]}
+    config = _qwen(Qwen3VLConfig, tower, shape, tokenizer, interleaved=True)
+    return config, _qwen_processor(Qwen3VLProcessor, Qwen3VLVideoProcessor, tokenizer)
+
+
+def _qwen(
+    config: type[PretrainedConfig],
+    tower: dict[str, Any],
+    shape: Shape,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    interleaved: bool,
+) -> PretrainedConfig:
+    """A model whose rotary frequencies are shared out among time, height and width: `interleaved`,
+    or in sections.
+
+    transformers reads neither from here, each family having its own way; vLLM does. `tower`: what
+    its vision tower has of its own.
+    """
+    hidden = shape.hidden
+    frequencies = shape.head_dim // 2
+    in_space = frequencies * 3 // 8
+    sections = [frequencies - 2 * in_space, in_space, in_space]
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": sections}
+    rope |= {"mrope_interleaved": True} if interleaved else {}
+    width = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "out_hidden_size": hidden}
+    vision = {"depth": 2, "num_heads": 2, "patch_size": PATCH, **width}
+    text = _text(shape, tokenizer) | {"rope_parameters": rope}
+    return config(
+        text_config=text, vision_config=vision | tower, tie_word_embeddings=True, **_ids(tokenizer)
+    )
+
+
+def _qwen_processor(
+    processor: type[Any], video_processor: type[Any], tokenizer: PreTrainedTokenizerFast
+) -> Any:
+    from transformers import Qwen2VLImageProcessor
+
+    sizes = {"patch_size": PATCH, "merge_size": 2}
+    images = Qwen2VLImageProcessor(
+        size={"shortest_edge": (2 * PATCH) ** 2, "longest_edge": 64 * PATCH**2}, **sizes
+    )
+    return processor(
+        images, tokenizer, video_processor(**sizes), chat_template=tokenizer.chat_template
+    )
+
+
+def _llava(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> tuple[PretrainedConfig, Any]:
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    config = LlavaConfig(
+        text_config={"model_type": "qwen3", **_text(shape, tokenizer)},
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": shape.hidden,
+            "intermediate_size": 2 * shape.hidden,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": SIDE,
+            "patch_size": PATCH,
+        },
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
+    images = CLIPImageProcessor(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
+    )
+    processor = LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token=IMAGE,
+        chat_template=tokenizer.chat_template,
+    )
+    return config, processor
+
+
+_MAKERS: dict[Family, Callable[[Shape, PreTrainedTokenizerFast], tuple[PretrainedConfig, Any]]] = {
+    "qwen2.5-vl": _qwen2_5,
+    "qwen3-vl": _qwen3,
+    "llava": _llava,
+}

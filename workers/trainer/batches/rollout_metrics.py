@@ -1,0 +1,113 @@
+"""What a step tells of its rollouts: rewards, staleness, lengths, and where their time went. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from statistics import fmean, pstdev
+
+from onstream.pipeline.records import Rollout, StageName
+from onstream.workers.trainer.batches.groups import Chosen
+from onstream.workers.trainer.maths.staleness import oldest_version, staleness
+
+Metrics = dict[str, float | None]
+
+LEARNED = (
+    *(
+        "loss",
+        "loss_policy",
+        "loss_teacher",
+        "loss_kl",
+        "teacher_kl",
+        "teacher_kl_k3",
+        "entropy",
+        "ratio_mean",
+        "ratio_max",
+    ),
+    *(
+        "mismatch_mean",
+        "mismatch_max",
+        "mismatch_fresh_mean",
+        "mismatch_fresh_max",
+        "mismatch_by_staleness",
+    ),
+    *("masked_share", "tail_floored_share", "grad_norm", "lr", "tokens"),
+)
+"""What the learner tells of a step; None in a row where the objective or the teacher leaves it
+without meaning.
+"""
+
+
+_LATENCIES: dict[StageName, str] = {
+    "generate": "latency_generate_s",
+    "verify": "latency_verify_s",
+    "score": "latency_score_s",
+}
+_QUEUES: dict[StageName, str] = {
+    "verify": "queue_verify_s",
+    "score": "queue_score_s",
+    "train": "queue_train_s",
+}
+
+
+def rollout_metrics(batch: Sequence[Chosen], version: int) -> Metrics:
+    """Means over the live rollouts of `batch`, trained with the weights of `version`; None where
+    nothing can be averaged.
+    """
+    rollouts = [rollout for chosen in batch for rollout in chosen.rollouts]
+    ages = [staleness(oldest_version(rollout), version) for rollout in rollouts]
+    rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+    return {
+        "rollouts": len(rollouts),
+        "reward": fmean(rewards) if rewards else None,
+        "reward_std": pstdev(rewards) if rewards else None,
+        "unscored": sum(rollout.unscored is not None for rollout in rollouts),
+        "staleness_mean": fmean(ages),
+        "staleness_max": max(ages),
+        "completion_tokens_mean": fmean(
+            sum(len(sample.completion_ids) // 4 for sample in rollout.samples)
+            for rollout in rollouts
+        ),
+        "truncated_share": fmean(rollout.finish_reason == "length" for rollout in rollouts),
+        **_times(rollouts),
+    }
+
+
+def scored_shares(batch: Sequence[Chosen]) -> dict[str, float] | None:
+    """The share of the rollouts of `batch` that each teacher scored, by what it calls itself; None
+    where no teacher did.
+    """
+    rollouts = [rollout for chosen in batch for rollout in chosen.rollouts]
+    counts = Counter(rollout.scored_by for rollout in rollouts if rollout.scored_by is not None)
+    return {name: count / len(rollouts) for name, count in sorted(counts.items())} or None
+
+
+def drop_metrics(dropped: Mapping[str, int]) -> Metrics:
+    """Counts of the numbers that settled without being trained since the step before, from counts
+    by fate.
+    """
+    other = sum(count for fate, count in dropped.items() if fate not in ("stale", "dead"))
+    return {
+        "dropped_stale": dropped.get("stale", 0),
+        "dropped_other": other,
+        "dead": dropped.get("dead", 0),
+    }
+
+
+def _times(rollouts: Iterable[Rollout]) -> Metrics:
+    """Mean seconds that the rollouts spent in each stage, and waiting in the stream before it."""
+    spent: defaultdict[str, list[float]] = defaultdict(list)
+    for rollout in rollouts:
+        for timing in rollout.timings:
+            if name := _LATENCIES.get(timing.stage):
+                spent[name].append(timing.done - timing.taken)
+        for earlier, later in pairwise(rollout.timings):
+            if name := _QUEUES.get(later.stage):
+                spent[name].append(
+                    max(0.0, later.taken - earlier.done)
+                )  # clocks of two machines differ
+    return {
+        name: fmean(spent[name]) if name in spent else None
+        for name in (*_LATENCIES.values(), *_QUEUES.values())
+    }

@@ -1,0 +1,232 @@
+"""Checkpoints: written whole or not at all, checked by digest when read.
+
+A checkpoint is a Hugging Face directory that any `AutoModelForCausalLM` loads, with the optimizer's
+state, `trainer.json` (what the trainer has to know to go on) and `manifest.json` (the SHA-256 of
+every file). It is written beside its place, synced and renamed, so a kill leaves either the whole
+checkpoint or none; what a disk tears later, the digests show.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from safetensors import SafetensorError
+
+from onstream.pipeline.records import PolicyVersion
+from onstream.pipeline.run_files.durable import digest_of, sync
+from onstream.pipeline.run_files.ledger import Fate
+from onstream.pipeline.telemetry import get_logger
+from onstream.pipeline.undecodable import UNDECODABLE
+
+FOLDER = "checkpoints"
+STATE = "trainer.json"
+MANIFEST = "manifest.json"
+OPTIMIZER = "optimizer.pt"
+_NAME = re.compile(r"^step-(\d{6,})(?:\.(\d+))?$")
+_TEMPORARY = ".writing-"
+
+log = get_logger()
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written; the ones before it stand."""
+
+
+class TrainerState(msgspec.Struct, frozen=True):
+    """`trainer.json`. `settled` holds every settled number as ranges, by fate; `before` those that
+    the checkpoint before this one held.
+
+    `requeued` gives, for numbers that were issued in place of dead ones, those. `dropped` counts
+    what was dropped since the last step, by fate. `recorded` is the length of the recording in
+    bytes, where there is one.
+    """
+
+    sequence: int
+    step: int
+    policy: PolicyVersion
+    issued: int
+    settled: dict[Fate, list[tuple[int, int]]]
+    before: list[tuple[int, int]]
+    ledger_bytes: int
+    totals: dict[str, float]
+    requeued: dict[int, int] = {}
+    dropped: dict[str, int] = {}
+    recorded: int | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk."""
+
+    path: Path
+    state: TrainerState
+
+
+def save(
+    directory: Path,
+    state: TrainerState,
+    write_files: Callable[[Path], None],
+    fence: Callable[[], AbstractContextManager[None]],
+) -> Checkpoint:
+    """Write the checkpoint of `state` under `directory` and make it durable.
+
+    `write_files` puts the model, tokenizer and optimizer files into the directory it is given,
+    whose name no other process has. The checkpoint gets its own name inside `fence`, which stops by
+    an exception a trainer whose lease has passed to another.
+
+    Raises:
+        CheckpointError: it could not be written (a full disk, say); nothing is left of it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = _free_name(directory, state.step)
+    temporary = directory / f"{_TEMPORARY}{path.name}-{socket.gethostname()}-{os.getpid()}"
+    try:
+        _write(temporary, state, write_files)
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch reports a full disk by a RuntimeError
+        free = shutil.disk_usage(directory).free
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"checkpoint {path} could not be written ({error}); {free >> 20} MiB are free on its disk"
+        ) from error
+    with fence():
+        os.rename(temporary, path)
+        sync(directory)
+    return Checkpoint(path, state)
+
+
+def load_newest(directory: Path) -> Checkpoint | None:
+    """The newest whole checkpoint under `directory`. Torn ones are set aside as `torn-…`, and said
+    so.
+    """
+    for path in _newest_first(directory):
+        problem = damage(path)
+        if problem is None and (path / OPTIMIZER).exists():
+            return Checkpoint(
+                path, msgspec.json.decode((path / STATE).read_bytes(), type=TrainerState)
+            )
+        if problem is not None:
+            aside = directory / f"torn-{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)  # out of the way of retention, which would count it among the newest
+            log.error(
+                "checkpoint is torn; the one before it is used",
+                checkpoint=str(path),
+                problem=problem,
+                kept_as=str(aside),
+            )
+    return None
+
+
+def complete(directory: Path) -> list[Checkpoint]:
+    """The checkpoints under `directory` that a trainer could go on from, the newest first; their
+    digests are not looked at.
+    """
+    paths = [
+        path
+        for path in _newest_first(directory)
+        if (path / OPTIMIZER).exists() and (path / MANIFEST).exists()
+    ]
+    return [
+        Checkpoint(path, msgspec.json.decode((path / STATE).read_bytes(), type=TrainerState))
+        for path in paths
+    ]
+
+
+def by_step(directory: Path) -> dict[int, Path]:
+    """Where the newest checkpoint of each step under `directory` lies; their digests are not looked
+    at.
+    """
+    return {_order(path)[0]: path for path in reversed(_newest_first(directory))}
+
+
+def damage(path: Path) -> str | None:
+    """What differs between the checkpoint `path` and its manifest, or None for a whole one."""
+    try:
+        manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=dict[str, str])
+    except (OSError, *UNDECODABLE) as error:
+        return f"no readable {MANIFEST}: {error}"
+    if STATE not in manifest:
+        return f"{STATE} is not in its manifest"
+    for name, digest in manifest.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if digest_of(path / name) != digest:
+            return f"{name} does not have the digest that the manifest gives"
+    return None
+
+
+def prune(
+    directory: Path, keep: int, keep_every: int | None, *, keep_optimizer: bool = False
+) -> None:
+    """Remove all but the newest `keep` checkpoints and the leavings of unfinished ones.
+
+    Checkpoints of steps that divide by `keep_every` stay for good, without their optimizer's state
+    unless `keep_optimizer`.
+    """
+    for path in _newest_first(directory)[keep:]:
+        if keep_every is None or _order(path)[0] % keep_every:
+            shutil.rmtree(path)
+        elif not keep_optimizer and (path / OPTIMIZER).exists():
+            _forget_optimizer(path)
+    for leaving in directory.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(leaving)
+
+
+def _write(temporary: Path, state: TrainerState, write_files: Callable[[Path], None]) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    write_files(temporary)
+    (temporary / STATE).write_bytes(msgspec.json.encode(state))
+    files = sorted(
+        path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file()
+    )
+    (temporary / MANIFEST).write_bytes(
+        msgspec.json.encode({name: digest_of(temporary / name) for name in files})
+    )
+    sync_tree(temporary)
+
+
+def sync_tree(directory: Path) -> None:
+    """Make `directory` and all in it durable."""
+    for path in (*directory.rglob("*"), directory):
+        sync(path)
+
+
+def _forget_optimizer(path: Path) -> None:
+    manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=dict[str, str])
+    manifest.pop(OPTIMIZER, None)
+    fresh = path / f"{MANIFEST}.new"
+    fresh.write_bytes(msgspec.json.encode(manifest))
+    fresh.rename(path / MANIFEST)
+    (path / OPTIMIZER).unlink()
+
+
+def _free_name(directory: Path, step: int) -> Path:
+    """`step-000020`; with a counter behind it where that exists, as records may settle without a
+    step being taken.
+    """
+    taken = [_order(path)[1] for path in _newest_first(directory) if _order(path)[0] == step]
+    return directory / (f"step-{step:06d}.{max(taken) + 1}" if taken else f"step-{step:06d}")
+
+
+def _newest_first(directory: Path) -> list[Path]:
+    found: Iterator[Path] = directory.glob("step-*") if directory.is_dir() else iter(())
+    return sorted((path for path in found if _NAME.match(path.name)), key=_order, reverse=True)
+
+
+def _order(path: Path) -> tuple[int, int]:
+    match = _NAME.match(path.name)
+    assert match is not None
+    return int(match[1]), int(match[2] or 0)

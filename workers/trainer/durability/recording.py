@@ -1,0 +1,183 @@
+"""The trainer's side of a recording: where it begins, how it stays in step with the checkpoints,
+and what it says of each step.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from onstream.pipeline.images.feed import Fetch, no_images
+from onstream.pipeline.records import Rollout, Tombstone, encode
+from onstream.pipeline.run_files import recording
+from onstream.pipeline.run_files.durable import sync
+from onstream.pipeline.run_files.recording import Opened, Recorder, Stepped
+from onstream.pipeline.telemetry import get_logger
+from onstream.settings.fields import known
+from onstream.settings.root import Settings
+from onstream.settings.text import toml_text
+from onstream.workers.trainer.durability.checkpoint import (
+    STATE,
+    Checkpoint,
+    TrainerState,
+    sync_tree,
+)
+
+START = "start"
+SETTINGS = "settings.toml"
+MAY_CHANGE = ("trainer.max_steps", "trainer.optim.lr", "trainer.microbatch", "trainer.head_chunk")
+"""What the next trainer of a run may have other values of, and the bits of a step depend on."""
+log = get_logger()
+
+
+class Recording:
+    """Records a run from the checkpoint `found` on (None: its start), whose weights have `digest`;
+    or nothing, where it is not asked for.
+
+    A recording that the checkpoint knows is gone on with, cut back to what the checkpoint holds.
+    One that it does not know is set aside, and a new one begins with a copy of the checkpoint.
+    `images` gives the bytes of images by digest.
+
+    Raises:
+        OSError: the disk is full.
+    """
+
+    def __init__(
+        self, settings: Settings, found: Checkpoint | None, digest: str, images: Fetch = no_images
+    ) -> None:
+        self._recorder: Recorder | None = None
+        self._images = images
+        self._directory = settings.run_dir / recording.FOLDER
+        length = _length(settings.run_dir, found)
+        directory = self._directory
+        if not settings.trainer.record:
+            if length is not None and directory.exists():
+                recording.cut(directory, length)
+                log.info(
+                    "the recording ends here: trainer.record is off",
+                    step=found.state.step if found else 0,
+                )
+            return
+        if length is None:
+            _begin(directory, settings, found)
+        self._recorder = Recorder(directory, length or 0)
+        step = found.state.step if found else 0
+        values = {name: known()[name].value(settings) for name in MAY_CHANGE}
+        self._recorder.mark(Opened(step, digest, values, conditions(settings)), time.time())
+
+    @property
+    def position(self) -> int | None:
+        """How long the recording is, in bytes; None where there is none."""
+        return self._recorder.position if self._recorder else None
+
+    def record(self, record: Rollout | Tombstone, taken: float) -> None:
+        """`record` is what the training depends on next."""
+        if not self._recorder:
+            return
+        if isinstance(record, Rollout):
+            shown = list({digest for sample in record.samples for digest in sample.images})
+            for digest, data in zip(shown, self._images(shown) if shown else (), strict=True):
+                if data is not None:
+                    recording.keep_image(self._directory, digest, data)
+        self._recorder.record(record.number, taken, encode(record))
+
+    def stepped(self, step: int, digest: str, metrics: dict[str, Any]) -> None:
+        """`step` was taken on the records so far."""
+        if self._recorder:
+            self._recorder.mark(Stepped(step, digest, metrics), time.time())
+
+    def sync(self) -> None:
+        """Make it durable, before a checkpoint that names its length."""
+        if self._recorder:
+            self._recorder.sync()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._recorder:
+            self._recorder.close()
+
+
+def conditions(settings: Settings) -> dict[str, Any]:
+    """What the last bit of a sum may depend on, beside the settings."""
+    import torch
+    import transformers
+
+    from onstream.pipeline.models.loading import resolve_device
+
+    device = resolve_device(settings.deployment.device)
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
+
+
+def start_of(directory: Path) -> TrainerState | None:
+    """The state of the checkpoint that the recording in `directory` begins with; None where it
+    begins with the run.
+    """
+    state = directory / START / STATE
+    return msgspec.json.decode(state.read_bytes(), type=TrainerState) if state.exists() else None
+
+
+def _length(run_dir: Path, found: Checkpoint | None) -> int | None:
+    """How many bytes of the run's recording the checkpoint vouches for; None where it knows of
+    none, or of another one.
+    """
+    directory = run_dir / recording.FOLDER
+    start = start_of(directory)
+    state = found.state if found else None
+    if state == start and directory.exists():
+        return 0  # it began here, and no checkpoint has been taken since
+    if state is None or state.recorded is None:
+        return None
+    have = recording.size_bytes(directory)
+    if have < state.recorded:
+        log.error(
+            "the recording is shorter than the checkpoint remembers; a new one begins",
+            bytes=have,
+            expected=state.recorded,
+        )
+        return None
+    return state.recorded
+
+
+def _begin(directory: Path, settings: Settings, found: Checkpoint | None) -> None:
+    """Make an empty recording, which holds all that its replay starts from; a former one is set
+    aside.
+    """
+    unfinished = directory.with_name(f".{directory.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    (unfinished / SETTINGS).write_text(toml_text(settings), encoding="utf-8")
+    if found:
+        shutil.copytree(found.path, unfinished / START, copy_function=_link)
+    sync_tree(unfinished)
+    if directory.exists():
+        aside = next(
+            path
+            for at in range(1, 1 << 20)
+            if not (path := directory.with_name(f"{directory.name}-{at}")).exists()
+        )
+        directory.rename(aside)
+        log.warning("a former recording of the run is set aside", kept_as=str(aside))
+    unfinished.rename(directory)
+    sync(directory.parent)
+
+
+def _link(source: str, target: str) -> None:
+    """Checkpoints are never written to again, so that a second name is as good as a copy, where the
+    file system has such.
+    """
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

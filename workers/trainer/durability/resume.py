@@ -1,0 +1,153 @@
+"""Taking up a run: who may be its trainer, whether the settings fit it, and what got lost while
+nobody watched.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import structlog
+
+from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.redis.dead_letters import dead_numbers
+from onstream.pipeline.redis.streams import STAGES, Bus, Lease
+from onstream.pipeline.redis.trainer_lease import while_it_may_expire
+from onstream.pipeline.run_files.json_lines import JsonLines
+from onstream.pipeline.run_files.ledger import RangeSet
+from onstream.pipeline.run_files.ownership import Ownership
+from onstream.settings.plan import Plan, differences, refuse_differences
+from onstream.settings.run import RunSettings
+from onstream.workers.trainer.durability.acknowledgements import Accounts
+from onstream.workers.trainer.durability.checkpoint import TrainerState
+
+log = structlog.get_logger(__name__)
+
+PLAN = "plan.json"
+CHANGES = "changes.jsonl"
+
+
+def become_trainer(bus: Bus, ttl_s: float, files: Ownership) -> Lease:
+    """The run's lease, and the claim to its `files`. Waits as long as the lease of a dead trainer
+    could still run.
+
+    Raises:
+        LeaseHeld: another trainer renews it.
+        LeaseLost: another trainer was faster to claim the files.
+    """
+    return while_it_may_expire(lambda: bus.acquire_lease(ttl_s, files), ttl_s)
+
+
+def agree_on_plan(
+    bus: Bus, lease: Lease, ours: Plan, run: RunSettings, run_dir: Path, state: TrainerState | None
+) -> None:
+    """Write our plan as the run's, after making sure that it is the one the run was started with.
+
+    `state` is that of the newest checkpoint, where there is one. Changeable settings that changed
+    are recorded with its step.
+
+    Raises:
+        UserError: the run exists and must not, or the reverse, or it was started with other
+            settings.
+    """
+    theirs = _plan_of_the_run(bus, run_dir)
+    _refuse_resume(run, run_dir, exists=theirs is not None or state is not None)
+    if theirs is not None:
+        refuse_differences(ours, theirs)
+        _refuse_route(bus, ours, theirs, state)
+        _record_changes(run_dir, ours, theirs, state.step if state else 0)
+    bus.write_plan(lease, ours.encode())
+    fresh = run_dir / f"{PLAN}.new"
+    fresh.write_bytes(ours.encode())
+    fresh.rename(run_dir / PLAN)
+
+
+def lost_numbers(bus: Bus, known: RangeSet, issued: int, run_dir: Path) -> RangeSet:
+    """The numbers up to `issued` that are neither `known` (settled, or in the trainer's hands) nor
+    in any stream, dead letters included.
+
+    Streams are read in the order of the flow, so that a record which moves meanwhile is met at
+    least once.
+    """
+    known = known.copy()
+    for stage in STAGES:
+        for number in bus.numbers(stage):
+            known.add(number)
+    for number in dead_numbers(bus, run_dir):
+        known.add(number)
+    return RangeSet.of(known.missing(issued))
+
+
+def unsettled_dead(bus: Bus, known: RangeSet, run_dir: Path) -> list[int]:
+    """Dead letters whose tombstone has gone: acknowledged by a checkpoint that was lost since. They
+    stay dead.
+    """
+    # Before the streams: whoever dies in between has its tombstone in them.
+    dead = {number for number in dead_numbers(bus, run_dir) if number > 0 and number not in known}
+    return sorted(dead.difference(*(bus.numbers(stage) for stage in STAGES))) if dead else []
+
+
+def _plan_of_the_run(bus: Bus, run_dir: Path) -> Plan | None:
+    stored = bus.read_plan()
+    if stored is None and (run_dir / PLAN).exists():
+        stored = (run_dir / PLAN).read_bytes()
+    return None if stored is None else Plan.decode(stored)
+
+
+def _refuse_resume(run: RunSettings, run_dir: Path, *, exists: bool) -> None:
+    if run.resume == "never" and exists:
+        raise UserError(
+            f"run {run.name!r} exists in {run_dir} or in Redis, and run.resume = 'never'",
+            expected="a run that does not exist yet",
+            next_step="Choose another run.name, or set run.resume = 'auto' to go on with this one.",
+            exit=Exit.REFUSED,
+        )
+    if run.resume == "must" and not exists:
+        raise UserError(
+            f"run {run.name!r} exists neither in {run_dir} nor in Redis, and run.resume = 'must'",
+            expected="a run to go on with",
+            next_step="Correct run.name or run.dir, or set run.resume = 'auto' to start it.",
+            exit=Exit.REFUSED,
+        )
+
+
+def _refuse_route(bus: Bus, ours: Plan, theirs: Plan, state: TrainerState | None) -> None:
+    """A rollout carries its route, so those under way would take the old one."""
+    if ours.route == theirs.route:
+        return
+    settled = Accounts(state).settled
+    in_flight = len(
+        {number for stage in STAGES for number in bus.numbers(stage) if number not in settled}
+    )
+    raise UserError(
+        f"rollouts would go by {' → '.join(ours.route)}; run {theirs.run!r} has {in_flight} in flight by {' → '.join(theirs.route)}",
+        expected="the route that the run was started with",
+        next_step="Use the same stages, verification and teacher as before, or start another run under another run.name.",
+        exit=Exit.REFUSED,
+    )
+
+
+def _record_changes(run_dir: Path, ours: Plan, theirs: Plan, step: int) -> None:
+    changes = [change for change in differences(ours, theirs) if change.changeable]
+    if not changes:
+        return
+    lines = JsonLines(run_dir / CHANGES)
+    for change in changes:
+        lines.write(
+            {
+                "step": step,
+                "time": time.time(),
+                "name": change.name,
+                "from": change.theirs,
+                "to": change.ours,
+            }
+        )
+        log.info(
+            "setting changed on resume",
+            name=change.name,
+            was=change.theirs,
+            now=change.ours,
+            step=step,
+        )
+    lines.sync()
+    lines.close()

@@ -1,0 +1,206 @@
+"""The output layer and the loss in one, a chunk of positions at a time.
+
+The loss needs a few numbers of each position's logits, so its gradient with respect to them is
+known as soon as the chunk's logits are: the chunk's gradient of the hidden states and of the layer
+is computed there and then, and the logits are dropped. Nothing of size [tokens, vocabulary] is
+kept, and nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onstream.pipeline.models.logprobs import entropy_of, head_logits
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to read off the logits of N positions."""
+
+    targets: Tensor  # [N]
+    temperatures: Tensor | None = None  # [N], of sampling; None: 1 everywhere
+    top_ids: Tensor | None = None  # [N, k]
+
+    def chunk(self, at: slice) -> Wanted:
+        """The same for the positions `at`."""
+        return Wanted(
+            self.targets[at],
+            None if self.temperatures is None else self.temperatures[at],
+            None if self.top_ids is None else self.top_ids[at],
+        )
+
+
+@dataclass(frozen=True)
+class Student:
+    """What the student says of n positions. Float32, nats; the loss is differentiated by `sampled`,
+    `top` and `tail`.
+    """
+
+    sampled: Tensor  # [n], logprobs of the targets at the sampling temperature
+    sampled_unscaled: Tensor  # [n], the same at temperature 1, without gradient
+    entropy: Tensor  # [n], at the sampling temperature, without gradient
+    top: Tensor | None  # [n, k], logprobs of the given ids, at temperature 1
+    tail: Tensor | None  # [n], logprob of all other ids together, at temperature 1
+
+
+TokenLoss = Callable[[slice, Student], Tensor]
+"""The loss of the positions in a slice, [n]; it may keep what it wants for metrics."""
+
+
+def chunked_loss(
+    hidden: Tensor, head: nn.Linear, wanted: Wanted, token_loss: TokenLoss, *, chunk: int
+) -> Tensor:
+    """Σ token_loss over the N positions of `hidden` [N, H], differentiable by it and by the head's
+    parameters.
+
+    At most [chunk, V] logits exist at once. `token_loss` is called once a chunk, in order.
+    """
+    loss: Tensor = _ChunkedLoss.apply(hidden, head.weight, head.bias, wanted, token_loss, chunk)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        wanted: Wanted,
+        token_loss: TokenLoss,
+        chunk: int,
+    ) -> Tensor:
+        compute_weight = weight.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight) if weight.requires_grad else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), chunk):
+            at = slice(start, min(start + chunk, len(hidden)))
+            logits = head_logits(hidden[at], compute_weight, bias)
+            loss, grad_logits = _loss_and_gradient(
+                logits, wanted.chunk(at), partial(token_loss, at)
+            )
+            del logits  # its memory is the gradient's, or free for the next chunk's
+            total += loss
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0)
+            grad_logits = grad_logits.to(hidden.dtype)
+            torch.mm(grad_logits, compute_weight, out=grad_hidden[at])
+            if grad_weight is not None:
+                _add_product(grad_weight, grad_logits.t(), hidden[at])
+            del grad_logits
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (upstream,) = grads
+        # In place, since the layer's gradient is as large as the layer; a second backward pass is
+        # an error of autograd's.
+        scaled = (None if saved is None else saved.mul_(upstream) for saved in ctx.saved_tensors)
+        return (*scaled, None, None, None)
+
+
+def _loss_and_gradient(
+    logits: Tensor, wanted: Wanted, token_loss: Callable[[Student], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The chunk's summed loss, and its gradient by `logits` [n, V], which are used up."""
+    chunk = _Chunk(logits, wanted)
+    loss, by_sampled, by_top, by_tail = _differentiate(chunk.student, token_loss)
+    return loss, chunk.gradient(by_sampled, by_top, by_tail)
+
+
+class _Chunk:
+    """The logits [n, V] of one chunk, what the loss reads off them, and their gradient, made in the
+    same memory.
+    """
+
+    def __init__(self, logits: Tensor, wanted: Wanted) -> None:
+        self._logits = logits
+        self._wanted = wanted
+        self._normaliser = logits.logsumexp(-1)
+        scaled = logits
+        scaled_normaliser = self._normaliser
+        if wanted.temperatures is not None:
+            scaled = logits / wanted.temperatures[:, None]
+            scaled_normaliser = scaled.logsumexp(-1)
+        self._probabilities = (scaled - scaled_normaliser[:, None]).exp_()
+        top, tail = self._bins()
+        self.student = Student(
+            sampled=_pick(scaled, wanted.targets) - scaled_normaliser,
+            sampled_unscaled=_pick(logits, wanted.targets) - self._normaliser,
+            entropy=entropy_of(self._probabilities, scaled, scaled_normaliser),
+            top=top,
+            tail=tail,
+        )
+
+    def _bins(self) -> tuple[Tensor | None, Tensor | None]:
+        """Logprobs of the top ids and of the tail, whose own distribution is kept for the gradient."""
+        if self._wanted.top_ids is None:
+            return None, None
+        outside = self._logits.scatter(1, self._wanted.top_ids, float("-inf"))
+        normaliser = outside.logsumexp(-1)
+        self._outside = outside.sub_(normaliser[:, None]).exp_()
+        top = self._logits.gather(1, self._wanted.top_ids) - self._normaliser[:, None]
+        return top, normaliser - self._normaliser
+
+    def gradient(self, by_sampled: Tensor, by_top: Tensor | None, by_tail: Tensor | None) -> Tensor:
+        """By the logits, from the loss's by what was read off them. The chunk's tensors are used
+        up.
+
+        The gradient of a logprob is its one-hot less the probabilities; that of the tail, its own
+        distribution less them.
+        """
+        temperatures = self._wanted.temperatures
+        ids = self._wanted.top_ids
+        if temperatures is not None:
+            by_sampled = by_sampled / temperatures
+        gradient = self._probabilities
+        if ids is None or by_top is None or by_tail is None:
+            gradient.mul_(-by_sampled[:, None])
+        else:
+            by_bins = by_top.sum(-1) + by_tail
+            if temperatures is None:
+                gradient.mul_(-(by_sampled + by_bins)[:, None])
+            else:
+                unscaled = self._logits.sub_(self._normaliser[:, None]).exp_()
+                gradient.mul_(-by_sampled[:, None]).sub_(unscaled.mul_(by_bins[:, None]))
+            gradient.add_(self._outside.mul_(by_tail[:, None])).scatter_add_(1, ids, by_top)
+        return gradient.scatter_add_(1, self._wanted.targets[:, None], by_sampled[:, None])
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right; without a temporary of its size where the precisions allow."""
+    if total.dtype == right.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def _pick(logits: Tensor, ids: Tensor) -> Tensor:
+    return logits.gather(1, ids[:, None])[:, 0]
+
+
+def _differentiate(
+    student: Student, token_loss: Callable[[Student], Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The summed loss and its gradients by `sampled`, `top` and `tail`; small tensors, so autograd
+    may do it.
+    """
+    leaves = [leaf for leaf in (student.sampled, student.top, student.tail) if leaf is not None]
+    with torch.enable_grad():
+        for leaf in leaves:
+            leaf.requires_grad_()
+        loss = token_loss(student).sum()
+        by_sampled, *by_bins = torch.autograd.grad(
+            loss, leaves, allow_unused=True, materialize_grads=True
+        )
+    by_top, by_tail = by_bins or (None, None)
+    return loss.detach(), by_sampled, by_top, by_tail

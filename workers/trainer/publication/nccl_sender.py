@@ -1,0 +1,198 @@
+"""The trainer's end of the transport `nccl`: vLLM's weight transfer, told over Redis what it would
+tell a vLLM server over HTTP.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+from onstream.pipeline.run_files.ownership import LeaseLost
+from onstream.pipeline.telemetry import get_logger
+from onstream.pipeline.weights import LoadedPolicy, WeightsError
+from onstream.pipeline.weights.nccl_transfer import Caller, Frame
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+log = get_logger()
+
+
+class Sending(Protocol):
+    """What is used of vLLM's trainer side, once its group is built."""
+
+    def send_weights(self) -> None:
+        """Send the source's weights to all of the group."""
+        ...
+
+    def shutdown(self) -> None:
+        """Leave the group, and abort what it still does."""
+        ...
+
+
+class RedisSyncClient:
+    """A `VLLMWeightSyncClient` whose calls go to the generators in `ranks`.
+
+    They keep what they receive beside the model, and replace its weights when the version is
+    announced. So there is no update to be begun or finished here.
+    """
+
+    def __init__(self, caller: Caller, ranks: Mapping[str, int]) -> None:
+        self._caller = caller
+        self._ranks = ranks
+        self.policy: LoadedPolicy | None = None
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Have all of them join the group."""
+        self._caller.call("join", self._ranks, init_info)
+
+    def start_weight_update(self) -> None:
+        """Nothing to begin."""
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Have all of them receive the version that is being sent."""
+        assert self.policy is not None
+        self._caller.call("receive", self._ranks, update_info, Frame.of(self.policy))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Nothing to finish."""
+
+
+Opens = Callable[[RedisSyncClient, str, int], Sending]
+"""Builds the group with a client, the trainer's address, and the number of GPUs in it."""
+
+
+class Transfer:
+    """Sends versions to all generators that receive. `address` is one that they can reach this
+    machine by.
+
+    The group is built when the first version is sent, and anew when other generators receive, or
+    after a failure.
+    """
+
+    def __init__(
+        self, caller: Caller, address: str, patience_s: float, opens: Opens | None = None
+    ) -> None:
+        self._caller = caller
+        self._address = address
+        self._patience_s = patience_s
+        self._opens = opens or over_nccl
+        self._ranks: dict[str, int] = {}
+        self._client: RedisSyncClient | None = None
+        self._engine: Sending | None = None
+
+    def send(self, policy: LoadedPolicy) -> bool:
+        """Whether all generators hold `policy` now. Where they do not, the log says why, and what
+        they had is untouched.
+
+        Raises:
+            LeaseLost: another trainer took over.
+        """
+        ranks, size = self._caller.ranks()
+        if not ranks:
+            return False
+        try:
+            if ranks != self._ranks:
+                self.close()
+                self._open(ranks, size)
+            assert self._engine is not None and self._client is not None
+            self._client.policy = policy
+            _within(self._patience_s, self._engine.send_weights)
+        except LeaseLost:
+            raise
+        except Exception as error:  # vLLM and NCCL raise what they like; the version goes by file
+            log.warning(
+                "a transfer of weights failed; they go by file",
+                version=policy.number,
+                reason=str(error),
+            )
+            self.close()
+            return False
+        return True
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self._engine is not None:
+            self._engine.shutdown()
+        self._ranks = {}
+        self._client = None
+        self._engine = None
+
+    def _open(self, ranks: dict[str, int], size: int) -> None:
+        client = RedisSyncClient(self._caller, ranks)
+        self._engine = _within(self._patience_s, lambda: self._opens(client, self._address, size))
+        self._client = client
+        self._ranks = ranks
+
+
+def over_nccl(client: RedisSyncClient, address: str, size: int) -> Sending:
+    """vLLM's own engine, in a group of `size` GPUs."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+    class Published(WeightSource):  # type: ignore[misc]
+        """The version that the client is told of."""
+
+        def metadata(self) -> list[ParamMeta]:
+            return [
+                ParamMeta(name, tensor.dtype, tuple(tensor.shape))
+                for name, tensor in self._tensors()
+            ]
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            return ((name, tensor.cuda()) for name, tensor in self._tensors())
+
+        def _tensors(self) -> list[tuple[str, Tensor]]:
+            assert client.policy is not None
+            return list(client.policy.tensors().items())
+
+    info = NCCLTrainerInitInfo(
+        master_address=address, master_port=_free_port(address), world_size=size, rank=0
+    )
+    sending: Sending = WeightTransferTrainerFactory.trainer_init(
+        info, client=client, source=Published()
+    )
+    return sending
+
+
+def address_towards(redis_url: str) -> str:
+    """This machine's address on the way to Redis, which the generators use too."""
+    url = urlsplit(redis_url)
+    with socket.create_connection(
+        (url.hostname or "localhost", url.port or 6379), timeout=5
+    ) as connection:
+        return str(connection.getsockname()[0])
+
+
+def _free_port(address: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+
+
+def _within(patience_s: float, call: Callable[[], T]) -> T:
+    """What `call` returns, in a thread that is left behind where it takes longer: NCCL may wait for
+    a dead process for ever.
+
+    Raises:
+        WeightsError: it took longer.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="onstream-transfer", daemon=True).start()
+    try:
+        return done.result(timeout=patience_s)
+    except TimeoutError as error:
+        raise WeightsError(f"not done within {patience_s:g} s") from error

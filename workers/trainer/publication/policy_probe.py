@@ -1,0 +1,93 @@
+"""What generators are asked so that they can tell whether their engine computes the trainer's
+policy.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from onstream.pipeline.models.logprobs import head_of, token_logprobs
+from onstream.pipeline.records import Probe, ids_bytes, logprobs_bytes
+from onstream.workers.trainer import lora
+
+if TYPE_CHECKING:
+    from onstream.pipeline.records import Ids
+    from onstream.settings.inference import InferenceSettings
+    from onstream.workers.trainer.learner import Learner
+
+PROMPTS = 4
+# tokens in which the prompts differ; what comes before is computed once, by the trainer and by an
+# engine that caches prefixes
+OWN = 4
+TOP = 8  # an engine's likeliest token is among the trainer's few likeliest, or they do not agree
+
+
+def prober(learner: Learner, inference: InferenceSettings) -> Prober | None:
+    """What asks `learner`; None where the guard is off."""
+    if not inference.guard.interval:
+        return None
+    contexts = (
+        learner.model.config.get_text_config().max_position_embeddings,
+        inference.max_model_len,
+    )
+    room = min(
+        context - 1 for context in contexts if context is not None
+    )  # and the token that is asked for
+    return Prober(learner, min(inference.guard.tokens, room))
+
+
+class Prober:
+    """Asks `learner` the same `PROMPTS` prompts of `tokens` tokens each time. They differ in the
+    last `OWN`.
+    """
+
+    def __init__(self, learner: Learner, tokens: int) -> None:
+        self._learner = learner
+        self._prompts = probe_prompts(learner.tokenizer, learner.vocabulary, tokens)
+        asked = np.zeros(1, dtype=np.int32)  # the token that would come next, whichever
+        shared = [prompt[:-OWN] for prompt in self._prompts]
+        own = [np.append(prompt[-OWN:], asked) for prompt in self._prompts]
+        self._rows = learner.pack(shared, own)
+
+    def ask(self) -> Probe:
+        """The likeliest next tokens under the weights as they are. Changes neither them nor any
+        random state.
+        """
+        learner = self._learner
+        top = min(TOP, learner.vocabulary - 1)
+        ids = np.empty((len(self._prompts), top), dtype=np.int32)
+        logprobs = np.empty((len(self._prompts), top), dtype=np.float32)
+        with torch.no_grad(), lora.without_dropout(learner.model):
+            for packed in self._rows:
+                last = torch.tensor(packed.lengths, device=learner.device).cumsum(0) - 1
+                hidden = learner.hidden(packed)[last]
+                found = token_logprobs(
+                    hidden, head_of(learner.model), torch.zeros_like(last), top_k=top
+                ).top
+                assert found is not None
+                rows = list(packed.sequences)
+                ids[rows] = found.ids.cpu().numpy()
+                logprobs[rows] = found.logprobs.cpu().numpy()
+        return Probe(
+            [ids_bytes(prompt) for prompt in self._prompts],
+            ids_bytes(ids),
+            logprobs_bytes(logprobs),
+        )
+
+
+def probe_prompts(tokenizer: Any, vocabulary: int, tokens: int) -> list[Ids]:
+    """`PROMPTS` prompts of `tokens` random ordinary ids: a model is seldom sure after them, so a
+    change of its weights shows.
+
+    They are always the same for a tokenizer, so an engine that caches prompts meets what it has
+    cached.
+    """
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    ordinary = [token for token in range(min(len(tokenizer), vocabulary)) if token not in special]
+    random = np.random.default_rng(0)
+    shared = random.choice(ordinary, tokens - OWN)
+    own = random.choice(ordinary, (PROMPTS, OWN))
+    return [np.concatenate((shared, end)).astype(np.int32) for end in own]
