@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 from onstream.pipeline.errors import UserError
+from onstream.pipeline.import_path import import_function
 from onstream.pipeline.tasks.base import Problem, ProceduralTask, Task
 from onstream.pipeline.tasks.builtin import BUILTIN, builtin_draw
 from onstream.pipeline.tasks.scorers import (
@@ -12,7 +13,6 @@ from onstream.pipeline.tasks.scorers import (
     Score,
     ScoreError,
     Scorer,
-    import_function,
     match_answer,
     read_score,
 )
@@ -80,7 +80,7 @@ def load_scorer(settings: Settings) -> Scorer:
 
         return code_scorer(settings)
     if settings.task.scorer:
-        return import_function(settings.task.scorer)
+        return import_function(settings.task.scorer, setting="task.scorer")
     if name.startswith(GYM):
         from onstream.pipeline.tasks.reasoning_gym import gym_scorer
 

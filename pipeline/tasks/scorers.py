@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, SupportsFloat
-
-from onstream.pipeline.errors import UserError
 
 Score = float | Mapping[str, float]
 Scorer = Callable[[str, dict[str, Any]], Score]
@@ -69,26 +64,6 @@ def read_score(score: object) -> tuple[float, dict[str, float]]:
     return _number(sum(parts.values()), "the sum of the parts"), parts
 
 
-def import_function(path: str) -> Scorer:
-    """The function that `module:function` names; modules in the working directory are found too.
-
-    Raises:
-        UserError: the module cannot be imported or has no such function.
-    """
-    module_name, _, names = path.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        found: Any = importlib.import_module(module_name)
-        for name in names.split("."):
-            found = getattr(found, name)
-    except Exception as error:  # the module is the user's own code, and may raise anything
-        raise _bad_scorer(path, f"{type(error).__name__}: {error}") from error
-    if not callable(found):
-        raise _bad_scorer(path, f"it is a {type(found).__name__}")
-    return found  # type: ignore[no-any-return]
-
-
 def _number(value: object, what: str) -> float:
     # float() takes strings too, but a scorer that returns one is mistaken
     if isinstance(value, str | bytes) or not isinstance(value, SupportsFloat):
@@ -102,11 +77,3 @@ def _number(value: object, what: str) -> float:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:80] + "…"
-
-
-def _bad_scorer(path: str, why: str) -> UserError:
-    return UserError(
-        f"`task.scorer` = {path!r} cannot be used: {why}",
-        expected="an importable `module:function`",
-        next_step=f"Put its module in {os.getcwd()} or on PYTHONPATH, or correct the name.",
-    )
