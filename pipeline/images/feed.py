@@ -14,7 +14,8 @@ from onstream.pipeline.images.reading import Picture
 from onstream.pipeline.records import Ids
 
 if TYPE_CHECKING:
-    from onstream.pipeline.models.vision import ImageFeatures, Vision
+    from onstream.pipeline.images.vision import Vision
+    from onstream.pipeline.models.image_features import ImageFeatures
 
 
 Fetch = Callable[[Sequence[str]], Sequence[bytes | None]]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from onstream.pipeline.images.reading import Picture
 
 if TYPE_CHECKING:
-    from onstream.pipeline.models.vision import ImageFeatures
+    from onstream.pipeline.models.image_features import ImageFeatures
 
 
 @dataclass(frozen=True)

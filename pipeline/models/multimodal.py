@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from onstream.pipeline.models.image_features import ImageFeatures, joined
 from onstream.pipeline.models.packing import Packed, PrefixGroup
-from onstream.pipeline.models.vision import ImageFeatures, joined
 
 Features = Mapping[str, ImageFeatures]
 """What a model's processor made of images, by the names that prompts show them under."""

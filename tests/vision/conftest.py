@@ -15,8 +15,9 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from onstream.pipeline.images import Picture
+from onstream.pipeline.images.vision import Vision, load_vision
+from onstream.pipeline.models.image_features import ImageFeatures
 from onstream.pipeline.models.loading import load_model
-from onstream.pipeline.models.vision import ImageFeatures, Vision, load_vision
 from onstream.workers.tiny_models.fresh import Shape
 from onstream.workers.tiny_models.vlm_families import FAMILIES, Family, write_fresh_vlm
 

@@ -12,12 +12,13 @@ from transformers import AutoProcessor
 
 from onstream.pipeline.images import Picture
 from onstream.pipeline.images.feed import ImageFeed
+from onstream.pipeline.images.vision import PlaceholderMismatch
 from onstream.pipeline.models.attention import SHARED_PREFIX
+from onstream.pipeline.models.image_features import joined
 from onstream.pipeline.models.loading import text_config
 from onstream.pipeline.models.logprobs import head_of, hidden_states
 from onstream.pipeline.models.packing import Ids, pack, share_prompts, single_rows
 from onstream.pipeline.models.prompt_sharing import prepare
-from onstream.pipeline.models.vision import PlaceholderMismatch, joined
 from onstream.pipeline.records import ids_array, ids_bytes
 from onstream.settings.trainer import LossSettings, OptimSettings, TrainerSettings
 from onstream.workers.tiny_models.character_tokenizer import (

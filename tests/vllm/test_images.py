@@ -18,8 +18,8 @@ import torch
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.images import ShownImage
+from onstream.pipeline.images.vision import load_vision
 from onstream.pipeline.models.loading import load_model
-from onstream.pipeline.models.vision import load_vision
 from onstream.pipeline.weights import LoadedPolicy
 from onstream.workers.generator.engines.base import Completion
 from onstream.workers.generator.engines.vllm.images import input_of

@@ -32,7 +32,7 @@ from onstream.settings.root import Settings
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from onstream.pipeline.models.vision import Vision
+    from onstream.pipeline.images.vision import Vision
 
 RENDERED = 64
 """Problems whose prompts are kept, so that a group's is rendered once."""
@@ -128,7 +128,7 @@ def eyes_of(name: str | Path, config: PretrainedConfig, settings: Settings) -> E
     """
     if not has_vision(config):
         return Eyes(None, settings.images)
-    from onstream.pipeline.models.vision import load_vision  # imports torch
+    from onstream.pipeline.images.vision import load_vision  # imports torch
 
     return Eyes(load_vision(name), settings.images)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.images import plain_picture
-from onstream.pipeline.models.vision import Vision
+from onstream.pipeline.images.vision import Vision
 
 SIZES = ((32, 32), (448, 336), (300, 900))
 """Width and height, in pixels, of the pictures that the processors are compared on."""

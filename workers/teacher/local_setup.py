@@ -7,10 +7,10 @@ from __future__ import annotations
 from transformers import AutoConfig
 
 from onstream.pipeline.images.feed import Fetch, ImageFeed, no_images
+from onstream.pipeline.images.vision import load_vision
 from onstream.pipeline.models.loading import load_model, resolve_device, resolve_dtype
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.models.tokenizer import has_vision
-from onstream.pipeline.models.vision import load_vision
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
 from onstream.workers.teacher.compatibility import check

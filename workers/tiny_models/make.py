@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.images import ShownImage, image_urls
+from onstream.pipeline.images.vision import Vision
+from onstream.pipeline.models.image_features import ImageFeatures
 from onstream.pipeline.models.loading import load_model
-from onstream.pipeline.models.vision import ImageFeatures, Vision
 from onstream.pipeline.tasks import Problem, load_task
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.images.vision import load_vision
 from onstream.pipeline.models.loading import base_of, load_model, resolve_dtype
 from onstream.pipeline.models.logprobs import NO_IMAGES, head_of, hidden_states
 from onstream.pipeline.models.multimodal import Features
 from onstream.pipeline.models.packing import Packed, pack, share_prompts, single_rows
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.models.tokenizer import has_vision, load_tokenizer
-from onstream.pipeline.models.vision import load_vision
 from onstream.settings.trainer import TrainerSettings
 from onstream.workers.trainer import lora
 from onstream.workers.trainer.batches.train_sample import Ids, TrainSample, check_sample

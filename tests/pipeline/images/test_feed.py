@@ -16,7 +16,7 @@ import pytest
 
 from onstream.pipeline.images import Picture
 from onstream.pipeline.images.feed import FETCHED_AT_ONCE, ImageFeed, MissingImage
-from onstream.pipeline.models.vision import Vision, load_vision
+from onstream.pipeline.images.vision import Vision, load_vision
 from tests.vision.conftest import noise
 
 STUDENT = Path(__file__).parents[3] / "examples/colour-words/student"

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from onstream.pipeline.images import Picture, ShownImage
 from onstream.pipeline.images.feed import Fetch, ImageFeed, MissingImage
+from onstream.pipeline.images.vision import load_vision
 from onstream.pipeline.images.vllm_prompts import KEPT, SentImages
-from onstream.pipeline.models.vision import load_vision
 from onstream.pipeline.records import Sample, ids_array
 from onstream.settings.root import Settings
 from onstream.workers.teacher.score_requests import request_of

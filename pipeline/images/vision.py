@@ -1,5 +1,4 @@
-"""What a multimodal model makes of images: the tokens that stand for them in a prompt, and the
-tensors its vision tower reads.
+"""What a multimodal model makes of images: their tokens in a prompt, and its vision tower's tensors.
 
 The family's own processor decides both. Each image is processed alone and once; a prompt's
 placeholders are then replaced by the tokens of its images, and a batch's tensors are those of its
@@ -8,38 +7,22 @@ images, one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from transformers import AutoProcessor
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.images import ImageError, Picture
+from onstream.pipeline.images.limits import ImageError
+from onstream.pipeline.images.reading import Picture
+from onstream.pipeline.models.image_features import ImageFeatures
 from onstream.pipeline.models.tokenizer import cached_first
 from onstream.pipeline.records import Ids
 
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 """What a processor returns of a prompt's text; everything else is of its images."""
-
-
-@dataclass(frozen=True)
-class ImageFeatures:
-    """One image as a model reads it: `token_ids` stand in the prompt, `tensors` go to the model
-    (`pixel_values`, `image_grid_thw`, …).
-    """
-
-    token_ids: Ids
-    tensors: Mapping[str, Tensor]
-
-    @property
-    def size_bytes(self) -> int:
-        """Memory of the tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 class PlaceholderMismatch(ValueError):
@@ -122,23 +105,6 @@ class Vision:
             yield image.token_ids
             start = place + 1
         yield ids[start:]
-
-
-def joined(images: Sequence[ImageFeatures]) -> dict[str, Tensor]:
-    """The tensors of several images as one batch, in order.
-
-    Raises:
-        ValueError: the family's tensors of images of different sizes cannot lie in one batch.
-    """
-    try:
-        return {
-            name: torch.cat([image.tensors[name] for image in images])
-            for name in (images[0].tensors if images else ())
-        }
-    except RuntimeError as error:
-        raise ValueError(
-            f"images of different sizes do not go into one batch of this model: {error}"
-        ) from error
 
 
 def load_vision(name: str | Path) -> Vision:
