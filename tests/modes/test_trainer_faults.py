@@ -24,7 +24,7 @@ from onstream.pipeline.redis.streams import Bus, Move, Out
 from onstream.pipeline.run_files import ownership
 from onstream.pipeline.run_files.ledger import Ledger
 from onstream.settings.root import Settings
-from onstream.workers.commands.audit import audit, counted
+from onstream.workers.inspection.audit import audit, counted
 from onstream.workers.trainer.durability import checkpoint
 from tests.fault_proxy import MOMENTS, Cut, FaultProxy, Moment, Trap
 from tests.fault_workers import LEASE_S, train

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 from onstream.pipeline.records import StageName, Tombstone, encode
 from onstream.pipeline.redis.streams import Bus, Entry, Move, Out
 from onstream.pipeline.run_files.ledger import Ledger, Settled
-from onstream.workers.commands.audit import audit, counted
+from onstream.workers.inspection.audit import audit, counted
 from tests.pipeline.stages import rollout, ticket
 
 WORKERS: dict[str, StageName] = {

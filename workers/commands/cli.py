@@ -126,7 +126,7 @@ def replay(
     any does. A setting of the trainer that --set changes is a what-if: then a difference is no
     fault.
     """
-    from onstream.workers.commands.replay import replay
+    from onstream.workers.replay.replay import replay
 
     return replay(
         run, overrides, from_step=from_step, stop_at=stop_at, out=out, worst=worst, say=click.echo
@@ -205,7 +205,7 @@ def health(
     check of a container.
     """
     settings = _settings(files, overrides)
-    from onstream.workers.commands.health import health
+    from onstream.workers.inspection.health import health
 
     found = health(kind, settings, live=live, slot=slot)
     click.echo(found.words)
@@ -269,8 +269,8 @@ def status(files: tuple[Path, ...], overrides: tuple[str, ...], as_json: bool) -
     from rich.console import Console
 
     from onstream.pipeline.redis.access import opened
-    from onstream.workers.commands.status import show
-    from onstream.workers.commands.status import status as state_of
+    from onstream.workers.inspection.status import show
+    from onstream.workers.inspection.status import status as state_of
 
     with opened(settings, purpose="status") as bus:
         state = state_of(bus)
@@ -289,7 +289,7 @@ def audit(run: Path, overrides: tuple[str, ...], uids: bool) -> Exit:
     """
     settings = _settings([run], overrides)
     from onstream.pipeline.redis.access import opened
-    from onstream.workers.commands.audit import audit, counted
+    from onstream.workers.inspection.audit import audit, counted
 
     with opened(settings, purpose="audit") as bus:
         found = audit(settings.run_dir, bus)
@@ -327,7 +327,7 @@ def evaluate(run: Path, overrides: tuple[str, ...], version: int | None) -> None
 def export(run: Path, overrides: tuple[str, ...], out: Path, version: int | None) -> None:
     """Write a policy version as a model directory that loads by itself; an adapter is merged."""
     settings = _settings([run], overrides)
-    from onstream.workers.commands.export import export
+    from onstream.workers.jobs.export import export
 
     click.echo(f"version {export(settings, version, out)} is in {out}")
 
@@ -346,7 +346,7 @@ def dead_list(run: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     from rich.console import Console
 
     from onstream.pipeline.redis.access import opened
-    from onstream.workers.commands.dead import dead, show_list
+    from onstream.workers.inspection.dead_letters import dead, show_list
 
     with opened(settings, purpose="dead") as bus:
         found = dead(bus, settings.run_dir)
@@ -363,7 +363,7 @@ def dead_show(run: Path, overrides: tuple[str, ...], uid: str) -> None:
     """Print the dead letter of UID (such as 17) as JSON, with the record that failed."""
     settings = _settings([run], overrides)
     from onstream.pipeline.redis.access import opened
-    from onstream.workers.commands.dead import show
+    from onstream.workers.inspection.dead_letters import show
 
     with opened(settings, purpose="dead") as bus:
         click.echo(json.dumps(show(bus, settings.run_dir, uid), indent=2))
@@ -418,7 +418,7 @@ def _ask_trainer(
 ) -> None:
     settings = _settings([run], overrides)
     from onstream.pipeline.redis.access import opened
-    from onstream.workers.commands.dead import ask
+    from onstream.workers.inspection.dead_letters import ask
 
     with opened(settings, purpose="dead") as bus:
         asked = ask(bus, settings.run_dir, wish, uids, reason, everything=everything)
@@ -453,7 +453,7 @@ def jobs_list(run: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     settings = _settings([run], overrides)
     from rich.console import Console
 
-    from onstream.workers.commands.jobs import listed, show
+    from onstream.workers.jobs.requests import listed, show
 
     rows = listed(settings)
     if as_json:
@@ -472,7 +472,7 @@ def jobs_list(run: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 def jobs_evaluate(run: Path, overrides: tuple[str, ...], version: int | None) -> None:
     """Ask for the evaluation of a policy version."""
     settings = _settings([run], overrides)
-    from onstream.workers.commands.jobs import ask_evaluation
+    from onstream.workers.jobs.requests import ask_evaluation
 
     click.echo(ask_evaluation(settings, version))
 
@@ -505,7 +505,7 @@ def jobs_export(
 ) -> None:
     """Ask for a policy version as a model directory, or for its upload."""
     settings = _settings([run], overrides)
-    from onstream.workers.commands.jobs import ask_export
+    from onstream.workers.jobs.requests import ask_export
 
     click.echo(ask_export(settings, version, to, dtype, upload=upload))
 
@@ -515,7 +515,7 @@ def jobs_export(
 def jobs_prune(run: Path, overrides: tuple[str, ...]) -> None:
     """Ask for the removal of policies and checkpoints that nothing keeps."""
     settings = _settings([run], overrides)
-    from onstream.workers.commands.jobs import ask_prune
+    from onstream.workers.jobs.requests import ask_prune
 
     click.echo(ask_prune(settings))
 

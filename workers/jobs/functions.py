@@ -29,7 +29,7 @@ from onstream.pipeline.telemetry import get_logger
 from onstream.pipeline.weights.pins import pinned, pins, unpin
 from onstream.settings.plan import Plan, make_plan, refuse_differences
 from onstream.settings.root import Settings
-from onstream.workers.commands.dead import kind_of
+from onstream.workers.inspection.dead_letters import kind_of
 from onstream.workers.launcher.report import read_rows
 
 P = ParamSpec("P")
@@ -203,7 +203,7 @@ def _refuse_other_plan(settings: Settings, bus: Bus) -> None:
 
 
 def _write_export(settings: Settings, version: int, out: Path, dtype: str | None) -> None:
-    from onstream.workers.commands.export import export as write
+    from onstream.workers.jobs.export import export as write
 
     if out.exists():
         raise UserError(

@@ -25,7 +25,7 @@ from onstream.settings.plan import Plan, make_plan
 from onstream.settings.redis import address
 from onstream.settings.root import Settings
 from onstream.settings.text import toml_text
-from onstream.workers.commands.audit import audit
+from onstream.workers.inspection.audit import audit
 from onstream.workers.launcher import preflight, report
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from onstream.workers.launcher.environment import environment

@@ -15,7 +15,7 @@ from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.redis.streams import Bus
 from onstream.pipeline.run_files import recording
 from onstream.pipeline.run_files.recording import Opened, Recorded, Recorder, Stepped, frames
-from onstream.workers.commands.replay import replay
+from onstream.workers.replay.replay import replay
 from tests.tiny import write_tiny
 from tests.workers.trainer.driver import Run
 

@@ -28,7 +28,7 @@ from onstream.pipeline.records import (
 )
 from onstream.pipeline.redis.streams import Bus, Move, Out
 from onstream.settings.root import Settings
-from onstream.workers.commands.audit import audit, counted
+from onstream.workers.inspection.audit import audit, counted
 from onstream.workers.trainer.stage import Trainer
 
 Answer = Callable[[Ticket, int], Rollout | Tombstone]

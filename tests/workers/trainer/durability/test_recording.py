@@ -16,7 +16,7 @@ from onstream.pipeline.records import Rollout, Ticket, Tombstone, logprobs_bytes
 from onstream.pipeline.redis.streams import Bus
 from onstream.pipeline.run_files import recording
 from onstream.pipeline.run_files.recording import Opened, Recorded, Stepped, frames
-from onstream.workers.commands.replay import replay
+from onstream.workers.replay.replay import replay
 from tests.workers.trainer.driver import CLOCKS, Run, dead, rollout
 
 EQUAL = "the weights after each of them equal the recorded ones, bit for bit; so do the metrics"

@@ -13,7 +13,7 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.loading import load_model
 from onstream.settings.root import Settings
 from onstream.settings.trainer import TrainerSettings
-from onstream.workers.commands.export import export
+from onstream.workers.jobs.export import export
 from onstream.workers.trainer.learner import Learner
 from tests.tiny import write_tiny
 

@@ -15,7 +15,7 @@ from onstream.pipeline.redis.keys import Keys
 from onstream.pipeline.redis.streams import Bus
 from onstream.pipeline.stage import Stats
 from onstream.settings.root import Settings
-from onstream.workers.commands.health import health
+from onstream.workers.inspection.health import health
 
 HOST = socket.gethostname()
 

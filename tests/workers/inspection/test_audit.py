@@ -10,7 +10,7 @@ import pytest
 from onstream.pipeline.records import StageName, Ticket, Tombstone, encode
 from onstream.pipeline.redis.streams import Bus, Move, Out
 from onstream.pipeline.run_files.ledger import Ledger, Settled
-from onstream.workers.commands.audit import DROPPED, audit, counted
+from onstream.workers.inspection.audit import DROPPED, audit, counted
 
 
 def issue(bus: Bus, count: int) -> None:

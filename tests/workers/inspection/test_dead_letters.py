@@ -22,7 +22,7 @@ from onstream.pipeline.records import (
 )
 from onstream.pipeline.redis.dead_letters import FILE, spill_dead
 from onstream.pipeline.redis.streams import Bus
-from onstream.workers.commands.dead import ask, dead, show
+from onstream.workers.inspection.dead_letters import ask, dead, show
 
 SAMPLE = Sample(
     ids_bytes([1, 2]), ids_bytes([3]), mask_bytes([1]), logprobs_bytes([-0.5]), [], "words"
