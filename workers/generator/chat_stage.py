@@ -24,6 +24,7 @@ from onstream.pipeline.http import (
 )
 from onstream.pipeline.images import ImageError, ShownImage
 from onstream.pipeline.models.tokenizer import load_configs, load_tokenizer
+from onstream.pipeline.prompts import RENDERED, Prompt, eyes_of
 from onstream.pipeline.records import (
     Rollout,
     Sample,
@@ -38,7 +39,6 @@ from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.pipeline.tasks import Problem, load_task
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
-from onstream.workers.generator.prompts import RENDERED, Prompt, eyes_of
 from onstream.workers.generator.reconstruction import (
     REASONING_FIELDS,
     Reconstructed,

@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.images import ImageError
+from onstream.pipeline.prompts import RENDERED, Prompt
 from onstream.pipeline.records import (
     PolicyVersion,
     Rollout,
@@ -33,7 +34,6 @@ from onstream.workers.generator.engines.base import Completion, Request, Samplin
 from onstream.workers.generator.guard import Guard, tolerance_of
 from onstream.workers.generator.nccl_receiver import Receiver, ReceivingEngine
 from onstream.workers.generator.policy_loader import Policies
-from onstream.workers.generator.prompts import RENDERED, Prompt
 from onstream.workers.generator.student import PromptTooLong, open_student
 
 if TYPE_CHECKING:

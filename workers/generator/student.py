@@ -20,6 +20,7 @@ from onstream.pipeline.models.loading import (
 )
 from onstream.pipeline.models.tokenizer import has_vision, load_configs, load_tokenizer
 from onstream.pipeline.models.weight_shapes import shapes_of
+from onstream.pipeline.prompts import Eyes, Prompt, eyes_of, rendered
 from onstream.pipeline.records import Ids
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.engines import student_engine
@@ -29,7 +30,6 @@ from onstream.workers.generator.engines.base import Engine, Request
 from onstream.workers.generator.engines.server.engine import ServerEngine
 from onstream.workers.generator.engines.transformers.engine import TransformersEngine
 from onstream.workers.generator.engines.vllm.startup import NotServed, configure, did_not_start
-from onstream.workers.generator.prompts import Eyes, Prompt, eyes_of, rendered
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

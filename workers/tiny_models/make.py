@@ -22,12 +22,12 @@ from onstream.pipeline.images import ShownImage, image_urls
 from onstream.pipeline.images.vision import Vision
 from onstream.pipeline.models.image_features import ImageFeatures
 from onstream.pipeline.models.loading import load_model
+from onstream.pipeline.prompts import Eyes, rendered
 from onstream.pipeline.tasks import Problem, load_task
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
 from onstream.settings.trainer import LossSettings, OptimSettings, TrainerSettings
 from onstream.workers.evaluation.greedy import evaluate
-from onstream.workers.generator.prompts import Eyes, rendered
 from onstream.workers.tiny_models.character_tokenizer import CONTEXT_TOKENS, character_tokenizer
 from onstream.workers.tiny_models.fresh import write_fresh
 from onstream.workers.tiny_models.recipes import Recipe, Role, recipe_of

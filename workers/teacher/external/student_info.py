@@ -12,10 +12,10 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.images import ImageError, Message, image_urls, plain_picture
 from onstream.pipeline.images.vllm_prompts import SentImages
 from onstream.pipeline.models.tokenizer import has_vision, load_configs
+from onstream.pipeline.prompts import Eyes, eyes_of, rendered
 from onstream.pipeline.tasks import load_task
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
-from onstream.workers.generator.prompts import Eyes, eyes_of, rendered
 from onstream.workers.teacher.compatibility import Party
 from onstream.workers.teacher.model_info import party
 from onstream.workers.teacher.scorer import ScoreRequest
