@@ -25,7 +25,7 @@ from onstream.pipeline.run_files.ledger import Fate
 from onstream.pipeline.weights import LoadedPolicy
 from onstream.settings.root import Settings
 from onstream.workers.trainer.durability.recording import Recording
-from onstream.workers.trainer.training import Course, learner_at
+from onstream.workers.trainer.training import Training, learner_at
 from tests.vision.conftest import Tiny, noise
 
 pytestmark = pytest.mark.timeout(60)
@@ -33,7 +33,7 @@ BATCH = 4
 
 
 class Around:
-    """Hears what a course tells, and hands what it considers to a recording."""
+    """Hears what a training tells, and hands what it considers to a recording."""
 
     def __init__(self, recorded: Recording | None) -> None:
         self.recorded = recorded
@@ -66,13 +66,13 @@ def trained(
 ) -> tuple[str, Any]:
     """The digest of the weights after a step on `records`, and the fates of their numbers."""
     around = Around(recorded)
-    course = Course(settings, learner_at(settings, None), around, worker="t", images=images)
+    training = Training(settings, learner_at(settings, None), around, worker="t", images=images)
     for record in records:
-        course.take(record, 1.0)
-    course.advance()
-    course.conclude(course.learn())
-    course.close()
-    return LoadedPolicy.of(1, course.learner.published_state()).digest, around.fates
+        training.take(record, 1.0)
+    training.advance()
+    training.conclude(training.learn())
+    training.close()
+    return LoadedPolicy.of(1, training.learner.published_state()).digest, around.fates
 
 
 def test_images_lie_in_the_recording_once_and_train_to_the_same_bits(

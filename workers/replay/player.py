@@ -1,4 +1,4 @@
-"""Feeds a recorded stream to the trainer's own course of training: the same batches, steps and
+"""Feeds a recorded stream to the trainer's own training: the same batches, steps and
 weights, with nobody else at work.
 """
 
@@ -19,17 +19,17 @@ from onstream.pipeline.records import PolicyVersion, Rollout, Ticket, Tombstone,
 from onstream.pipeline.run_files.ledger import Fate, RangeSet
 from onstream.pipeline.run_files.recording import Frame, Opened, Recorded, Stepped
 from onstream.settings.root import Settings
-from onstream.workers.replay.source import Beginning, settled_in
+from onstream.workers.replay.recorded_run import ReplayStart, settled_in
 from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.durability.checkpoint import TrainerState
 from onstream.workers.trainer.durability.recording import conditions
 from onstream.workers.trainer.maths.per_sample_losses import Witness
 from onstream.workers.trainer.publication.publisher import student_files
-from onstream.workers.trainer.training import Course, Learned, learner_at
+from onstream.workers.trainer.training import StepResult, Training, learner_at
 
 
 @dataclass(frozen=True)
-class Played:
+class ReplayedStep:
     """A step of the replay, and what the recording says of it; `recorded` is None for a step that
     the recorded run did not take there.
     """
@@ -37,7 +37,7 @@ class Played:
     policy: PolicyVersion
     row: dict[str, Any]
     recorded: Stepped | None
-    learned: Learned
+    learned: StepResult
     witness: Witness
 
     @property
@@ -75,7 +75,7 @@ class Player:
 
     def __init__(
         self,
-        beginning: Beginning,
+        beginning: ReplayStart,
         settings_under: Callable[[Opened], Settings],
         told: Callable[[str], None],
         images: Fetch = no_images,
@@ -96,7 +96,7 @@ class Player:
         dropped = found.state.dropped if found else {}
         self.missed: int | None = None
         """The first step that the recorded run took where none was due here."""
-        self.course = Course(
+        self.training = Training(
             self.settings,
             learner,
             self,
@@ -114,15 +114,15 @@ class Player:
         for record in beginning.held:
             self._take(record)
 
-    def play(self, frames: Iterable[Frame], *, stop_at: int | None) -> Iterator[Played]:
+    def play(self, frames: Iterable[Frame], *, stop_at: int | None) -> Iterator[ReplayedStep]:
         """Take the steps that `frames` hold, up to `stop_at`."""
         for frame in frames:
-            if stop_at is not None and self.course.step >= stop_at:
+            if stop_at is not None and self.training.step >= stop_at:
                 return
             if isinstance(frame, Recorded):
                 self._take(frame)
                 continue
-            self.course.advance()
+            self.training.advance()
             if isinstance(frame, Opened):
                 self._open(frame)
             else:
@@ -132,12 +132,12 @@ class Player:
         """Write a checkpoint of where the replay stands; returns its directory."""
 
         def files(directory: Path) -> None:
-            self.course.learner.save_checkpoint(directory)
-            torch.save(self.course.learner.state(), directory / checkpoint.OPTIMIZER)
+            self.training.learner.save_checkpoint(directory)
+            torch.save(self.training.learner.state(), directory / checkpoint.OPTIMIZER)
 
         state = TrainerState(
             sequence=1,
-            step=self.course.step,
+            step=self.training.step,
             policy=self.policy,
             issued=max(
                 (last for numbers in self.fates.values() for _, last in numbers.ranges()), default=0
@@ -146,7 +146,7 @@ class Player:
             before=[],
             ledger_bytes=0,
             totals={},
-            dropped=dict(self.course.dropped),
+            dropped=dict(self.training.dropped),
         )
         return checkpoint.save(
             self.run_dir / checkpoint.FOLDER, state, files, fence=nullcontext
@@ -166,16 +166,16 @@ class Player:
         if (
             not isinstance(record, Ticket) and recorded.number not in self.settled
         ):  # another batch size may have settled it before
-            self.course.take(record, recorded.taken)
+            self.training.take(record, recorded.taken)
 
     def _open(self, opened: Opened) -> None:
         """Do as the trainer that took the run up there: under its settings, and knowing only what
         had settled.
         """
-        self.course.forget()
+        self.training.forget()
         self.settings = self._settings_under(opened)
-        self.course.learner.trainer = self.settings.trainer
-        self.course.max_steps = self.settings.trainer.max_steps
+        self.training.learner.trainer = self.settings.trainer
+        self.training.max_steps = self.settings.trainer.max_steps
         self._under_conditions(opened)
 
     def _under_conditions(self, opened: Opened) -> None:
@@ -191,27 +191,27 @@ class Player:
                     f"{name} was {recorded} when step {opened.step + 1} was recorded, and is {here.get(name)} here"
                 )
 
-    def _steps(self, recorded: Stepped) -> Iterator[Played]:
+    def _steps(self, recorded: Stepped) -> Iterator[ReplayedStep]:
         """The step that is due where the recorded run took one; with another batch size it may be
         none, or several.
         """
-        while self.course.batch is not None:
-            yield self._step(recorded if self.course.step + 1 == recorded.step else None)
-            self.course.advance()
-        if self.course.step < recorded.step and self.missed is None:
+        while self.training.batch is not None:
+            yield self._step(recorded if self.training.step + 1 == recorded.step else None)
+            self.training.advance()
+        if self.training.step < recorded.step and self.missed is None:
             self.missed = recorded.step
 
-    def _step(self, recorded: Stepped | None) -> Played:
+    def _step(self, recorded: Stepped | None) -> ReplayedStep:
         witness = Witness()
-        learned = self.course.learn(witness)
-        row = self.course.conclude(learned)
+        learned = self.training.learn(witness)
+        row = self.training.conclude(learned)
         self.policy = self._publish()
-        return Played(self.policy, _as_read(row), recorded, learned, witness)
+        return ReplayedStep(self.policy, _as_read(row), recorded, learned, witness)
 
     def _publish(self) -> PolicyVersion:
-        step = self.course.step
+        step = self.training.step
         policy = weights.publish(
-            self.run_dir, step, self.course.learner.published_state(), self._files
+            self.run_dir, step, self.training.learner.published_state(), self._files
         )
         weights.prune(self.run_dir, self.settings.checkpoint.keep_policies, pinned={step})
         return policy

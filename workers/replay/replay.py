@@ -22,12 +22,12 @@ from onstream.settings.load import load_settings
 from onstream.settings.root import Settings
 from onstream.settings.text import shown, toml_text
 from onstream.workers.launcher.report import read_rows
-from onstream.workers.replay.show import Progress, sample_rows, step_text
-from onstream.workers.replay.source import Beginning, Source, run_dir_of
-from onstream.workers.replay.verdict import Verdict
+from onstream.workers.replay.recorded_run import RecordedRun, ReplayStart, run_dir_of
+from onstream.workers.replay.result import ReplayResult
+from onstream.workers.replay.show import Progress, replay_rows, step_text
 
 if TYPE_CHECKING:
-    from onstream.workers.replay.player import Played
+    from onstream.workers.replay.player import ReplayedStep
 
 ALSO = (
     "deployment.device",
@@ -61,7 +61,7 @@ def replay(
             change, or no step is left.
     """
     _refuse_other(overrides)
-    source = Source(run_dir_of(run))
+    source = RecordedRun(run_dir_of(run))
     out = _fresh(source.run_dir, out)
     try:
         beginning = source.beginning(from_step)
@@ -74,7 +74,12 @@ class Replay:
     """One replay, from what it says at its start to its verdict."""
 
     def __init__(
-        self, source: Source, beginning: Beginning, out: Path, overrides: Sequence[str], say: Say
+        self,
+        source: RecordedRun,
+        beginning: ReplayStart,
+        out: Path,
+        overrides: Sequence[str],
+        say: Say,
     ) -> None:
         self._source = source
         self._beginning = beginning
@@ -109,7 +114,7 @@ class Replay:
 
         self._out.mkdir(parents=True)
         (self._out / "settings.toml").write_text(toml_text(self.settings), encoding="utf-8")
-        verdict = Verdict(self._changed)
+        verdict = ReplayResult(self._changed)
         last = None
         damage = None
         player = Player(
@@ -142,7 +147,9 @@ class Replay:
             self._compare_checkpoint(verdict, last.step, checkpoint)
         return self._end(verdict, player.missed, damage)
 
-    def _end(self, verdict: Verdict, missed: int | None, damage: RecordingError | None) -> Exit:
+    def _end(
+        self, verdict: ReplayResult, missed: int | None, damage: RecordingError | None
+    ) -> Exit:
         verdict.missed = missed
         for line in verdict.lines():
             self._say(line)
@@ -187,7 +194,7 @@ class Replay:
         rows = read_rows(self._source.run_dir / "metrics.jsonl")
         return stop_at if stop_at is not None else int(rows[-1]["step"]) if rows else None
 
-    def _compare_checkpoint(self, verdict: Verdict, step: int, ours: Path) -> None:
+    def _compare_checkpoint(self, verdict: ReplayResult, step: int, ours: Path) -> None:
         theirs = self._source.checkpoint_of(step)
         if theirs is not None and not self._changed:
             verdict.compare_checkpoints(ours, theirs)
@@ -211,10 +218,10 @@ class Files:
         for file in (self._metrics, self._samples, self._steps):
             file.close()
 
-    def write(self, played: Played, run: str) -> None:
+    def write(self, played: ReplayedStep, run: str) -> None:
         """Write down a step; uids are those of `run`."""
         self._metrics.write({"time": time.time(), **played.row})
-        for row in sample_rows(played, run):
+        for row in replay_rows(played, run):
             self._samples.write(row)
         line: dict[str, Any] = {
             "step": played.step,

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from onstream.workers.launcher.progress import SHOWN, clock
-from onstream.workers.trainer.batches.excerpts import excerpt
+from onstream.workers.trainer.batches.sample_rows import sample_row
 
 if TYPE_CHECKING:
-    from onstream.workers.replay.player import Played
-    from onstream.workers.replay.verdict import Verdict
+    from onstream.workers.replay.player import ReplayedStep
+    from onstream.workers.replay.result import ReplayResult
 
 FIGURES = ("loss_share", "loss", "mismatch_max", "reward", "staleness")
 TEXT_SHOWN = 120  # characters of a completion
@@ -33,7 +33,7 @@ class Progress:
         self._began = self._said = time.monotonic()
         self._steps = 0
 
-    def show(self, played: Played, verdict: Verdict) -> None:
+    def show(self, played: ReplayedStep, verdict: ReplayResult) -> None:
         """Tell of the step just taken, if it is time."""
         self._steps += 1
         now = time.monotonic()
@@ -58,7 +58,7 @@ class Progress:
         self._say("  ".join(parts))
 
 
-def sample_rows(played: Played, run: str) -> Iterator[dict[str, Any]]:
+def replay_rows(played: ReplayedStep, run: str) -> Iterator[dict[str, Any]]:
     """One row for every rollout that the step trained on.
 
     Beside what `samples.jsonl` of a run has: `loss`, the sum over the rollout's tokens,
@@ -84,7 +84,7 @@ def sample_rows(played: Played, run: str) -> Iterator[dict[str, Any]]:
         )
     total = sum(map(abs, losses)) or 1.0
     for (chosen, rollout), loss, mismatch in zip(rollouts, losses, mismatches, strict=True):
-        row = excerpt(rollout, run, played.step)
+        row = sample_row(rollout, run, played.step)
         yield {
             **row,
             "staleness": chosen.staleness,
@@ -94,7 +94,7 @@ def sample_rows(played: Played, run: str) -> Iterator[dict[str, Any]]:
         }
 
 
-def step_text(played: Played, worst: int, run: str, *, compared: bool) -> str:
+def step_text(played: ReplayedStep, worst: int, run: str, *, compared: bool) -> str:
     """The metrics of a step, beside the recorded ones where they are `compared`, and the `worst`
     samples by their share in the loss.
     """
@@ -108,7 +108,7 @@ def step_text(played: Played, worst: int, run: str, *, compared: bool) -> str:
                 else ""
             )
             lines.append(f"  {name:<24}{_text(value)}{other}")
-    rows = sorted(sample_rows(played, run), key=lambda row: -row["loss_share"])[:worst]
+    rows = sorted(replay_rows(played, run), key=lambda row: -row["loss_share"])[:worst]
     if rows:
         lines.append(
             f"the {len(rows)} samples with the largest part in its loss, of {played.row['rollouts']:g}:"

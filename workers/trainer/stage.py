@@ -23,14 +23,14 @@ from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.plan import make_plan
 from onstream.settings.root import Settings
-from onstream.workers.trainer.batches.excerpts import excerpts
-from onstream.workers.trainer.batches.groups import Chosen
+from onstream.workers.trainer.batches.batch_builder import TrainableUnit
+from onstream.workers.trainer.batches.sample_rows import sample_rows
 from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.durability.checkpoint import Checkpoint
-from onstream.workers.trainer.durability.checkpointing import Keeper, Standing
+from onstream.workers.trainer.durability.checkpointing import Checkpointing, Standing
 from onstream.workers.trainer.durability.disk_errors import writing_to
+from onstream.workers.trainer.durability.operator_requests import OperatorRequestHandler
 from onstream.workers.trainer.durability.recording import Recording
-from onstream.workers.trainer.durability.requests import Requests
 from onstream.workers.trainer.durability.resume import (
     agree_on_plan,
     become_trainer,
@@ -41,7 +41,7 @@ from onstream.workers.trainer.evaluations import Evaluations
 from onstream.workers.trainer.issuer import Issuer
 from onstream.workers.trainer.publication.policy_probe import prober
 from onstream.workers.trainer.publication.publisher import Publisher, student_files, transfer_of
-from onstream.workers.trainer.training import Course, learner_at
+from onstream.workers.trainer.training import Training, learner_at
 
 log = get_logger()
 
@@ -94,14 +94,16 @@ class Trainer:
             agree_on_plan(self.bus, self.lease, self.plan, self.settings.run, self.run_dir, state)
         self._load(found)
         with self._writing():
-            self.keeper = Keeper(
+            self.checkpointing = Checkpointing(
                 self.bus, self.lease, self.run_dir, self.settings.checkpoint, state
             )
-            self.accounts = self.keeper.accounts
+            self.acknowledgements = self.checkpointing.acknowledgements
             self.issuer = replace(
-                self.issuer, requeued=self.keeper.requeued
+                self.issuer, requeued=self.checkpointing.requeued
             )  # one dictionary: what is asked for anew is checkpointed
-            self.requests = Requests(self.bus, self.lease, self.run_dir, self.accounts, self.issuer)
+            self.requests = OperatorRequestHandler(
+                self.bus, self.lease, self.run_dir, self.acknowledgements, self.issuer
+            )
             self._open_files()
             files = student_files(self.run_dir, self.learner)
             self.publisher = Publisher(
@@ -127,7 +129,7 @@ class Trainer:
         self.learner = learner_at(self.settings, found)
         state = found.state if found else None
         step, dropped = (state.step, state.dropped) if state else (0, {})
-        self.course = Course(
+        self.training = Training(
             self.settings,
             self.learner,
             self,
@@ -144,7 +146,7 @@ class Trainer:
     @property
     def step(self) -> int:
         """How many steps are taken."""
-        return self.course.step
+        return self.training.step
 
     def _open_files(self) -> None:
         """Cut what tells of steps past the checkpoint off the run's files, and open them."""
@@ -175,12 +177,12 @@ class Trainer:
         with self._writing():
             self.publisher.restore(self.policy, self.learner.published_state)
         self.requests.take_up_requeued()
-        for number in unsettled_dead(self.bus, self.accounts.known(), self.run_dir):
-            self.accounts.take_without_entry(number)
-            self.course.take(
+        for number in unsettled_dead(self.bus, self.acknowledgements.known(), self.run_dir):
+            self.acknowledgements.take_without_entry(number)
+            self.training.take(
                 Tombstone(number, "train", "found among the dead letters"), time.time()
             )
-        lost = lost_numbers(self.bus, self.accounts.known(), self.issued, self.run_dir)
+        lost = lost_numbers(self.bus, self.acknowledgements.known(), self.issued, self.run_dir)
         if lost:
             log.error(
                 "rollouts got lost with redis's data; issuing them again",
@@ -188,7 +190,9 @@ class Trainer:
                 numbers=lost.ranges()[:20],
             )
         self._again = self.issuer.again(lost, version=self.step)
-        self.bus.release_images(self.lease, self.accounts.beyond_recall(self.bus.held_numbers()))
+        self.bus.release_images(
+            self.lease, self.acknowledgements.beyond_recall(self.bus.held_numbers())
+        )
         if self._evaluations:
             self._evaluations.ask_again(self.step)
 
@@ -210,13 +214,13 @@ class Trainer:
         """Nothing more while a batch waits or the run has ended; nor while nothing is under way
         that could come.
         """
-        under_way = self.issued > len(self.accounts.settled)
-        return READ_AHEAD if under_way and self.course.batch is None and not self._finished else 0
+        under_way = self.issued > len(self.acknowledgements.settled)
+        return READ_AHEAD if under_way and self.training.batch is None and not self._finished else 0
 
     @property
     def busy(self) -> bool:
         """Whether a batch waits to be trained."""
-        return self.course.batch is not None and not self.keeper.stalled
+        return self.training.batch is not None and not self.checkpointing.stalled
 
     def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
         """Book `new`, take at most one step, ask for more, and checkpoint where due. Returns no
@@ -234,8 +238,8 @@ class Trainer:
             )
             self._recover()
         for delivery in new:
-            if not isinstance(delivery.record, Ticket) and self.accounts.take(delivery):
-                self.course.take(delivery.record, delivery.taken)
+            if not isinstance(delivery.record, Ticket) and self.acknowledgements.take(delivery):
+                self.training.take(delivery.record, delivery.taken)
         self._advance()
         if self.busy:
             self._train()
@@ -245,10 +249,14 @@ class Trainer:
                 self.publisher.supply()
         self.requests.look(self.step + 1)
         self._issue()
-        if self.keeper.due(self.step, self.max_steps, full=self.bus.full):
+        if self.checkpointing.due(self.step, self.max_steps, full=self.bus.full):
             self._checkpoint()
-        self.keeper.pay()
-        if self.step >= self.max_steps and not self._finished and self.keeper.saved(self.step):
+        self.checkpointing.pay()
+        if (
+            self.step >= self.max_steps
+            and not self._finished
+            and self.checkpointing.saved(self.step)
+        ):
             self.bus.finish(self.lease)
             self._finished = True
         self._tell()
@@ -258,10 +266,10 @@ class Trainer:
         """Checkpoint what is not durable yet, and close the files. Entries stay pending for the
         next trainer.
         """
-        if self.keeper.unsaved(self.step):
+        if self.checkpointing.unsaved(self.step):
             self._checkpoint()
-            self.keeper.pay()
-        self.course.close()
+            self.checkpointing.pay()
+        self.training.close()
         self.metrics.close()
         self.samples.close()
         self.recording.close()
@@ -271,7 +279,7 @@ class Trainer:
 
     def _advance(self) -> None:
         with self.files.held(), writing_to(self.run_dir):
-            self.course.advance()
+            self.training.advance()
 
     def considered(self, record: Rollout | Tombstone, taken: float) -> None:
         """The training depends on `record` next: it is recorded."""
@@ -279,17 +287,17 @@ class Trainer:
 
     def settle(self, numbers: Iterable[int], fate: Fate, step: int) -> None:
         """Book the fate of `numbers`."""
-        self.accounts.settle(numbers, fate, step)
+        self.acknowledgements.settle(numbers, fate, step)
 
     def _train(self) -> None:
         """One step: learn, publish, settle, and write down what happened."""
         started = time.monotonic()
-        learned = self.course.learn()
+        learned = self.training.learn()
         learned_at = time.monotonic()
         with self._writing():
             self.policy = self._publish(self.step + 1)
             published_at = time.monotonic()
-            row = self.course.conclude(learned)
+            row = self.training.conclude(learned)
             self.recording.stepped(self.step, self.policy.digest, row)
             row |= {
                 "time": time.time(),
@@ -309,7 +317,9 @@ class Trainer:
             number, self.learner.published_state(), self._prober.ask() if self._prober else None
         )
 
-    def _write_down(self, row: dict[str, Any], batch: Sequence[Chosen], *, learn_s: float) -> None:
+    def _write_down(
+        self, row: dict[str, Any], batch: Sequence[TrainableUnit], *, learn_s: float
+    ) -> None:
         now = time.monotonic()
         row["tokens_per_s"] = row["tokens"] / learn_s
         row["elapsed_s"] = now - self._stepped_at
@@ -317,10 +327,10 @@ class Trainer:
         self._free_since = self._stepped_at = now
         self.metrics.write(row)
         if self.step % self.settings.trainer.sample_interval == 0 or self.step == 1:
-            for sample in excerpts(batch, self.settings.run.name, self.step):
+            for sample in sample_rows(batch, self.settings.run.name, self.step):
                 self.samples.write(sample)
         for name in ("rollouts", "tokens", "step_s"):
-            self.keeper.totals[name] = self.keeper.totals.get(name, 0) + row[name]
+            self.checkpointing.totals[name] = self.checkpointing.totals.get(name, 0) + row[name]
         self.stats.done += int(row["rollouts"])
         self.stats.dead += int(row["dead"])
 
@@ -333,7 +343,7 @@ class Trainer:
         tickets = self.issuer.due(
             version=self.step,
             issued=self.issued,
-            outstanding=self.issued - len(self.accounts.settled),
+            outstanding=self.issued - len(self.acknowledgements.settled),
         )
         if (tickets or self._again) and self._stages_ready():
             self._issue_again()
@@ -386,9 +396,9 @@ class Trainer:
             self.samples.sync()
             self.recording.sync()
         now = Standing(
-            self.step, self.policy, self.issued, self.course.dropped, self.recording.position
+            self.step, self.policy, self.issued, self.training.dropped, self.recording.position
         )
-        if self.keeper.save(now, self._write_files):
+        if self.checkpointing.save(now, self._write_files):
             with self._writing():
                 self.requests.durable()
                 self.requests.spill(self.settings.delivery.max_dead)
@@ -401,12 +411,12 @@ class Trainer:
 
     def _tell(self) -> None:
         """Put into the heartbeat what the trainer does or waits for."""
-        missing = self.course.book.missing()
+        missing = self.training.batches.missing()
         if self._finished:
             detail = f"finished after step {self.step}"
         elif self._waits_for:
             detail = f"waits for {self._waits_for}"
-        elif self.keeper.stalled:
+        elif self.checkpointing.stalled:
             detail = "waits for a checkpoint: none could be written, see the log"
         else:
             detail = f"step {self.step + 1} of {self.max_steps}; {sum(missing.values())} rollouts of {len(missing)} open groups to come"
@@ -415,19 +425,19 @@ class Trainer:
         self.stats.numbers = {
             "step": self.step,
             "issued": self.issued,
-            "outstanding": self.issued - len(self.accounts.settled),
-            "unacked_bytes": self.accounts.unacked_bytes,
+            "outstanding": self.issued - len(self.acknowledgements.settled),
+            "unacked_bytes": self.acknowledgements.unacked_bytes,
         }
 
     def _fruitless(self) -> str:
         """What to add where a batch's worth of completions came since the last step and none was
         right enough to be trained on.
         """
-        wrong = self.course.dropped["not_verified"]
-        verified = self.course.book.least_reward is not None
+        wrong = self.training.dropped["not_verified"]
+        verified = self.training.batches.least_reward is not None
         if (
             not verified
-            or self.course.book.settled_units
+            or self.training.batches.complete_units
             or wrong < self.settings.orchestrator.batch_size
         ):
             return ""

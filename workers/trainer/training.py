@@ -1,4 +1,4 @@
-"""The course of training: what follows from the records in their order, and from nothing else.
+"""The training: what follows from the records in their order, and from nothing else.
 
 A record is considered only when its turn comes: never while a batch waits to be trained. So a batch
 is complete at one certain record, what is dropped counts in one certain step, and the same stream
@@ -22,9 +22,9 @@ from onstream.pipeline.records import Rollout, Timing, Tombstone, ids_array
 from onstream.pipeline.run_files.ledger import Fate
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
-from onstream.workers.trainer.batches.groups import Chosen, Dropped, GroupBook
+from onstream.workers.trainer.batches.batch_builder import BatchBuilder, DroppedUnit, TrainableUnit
 from onstream.workers.trainer.batches.rollout_metrics import (
-    LEARNED,
+    LEARNER_METRICS,
     drop_metrics,
     rollout_metrics,
     scored_shares,
@@ -40,7 +40,7 @@ RIGHT = 1.0  # the reward of an answer that is right in every respect
 
 
 class Surroundings(Protocol):
-    """What a course tells of itself while it goes."""
+    """What a training tells of itself while it goes."""
 
     def considered(self, record: Rollout | Tombstone, taken: float) -> None:
         """`record`, as it came, is the next one that the training depends on; it was taken at
@@ -54,14 +54,14 @@ class Surroundings(Protocol):
 
 
 @dataclass(frozen=True)
-class Learned:
+class StepResult:
     """A step that the learner took: the units it trained on, and its metrics."""
 
-    batch: list[Chosen]
+    batch: list[TrainableUnit]
     metrics: dict[str, Any]
 
 
-class Course:
+class Training:
     """The training of one student, `step` steps from its start. `worker` is the name that its
     timings carry.
 
@@ -83,9 +83,9 @@ class Course:
         self.learner = learner
         self.step = step
         self.max_steps = settings.trainer.max_steps
-        self._empty_book = partial(group_book, settings)
-        self.book = self._empty_book()
-        self.batch: list[Chosen] | None = None
+        self._no_batches = partial(batch_builder, settings)
+        self.batches = self._no_batches()
+        self.batch: list[TrainableUnit] | None = None
         self.dropped: Counter[str] = Counter(dropped)
         self._around = around
         self._worker = worker
@@ -114,9 +114,9 @@ class Course:
     def advance(self) -> None:
         """Consider records, drop what cannot train, until a batch is complete or no record is left."""
         while self.batch is None and self.step < self.max_steps:
-            while self._waiting and self.book.settled_units < self.book.units_per_batch:
+            while self._waiting and self.batches.complete_units < self.batches.units_per_batch:
                 self._consider(*self._waiting.popleft())
-            for unit in self.book.drop(self.step):
+            for unit in self.batches.drop(self.step):
                 self._settle(unit)
                 log.info(
                     "dropped",
@@ -124,7 +124,7 @@ class Course:
                     reasons=dict(Counter(unit.dropped.values())),
                     dead=len(unit.dead),
                 )
-            self.batch = self.book.batch(self.step)
+            self.batch = self.batches.batch(self.step)
             if not self._waiting:
                 return
 
@@ -132,11 +132,11 @@ class Course:
         """Forget every record that has not settled, as a trainer does that takes a run up: they
         come again.
         """
-        self.book = self._empty_book()
+        self.batches = self._no_batches()
         self.batch = None
         self._waiting.clear()
 
-    def learn(self, witness: Witness | None = None) -> Learned:
+    def learn(self, witness: Witness | None = None) -> StepResult:
         """Let the learner take the step that the batch is complete for; `witness` is told of every
         sample.
 
@@ -148,11 +148,11 @@ class Course:
         samples = training_samples(batch, normalize=self._normalize, version=self.step)
         shown = {digest for sample in samples for digest in sample.images}
         features = self._feed.of(shown) if self._feed else NO_IMAGES
-        return Learned(
+        return StepResult(
             batch, self.learner.step(samples, self.max_steps, features=features, witness=witness)
         )
 
-    def conclude(self, learned: Learned) -> dict[str, Any]:
+    def conclude(self, learned: StepResult) -> dict[str, Any]:
         """Settle what `learned` trained on and count the step; returns its row of metrics, as far
         as it follows from the records.
         """
@@ -161,7 +161,7 @@ class Course:
         row = {
             "step": self.step + 1,
             "policy_version": self.step + 1,
-            **dict.fromkeys(LEARNED),
+            **dict.fromkeys(LEARNER_METRICS),
             **learned.metrics,
             **rollout_metrics(learned.batch, self.step),
             **drop_metrics(self.dropped),
@@ -185,7 +185,7 @@ class Course:
                 record = Tombstone(record.number, "train", reason)
             else:
                 record.timings = [*record.timings, Timing("train", self._worker, taken, taken)]
-        self.book.add(record)
+        self.batches.add(record)
 
     def _unseen(self, record: Rollout) -> str | None:
         """Why the images of `record` cannot be trained on, in words; None where they all are there."""
@@ -198,15 +198,15 @@ class Course:
         reasons = (self._feed.objection(*sample) for sample in samples)
         return next((reason for reason in reasons if reason), None)
 
-    def _settle(self, unit: Chosen | Dropped) -> None:
+    def _settle(self, unit: TrainableUnit | DroppedUnit) -> None:
         """Fix the fates of a unit's members in the step that is being gathered."""
         fates: dict[int, Fate] = {**unit.dropped, **dict.fromkeys(unit.dead, "dead")}
-        if isinstance(unit, Chosen):
+        if isinstance(unit, TrainableUnit):
             self._around.settle(
                 (rollout.number for rollout in unit.rollouts), "trained", self.step + 1
             )
         for number, fate in fates.items():
-            if fate == "group_dead" and self.book.unit_size == 1:
+            if fate == "group_dead" and self.batches.unit_size == 1:
                 fate = "dead"
             self._around.settle([number], fate, self.step + 1)
             self.dropped[fate] += 1
@@ -230,14 +230,14 @@ def learner_at(settings: Settings, found: Checkpoint | None) -> Learner:
     return learner
 
 
-def group_book(settings: Settings) -> GroupBook:
+def batch_builder(settings: Settings) -> BatchBuilder:
     """The empty book of a run: what its units are, and which of them train."""
     orchestrator = settings.orchestrator
     loss = settings.trainer.loss
     supervised = loss.type == "sft"
     source = orchestrator.teacher_rollout_model
     unit: Literal["group", "rollout"] = "rollout" if supervised or loss.adv_tau == 0 else "group"
-    return GroupBook(
+    return BatchBuilder(
         group_size=orchestrator.group_size,
         batch_size=orchestrator.batch_size,
         max_staleness=orchestrator.max_off_policy_steps,

@@ -79,7 +79,7 @@ def test_pure_distillation_trains_rollouts_and_not_groups(run: Callable[..., Run
     job.turn()
     tickets = job.tickets()
     assert {tuple(ticket.route) for _, ticket in tickets} == {("score", "train")}
-    assert len(tickets) == 8 and job.trainer.course.book.unit_size == 1
+    assert len(tickets) == 8 and job.trainer.training.batches.unit_size == 1
 
 
 def test_pure_rl_asks_no_teacher_and_its_metrics_have_no_teacher_kl(

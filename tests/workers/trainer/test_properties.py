@@ -1,4 +1,4 @@
-"""What holds of batches, accounts, tickets and checkpoints, whatever comes, in whatever reads, and
+"""What holds of batches, acknowledgements, tickets and checkpoints, whatever comes, in whatever reads, and
 whoever is killed in between.
 """
 
@@ -21,10 +21,10 @@ from onstream.pipeline.run_files.ledger import Fate
 from onstream.pipeline.stage import Delivery
 from onstream.settings.root import Settings
 from onstream.workers.trainer.durability import checkpoint
-from onstream.workers.trainer.durability.acknowledgements import Accounts
+from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
 from onstream.workers.trainer.durability.checkpoint import TrainerState
 from onstream.workers.trainer.issuer import Issuer
-from onstream.workers.trainer.training import Course
+from onstream.workers.trainer.training import Training
 from tests.workers.trainer.records import rollout, tombstone
 
 pytestmark = pytest.mark.timeout(40)
@@ -66,9 +66,9 @@ class Life:
     """
 
     def __init__(self, run: Settings, state: TrainerState | None) -> None:
-        self.accounts = Accounts(state)
+        self.acknowledgements = Acknowledgements(state)
         self.new = Trained()
-        self.course = Course(
+        self.training = Training(
             run,
             CountingLearner(),
             self,
@@ -81,39 +81,39 @@ class Life:
         """Nothing is recorded."""
 
     def settle(self, numbers: Iterable[int], fate: Fate, step: int) -> None:
-        """Book it, here and in the accounts."""
+        """Book it, here and in the acknowledgements."""
         numbers = list(numbers)
-        self.accounts.settle(numbers, fate, step)
+        self.acknowledgements.settle(numbers, fate, step)
         self.new.fates.update(dict.fromkeys(numbers, fate))
         self.new.settled.update(numbers)
 
     def handle(self, new: Sequence[Delivery]) -> None:
         """One slice of work."""
         for delivery in new:
-            if self.accounts.take(delivery):
-                self.course.take(delivery.record, 0.0)  # type: ignore[arg-type]
-        self.course.advance()
-        if self.course.batch is not None:
-            learned = self.course.learn()
+            if self.acknowledgements.take(delivery):
+                self.training.take(delivery.record, 0.0)  # type: ignore[arg-type]
+        self.training.advance()
+        if self.training.batch is not None:
+            learned = self.training.learn()
             self.new.batches.append(
                 [rollout.number for unit in learned.batch for rollout in unit.rollouts]
             )
-            self.course.conclude(learned)
-            self.course.advance()
+            self.training.conclude(learned)
+            self.training.advance()
 
     def state(self, sequence: int) -> TrainerState:
         """What a checkpoint holds now."""
-        settled = {fate: numbers.ranges() for fate, numbers in self.accounts.fates.items()}
+        settled = {fate: numbers.ranges() for fate, numbers in self.acknowledgements.fates.items()}
         return TrainerState(
             sequence,
-            self.course.step,
+            self.training.step,
             POLICY,
             0,
             settled,
-            self.accounts.before,
+            self.acknowledgements.before,
             0,
             {},
-            dropped=dict(self.course.dropped),
+            dropped=dict(self.training.dropped),
         )
 
 
@@ -170,13 +170,14 @@ def train(
                 kept[-1],
                 (life.state(before.sequence + 1 if before else 1), _together(durable, life.new)),
             ]
-            life.accounts.durable()
-            ids = life.accounts.payable()
+            life.acknowledgements.durable()
+            ids = life.acknowledgements.payable()
             assert all(
-                stream[int(entry.split(b"-")[0])].number in life.accounts.settled for entry in ids
+                stream[int(entry.split(b"-")[0])].number in life.acknowledgements.settled
+                for entry in ids
             )
             acknowledged |= set(ids)
-            life.accounts.paid(ids)
+            life.acknowledgements.paid(ids)
             life.new = Trained()
         elif blow != "none":
             if blow == "death and a torn checkpoint":

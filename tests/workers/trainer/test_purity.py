@@ -41,7 +41,7 @@ def test_packing_needs_numpy_alone() -> None:
 
 
 def test_groups_need_the_records_and_no_tensors() -> None:
-    assert not imported_by("onstream.workers.trainer.batches.groups") & {
+    assert not imported_by("onstream.workers.trainer.batches.batch_builder") & {
         "torch",
         "transformers",
         "redis",

@@ -92,7 +92,9 @@ def test_a_kill_between_the_checkpoint_and_its_acknowledgements_repeats_neither(
     job = run()
     job.ready()
     job.until(3)
-    monkeypatch.setattr(job.trainer.keeper, "pay", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        job.trainer.checkpointing, "pay", lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         job.until(4)
         job.turn()
@@ -396,7 +398,7 @@ def test_training_waits_when_no_checkpoint_succeeds_and_unacknowledged_bytes_rea
 
 
 class Clock:
-    """The keeper's clock, in the test's hands."""
+    """The checkpointing's clock, in the test's hands."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0

@@ -1,4 +1,4 @@
-"""The course of training follows from the records in their order, however they were cut into reads."""
+"""The training follows from the records in their order, however they were cut into reads."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 from onstream.pipeline.records import Rollout, Tombstone
 from onstream.pipeline.run_files.ledger import Fate
 from onstream.settings.root import Settings
-from onstream.workers.trainer.training import Course, learner_at
+from onstream.workers.trainer.training import Training, learner_at
 from tests.workers.trainer.records import rollout, tombstone
 
 
 class Notes:
-    """What a course tells."""
+    """What a training tells."""
 
     def __init__(self) -> None:
         self.considered_: list[int] = []
@@ -78,16 +78,16 @@ def trained(
     notes = Notes()
     rows = []
     job = settings(model)
-    course = Course(job, learner_at(job, None), notes, worker="tester")
+    training = Training(job, learner_at(job, None), notes, worker="tester")
     for at in range(0, len(records), at_once):
         for record in records[at : at + at_once]:
-            course.take(record, 0.0)
-        course.advance()
-        while course.batch is not None:
-            rows.append(course.conclude(course.learn()))
-            course.advance()
+            training.take(record, 0.0)
+        training.advance()
+        while training.batch is not None:
+            rows.append(training.conclude(training.learn()))
+            training.advance()
     weights = b"".join(
-        weight.numpy().tobytes() for weight in course.learner.published_state().values()
+        weight.numpy().tobytes() for weight in training.learner.published_state().values()
     )
     return notes, rows, weights
 
@@ -112,14 +112,14 @@ def test_the_same_stream_gives_the_same_steps_drops_and_weights_however_it_was_r
 def test_nothing_is_considered_while_a_batch_waits(model: Path) -> None:
     notes = Notes()
     job = settings(model)
-    course = Course(job, learner_at(job, None), notes, worker="tester")
+    training = Training(job, learner_at(job, None), notes, worker="tester")
     for record in stream():
-        course.take(record, 0.0)
-    course.advance()
-    course.advance()
+        training.take(record, 0.0)
+    training.advance()
+    training.advance()
     assert notes.considered_ == [1, 2, 3, 4], "the batch is complete at 4"
-    course.conclude(course.learn())
-    course.advance()
+    training.conclude(training.learn())
+    training.advance()
     assert notes.considered_ == [1, 2, 3, 4, 5, 6, 7, 8]
 
 

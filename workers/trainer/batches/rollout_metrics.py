@@ -8,12 +8,12 @@ from itertools import pairwise
 from statistics import fmean, pstdev
 
 from onstream.pipeline.records import Rollout, StageName
-from onstream.workers.trainer.batches.groups import Chosen
+from onstream.workers.trainer.batches.batch_builder import TrainableUnit
 from onstream.workers.trainer.maths.staleness import oldest_version, staleness
 
 Metrics = dict[str, float | None]
 
-LEARNED = (
+LEARNER_METRICS = (
     *(
         "loss",
         "loss_policy",
@@ -51,7 +51,7 @@ _QUEUES: dict[StageName, str] = {
 }
 
 
-def rollout_metrics(batch: Sequence[Chosen], version: int) -> Metrics:
+def rollout_metrics(batch: Sequence[TrainableUnit], version: int) -> Metrics:
     """Means over the live rollouts of `batch`, trained with the weights of `version`; None where
     nothing can be averaged.
     """
@@ -74,7 +74,7 @@ def rollout_metrics(batch: Sequence[Chosen], version: int) -> Metrics:
     }
 
 
-def scored_shares(batch: Sequence[Chosen]) -> dict[str, float] | None:
+def scored_shares(batch: Sequence[TrainableUnit]) -> dict[str, float] | None:
     """The share of the rollouts of `batch` that each teacher scored, by what it calls itself; None
     where no teacher did.
     """

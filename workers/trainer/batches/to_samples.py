@@ -17,7 +17,7 @@ from onstream.pipeline.records import (
     logprobs_array,
     mask_array,
 )
-from onstream.workers.trainer.batches.groups import Chosen
+from onstream.workers.trainer.batches.batch_builder import TrainableUnit
 from onstream.workers.trainer.batches.train_sample import TrainSample
 from onstream.workers.trainer.maths.advantages import group_advantages
 from onstream.workers.trainer.maths.staleness import token_staleness
@@ -41,7 +41,7 @@ def flaw(rollout: Rollout, *, group_size: int, check: Callable[[TrainSample], No
 
 
 def training_samples(
-    batch: Sequence[Chosen], *, normalize: bool, version: int
+    batch: Sequence[TrainableUnit], *, normalize: bool, version: int
 ) -> list[TrainSample]:
     """The samples of the live rollouts of `batch`, each with its rollout's advantage within its
     unit.

@@ -28,7 +28,7 @@ class Held(NamedTuple):
 Entries = dict[bytes, Held]  # by entry id
 
 
-class Accounts:
+class Acknowledgements:
     """The books of one trainer, opened from the checkpoint it resumes from (None at the start of a
     run).
     """

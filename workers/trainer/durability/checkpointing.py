@@ -13,7 +13,7 @@ from onstream.pipeline.run_files.ledger import Ledger
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.trainer import CheckpointSettings
 from onstream.workers.trainer.durability import checkpoint
-from onstream.workers.trainer.durability.acknowledgements import Accounts
+from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
 from onstream.workers.trainer.durability.checkpoint import CheckpointError, TrainerState
 from onstream.workers.trainer.durability.disk_errors import disk_error
 
@@ -35,8 +35,8 @@ class Standing:
     recorded: int | None
 
 
-class Keeper:
-    """Keeps a run's checkpoints, its ledger and its accounts in step. `state` is that of the
+class Checkpointing:
+    """Keeps a run's checkpoints, its ledger and its acknowledgements in step. `state` is that of the
     checkpoint it resumes from.
     """
 
@@ -55,7 +55,7 @@ class Keeper:
         self._sequence, self._saved_step = (state.sequence, state.step) if state else (0, 0)
         self._failures = 0
         self._retry_at = 0.0
-        self.accounts = Accounts(state)
+        self.acknowledgements = Acknowledgements(state)
         self.totals: dict[str, float] = dict(state.totals) if state else {}
         self.requeued: dict[int, int] = dict(state.requeued) if state else {}
         self.ledger = Ledger(run_dir / "trained.jsonl")
@@ -65,7 +65,9 @@ class Keeper:
                 "the ledger is shorter than the checkpoint remembers; writing it anew from it",
                 path=str(self.ledger.path),
             )
-            self._ledger_bytes = self.ledger.rewrite(self.accounts.all_lines(self._saved_step))
+            self._ledger_bytes = self.ledger.rewrite(
+                self.acknowledgements.all_lines(self._saved_step)
+            )
 
     def saved(self, step: int) -> bool:
         """Whether a checkpoint holds all there is at `step`."""
@@ -73,7 +75,7 @@ class Keeper:
 
     def unsaved(self, step: int) -> bool:
         """Whether there is anything at `step` that no checkpoint holds."""
-        return step != self._saved_step or bool(self.accounts.lines)
+        return step != self._saved_step or bool(self.acknowledgements.lines)
 
     def due(self, step: int, max_steps: int, *, full: bool) -> bool:
         """Whether a checkpoint should be taken at `step`: by the interval, at the end, or early for
@@ -86,7 +88,7 @@ class Keeper:
             return False
         interval = self._settings.interval
         at_end = step >= max_steps and not self.saved(step)
-        press = self._bytes_press() or (full and self.accounts.unacked_bytes > 0)
+        press = self._bytes_press() or (full and self.acknowledgements.unacked_bytes > 0)
         return at_end or step // interval > self._saved_step // interval or press
 
     @property
@@ -96,7 +98,8 @@ class Keeper:
         """
         return (
             self._failures > 0
-            and self.accounts.unacked_bytes * STREAM_OVERHEAD >= self._settings.max_unacked_bytes
+            and self.acknowledgements.unacked_bytes * STREAM_OVERHEAD
+            >= self._settings.max_unacked_bytes
         )
 
     def save(self, now: Standing, write_files: Callable[[Path], None]) -> bool:
@@ -117,7 +120,7 @@ class Keeper:
         self._ledger_bytes = size_bytes
         self._saved_step = now.step
         self._sequence = self._sequence + 1
-        self.accounts.durable()
+        self.acknowledgements.durable()
         settings = self._settings
         with self._bus.writing(self._lease):
             checkpoint.prune(
@@ -134,9 +137,9 @@ class Keeper:
         Raises:
             LeaseLost: another trainer took over.
         """
-        if entries := self.accounts.payable():
+        if entries := self.acknowledgements.payable():
             self._bus.acknowledge(self._lease, entries)
-            self.accounts.paid(entries)
+            self.acknowledgements.paid(entries)
 
     @property
     def _directory(self) -> Path:
@@ -145,19 +148,24 @@ class Keeper:
     def _bytes_press(self) -> bool:
         # Half of the bound: what a checkpoint settles waits for the one after it while as much
         # again gathers.
-        return self.accounts.since_bytes * STREAM_OVERHEAD >= self._settings.max_unacked_bytes / 2
+        return (
+            self.acknowledgements.since_bytes * STREAM_OVERHEAD
+            >= self._settings.max_unacked_bytes / 2
+        )
 
     def _write(self, now: Standing, write_files: Callable[[Path], None]) -> int:
         with self._bus.writing(self._lease):
             self.ledger.cut(self._ledger_bytes)  # an attempt that failed may have left its lines
-            size_bytes = self.ledger.append(self.accounts.lines)
+            size_bytes = self.ledger.append(self.acknowledgements.lines)
         state = TrainerState(
             sequence=self._sequence + 1,
             step=now.step,
             policy=now.policy,
             issued=now.issued,
-            settled={fate: numbers.ranges() for fate, numbers in self.accounts.fates.items()},
-            before=self.accounts.before,
+            settled={
+                fate: numbers.ranges() for fate, numbers in self.acknowledgements.fates.items()
+            },
+            before=self.acknowledgements.before,
             ledger_bytes=size_bytes,
             totals=self.totals,
             requeued=self.requeued,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from onstream.pipeline.records import Rollout, Ticket, Timing
-from onstream.workers.trainer.batches.groups import Chosen
+from onstream.workers.trainer.batches.batch_builder import TrainableUnit
 from onstream.workers.trainer.batches.rollout_metrics import (
     drop_metrics,
     rollout_metrics,
@@ -16,8 +16,8 @@ from onstream.workers.trainer.batches.rollout_metrics import (
 from tests.workers.trainer.driver import rollout
 
 
-def unit(*members: Rollout) -> Chosen:
-    return Chosen(0, members, 0, {}, ())
+def unit(*members: Rollout) -> TrainableUnit:
+    return TrainableUnit(0, members, 0, {}, ())
 
 
 def made(number: int, version: int = 3, **changes: Any) -> Rollout:

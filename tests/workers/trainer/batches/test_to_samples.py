@@ -16,8 +16,8 @@ from onstream.pipeline.records import (
     logprobs_bytes,
     mask_bytes,
 )
-from onstream.workers.trainer.batches.excerpts import excerpts
-from onstream.workers.trainer.batches.groups import Chosen
+from onstream.workers.trainer.batches.batch_builder import TrainableUnit
+from onstream.workers.trainer.batches.sample_rows import excerpts
 from onstream.workers.trainer.batches.to_samples import flaw, training_samples
 from onstream.workers.trainer.batches.train_sample import TrainSample
 from tests.workers.trainer.driver import rollout
@@ -47,7 +47,9 @@ def test_every_field_arrives_as_an_array_of_its_shape() -> None:
         teacher_tail_logprobs=logprobs_bytes([-7, -8, -9]),
     )
     record = made(samples=[sample], temperature=0.5)
-    (found,) = training_samples([Chosen(1, (record,), 0, {}, ())], normalize=False, version=2)
+    (found,) = training_samples(
+        [TrainableUnit(1, (record,), 0, {}, ())], normalize=False, version=2
+    )
     assert (found.prompt_ids.tolist(), found.completion_ids.tolist(), found.loss_mask.tolist()) == (
         [7, 8],
         [5, 6, 1],
@@ -77,8 +79,8 @@ def test_advantages_are_within_a_unit_and_every_sample_of_a_rollout_has_its_own(
     two = made(5, reward=1.0)
     two.samples = [*two.samples, *two.samples]
     units = [
-        Chosen(1, (two, made(6, reward=0.0)), 0, {}, ()),
-        Chosen(2, (made(9, reward=5.0),), 0, {}, ()),
+        TrainableUnit(1, (two, made(6, reward=0.0)), 0, {}, ()),
+        TrainableUnit(2, (made(9, reward=5.0),), 0, {}, ()),
     ]
     assert [sample.advantage for sample in training_samples(units, normalize=False, version=2)] == [
         0.5,
@@ -124,7 +126,9 @@ def test_what_the_learner_would_refuse_is_a_flaw_in_its_words() -> None:
 
 def test_an_excerpt_shows_a_person_what_was_asked_answered_and_thought_of_it() -> None:
     record = made(reward=0.5)
-    (row, *rest) = excerpts([Chosen(unit, (record,), 0, {}, ()) for unit in range(9)], "job", 12)
+    (row, *rest) = excerpts(
+        [TrainableUnit(unit, (record,), 0, {}, ()) for unit in range(9)], "job", 12
+    )
     assert len(rest) == 3
     assert (row["step"], row["uid"], row["reward"], row["policy_versions"]) == (
         12,
@@ -136,4 +140,6 @@ def test_an_excerpt_shows_a_person_what_was_asked_answered_and_thought_of_it() -
     generator = np.frombuffer(record.samples[0].generator_logprobs, "<f4").sum()
     assert row["generator_logprob"] == pytest.approx(float(generator))
     record.samples[0].teacher_logprobs = None
-    assert excerpts([Chosen(1, (record,), 0, {}, ())], "job", 12)[0]["teacher_logprob"] is None
+    assert (
+        excerpts([TrainableUnit(1, (record,), 0, {}, ())], "job", 12)[0]["teacher_logprob"] is None
+    )

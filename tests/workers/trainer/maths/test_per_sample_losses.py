@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from onstream.pipeline.records import Rollout
-from onstream.workers.trainer.batches.groups import Chosen
+from onstream.workers.trainer.batches.batch_builder import TrainableUnit
 from onstream.workers.trainer.batches.to_samples import training_samples
 from onstream.workers.trainer.maths.per_sample_losses import Witness
 from onstream.workers.trainer.training import learner_at
@@ -15,13 +15,13 @@ from tests.workers.trainer.records import rollout
 from tests.workers.trainer.test_training import settings
 
 
-def units() -> list[Chosen]:
+def units() -> list[TrainableUnit]:
     def group(first: int) -> tuple[Rollout, Rollout]:
         return rollout(first, group_size=2, versions=(0,) * 3, reward=1.0), rollout(
             first + 1, group_size=2, versions=(0,), reward=0.0
         )
 
-    return [Chosen(at, group(2 * at + 1), 0, {}, ()) for at in range(2)]
+    return [TrainableUnit(at, group(2 * at + 1), 0, {}, ()) for at in range(2)]
 
 
 @pytest.mark.parametrize("microbatch", [8192, 16])

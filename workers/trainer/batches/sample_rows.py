@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from onstream.pipeline.records import Rollout, logprobs_array
-from onstream.workers.trainer.batches.groups import Chosen
+from onstream.workers.trainer.batches.batch_builder import TrainableUnit
 
 SHOWN = 4  # rollouts a time, each of another unit
 
 
-def excerpts(batch: Sequence[Chosen], run: str, step: int) -> list[dict[str, Any]]:
+def sample_rows(batch: Sequence[TrainableUnit], run: str, step: int) -> list[dict[str, Any]]:
     """One row for the first live rollout of each of the first few units of `batch`, trained in
     `step`.
     """
-    return [excerpt(chosen.rollouts[0], run, step) for chosen in batch[:SHOWN]]
+    return [sample_row(chosen.rollouts[0], run, step) for chosen in batch[:SHOWN]]
 
 
-def excerpt(rollout: Rollout, run: str, step: int) -> dict[str, Any]:
+def sample_row(rollout: Rollout, run: str, step: int) -> dict[str, Any]:
     """What a person reads of `rollout`, trained in `step`."""
     return {
         "step": step,

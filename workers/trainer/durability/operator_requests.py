@@ -14,7 +14,7 @@ from onstream.pipeline.redis.dead_letters import FILE, forget_spilled, spill_dea
 from onstream.pipeline.redis.operator_requests import Request
 from onstream.pipeline.redis.streams import Bus, Lease
 from onstream.pipeline.telemetry import get_logger
-from onstream.workers.trainer.durability.acknowledgements import Accounts
+from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
 from onstream.workers.trainer.issuer import Issuer
 
 log = get_logger()
@@ -22,7 +22,7 @@ log = get_logger()
 POLL_S = 1.0
 
 
-class Requests:
+class OperatorRequestHandler:
     """The requests of one run, as its trainer sees them.
 
     A request waits until its number has settled: then it is certain to be dead. A requeue takes the
@@ -31,15 +31,22 @@ class Requests:
     """
 
     def __init__(
-        self, bus: Bus, lease: Lease, run_dir: Path, accounts: Accounts, issuer: Issuer
+        self,
+        bus: Bus,
+        lease: Lease,
+        run_dir: Path,
+        acknowledgements: Acknowledgements,
+        issuer: Issuer,
     ) -> None:
         self._bus = bus
         self._lease = lease
         self._dead_file = run_dir / FILE
-        self._accounts = accounts
+        self._accounts = acknowledgements
         self._issuer = issuer
         self._requeues: dict[int, list[Request]] = {}  # by the group of the dead
-        self._purges: list[Request] = []  # in the accounts, and not yet in a durable checkpoint
+        self._purges: list[
+            Request
+        ] = []  # in the acknowledgements, and not yet in a durable checkpoint
         self._taken: set[bytes] = set()
         self._next_look = 0.0
 

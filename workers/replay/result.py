@@ -11,10 +11,10 @@ import msgspec
 from onstream.workers.trainer.durability.checkpoint import MANIFEST, OPTIMIZER
 
 if TYPE_CHECKING:
-    from onstream.workers.replay.player import Played
+    from onstream.workers.replay.player import ReplayedStep
 
 
-class Verdict:
+class ReplayResult:
     """Counts the steps of a replay, `changed` of whose settings are not as recorded: then a
     difference is no fault.
 
@@ -31,7 +31,7 @@ class Verdict:
         self.other_files: list[str] | None = None
         self._checkpoint = ""
 
-    def add(self, played: Played) -> None:
+    def add(self, played: ReplayedStep) -> None:
         """Judge a step."""
         self.steps.append(played.step)
         if not played.same_weights and self.first is None:

@@ -8,22 +8,27 @@ from typing import Any
 import pytest
 
 from onstream.pipeline.records import Rollout, Tombstone
-from onstream.workers.trainer.batches.groups import Chosen, Dropped, DuplicateNumber, GroupBook
+from onstream.workers.trainer.batches.batch_builder import (
+    BatchBuilder,
+    DroppedUnit,
+    DuplicateNumber,
+    TrainableUnit,
+)
 from tests.workers.trainer.records import rollout, tombstone
 
 
-def book(**arguments: Any) -> GroupBook:
-    return GroupBook(**{"group_size": 4, "batch_size": 8, "max_staleness": 2, **arguments})
+def book(**arguments: Any) -> BatchBuilder:
+    return BatchBuilder(**{"group_size": 4, "batch_size": 8, "max_staleness": 2, **arguments})
 
 
-def filled(records: list[Rollout | Tombstone], **arguments: Any) -> GroupBook:
+def filled(records: list[Rollout | Tombstone], **arguments: Any) -> BatchBuilder:
     found = book(**arguments)
     for record in records:
         found.add(record)
     return found
 
 
-def numbers(batch: list[Chosen] | None) -> list[list[int]] | None:
+def numbers(batch: list[TrainableUnit] | None) -> list[list[int]] | None:
     return (
         None
         if batch is None
@@ -43,7 +48,7 @@ def test_a_group_settles_at_the_record_that_completes_it() -> None:
         False,
         True,
     ]
-    assert (found.settled_units, found.missing(), list(found.held())) == (1, {}, [1, 2, 3, 4])
+    assert (found.complete_units, found.missing(), list(found.held())) == (1, {}, [1, 2, 3, 4])
 
 
 def test_an_open_group_says_how_many_are_missing() -> None:
@@ -59,7 +64,7 @@ def test_a_batch_is_the_next_groups_in_the_order_of_settling() -> None:
 
 def test_too_few_settled_groups_make_no_batch_and_lose_nothing() -> None:
     found = filled(group(1))
-    assert (found.batch(0), found.settled_units) == (None, 1)
+    assert (found.batch(0), found.complete_units) == (None, 1)
 
 
 def test_members_are_trained_in_the_order_of_their_numbers_whatever_the_order_they_came_in() -> (
@@ -87,7 +92,7 @@ def test_a_group_as_stale_as_its_oldest_member_is_dropped_whole_and_once() -> No
         max_staleness=4,
     )
     assert found.drop(4) == []
-    assert found.drop(5) == [Dropped(0, {1: "stale", 2: "stale", 3: "stale"}, (4,))]
+    assert found.drop(5) == [DroppedUnit(0, {1: "stale", 2: "stale", 3: "stale"}, (4,))]
     assert (found.drop(5), list(found.held())) == ([], [])
 
 
@@ -122,7 +127,7 @@ def test_a_dead_member_leaves_its_group_and_is_not_replaced() -> None:
 
 def test_a_group_without_a_live_member_is_dropped_to_be_replaced() -> None:
     found = filled([tombstone(number) for number in range(1, 5)])
-    assert found.drop(0) == [Dropped(0, dict.fromkeys(range(1, 5), "group_dead"), ())]
+    assert found.drop(0) == [DroppedUnit(0, dict.fromkeys(range(1, 5), "group_dead"), ())]
 
 
 def test_a_rollout_without_a_reward_trains_where_the_teacher_can_train_it() -> None:
@@ -138,13 +143,15 @@ def test_where_nothing_else_trains_it_a_rollout_without_a_reward_is_dropped() ->
         batch_size=4,
         train_unscored=False,
     )
-    assert found.batch(0) == [Chosen(0, (rollout(3), rollout(4)), 0, {1: "not_verified"}, (2,))]
+    assert found.batch(0) == [
+        TrainableUnit(0, (rollout(3), rollout(4)), 0, {1: "not_verified"}, (2,))
+    ]
 
 
 def test_a_group_without_any_reward_is_replaced_where_nothing_else_trains_it() -> None:
     found = filled([*group(1, reward=None)[:3], tombstone(4)], train_unscored=False)
     assert found.drop(0) == [
-        Dropped(0, {1: "not_verified", 2: "not_verified", 3: "not_verified"}, (4,))
+        DroppedUnit(0, {1: "not_verified", 2: "not_verified", 3: "not_verified"}, (4,))
     ]
 
 

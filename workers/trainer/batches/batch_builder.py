@@ -23,7 +23,7 @@ class DuplicateNumber(ValueError):
 
 
 @dataclass(frozen=True)
-class Chosen:
+class TrainableUnit:
     """A unit that trains: its live rollouts by number, and the numbers that fell out of it."""
 
     group: int
@@ -34,7 +34,7 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Dropped:
+class DroppedUnit:
     """A unit that does not train, number by number. Another one, under new numbers, takes its
     place.
     """
@@ -45,7 +45,7 @@ class Dropped:
 
 
 @dataclass
-class Unit:
+class UnitMembers:
     """The members of one unit so far. `size` is how many it will have."""
 
     group: int
@@ -77,7 +77,7 @@ class Unit:
         max_staleness: int,
         train_unscored: bool,
         least_reward: float | None = None,
-    ) -> Chosen | Dropped:
+    ) -> TrainableUnit | DroppedUnit:
         """What becomes of the settled unit in the step that `version` takes.
 
         A dead member leaves it and is not replaced; a unit with no live member, or none that
@@ -86,10 +86,10 @@ class Unit:
         """
         dead = tuple(sorted(self.tombstones))
         if not self.rollouts:
-            return Dropped(self.group, dict.fromkeys(dead, "group_dead"), ())
+            return DroppedUnit(self.group, dict.fromkeys(dead, "group_dead"), ())
         age = staleness(self.oldest, version)
         if age > max_staleness:
-            return Dropped(self.group, dict.fromkeys(sorted(self.rollouts), "stale"), dead)
+            return DroppedUnit(self.group, dict.fromkeys(sorted(self.rollouts), "stale"), dead)
         idle = sorted(
             number
             for number, rollout in self.rollouts.items()
@@ -100,9 +100,9 @@ class Unit:
         )
         dropped: dict[int, DropReason] = dict.fromkeys(idle, "not_verified")
         return (
-            Chosen(self.group, live, age, dropped, dead)
+            TrainableUnit(self.group, live, age, dropped, dead)
             if live
-            else Dropped(self.group, dropped, dead)
+            else DroppedUnit(self.group, dropped, dead)
         )
 
 
@@ -112,7 +112,7 @@ def _trains(reward: float | None, train_unscored: bool, least_reward: float | No
     return reward is not None or train_unscored
 
 
-class GroupBook:
+class BatchBuilder:
     """Collects records into units and deals the settled ones out in batches.
 
     `max_staleness` is the staleness past which a unit is dropped. With `train_unscored` False, a
@@ -143,8 +143,8 @@ class GroupBook:
         self.train_unscored = train_unscored
         self.least_reward = least_reward
         self._group_size = group_size
-        self._open: dict[int, Unit] = {}  # by the place of the unit in the run
-        self._settled: list[Unit] = []  # in the order of settling
+        self._open: dict[int, UnitMembers] = {}  # by the place of the unit in the run
+        self._settled: list[UnitMembers] = []  # in the order of settling
         self._numbers: set[int] = set()
 
     def add(self, record: Rollout | Tombstone) -> bool:
@@ -158,7 +158,7 @@ class GroupBook:
         self._numbers.add(record.number)
         place = (record.number - 1) // self.unit_size
         unit = self._open.setdefault(
-            place, Unit((record.number - 1) // self._group_size, self.unit_size)
+            place, UnitMembers((record.number - 1) // self._group_size, self.unit_size)
         )
         unit.add(record)
         if unit.missing:
@@ -166,15 +166,15 @@ class GroupBook:
         self._settled.append(self._open.pop(place))
         return True
 
-    def drop(self, version: int) -> list[Dropped]:
+    def drop(self, version: int) -> list[DroppedUnit]:
         """Takes out the settled units that cannot train at `version`; each is returned once, to be
         replaced.
         """
         judged = [(unit, self._judge(unit, version)) for unit in self._settled]
-        self._keep([unit for unit, verdict in judged if isinstance(verdict, Chosen)])
-        return [verdict for _, verdict in judged if isinstance(verdict, Dropped)]
+        self._keep([unit for unit, verdict in judged if isinstance(verdict, TrainableUnit)])
+        return [verdict for _, verdict in judged if isinstance(verdict, DroppedUnit)]
 
-    def batch(self, version: int) -> list[Chosen] | None:
+    def batch(self, version: int) -> list[TrainableUnit] | None:
         """The next batch, for the step that `version` takes, or None while too few units that can
         train have settled.
 
@@ -183,7 +183,7 @@ class GroupBook:
         if len(self._settled) < self.units_per_batch:
             return None
         judged = [(unit, self._judge(unit, version)) for unit in self._settled]
-        dealt = [(unit, verdict) for unit, verdict in judged if isinstance(verdict, Chosen)][
+        dealt = [(unit, verdict) for unit, verdict in judged if isinstance(verdict, TrainableUnit)][
             : self.units_per_batch
         ]
         if len(dealt) < self.units_per_batch:
@@ -192,7 +192,7 @@ class GroupBook:
         self._keep([unit for unit in self._settled if id(unit) not in taken])
         return [verdict for _, verdict in dealt]
 
-    def _judge(self, unit: Unit, version: int) -> Chosen | Dropped:
+    def _judge(self, unit: UnitMembers, version: int) -> TrainableUnit | DroppedUnit:
         return unit.judge(
             version,
             max_staleness=self.max_staleness,
@@ -200,7 +200,7 @@ class GroupBook:
             least_reward=self.least_reward,
         )
 
-    def _keep(self, settled: list[Unit]) -> None:
+    def _keep(self, settled: list[UnitMembers]) -> None:
         self._settled = settled
         self._numbers = {
             number
@@ -213,7 +213,7 @@ class GroupBook:
         return iter(sorted(self._numbers))
 
     @property
-    def settled_units(self) -> int:
+    def complete_units(self) -> int:
         """Units that have settled and wait for a batch."""
         return len(self._settled)
 

@@ -18,7 +18,7 @@ from onstream.workers.trainer.durability.recording import SETTINGS, START, start
 
 
 @dataclass(frozen=True)
-class Beginning:
+class ReplayStart:
     """Where a replay begins: after `position` bytes of the recording, with the weights of `found`
     (None: the run's start).
 
@@ -37,7 +37,7 @@ class Beginning:
         return self.found.state.step if self.found else 0
 
 
-class Source:
+class RecordedRun:
     """The recording of the run in `run_dir`.
 
     Raises:
@@ -67,7 +67,7 @@ class Source:
         """The settings that the recording was begun with."""
         return self.directory / SETTINGS
 
-    def beginning(self, before: int | None) -> Beginning:
+    def beginning(self, before: int | None) -> ReplayStart:
         """The place of the newest checkpoint whose next steps lead to the step `before`; where the
         recording begins, for None.
 
@@ -93,9 +93,9 @@ class Source:
                 next_step="Give another --from-step, or none.",
             )
         held, opened = self._held_at(position, found)
-        return Beginning(found, position, held, opened)
+        return ReplayStart(found, position, held, opened)
 
-    def frames(self, beginning: Beginning) -> Iterator[Frame]:
+    def frames(self, beginning: ReplayStart) -> Iterator[Frame]:
         """What follows `beginning`.
 
         Raises:
