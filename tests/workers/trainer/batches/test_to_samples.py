@@ -17,7 +17,7 @@ from onstream.pipeline.records import (
     mask_bytes,
 )
 from onstream.workers.trainer.batches.batch_builder import TrainableUnit
-from onstream.workers.trainer.batches.sample_rows import excerpts
+from onstream.workers.trainer.batches.sample_rows import sample_rows
 from onstream.workers.trainer.batches.to_samples import flaw, training_samples
 from onstream.workers.trainer.batches.train_sample import TrainSample
 from tests.workers.trainer.driver import rollout
@@ -126,7 +126,7 @@ def test_what_the_learner_would_refuse_is_a_flaw_in_its_words() -> None:
 
 def test_an_excerpt_shows_a_person_what_was_asked_answered_and_thought_of_it() -> None:
     record = made(reward=0.5)
-    (row, *rest) = excerpts(
+    (row, *rest) = sample_rows(
         [TrainableUnit(unit, (record,), 0, {}, ()) for unit in range(9)], "job", 12
     )
     assert len(rest) == 3
@@ -141,5 +141,6 @@ def test_an_excerpt_shows_a_person_what_was_asked_answered_and_thought_of_it() -
     assert row["generator_logprob"] == pytest.approx(float(generator))
     record.samples[0].teacher_logprobs = None
     assert (
-        excerpts([TrainableUnit(1, (record,), 0, {}, ())], "job", 12)[0]["teacher_logprob"] is None
+        sample_rows([TrainableUnit(1, (record,), 0, {}, ())], "job", 12)[0]["teacher_logprob"]
+        is None
     )
