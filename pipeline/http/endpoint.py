@@ -12,7 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 import httpx
 import msgspec
 
-from onstream.pipeline.http.errors import BadReply, EndpointFault, Refused
+from onstream.pipeline.http.errors import BadReply, EndpointFault, RequestRefused
 from onstream.pipeline.undecodable import UNDECODABLE
 from onstream.settings.client import EndpointSettings
 
@@ -59,7 +59,7 @@ class Endpoint:
         """The reply of `/models`, decoded.
 
         Raises:
-            EndpointFault, Refused: there is none.
+            EndpointFault, RequestRefused: there is none.
         """
         return decoded(await self._ask("GET", f"{self._api}/models"))
 
@@ -70,7 +70,7 @@ class Endpoint:
         Raises:
             EndpointFault: no reply, or one that says that the server could not; asking again may
                 help.
-            Refused: the server will not have this body.
+            RequestRefused: the server will not have this body.
         """
         return await self._ask("POST", self._url(path), msgspec.json.encode(body))
 
@@ -136,11 +136,11 @@ def decoded(reply: bytes) -> Any:
     return body
 
 
-def _fault(reply: httpx.Response) -> EndpointFault | Refused:
+def _fault(reply: httpx.Response) -> EndpointFault | RequestRefused:
     status = reply.status_code
     words = f"{reply.status_code} {_words(reply)}"
     if 400 <= status < 500 and status not in NOT_THE_QUESTIONS_FAULT:
-        return Refused(words, status=status)
+        return RequestRefused(words, status=status)
     retry_after_s = _retry_after_s(reply.headers.get("retry-after"), time.time())
     return EndpointFault(
         words,

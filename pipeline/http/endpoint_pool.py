@@ -17,7 +17,7 @@ import tenacity
 
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.http.endpoint import Endpoint, http_client
-from onstream.pipeline.http.errors import EndpointError, EndpointFault, Refused
+from onstream.pipeline.http.errors import EndpointError, EndpointFault, RequestRefused
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.client import EndpointSettings
 
@@ -35,14 +35,14 @@ log = get_logger()
 
 
 @dataclass(frozen=True)
-class Answered(Generic[T]):
+class EndpointReply(Generic[T]):
     """An answer, and the name of the endpoint that gave it."""
 
     answer: T
     endpoint: str
 
 
-class Pool(Generic[E]):
+class EndpointPool(Generic[E]):
     """Spreads questions over the endpoints, by what each has in flight. For one event loop alone.
 
     A failure is asked again, elsewhere if there is an elsewhere. An endpoint that failed
@@ -80,7 +80,7 @@ class Pool(Generic[E]):
         # the last fault of a question whose attempts all failed, until something is answered
         self._trouble = ""
         self._changed = asyncio.Condition()
-        self._pace = Pace(client.requests_per_second)
+        self._pace = RateLimiter(client.requests_per_second)
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -156,14 +156,16 @@ class Pool(Generic[E]):
             task.cancel()
         await self._http.aclose()
 
-    async def ask(self, question: Callable[[E], Awaitable[T]], of: E | None = None) -> Answered[T]:
+    async def ask(
+        self, question: Callable[[E], Awaitable[T]], of: E | None = None
+    ) -> EndpointReply[T]:
         """The answer to `question`; returns when some endpoint has given it, however long none is
         there.
 
         With `of`, that endpoint alone is asked, unless it is away.
 
         Raises:
-            Refused: an endpoint will not answer this one, or cannot although it answers others.
+            RequestRefused: an endpoint will not answer this one, or cannot although it answers others.
         """
         rounds = 0
         while True:
@@ -174,18 +176,18 @@ class Pool(Generic[E]):
                 rounds += self._answered > answered
                 if rounds >= ROUNDS:
                     words = f"failed {rounds * (self._client.max_retries + 1)} times while others were answered; last: {fault}"
-                    raise Refused(words) from fault
+                    raise RequestRefused(words) from fault
                 self._trouble = self._last_fault
             await asyncio.sleep(self._client.breaker_pause * random.uniform(0.5, 1.5))
 
     async def attempts(
         self, question: Callable[[E], Awaitable[T]], of: E | None = None
-    ) -> Answered[T]:
+    ) -> EndpointReply[T]:
         """The answer to `question`, which is sent again up to `max_retries` times, after random and
         growing waits.
 
         Raises:
-            Refused: an endpoint will not answer it.
+            RequestRefused: an endpoint will not answer it.
             EndpointFault: every attempt failed.
         """
         retrying = tenacity.AsyncRetrying(
@@ -196,7 +198,9 @@ class Pool(Generic[E]):
         )
         return await retrying(self._attempt, question, of)
 
-    async def _attempt(self, question: Callable[[E], Awaitable[T]], of: E | None) -> Answered[T]:
+    async def _attempt(
+        self, question: Callable[[E], Awaitable[T]], of: E | None
+    ) -> EndpointReply[T]:
         async with self._turn(of) as endpoint:
             await self._pace.wait()
             self.requests += 1
@@ -205,15 +209,15 @@ class Pool(Generic[E]):
             except EndpointFault as fault:
                 self._count_fault(endpoint, fault)
                 raise
-            except Refused as refusal:
+            except RequestRefused as refusal:
                 self._count_refusal(endpoint, str(refusal))
-                raise Refused(
+                raise RequestRefused(
                     f"{endpoint.name} refused it: {refusal}", status=refusal.status
                 ) from refusal
             self._count_sign_of_life(endpoint)
             self._answered = self._answered + 1
             self._trouble = ""
-            return Answered(answer, endpoint.name)
+            return EndpointReply(answer, endpoint.name)
 
     @asynccontextmanager
     async def _turn(self, of: E | None) -> AsyncIterator[E]:
@@ -313,7 +317,7 @@ class Pool(Generic[E]):
         task.add_done_callback(self._tasks.discard)
 
 
-class Pace:
+class RateLimiter:
     """Spaces requests by 1 / `per_second`; None lets them pass."""
 
     def __init__(self, per_second: float | None) -> None:

@@ -38,7 +38,7 @@ class BadReply(EndpointFault):
     """A reply with a status of success that is not what was asked for."""
 
 
-class Refused(EndpointError):
+class RequestRefused(EndpointError):
     """The server refuses this question for what it says; asking again would not help, and another
     one may pass.
     """

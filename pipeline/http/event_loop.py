@@ -12,7 +12,7 @@ T = TypeVar("T")
 LEAVE_S = 5.0
 
 
-class Background:
+class EventLoopThread:
     """Runs coroutines. Waits for work; is unblocked by `submit`, `run` and `stop`; produces
     futures.
     """

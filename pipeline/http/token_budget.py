@@ -9,14 +9,14 @@ from typing import Protocol
 from onstream.pipeline.records import StageName
 
 
-class Purse(Protocol):
+class SpendingStore(Protocol):
     """What a budget asks of the bus."""
 
     def own_spent(self, stage: StageName) -> int: ...
     def report_spent(self, stage: StageName, tokens: int) -> int: ...
 
 
-class Budget:
+class TokenBudget:
     """`most` tokens for `stage`; None: no bound, and nothing is told to the others. `setting` is
     the name of the bound, for messages.
 
@@ -25,7 +25,9 @@ class Budget:
     what they have in flight.
     """
 
-    def __init__(self, purse: Purse, stage: StageName, most: int | None, setting: str) -> None:
+    def __init__(
+        self, purse: SpendingStore, stage: StageName, most: int | None, setting: str
+    ) -> None:
         self._purse = purse
         self._stage = stage
         self.most = most

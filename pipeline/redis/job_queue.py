@@ -53,7 +53,7 @@ class JobRow:
     reason: str
 
 
-class Jobs:
+class JobQueue:
     """The jobs of one run. `close` it, or use it in a `with`."""
 
     def __init__(self, url: str, run: str, settings: JobsSettings) -> None:
@@ -168,7 +168,7 @@ def queue_name(run: str) -> str:
 
 
 def ask_pinned(
-    jobs: Jobs,
+    jobs: JobQueue,
     run_dir: Path,
     kind: Literal["evaluate", "export"],
     version: int,

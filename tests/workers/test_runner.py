@@ -163,8 +163,8 @@ def test_the_kinds_of_the_slim_image_come_up_where_torch_is_not_installed(kind: 
 
 def test_a_tokenizer_loads_where_torch_is_not_installed() -> None:
     code = (
-        "import sys\nsys.modules['torch'] = None\nfrom onstream.workers.teacher.model_info import party\n"
-        "print(party('examples/reverse-text/student').context_tokens)"
+        "import sys\nsys.modules['torch'] = None\nfrom onstream.workers.teacher.model_info import load_model_info\n"
+        "print(load_model_info('examples/reverse-text/student').context_tokens)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "512\n", done.stderr

@@ -18,7 +18,7 @@ from onstream.settings.root import Settings
 from onstream.workers.generator.engines.base import Request, Sampling
 from onstream.workers.generator.student import PromptTooLong, Student, load_student
 from onstream.workers.verifier.scorer_messages import Verdict
-from onstream.workers.verifier.scorer_pool import Children
+from onstream.workers.verifier.scorer_pool import ScorerPool
 
 EXACT = 1.0
 """The least reward of an answer that counts as exact."""
@@ -112,7 +112,7 @@ def _verdicts(
     """Scores in killable children, as in the run: a scorer that hangs costs its problem, not the
     evaluation.
     """
-    children = Children(settings)
+    children = ScorerPool(settings)
     children.start()
     try:
         for key, (problem, answer) in enumerate(zip(problems, answers, strict=True)):

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from onstream.pipeline.http import (
-    Answered,
-    Background,
-    Budget,
     Endpoint,
-    Pool,
-    Refused,
+    EndpointPool,
+    EndpointReply,
+    EventLoopThread,
+    RequestRefused,
+    TokenBudget,
     decoded,
     require_model,
 )
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 SETTING = "orchestrator.teacher_rollout_model"
 SLICE_S = 0.05
-Reply = Future[Answered[Any]]
+Reply = Future[EndpointReply[Any]]
 
 log = get_logger()
 
@@ -93,13 +93,13 @@ class ChatGenerator:
         self._bus = bus
         client = source.client
         model = source.model.name
-        self._pool = Pool(
+        self._pool = EndpointPool(
             client, Endpoint, model=model, section=SETTING, probe=self._probe, proves=False
         )
-        self._budget = Budget(
+        self._budget = TokenBudget(
             bus, self.name, client.max_tokens_per_run, f"{SETTING}.client.max_tokens_per_run"
         )
-        self._background = Background()
+        self._background = EventLoopThread()
         self._queue: deque[Job] = deque()
         self._running: dict[Reply, Job] = {}
         self._shown: list[Hold] = []  # what the rollouts made just now show
@@ -257,7 +257,7 @@ class ChatGenerator:
         """
         try:
             answer = reply.result().answer
-        except Refused as refusal:
+        except RequestRefused as refusal:
             if len(job.deliveries) > 1:  # for the prompt, or for n: each alone will show
                 self._queue.extend(
                     Job([delivery], doubts_n=refusal.status is not None)

@@ -21,7 +21,7 @@ from rq import get_current_job
 from onstream.pipeline import weights
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.redis.dead_letters import all_letters
-from onstream.pipeline.redis.job_queue import Jobs, pin_use
+from onstream.pipeline.redis.job_queue import JobQueue, pin_use
 from onstream.pipeline.redis.keys import WORKING
 from onstream.pipeline.redis.streams import Bus, LeaseHeld
 from onstream.pipeline.run_files.ownership import Ownership
@@ -266,7 +266,7 @@ def _upload(command: tuple[str, ...], path: Path, run: str, version: int) -> str
 
 def _drop_stale_pins(settings: Settings) -> list[int]:
     """Drop pins whose job is neither waiting nor under way; returns their versions."""
-    with Jobs(_context().url, settings.run.name, settings.jobs) as jobs:
+    with JobQueue(_context().url, settings.run.name, settings.jobs) as jobs:
         wanted = {
             pin_use(row.kind, row.key)
             for row in jobs.rows()

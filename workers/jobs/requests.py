@@ -15,7 +15,7 @@ from rich.text import Text
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.redis.access import opened
-from onstream.pipeline.redis.job_queue import Jobs, ask_pinned
+from onstream.pipeline.redis.job_queue import JobQueue, ask_pinned
 from onstream.settings.root import Settings
 from onstream.workers.evaluation.versions import find_version
 
@@ -125,9 +125,9 @@ def _answer(new: bool, what: str) -> str:
 
 
 @contextlib.contextmanager
-def _jobs(settings: Settings) -> Iterator[Jobs]:
+def _jobs(settings: Settings) -> Iterator[JobQueue]:
     with (
         opened(settings, purpose="jobs") as bus,
-        Jobs(bus.url, settings.run.name, settings.jobs) as jobs,
+        JobQueue(bus.url, settings.run.name, settings.jobs) as jobs,
     ):
         yield jobs

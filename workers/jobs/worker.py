@@ -20,7 +20,7 @@ from rq.executions import Execution
 from rq.job import Job
 
 from onstream.pipeline.errors import Exit
-from onstream.pipeline.redis.job_queue import FUNCTIONS, SERIALIZER, Jobs, pin_use, queue_name
+from onstream.pipeline.redis.job_queue import FUNCTIONS, SERIALIZER, JobQueue, pin_use, queue_name
 from onstream.pipeline.redis.streams import Bus
 from onstream.pipeline.stage import Stats
 from onstream.pipeline.telemetry import get_logger
@@ -152,7 +152,7 @@ class Overseer(threading.Thread):
     and one SIGTERM.
     """
 
-    def __init__(self, settings: Settings, bus: Bus, jobs: Jobs, worker: JobsWorker) -> None:
+    def __init__(self, settings: Settings, bus: Bus, jobs: JobQueue, worker: JobsWorker) -> None:
         super().__init__(name="overseer", daemon=True)
         self._settings = settings
         self._bus = bus
@@ -209,7 +209,7 @@ def run_jobs(settings: Settings, bus: Bus, url: str) -> Exit:
     if sys.platform == "linux":
         adopt_orphans()
     connection = Redis.from_url(url)
-    with Jobs(url, settings.run.name, settings.jobs) as jobs:
+    with JobQueue(url, settings.run.name, settings.jobs) as jobs:
         overseer = Overseer(settings, bus, jobs, JobsWorker(settings, connection))
         overseer.start()
         try:

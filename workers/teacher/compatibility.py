@@ -18,7 +18,7 @@ _CHOOSE = "Choose a teacher of the student's family with teacher_inference.model
 
 
 @dataclass(frozen=True)
-class Party:
+class ModelInfo:
     """A model as the comparison sees it: its tokenizer, the ids that end its turns, its context,
     and the width of its output.
     """
@@ -30,7 +30,7 @@ class Party:
     vocabulary_size: int
 
 
-def check(student: Party, teacher: Party, max_completion: int) -> None:
+def check(student: ModelInfo, teacher: ModelInfo, max_completion: int) -> None:
     """Refuses a teacher whose judgement of the student's tokens would mean nothing.
 
     Raises:
@@ -61,7 +61,7 @@ def _entry(token: str | None) -> str:
     return "nothing" if token is None else repr(token)
 
 
-def _check_vocabulary(student: Party, teacher: Party) -> None:
+def _check_vocabulary(student: ModelInfo, teacher: ModelInfo) -> None:
     ours = student.tokenizer.get_vocab()
     theirs = teacher.tokenizer.get_vocab()
     difference = first_difference(ours, theirs)
@@ -74,7 +74,7 @@ def _check_vocabulary(student: Party, teacher: Party) -> None:
         )
 
 
-def _check_template(student: Party, teacher: Party) -> None:
+def _check_template(student: ModelInfo, teacher: ModelInfo) -> None:
     ours, theirs = (
         party.tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True)
         for party in (student, teacher)
@@ -91,7 +91,7 @@ def _clipped(text: str, limit: int = 160) -> str:
     return repr(text if len(text) <= limit else text[:limit] + "…")
 
 
-def _check_end(student: Party, teacher: Party) -> None:
+def _check_end(student: ModelInfo, teacher: ModelInfo) -> None:
     ours = student.tokenizer.eos_token_id
     if ours not in teacher.end_ids:
         raise UserError(
@@ -101,7 +101,7 @@ def _check_end(student: Party, teacher: Party) -> None:
         )
 
 
-def _check_context(student: Party, teacher: Party, max_completion: int) -> None:
+def _check_context(student: ModelInfo, teacher: ModelInfo, max_completion: int) -> None:
     if teacher.context_tokens < student.context_tokens and teacher.context_tokens <= max_completion:
         raise UserError(
             f"the context of the teacher {teacher.name!r} is {teacher.context_tokens} tokens",

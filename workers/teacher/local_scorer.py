@@ -56,12 +56,12 @@ class LocalScorer:
         self._head_chunk = head_chunk
         self._feed = feed
 
-    def look_ahead(self, request: ScoreRequest) -> None:
+    def prefetch_images(self, request: ScoreRequest) -> None:
         """Begin with the images of a request that will be scored soon."""
         if self._feed:
             self._feed.ahead(request.images)
 
-    def unseen(self, request: ScoreRequest) -> str | None:
+    def image_problem(self, request: ScoreRequest) -> str | None:
         """Why the images of `request` cannot be judged, in words; None where it can be scored with
         all of them present.
         """

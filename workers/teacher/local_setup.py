@@ -16,7 +16,7 @@ from onstream.settings.root import Settings
 from onstream.workers.teacher.compatibility import check
 from onstream.workers.teacher.image_compatibility import same_tokens
 from onstream.workers.teacher.local_scorer import LocalScorer
-from onstream.workers.teacher.model_info import party
+from onstream.workers.teacher.model_info import load_model_info
 
 
 def load_local(settings: Settings, images: Fetch = no_images) -> LocalScorer:
@@ -30,8 +30,8 @@ def load_local(settings: Settings, images: Fetch = no_images) -> LocalScorer:
     """
     local = settings.teacher_inference
     name = local.model.name or settings.model.name
-    student = party(settings.model.name)
-    teacher = party(name)
+    student = load_model_info(settings.model.name)
+    teacher = load_model_info(name)
     check(student, teacher, settings.inference.sampling.max_completion)
     device = resolve_device(settings.deployment.device)
     model = load_model(name, dtype=resolve_dtype(local.dtype, device), device=device)

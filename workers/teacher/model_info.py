@@ -9,10 +9,10 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from onstream.pipeline.models.tokenizer import load_tokenizer
-from onstream.workers.teacher.compatibility import Party
+from onstream.workers.teacher.compatibility import ModelInfo
 
 
-def party(name: str) -> Party:
+def load_model_info(name: str) -> ModelInfo:
     """What the comparison needs to know of the model `name`, from its tokenizer and its
     configuration alone.
 
@@ -22,7 +22,7 @@ def party(name: str) -> Party:
     tokenizer = load_tokenizer(name)
     config = AutoConfig.from_pretrained(name)
     text = config.get_text_config()
-    return Party(
+    return ModelInfo(
         name,
         tokenizer,
         _end_ids(tokenizer, config),

@@ -49,7 +49,7 @@ class Scores:
     tail_logprobs: Logprobs | None = None  # [C]
 
 
-class Scorer(Protocol):
+class TokenScorer(Protocol):
     """A teacher. `name` is what a rollout's `scored_by` says; `context_tokens` is the longest
     sample it takes.
     """
@@ -58,11 +58,11 @@ class Scorer(Protocol):
     context_tokens: int
     vocabulary_size: int
 
-    def look_ahead(self, request: ScoreRequest) -> None:
+    def prefetch_images(self, request: ScoreRequest) -> None:
         """Begin with the images of a request that will be scored soon."""
         ...
 
-    def unseen(self, request: ScoreRequest) -> str | None:
+    def image_problem(self, request: ScoreRequest) -> str | None:
         """Why the images of `request` cannot be judged, in words; None where it can be scored with
         all of them present.
         """

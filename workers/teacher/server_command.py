@@ -14,8 +14,8 @@ from onstream.settings.gpus import memory_share
 from onstream.settings.plan import make_plan
 from onstream.settings.root import Settings
 from onstream.workers.teacher.compatibility import check
-from onstream.workers.teacher.external.student_info import judged_student
-from onstream.workers.teacher.model_info import party
+from onstream.workers.teacher.external.student_info import load_student_info
+from onstream.workers.teacher.model_info import load_model_info
 
 MAX_LOGPROBS = 20  # vLLM's own default
 LEAST_CONTEXT = 4096
@@ -68,10 +68,10 @@ def context_tokens(settings: Settings) -> int:
     Raises:
         UserError: the teacher cannot judge the student's tokens, or its context is too short.
     """
-    student = party(settings.model.name)
-    teacher = party(settings.teacher_inference.model.name or settings.model.name)
+    student = load_model_info(settings.model.name)
+    teacher = load_model_info(settings.teacher_inference.model.name or settings.model.name)
     check(student, teacher, settings.inference.sampling.max_completion)
-    longest = judged_student(settings).longest_sample
+    longest = load_student_info(settings).longest_sample
     if teacher.context_tokens < longest + 1:
         raise UserError(
             f"the context of the teacher {teacher.name!r} is {teacher.context_tokens} tokens",

@@ -10,7 +10,7 @@ from onstream.pipeline.redis.streams import Bus
 from onstream.pipeline.stage import Delivery, Outcome
 from onstream.settings.root import Settings
 from onstream.workers.teacher.score_requests import objection, request_of, rollout_of, write
-from onstream.workers.teacher.scorer import Scorer
+from onstream.workers.teacher.scorer import TokenScorer
 
 ROOM = 256
 """Rollouts in hand at once: enough that the groups among them are whole when they come from a busy
@@ -29,7 +29,7 @@ class Teacher:
     holds_entries = False
 
     def __init__(
-        self, settings: Settings, bus: Bus, load: Callable[[Settings], Scorer] | None = None
+        self, settings: Settings, bus: Bus, load: Callable[[Settings], TokenScorer] | None = None
     ) -> None:
         self._settings = settings
         self._load = load or partial(_load_local, bus=bus)
@@ -67,7 +67,7 @@ class Teacher:
         for delivery in new:
             if delivery.entry_id not in objected:
                 for sample in rollout_of(delivery).samples:
-                    self._scorer.look_ahead(request_of(sample))
+                    self._scorer.prefetch_images(request_of(sample))
                 self._in_hand.setdefault(_group(delivery), []).append(delivery)
         return refused + self._score(self._next_slice())
 
@@ -110,7 +110,8 @@ class Teacher:
         seen = []
         for delivery in deliveries:
             reasons = (
-                self._scorer.unseen(request_of(sample)) for sample in rollout_of(delivery).samples
+                self._scorer.image_problem(request_of(sample))
+                for sample in rollout_of(delivery).samples
             )
             if reason := next((reason for reason in reasons if reason), None):
                 outcomes.append(Outcome(delivery, dead=f"it would be scored blind: {reason}"))
@@ -128,7 +129,7 @@ class Teacher:
         return outcomes + [Outcome(delivery, rollout_of(delivery)) for delivery in seen]
 
 
-def _load_local(settings: Settings, bus: Bus) -> Scorer:
+def _load_local(settings: Settings, bus: Bus) -> TokenScorer:
     from onstream.workers.teacher.local_setup import (
         load_local,  # torch is imported by the worker that needs it alone
     )

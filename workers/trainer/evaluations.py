@@ -14,7 +14,7 @@ from onstream.pipeline.weights.pins import pinned
 from onstream.settings.root import Settings
 
 if TYPE_CHECKING:
-    from onstream.pipeline.redis.job_queue import Jobs
+    from onstream.pipeline.redis.job_queue import JobQueue
 
 METRICS = ("eval_version", "eval_exact", "eval_reward")
 log = get_logger()
@@ -28,10 +28,10 @@ class Evaluations:
 
     def __init__(self, settings: Settings, url: str, run_dir: Path) -> None:
         from onstream.pipeline.redis.job_queue import (
-            Jobs,  # brings RQ, which a run without evaluations needs not
+            JobQueue,  # brings RQ, which a run without evaluations needs not
         )
 
-        self._jobs: Jobs = Jobs(url, settings.run.name, settings.jobs)
+        self._jobs: JobQueue = JobQueue(url, settings.run.name, settings.jobs)
         self._interval = settings.eval.interval
         self._max_waiting = settings.jobs.max_waiting
         self._last = settings.trainer.max_steps  # what the run came to is evaluated in any case

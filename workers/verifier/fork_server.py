@@ -25,16 +25,16 @@ from onstream.settings.root import Settings
 from onstream.workers.verifier import scorer_process
 from onstream.workers.verifier.scorer_messages import (
     PACKET_BYTES,
-    Exited,
     Kill,
     Ready,
-    Refused,
+    ScorerExited,
+    ScorerNotLoaded,
     Spawn,
     Start,
 )
 
 
-class Nursery:
+class ForkServer:
     """Forks and kills children as the verifier says, and says which have ended.
 
     Waits for a message or the end of a child; the verifier's end of `control` closing ends it.
@@ -100,7 +100,7 @@ class Nursery:
             self._control.close()
             os.close(self._wake_up)
             os.close(self._wake_up_end)
-            scorer_process.live(connection, self._scorer, self._max_memory_bytes)
+            scorer_process.serve(connection, self._scorer, self._max_memory_bytes)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
@@ -116,7 +116,7 @@ class Nursery:
             _, status = os.waitpid(ended.si_pid, 0)
             if (slot := self._slots.pop(ended.si_pid, None)) is not None:
                 self._control.send(
-                    msgspec.msgpack.encode(Exited(slot, os.waitstatus_to_exitcode(status)))
+                    msgspec.msgpack.encode(ScorerExited(slot, os.waitstatus_to_exitcode(status)))
                 )
 
 
@@ -135,12 +135,14 @@ def main() -> None:
     try:
         scorer = load_scorer(Settings.model_validate_json(start.settings))
     except UserError as error:
-        control.send(msgspec.msgpack.encode(Refused(error.got, error.expected, error.next_step)))
+        control.send(
+            msgspec.msgpack.encode(ScorerNotLoaded(error.got, error.expected, error.next_step))
+        )
         return
     control.send(msgspec.msgpack.encode(Ready()))
     gc.freeze()  # the children's collectors leave what they share alone, and it stays shared
     try:
-        Nursery(control, scorer, start.max_memory_bytes).run()
+        ForkServer(control, scorer, start.max_memory_bytes).run()
     except (BrokenPipeError, ConnectionResetError):
         return  # the verifier ended between two messages; `run` has killed the children
 

@@ -22,7 +22,7 @@ class WireError(ValueError):
 
 
 # verifier -> child: a list of these in one frame
-class Job(msgspec.Struct, array_like=True, frozen=True):
+class ScoringRequest(msgspec.Struct, array_like=True, frozen=True):
     """One completion to score."""
 
     completion: str
@@ -69,7 +69,7 @@ class Ready(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """The scorer is loaded."""
 
 
-class Refused(msgspec.Struct, tag=True, array_like=True, frozen=True):
+class ScorerNotLoaded(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """The scorer cannot be loaded: the parts of a UserError."""
 
     got: str
@@ -77,7 +77,7 @@ class Refused(msgspec.Struct, tag=True, array_like=True, frozen=True):
     next_step: str
 
 
-class Exited(msgspec.Struct, tag=True, array_like=True, frozen=True):
+class ScorerExited(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """The child of `slot` has ended: its exit status, or the negative number of the signal that
     killed it.
     """

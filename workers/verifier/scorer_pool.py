@@ -23,12 +23,12 @@ from onstream.settings.orchestrator import OrchestratorSettings
 from onstream.settings.root import Settings
 from onstream.workers.verifier.scorer_messages import (
     PACKET_BYTES,
-    Exited,
     Frames,
-    Job,
     Kill,
     Ready,
-    Refused,
+    ScorerExited,
+    ScorerNotLoaded,
+    ScoringRequest,
     Spawn,
     Start,
     Verdict,
@@ -53,22 +53,22 @@ _decode_verdict = msgspec.msgpack.Decoder(Verdict).decode
 
 
 @dataclass
-class Waiting:
+class QueuedRequest:
     """A job and whose it is. `crashes` counts the children that died of it."""
 
     key: int
-    job: Job
+    job: ScoringRequest
     crashes: int = 0
 
 
 @dataclass
-class Child:
+class ScorerProcess:
     """One slot of the pool, and the process that is in it now."""
 
     slot: int
     connection: socket.socket
     frames: Frames = field(default_factory=lambda: Frames(MAX_VERDICT_BYTES))
-    jobs: deque[Waiting] = field(
+    jobs: deque[QueuedRequest] = field(
         default_factory=deque
     )  # sent and not yet answered; it is working on the first
     unsent: memoryview = field(default_factory=lambda: memoryview(b""))
@@ -83,7 +83,7 @@ class Child:
         return self.up and not self.jobs and not self.leaving
 
 
-class Children:
+class ScorerPool:
     """Scores completions in `orchestrator.verification.processes` children.
 
     A completion that runs past `verification.timeout` scores 0 (part `timed_out`), and its child is
@@ -106,8 +106,8 @@ class Children:
             include={"task": True, "orchestrator": {"verification"}}
         ).encode()
         self._start = Start(sections, verification.max_memory << 20)
-        self._children: dict[int, Child] = {}
-        self._waiting: deque[Waiting] = deque()
+        self._children: dict[int, ScorerProcess] = {}
+        self._waiting: deque[QueuedRequest] = deque()
         self._verdicts: list[tuple[int, Verdict]] = []
         self._in_hand = 0
         self._failed_starts = 0
@@ -163,7 +163,7 @@ class Children:
     def submit(self, key: int, completion: str, info: dict[str, Any]) -> None:
         """Queue a completion for scoring; `collect` gives its verdict under `key`."""
         self._in_hand += 1
-        self._waiting.append(Waiting(key, Job(completion, info)))
+        self._waiting.append(QueuedRequest(key, ScoringRequest(completion, info)))
 
     def collect(self, wait_s: float) -> list[tuple[int, Verdict]]:
         """The verdicts reached within `wait_s`, or sooner if all are.
@@ -207,7 +207,7 @@ class Children:
             reply = b""
         except TimeoutError:
             reply = _encode(
-                Refused(
+                ScorerNotLoaded(
                     f"the scorer was not imported in {START_S:.0f} s",
                     "a quick import",
                     "Look at its module's top level.",
@@ -216,14 +216,14 @@ class Children:
         self._control.settimeout(None)
         if not reply:
             reply = _encode(
-                Refused(
+                ScorerNotLoaded(
                     "the scorer's process ended while importing it",
                     "an importable scorer",
                     "See the lines above.",
                 )
             )
-        message = msgspec.msgpack.decode(reply, type=Ready | Refused)
-        if isinstance(message, Refused):
+        message = msgspec.msgpack.decode(reply, type=Ready | ScorerNotLoaded)
+        if isinstance(message, ScorerNotLoaded):
             self.close()
             raise UserError(message.got, expected=message.expected, next_step=message.next_step)
 
@@ -232,7 +232,7 @@ class Children:
         with theirs:
             socket.send_fds(self._control, [_encode(Spawn(slot))], [theirs.fileno()])
         ours.setblocking(False)
-        self._children[slot] = child = Child(slot, ours)
+        self._children[slot] = child = ScorerProcess(slot, ours)
         self._selector.register(ours, selectors.EVENT_READ, child)
 
     def _dispatch(self) -> None:
@@ -250,7 +250,7 @@ class Children:
                 child.since = time.monotonic()
                 self._send(child)
 
-    def _send(self, child: Child) -> None:
+    def _send(self, child: ScorerProcess) -> None:
         """Send what the socket takes: a child that does not read must not hold up the verifier."""
         try:
             child.unsent = child.unsent[child.connection.send(child.unsent) :]
@@ -261,7 +261,7 @@ class Children:
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if child.unsent else 0)
         self._selector.modify(child.connection, events, child)
 
-    def _attend(self, child: Child | None, events: int) -> None:
+    def _attend(self, child: ScorerProcess | None, events: int) -> None:
         if child is None:
             self._hear_nursery()
         elif not child.leaving:  # it may have been found dead earlier in this same round
@@ -270,7 +270,7 @@ class Children:
             if events & selectors.EVENT_READ:
                 self._read(child)
 
-    def _read(self, child: Child) -> None:
+    def _read(self, child: ScorerProcess) -> None:
         """Take the verdicts that have come."""
         try:
             while data := child.connection.recv(1 << 18):
@@ -284,7 +284,7 @@ class Children:
             pass
         self._dismiss(child)
 
-    def _settle(self, child: Child, frame: bytes) -> None:
+    def _settle(self, child: ScorerProcess, frame: bytes) -> None:
         if not frame and not child.up:
             child.up = True
             self._failed_starts = 0
@@ -296,7 +296,7 @@ class Children:
             if verdict.retires:
                 self._dismiss(child, excused=True)
 
-    def _finish_first(self, child: Child, verdict: Verdict) -> None:
+    def _finish_first(self, child: ScorerProcess, verdict: Verdict) -> None:
         """Settle the child's first job, note how long it took, and begin to count for its next one."""
         now = time.monotonic()
         self._verdicts.append((child.jobs.popleft().key, verdict))
@@ -321,14 +321,14 @@ class Children:
                 self._finish_first(child, TIMED_OUT)
                 self._dismiss(child, excused=True)
 
-    def _is_late(self, child: Child) -> bool:
+    def _is_late(self, child: ScorerProcess) -> bool:
         return (
             bool(child.jobs)
             and not child.leaving
             and time.monotonic() >= child.since + self._timeout_s
         )
 
-    def _dismiss(self, child: Child, *, excused: bool = False) -> None:
+    def _dismiss(self, child: ScorerProcess, *, excused: bool = False) -> None:
         """See to it that the child ends. It may be dead already, or only have closed its socket."""
         if not child.leaving:
             child.leaving = True
@@ -342,10 +342,10 @@ class Children:
             raise RuntimeError(
                 f"the process that scoring children are forked from has ended, with status {self._nursery.wait()}"
             )
-        exited = msgspec.msgpack.decode(packet, type=Exited)
+        exited = msgspec.msgpack.decode(packet, type=ScorerExited)
         self._bury(self._children[exited.slot], exited.status)
 
-    def _bury(self, child: Child, status: int) -> None:
+    def _bury(self, child: ScorerProcess, status: int) -> None:
         """Settle what a dead child had in hand, and put another in its place."""
         self._read(child)  # its last words
         self._dismiss(child)

@@ -16,16 +16,16 @@ import traceback
 import msgspec
 
 from onstream.pipeline.tasks.scorers import RolloutError, Scorer, read_score
-from onstream.workers.verifier.scorer_messages import Frames, Job, Verdict, framed
+from onstream.workers.verifier.scorer_messages import Frames, ScoringRequest, Verdict, framed
 
 MAX_REASON_CHARACTERS = 500
 _PR_SET_PDEATHSIG = 1
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_jobs = msgspec.msgpack.Decoder(list[Job]).decode
+_decode_jobs = msgspec.msgpack.Decoder(list[ScoringRequest]).decode
 
 
-def live(connection: socket.socket, scorer: Scorer, max_memory_bytes: int) -> None:
+def serve(connection: socket.socket, scorer: Scorer, max_memory_bytes: int) -> None:
     """Serve `connection` until its other end is closed. The first frame, an empty one, says that
     the child is up.
     """
@@ -36,7 +36,7 @@ def live(connection: socket.socket, scorer: Scorer, max_memory_bytes: int) -> No
     while data := connection.recv(1 << 18):
         for frame in frames.feed(data):
             for job in _decode_jobs(frame):
-                verdict = judge(scorer, job)
+                verdict = score_completion(scorer, job)
                 if (
                     os.getpid() != pid
                 ):  # the scorer forked, and this is its copy, coming back as well
@@ -53,7 +53,7 @@ def live(connection: socket.socket, scorer: Scorer, max_memory_bytes: int) -> No
                     return
 
 
-def judge(scorer: Scorer, job: Job) -> Verdict:
+def score_completion(scorer: Scorer, job: ScoringRequest) -> Verdict:
     """The verdict on one completion; whatever the scorer raises becomes one."""
     try:
         reward, parts = read_score(scorer(job.completion, job.info))

@@ -14,8 +14,13 @@ from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
 from onstream.workers.verifier.scorer_messages import Verdict
-from onstream.workers.verifier.scorer_pool import Children
-from onstream.workers.verifier.verification_jobs import SLOW_S, JobsInHand, answer_of, give
+from onstream.workers.verifier.scorer_pool import ScorerPool
+from onstream.workers.verifier.verification_jobs import (
+    SLOW_S,
+    VerificationJobs,
+    final_answer,
+    write_verdict,
+)
 
 if TYPE_CHECKING:
     from onstream.pipeline.redis.streams import Bus
@@ -41,7 +46,7 @@ class Verifier:
     def __init__(self, settings: Settings, bus: Bus) -> None:
         self._trouble = Counter[str]()
         self._in_jobs = settings.orchestrator.verification.in_jobs
-        self._jobs = JobsInHand(settings, bus, bus.url) if self._in_jobs != "never" else None
+        self._jobs = VerificationJobs(settings, bus, bus.url) if self._in_jobs != "never" else None
         # All keys from the start: the heartbeat's thread reads this, and must not meet a dictionary
         # that grows.
         self.stats = Stats(
@@ -53,7 +58,7 @@ class Verifier:
         self._hands_over = (
             self._in_jobs == "slow" and settings.orchestrator.verification.timeout > SLOW_S
         )
-        self._children = Children(settings, timeout_s=SLOW_S if self._hands_over else None)
+        self._children = ScorerPool(settings, timeout_s=SLOW_S if self._hands_over else None)
         self._in_hand: dict[int, Delivery] = {}
         self._keys = count()
 
@@ -117,11 +122,11 @@ class Verifier:
         rollout = _rollout(delivery)
         key = next(self._keys)
         self._in_hand[key] = delivery
-        self._children.submit(key, answer_of(rollout), rollout.info)
+        self._children.submit(key, final_answer(rollout), rollout.info)
 
     def _outcome(self, delivery: Delivery, verdict: Verdict) -> Outcome:
         rollout = _rollout(delivery)
-        give(rollout, verdict)
+        write_verdict(rollout, verdict)
         trouble = (
             "unscored"
             if verdict.unscored is not None

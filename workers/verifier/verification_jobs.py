@@ -15,13 +15,13 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from onstream.pipeline.records import Rollout, decode_work, encode
-from onstream.pipeline.redis.job_queue import OPEN, JobRow, Jobs
+from onstream.pipeline.redis.job_queue import OPEN, JobQueue, JobRow
 from onstream.pipeline.redis.streams import Bus, Move, Out
 from onstream.pipeline.stage import Delivery, Outcome, leave
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
 from onstream.workers.verifier.scorer_messages import Verdict
-from onstream.workers.verifier.scorer_pool import Children
+from onstream.workers.verifier.scorer_pool import ScorerPool
 
 MOST = 64  # entries in hand for jobs
 POLL_S = 0.25
@@ -31,12 +31,12 @@ SLOW_S = 1.0
 log = get_logger()
 
 
-class JobsInHand:
+class VerificationJobs:
     """The entries of one verifier that jobs score. `close` it."""
 
     def __init__(self, settings: Settings, bus: Bus, url: str) -> None:
         self._bus = bus
-        self._jobs = Jobs(url, settings.run.name, settings.jobs)
+        self._jobs = JobQueue(url, settings.run.name, settings.jobs)
         self._limit_s = math.ceil(settings.orchestrator.verification.timeout) + START_S
         self._in_hand: dict[bytes, Delivery] = {}
         self._next_poll = 0.0
@@ -120,7 +120,7 @@ def verify_entry(settings: Settings, bus: Bus, entry_id: str) -> dict[str, Any]:
         return {"moved": False}
     rollout = decode_work(entry.payload)
     assert isinstance(rollout, Rollout), "a verifier has looked at it"
-    give(rollout, _verdict(settings, rollout))
+    write_verdict(rollout, _verdict(settings, rollout))
     leave(rollout, "verify", bus.consumer, taken)
     [moved] = bus.settle(
         "verify", [Move(entry.id, [Out(rollout.route[0], rollout.number, encode(rollout))])]
@@ -132,10 +132,10 @@ def _verdict(settings: Settings, rollout: Rollout) -> Verdict:
     """The verdict of a child of this process, which has the time and memory that a verifier's child
     has.
     """
-    children = Children(settings, processes=1)
+    children = ScorerPool(settings, processes=1)
     children.start()
     try:
-        children.submit(0, answer_of(rollout), rollout.info)
+        children.submit(0, final_answer(rollout), rollout.info)
         while not (found := children.collect(1.0)):
             continue
         return found[0][1]
@@ -143,14 +143,14 @@ def _verdict(settings: Settings, rollout: Rollout) -> Verdict:
         children.close()
 
 
-def answer_of(rollout: Rollout) -> str:
+def final_answer(rollout: Rollout) -> str:
     """What the scorer sees. Of several samples the last holds the final answer: it comes after
     every tool's.
     """
     return rollout.samples[-1].completion_text if rollout.samples else ""
 
 
-def give(rollout: Rollout, verdict: Verdict) -> None:
+def write_verdict(rollout: Rollout, verdict: Verdict) -> None:
     """Write `verdict` into `rollout`."""
     rollout.reward = verdict.reward
     rollout.reward_parts = verdict.parts

@@ -7,7 +7,7 @@ from email.utils import format_datetime
 
 import pytest
 
-from onstream.pipeline.http import BadReply, Endpoint, EndpointFault, Refused, decoded
+from onstream.pipeline.http import BadReply, Endpoint, EndpointFault, RequestRefused, decoded
 from onstream.pipeline.http.endpoint import MAX_RETRY_AFTER_S, addresses, http_client
 from onstream.settings.client import ClientSettings
 from tests.faulty_server import Answer, FaultyServer, cut, drip, status
@@ -57,7 +57,7 @@ def test_a_status_about_the_request_refuses_it_with_the_servers_words(
     server: FaultyServer, code: int
 ) -> None:
     server.faults.append(status(code, "this one I will not have"))
-    with pytest.raises(Refused, match=f"^{code} this one I will not have$") as refusal:
+    with pytest.raises(RequestRefused, match=f"^{code} this one I will not have$") as refusal:
         ask(server.base_url)
     assert refusal.value.status == code
 

@@ -13,11 +13,11 @@ import pytest
 
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.http import (
-    Answered,
     Endpoint,
     EndpointFault,
-    Pool,
-    Refused,
+    EndpointPool,
+    EndpointReply,
+    RequestRefused,
     decoded,
     endpoint_pool,
     require_model,
@@ -28,7 +28,7 @@ from tests.faulty_server import Answer, Body, serving
 SECTION = "orchestrator.teacher_rollout_model"
 FINE = Answer(body={"ok": True, "usage": {"total_tokens": 7}})
 GONE = "http://127.0.0.1:9/v1"  # the discard port: nothing listens
-Use = Callable[[Pool[Endpoint]], Any]
+Use = Callable[[EndpointPool[Endpoint]], Any]
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def ask(
     """What `use`, a coroutine function, returns with a pool of the endpoints of `settings`."""
 
     async def run() -> Any:
-        made = Pool(
+        made = EndpointPool(
             settings, Endpoint, model="teacher", section=SECTION, probe=probe, proves=proves
         )
         try:
@@ -71,7 +71,7 @@ async def question(endpoint: Endpoint) -> Any:
     return decoded(await endpoint.post("/v1/chat/completions", {"question": 1}))
 
 
-async def post(made: Pool[Endpoint]) -> Any:
+async def post(made: EndpointPool[Endpoint]) -> Any:
     """The answer of as many attempts as the settings allow."""
     return (await made.attempts(question)).answer
 
@@ -118,7 +118,7 @@ def test_a_request_that_is_refused_is_not_asked_again_and_has_the_servers_words(
         in_turn(Answer(400, {"error": {"message": "prompt of 9 tokens,\nmaximum 8"}}))
     ) as (server, url):
         with pytest.raises(
-            Refused, match=rf"^{url} refused it: 400 prompt of 9 tokens, maximum 8$"
+            RequestRefused, match=rf"^{url} refused it: 400 prompt of 9 tokens, maximum 8$"
         ):
             ask(client(url), post)
         assert len(server.bodies) == 1
@@ -157,7 +157,7 @@ def test_requests_go_to_the_endpoint_with_the_fewest_in_flight() -> None:
 
     with serving(slow) as (held, first_url), serving(last) as (quick, second_url):
 
-        async def use(made: Pool[Endpoint]) -> int:
+        async def use(made: EndpointPool[Endpoint]) -> int:
             first = [asyncio.create_task(post(made)) for _ in range(2)]
             await asyncio.to_thread(arrived.wait, 5)
             _, waiting = await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
@@ -175,7 +175,7 @@ def test_one_endpoint_is_given_no_more_than_max_in_flight() -> None:
         time.sleep(0.02)
         return FINE
 
-    async def use(made: Pool[Endpoint]) -> None:
+    async def use(made: EndpointPool[Endpoint]) -> None:
         await asyncio.gather(*(post(made) for _ in range(12)))
 
     with serving(slowly) as (server, url):
@@ -187,7 +187,7 @@ def test_the_breaker_leaves_a_failing_endpoint_alone_and_lets_one_request_try_it
     broken = Answer(500, {"error": "boom"})
     with serving(in_turn(broken, broken, broken, FINE)) as (server, url):
 
-        async def use(made: Pool[Endpoint]) -> list[str]:
+        async def use(made: EndpointPool[Endpoint]) -> list[str]:
             problems = []
             for _ in range(3):
                 with pytest.raises(EndpointFault):
@@ -211,7 +211,7 @@ def test_after_the_trial_all_that_waited_go_on_together() -> None:
         time.sleep(0.02)
         return FINE
 
-    async def use(made: Pool[Endpoint]) -> None:
+    async def use(made: EndpointPool[Endpoint]) -> None:
         with pytest.raises(EndpointFault):
             await post(made)
         await asyncio.gather(*(post(made) for _ in range(9)))
@@ -222,8 +222,8 @@ def test_after_the_trial_all_that_waited_go_on_together() -> None:
 
 
 def test_an_endpoint_that_is_gone_does_not_hold_up_the_others() -> None:
-    async def use(made: Pool[Endpoint]) -> Any:
-        answers: list[Answered[Any]] = await asyncio.gather(
+    async def use(made: EndpointPool[Endpoint]) -> Any:
+        answers: list[EndpointReply[Any]] = await asyncio.gather(
             *(made.attempts(question) for _ in range(10))
         )
         return {answered.endpoint for answered in answers}, made.serving, made.problem
@@ -238,7 +238,7 @@ def test_an_endpoint_that_is_gone_does_not_hold_up_the_others() -> None:
 
 
 def test_requests_per_second_is_kept() -> None:
-    async def use(made: Pool[Endpoint]) -> None:
+    async def use(made: EndpointPool[Endpoint]) -> None:
         await asyncio.gather(*(post(made) for _ in range(6)))
 
     with serving(in_turn(FINE)) as (server, url):
@@ -260,7 +260,7 @@ def test_a_status_about_the_endpoint_is_waited_out_and_told(code: int) -> None:
     closed = Answer(code, {"error": {"message": "not for you"}})
     with serving(lambda body: closed) as (server, url):
 
-        async def use(made: Pool[Endpoint]) -> list[Any]:
+        async def use(made: EndpointPool[Endpoint]) -> list[Any]:
             asked = asyncio.create_task(made.ask(question))
             await until(lambda: made.problem)
             told = made.problem
@@ -281,8 +281,8 @@ def test_a_status_about_the_endpoint_is_waited_out_and_told(code: int) -> None:
 def test_a_status_about_one_question_refuses_that_one_alone(code: int) -> None:
     refusal = Answer(code, {"error": {"message": "too long"}})
 
-    async def use(made: Pool[Endpoint]) -> Any:
-        with pytest.raises(Refused, match=rf"refused it: {code} too long$"):
+    async def use(made: EndpointPool[Endpoint]) -> Any:
+        with pytest.raises(RequestRefused, match=rf"refused it: {code} too long$"):
             await made.ask(question)
         return (await made.ask(question)).answer, made.problem
 
@@ -293,7 +293,7 @@ def test_a_status_about_one_question_refuses_that_one_alone(code: int) -> None:
 def test_a_server_that_is_busy_for_long_is_told_of_without_being_left_alone() -> None:
     with serving(lambda body: Answer(429, {"error": {"message": "slow down"}})) as (server, url):
 
-        async def use(made: Pool[Endpoint]) -> Any:
+        async def use(made: EndpointPool[Endpoint]) -> Any:
             asked = asyncio.create_task(made.ask(question))
             await until(lambda: made.problem)
             told = made.problem
@@ -309,10 +309,10 @@ def test_a_server_that_is_busy_for_long_is_told_of_without_being_left_alone() ->
 def test_a_refused_trial_shows_that_the_endpoint_is_back() -> None:
     refusal = Answer(400, {"error": {"message": "too long"}})
 
-    async def use(made: Pool[Endpoint]) -> Any:
+    async def use(made: EndpointPool[Endpoint]) -> Any:
         with pytest.raises(EndpointFault):
             await post(made)
-        with pytest.raises(Refused):
+        with pytest.raises(RequestRefused):
             await post(made)
         return made.problem, made.capacity
 
@@ -328,7 +328,7 @@ def test_a_probe_that_proves_lets_all_in_at_once_and_one_that_fails_nobody() -> 
         if len(probed) == 1:
             raise UserError("other weights", expected="the same", next_step="Serve them.")
 
-    async def use(made: Pool[Endpoint]) -> Any:
+    async def use(made: EndpointPool[Endpoint]) -> Any:
         with pytest.raises(EndpointFault):
             await post(made)
         asked = asyncio.create_task(post(made))

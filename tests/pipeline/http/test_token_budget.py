@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from onstream.pipeline.http import Budget
+from onstream.pipeline.http import TokenBudget
 from onstream.pipeline.redis.streams import Bus
 
 SETTING = "orchestrator.teacher_model.client.max_tokens_per_run"
 
 
-def budget(bus: Bus, most: int | None) -> Budget:
-    made = Budget(bus, "score", most, SETTING)
+def budget(bus: Bus, most: int | None) -> TokenBudget:
+    made = TokenBudget(bus, "score", most, SETTING)
     made.open()
     return made
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.redis.job_queue import Jobs
+from onstream.pipeline.redis.job_queue import JobQueue
 from onstream.pipeline.redis.streams import Bus
 from onstream.pipeline.weights.pins import pinned
 from onstream.settings.root import Settings
@@ -115,7 +115,7 @@ def test_what_the_command_line_asks_for_is_kept_and_listed(
         ("prune", "queued"),
     ]
     assert "evaluate 3" in onstream("jobs", "list", run)
-    with Jobs(redis_url, settings.run.name, settings.jobs) as jobs:
+    with JobQueue(redis_url, settings.run.name, settings.jobs) as jobs:
         assert not jobs.idle()
 
 

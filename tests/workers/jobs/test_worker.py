@@ -17,7 +17,7 @@ import pytest
 from rq import Queue
 
 import tests.workers.jobs.worker_process as misbehaving
-from onstream.pipeline.redis.job_queue import JobRow, Jobs, ask_pinned, queue_name
+from onstream.pipeline.redis.job_queue import JobQueue, JobRow, ask_pinned, queue_name
 from onstream.pipeline.redis.streams import Bus
 from onstream.pipeline.weights.pins import pinned
 from onstream.settings.root import Settings
@@ -36,9 +36,9 @@ def settings(bus: Bus, tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def jobs(redis_url: str, settings: Settings) -> Iterator[Jobs]:
+def jobs(redis_url: str, settings: Settings) -> Iterator[JobQueue]:
     settings.run_dir.mkdir()
-    with Jobs(redis_url, settings.run.name, settings.jobs) as jobs:
+    with JobQueue(redis_url, settings.run.name, settings.jobs) as jobs:
         yield jobs
 
 
@@ -65,7 +65,7 @@ def start(redis_url: str, settings: Settings) -> Iterator[Start]:
         process.wait()
 
 
-def ask(jobs: Jobs, kind: str, *args: Any, key: str = "1") -> bool:
+def ask(jobs: JobQueue, kind: str, *args: Any, key: str = "1") -> bool:
     assert kind in misbehaving.NAMES
     return jobs.ask(kind, key, *args)  # type: ignore[arg-type]
 
@@ -78,7 +78,7 @@ def until(holds: Callable[[], Any], within_s: float = 25) -> Any:
     return found
 
 
-def ended(jobs: Jobs, kind: str) -> JobRow:
+def ended(jobs: JobQueue, kind: str) -> JobRow:
     rows = until(
         lambda: [
             row
@@ -97,7 +97,7 @@ def gone(pid: int) -> bool:
 
 
 def test_a_job_that_ignores_its_limit_is_killed_with_its_children_and_the_worker_goes_on(
-    jobs: Jobs, start: Start, tmp_path: Path
+    jobs: JobQueue, start: Start, tmp_path: Path
 ) -> None:
     ask(jobs, "hang", str(tmp_path / "pids"))
     ask(jobs, "answer", 7)
@@ -111,7 +111,7 @@ def test_a_job_that_ignores_its_limit_is_killed_with_its_children_and_the_worker
 
 
 def test_what_a_job_leaves_behind_is_killed_when_it_has_ended(
-    jobs: Jobs, start: Start, tmp_path: Path
+    jobs: JobQueue, start: Start, tmp_path: Path
 ) -> None:
     ask(jobs, "daemon", str(tmp_path / "pid"))
     start(jobs={"time_limit": 20})
@@ -119,7 +119,7 @@ def test_what_a_job_leaves_behind_is_killed_when_it_has_ended(
     until(lambda: gone(int((tmp_path / "pid").read_text())))
 
 
-def test_a_job_that_fails_is_tried_again(jobs: Jobs, start: Start, tmp_path: Path) -> None:
+def test_a_job_that_fails_is_tried_again(jobs: JobQueue, start: Start, tmp_path: Path) -> None:
     ask(jobs, "flaky", str(tmp_path / "failed"))
     start()
     row = ended(jobs, "flaky")
@@ -127,7 +127,7 @@ def test_a_job_that_fails_is_tried_again(jobs: Jobs, start: Start, tmp_path: Pat
 
 
 def test_what_only_the_user_can_mend_is_not_tried_again(
-    jobs: Jobs, start: Start, tmp_path: Path
+    jobs: JobQueue, start: Start, tmp_path: Path
 ) -> None:
     ask(jobs, "hopeless", str(tmp_path / "tries"))
     start()
@@ -138,7 +138,7 @@ def test_what_only_the_user_can_mend_is_not_tried_again(
 
 
 def test_a_job_is_asked_for_once_and_anew_only_where_that_is_wanted(
-    jobs: Jobs, start: Start
+    jobs: JobQueue, start: Start
 ) -> None:
     assert ask(jobs, "answer", 1)
     assert not ask(jobs, "answer", 2)
@@ -158,7 +158,7 @@ def test_a_job_is_asked_for_once_and_anew_only_where_that_is_wanted(
 
 
 def test_a_worker_told_to_stop_gives_the_job_in_hand_back_uncounted(
-    jobs: Jobs, start: Start, tmp_path: Path
+    jobs: JobQueue, start: Start, tmp_path: Path
 ) -> None:
     begun = tmp_path / "begun"
     ask(jobs, "slow", str(begun))
@@ -172,7 +172,7 @@ def test_a_worker_told_to_stop_gives_the_job_in_hand_back_uncounted(
 
 
 def test_a_worker_ends_by_itself_when_the_run_has_and_nothing_is_left_to_do(
-    jobs: Jobs, start: Start, bus: Bus
+    jobs: JobQueue, start: Start, bus: Bus
 ) -> None:
     ask(jobs, "answer", 1)
     bus.finish(bus.acquire_lease(30))
@@ -180,14 +180,14 @@ def test_a_worker_ends_by_itself_when_the_run_has_and_nothing_is_left_to_do(
     assert ended(jobs, "answer").status == "finished"
 
 
-def test_it_says_in_heartbeats_that_it_lives(jobs: Jobs, start: Start, bus: Bus) -> None:
+def test_it_says_in_heartbeats_that_it_lives(jobs: JobQueue, start: Start, bus: Bus) -> None:
     start()
     [state] = until(bus.workers)
     assert (state.stage, state.detail) == ("jobs", "waits for jobs")
 
 
 def test_a_function_that_is_no_job_of_ours_is_not_called(
-    jobs: Jobs, start: Start, bus: Bus, tmp_path: Path
+    jobs: JobQueue, start: Start, bus: Bus, tmp_path: Path
 ) -> None:
     victim = tmp_path / "victim"
     victim.touch()
@@ -201,7 +201,7 @@ def test_a_function_that_is_no_job_of_ours_is_not_called(
 
 
 def test_a_sweep_runs_once_an_interval_and_tells_of_dead_letters(
-    jobs: Jobs, start: Start, bus: Bus
+    jobs: JobQueue, start: Start, bus: Bus
 ) -> None:
     fields = {
         "n": 1,
@@ -220,7 +220,7 @@ def test_a_sweep_runs_once_an_interval_and_tells_of_dead_letters(
 
 
 def test_pruning_lets_go_of_versions_kept_for_jobs_that_are_gone(
-    jobs: Jobs, start: Start, settings: Settings
+    jobs: JobQueue, start: Start, settings: Settings
 ) -> None:
     for version in range(7):
         (settings.run_dir / "policies" / f"{version:06d}").mkdir(parents=True)
@@ -235,7 +235,7 @@ def test_pruning_lets_go_of_versions_kept_for_jobs_that_are_gone(
 
 
 def test_pruning_leaves_the_directories_to_a_trainer_that_is_at_work(
-    jobs: Jobs, start: Start, bus: Bus, settings: Settings
+    jobs: JobQueue, start: Start, bus: Bus, settings: Settings
 ) -> None:
     (settings.run_dir / "policies" / "000001").mkdir(parents=True)
     lease = bus.acquire_lease(60)
@@ -244,7 +244,7 @@ def test_pruning_leaves_the_directories_to_a_trainer_that_is_at_work(
     assert ended(jobs, "prune").result == {"pins": [], "policies": [], "left_to": lease.holder}
 
 
-def test_a_worker_that_is_killed_loses_no_job(jobs: Jobs, start: Start, tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_loses_no_job(jobs: JobQueue, start: Start, tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     ask(jobs, "slow", str(begun))
     first = start(jobs={"time_limit": 60})
@@ -274,7 +274,10 @@ def test_a_worker_waits_while_redis_is_full_and_does_its_jobs_when_there_is_room
         url,
         settings.model_dump_json(),
     ]
-    with Jobs(url, settings.run.name, settings.jobs) as jobs, subprocess.Popen(command) as worker:
+    with (
+        JobQueue(url, settings.run.name, settings.jobs) as jobs,
+        subprocess.Popen(command) as worker,
+    ):
         try:
             until(lambda: [beat for beat in bus.workers() if beat.stage == "jobs"])
             bus._ask("CONFIG", "SET", "maxmemory", 1)

@@ -46,10 +46,10 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[list[ScoreRequest]] = []
 
-    def look_ahead(self, request: ScoreRequest) -> None:
+    def prefetch_images(self, request: ScoreRequest) -> None:
         """It sees no images."""
 
-    def unseen(self, request: ScoreRequest) -> str | None:
+    def image_problem(self, request: ScoreRequest) -> str | None:
         return "it is a recorder" if request.images else None
 
     def close(self) -> None:

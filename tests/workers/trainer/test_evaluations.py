@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from onstream.pipeline.redis.job_queue import Jobs
+from onstream.pipeline.redis.job_queue import JobQueue
 from onstream.pipeline.weights.pins import pin, pinned, pins, unpin
 from onstream.settings.jobs import JobsSettings
 from onstream.workers.launcher.report import build
@@ -35,12 +35,12 @@ def start(run: RunMaker, redis_url: str) -> Callable[..., Run]:
 
 
 @pytest.fixture
-def jobs(redis_url: str, run_name: str) -> Iterator[Jobs]:
-    with Jobs(redis_url, run_name, JobsSettings()) as jobs:
+def jobs(redis_url: str, run_name: str) -> Iterator[JobQueue]:
+    with JobQueue(redis_url, run_name, JobsSettings()) as jobs:
         yield jobs
 
 
-def asked(jobs: Jobs) -> list[str]:
+def asked(jobs: JobQueue) -> list[str]:
     return sorted(row.key for row in jobs.rows())
 
 
@@ -49,7 +49,7 @@ def policies(run: Run) -> set[int]:
 
 
 def test_every_interval_a_version_is_asked_for_and_kept_until_it_is_evaluated(
-    start: Callable[..., Run], jobs: Jobs
+    start: Callable[..., Run], jobs: JobQueue
 ) -> None:
     started = start(checkpoint__keep_policies=2, trainer__max_steps=8)
     started.to_the_end()
@@ -58,7 +58,7 @@ def test_every_interval_a_version_is_asked_for_and_kept_until_it_is_evaluated(
     assert {0, 2, 4, 6, 7, 8} == policies(started)
 
 
-def test_a_replayed_step_is_not_asked_for_twice(start: Callable[..., Run], jobs: Jobs) -> None:
+def test_a_replayed_step_is_not_asked_for_twice(start: Callable[..., Run], jobs: JobQueue) -> None:
     started = start()
     started.until(3)
     started.start()
@@ -67,7 +67,7 @@ def test_a_replayed_step_is_not_asked_for_twice(start: Callable[..., Run], jobs:
 
 
 def test_what_redis_forgot_is_asked_for_again_by_the_next_trainer(
-    start: Callable[..., Run], jobs: Jobs
+    start: Callable[..., Run], jobs: JobQueue
 ) -> None:
     started = start()
     started.until(4)
@@ -80,7 +80,7 @@ def test_what_redis_forgot_is_asked_for_again_by_the_next_trainer(
 
 
 def test_no_more_evaluations_than_may_wait_are_asked_for_but_for_the_last(
-    start: Callable[..., Run], jobs: Jobs
+    start: Callable[..., Run], jobs: JobQueue
 ) -> None:
     started = start(jobs__max_waiting=1)
     started.to_the_end()
@@ -89,7 +89,7 @@ def test_no_more_evaluations_than_may_wait_are_asked_for_but_for_the_last(
 
 
 def test_a_job_that_cannot_be_asked_for_costs_no_step(
-    start: Callable[..., Run], jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., Run], jobs: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from redis.exceptions import OutOfMemoryError
 
@@ -97,7 +97,7 @@ def test_a_job_that_cannot_be_asked_for_costs_no_step(
         raise OutOfMemoryError("full")
 
     started = start()
-    monkeypatch.setattr(Jobs, "ask", full)
+    monkeypatch.setattr(JobQueue, "ask", full)
     started.to_the_end()
     assert pinned(started.trainer.run_dir) == set()
 
@@ -125,7 +125,7 @@ def test_results_join_the_metrics_of_the_next_step_and_the_report(
 
 
 def test_without_an_interval_nothing_is_asked_for_and_the_metrics_are_as_ever(
-    start: Callable[..., Run], jobs: Jobs
+    start: Callable[..., Run], jobs: JobQueue
 ) -> None:
     started = start(eval__interval=0)
     started.to_the_end()
@@ -135,7 +135,7 @@ def test_without_an_interval_nothing_is_asked_for_and_the_metrics_are_as_ever(
 
 @pytest.mark.timeout(60)
 def test_a_jobs_worker_evaluates_what_was_asked_for_and_lets_go_of_it(
-    start: Callable[..., Run], jobs: Jobs, redis_url: str
+    start: Callable[..., Run], jobs: JobQueue, redis_url: str
 ) -> None:
     started = start(eval__interval=3, inference__sampling__max_completion=4)
     started.to_the_end()

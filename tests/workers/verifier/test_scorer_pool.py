@@ -17,9 +17,9 @@ import pytest
 from onstream.pipeline.errors import UserError
 from onstream.settings.root import Settings
 from onstream.workers.verifier.scorer_messages import Verdict
-from onstream.workers.verifier.scorer_pool import CRASHED, TIMED_OUT, Children
+from onstream.workers.verifier.scorer_pool import CRASHED, TIMED_OUT, ScorerPool
 
-Pool = Callable[..., Children]
+Pool = Callable[..., ScorerPool]
 HONEST: dict[str, Any] = {}
 MISBEHAVING = "tests.workers.verifier.misbehaving:score"
 
@@ -36,10 +36,10 @@ def settings_of(
 @pytest.fixture
 def pool() -> Iterator[Pool]:
     """Makes pools that have started, and closes them."""
-    pools: list[Children] = []
+    pools: list[ScorerPool] = []
 
-    def make(**options: Any) -> Children:
-        pools.append(Children(settings_of(**options)))
+    def make(**options: Any) -> ScorerPool:
+        pools.append(ScorerPool(settings_of(**options)))
         pools[-1].start()
         return pools[-1]
 
@@ -48,7 +48,7 @@ def pool() -> Iterator[Pool]:
         each.close()
 
 
-def verdicts(children: Children, *infos: dict[str, Any]) -> list[Verdict]:
+def verdicts(children: ScorerPool, *infos: dict[str, Any]) -> list[Verdict]:
     """The verdicts on rollouts with these infos, in their order."""
     for key, info in enumerate(infos):
         children.submit(key, "a completion", info)
@@ -246,7 +246,7 @@ def test_the_end_of_the_nursery_is_an_error_and_not_a_silence(pool: Pool) -> Non
 def test_nothing_outlives_a_verifier_that_is_killed() -> None:
     script = (
         "from tests.workers.verifier.test_scorer_pool import *\n"
-        "children = Children(settings_of(timeout=60)); children.start()\n"
+        "children = ScorerPool(settings_of(timeout=60)); children.start()\n"
         "told = verdicts(children, {'do': 'tell_pid'})[0].parts\n"
         "children.submit(0, '', {'do': 'loop_forever'}); children.collect(0.05)\n"
         "print(int(told['pid']), int(told['parent']), flush=True); input()\n"
@@ -271,7 +271,7 @@ def test_nothing_outlives_a_verifier_that_is_killed() -> None:
 )
 def test_a_scorer_that_cannot_be_imported_is_refused_at_the_start(scorer: str, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
-        Children(settings_of(scorer)).start()
+        ScorerPool(settings_of(scorer)).start()
     assert "expected an importable `module:function`" in str(caught.value)
 
 
@@ -281,7 +281,7 @@ def test_a_scorer_whose_import_ends_the_process_is_refused(
     (tmp_path / "leaves.py").write_text("import os; os._exit(3)")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(UserError, match="ended while importing"):
-        Children(settings_of("leaves:score")).start()
+        ScorerPool(settings_of("leaves:score")).start()
 
 
 def test_children_that_never_come_up_are_an_error_and_not_an_endless_attempt(

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from onstream.pipeline.records import Rollout, Tombstone, decode_work, encode
-from onstream.pipeline.redis.job_queue import Jobs
+from onstream.pipeline.redis.job_queue import JobQueue
 from onstream.pipeline.redis.streams import Bus
 from onstream.settings.root import Settings
 from onstream.workers.jobs.process_tree import descendants
@@ -125,7 +125,7 @@ def test_a_job_moves_the_entry_on_with_its_verdict_and_runs_once(site: Site) -> 
         ["verify"],
     )
     assert done.timings[0].worker.startswith("job-")
-    with Jobs(site.url, site.bus.run, settings.jobs) as jobs:
+    with JobQueue(site.url, site.bus.run, settings.jobs) as jobs:
         [row] = until(lambda: [row for row in jobs.rows() if row.status == "finished"])
     assert (row.kind, row.tries, row.result) == (
         "verify",
@@ -199,7 +199,7 @@ def test_a_verifier_that_is_killed_meanwhile_costs_nothing(site: Site) -> None:
     until(lambda: [row.consumer for row in site.bus.all_pending_rows("verify")] == ["second"])
     site.go_on.touch()
     assert site.scored(1)[1].reward == 1.0
-    with Jobs(site.url, site.bus.run, settings.jobs) as jobs:
+    with JobQueue(site.url, site.bus.run, settings.jobs) as jobs:
         assert [row.tries for row in jobs.rows()] == [1]
     assert (site.bus.numbers("score"), site.bus.dead_count()) == ([1], 0)
 

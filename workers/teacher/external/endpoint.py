@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import httpx
 
-from onstream.pipeline.http import Endpoint, Refused
+from onstream.pipeline.http import Endpoint, RequestRefused
 from onstream.workers.teacher.external.protocols import SHOWN_IMAGES, TeacherProtocol
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
 
@@ -22,16 +22,16 @@ class TeacherEndpoint(Endpoint):
 
         Raises:
             EndpointFault: there are none, through no fault of the request.
-            Refused: the request is too long, the server will not have it, or it would be scored
+            RequestRefused: the request is too long, the server will not have it, or it would be scored
                 without its images.
         """
         assert self.protocol is not None, "an endpoint that serves has been probed"
         if request.images and (request.sent is None or self.protocol.name != SHOWN_IMAGES):
-            raise Refused(
+            raise RequestRefused(
                 f"it would be scored blind: {self.protocol.name} sends token ids alone, and {SHOWN_IMAGES} images too"
             )
         if self.context_tokens is not None and request.tokens + 1 > self.context_tokens:
-            raise Refused(
+            raise RequestRefused(
                 f"{request.tokens} tokens, and one that scoring takes, exceed its context of {self.context_tokens}"
             )
         reply = await self.post(self.protocol.path, self.protocol.body(model, request, top_k))

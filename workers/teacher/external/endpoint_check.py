@@ -10,7 +10,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.http import BadReply, EndpointError, EndpointFault, Refused, require_model
+from onstream.pipeline.http import (
+    BadReply,
+    EndpointError,
+    EndpointFault,
+    RequestRefused,
+    require_model,
+)
 from onstream.pipeline.http.served_models import locked
 from onstream.pipeline.records import Logprobs
 from onstream.settings.client import TeacherModelSettings
@@ -21,12 +27,12 @@ from onstream.workers.teacher.external.protocols import (
     Echo,
     TeacherProtocol,
 )
-from onstream.workers.teacher.external.student_info import Judged
+from onstream.workers.teacher.external.student_info import StudentInfo
 from onstream.workers.teacher.external.vocabulary import compare_by_routes, compare_by_texts
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
 
 SECTION = "orchestrator.teacher_model"
-PROBE_S = 8.0
+CHECK_S = 8.0
 SAME_NATS = 0.05
 """Mean distance of two scores of one prompt by one endpoint; bfloat16 in changing batches stays
 below it.
@@ -36,14 +42,14 @@ ALIKE_NATS = 0.2
 
 
 @dataclass
-class Probe:
+class EndpointCheck:
     """Asks an endpoint all that must hold. `top_k` likeliest tokens will be asked for.
 
     `reference` is what the first endpoint that passed scored the probe's text; the others, and
     whatever comes back, must score it alike.
     """
 
-    student: Judged
+    student: StudentInfo
     teacher: TeacherModelSettings
     top_k: int
     reference: Logprobs | None = None
@@ -56,11 +62,11 @@ class Probe:
             EndpointFault: it does not answer, or not in time.
         """
         try:
-            async with asyncio.timeout(PROBE_S):
+            async with asyncio.timeout(CHECK_S):
                 logprobs = await self._check(endpoint)
         except TimeoutError as error:
             raise EndpointFault(
-                f"the questions of the start took longer than {PROBE_S:g} s"
+                f"the questions of the start took longer than {CHECK_S:g} s"
             ) from error
         if self.reference is None:
             self.reference = logprobs
@@ -78,16 +84,16 @@ class Probe:
             else await require_model(endpoint, self._model, SECTION)
         )
         protocol, scores, texts = await self._negotiate(endpoint)
-        tokenized = await compare_by_routes(self.student.party, endpoint, self._model)
+        tokenized = await compare_by_routes(self.student.model, endpoint, self._model)
         if tokenized is None:
             compare_by_texts(
-                self.student.party, endpoint, texts or await self._texts(endpoint, protocol)
+                self.student.model, endpoint, texts or await self._texts(endpoint, protocol)
             )
         context = listed.get("max_model_len") or (tokenized.max_model_len if tokenized else None)
         await self._check_context(endpoint, protocol, context)
         await self._check_repeatable(endpoint, protocol, scores)
-        if self.student.shown is not None:
-            await self._check_images(endpoint, protocol, self.student.shown)
+        if self.student.image_request is not None:
+            await self._check_images(endpoint, protocol, self.student.image_request)
         endpoint.protocol = protocol
         endpoint.context_tokens = context
         return scores.logprobs
@@ -115,7 +121,7 @@ class Probe:
                 continue
             if most >= self.top_k:
                 return protocol, *await self._asked(
-                    endpoint, protocol, self.student.probe, self.top_k
+                    endpoint, protocol, self.student.check_request, self.top_k
                 )
         if most >= 0:
             raise self._too_few(endpoint, most)
@@ -125,11 +131,11 @@ class Probe:
         """The most likeliest tokens that `protocol` gives here, up to `top_k`, by halving.
 
         Raises:
-            EndpointFault, Refused: it gives no logprobs at all.
+            EndpointFault, RequestRefused: it gives no logprobs at all.
         """
         if self.top_k and await self._gives(endpoint, protocol, self.top_k):
             return self.top_k
-        await self._asked(endpoint, protocol, self.student.probe, 0)
+        await self._asked(endpoint, protocol, self.student.check_request, 0)
         most = 0
         refused = max(1, self.top_k)
         while refused - most > 1:
@@ -145,8 +151,8 @@ class Probe:
         self, endpoint: TeacherEndpoint, protocol: TeacherProtocol, top_k: int
     ) -> bool:
         try:
-            await self._asked(endpoint, protocol, self.student.probe, top_k)
-        except (BadReply, Refused):
+            await self._asked(endpoint, protocol, self.student.check_request, top_k)
+        except (BadReply, RequestRefused):
             return False
         except EndpointFault as fault:
             if fault.status is None:
@@ -171,7 +177,9 @@ class Probe:
         if not isinstance(protocol, Echo):
             return {}
         return (
-            await self._asked(endpoint, replace(protocol, named_ids=False), self.student.probe, 0)
+            await self._asked(
+                endpoint, replace(protocol, named_ids=False), self.student.check_request, 0
+            )
         )[1]
 
     async def _check_context(
@@ -184,10 +192,10 @@ class Probe:
         if context is not None and context < longest + 1:
             raise self._too_short(endpoint, f"{context} tokens")
         if context is None:
-            ids = np.resize(self.student.probe.completion_ids, longest)
+            ids = np.resize(self.student.check_request.completion_ids, longest)
             try:
                 await self._asked(endpoint, protocol, ScoreRequest(ids[:-1], ids[-1:]), 0)
-            except Refused as refusal:
+            except RequestRefused as refusal:
                 raise self._too_short(
                     endpoint, f"too short for {longest} tokens ({refusal})"
                 ) from refusal
@@ -195,7 +203,7 @@ class Probe:
     async def _check_repeatable(
         self, endpoint: TeacherEndpoint, protocol: TeacherProtocol, first: Scores
     ) -> None:
-        again, _ = await self._asked(endpoint, protocol, self.student.probe, self.top_k)
+        again, _ = await self._asked(endpoint, protocol, self.student.check_request, self.top_k)
         nats = distance(first.logprobs, again.logprobs)
         if nats > SAME_NATS:
             raise UserError(
@@ -210,9 +218,11 @@ class Probe:
         """Whether it scores a prompt with a picture, of which it makes the student's tokens."""
         try:
             if protocol.name != SHOWN_IMAGES:
-                raise Refused(f"the protocol is {protocol.name}, which sends token ids alone")
+                raise RequestRefused(
+                    f"the protocol is {protocol.name}, which sends token ids alone"
+                )
             await self._asked(endpoint, protocol, shown, self.top_k)
-        except Refused as refusal:
+        except RequestRefused as refusal:
             raise UserError(
                 f"the task's prompts hold images, and the teacher at {endpoint.name} would judge them blind: {refusal}",
                 expected=f"a vLLM server of the student's family, asked by the protocol {SHOWN_IMAGES}",

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
-from onstream.pipeline.http import BadReply, Refused
+from onstream.pipeline.http import BadReply, RequestRefused
 from onstream.pipeline.undecodable import UNDECODABLE
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
 
@@ -125,12 +125,12 @@ class VllmGenerate:
         """As in the protocol.
 
         Raises:
-            Refused: the server makes other tokens of the images than the student's processor.
+            RequestRefused: the server makes other tokens of the images than the student's processor.
         """
         generated = _decoded(reply, _Generated)
         if request.sent is not None and generated.prompt_token_ids != _ids(request):
             made = len(generated.prompt_token_ids or ())
-            raise Refused(
+            raise RequestRefused(
                 f"of a sample with {len(request.images)} images it makes {made} tokens that are not the student's {request.tokens}"
             )
         return _from_positions(generated.prompt_logprobs, request, top_k)

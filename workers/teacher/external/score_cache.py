@@ -14,7 +14,7 @@ from onstream.workers.teacher.external.endpoint_check import SAME_NATS, distance
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
 
 
-class Shelf(Protocol):
+class ScoreCacheStore(Protocol):
     """What the cache asks of the bus."""
 
     def recall_scores(self, digests: Sequence[bytes]) -> list[bytes | None]: ...
@@ -23,13 +23,13 @@ class Shelf(Protocol):
     def note_teacher(self, name: bytes, probed: bytes) -> None: ...
 
 
-class _Kept(msgspec.Struct, array_like=True):
+class _CachedScores(msgspec.Struct, array_like=True):
     logprobs: bytes
     top_ids: bytes | None = None
     top_logprobs: bytes | None = None
 
 
-_decoder = msgspec.msgpack.Decoder(_Kept)
+_decoder = msgspec.msgpack.Decoder(_CachedScores)
 
 
 class ScoreCache:
@@ -42,7 +42,7 @@ class ScoreCache:
 
     def __init__(
         self,
-        shelf: Shelf,
+        shelf: ScoreCacheStore,
         most: int,
         *,
         teacher: str,
@@ -104,7 +104,7 @@ def _value(scores: Scores) -> bytes:
     top = None if scores.top_ids is None else ids_bytes(scores.top_ids)
     top_logprobs = None if scores.top_logprobs is None else logprobs_bytes(scores.top_logprobs)
     return msgspec.msgpack.encode(
-        _Kept(logprobs_bytes(np.asarray(scores.logprobs)), top, top_logprobs)
+        _CachedScores(logprobs_bytes(np.asarray(scores.logprobs)), top, top_logprobs)
     )
 
 

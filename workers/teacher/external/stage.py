@@ -10,26 +10,32 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.http import Answered, Background, Budget, Pool, Refused
+from onstream.pipeline.http import (
+    EndpointPool,
+    EndpointReply,
+    EventLoopThread,
+    RequestRefused,
+    TokenBudget,
+)
 from onstream.pipeline.models.tokenizer import has_vision, load_configs
 from onstream.pipeline.records import Sample, StageName
 from onstream.pipeline.redis.streams import Bus
 from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.settings.root import Settings
 from onstream.workers.teacher.external.endpoint import TeacherEndpoint
-from onstream.workers.teacher.external.endpoint_check import SECTION, Probe
+from onstream.workers.teacher.external.endpoint_check import SECTION, EndpointCheck
 from onstream.workers.teacher.external.score_cache import ScoreCache
-from onstream.workers.teacher.external.student_info import judged_student
+from onstream.workers.teacher.external.student_info import load_student_info
 from onstream.workers.teacher.score_requests import objection, request_of, rollout_of, write
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
 
 if TYPE_CHECKING:
-    from onstream.workers.teacher.external.prompt_images import Sight
+    from onstream.workers.teacher.external.request_images import RequestImages
 
 SLICE_S = 0.02
 CACHED = "cache"
 """What `scored_by` says of scores that were kept from before."""
-Scored = Answered[Scores]
+Scored = EndpointReply[Scores]
 
 
 @dataclass
@@ -78,7 +84,7 @@ class ExternalTeacher:
         self._unasked: deque[Job] = deque()  # those of _jobs that nothing was asked about yet
         self._replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
         self._cache: ScoreCache | None = None
-        self._sight: Sight | None = None
+        self._sight: RequestImages | None = None
 
     def setup(self) -> None:
         """Ask every endpoint all that must hold before it may judge the student.
@@ -93,20 +99,23 @@ class ExternalTeacher:
                 expected="the address and the model of an external teacher",
                 next_step=f'Set {SECTION}.client.base_url = ["http://…/v1"] and {SECTION}.model.name.',
             )
-        self._teacher, self._student = teacher, judged_student(self._settings)
+        self._teacher, self._student = teacher, load_student_info(self._settings)
         self._top_k = min(
-            self._settings.trainer.loss.teacher_top_k, self._student.party.vocabulary_size - 1
+            self._settings.trainer.loss.teacher_top_k, self._student.model.vocabulary_size - 1
         )
-        self._background, self._probe = Background(), Probe(self._student, teacher, self._top_k)
-        self._pool = Pool(
+        self._background, self._check_endpoint = (
+            EventLoopThread(),
+            EndpointCheck(self._student, teacher, self._top_k),
+        )
+        self._pool = EndpointPool(
             teacher.client,
             TeacherEndpoint,
             model=teacher.model.name,
             section=SECTION,
-            probe=self._probe,
+            probe=self._check_endpoint,
             proves=True,
         )
-        self._budget = Budget(
+        self._budget = TokenBudget(
             self._bus,
             self.name,
             teacher.client.max_tokens_per_run,
@@ -160,17 +169,17 @@ class ExternalTeacher:
         self._jobs.clear()
         self._unasked.clear()
 
-    def _sight_of(self) -> Sight | None:
+    def _sight_of(self) -> RequestImages | None:
         config, _ = load_configs(self._settings.model.name)
         if not has_vision(config):
             return None
-        from onstream.workers.teacher.external.prompt_images import Sight  # imports torch
+        from onstream.workers.teacher.external.request_images import RequestImages  # imports torch
 
-        return Sight(self._settings, config, self._bus.images)
+        return RequestImages(self._settings, config, self._bus.images)
 
     def _objection(self, delivery: Delivery) -> str | None:
         name = self._teacher.model.name
-        size = self._student.party.vocabulary_size
+        size = self._student.model.vocabulary_size
         samples = rollout_of(delivery).samples
         if shown := sum(len(sample.images) for sample in samples):
             if self._sight is None:
@@ -206,14 +215,14 @@ class ExternalTeacher:
         return request_of(sample) if self._sight is None else self._sight.request_of(sample)
 
     def _known(self, requests: Sequence[ScoreRequest]) -> Sequence[Scores | None]:
-        if self._cache is None and self._probe.reference is not None:
+        if self._cache is None and self._check_endpoint.reference is not None:
             self._cache = ScoreCache(
                 self._bus,
                 self._settings.orchestrator.score_cache,
                 teacher=self._teacher.model.name,
                 top_k=self._top_k,
-                probe=self._student.probe,
-                reference=self._probe.reference,
+                probe=self._student.check_request,
+                reference=self._check_endpoint.reference,
             )
         return [None] * len(requests) if self._cache is None else self._cache.find(requests)
 
@@ -244,7 +253,7 @@ class ExternalTeacher:
                 continue  # another sample of this rollout was refused
             try:
                 job.scored[at] = future.result()
-            except Refused as refusal:
+            except RequestRefused as refusal:
                 outcomes.append(
                     Outcome(
                         self._jobs.pop(entry_id).delivery,
@@ -276,7 +285,7 @@ class ExternalTeacher:
 
     def _outcome(self, job: Job) -> Outcome:
         rollout = rollout_of(job.delivery)
-        size = self._student.party.vocabulary_size
+        size = self._student.model.vocabulary_size
         for at, sample in enumerate(rollout.samples):
             scores = job.scored[at].answer
             if scores.top_ids is not None and scores.top_ids.max() >= size:

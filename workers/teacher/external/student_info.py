@@ -16,8 +16,8 @@ from onstream.pipeline.prompts import Eyes, eyes_of, rendered
 from onstream.pipeline.tasks import load_task
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
-from onstream.workers.teacher.compatibility import Party
-from onstream.workers.teacher.model_info import party
+from onstream.workers.teacher.compatibility import ModelInfo
+from onstream.workers.teacher.model_info import load_model_info
 from onstream.workers.teacher.scorer import ScoreRequest
 
 PROMPTS = 64
@@ -33,33 +33,33 @@ log = get_logger()
 
 
 @dataclass(frozen=True)
-class Judged:
+class StudentInfo:
     """The student, `probe` to be scored at start, and the tokens of the longest sample that the
     teacher may be sent.
 
     `shown` is to be scored as well: a prompt with a picture, where the task's prompts show any.
     """
 
-    party: Party
-    probe: ScoreRequest
+    model: ModelInfo
+    check_request: ScoreRequest
     longest_sample: int
-    shown: ScoreRequest | None = None
+    image_request: ScoreRequest | None = None
 
 
-def judged_student(settings: Settings) -> Judged:
+def load_student_info(settings: Settings) -> StudentInfo:
     """The student of `settings`, from its tokenizer and configuration alone.
 
     Raises:
         UserError: it has no usable tokenizer, or the task's prompts hold images and it reads none.
     """
-    student = party(settings.model.name)
+    student = load_model_info(settings.model.name)
     prompts = _first_prompts(settings)
     shows = any(image_urls(messages) for messages in prompts)
     eyes = _eyes(settings) if shows else None
     longest = max((_tokens(messages, student, eyes) for messages in prompts), default=1)
     longest = min(student.context_tokens, longest + settings.inference.sampling.max_completion)
-    probe = probe_request(student, longest)
-    return Judged(
+    probe = make_check_request(student, longest)
+    return StudentInfo(
         student,
         probe,
         longest,
@@ -67,7 +67,7 @@ def judged_student(settings: Settings) -> Judged:
     )
 
 
-def probe_request(student: Party, longest: int) -> ScoreRequest:
+def make_check_request(student: ModelInfo, longest: int) -> ScoreRequest:
     """What each endpoint scores at start: a question by the chat template and a text of many kinds
     of characters.
     """
@@ -79,7 +79,7 @@ def probe_request(student: Party, longest: int) -> ScoreRequest:
     return ScoreRequest(ids[:1], ids[1:])
 
 
-def prompt_ids(student: Party, messages: list[Message]) -> list[int]:
+def prompt_ids(student: ModelInfo, messages: list[Message]) -> list[int]:
     """`messages` by the student's chat template, up to where the answer begins."""
     ids = student.tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=False
@@ -100,7 +100,7 @@ def _first_prompts(settings: Settings) -> list[list[Message]]:
     return [list(task.train(index).messages) for index in range(PROMPTS)]
 
 
-def _tokens(messages: list[Message], student: Party, eyes: Eyes | None) -> int:
+def _tokens(messages: list[Message], student: ModelInfo, eyes: Eyes | None) -> int:
     """The tokens of a prompt; 1 of one whose images cannot be used, which no teacher will see."""
     if eyes is None:
         return len(prompt_ids(student, messages))
@@ -123,7 +123,7 @@ def _eyes(settings: Settings) -> Eyes:
     return eyes_of(settings.model.name, config, settings)
 
 
-def _shown(settings: Settings, student: Party, eyes: Eyes, probe: ScoreRequest) -> ScoreRequest:
+def _shown(settings: Settings, student: ModelInfo, eyes: Eyes, probe: ScoreRequest) -> ScoreRequest:
     """A prompt that is a picture, and a word after it."""
     picture = plain_picture(*TRIED)
     messages: list[Message] = [

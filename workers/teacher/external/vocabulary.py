@@ -8,10 +8,10 @@ import msgspec
 import numpy as np
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.http import Endpoint, EndpointError, EndpointFault, Refused, decoded
+from onstream.pipeline.http import Endpoint, EndpointError, EndpointFault, RequestRefused, decoded
 from onstream.pipeline.telemetry import get_logger
 from onstream.pipeline.undecodable import UNDECODABLE
-from onstream.workers.teacher.compatibility import TURNS, Party
+from onstream.workers.teacher.compatibility import TURNS, ModelInfo
 from onstream.workers.teacher.external.student_info import TEXT, prompt_ids
 
 SPECIAL_TOKENS = 64
@@ -30,7 +30,7 @@ class Tokenized(msgspec.Struct):
     max_model_len: int | None = None
 
 
-async def compare_by_routes(student: Party, endpoint: Endpoint, model: str) -> Tokenized | None:
+async def compare_by_routes(student: ModelInfo, endpoint: Endpoint, model: str) -> Tokenized | None:
     """Compares by the server's own tokenizer; returns what it said of a text, None where it has no
     `/tokenize`.
 
@@ -55,7 +55,7 @@ async def compare_by_routes(student: Party, endpoint: Endpoint, model: str) -> T
     return theirs
 
 
-def compare_by_texts(student: Party, endpoint: Endpoint, texts: dict[int, str]) -> None:
+def compare_by_texts(student: ModelInfo, endpoint: Endpoint, texts: dict[int, str]) -> None:
     """Compares the texts that came with logprobs, by token id, with what the student's tokenizer
     says of the ids.
 
@@ -96,7 +96,7 @@ async def _tokenized(endpoint: Endpoint, body: dict[str, Any]) -> Tokenized | No
         raise
 
 
-def _same_ids(student: Party, endpoint: Endpoint, ours: list[int], theirs: list[int]) -> None:
+def _same_ids(student: ModelInfo, endpoint: Endpoint, ours: list[int], theirs: list[int]) -> None:
     if ours == theirs:
         return
     at = next(
@@ -115,14 +115,14 @@ def _same_ids(student: Party, endpoint: Endpoint, ours: list[int], theirs: list[
     )
 
 
-async def _same_decoding(student: Party, endpoint: Endpoint, model: str) -> None:
+async def _same_decoding(student: ModelInfo, endpoint: Endpoint, model: str) -> None:
     """One request decodes ids from the whole of the student's vocabulary; the last ones show a
     vocabulary that is shorter.
     """
     ids = np.unique(np.linspace(0, len(student.tokenizer) - 1, DECODED_IDS).astype(int)).tolist()
     try:
         reply = await endpoint.post("/detokenize", {"model": model, "tokens": ids})
-    except Refused as refusal:
+    except RequestRefused as refusal:
         raise _differs(
             student, endpoint, f"the teacher does not know all ids up to {ids[-1]} ({refusal})"
         ) from refusal
@@ -139,7 +139,7 @@ async def _same_decoding(student: Party, endpoint: Endpoint, model: str) -> None
         )
 
 
-async def _same_template(student: Party, endpoint: Endpoint, model: str) -> None:
+async def _same_template(student: ModelInfo, endpoint: Endpoint, model: str) -> None:
     theirs = await _tokenized(
         endpoint, {"model": model, "messages": TURNS, "add_generation_prompt": True}
     )
@@ -175,7 +175,7 @@ def _around(ours: str, theirs: str) -> str:
     return f"…{ours[window]!r} to the student and …{theirs[window]!r} to the teacher"
 
 
-def _differs(student: Party, endpoint: Endpoint, how: str) -> UserError:
+def _differs(student: ModelInfo, endpoint: Endpoint, how: str) -> UserError:
     return UserError(
         f"the vocabulary of the teacher at {endpoint.name} is not that of the student {student.name!r}: {how}",
         expected="the same token for every id, since the teacher judges the student's token ids",

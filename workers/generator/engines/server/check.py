@@ -8,7 +8,13 @@ import asyncio
 from dataclasses import dataclass
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.http import EndpointError, EndpointFault, Refused, decoded, require_model
+from onstream.pipeline.http import (
+    EndpointError,
+    EndpointFault,
+    RequestRefused,
+    decoded,
+    require_model,
+)
 from onstream.pipeline.images.vllm_prompts import SentImages
 from onstream.settings.client import StudentClientSettings
 from onstream.workers.generator.engines.base import Request
@@ -149,7 +155,7 @@ class ServerCheck:
         }
         try:
             piece = await server.generate(body)
-        except Refused as refusal:
+        except RequestRefused as refusal:
             got = f"no answer to a prompt with a picture ({refusal})"
             raise _misses(
                 server,

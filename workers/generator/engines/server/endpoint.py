@@ -108,7 +108,7 @@ class StudentServer(Endpoint):
 
         Raises:
             EndpointFault: nothing that can be used.
-            Refused: it will not have this body.
+            RequestRefused: it will not have this body.
         """
         try:
             reply = msgspec.json.decode(await self.post(GENERATE, body), type=_Reply)

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.http import Background, Refused
+from onstream.pipeline.http import EventLoopThread, RequestRefused
 from onstream.pipeline.images.vllm_prompts import SentImages
 from onstream.pipeline.weights import LoadedPolicy
 from onstream.settings.root import Settings
@@ -65,7 +65,7 @@ class ServerEngine:
             config.get_text_config(), "max_position_embeddings", None
         )
         self._files = ServerFiles(client.weights_dir, settings.run.name)
-        self._background = Background()
+        self._background = EventLoopThread()
         self._written: queue.SimpleQueue[tuple[Writing, Future[None]]] = queue.SimpleQueue()
         self._active = 0
         self._loading: Future[None] | None = None
@@ -168,7 +168,7 @@ class ServerEngine:
         self._active -= 1
         try:
             done.result()
-        except Refused as refusal:
+        except RequestRefused as refusal:
             raise UserError(
                 f"a server of the student refuses a request: {refusal}",
                 expected="a server that writes what fits its context",

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import get_args
 
 from onstream.pipeline.errors import Exit, UserError
-from onstream.pipeline.http import BadReply, EndpointError, EndpointFault, Pool, Refused
+from onstream.pipeline.http import (
+    BadReply,
+    EndpointError,
+    EndpointFault,
+    EndpointPool,
+    RequestRefused,
+)
 from onstream.pipeline.images.vllm_prompts import SentImages
 from onstream.pipeline.records import FinishReason
 from onstream.pipeline.weights import LoadedPolicy
@@ -56,7 +62,7 @@ class Fleet:
         self._on_new_weights = on_new_weights
         self._stop_ids = stop_ids
         self._check = check
-        self.pool = Pool(
+        self.pool = EndpointPool(
             client,
             StudentServer,
             model=model,
@@ -75,7 +81,7 @@ class Fleet:
         """Have `writing` finished; returns when it is, however long no server is there.
 
         Raises:
-            Refused: a server will not write it.
+            RequestRefused: a server will not write it.
             UserError: a server makes other tokens of its images than the student's processor.
         """
         replica = writing.request.replica
@@ -83,7 +89,7 @@ class Fleet:
         while writing.finish_reason is None:
             try:
                 answered = await self.pool.ask(lambda server: self._piece(server, writing), of)
-            except Refused as refusal:
+            except RequestRefused as refusal:
                 if (
                     refusal.status is None
                 ):  # it failed often while others were answered; nothing is wrong with it itself

@@ -20,7 +20,7 @@ from vllm.inputs.engine import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from onstream.pipeline.http import Background
+from onstream.pipeline.http import EventLoopThread
 from onstream.pipeline.images.vllm_prompts import SentImages
 from onstream.pipeline.models.weight_shapes import Shapes
 from onstream.pipeline.weights import LoadedPolicy, WeightsError
@@ -106,7 +106,7 @@ class VllmEngine:
         self._target: Target | None = None
         self._switching: Future[Target] | None = None
         self._sent = SentImages(config.model_config.hf_config)
-        self._background = Background()
+        self._background = EventLoopThread()
         self._llm: Any = None  # an AsyncLLM, once it has started
         try:
             self._running = self._background.run(_opened())

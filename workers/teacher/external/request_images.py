@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-class Sight:
+class RequestImages:
     """The images of rollouts of the student of `settings`, whose configuration is `config`. `fetch`
     gives their bytes.
     """

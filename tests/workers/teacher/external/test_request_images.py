@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from onstream.pipeline.http import Refused
+from onstream.pipeline.http import RequestRefused
 from onstream.pipeline.redis.streams import Bus
 from onstream.workers.teacher.external.endpoint import TeacherEndpoint
 from onstream.workers.teacher.external.protocols import VARIANTS, TeacherProtocol, VllmGenerate
@@ -53,7 +53,7 @@ def test_a_server_that_makes_other_tokens_of_an_image_is_not_believed() -> None:
     positions = [None, *({str(token): {"logprob": -1.0}} for token in (9, 9, 50, 60))]
     for made in ([2, 9, 50, 60], None):
         reply = json.dumps({"prompt_token_ids": made, "prompt_logprobs": positions}).encode()
-        with pytest.raises(Refused, match="of a sample with 1 images it makes"):
+        with pytest.raises(RequestRefused, match="of a sample with 1 images it makes"):
             VllmGenerate().scores(reply, SHOWS, 0)
 
 
@@ -70,5 +70,5 @@ def test_nothing_is_asked_of_a_sample_that_would_be_scored_blind(protocol: Teach
                 replace(SHOWS, sent=None) if protocol == VllmGenerate() else SHOWS, "teacher", 0
             )
 
-    with pytest.raises(Refused, match="it would be scored blind"):
+    with pytest.raises(RequestRefused, match="it would be scored blind"):
         asyncio.run(ask())
