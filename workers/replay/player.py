@@ -23,7 +23,7 @@ from onstream.workers.replay.recorded_run import ReplayStart, settled_in
 from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.durability.checkpoint import TrainerState
 from onstream.workers.trainer.durability.recording import conditions
-from onstream.workers.trainer.maths.per_sample_losses import Witness
+from onstream.workers.trainer.maths.per_sample_losses import PerSampleLosses
 from onstream.workers.trainer.publication.publisher import student_files
 from onstream.workers.trainer.training import StepResult, Training, learner_at
 
@@ -38,7 +38,7 @@ class ReplayedStep:
     row: dict[str, Any]
     recorded: Stepped | None
     learned: StepResult
-    witness: Witness
+    per_sample: PerSampleLosses
 
     @property
     def step(self) -> int:
@@ -202,11 +202,11 @@ class Player:
             self.missed = recorded.step
 
     def _step(self, recorded: Stepped | None) -> ReplayedStep:
-        witness = Witness()
-        learned = self.training.learn(witness)
+        per_sample = PerSampleLosses()
+        learned = self.training.learn(per_sample)
         row = self.training.conclude(learned)
         self.policy = self._publish()
-        return ReplayedStep(self.policy, _as_read(row), recorded, learned, witness)
+        return ReplayedStep(self.policy, _as_read(row), recorded, learned, per_sample)
 
     def _publish(self) -> PolicyVersion:
         step = self.training.step

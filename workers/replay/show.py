@@ -71,13 +71,13 @@ def replay_rows(played: ReplayedStep, run: str) -> Iterator[dict[str, Any]]:
     place = 0
     for _, rollout in rollouts:
         places = range(place, place := place + len(rollout.samples))
-        losses.append(sum(played.witness.loss.get(at, 0.0) for at in places))
+        losses.append(sum(played.per_sample.loss.get(at, 0.0) for at in places))
         mismatches.append(
             max(
                 (
-                    played.witness.mismatch_max[at]
+                    played.per_sample.mismatch_max[at]
                     for at in places
-                    if at in played.witness.mismatch_max
+                    if at in played.per_sample.mismatch_max
                 ),
                 default=None,
             )

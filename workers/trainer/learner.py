@@ -24,7 +24,7 @@ from onstream.workers.trainer import lora
 from onstream.workers.trainer.batches.train_sample import Ids, TrainSample, check_sample
 from onstream.workers.trainer.maths.chunked_loss import chunked_loss
 from onstream.workers.trainer.maths.mismatch import mismatch_metrics
-from onstream.workers.trainer.maths.per_sample_losses import Witness
+from onstream.workers.trainer.maths.per_sample_losses import PerSampleLosses
 from onstream.workers.trainer.maths.schedule import learning_rate
 from onstream.workers.trainer.objective import Objective, Tally, gather_tokens
 
@@ -92,14 +92,14 @@ class Learner:
         *,
         features: Features = NO_IMAGES,
         global_tokens: int | None = None,
-        witness: Witness | None = None,
+        per_sample: PerSampleLosses | None = None,
     ) -> dict[str, Any]:
         """One optimizer step over `samples`; returns its metrics by their names in metrics.jsonl.
 
         `max_steps` is where a falling schedule ends. `features` holds the images that the samples
         show. `global_tokens` is the count of loss-mask tokens that the loss is divided by: over all
         ranks, where there are several, whose gradients are to be summed before they are clipped.
-        None: this process is alone. `witness` is told of every sample.
+        None: this process is alone. `per_sample` collects the loss of each sample.
 
         Raises:
             ValueError: a sample cannot be trained on, or no token is in the loss mask.
@@ -117,7 +117,7 @@ class Learner:
         prompts = [sample.prompt_ids for sample in samples]
         completions = [sample.completion_ids for sample in samples]
         for packed in self.pack(prompts, completions, [sample.images for sample in samples]):
-            (self._loss(packed, samples, features, tally, witness) / divisor).backward()  # type: ignore[no-untyped-call]
+            (self._loss(packed, samples, features, tally, per_sample) / divisor).backward()  # type: ignore[no-untyped-call]
         means = {**tally.means(divisor), **mismatch_metrics(tally.mismatch.found())}
         return {**means, **self._update(max_steps), "tokens": float(tokens)}
 
@@ -146,19 +146,19 @@ class Learner:
         samples: Sequence[TrainSample],
         features: Features,
         tally: Tally,
-        witness: Witness | None,
+        per_sample: PerSampleLosses | None,
     ) -> Tensor:
         """The summed loss of one packed row."""
         tokens = gather_tokens(packed, samples, self.trainer.loss, self.device)
         hidden = self.hidden(packed, features)
         if tokens.kept is not None:
             hidden = hidden.index_select(0, tokens.kept)
-        objective = Objective(tokens, self.trainer.loss, tally, witness)
+        objective = Objective(tokens, self.trainer.loss, tally, per_sample)
         loss = chunked_loss(
             hidden, head_of(self.model), tokens.wanted, objective, chunk=self.trainer.head_chunk
         )
-        if witness:
-            witness.row(
+        if per_sample:
+            per_sample.end_row(
                 packed.sequences,
                 [int(samples[sequence].loss_mask.sum()) for sequence in packed.sequences],
             )

@@ -25,7 +25,7 @@ from onstream.workers.trainer.maths.loss import (
     top_k_reverse_kl,
 )
 from onstream.workers.trainer.maths.mismatch import MismatchTally
-from onstream.workers.trainer.maths.per_sample_losses import Witness
+from onstream.workers.trainer.maths.per_sample_losses import PerSampleLosses
 from onstream.workers.trainer.maths.staleness import UNWRITTEN
 
 
@@ -151,20 +151,24 @@ class Objective:
     """The loss of one packed row's tokens, in the form `chunked_loss` calls it."""
 
     def __init__(
-        self, tokens: Tokens, loss: LossSettings, tally: Tally, witness: Witness | None = None
+        self,
+        tokens: Tokens,
+        loss: LossSettings,
+        tally: Tally,
+        per_sample: PerSampleLosses | None = None,
     ) -> None:
         self._tokens = tokens
         self._loss = loss
         self._tally = tally
-        self._witness = witness
+        self._per_sample = per_sample
 
     def __call__(self, at: slice, student: Student) -> Tensor:
         """The loss of the tokens `at`, [n]."""
         self._tally.add(entropy=student.entropy)
         values = sft_loss(student.sampled) if self._loss.type == "sft" else self._rl(at, student)
         self._tally.add(loss=values)
-        if self._witness:
-            self._witness.see(loss=values)
+        if self._per_sample:
+            self._per_sample.add(loss=values)
         return values
 
     def _rl(self, at: slice, student: Student) -> Tensor:
@@ -192,8 +196,8 @@ class Objective:
         self._tally.add(ratio_mean=terms.ratio, mismatch_mean=mismatch, masked_share=1 - terms.keep)
         self._tally.top(ratio_max=terms.ratio, mismatch_max=mismatch)
         self._tally.mismatch.add(mismatch, self._tokens.staleness[at], self._tokens.ages)
-        if self._witness:
-            self._witness.see(mismatch=mismatch)
+        if self._per_sample:
+            self._per_sample.add(mismatch=mismatch)
         return terms.reward + teacher + terms.drift
 
     def _teacher_advantage(self, at: slice, student: Student) -> Tensor:

@@ -32,7 +32,7 @@ from onstream.workers.trainer.batches.rollout_metrics import (
 from onstream.workers.trainer.batches.to_samples import flaw, training_samples
 from onstream.workers.trainer.durability.checkpoint import OPTIMIZER, Checkpoint
 from onstream.workers.trainer.learner import Learner
-from onstream.workers.trainer.maths.per_sample_losses import Witness
+from onstream.workers.trainer.maths.per_sample_losses import PerSampleLosses
 
 log = get_logger()
 
@@ -136,9 +136,9 @@ class Training:
         self.batch = None
         self._waiting.clear()
 
-    def learn(self, witness: Witness | None = None) -> StepResult:
-        """Let the learner take the step that the batch is complete for; `witness` is told of every
-        sample.
+    def learn(self, per_sample: PerSampleLosses | None = None) -> StepResult:
+        """Let the learner take the step that the batch is complete for; `per_sample` collects the losses of its
+        samples.
 
         Raises:
             UserError: the gradient is not finite; the weights are as they were.
@@ -149,7 +149,8 @@ class Training:
         shown = {digest for sample in samples for digest in sample.images}
         features = self._feed.of(shown) if self._feed else NO_IMAGES
         return StepResult(
-            batch, self.learner.step(samples, self.max_steps, features=features, witness=witness)
+            batch,
+            self.learner.step(samples, self.max_steps, features=features, per_sample=per_sample),
         )
 
     def conclude(self, learned: StepResult) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from onstream.pipeline.tasks import load_task
 from onstream.settings.root import Settings
 from onstream.workers.generator.chat_stage import ChatGenerator
 from onstream.workers.tiny_models.character_tokenizer import character_tokenizer
-from onstream.workers.trainer.maths.staleness import oldest_version
+from onstream.workers.trainer.batches.batch_builder import oldest_version
 from tests.faulty_server import Answer, Body, serving
 
 ROUTE: list[StageName] = ["verify", "train"]

@@ -7,8 +7,14 @@ import sys
 
 import pytest
 
-ASK = "import sys; before = set(sys.modules); import {module}; print(*{{name.partition('.')[0] for name in set(sys.modules) - before}})"
-OWN = {"pipeline", "workers"}
+ASK = """
+import sys
+before = set(sys.modules)
+import {module}
+brought = (name.removeprefix("onstream.") for name in set(sys.modules) - before)
+print(*{{name.partition(".")[0] for name in brought}})
+"""
+OWN = {"onstream", "pipeline", "workers"}
 
 
 def imported_by(module: str) -> set[str]:

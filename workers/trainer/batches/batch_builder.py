@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from onstream.pipeline.records import Rollout, Tombstone
-from onstream.workers.trainer.maths.staleness import oldest_version, staleness
+from onstream.workers.trainer.maths.staleness import staleness
 
 DropReason = Literal["stale", "not_verified", "group_dead"]
 
@@ -220,3 +220,9 @@ class BatchBuilder:
     def missing(self) -> dict[int, int]:
         """For each group that has not settled: how many of its members have not come."""
         return {unit.group: unit.missing for unit in self._open.values()}
+
+
+def oldest_version(rollout: Rollout) -> int | None:
+    """The oldest policy version that wrote a token of `rollout`; None where no policy wrote one."""
+    versions = [span.version for sample in rollout.samples for span in sample.version_spans]
+    return min(versions, default=None)

@@ -8,8 +8,8 @@ from itertools import pairwise
 from statistics import fmean, pstdev
 
 from onstream.pipeline.records import Rollout, StageName
-from onstream.workers.trainer.batches.batch_builder import TrainableUnit
-from onstream.workers.trainer.maths.staleness import oldest_version, staleness
+from onstream.workers.trainer.batches.batch_builder import TrainableUnit, oldest_version
+from onstream.workers.trainer.maths.staleness import staleness
 
 Metrics = dict[str, float | None]
 

@@ -1,4 +1,4 @@
-"""What each sample of a step came to, for a person who looks for the one that spoilt it."""
+"""The loss of each sample of a step, for a person who looks for the sample that spoilt it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 
-class Witness:
-    """Sees one step. Samples go by their place in it; what a sample has no token in the loss mask
-    for, it does not have.
+class PerSampleLosses:
+    """Collects what each sample of one step came to, by the sample's place in the step.
 
-    `loss` is the sum over the sample's tokens, `mismatch_max` the largest |log ratio| of one of
-    them, in nats (`rl` alone).
+    `loss` is the sum over the sample's loss-mask tokens. `mismatch_max` is the largest
+    |trainer − generator| of one of them, in nats, where the loss reads the generator's logprobs. A
+    sample without a token in its loss mask is in neither.
     """
 
     def __init__(self) -> None:
@@ -21,13 +21,13 @@ class Witness:
         self.mismatch_max: dict[int, float] = {}
         self._tokens: dict[str, list[Tensor]] = {}
 
-    def see(self, **values: Tensor) -> None:
+    def add(self, **values: Tensor) -> None:
         """Take per-token values of the packed row at hand, each [n]."""
         for name, value in values.items():
             self._tokens.setdefault(name, []).append(value.detach().float().cpu())
 
-    def row(self, places: Sequence[int], counts: Sequence[int]) -> None:
-        """The row at hand is complete: it held `counts` tokens of the samples at `places`, one
+    def end_row(self, places: Sequence[int], counts: Sequence[int]) -> None:
+        """Split the values of a whole row: it held `counts` tokens of the samples at `places`, one
         sample after the other.
         """
         per_token = {
@@ -36,7 +36,8 @@ class Witness:
         }
         self._tokens = {}
         for at, (place, count) in enumerate(zip(places, counts, strict=True)):
-            if count:
-                self.loss[place] = float(per_token["loss"][at].sum())
-            if count and "mismatch" in per_token:
+            if not count:
+                continue
+            self.loss[place] = float(per_token["loss"][at].sum())
+            if "mismatch" in per_token:
                 self.mismatch_max[place] = float(per_token["mismatch"][at].max())

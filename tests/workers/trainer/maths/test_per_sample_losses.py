@@ -1,4 +1,4 @@
-"""What a witness tells of each sample adds up to the step's own metrics, and changes nothing."""
+"""The losses of the samples add up to the step's own, and collecting them changes nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from onstream.pipeline.records import Rollout
 from onstream.workers.trainer.batches.batch_builder import TrainableUnit
 from onstream.workers.trainer.batches.to_samples import training_samples
-from onstream.workers.trainer.maths.per_sample_losses import Witness
+from onstream.workers.trainer.maths.per_sample_losses import PerSampleLosses
 from onstream.workers.trainer.training import learner_at
 from tests.workers.trainer.records import rollout
 from tests.workers.trainer.test_training import settings
@@ -30,22 +30,22 @@ def test_the_samples_losses_add_up_to_the_loss_of_the_step(model: Path, microbat
     trainer = job.trainer.model_copy(update={"microbatch": microbatch, "head_chunk": 2})
     job = job.model_copy(update={"trainer": trainer})
     samples = training_samples(units(), normalize=False, version=0)
-    unseen = learner_at(job, None)
-    seen = learner_at(job, None)
-    witness = Witness()
-    metrics = seen.step(samples, 3, witness=witness)
-    assert metrics == unseen.step(samples, 3)
-    assert sorted(witness.loss) == [0, 1, 2, 3]
-    assert sum(witness.loss.values()) / metrics["tokens"] == pytest.approx(
+    plain = learner_at(job, None)
+    collecting = learner_at(job, None)
+    per_sample = PerSampleLosses()
+    metrics = collecting.step(samples, 3, per_sample=per_sample)
+    assert metrics == plain.step(samples, 3)
+    assert sorted(per_sample.loss) == [0, 1, 2, 3]
+    assert sum(per_sample.loss.values()) / metrics["tokens"] == pytest.approx(
         metrics["loss"], rel=1e-5
     )
-    assert max(witness.mismatch_max.values()) == pytest.approx(metrics["mismatch_max"])
+    assert max(per_sample.mismatch_max.values()) == pytest.approx(metrics["mismatch_max"])
 
 
 def test_supervised_samples_have_a_loss_and_no_mismatch(model: Path) -> None:
-    witness = Witness()
+    per_sample = PerSampleLosses()
     job = settings(model, type="sft")
     samples = training_samples(units(), normalize=False, version=0)
     samples[1].loss_mask[:] = 0
-    learner_at(job, None).step(samples, 3, witness=witness)
-    assert sorted(witness.loss) == [0, 2, 3] and witness.mismatch_max == {}
+    learner_at(job, None).step(samples, 3, per_sample=per_sample)
+    assert sorted(per_sample.loss) == [0, 2, 3] and per_sample.mismatch_max == {}
