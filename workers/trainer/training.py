@@ -137,8 +137,7 @@ class Training:
         self._waiting.clear()
 
     def learn(self, per_sample: PerSampleLosses | None = None) -> StepResult:
-        """Let the learner take the step that the batch is complete for; `per_sample` collects the losses of its
-        samples.
+        """Take the step that the batch is complete for; `per_sample` collects its samples' losses.
 
         Raises:
             UserError: the gradient is not finite; the weights are as they were.

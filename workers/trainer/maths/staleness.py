@@ -12,9 +12,12 @@ UNWRITTEN: Final = -1
 class Span(Protocol):
     """The completion tokens from `start` up to `end`, written by policy `version`."""
 
-    version: int
-    start: int
-    end: int
+    @property
+    def version(self) -> int: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def end(self) -> int: ...
 
 
 def staleness(oldest: int | None, version: int) -> int:
