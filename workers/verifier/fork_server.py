@@ -1,10 +1,10 @@
-"""The process that scoring children are forked from: single-threaded, with the scorer imported
+"""The process that scorer processes are forked from: single-threaded, with the scorer imported
 once.
 
-A fork of this takes some milliseconds, whereas the verifier itself has threads, and must not fork.
-Run by `onstream.workers.verifier.scorer_pool` as `python -m onstream.workers.verifier.fork_server
-FD`, FD being its end of a packet socket. It ends, and kills every child, when the other end is
-closed, whatever became of the verifier.
+A fork of this process takes a few milliseconds. The verifier itself has threads and must not fork.
+`onstream.workers.verifier.fork_server_client` runs it as
+`python -P -m onstream.workers.verifier.fork_server FD`, where FD is its end of a packet socket.
+When the other end is closed, for whatever reason, it kills every scorer process and ends.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ from onstream.workers.verifier.scorer_messages import (
 
 
 class ForkServer:
-    """Forks and kills children as the verifier says, and says which have ended.
+    """Forks and kills scorer processes as the verifier says, and reports those that have ended.
 
-    Waits for a message or the end of a child; the verifier's end of `control` closing ends it.
+    Consumes messages on `control` and the ends of its children; waits for either; is unblocked by
+    both, and by the verifier's end of `control` closing; produces one `ScorerExited` a child.
     """
 
     def __init__(self, control: socket.socket, scorer: Scorer, max_memory_bytes: int) -> None:
@@ -46,9 +47,11 @@ class ForkServer:
         self._max_memory_bytes = max_memory_bytes
         self._slots: dict[int, int] = {}  # pid -> slot
         self._decode = msgspec.msgpack.Decoder(Spawn | Kill).decode
+        # A signal that comes between looking for dead children and `select` would go unseen. Its
+        # byte in this pipe makes `select` return.
         self._wake_up, self._wake_up_end = os.pipe()
-        for end in (self._wake_up, self._wake_up_end):
-            os.set_blocking(end, False)
+        os.set_blocking(self._wake_up, False)
+        os.set_blocking(self._wake_up_end, False)
 
     def run(self) -> None:
         """Serve until the verifier is gone."""
@@ -62,7 +65,7 @@ class ForkServer:
                 _kill_group(pid)
 
     def _serve(self) -> bool:
-        """Wait for something to do; do it if it is a message. False when the verifier is gone."""
+        """Wait for a message or a signal; act on a message. False when the verifier is gone."""
         readable, _, _ = select.select([self._control.fileno(), self._wake_up], [], [])
         if self._wake_up in readable:
             os.read(self._wake_up, 4096)
@@ -75,8 +78,7 @@ class ForkServer:
             case Spawn(slot):
                 self._spawn(slot, socket.socket(fileno=descriptors[0]))
             case Kill(slot):
-                for pid in [pid for pid, taken in self._slots.items() if taken == slot]:
-                    _kill_group(pid)
+                self._kill(slot)
         return True
 
     def _spawn(self, slot: int, connection: socket.socket) -> None:
@@ -84,16 +86,21 @@ class ForkServer:
             connection.set_inheritable(False)
             pid = os.fork()
             if not pid:
-                self._become_child(connection)
+                self._become_scorer(connection)
             self._slots[pid] = slot
             try:
-                os.setpgid(
-                    pid, pid
-                )  # the child does so too; whoever comes first, it is a group before it can be killed
+                # The child does so too. Whoever comes first, it leads a group before it can be
+                # killed as one.
+                os.setpgid(pid, pid)
             except ProcessLookupError:
-                return  # it has ended already, as `_reap` will find
+                return  # it has ended already; `_reap` will find it
 
-    def _become_child(self, connection: socket.socket) -> None:
+    def _kill(self, slot: int) -> None:
+        for pid, its_slot in self._slots.items():
+            if its_slot == slot:
+                _kill_group(pid)
+
+    def _become_scorer(self, connection: socket.socket) -> None:
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -110,14 +117,14 @@ class ForkServer:
         while self._slots and (
             ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         ):
-            # What the child left behind is killed before it is reaped: until then its group's
-            # number is nobody else's.
+            # What the child left behind is killed before the child is reaped: until then the number
+            # of its group belongs to nobody else.
             _kill_group(ended.si_pid)
             _, status = os.waitpid(ended.si_pid, 0)
-            if (slot := self._slots.pop(ended.si_pid, None)) is not None:
-                self._control.send(
-                    msgspec.msgpack.encode(ScorerExited(slot, os.waitstatus_to_exitcode(status)))
-                )
+            slot = self._slots.pop(ended.si_pid, None)
+            if slot is not None:
+                exited = ScorerExited(slot, os.waitstatus_to_exitcode(status))
+                self._control.send(msgspec.msgpack.encode(exited))
 
 
 def _kill_group(pid: int) -> None:
@@ -135,12 +142,11 @@ def main() -> None:
     try:
         scorer = load_scorer(Settings.model_validate_json(start.settings))
     except UserError as error:
-        control.send(
-            msgspec.msgpack.encode(ScorerNotLoaded(error.got, error.expected, error.next_step))
-        )
+        not_loaded = ScorerNotLoaded(error.got, error.expected, error.next_step)
+        control.send(msgspec.msgpack.encode(not_loaded))
         return
     control.send(msgspec.msgpack.encode(Ready()))
-    gc.freeze()  # the children's collectors leave what they share alone, and it stays shared
+    gc.freeze()  # the children's collectors leave what they share alone, so that it stays shared
     try:
         ForkServer(control, scorer, start.max_memory_bytes).run()
     except (BrokenPipeError, ConnectionResetError):

@@ -1,7 +1,7 @@
-"""What a verifier, its nursery and the scoring children say to each other.
+"""The messages between a verifier, its fork server and the scorer processes.
 
-Verifier and child speak over a stream socket, in frames: 4 bytes of length, then msgpack. Verifier
-and nursery speak over a packet socket, one message a packet.
+Verifier and scorer process speak over a stream socket, in frames: 4 bytes of length, then msgpack.
+Verifier and fork server speak over a packet socket, one message a packet.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ _LENGTH = struct.Struct("<I")
 
 
 class WireError(ValueError):
-    """Bytes from a child that are no frame or no verdict."""
+    """Bytes from a scorer process that are no frame or no verdict."""
 
 
-# verifier -> child: a list of these in one frame
+# verifier -> scorer process: a list of these in one frame
 class ScoringRequest(msgspec.Struct, array_like=True, frozen=True):
-    """One completion to score."""
+    """One completion to score, and what the scorer gets beside it."""
 
     completion: str
     info: dict[str, Any]
 
 
-# child -> verifier: one frame each, in the order of the jobs
+# scorer process -> verifier: one frame each, in the order of the requests
 class Verdict(msgspec.Struct, array_like=True, frozen=True):
-    """What became of one job: a reward and its parts, or `unscored` with the reason.
+    """The result of one request: a reward and its parts, or `unscored`, the reason why there is
+    none.
 
-    With `retires` set, the child ends after this verdict through no fault of the next job.
+    `retires` says that the process ends after this verdict, and that the next request is not the
+    cause.
     """
 
     reward: float | None = None
@@ -42,10 +44,10 @@ class Verdict(msgspec.Struct, array_like=True, frozen=True):
     retires: bool = False
 
 
-# verifier -> nursery
+# verifier -> fork server
 class Start(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """The first message: the settings of task and verification, as JSON, and the memory that one
-    child may take.
+    scorer process may take.
     """
 
     settings: bytes
@@ -53,18 +55,18 @@ class Start(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class Spawn(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """Fork the child of `slot`, which speaks over the socket that comes with this message."""
+    """Fork the process of `slot`. The socket that it speaks over comes with this message."""
 
     slot: int
 
 
 class Kill(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """Kill the child of `slot` and all it has started."""
+    """Kill the process of `slot` and all it has started."""
 
     slot: int
 
 
-# nursery -> verifier
+# fork server -> verifier
 class Ready(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """The scorer is loaded."""
 
@@ -78,7 +80,7 @@ class ScorerNotLoaded(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class ScorerExited(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """The child of `slot` has ended: its exit status, or the negative number of the signal that
+    """The process of `slot` has ended: its exit status, or the negative number of the signal that
     killed it.
     """
 

@@ -1,6 +1,4 @@
-"""The life of one scoring child: read jobs, score them one after the other, say what became of
-each.
-"""
+"""A scorer process: it reads requests, scores them one after the other, and sends the verdicts."""
 
 from __future__ import annotations
 
@@ -19,48 +17,42 @@ from onstream.pipeline.tasks.scorers import RolloutError, Scorer, read_score
 from onstream.workers.verifier.scorer_messages import Frames, ScoringRequest, Verdict, framed
 
 MAX_REASON_CHARACTERS = 500
+MAX_REQUESTS_BYTES = 1 << 32
 _PR_SET_PDEATHSIG = 1
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_jobs = msgspec.msgpack.Decoder(list[ScoringRequest]).decode
+_decode_requests = msgspec.msgpack.Decoder(list[ScoringRequest]).decode
 
 
 def serve(connection: socket.socket, scorer: Scorer, max_memory_bytes: int) -> None:
     """Serve `connection` until its other end is closed. The first frame, an empty one, says that
-    the child is up.
+    the process is ready.
     """
     _confine(max_memory_bytes)
     connection.sendall(framed(b""))
     pid = os.getpid()
-    frames = Frames(max_bytes=2**32)
+    frames = Frames(MAX_REQUESTS_BYTES)
     while data := connection.recv(1 << 18):
         for frame in frames.feed(data):
-            for job in _decode_jobs(frame):
-                verdict = score_completion(scorer, job)
-                if (
-                    os.getpid() != pid
-                ):  # the scorer forked, and this is its copy, coming back as well
-                    os._exit(0)
-                retires = _has_left_processes()
-                connection.sendall(
-                    framed(
-                        _encode(
-                            msgspec.structs.replace(verdict, retires=True) if retires else verdict
-                        )
-                    )
-                )
-                if retires:
+            for request in _decode_requests(frame):
+                verdict = score_completion(scorer, request)
+                if os.getpid() != pid:
+                    os._exit(0)  # the scorer forked, and this is the copy, which returns as well
+                if _has_left_processes():
+                    verdict = msgspec.structs.replace(verdict, retires=True)
+                connection.sendall(framed(_encode(verdict)))
+                if verdict.retires:
                     return
 
 
-def score_completion(scorer: Scorer, job: ScoringRequest) -> Verdict:
-    """The verdict on one completion; whatever the scorer raises becomes one."""
+def score_completion(scorer: Scorer, request: ScoringRequest) -> Verdict:
+    """The verdict on one completion. Whatever the scorer raises becomes a verdict too."""
     try:
-        reward, parts = read_score(scorer(job.completion, job.info))
+        reward, parts = read_score(scorer(request.completion, request.info))
         return Verdict(reward, parts)
     except RolloutError:
         return Verdict(0.0, {"rollout_error": 1.0})
-    # sys.exit() and the like in a scorer are its failures too, and must not end the child
+    # sys.exit() and the like in a scorer are its failures too, and must not end the process
     except BaseException as error:
         return Verdict(unscored=_reason(error))
 
@@ -77,7 +69,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _has_left_processes() -> bool:
-    """Whether the scorer has started processes that are still there, or that it never waited for."""
+    """Whether a process that the scorer started still runs, or was never waited for."""
     try:
         os.waitpid(-1, os.WNOHANG)
         return True
@@ -86,33 +78,29 @@ def _has_left_processes() -> bool:
 
 
 def _confine(max_memory_bytes: int) -> None:
-    """Make this process one that can be killed, cannot outlive its parent, and disturbs nobody."""
+    """Limit this process: it can be killed as a group, ends with its parent, and prints nowhere."""
     os.setpgid(0, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         _limit_memory(max_memory_bytes)
+    # What a scorer prints must not fill a pipe or the log.
     nowhere = os.open(os.devnull, os.O_RDWR)
-    for standard in (
-        0,
-        1,
-        2,
-    ):  # what a scorer prints is of no use to anybody, and must not fill a pipe or the log
+    for standard in (0, 1, 2):
         os.dup2(nowhere, standard)
     os.close(nowhere)
 
 
 def _limit_memory(max_memory_bytes: int) -> None:
-    """Allow so much beyond what is mapped by now, and offer this process first when the machine's
-    memory runs out.
+    """Allow so much beyond what is mapped by now. When the machine's memory runs out, the kernel
+    is to kill this process first.
     """
     with open("/proc/self/statm") as sizes:
-        limit_bytes = int(sizes.read().split()[0]) * resource.getpagesize() + max_memory_bytes
+        mapped_bytes = int(sizes.read().split()[0]) * resource.getpagesize()
+    limit_bytes = mapped_bytes + max_memory_bytes
     _, most_bytes = resource.getrlimit(resource.RLIMIT_AS)
     if most_bytes == resource.RLIM_INFINITY or limit_bytes < most_bytes:
         resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
-    with (
-        contextlib.suppress(OSError),
-        open("/proc/self/oom_score_adj", "w") as score,
-    ):  # some sandboxes forbid it
+    # Some containers forbid it.
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
         score.write("1000")

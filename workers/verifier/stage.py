@@ -1,5 +1,5 @@
-"""The worker that verifies rollouts: the task's scorer judges each answer, in a child process that
-can be killed.
+"""The worker that verifies rollouts: the task's scorer scores each answer, in a process that can be
+killed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from onstream.pipeline.redis.streams import Bus
 
 SLICE_S = 0.05
-FORCED_ZERO = ("timed_out", "crashed", "rollout_error")
+ZERO_REWARD_PARTS = ("timed_out", "crashed", "rollout_error")
+"""The parts that say why a reward is 0 although the scorer gave none."""
 
 log = get_logger()
 
@@ -35,8 +36,8 @@ class Verifier:
     """Takes rollouts, adds a reward and its parts, or the reason why there is none, and sends them
     on.
 
-    A rollout that ran past its time limit, ended its process or was refused by the scorer has the
-    reward 0 and a part that says so. One whose scorer failed has no reward, and `unscored` says
+    A rollout that ran past its time limit, ended its process or was refused by the scorer gets the
+    reward 0 and a part that says so. One whose scorer failed gets no reward, and `unscored` says
     why.
     """
 
@@ -44,104 +45,101 @@ class Verifier:
     holds_entries = False
 
     def __init__(self, settings: Settings, bus: Bus) -> None:
-        self._trouble = Counter[str]()
-        self._in_jobs = settings.orchestrator.verification.in_jobs
-        self._jobs = VerificationJobs(settings, bus, bus.url) if self._in_jobs != "never" else None
-        # All keys from the start: the heartbeat's thread reads this, and must not meet a dictionary
-        # that grows.
-        self.stats = Stats(
-            numbers=dict.fromkeys(
-                ("unscored", *FORCED_ZERO, *(["in_jobs"] if self._jobs is not None else [])), 0.0
-            )
-        )
-        # In jobs a rollout starts anew with the whole time, when it has turned out to be slow here.
-        self._hands_over = (
-            self._in_jobs == "slow" and settings.orchestrator.verification.timeout > SLOW_S
-        )
-        self._children = ScorerPool(settings, timeout_s=SLOW_S if self._hands_over else None)
+        verification = settings.orchestrator.verification
+        self._in_jobs = verification.in_jobs
+        self._jobs: VerificationJobs | None = None
+        if self._in_jobs != "never":
+            self._jobs = VerificationJobs(settings, bus, bus.url)
+        # A rollout that turns out to be slow here starts anew as a job, with its whole time.
+        self._hands_over = self._in_jobs == "slow" and verification.timeout > SLOW_S
+        self._pool = ScorerPool(settings, timeout_s=SLOW_S if self._hands_over else None)
         self._in_hand: dict[int, Delivery] = {}
         self._keys = count()
+        self._troubles = Counter[str]()
+        # All keys from the start: the heartbeat's thread reads this, and must not meet a dictionary
+        # that grows.
+        self.stats = Stats(numbers=dict.fromkeys(("unscored", *ZERO_REWARD_PARTS), 0.0))
+        if self._jobs is not None:
+            self.stats.numbers["in_jobs"] = 0.0
 
     def setup(self) -> None:
-        """Import the scorer and start the children.
+        """Import the scorer and start the scorer processes.
 
         Raises:
             UserError: the scorer cannot be imported, or the task does not exist.
         """
-        self._children.start()
+        self._pool.start()
 
     @property
     def room(self) -> int:
         """How many more rollouts it takes in hand."""
         if self._jobs is None:
-            return self._children.room
-        return (
-            self._jobs.room
-            if self._in_jobs == "always"
-            else min(self._children.room, self._jobs.room)
-        )
+            return self._pool.room
+        if self._in_jobs == "always":
+            return self._jobs.room
+        return min(self._pool.room, self._jobs.room)
 
     @property
     def busy(self) -> bool:
-        """Whether rollouts are in children's hands."""
+        """Whether scorer processes have rollouts."""
         return bool(self._in_hand)
 
     def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
         """Hand out the new rollouts, and collect the verdicts that come within a moment."""
         for delivery in new:
-            if self._jobs is not None and (
-                self._in_jobs == "always" or _rollout(delivery).info.get("slow") is True
-            ):
-                self._jobs.submit(delivery)
-            else:
-                self._submit(delivery)
+            self._submit(delivery)
+        outcomes = self._from_pool()
+        if self._jobs is not None:
+            outcomes += self._from_jobs(self._jobs)
+        return outcomes
+
+    def close(self, *, finished: bool) -> None:
+        """End the scorer processes. The loop gives back what they had; jobs go on."""
+        self._pool.close()
+        self._in_hand.clear()
+        if self._jobs is not None:
+            self._jobs.close()
+
+    def _submit(self, delivery: Delivery) -> None:
+        rollout = _rollout(delivery)
+        marked_slow = rollout.info.get("slow") is True
+        if self._jobs is not None and (self._in_jobs == "always" or marked_slow):
+            self._jobs.submit(delivery)
+            return
+        key = next(self._keys)
+        self._in_hand[key] = delivery
+        self._pool.submit(key, final_answer(rollout), rollout.info)
+
+    def _from_pool(self) -> list[Outcome]:
         outcomes = []
-        for key, verdict in self._children.collect(SLICE_S):
+        for key, verdict in self._pool.collect(SLICE_S):
             delivery = self._in_hand.pop(key)
             if self._jobs is not None and self._hands_over and "timed_out" in verdict.parts:
                 self._jobs.submit(delivery)
             else:
                 outcomes.append(self._outcome(delivery, verdict))
-        return outcomes + self._from_jobs()
-
-    def close(self, *, finished: bool) -> None:
-        """End the children. The loop gives back what they had in hand; jobs go on."""
-        self._children.close()
-        self._in_hand.clear()
-        if self._jobs is not None:
-            self._jobs.close()
-
-    def _from_jobs(self) -> list[Outcome]:
-        if self._jobs is None:
-            return []
-        outcomes = self._jobs.collect()
-        self.stats.detail, self.stats.numbers["in_jobs"] = self._jobs.waits, len(self._jobs)
         return outcomes
 
-    def _submit(self, delivery: Delivery) -> None:
-        rollout = _rollout(delivery)
-        key = next(self._keys)
-        self._in_hand[key] = delivery
-        self._children.submit(key, final_answer(rollout), rollout.info)
+    def _from_jobs(self, jobs: VerificationJobs) -> list[Outcome]:
+        outcomes = jobs.collect()
+        self.stats.detail = jobs.waits
+        self.stats.numbers["in_jobs"] = len(jobs)
+        return outcomes
 
     def _outcome(self, delivery: Delivery, verdict: Verdict) -> Outcome:
         rollout = _rollout(delivery)
         write_verdict(rollout, verdict)
-        trouble = (
-            "unscored"
-            if verdict.unscored is not None
-            else next((name for name in FORCED_ZERO if name in verdict.parts), None)
-        )
-        if trouble is not None:
-            self._note(trouble, delivery.number, verdict.unscored)
+        if trouble := _trouble(verdict):
+            self._count_trouble(trouble, delivery.number, verdict.unscored)
         return Outcome(delivery, rollout)
 
-    def _note(self, trouble: str, number: int, reason: str | None) -> None:
+    def _count_trouble(self, trouble: str, number: int, reason: str | None) -> None:
         """Count it, and log the 1st, 2nd, 4th, 8th … of its kind: a scorer that always fails must
         not flood the log.
         """
-        self._trouble[trouble] += 1
-        self.stats.numbers[trouble] = times = self._trouble[trouble]
+        self._troubles[trouble] += 1
+        times = self._troubles[trouble]
+        self.stats.numbers[trouble] = times
         if times & (times - 1) == 0:
             log.warning(
                 "a rollout could not be scored as usual",
@@ -150,6 +148,13 @@ class Verifier:
                 reason=reason,
                 times=times,
             )
+
+
+def _trouble(verdict: Verdict) -> str | None:
+    """What went wrong in scoring, by the name of its count; None where nothing did."""
+    if verdict.unscored is not None:
+        return "unscored"
+    return next((name for name in ZERO_REWARD_PARTS if name in verdict.parts), None)
 
 
 def _rollout(delivery: Delivery) -> Rollout:

@@ -1,9 +1,9 @@
 """Slow verifications as jobs: the verifier keeps the entry's lease alive, and the job itself moves
 the entry on when it has a verdict.
 
-A job gets the id of an entry, not the rollout. It settles by the same fenced script as a verifier,
-so one that runs twice, or whose verifier has died, does no harm: whoever is first moves the entry,
-and the other finds it gone.
+A job gets the id of an entry, not the rollout. It moves the entry by the same fenced script as a
+verifier. So a job that runs twice, or whose verifier has died, does no harm: whoever comes first
+moves the entry, and the other finds it gone.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from onstream.settings.root import Settings
 from onstream.workers.verifier.scorer_messages import Verdict
 from onstream.workers.verifier.scorer_pool import ScorerPool
 
-MOST = 64  # entries in hand for jobs
+MAX_IN_HAND = 64
 POLL_S = 0.25
-START_S = 60  # for what a job does beside scoring: importing the scorer, above all
+START_S = 60
+"""Time for what a job does beside scoring, importing the scorer above all."""
 SLOW_S = 1.0
+"""With `in_jobs = "slow"`, what runs longer than this becomes a job."""
 
 log = get_logger()
 
@@ -40,7 +42,7 @@ class VerificationJobs:
         self._limit_s = math.ceil(settings.orchestrator.verification.timeout) + START_S
         self._in_hand: dict[bytes, Delivery] = {}
         self._next_poll = 0.0
-        self.waits = ""  # for what, in words
+        self.waits = ""  # what it waits for, for the status line
 
     def __len__(self) -> int:
         return len(self._in_hand)
@@ -48,22 +50,22 @@ class VerificationJobs:
     @property
     def room(self) -> int:
         """How many more entries it takes."""
-        return MOST - len(self._in_hand)
+        return MAX_IN_HAND - len(self._in_hand)
 
     def close(self) -> None:
         """Close the client. The jobs go on."""
         self._jobs.close()
 
     def submit(self, delivery: Delivery) -> None:
-        """Ask for the job of `delivery`, at the next `collect`. One of a verifier that died is not
-        asked for a second time.
+        """Take `delivery` in hand. The next `collect` asks for its job, unless a verifier that died
+        has asked for it already.
         """
         self._in_hand[delivery.entry_id] = delivery
         self._next_poll = 0.0
 
     def collect(self) -> list[Outcome]:
-        """What came of the jobs. Looked for now and then: nobody waits for it but this verifier's
-        own count.
+        """The outcomes of the jobs that have ended, looked up every `POLL_S`: the entry has moved
+        on by then, and only this verifier's count waits for it.
         """
         if not self._in_hand or time.monotonic() < self._next_poll:
             return []
@@ -75,27 +77,25 @@ class VerificationJobs:
             return []
 
     def _look(self) -> list[Outcome]:
-        known = self._jobs.find(
-            "verify", map(_key, self._in_hand)
-        )  # before the streams: a job that has ended has moved its entry
+        # Before the streams are read: a job that has ended by now has moved its entry by then.
+        known = self._jobs.find("verify", map(_key, self._in_hand))
         mine = {row.id for row in self._bus.all_pending_rows("verify", self._bus.consumer)}
-        outcomes = [
-            self._outcome(delivery, known.get(_key(entry_id)), entry_id in mine)
-            for entry_id, delivery in self._in_hand.items()
-        ]
-        found = [outcome for outcome in outcomes if outcome is not None]
-        for outcome in found:
-            del self._in_hand[outcome.delivery.entry_id]
-        at_work = any(worker.stage == "jobs" for worker in self._bus.workers())
-        self.waits = (
-            f"{len(self)} verifications wait for a jobs worker (onstream worker jobs)"
-            if self._in_hand and not at_work
-            else ""
-        )
+        found = []
+        for entry_id, delivery in list(self._in_hand.items()):
+            outcome = self._outcome(delivery, known.get(_key(entry_id)), entry_id in mine)
+            if outcome is not None:
+                found.append(outcome)
+                del self._in_hand[entry_id]
+        self.waits = self._waits_for()
         return found
 
+    def _waits_for(self) -> str:
+        if not self._in_hand or any(worker.stage == "jobs" for worker in self._bus.workers()):
+            return ""
+        return f"{len(self)} verifications wait for a jobs worker (onstream worker jobs)"
+
     def _outcome(self, delivery: Delivery, job: JobRow | None, mine: bool) -> Outcome | None:
-        """What came of `delivery`; asks for its job where there is none."""
+        """The outcome of `delivery`, None while it waits. Asks for its job where there is none."""
         if not mine:
             return Outcome(delivery, elsewhere=True)
         if job is not None and job.status == "failed":
@@ -111,8 +111,8 @@ def _key(entry_id: bytes) -> str:
 
 
 def verify_entry(settings: Settings, bus: Bus, entry_id: str) -> dict[str, Any]:
-    """The body of a job: score the rollout in the entry `entry_id` and move it on, unless somebody
-    has.
+    """Score the rollout in the entry `entry_id` and move it on, unless somebody has: the body of a
+    job. Returns what the job shows.
     """
     taken = time.time()
     entry = bus.look_at("verify", entry_id.encode())
@@ -129,24 +129,20 @@ def verify_entry(settings: Settings, bus: Bus, entry_id: str) -> dict[str, Any]:
 
 
 def _verdict(settings: Settings, rollout: Rollout) -> Verdict:
-    """The verdict of a child of this process, which has the time and memory that a verifier's child
-    has.
-    """
-    children = ScorerPool(settings, processes=1)
-    children.start()
+    """The verdict of a scorer process of this job's own, within the verifier's limits."""
+    pool = ScorerPool(settings, processes=1)
+    pool.start()
     try:
-        children.submit(0, final_answer(rollout), rollout.info)
-        while not (found := children.collect(1.0)):
+        pool.submit(0, final_answer(rollout), rollout.info)
+        while not (found := pool.collect(1.0)):
             continue
         return found[0][1]
     finally:
-        children.close()
+        pool.close()
 
 
 def final_answer(rollout: Rollout) -> str:
-    """What the scorer sees. Of several samples the last holds the final answer: it comes after
-    every tool's.
-    """
+    """What the scorer gets: the text of the last sample, which comes after all tool calls."""
     return rollout.samples[-1].completion_text if rollout.samples else ""
 
 

@@ -1,4 +1,4 @@
-"""The pool of scoring children, and the worst that scorers do to it."""
+"""The pool of scorer processes, and the worst that scorers do to it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from typing import Any
 import psutil
 import pytest
 
+import onstream
 from onstream.pipeline.errors import UserError
 from onstream.settings.root import Settings
 from onstream.workers.verifier.scorer_messages import Verdict
 from onstream.workers.verifier.scorer_pool import CRASHED, TIMED_OUT, ScorerPool
 
-Pool = Callable[..., ScorerPool]
+StartPool = Callable[..., ScorerPool]
 HONEST: dict[str, Any] = {}
 MISBEHAVING = "tests.workers.verifier.misbehaving:score"
 
@@ -34,7 +35,7 @@ def settings_of(
 
 
 @pytest.fixture
-def pool() -> Iterator[Pool]:
+def start_pool() -> Iterator[StartPool]:
     """Makes pools that have started, and closes them."""
     pools: list[ScorerPool] = []
 
@@ -48,23 +49,23 @@ def pool() -> Iterator[Pool]:
         each.close()
 
 
-def verdicts(children: ScorerPool, *infos: dict[str, Any]) -> list[Verdict]:
+def verdicts(pool: ScorerPool, *infos: dict[str, Any]) -> list[Verdict]:
     """The verdicts on rollouts with these infos, in their order."""
     for key, info in enumerate(infos):
-        children.submit(key, "a completion", info)
+        pool.submit(key, "a completion", info)
     got: dict[int, Verdict] = {}
-    while children.in_hand:
-        got.update(children.collect(5))
+    while pool.in_hand:
+        got.update(pool.collect(5))
     return [got[key] for key in range(len(infos))]
 
 
 def test_the_builtin_scorer_gives_the_exact_answer_one_and_anything_else_nothing(
-    pool: Pool,
+    start_pool: StartPool,
 ) -> None:
-    children = pool(scorer=None)
-    children.submit(1, "cba", {"answer": "cba"})
-    children.submit(2, "cbx", {"answer": "cba"})
-    assert dict(children.collect(5)) == {
+    pool = start_pool(scorer=None)
+    pool.submit(1, "cba", {"answer": "cba"})
+    pool.submit(2, "cbx", {"answer": "cba"})
+    assert dict(pool.collect(5)) == {
         1: Verdict(1.0, {"similarity": 1.0}),
         2: Verdict(0.0, {"similarity": 2 / 3}),
     }
@@ -72,9 +73,9 @@ def test_the_builtin_scorer_gives_the_exact_answer_one_and_anything_else_nothing
 
 @pytest.mark.parametrize("misdeed", ["loop_forever", "ignore_signals"])
 def test_a_rollout_past_its_time_limit_scores_zero_and_the_others_go_on(
-    pool: Pool, misdeed: str
+    start_pool: StartPool, misdeed: str
 ) -> None:
-    assert verdicts(pool(), HONEST, {"do": misdeed}, HONEST) == [
+    assert verdicts(start_pool(), HONEST, {"do": misdeed}, HONEST) == [
         Verdict(1.0),
         TIMED_OUT,
         Verdict(1.0),
@@ -85,9 +86,9 @@ def test_a_rollout_past_its_time_limit_scores_zero_and_the_others_go_on(
     "misdeed", ["leave", "segfault", "close_everything", "write_everywhere", "fork_and_leave"]
 )
 def test_a_rollout_that_takes_its_process_down_twice_scores_zero_and_the_others_go_on(
-    pool: Pool, misdeed: str
+    start_pool: StartPool, misdeed: str
 ) -> None:
-    assert verdicts(pool(timeout=2), HONEST, {"do": misdeed}, HONEST, HONEST) == [
+    assert verdicts(start_pool(timeout=2), HONEST, {"do": misdeed}, HONEST, HONEST) == [
         Verdict(1.0),
         CRASHED,
         Verdict(1.0),
@@ -96,10 +97,10 @@ def test_a_rollout_that_takes_its_process_down_twice_scores_zero_and_the_others_
 
 
 def test_a_rollout_whose_child_was_killed_by_somebody_else_is_scored_by_the_next_child(
-    pool: Pool, tmp_path: Path
+    start_pool: StartPool, tmp_path: Path
 ) -> None:
     assert verdicts(
-        pool(), {"do": "be_killed_once", "marker": str(tmp_path / "tried")}, HONEST
+        start_pool(), {"do": "be_killed_once", "marker": str(tmp_path / "tried")}, HONEST
     ) == [Verdict(1.0), Verdict(1.0)]
 
 
@@ -116,65 +117,74 @@ def test_a_rollout_whose_child_was_killed_by_somebody_else_is_scored_by_the_next
     ],
 )
 def test_a_failure_of_the_scorer_itself_leaves_the_reward_absent_with_the_reason(
-    pool: Pool, misdeed: str, reason: str
+    start_pool: StartPool, misdeed: str, reason: str
 ) -> None:
-    verdict, honest = verdicts(pool(timeout=5), {"do": misdeed}, HONEST)
+    verdict, honest = verdicts(start_pool(timeout=5), {"do": misdeed}, HONEST)
     assert (verdict.reward, verdict.parts, honest) == (None, {}, Verdict(1.0))
     assert verdict.unscored is not None and reason in verdict.unscored
 
 
-def test_a_scorer_that_blames_the_rollout_gives_it_zero(pool: Pool) -> None:
-    assert verdicts(pool(), {"do": "blame_the_rollout"}) == [Verdict(0.0, {"rollout_error": 1.0})]
+def test_a_scorer_that_blames_the_rollout_gives_it_zero(start_pool: StartPool) -> None:
+    assert verdicts(start_pool(), {"do": "blame_the_rollout"}) == [
+        Verdict(0.0, {"rollout_error": 1.0})
+    ]
 
 
 def test_ten_megabytes_on_each_standard_stream_disturb_nobody(
-    pool: Pool, capfd: pytest.CaptureFixture[str]
+    start_pool: StartPool, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert verdicts(pool(timeout=5), {"do": "print_much"}, HONEST) == [Verdict(1.0), Verdict(1.0)]
+    assert verdicts(start_pool(timeout=5), {"do": "print_much"}, HONEST) == [
+        Verdict(1.0),
+        Verdict(1.0),
+    ]
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_copy_of_a_child_that_forks_and_returns_gives_no_second_verdict(pool: Pool) -> None:
-    children = pool(timeout=5)
+def test_the_copy_of_a_child_that_forks_and_returns_gives_no_second_verdict(
+    start_pool: StartPool,
+) -> None:
+    pool = start_pool(timeout=5)
     rewards = [
         verdict.reward
         for verdict in verdicts(
-            children, {"do": "fork_and_return"}, HONEST, {"do": "fork_and_return"}, HONEST
+            pool, {"do": "fork_and_return"}, HONEST, {"do": "fork_and_return"}, HONEST
         )
     ]
     assert rewards == [1.0, 1.0, 1.0, 1.0]
 
 
-def test_what_a_scorer_leaves_running_is_killed_after_its_verdict(pool: Pool) -> None:
-    left, honest = verdicts(pool(timeout=5), {"do": "fork_and_stay"}, HONEST)
+def test_what_a_scorer_leaves_running_is_killed_after_its_verdict(start_pool: StartPool) -> None:
+    left, honest = verdicts(start_pool(timeout=5), {"do": "fork_and_stay"}, HONEST)
     assert (left.reward, honest) == (1.0, Verdict(1.0))
     assert is_gone(int(left.parts["pid"]))
 
 
-def test_a_killed_child_is_replaced_by_one_that_lives(pool: Pool) -> None:
-    children = pool()
+def test_a_killed_child_is_replaced_by_one_that_lives(start_pool: StartPool) -> None:
+    pool = start_pool()
     first, _, second = verdicts(
-        children, {"do": "tell_pid"}, {"do": "loop_forever"}, {"do": "tell_pid"}
+        pool, {"do": "tell_pid"}, {"do": "loop_forever"}, {"do": "tell_pid"}
     )
     assert first.parts["pid"] != second.parts["pid"]
     assert first.parts["parent"] == second.parts["parent"]
     assert is_gone(int(first.parts["pid"]))
 
 
-def test_with_two_children_quick_rollouts_do_not_wait_for_a_slow_one(pool: Pool) -> None:
-    children = pool(timeout=5, processes=2)
-    children.submit(0, "", {"do": "nap", "seconds": 2})
+def test_with_two_processes_quick_rollouts_do_not_wait_for_a_slow_one(
+    start_pool: StartPool,
+) -> None:
+    pool = start_pool(timeout=5, processes=2)
+    pool.submit(0, "", {"do": "nap", "seconds": 2})
     for key in range(1, 33):
-        children.submit(key, "", HONEST)
+        pool.submit(key, "", HONEST)
     early: list[int] = []
     began = time.monotonic()
     while len(early) < 32:
-        early += [key for key, _ in children.collect(0.05)]
+        early += [key for key, _ in pool.collect(0.05)]
     assert sorted(early) == list(range(1, 33))
     assert time.monotonic() - began < 1.5
 
 
-def test_a_crowd_of_all_kinds_gets_each_its_own_verdict(pool: Pool) -> None:
+def test_a_crowd_of_all_kinds_gets_each_its_own_verdict(start_pool: StartPool) -> None:
     expected = {
         "leave": CRASHED,
         "segfault": CRASHED,
@@ -186,69 +196,69 @@ def test_a_crowd_of_all_kinds_gets_each_its_own_verdict(pool: Pool) -> None:
     crowd: list[dict[str, Any]] = [
         HONEST if number % 7 == 6 else {"do": list(expected)[number % 7]} for number in range(84)
     ]
-    got = verdicts(pool(processes=3), *crowd)
+    got = verdicts(start_pool(processes=3), *crowd)
     assert got == [expected.get(info.get("do", ""), Verdict(1.0)) for info in crowd]
 
 
-def test_the_time_limit_is_each_rollouts_own_and_not_the_batches(pool: Pool) -> None:
-    children = pool(timeout=1)
+def test_the_time_limit_is_each_rollouts_own_and_not_the_batches(start_pool: StartPool) -> None:
+    pool = start_pool(timeout=1)
     assert all(
-        verdict == Verdict(1.0) for verdict in verdicts(children, *[HONEST] * 200)
+        verdict == Verdict(1.0) for verdict in verdicts(pool, *[HONEST] * 200)
     )  # batches are large by now
-    assert verdicts(children, *[{"do": "nap", "seconds": 0.2}] * 8) == [Verdict(1.0)] * 8
+    assert verdicts(pool, *[{"do": "nap", "seconds": 0.2}] * 8) == [Verdict(1.0)] * 8
 
 
-def test_an_answer_that_came_while_the_verifier_was_away_is_not_late(pool: Pool) -> None:
-    children = pool(timeout=0.4)
-    children.submit(0, "", {"do": "nap", "seconds": 0.2})
-    while not any(child.jobs for child in children._children.values()):
-        assert children.collect(0.01) == []
+def test_an_answer_that_came_while_the_verifier_was_away_is_not_late(start_pool: StartPool) -> None:
+    pool = start_pool(timeout=0.4)
+    pool.submit(0, "", {"do": "nap", "seconds": 0.2})
+    while not any(process.requests for process in pool._slots.values()):
+        assert pool.collect(0.01) == []
     time.sleep(0.6)  # what is waited for is the time limit itself
-    assert children.collect(5) == [(0, Verdict(1.0))]
+    assert pool.collect(5) == [(0, Verdict(1.0))]
 
 
-def test_a_completion_larger_than_any_socket_buffer_is_scored(pool: Pool) -> None:
-    children = pool(scorer=None, timeout=5)
+def test_a_completion_larger_than_any_socket_buffer_is_scored(start_pool: StartPool) -> None:
+    pool = start_pool(scorer=None, timeout=5)
     answer = "é" * 2**22
-    children.submit(0, answer, {"answer": answer})
-    assert children.collect(5) == [(0, Verdict(1.0, {"similarity": 1.0}))]
+    pool.submit(0, answer, {"answer": answer})
+    assert pool.collect(5) == [(0, Verdict(1.0, {"similarity": 1.0}))]
 
 
-def test_a_collection_ends_when_its_time_is_over(pool: Pool) -> None:
-    children = pool(timeout=30)
-    children.submit(0, "", {"do": "loop_forever"})
+def test_a_collection_ends_when_its_time_is_over(start_pool: StartPool) -> None:
+    pool = start_pool(timeout=30)
+    pool.submit(0, "", {"do": "loop_forever"})
     began = time.monotonic()
-    assert children.collect(0.1) == []
+    assert pool.collect(0.1) == []
     assert time.monotonic() - began < 1
-    assert children.in_hand == 1
+    assert pool.in_hand == 1
 
 
-def test_quick_scorers_get_more_room_than_slow_ones(pool: Pool) -> None:
-    children = pool(timeout=5)
-    before = children.room
-    verdicts(children, *[HONEST] * 200)
-    assert children.room > before
-    verdicts(children, *[{"do": "nap", "seconds": 0.2}] * 12)
-    assert children.room < before
+def test_quick_scorers_get_more_room_than_slow_ones(start_pool: StartPool) -> None:
+    pool = start_pool(timeout=5)
+    before = pool.room
+    verdicts(pool, *[HONEST] * 200)
+    assert pool.room > before
+    verdicts(pool, *[{"do": "nap", "seconds": 0.2}] * 12)
+    assert pool.room < before
 
 
-def test_the_end_of_the_nursery_is_an_error_and_not_a_silence(pool: Pool) -> None:
-    children = pool(timeout=5)
-    (told,) = verdicts(children, {"do": "tell_pid"})
-    children.submit(0, "", {"do": "loop_forever"})
-    assert children.collect(0.05) == []
+def test_the_end_of_the_fork_server_is_an_error_and_not_a_silence(start_pool: StartPool) -> None:
+    pool = start_pool(timeout=5)
+    (told,) = verdicts(pool, {"do": "tell_pid"})
+    pool.submit(0, "", {"do": "loop_forever"})
+    assert pool.collect(0.05) == []
     os.kill(int(told.parts["parent"]), signal.SIGKILL)
     with pytest.raises(RuntimeError, match="has ended, with status -9"):
-        children.collect(5)
+        pool.collect(5)
     assert is_gone(int(told.parts["pid"]))
 
 
 def test_nothing_outlives_a_verifier_that_is_killed() -> None:
     script = (
         "from tests.workers.verifier.test_scorer_pool import *\n"
-        "children = ScorerPool(settings_of(timeout=60)); children.start()\n"
-        "told = verdicts(children, {'do': 'tell_pid'})[0].parts\n"
-        "children.submit(0, '', {'do': 'loop_forever'}); children.collect(0.05)\n"
+        "pool = ScorerPool(settings_of(timeout=60)); pool.start()\n"
+        "told = verdicts(pool, {'do': 'tell_pid'})[0].parts\n"
+        "pool.submit(0, '', {'do': 'loop_forever'}); pool.collect(0.05)\n"
         "print(int(told['pid']), int(told['parent']), flush=True); input()\n"
     )
     with subprocess.Popen(
@@ -284,43 +294,74 @@ def test_a_scorer_whose_import_ends_the_process_is_refused(
         ScorerPool(settings_of("leaves:score")).start()
 
 
-def test_children_that_never_come_up_are_an_error_and_not_an_endless_attempt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: Pool
+def test_processes_that_never_become_ready_are_an_error_and_not_an_endless_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start_pool: StartPool
 ) -> None:
     (tmp_path / "stillborn.py").write_text(
-        "import os\nos.register_at_fork(after_in_child=lambda: os._exit(9))\ndef score(completion, info):\n    return 1.0\n"
+        "import os\nos.register_at_fork(after_in_child=lambda: os._exit(9))\n"
+        "def score(completion, info):\n    return 1.0\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    children = pool(scorer="stillborn:score")
-    children.submit(0, "", HONEST)
+    pool = start_pool(scorer="stillborn:score")
+    pool.submit(0, "", HONEST)
     with pytest.raises(
         RuntimeError,
-        match="5 scoring children in a row ended as they started, the last with status 9",
+        match="5 scorer processes in a row ended as they started, the last with status 9",
     ):
-        children.collect(5)
+        pool.collect(5)
 
 
 def test_a_scorer_in_the_working_directory_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: Pool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start_pool: StartPool
 ) -> None:
     (tmp_path / "mine.py").write_text(
         "def score(completion, info):\n    return {'length': len(completion) / 10, 'bonus': 0.5}\n"
     )
     monkeypatch.chdir(tmp_path)
-    assert verdicts(pool(scorer="mine:score"), HONEST) == [
+    assert verdicts(start_pool(scorer="mine:score"), HONEST) == [
         Verdict(1.7, {"length": 1.2, "bonus": 0.5})
     ]
 
 
-def test_a_rollout_costs_less_than_a_seventh_of_a_millisecond(pool: Pool) -> None:
-    children = pool(scorer=None)
+def test_what_lies_in_the_users_directory_takes_the_place_of_nothing(tmp_path: Path) -> None:
+    # given: a directory with files named like ours, and a scorer that imports its own `settings`
+    for name in ("pipeline.py", "redis.py", "workers/__init__.py", "onstream/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise SystemExit('a file of the user in our place')\n")
+    (tmp_path / "settings.py").write_text("REWARD = 0.5\n")
+    (tmp_path / "mine.py").write_text("from settings import REWARD\ndef score(*_): return REWARD\n")
+    # as it is installed: `onstream` stands in a directory without our folders' plain names
+    installed = tmp_path.with_name("installed")
+    installed.mkdir()
+    (installed / "onstream").symlink_to(Path(onstream.__file__).parent)
+    script = (
+        "from onstream.settings.root import Settings\n"
+        "from onstream.workers.verifier.scorer_pool import ScorerPool\n"
+        "pool = ScorerPool(Settings.model_validate({'task': {'scorer': 'mine:score'}}))\n"
+        "pool.start(); pool.submit(0, 'text', {}); print(pool.collect(30)[0][1].reward)\n"
+        "pool.close()\n"
+    )
+    # when
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
+    # then
+    assert (done.stdout, done.stderr) == ("0.5\n", "")
+
+
+def test_a_rollout_costs_less_than_a_seventh_of_a_millisecond(start_pool: StartPool) -> None:
+    pool = start_pool(scorer=None)
     began = time.process_time()
     for key in range(6000):
-        children.submit(key, "cba", {"answer": "cba"})
-        if children.room == 0 or key == 5999:
-            children.collect(5)
-    nursery = psutil.Process(children._nursery.pid)
-    child_s = sum(sum(process.cpu_times()[:2]) for process in nursery.children())
+        pool.submit(key, "cba", {"answer": "cba"})
+        if pool.room == 0 or key == 5999:
+            pool.collect(5)
+    fork_server = psutil.Process(pool._fork_server.pid)
+    child_s = sum(sum(process.cpu_times()[:2]) for process in fork_server.children())
     assert (time.process_time() - began + child_s) / 6000 < 0.00015
 
 
