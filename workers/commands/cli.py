@@ -76,22 +76,6 @@ def up(files: tuple[Path, ...], overrides: tuple[str, ...]) -> Exit:
 
 
 @cli.command()
-@sources
-def record(files: tuple[Path, ...], overrides: tuple[str, ...]) -> Exit:
-    """Do as `onstream up`, and record what the training depends on, for `onstream replay`.
-
-    The trainer writes the recording itself, to recording/ in the run's directory: the same as
-    `onstream up --set trainer.record=true`. A run that exists goes on, and is recorded from its
-    checkpoint on. To record a run that is at work, stop it first: it loses nothing.
-    """
-    overrides = (*overrides, "trainer.record=true")
-    settings = _settings(files, overrides)
-    from onstream.workers.launcher.launcher import up
-
-    return up(settings, files, overrides)
-
-
-@cli.command()
 @looked_at
 @click.option(
     "--from-step",

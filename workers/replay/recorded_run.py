@@ -51,7 +51,7 @@ class RecordedRun:
             raise UserError(
                 f"{run_dir} has no {recording.FOLDER}/",
                 expected="a run that was recorded",
-                next_step="Record it: `onstream record`, or trainer.record = true; an existing run is recorded from its checkpoint on.",
+                next_step="Start it with trainer.record = true. A run that exists is recorded from its checkpoint on.",
             )
         start = self._start = start_of(self.directory)
         self._checkpoints = [

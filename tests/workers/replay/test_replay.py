@@ -268,7 +268,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(command: Command) -> None:
 
 
 def test_a_run_that_was_not_recorded_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no recording/; .*onstream record"):
+    with pytest.raises(UserError, match=r"has no recording/; .*trainer.record = true"):
         replay(tmp_path, [], from_step=None, stop_at=None, out=None, worst=0, say=print)
 
 
