@@ -4,9 +4,11 @@ BIN := .venv/bin
 PYTHON ?= python3
 export PYTHON
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
+FAST := tests/settings tests/deploy tests/pipeline --ignore tests/pipeline/weights tests/workers/trainer/maths \
+  tests/workers/trainer/batches $(wildcard tests/test_layers.py) tests/test_docs.py tests/test_readme.py
 TORCHVISION := torchvision==0.28.0
 
-.PHONY: help up lint test test-modes test-vllm test-compose chaos bench bench-vllm models docs lock clean
+.PHONY: help up lint test-fast test test-modes test-vllm test-compose chaos bench bench-vllm models docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -18,11 +20,14 @@ up: .venv/run ## train the reverse-text example on this machine, from set-up to 
 lint: .venv/dev ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+test-fast: .venv/dev ## units that load no model, for the inner loop: under a minute
+	@$(BIN)/python -m pytest -m "not slow" $(FAST)
+
 test: .venv/vision ## all tests, on a real Redis of their own
 	@$(BIN)/python -m pytest --ignore tests/modes --ignore tests/compose --ignore tests/chaos --ignore tests/vision
 	@PYTHONPATH=$(CURDIR)/tests/vision/site:$(CURDIR)/.venv/torchvision $(BIN)/python -m pytest tests/vision
 
-test-modes: .venv/dev .venv-vllm/ready ## whole runs of the modes that docs/modes.md describes, and one under blows, on this machine's CPU
+test-modes: .venv/dev .venv-vllm/ready ## whole runs of the modes that docs/modes.md describes, and one whose processes are killed, on this machine's CPU
 	@$(BIN)/python -m pytest tests/modes tests/chaos
 
 chaos: .venv/dev ## a long run whose every process is killed, Redis too, and the audit after it

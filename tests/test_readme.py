@@ -15,7 +15,11 @@ from onstream.workers.commands.cli import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
+PAGE_FILES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "EXTENDING.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+]
+PAGES = [page.read_text() for page in PAGE_FILES]
 SETTINGS_FILES = [
     path for folder in ("examples", "configs") for path in sorted((ROOT / folder).rglob("*.toml"))
 ]
@@ -42,7 +46,7 @@ def test_every_make_target_of_the_readme_and_the_docs_exists() -> None:
 
 
 def test_every_command_of_the_readme_and_the_docs_exists() -> None:
-    named = {command for page in PAGES for command in re.findall(r"`onstream ([a-z]+)", page)}
+    named = {command for page in PAGES for command in re.findall(r"`onstream ([a-z-]+)", page)}
     assert {"up", "check", "worker", "status", "audit"} <= named
     assert named <= set(cli.list_commands(click.Context(cli)))
 

@@ -1,0 +1,126 @@
+"""EXTENDING.md: the files of each section are written, its commands are run, and it does what it
+says. A section that changes a file of ours gets a copy of the source to change.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "EXTENDING.md").read_text()
+OURS = ("onstream", "settings", "pipeline", "workers")
+BLOCK = re.compile(r"(?:^`([\w./-]+)`:\n\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@dataclass
+class Section:
+    """One example: its files by name, its changes to files of ours, and its commands."""
+
+    files: dict[str, str] = field(default_factory=dict)
+    diffs: dict[str, str] = field(default_factory=dict)
+    commands: list[str] = field(default_factory=list)
+
+    @property
+    def files_of_ours(self) -> set[str]:
+        """The Python files in our source that the example adds or changes."""
+        return {name for name in (*self.files, *self.diffs) if name.startswith(OURS)}
+
+
+def sections() -> dict[str, Section]:
+    """The sections of the page that hold an example, by heading."""
+    found = {}
+    for text in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]:
+        section = Section()
+        for name, language, block in BLOCK.findall(text):
+            if language == "console":
+                section.commands += re.findall(r"^\$ (.+)$", block, re.MULTILINE)
+            elif language == "diff":
+                section.diffs[name] = block
+            elif name:
+                section.files[name] = block
+        found[text.partition("\n")[0]] = section
+    return found
+
+
+SECTIONS = sections()
+
+
+class Example:
+    """A section written out, in a folder of its own."""
+
+    def __init__(self, heading: str, folder: Path) -> None:
+        self.section = SECTIONS[heading]
+        self.folder = folder
+        (folder / "examples").symlink_to(ROOT / "examples")
+        self.source = ROOT
+        if self.section.files_of_ours:
+            self.source = folder
+            for name in OURS:
+                shutil.copytree(ROOT / name, folder / name, symlinks=True)
+        for name, text in self.section.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        for name, diff in self.section.diffs.items():
+            apply_diff(folder / name, diff)
+
+    def run(self, command: str) -> str:
+        """What a command of the section prints."""
+        assert command in self.section.commands
+        program, *arguments = command.split()
+        argv = [sys.executable, "-m", "onstream"] if program == "onstream" else [sys.executable]
+        result = subprocess.run(
+            [*argv, *arguments],
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(self.source), "COLUMNS": "200"},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    def metrics(self, run: str) -> list[dict[str, Any]]:
+        """The metrics of each step of a run."""
+        lines = (self.folder / "runs" / run / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+
+def apply_diff(file: Path, diff: str) -> None:
+    """Change `file`. The lines with `-` and ` ` must stand in it once; they become those with `+`."""
+    for hunk in re.split(r"^@@.*\n", diff, flags=re.MULTILINE):
+        lines = hunk.splitlines(keepends=True)
+        before = "".join(line[1:] for line in lines if line[0] in "- ")
+        after = "".join(line[1:] for line in lines if line[0] in "+ ")
+        text = file.read_text()
+        assert text.count(before) == 1, f"these lines are not in {file.name} once:\n{before}"
+        file.write_text(text.replace(before, after))
+
+
+def test_the_table_counts_the_files_of_each_section() -> None:
+    rows = re.findall(r"^\| \[.+?\]\(#(.+?)\) \|.*\| (\d+) \|$", PAGE, re.MULTILINE)
+    counted = {
+        heading.lower().replace(" ", "-"): len(section.files_of_ours)
+        for heading, section in SECTIONS.items()
+    }
+    assert {anchor: int(count) for anchor, count in rows} == counted
+
+
+def test_prompts_and_a_scorer(tmp_path: Path) -> None:
+    example = Example("Prompts and a scorer", tmp_path)
+
+    example.run("onstream up my_task.toml")
+
+    steps = example.metrics("my-task")
+    assert len(steps) == 3
+    assert all(0 < step["reward"] <= 2 for step in steps)
