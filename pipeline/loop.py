@@ -33,14 +33,15 @@ from onstream.pipeline.redis.run_state import FAILED
 from onstream.pipeline.redis.streams import Bus, Entry, LeaseLost, Move, Out
 from onstream.pipeline.stage import Delivery, Outcome, Stage, Stats, leave
 from onstream.settings.run import DeliverySettings
+from onstream.settings.stages import STAGES
 
 log = structlog.get_logger(__name__)
 
+RECORDS: dict[str, type[Work]] = {
+    record.__name__: record for record in (Ticket, Rollout, Tombstone)
+}
 TAKES: dict[StageName, tuple[type[Work], ...]] = {
-    "generate": (Ticket,),
-    "verify": (Rollout,),
-    "score": (Rollout,),
-    "train": (Rollout, Tombstone),
+    stage.name: tuple(RECORDS[name] for name in stage.takes) for stage in STAGES
 }
 IDLE_S = 0.01
 IMPATIENT_S = (

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from onstream.pipeline.undecodable import UNDECODABLE
+from onstream.settings.stages import StageName as StageName
 
-StageName = Literal["generate", "verify", "score", "train"]
 FinishReason = Literal["stop", "length"]
 
 Ids = npt.NDArray[np.int32]

@@ -7,18 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from onstream.settings.base import RUN, WORKER, Section, Unit
-
-StageName = Literal["generate", "verify", "score", "train"]
-WorkerKind = Literal["generator", "verifier", "teacher", "teacher-external", "trainer", "jobs"]
-
-STAGE_OF: dict[WorkerKind, StageName] = {
-    "generator": "generate",
-    "verifier": "verify",
-    "teacher": "score",
-    "teacher-external": "score",
-    "trainer": "train",
-}
-"""The stage that each kind of worker serves; `jobs` workers serve none."""
+from onstream.settings.stages import STAGES, StageName, WorkerKind
 
 Share = Annotated[float | None, WORKER, Unit("share"), Field(gt=0, le=1)]
 
@@ -70,9 +59,9 @@ class ScaleSettings(Section):
 class DeploymentSettings(Section):
     """The processes of a run."""
 
-    stages: Annotated[tuple[StageName, ...] | None, WORKER, Field(min_length=1, max_length=4)] = (
-        None
-    )
+    stages: Annotated[
+        tuple[StageName, ...] | None, WORKER, Field(min_length=1, max_length=len(STAGES))
+    ] = None
     """The stages that have consumers in this deployment. Unset: what the other settings ask for.
     Leaving out `verify` or `score` turns verification or the teacher off, unless a setting says so
     explicitly."""

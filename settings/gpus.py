@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from onstream.settings.deployment import WorkerKind
 from onstream.settings.engines import student_engine
 from onstream.settings.plan import Plan
 from onstream.settings.problem import Problem
 from onstream.settings.root import Settings
+from onstream.settings.stages import COMPUTING, WorkerKind
 from onstream.settings.text import shown
 
 Place = tuple[WorkerKind, int]
 """A worker that this deployment starts: the index-th of its kind. Where a model is spread over
 GPUs, each of its parts is one.
-"""
-
-ROLES: dict[WorkerKind, str] = {"trainer": "train", "generator": "inference", "teacher": "teacher"}
-"""The workers that compute on a GPU, by the names of their shares in
-`deployment.gpu_memory_shares`.
 """
 
 SPLIT: dict[str, WorkerKind] = {"teacher": "teacher", "student": "generator"}
@@ -83,9 +78,9 @@ def memory_share(settings: Settings, kind: WorkerKind) -> float | None:
     """The share of its GPU's memory that a worker of `kind` may take; None where it has the GPU for
     itself.
     """
-    if not settings.deployment.share_gpus or kind not in ROLES:
+    if not settings.deployment.share_gpus or kind not in COMPUTING:
         return None
-    share: float | None = getattr(settings.deployment.gpu_memory_shares, ROLES[kind])
+    share: float | None = getattr(settings.deployment.gpu_memory_shares, COMPUTING[kind])
     return share
 
 
@@ -113,7 +108,9 @@ def _computing(settings: Settings, plan: Plan) -> dict[WorkerKind, int]:
         counts["generator"] = 0
     elif student_engine(settings) == "server":
         counts["generator"] = plan.student_servers
-    return {kind: counts[kind] * _parts(settings, plan, kind) for kind in ROLES if counts.get(kind)}
+    return {
+        kind: counts[kind] * _parts(settings, plan, kind) for kind in COMPUTING if counts.get(kind)
+    }
 
 
 def _shares(settings: Settings, plan: Plan) -> dict[Place, float]:
@@ -128,7 +125,7 @@ def _shares(settings: Settings, plan: Plan) -> dict[Place, float]:
 def _unstated(settings: Settings, plan: Plan) -> list[str]:
     kinds = _computing(settings, plan)
     return [
-        f"deployment.gpu_memory_shares.{ROLES[kind]}"
+        f"deployment.gpu_memory_shares.{COMPUTING[kind]}"
         for kind in kinds
         if memory_share(settings, kind) is None
     ]
@@ -146,7 +143,9 @@ def _without_shares(names: Sequence[str]) -> Problem:
 def _too_few(settings: Settings, plan: Plan, gpus: Sequence[str]) -> Problem:
     counts = _computing(settings, plan)
     shares = _shares(settings, plan)
-    parts = [f"{ROLES[kind]} {count}{_of_share(settings, kind)}" for kind, count in counts.items()]
+    parts = [
+        f"{COMPUTING[kind]} {count}{_of_share(settings, kind)}" for kind, count in counts.items()
+    ]
     advice = "Lower deployment.num_teacher_gpus" + (
         " or the shares."
         if settings.deployment.share_gpus

@@ -14,12 +14,12 @@ import msgspec
 
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.undecodable import UNDECODABLE
-from onstream.settings.deployment import STAGE_OF, StageName, WorkerKind
 from onstream.settings.devices import device_of
 from onstream.settings.fields import known
 from onstream.settings.root import Settings
 from onstream.settings.route import external_teacher, local_teacher, rollout_teacher, route_of
 from onstream.settings.serving import teacher_engine
+from onstream.settings.stages import FIRST, STAGE_OF, StageName, WorkerKind
 from onstream.settings.text import shown
 
 TEACHER_NAMES = ("teacher_inference.model.name", "orchestrator.teacher_model.model.name")
@@ -58,7 +58,7 @@ class Plan(msgspec.Struct, frozen=True):
     @property
     def streams(self) -> tuple[StageName, ...]:
         """The stages that have a stream, in the order of the flow."""
-        return ("generate", *self.route)
+        return (FIRST, *self.route)
 
     def encode(self) -> bytes:
         """JSON, as Redis and `plan.json` hold it."""
@@ -206,11 +206,11 @@ def _workers(
         # The last of them asks the server that is started here.
         wanted["teacher-external"] = (deployment.external_teachers if external else 0) + served
     wanted["trainer"] = 1
-    here = deployment.stages or ("generate", *route)
+    here = deployment.stages or (FIRST, *route)
     workers = {
         kind: count if STAGE_OF[kind] in here else 0
         for kind, count in wanted.items()
-        if STAGE_OF[kind] in ("generate", *route)
+        if STAGE_OF[kind] in (FIRST, *route)
     }
     evaluates = bool(settings.eval.interval and settings.eval.samples)
     verifies = "verifier" in workers and settings.orchestrator.verification.in_jobs != "never"

@@ -4,8 +4,8 @@ from.
 
 from __future__ import annotations
 
-from onstream.settings.deployment import StageName
 from onstream.settings.root import Settings
+from onstream.settings.stages import STAGE_NAMES, StageName
 
 
 def route_of(settings: Settings) -> tuple[StageName, ...]:
@@ -15,7 +15,7 @@ def route_of(settings: Settings) -> tuple[StageName, ...]:
         route.append("verify")
     if teacher_on(settings):
         route.append("score")
-    return (*route, "train")
+    return (*route, STAGE_NAMES[-1])
 
 
 def verification_on(settings: Settings) -> bool:

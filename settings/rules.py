@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
-from onstream.settings.deployment import WorkerKind
 from onstream.settings.engine_rules import ENGINE_RULES, engine_warnings
 from onstream.settings.fields import known
 from onstream.settings.plan import Plan, make_plan
@@ -23,6 +22,7 @@ from onstream.settings.route import (
     verification_on,
 )
 from onstream.settings.serving import taken_flags, teacher_engine
+from onstream.settings.stages import WorkerKind
 
 Rule = Callable[[Settings], Iterator[Problem]]
 

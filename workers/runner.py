@@ -19,23 +19,13 @@ from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.redis.access import connect, redis_url
 from onstream.pipeline.redis.streams import Bus
 from onstream.pipeline.stage import Stage, Stats
-from onstream.settings.deployment import STAGE_OF, WorkerKind
 from onstream.settings.devices import device_of
 from onstream.settings.engines import student_engine
 from onstream.settings.gpus import memory_share
 from onstream.settings.plan import Plan, make_plan, refuse_differences
 from onstream.settings.root import Settings
+from onstream.settings.stages import COMPUTING, STAGE_OF, WORKERS, WorkerKind
 
-STAGE_CLASSES: dict[WorkerKind, str] = {
-    "generator": "onstream.workers.generator.stage:Generator",
-    "verifier": "onstream.workers.verifier.stage:Verifier",
-    "teacher": "onstream.workers.teacher.stage:Teacher",
-    "teacher-external": "onstream.workers.teacher.external:ExternalTeacher",
-    "trainer": "onstream.workers.trainer.stage:Trainer",
-}
-COMPUTING: tuple[WorkerKind, ...] = ("generator", "teacher", "trainer")
-"""The kinds that import torch."""
-CHAT_GENERATOR = "onstream.workers.generator.chat_stage:ChatGenerator"
 REMINDER_S = 10.0
 log = telemetry.get_logger()
 
@@ -92,12 +82,11 @@ def _refuse_without_torch(kind: WorkerKind) -> None:
 
 
 def class_path(kind: WorkerKind, settings: Settings) -> str:
-    """`module:class` of what does the work of `kind`; in hard distillation a generator asks an
-    endpoint.
-    """
-    if kind == "generator" and settings.orchestrator.teacher_rollout_model is not None:
-        return CHAT_GENERATOR
-    return STAGE_CLASSES[kind]
+    """`module:class` of the stage that does the work of `kind`."""
+    spec = WORKERS[kind]
+    if spec.chat_class_path and settings.orchestrator.teacher_rollout_model is not None:
+        return spec.chat_class_path
+    return spec.class_path
 
 
 def stage_class(path: str) -> Callable[[Settings, Bus], Stage]:

@@ -7,11 +7,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from onstream.pipeline.records import StageName
+from onstream.settings.stages import STAGE_NAMES, WORK_STAGES, StageName
 
-STAGES: Final[tuple[StageName, ...]] = ("generate", "verify", "score", "train")
+STAGES: Final = STAGE_NAMES
 """Every stage with a stream, in the order of the flow."""
-WORKING: Final[tuple[StageName, ...]] = ("generate", "verify", "score")
+WORKING: Final = WORK_STAGES
 """The stages whose streams hold only work to do: XLEN is their exact backlog, and gates the issuing
 of tickets.
 """

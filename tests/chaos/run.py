@@ -22,8 +22,8 @@ import psutil
 
 from onstream.pipeline.redis.streams import WORKING, Bus, WorkerState
 from onstream.pipeline.run_files.ownership import FILE
-from onstream.settings.deployment import WorkerKind
 from onstream.settings.load import load_settings
+from onstream.settings.stages import WorkerKind
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from onstream.workers.launcher.environment import environment
 from onstream.workers.launcher.supervisor import Child, Supervisor, describe_exit

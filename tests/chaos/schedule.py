@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from onstream.settings.deployment import WorkerKind
+from onstream.settings.stages import WorkerKind
 
 Deed = Literal["kill", "kill redis", "fill redis", "empty redis", "stop trainer"]
 

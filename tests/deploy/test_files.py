@@ -16,9 +16,9 @@ import yaml
 
 from deploy import generate
 from onstream.pipeline.redis.keys import GROUP, Keys
-from onstream.settings.deployment import STAGE_OF
 from onstream.settings.fields import known
 from onstream.settings.load import load_settings
+from onstream.settings.stages import STAGE_OF
 from onstream.settings.unknown import variable_of
 
 ROOT = Path(__file__).parents[2]

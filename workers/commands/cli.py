@@ -14,21 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import click
 
 from onstream.pipeline.errors import Exit, UserError
+from onstream.settings.stages import KINDS, WorkerKind
 
 if TYPE_CHECKING:
-    from onstream.settings.deployment import WorkerKind
     from onstream.settings.root import Settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-KINDS: tuple[WorkerKind, ...] = (
-    "generator",
-    "verifier",
-    "teacher",
-    "teacher-external",
-    "trainer",
-    "jobs",
-)
 
 
 def sources(command: Command) -> Command:

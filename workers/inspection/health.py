@@ -13,8 +13,8 @@ from onstream.pipeline.redis.access import redis_url
 from onstream.pipeline.redis.connection import OUTAGE
 from onstream.pipeline.redis.run_state import WorkerState
 from onstream.pipeline.redis.streams import Bus
-from onstream.settings.deployment import WorkerKind
 from onstream.settings.root import Settings
+from onstream.settings.stages import WorkerKind
 
 PATIENCE_S = 1.0
 LIVE_S = 30.0  # a worker that waits for Redis, or whose machine is busy, may miss some heartbeats

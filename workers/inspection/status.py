@@ -16,7 +16,8 @@ from onstream.pipeline.redis.keys import STAGES
 from onstream.pipeline.redis.run_state import VERSION, WorkerState
 from onstream.pipeline.redis.streams import Bus
 from onstream.settings.plan import Plan
-from onstream.workers.launcher.run_watcher import KINDS_OF, take, waits
+from onstream.settings.stages import KINDS_OF
+from onstream.workers.launcher.run_watcher import take, waits
 
 
 def status(bus: Bus) -> dict[str, Any]:

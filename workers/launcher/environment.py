@@ -7,7 +7,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from onstream.settings.deployment import DeploymentSettings, WorkerKind
+from onstream.settings.deployment import DeploymentSettings
+from onstream.settings.stages import COMPUTING, WorkerKind
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -33,7 +34,5 @@ def default_threads(workers: Mapping[WorkerKind, int], cores: int | None = None)
     among them.
     """
     cores = cores or len(os.sched_getaffinity(0))
-    computing = sum(
-        count for kind, count in workers.items() if kind not in ("verifier", "teacher-external")
-    )
+    computing = sum(count for kind, count in workers.items() if kind in COMPUTING or kind == "jobs")
     return 1 if cores <= 4 else max(1, cores // max(1, computing))

@@ -18,12 +18,12 @@ from rich.console import Console
 from onstream.pipeline import telemetry
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.redis.streams import Bus
-from onstream.settings.deployment import StageName, WorkerKind
 from onstream.settings.devices import gpus_found
 from onstream.settings.gpus import Place, gpus_of, placement
 from onstream.settings.plan import Plan, make_plan
 from onstream.settings.redis import address
 from onstream.settings.root import Settings
+from onstream.settings.stages import START_ORDER, WORK_STAGES, StageName, WorkerKind
 from onstream.settings.text import toml_text
 from onstream.workers.inspection.audit import audit
 from onstream.workers.launcher import preflight, report
@@ -32,7 +32,7 @@ from onstream.workers.launcher.environment import environment
 from onstream.workers.launcher.model_servers import KINDS as SERVER_KINDS
 from onstream.workers.launcher.model_servers import Servers, serve
 from onstream.workers.launcher.progress import Display, StageView, View, result_table
-from onstream.workers.launcher.run_watcher import MetricsTail, Watcher, waits
+from onstream.workers.launcher.run_watcher import MetricsTail, Snapshot, Watcher, waits
 from onstream.workers.launcher.shutdown import wait_until_alone
 from onstream.workers.launcher.single_launcher import only_launcher
 from onstream.workers.launcher.supervisor import (
@@ -48,15 +48,6 @@ TICK_S = 0.05
 WATCH_S = 0.25
 DRAIN_MARGIN_S = 10.0
 SERVER_STOP_S = 20.0
-START_ORDER: tuple[WorkerKind, ...] = (
-    "trainer",
-    "teacher",
-    "teacher-external",
-    "generator",
-    "verifier",
-    "jobs",
-)
-"""The slowest to be ready first."""
 EVAL = "eval"
 COMMAND = "onstream"
 log = telemetry.get_logger()
@@ -333,13 +324,7 @@ class Launch:
                 processes=len(self._supervisor.running(*kinds[stage])),
                 heartbeats=len(snapshot.workers.get(stage, ())),
                 ready=stage in snapshot.ready,
-                # The trainer holds what it has trained until a checkpoint is durable: that waits
-                # for nobody.
-                backlog=max(
-                    0,
-                    snapshot.backlog.get(stage, 0)
-                    - (snapshot.in_hand.get(stage, 0) if stage == "train" else 0),
-                ),
+                backlog=_waiting(snapshot, stage),
                 detail=next((detail for detail in snapshot.workers.get(stage, ()) if detail), ""),
             )
             for stage in self._plan.streams
@@ -455,6 +440,15 @@ class Launch:
                 kind: round(seconds, 2) for kind, seconds in self._startup_cpu_s.items()
             },
         }
+
+
+def _waiting(snapshot: Snapshot, stage: StageName) -> int:
+    """Records that wait for a worker of `stage`."""
+    waiting = snapshot.backlog.get(stage, 0)
+    if stage in WORK_STAGES:
+        return waiting
+    # The trainer holds what it has trained until a checkpoint is durable: that waits for nobody.
+    return max(0, waiting - snapshot.in_hand.get(stage, 0))
 
 
 def _as_options(overrides: Sequence[str]) -> list[str]:

@@ -8,10 +8,10 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from onstream.settings.deployment import WorkerKind
 from onstream.settings.gpus import Place
 from onstream.settings.plan import Plan
 from onstream.settings.root import Settings
+from onstream.settings.stages import WorkerKind
 from onstream.workers.launcher.vllm_server_process import ModelServer
 
 TEACHER_SERVER = "teacher-server"

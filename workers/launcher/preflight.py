@@ -17,6 +17,7 @@ from onstream.settings.gpus import gpu_problems
 from onstream.settings.plan import Plan, refuse_differences
 from onstream.settings.problem import SettingsError
 from onstream.settings.root import Settings
+from onstream.settings.stages import SWITCHES
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 FLOAT32_BYTES = 4
@@ -286,10 +287,9 @@ def check_resume(
 
 def _route_hint(ours: Plan, theirs: Plan) -> str:
     """What to set, where leaving a stage out of `deployment.stages` has turned it off."""
-    settings = {"verify": "orchestrator.verification.enabled", "score": "the teacher's section"}
     changed = set(ours.route) ^ set(theirs.route)
     return "Set " + " and ".join(
-        f"{name} as it was" for stage, name in settings.items() if stage in changed
+        f"{name} as it was" for stage, name in SWITCHES.items() if stage in changed
     )
 
 

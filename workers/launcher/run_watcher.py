@@ -15,12 +15,9 @@ import msgspec
 from redis.exceptions import RedisError
 
 from onstream.pipeline.records import PolicyVersion, RecordError, StageName
-from onstream.settings.deployment import STAGE_OF
+from onstream.settings.stages import KINDS_OF, WORK_STAGES
 from onstream.workers.launcher.polling import Polling
 
-KINDS_OF: Mapping[StageName, Sequence[str]] = {
-    stage: [kind for kind in STAGE_OF if STAGE_OF[kind] == stage] for stage in STAGE_OF.values()
-}
 RECENT_STEPS = 10
 NEXT_WEIGHTS = (
     "waits for policy version"  # the rhythm of a run, and nothing that keeps it from going on
@@ -161,7 +158,10 @@ def _wait(snapshot: Snapshot, stage: str, started: int, kinds: Sequence[str]) ->
     detail = next((detail for detail in present if detail), "")
     if stage in snapshot.ready:
         held_up = (
-            stage != "train" and backlog and all(present) and not detail.startswith(NEXT_WEIGHTS)
+            stage in WORK_STAGES
+            and backlog
+            and all(present)
+            and not detail.startswith(NEXT_WEIGHTS)
         )
         return detail if held_up else ""
     return f"not ready: {detail or ('starting' if started or present else f'no worker; {remedy}')}"

@@ -24,10 +24,10 @@ import click
 
 from onstream.pipeline.redis.streams import Bus, Lease, LeaseHeld
 from onstream.pipeline.stage import Stats
-from onstream.settings.deployment import STAGE_OF, WorkerKind
 from onstream.settings.load import load_settings
 from onstream.settings.plan import make_plan
 from onstream.settings.root import Settings
+from onstream.settings.stages import STAGE_OF, WorkerKind
 from onstream.workers.commands.cli import sources
 
 

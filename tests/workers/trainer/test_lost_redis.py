@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from onstream.pipeline.redis.streams import Bus, LeaseLost
-from onstream.settings.deployment import StageName
+from onstream.settings.stages import StageName
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from tests.redis_servers import Pair
 from tests.workers.trainer.driver import Run

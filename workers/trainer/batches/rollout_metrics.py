@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean, pstdev
 
-from onstream.pipeline.records import Rollout, StageName
+from onstream.pipeline.records import Rollout
+from onstream.settings.stages import FIRST, STAGE_NAMES, WORK_STAGES
 from onstream.workers.trainer.batches.batch_builder import TrainableUnit, oldest_version
 from onstream.workers.trainer.maths.staleness import staleness
 
@@ -39,16 +40,8 @@ without meaning.
 """
 
 
-_LATENCIES: dict[StageName, str] = {
-    "generate": "latency_generate_s",
-    "verify": "latency_verify_s",
-    "score": "latency_score_s",
-}
-_QUEUES: dict[StageName, str] = {
-    "verify": "queue_verify_s",
-    "score": "queue_score_s",
-    "train": "queue_train_s",
-}
+_LATENCIES = {stage: f"latency_{stage}_s" for stage in WORK_STAGES}
+_QUEUES = {stage: f"queue_{stage}_s" for stage in STAGE_NAMES if stage != FIRST}
 
 
 def rollout_metrics(batch: Sequence[TrainableUnit], version: int) -> Metrics:

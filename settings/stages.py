@@ -1,0 +1,133 @@
+"""The stages of a run, in the order of the flow: the one table that everything else follows from.
+
+A new stage takes a row and its names here, a module of its own under `workers/`, and a line in
+`settings/route.py` that says when rollouts pass it. The route, the plan, the loop, the launcher,
+the keys in Redis, the count in `[deployment.workers]`, the metrics of its latency and the
+deployment files follow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+StageName = Literal["generate", "verify", "score", "train"]
+WorkerKind = Literal["generator", "verifier", "teacher", "teacher-external", "trainer", "jobs"]
+RecordName = Literal["Ticket", "Rollout", "Tombstone"]
+# The names stand twice, here and in the table below, because mypy and msgspec read no table:
+# tests/settings/test_stages.py holds them together.
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """One kind of worker.
+
+    `class_path` is `module:class` of its stage, imported only in the worker's own process;
+    `chat_class_path` takes its place in hard distillation, where completions come from an endpoint.
+    `gpu_share` is the name of its share in `deployment.gpu_memory_shares`: only a kind that
+    computes models has one, and it needs torch.
+    """
+
+    kind: WorkerKind
+    class_path: str
+    chat_class_path: str = ""
+    gpu_share: str = ""
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage: a stream, the workers that consume it, and the records that they take.
+
+    `is_work` tells a stream that holds only work to do, so that its length is the exact backlog,
+    which holds up new tickets. The trainer's also holds what waits for a checkpoint.
+    `switch` is the setting that takes the stage off the route; nothing where it is always on it.
+    """
+
+    name: StageName
+    takes: tuple[RecordName, ...]
+    workers: tuple[WorkerSpec, ...]
+    is_work: bool = True
+    switch: str = ""
+
+
+STAGES: tuple[StageSpec, ...] = (
+    StageSpec(
+        "generate",
+        takes=("Ticket",),
+        workers=(
+            WorkerSpec(
+                "generator",
+                "onstream.workers.generator.stage:Generator",
+                chat_class_path="onstream.workers.generator.chat_stage:ChatGenerator",
+                gpu_share="inference",
+            ),
+        ),
+    ),
+    StageSpec(
+        "verify",
+        takes=("Rollout",),
+        workers=(WorkerSpec("verifier", "onstream.workers.verifier.stage:Verifier"),),
+        switch="orchestrator.verification.enabled",
+    ),
+    StageSpec(
+        "score",
+        takes=("Rollout",),
+        workers=(
+            WorkerSpec("teacher", "onstream.workers.teacher.stage:Teacher", gpu_share="teacher"),
+            WorkerSpec("teacher-external", "onstream.workers.teacher.external:ExternalTeacher"),
+        ),
+        switch="the teacher's section",
+    ),
+    StageSpec(
+        "train",
+        takes=("Rollout", "Tombstone"),
+        workers=(
+            WorkerSpec("trainer", "onstream.workers.trainer.stage:Trainer", gpu_share="train"),
+        ),
+        is_work=False,
+    ),
+)
+
+WORKERS: dict[WorkerKind, WorkerSpec] = {
+    worker.kind: worker for stage in STAGES for worker in stage.workers
+}
+"""The workers that serve a stage, by kind, in the order of the flow."""
+
+KINDS: tuple[WorkerKind, ...] = (*WORKERS, "jobs")
+"""Every kind of worker. Those for jobs serve no stage."""
+
+STAGE_NAMES: tuple[StageName, ...] = tuple(stage.name for stage in STAGES)
+"""Every stage, in the order of the flow."""
+
+FIRST: StageName = STAGE_NAMES[0]
+"""The stage that takes tickets: every rollout starts there."""
+
+WORK_STAGES: tuple[StageName, ...] = tuple(stage.name for stage in STAGES if stage.is_work)
+"""The stages whose streams hold only work to do."""
+
+STAGE_OF: dict[WorkerKind, StageName] = {
+    worker.kind: stage.name for stage in STAGES for worker in stage.workers
+}
+"""The stage that each kind of worker serves; `jobs` workers serve none."""
+
+KINDS_OF: dict[StageName, tuple[WorkerKind, ...]] = {
+    stage.name: tuple(worker.kind for worker in stage.workers) for stage in STAGES
+}
+"""The kinds of worker that serve each stage."""
+
+COMPUTING: dict[WorkerKind, str] = {
+    worker.kind: worker.gpu_share
+    for stage in (STAGES[-1], *STAGES[:-1])
+    for worker in stage.workers
+    if worker.gpu_share
+}
+"""The kinds that compute models, and so import torch, by the names of their shares in
+`deployment.gpu_memory_shares`. The trainer first: it gets the first GPU."""
+
+START_ORDER: tuple[WorkerKind, ...] = tuple(
+    sorted(KINDS, key=lambda kind: (kind not in COMPUTING, -KINDS.index(kind)))
+)
+"""The order in which a launcher starts them: those that load models take longest to be ready."""
+
+SWITCHES: dict[StageName, str] = {stage.name: stage.switch for stage in STAGES if stage.switch}
+"""The setting that takes a stage off the route, for those that are not always on it."""
