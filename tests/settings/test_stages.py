@@ -44,7 +44,7 @@ def test_every_stage_has_its_own_workers() -> None:
 def test_the_streams_and_what_they_hold_follow_from_the_table() -> None:
     assert STREAMS == ("generate", "verify", "score", "train")
     assert WORKING == ("generate", "verify", "score")
-    assert TAKES == {
+    assert dict(TAKES) == {
         "generate": (Ticket,),
         "verify": (Rollout,),
         "score": (Rollout,),
