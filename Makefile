@@ -8,7 +8,7 @@ FAST := tests/settings tests/deploy tests/pipeline --ignore tests/pipeline/weigh
   tests/workers/trainer/batches $(wildcard tests/test_layers.py) tests/test_docs.py tests/test_readme.py
 TORCHVISION := torchvision==0.28.0
 
-.PHONY: help up lint test-fast test test-modes test-vllm test-compose chaos bench bench-vllm models docs lock clean
+.PHONY: help up lint test-fast test test-workers test-units test-runs test-modes test-vllm test-compose chaos bench bench-vllm models docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -23,8 +23,17 @@ lint: .venv/dev ## ruff and mypy
 test-fast: .venv/dev ## units that load no model, for the inner loop: under a minute
 	@$(BIN)/python -m pytest -m "not slow" $(FAST)
 
-test: .venv/vision ## all tests, on a real Redis of their own
-	@$(BIN)/python -m pytest --ignore tests/modes --ignore tests/compose --ignore tests/chaos --ignore tests/vision
+test: .venv/vision ## all tests but those of the targets below, on a real Redis of their own, two at a time
+	@$(MAKE) --no-print-directory -j2 test-workers test-units test-runs
+
+test-workers: .venv/dev
+	@$(BIN)/python -m pytest tests/workers
+
+test-units: .venv/dev
+	@$(BIN)/python -m pytest tests/settings tests/deploy tests/pipeline
+
+test-runs: .venv/vision
+	@$(BIN)/python -m pytest tests/test_*.py
 	@PYTHONPATH=$(CURDIR)/tests/vision/site:$(CURDIR)/.venv/torchvision $(BIN)/python -m pytest tests/vision
 
 test-modes: .venv/dev .venv-vllm/ready ## whole runs of the modes that docs/modes.md describes, and one whose processes are killed, on this machine's CPU
