@@ -4,7 +4,7 @@ recording holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,11 @@ from onstream.pipeline.images.feed import Fetch
 from onstream.pipeline.records import (
     Rollout,
     Sample,
-    Tombstone,
     ids_bytes,
     logprobs_bytes,
     mask_bytes,
 )
 from onstream.pipeline.run_files import recording
-from onstream.pipeline.run_files.ledger import Fate
 from onstream.pipeline.weights import LoadedPolicy
 from onstream.settings.root import Settings
 from onstream.workers.trainer.durability.recording import Recording
@@ -30,21 +28,6 @@ from tests.vision.conftest import Tiny, noise
 
 pytestmark = pytest.mark.timeout(60)
 BATCH = 4
-
-
-class Around:
-    """Hears what a training tells, and hands what it considers to a recording."""
-
-    def __init__(self, recorded: Recording | None) -> None:
-        self.recorded = recorded
-        self.fates = dict[int, Fate]()
-
-    def considered(self, record: Rollout | Tombstone, taken: float) -> None:
-        if self.recorded:
-            self.recorded.record(record, taken)
-
-    def settle(self, numbers: Iterable[int], fate: Fate, step: int) -> None:
-        self.fates |= dict.fromkeys(numbers, fate)
 
 
 def rollout(number: int, tiny: Tiny, image: str, tokens: int) -> Rollout:
@@ -65,14 +48,17 @@ def trained(
     settings: Settings, records: list[Rollout], images: Fetch, recorded: Recording | None
 ) -> tuple[str, Any]:
     """The digest of the weights after a step on `records`, and the fates of their numbers."""
-    around = Around(recorded)
-    training = Training(settings, learner_at(settings, None), around, worker="t", images=images)
+    training = Training(settings, learner_at(settings, None), worker="t", images=images)
     for record in records:
         training.take(record, 1.0)
-    training.advance()
-    training.conclude(training.learn())
+    considered = training.advance()
+    if recorded:
+        for timed in considered.considered:
+            recorded.record(timed.record, timed.taken)
+    step = training.take_step()
     training.close()
-    return LoadedPolicy.of(1, training.learner.published_state()).digest, around.fates
+    fates = {line.number: line.fate for line in (*considered.settled, *step.settled)}
+    return LoadedPolicy.of(1, training.learner.published_state()).digest, fates
 
 
 def test_images_lie_in_the_recording_once_and_train_to_the_same_bits(

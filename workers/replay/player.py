@@ -15,17 +15,17 @@ import torch
 
 from onstream.pipeline import weights
 from onstream.pipeline.images.feed import Fetch, no_images
-from onstream.pipeline.records import PolicyVersion, Rollout, Ticket, Tombstone, decode_work
-from onstream.pipeline.run_files.ledger import Fate, RangeSet
+from onstream.pipeline.records import PolicyVersion, Ticket, decode_work
 from onstream.pipeline.run_files.recording import Frame, Opened, Recorded, Stepped
 from onstream.settings.root import Settings
 from onstream.workers.replay.recorded_run import ReplayStart, settled_in
+from onstream.workers.trainer.batches.batch_builder import TrainableUnit
 from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.durability.checkpoint import TrainerState
 from onstream.workers.trainer.durability.recording import conditions
 from onstream.workers.trainer.maths.per_sample_losses import PerSampleLosses
 from onstream.workers.trainer.publication.publisher import student_files
-from onstream.workers.trainer.training import StepResult, Training, learner_at
+from onstream.workers.trainer.training import Training, learner_at
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ReplayedStep:
     policy: PolicyVersion
     row: dict[str, Any]
     recorded: Stepped | None
-    learned: StepResult
+    batch: list[TrainableUnit]
     per_sample: PerSampleLosses
 
     @property
@@ -86,11 +86,6 @@ class Player:
         found = beginning.found
         self._under_conditions(beginning.opened)
         self.run_dir = self.settings.run_dir
-        self.fates: dict[Fate, RangeSet] = (
-            {fate: RangeSet(ranges) for fate, ranges in found.state.settled.items()}
-            if found
-            else {}
-        )
         self.settled = settled_in(found)
         learner = learner_at(self.settings, found)
         dropped = found.state.dropped if found else {}
@@ -99,7 +94,6 @@ class Player:
         self.training = Training(
             self.settings,
             learner,
-            self,
             worker="replay",
             step=beginning.step,
             dropped=dropped,
@@ -122,7 +116,7 @@ class Player:
             if isinstance(frame, Recorded):
                 self._take(frame)
                 continue
-            self.training.advance()
+            self._advance()
             if isinstance(frame, Opened):
                 self._open(frame)
             else:
@@ -139,10 +133,8 @@ class Player:
             sequence=1,
             step=self.training.step,
             policy=self.policy,
-            issued=max(
-                (last for numbers in self.fates.values() for _, last in numbers.ranges()), default=0
-            ),
-            settled={fate: numbers.ranges() for fate, numbers in self.fates.items()},
+            issued=max((last for _, last in self.settled.numbers().ranges()), default=0),
+            settled=self.settled.ranges(),
             before=[],
             ledger_bytes=0,
             totals={},
@@ -152,14 +144,8 @@ class Player:
             self.run_dir / checkpoint.FOLDER, state, files, fence=nullcontext
         ).path
 
-    def considered(self, record: Rollout | Tombstone, taken: float) -> None:
-        """A replay is not recorded."""
-
-    def settle(self, numbers: Iterable[int], fate: Fate, step: int) -> None:
-        """Note the fate of `numbers`."""
-        for number in numbers:
-            self.fates.setdefault(fate, RangeSet()).add(number)
-            self.settled.add(number)
+    def _advance(self) -> None:
+        self.settled.add(self.training.advance().settled)
 
     def _take(self, recorded: Recorded) -> None:
         record = decode_work(recorded.payload)
@@ -197,16 +183,16 @@ class Player:
         """
         while self.training.batch is not None:
             yield self._step(recorded if self.training.step + 1 == recorded.step else None)
-            self.training.advance()
+            self._advance()
         if self.training.step < recorded.step and self.missed is None:
             self.missed = recorded.step
 
     def _step(self, recorded: Stepped | None) -> ReplayedStep:
         per_sample = PerSampleLosses()
-        learned = self.training.learn(per_sample)
-        row = self.training.conclude(learned)
+        taken = self.training.take_step(per_sample)
+        self.settled.add(taken.settled)
         self.policy = self._publish()
-        return ReplayedStep(self.policy, _as_read(row), recorded, learned, per_sample)
+        return ReplayedStep(self.policy, _as_read(taken.row), recorded, taken.batch, per_sample)
 
     def _publish(self) -> PolicyVersion:
         step = self.training.step

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.run_files import recording
-from onstream.pipeline.run_files.ledger import RangeSet
 from onstream.pipeline.run_files.recording import Frame, Opened, Recorded
 from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.durability.checkpoint import Checkpoint
 from onstream.workers.trainer.durability.recording import SETTINGS, START, start_of
+from onstream.workers.trainer.durability.settled_numbers import SettledNumbers
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,9 @@ class RecordedRun:
         return held, opened
 
 
-def settled_in(found: Checkpoint | None) -> RangeSet:
+def settled_in(found: Checkpoint | None) -> SettledNumbers:
     """The numbers whose fate the checkpoint `found` has fixed."""
-    fates = found.state.settled.values() if found else ()
-    return RangeSet(numbers for ranges in fates for numbers in ranges)
+    return SettledNumbers(found.state.settled if found else None)
 
 
 def run_dir_of(given: Path) -> Path:

@@ -65,7 +65,7 @@ def replay_rows(played: ReplayedStep, run: str) -> Iterator[dict[str, Any]]:
     `loss_share`, its part in the sum of absolute losses of the step, and `mismatch_max`, the
     largest |log ratio| of one of its tokens, in nats.
     """
-    rollouts = [(chosen, rollout) for chosen in played.learned.batch for rollout in chosen.rollouts]
+    rollouts = [(chosen, rollout) for chosen in played.batch for rollout in chosen.rollouts]
     losses = []
     mismatches = []
     place = 0

@@ -5,7 +5,7 @@ and answers for every number.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from onstream.pipeline.records import PolicyVersion, Rollout, StageName, Ticket, Tombstone
+from onstream.pipeline.records import PolicyVersion, StageName, Ticket, Tombstone
 from onstream.pipeline.redis.access import redis_url
 from onstream.pipeline.redis.streams import Bus
 from onstream.pipeline.run_files.json_lines import JsonLines, cut
-from onstream.pipeline.run_files.ledger import Fate
 from onstream.pipeline.run_files.ownership import Ownership
 from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.pipeline.telemetry import get_logger
@@ -27,7 +26,7 @@ from onstream.workers.trainer.batches.batch_builder import TrainableUnit
 from onstream.workers.trainer.batches.sample_rows import sample_rows
 from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.durability.checkpoint import Checkpoint
-from onstream.workers.trainer.durability.checkpointing import Checkpointing, Standing
+from onstream.workers.trainer.durability.checkpointing import Checkpointing, TrainerPosition
 from onstream.workers.trainer.durability.disk_errors import writing_to
 from onstream.workers.trainer.durability.operator_requests import OperatorRequestHandler
 from onstream.workers.trainer.durability.recording import Recording
@@ -132,7 +131,6 @@ class Trainer:
         self.training = Training(
             self.settings,
             self.learner,
-            self,
             worker=self.bus.consumer,
             step=step,
             dropped=dropped,
@@ -191,7 +189,7 @@ class Trainer:
             )
         self._again = self.issuer.again(lost, version=self.step)
         self.bus.release_images(
-            self.lease, self.acknowledgements.beyond_recall(self.bus.held_numbers())
+            self.lease, self.acknowledgements.settled_for_good(self.bus.held_numbers())
         )
         if self._evaluations:
             self._evaluations.ask_again(self.step)
@@ -251,7 +249,7 @@ class Trainer:
         self._issue()
         if self.checkpointing.due(self.step, self.max_steps, full=self.bus.full):
             self._checkpoint()
-        self.checkpointing.pay()
+        self.checkpointing.acknowledge()
         if (
             self.step >= self.max_steps
             and not self._finished
@@ -268,7 +266,7 @@ class Trainer:
         """
         if self.checkpointing.unsaved(self.step):
             self._checkpoint()
-            self.checkpointing.pay()
+            self.checkpointing.acknowledge()
         self.training.close()
         self.metrics.close()
         self.samples.close()
@@ -279,25 +277,21 @@ class Trainer:
 
     def _advance(self) -> None:
         with self.files.held(), writing_to(self.run_dir):
-            self.training.advance()
-
-    def considered(self, record: Rollout | Tombstone, taken: float) -> None:
-        """The training depends on `record` next: it is recorded."""
-        self.recording.record(record, taken)
-
-    def settle(self, numbers: Iterable[int], fate: Fate, step: int) -> None:
-        """Book the fate of `numbers`."""
-        self.acknowledgements.settle(numbers, fate, step)
+            result = self.training.advance()
+            for timed in result.considered:
+                self.recording.record(timed.record, timed.taken)
+        self.acknowledgements.settle(result.settled)
 
     def _train(self) -> None:
         """One step: learn, publish, settle, and write down what happened."""
         started = time.monotonic()
-        learned = self.training.learn()
+        taken = self.training.take_step()
         learned_at = time.monotonic()
         with self._writing():
-            self.policy = self._publish(self.step + 1)
+            self.policy = self._publish(self.step)
             published_at = time.monotonic()
-            row = self.training.conclude(learned)
+            self.acknowledgements.settle(taken.settled)
+            row = taken.row
             self.recording.stepped(self.step, self.policy.digest, row)
             row |= {
                 "time": time.time(),
@@ -310,7 +304,7 @@ class Trainer:
             }
             if self._evaluations:
                 self._evaluations.ask(self.step)
-            self._write_down(row, learned.batch, learn_s=learned_at - started)
+            self._write_down(row, taken.batch, learn_s=learned_at - started)
 
     def _publish(self, number: int) -> PolicyVersion:
         return self.publisher.publish(
@@ -395,8 +389,12 @@ class Trainer:
             self.metrics.sync()
             self.samples.sync()
             self.recording.sync()
-        now = Standing(
-            self.step, self.policy, self.issued, self.training.dropped, self.recording.position
+        now = TrainerPosition(
+            self.step,
+            self.policy,
+            self.issued,
+            dict(self.training.dropped),
+            self.recording.position,
         )
         if self.checkpointing.save(now, self._write_files):
             with self._writing():

@@ -8,18 +8,19 @@ gives the same weights and metrics, however it was cut into reads.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
+from msgspec.structs import replace
 
 from onstream.pipeline.images.feed import Fetch, ImageFeed
 from onstream.pipeline.models.loading import resolve_device
 from onstream.pipeline.models.logprobs import NO_IMAGES
 from onstream.pipeline.records import Rollout, Timing, Tombstone, ids_array
-from onstream.pipeline.run_files.ledger import Fate
+from onstream.pipeline.run_files.ledger import Fate, Settled
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
 from onstream.workers.trainer.batches.batch_builder import BatchBuilder, DroppedUnit, TrainableUnit
@@ -39,41 +40,50 @@ log = get_logger()
 RIGHT = 1.0  # the reward of an answer that is right in every respect
 
 
-class Surroundings(Protocol):
-    """What a training tells of itself while it goes."""
+@dataclass(frozen=True)
+class TimedRecord:
+    """A record as it came, and when it was taken, in seconds since the epoch."""
 
-    def considered(self, record: Rollout | Tombstone, taken: float) -> None:
-        """`record`, as it came, is the next one that the training depends on; it was taken at
-        `taken`, seconds since the epoch.
-        """
-        ...
+    record: Rollout | Tombstone
+    taken: float
 
-    def settle(self, numbers: Iterable[int], fate: Fate, step: int) -> None:
-        """The fate of `numbers` is fixed, in `step`."""
-        ...
+
+@dataclass(frozen=True)
+class AdvanceResult:
+    """What `Training.advance` did, in order: the records it considered, the numbers it settled."""
+
+    considered: list[TimedRecord] = field(default_factory=list)
+    settled: list[Settled] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """A step that the learner took: the units it trained on, and its metrics."""
+    """A step that was taken: the units it trained on, the numbers it settled, and its metrics.
+
+    `row` has the metrics that follow from the records alone, by their names in metrics.jsonl.
+    """
 
     batch: list[TrainableUnit]
-    metrics: dict[str, Any]
+    settled: list[Settled]
+    row: dict[str, Any]
 
 
 class Training:
-    """The training of one student, `step` steps from its start. `worker` is the name that its
-    timings carry.
+    """The training of one student, `step` steps after its start.
 
-    `dropped` counts, by fate, what was dropped since the last step. `images` gives the bytes of
-    images by digest, where there are any.
+    It knows no files and no Redis. It returns what it considered and settled; the caller has to
+    record the one and acknowledge the other.
+
+    Args:
+        worker: the name that the timings of its rollouts carry.
+        dropped: counts, by fate, of what was dropped since the last step.
+        images: gives the bytes of images by digest, where there are any.
     """
 
     def __init__(
         self,
         settings: Settings,
         learner: Learner,
-        around: Surroundings,
         *,
         worker: str,
         step: int = 0,
@@ -87,129 +97,144 @@ class Training:
         self.batches = self._no_batches()
         self.batch: list[TrainableUnit] | None = None
         self.dropped: Counter[str] = Counter(dropped)
-        self._around = around
         self._worker = worker
         self._group_size = settings.orchestrator.group_size
         self._normalize = settings.trainer.loss.normalize_advantage
-        self._waiting: deque[tuple[Rollout | Tombstone, float]] = deque()
-        self._feed = (
-            ImageFeed(learner.vision, images, settings.images.keep_bytes)
-            if learner.vision and images
-            else None
-        )
+        self._waiting: deque[TimedRecord] = deque()
+        self._images: ImageFeed | None = None
+        if learner.vision and images:
+            self._images = ImageFeed(learner.vision, images, settings.images.keep_bytes)
 
     def take(self, record: Rollout | Tombstone, taken: float) -> None:
-        """Put `record`, taken at `taken`, behind those that wait to be considered. No number may
-        come twice.
+        """Put `record`, taken at `taken`, behind those that wait to be considered.
+
+        No number may come twice.
         """
-        self._waiting.append((record, taken))
-        if self._feed and isinstance(record, Rollout):
-            self._feed.ahead(digest for sample in record.samples for digest in sample.images)
+        self._waiting.append(TimedRecord(record, taken))
+        if self._images and isinstance(record, Rollout):
+            self._images.ahead(digest for sample in record.samples for digest in sample.images)
 
     def close(self) -> None:
-        """End what looks ahead."""
-        if self._feed:
-            self._feed.close()
+        """End the thread that fetches images."""
+        if self._images:
+            self._images.close()
 
-    def advance(self) -> None:
-        """Consider records, drop what cannot train, until a batch is complete or no record is left."""
+    def advance(self) -> AdvanceResult:
+        """Consider records until a batch is complete or none is left; drop what cannot train.
+
+        The caller records what was considered before it takes the step: the batch depends on it.
+        """
+        result = AdvanceResult()
         while self.batch is None and self.step < self.max_steps:
-            while self._waiting and self.batches.complete_units < self.batches.units_per_batch:
-                self._consider(*self._waiting.popleft())
-            for unit in self.batches.drop(self.step):
-                self._settle(unit)
-                log.info(
-                    "dropped",
-                    group=unit.group,
-                    reasons=dict(Counter(unit.dropped.values())),
-                    dead=len(unit.dead),
-                )
+            self._consider_up_to_a_batch(result)
+            self._drop(result)
             self.batch = self.batches.batch(self.step)
             if not self._waiting:
-                return
+                break
+        return result
 
     def forget(self) -> None:
-        """Forget every record that has not settled, as a trainer does that takes a run up: they
-        come again.
+        """Forget every record that has not settled, as a trainer does that resumes a run.
+
+        They come again.
         """
         self.batches = self._no_batches()
         self.batch = None
         self._waiting.clear()
 
-    def learn(self, per_sample: PerSampleLosses | None = None) -> StepResult:
-        """Take the step that the batch is complete for; `per_sample` collects its samples' losses.
+    def take_step(self, per_sample: PerSampleLosses | None = None) -> StepResult:
+        """Take the step whose batch is complete; `per_sample` collects the losses of its samples.
 
         Raises:
             UserError: the gradient is not finite; the weights are as they were.
         """
         batch = self.batch or []
         self.batch = None
-        samples = training_samples(batch, normalize=self._normalize, version=self.step)
-        shown = {digest for sample in samples for digest in sample.images}
-        features = self._feed.of(shown) if self._feed else NO_IMAGES
-        return StepResult(
-            batch,
-            self.learner.step(samples, self.max_steps, features=features, per_sample=per_sample),
-        )
-
-    def conclude(self, learned: StepResult) -> dict[str, Any]:
-        """Settle what `learned` trained on and count the step; returns its row of metrics, as far
-        as it follows from the records.
-        """
-        for unit in learned.batch:
-            self._settle(unit)
+        learned = self._learn(batch, per_sample)
+        settled = [line for unit in batch for line in self._settle(unit)]
         row = {
             "step": self.step + 1,
             "policy_version": self.step + 1,
             **dict.fromkeys(LEARNER_METRICS),
-            **learned.metrics,
-            **rollout_metrics(learned.batch, self.step),
+            **learned,
+            **rollout_metrics(batch, self.step),
             **drop_metrics(self.dropped),
-            "scored_by": scored_shares(learned.batch),
+            "scored_by": scored_shares(batch),
         }
         self.step += 1
         self.dropped.clear()
-        return row
+        return StepResult(batch, settled, row)
 
-    def _consider(self, record: Rollout | Tombstone, taken: float) -> None:
-        self._around.considered(record, taken)
-        if isinstance(record, Rollout):
-            if reason := flaw(
-                record, group_size=self._group_size, check=self.learner.check
-            ) or self._unseen(record):
-                log.error(
-                    "a rollout cannot be trained on; it counts as dead",
-                    number=record.number,
-                    reason=reason,
-                )
-                record = Tombstone(record.number, "train", reason)
-            else:
-                record.timings = [*record.timings, Timing("train", self._worker, taken, taken)]
-        self.batches.add(record)
+    def _learn(
+        self, batch: list[TrainableUnit], per_sample: PerSampleLosses | None
+    ) -> dict[str, Any]:
+        samples = training_samples(batch, normalize=self._normalize, version=self.step)
+        features = NO_IMAGES
+        if self._images:
+            features = self._images.of({digest for one in samples for digest in one.images})
+        return self.learner.step(samples, self.max_steps, features=features, per_sample=per_sample)
 
-    def _unseen(self, record: Rollout) -> str | None:
-        """Why the images of `record` cannot be trained on, in words; None where they all are there."""
-        if self._feed is None:
-            return None
-        samples = (
-            (ids_array(sample.prompt_ids), ids_array(sample.completion_ids), sample.images)
-            for sample in record.samples
-        )
-        reasons = (self._feed.objection(*sample) for sample in samples)
-        return next((reason for reason in reasons if reason), None)
+    def _consider_up_to_a_batch(self, result: AdvanceResult) -> None:
+        while self._waiting and self.batches.complete_units < self.batches.units_per_batch:
+            timed = self._waiting.popleft()
+            result.considered.append(timed)
+            self.batches.add(self._fit_to_train(timed))
 
-    def _settle(self, unit: TrainableUnit | DroppedUnit) -> None:
-        """Fix the fates of a unit's members in the step that is being gathered."""
-        fates: dict[int, Fate] = {**unit.dropped, **dict.fromkeys(unit.dead, "dead")}
-        if isinstance(unit, TrainableUnit):
-            self._around.settle(
-                (rollout.number for rollout in unit.rollouts), "trained", self.step + 1
+    def _fit_to_train(self, timed: TimedRecord) -> Rollout | Tombstone:
+        """The record with its timing here, or a tombstone for a rollout that no step could take.
+
+        Never the record itself changed: it is recorded as it came.
+        """
+        record = timed.record
+        if isinstance(record, Tombstone):
+            return record
+        reason = flaw(record, group_size=self._group_size, check=self.learner.check)
+        reason = reason or self._image_problem(record)
+        if reason:
+            log.error(
+                "a rollout cannot be trained on; it counts as dead",
+                number=record.number,
+                reason=reason,
             )
+            return Tombstone(record.number, "train", reason)
+        timing = Timing("train", self._worker, timed.taken, timed.taken)
+        return replace(record, timings=[*record.timings, timing])
+
+    def _image_problem(self, record: Rollout) -> str | None:
+        """Why a sample cannot be read with its images, in words; None where all are there."""
+        if self._images is None:
+            return None
+        for sample in record.samples:
+            prompt_ids = ids_array(sample.prompt_ids)
+            completion_ids = ids_array(sample.completion_ids)
+            problem = self._images.objection(prompt_ids, completion_ids, sample.images)
+            if problem:
+                return problem
+        return None
+
+    def _drop(self, result: AdvanceResult) -> None:
+        for unit in self.batches.drop(self.step):
+            result.settled.extend(self._settle(unit))
+            log.info(
+                "dropped",
+                group=unit.group,
+                reasons=dict(Counter(unit.dropped.values())),
+                dead=len(unit.dead),
+            )
+
+    def _settle(self, unit: TrainableUnit | DroppedUnit) -> list[Settled]:
+        """Fix the fates of a unit's members in the step that is being gathered."""
+        step = self.step + 1
+        settled: list[Settled] = []
+        if isinstance(unit, TrainableUnit):
+            settled += [Settled(rollout.number, "trained", step) for rollout in unit.rollouts]
+        fates: dict[int, Fate] = {**unit.dropped, **dict.fromkeys(unit.dead, "dead")}
         for number, fate in fates.items():
             if fate == "group_dead" and self.batches.unit_size == 1:
                 fate = "dead"
-            self._around.settle([number], fate, self.step + 1)
+            settled.append(Settled(number, fate, step))
             self.dropped[fate] += 1
+        return settled
 
 
 def learner_at(settings: Settings, found: Checkpoint | None) -> Learner:

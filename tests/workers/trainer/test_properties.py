@@ -1,6 +1,4 @@
-"""What holds of batches, acknowledgements, tickets and checkpoints, whatever comes, in whatever reads, and
-whoever is killed in between.
-"""
+"""What holds of batches, acknowledgements, tickets and checkpoints, whatever comes and dies."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onstream.pipeline.records import PolicyVersion, Rollout, Tombstone
-from onstream.pipeline.run_files.ledger import Fate
+from onstream.pipeline.run_files.ledger import Fate, Settled
 from onstream.pipeline.stage import Delivery
 from onstream.settings.root import Settings
 from onstream.workers.trainer.durability import checkpoint
@@ -71,46 +69,40 @@ class Life:
         self.training = Training(
             run,
             CountingLearner(),
-            self,
             worker="t",
             step=state.step if state else 0,
             dropped=state.dropped if state else None,
         )  # type: ignore[arg-type]
 
-    def considered(self, record: Rollout | Tombstone, taken: float) -> None:
-        """Nothing is recorded."""
-
-    def settle(self, numbers: Iterable[int], fate: Fate, step: int) -> None:
-        """Book it, here and in the acknowledgements."""
-        numbers = list(numbers)
-        self.acknowledgements.settle(numbers, fate, step)
-        self.new.fates.update(dict.fromkeys(numbers, fate))
-        self.new.settled.update(numbers)
+    def settle(self, settled: Sequence[Settled]) -> None:
+        """Note it, here and in the acknowledgements."""
+        self.acknowledgements.settle(settled)
+        self.new.fates.update({line.number: line.fate for line in settled})
+        self.new.settled.update(line.number for line in settled)
 
     def handle(self, new: Sequence[Delivery]) -> None:
         """One slice of work."""
         for delivery in new:
             if self.acknowledgements.take(delivery):
                 self.training.take(delivery.record, 0.0)  # type: ignore[arg-type]
-        self.training.advance()
+        self.settle(self.training.advance().settled)
         if self.training.batch is not None:
-            learned = self.training.learn()
-            self.new.batches.append(
-                [rollout.number for unit in learned.batch for rollout in unit.rollouts]
-            )
-            self.training.conclude(learned)
-            self.training.advance()
+            step = self.training.take_step()
+            numbers = [rollout.number for unit in step.batch for rollout in unit.rollouts]
+            self.new.batches.append(numbers)
+            self.settle(step.settled)
+            self.settle(self.training.advance().settled)
 
     def state(self, sequence: int) -> TrainerState:
         """What a checkpoint holds now."""
-        settled = {fate: numbers.ranges() for fate, numbers in self.acknowledgements.fates.items()}
+        settled = self.acknowledgements.settled.ranges()
         return TrainerState(
             sequence,
             self.training.step,
             POLICY,
             0,
             settled,
-            self.acknowledgements.before,
+            self.acknowledgements.in_newest_checkpoint,
             0,
             {},
             dropped=dict(self.training.dropped),
@@ -170,14 +162,14 @@ def train(
                 kept[-1],
                 (life.state(before.sequence + 1 if before else 1), _together(durable, life.new)),
             ]
-            life.acknowledgements.durable()
-            ids = life.acknowledgements.payable()
+            life.acknowledgements.checkpoint_is_durable()
+            ids = life.acknowledgements.releasable()
             assert all(
                 stream[int(entry.split(b"-")[0])].number in life.acknowledgements.settled
                 for entry in ids
             )
             acknowledged |= set(ids)
-            life.acknowledgements.paid(ids)
+            life.acknowledgements.released(ids)
             life.new = Trained()
         elif blow != "none":
             if blow == "death and a torn checkpoint":

@@ -93,7 +93,7 @@ def test_a_kill_between_the_checkpoint_and_its_acknowledgements_repeats_neither(
     job.ready()
     job.until(3)
     monkeypatch.setattr(
-        job.trainer.checkpointing, "pay", lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+        job.trainer.checkpointing, "acknowledge", lambda: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
         job.until(4)

@@ -1,32 +1,32 @@
-"""The training follows from the records in their order, however they were cut into reads."""
+"""The same records in the same order give the same training, however they were read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from onstream.pipeline.records import Rollout, Tombstone
-from onstream.pipeline.run_files.ledger import Fate
+from onstream.pipeline.records import Rollout, Timing, Tombstone
+from onstream.pipeline.run_files.ledger import Settled
 from onstream.settings.root import Settings
-from onstream.workers.trainer.training import Training, learner_at
+from onstream.workers.trainer.training import AdvanceResult, Training, learner_at
 from tests.workers.trainer.records import rollout, tombstone
 
 
-class Notes:
-    """What a training tells."""
+@dataclass
+class Outcome:
+    """What a stream came to: the numbers considered, those settled, the metrics, the weights."""
 
-    def __init__(self) -> None:
-        self.considered_: list[int] = []
-        self.settled: list[tuple[int, Fate, int]] = []
+    considered: list[int] = field(default_factory=list)
+    settled: list[Settled] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    weights: bytes = b""
 
-    def considered(self, record: Rollout | Tombstone, taken: float) -> None:
-        self.considered_.append(record.number)
-
-    def settle(self, numbers: Iterable[int], fate: Fate, step: int) -> None:
-        self.settled += [(number, fate, step) for number in numbers]
+    def add(self, result: AdvanceResult) -> None:
+        self.considered += [timed.record.number for timed in result.considered]
+        self.settled += result.settled
 
 
 def settings(model: Path, **loss: Any) -> Settings:
@@ -69,58 +69,64 @@ def stream() -> list[Rollout | Tombstone]:
     return [*records[:8], tombstone(9), tombstone(10), *records[8:]]
 
 
-def trained(
-    model: Path, records: list[Rollout | Tombstone], at_once: int
-) -> tuple[Notes, list[dict[str, Any]], bytes]:
-    """Feed `records`, so many at once; what was told, the metrics of each step, and the weights at
-    the end.
-    """
-    notes = Notes()
-    rows = []
+def trained(model: Path, records: list[Rollout | Tombstone], at_once: int) -> Outcome:
+    """Feed `records`, `at_once` of them at a time."""
+    outcome = Outcome()
     job = settings(model)
-    training = Training(job, learner_at(job, None), notes, worker="tester")
+    training = Training(job, learner_at(job, None), worker="tester")
     for at in range(0, len(records), at_once):
         for record in records[at : at + at_once]:
             training.take(record, 0.0)
-        training.advance()
+        outcome.add(training.advance())
         while training.batch is not None:
-            rows.append(training.conclude(training.learn()))
-            training.advance()
-    weights = b"".join(
-        weight.numpy().tobytes() for weight in training.learner.published_state().values()
-    )
-    return notes, rows, weights
+            step = training.take_step()
+            outcome.settled += step.settled
+            outcome.rows.append(step.row)
+            outcome.add(training.advance())
+    weights = training.learner.published_state().values()
+    outcome.weights = b"".join(weight.numpy().tobytes() for weight in weights)
+    return outcome
 
 
 @pytest.mark.parametrize("at_once", [2, 5, 100])
 def test_the_same_stream_gives_the_same_steps_drops_and_weights_however_it_was_read(
     model: Path, at_once: int
 ) -> None:
-    one_by_one, rows, weights = trained(model, stream(), 1)
-    together, rows_together, weights_together = trained(model, stream(), at_once)
-    assert [(row["dropped_stale"], row["dropped_other"]) for row in rows] == [
-        (0, 0),
-        (0, 0),
-        (2, 2),
-    ]
-    assert rows_together == rows
+    one_by_one = trained(model, stream(), 1)
+    together = trained(model, stream(), at_once)
+    dropped = [(row["dropped_stale"], row["dropped_other"]) for row in one_by_one.rows]
+    assert dropped == [(0, 0), (0, 0), (2, 2)]
+    assert together.rows == one_by_one.rows
     assert together.settled == one_by_one.settled
-    assert together.considered_ == one_by_one.considered_
-    assert weights_together == weights
+    assert together.considered == one_by_one.considered
+    assert together.weights == one_by_one.weights
 
 
 def test_nothing_is_considered_while_a_batch_waits(model: Path) -> None:
-    notes = Notes()
+    outcome = Outcome()
     job = settings(model)
-    training = Training(job, learner_at(job, None), notes, worker="tester")
+    training = Training(job, learner_at(job, None), worker="tester")
     for record in stream():
         training.take(record, 0.0)
-    training.advance()
-    training.advance()
-    assert notes.considered_ == [1, 2, 3, 4], "the batch is complete at 4"
-    training.conclude(training.learn())
-    training.advance()
-    assert notes.considered_ == [1, 2, 3, 4, 5, 6, 7, 8]
+    outcome.add(training.advance())
+    outcome.add(training.advance())
+    assert outcome.considered == [1, 2, 3, 4], "the batch is complete at 4"
+    training.take_step()
+    outcome.add(training.advance())
+    assert outcome.considered == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_records_are_considered_as_they_came_and_trained_with_the_time_they_were_taken(
+    model: Path,
+) -> None:
+    job = settings(model)
+    training = Training(job, learner_at(job, None), worker="tester")
+    for record in stream()[:4]:
+        training.take(record, 7.0)
+    result = training.advance()
+    assert [timed.record for timed in result.considered] == stream()[:4]
+    assert training.batch is not None
+    assert training.batch[0].rollouts[0].timings == [Timing("train", "tester", 7.0, 7.0)]
 
 
 def test_the_seed_of_the_run_draws_what_its_learner_draws(model: Path) -> None:

@@ -1,10 +1,10 @@
-"""When checkpoints are taken, what follows from them, and what happens while none can be written."""
+"""When checkpoints are taken, what follows from one, and what happens while none can be written."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from onstream.pipeline.records import PolicyVersion
@@ -25,19 +25,24 @@ LONGEST_RETRY_S = 30.0
 
 
 @dataclass(frozen=True)
-class Standing:
-    """Where the training stands when a checkpoint is taken: `TrainerState` explains the fields."""
+class TrainerPosition:
+    """What a checkpoint says of the training: the fields of `TrainerState` by the same names."""
 
     step: int
     policy: PolicyVersion
     issued: int
-    dropped: Mapping[str, int]
-    recorded: int | None
+    dropped: dict[str, int] = field(default_factory=dict)
+    recorded: int | None = None
 
 
 class Checkpointing:
-    """Keeps a run's checkpoints, its ledger and its acknowledgements in step. `state` is that of the
-    checkpoint it resumes from.
+    """Takes a run's checkpoints, and keeps its ledger and its acknowledgements in step with them.
+
+    `requeued` and `totals` are what checkpoints hold beside the training's own position. `requeued`
+    is one dictionary, shared with whoever issues tickets: what is requeued is in the next checkpoint.
+
+    Args:
+        state: that of the checkpoint to resume from; None at the start of the run.
     """
 
     def __init__(
@@ -51,23 +56,17 @@ class Checkpointing:
         self._bus = bus
         self._lease = lease
         self._run_dir = run_dir
+        self._directory = run_dir / checkpoint.FOLDER
         self._settings = settings
-        self._sequence, self._saved_step = (state.sequence, state.step) if state else (0, 0)
+        self._sequence = state.sequence if state else 0
+        self._saved_step = state.step if state else 0
         self._failures = 0
         self._retry_at = 0.0
         self.acknowledgements = Acknowledgements(state)
         self.totals: dict[str, float] = dict(state.totals) if state else {}
         self.requeued: dict[int, int] = dict(state.requeued) if state else {}
-        self.ledger = Ledger(run_dir / "trained.jsonl")
-        self._ledger_bytes = state.ledger_bytes if state else 0
-        if self.ledger.cut(self._ledger_bytes):
-            log.error(
-                "the ledger is shorter than the checkpoint remembers; writing it anew from it",
-                path=str(self.ledger.path),
-            )
-            self._ledger_bytes = self.ledger.rewrite(
-                self.acknowledgements.all_lines(self._saved_step)
-            )
+        self._ledger = Ledger(run_dir / "trained.jsonl")
+        self._ledger_bytes = self._cut_ledger(state.ledger_bytes if state else 0)
 
     def saved(self, step: int) -> bool:
         """Whether a checkpoint holds all there is at `step`."""
@@ -75,11 +74,10 @@ class Checkpointing:
 
     def unsaved(self, step: int) -> bool:
         """Whether there is anything at `step` that no checkpoint holds."""
-        return step != self._saved_step or bool(self.acknowledgements.lines)
+        return step != self._saved_step or bool(self.acknowledgements.unsaved_lines)
 
     def due(self, step: int, max_steps: int, *, full: bool) -> bool:
-        """Whether a checkpoint should be taken at `step`: by the interval, at the end, or early for
-        the bytes that wait for one.
+        """Whether to take a checkpoint at `step`: by the interval, at the end, or for the bytes.
 
         While Redis is `full`, any bytes will do: what one checkpoint settles is acknowledged by the
         next.
@@ -88,99 +86,112 @@ class Checkpointing:
             return False
         interval = self._settings.interval
         at_end = step >= max_steps and not self.saved(step)
-        press = self._bytes_press() or (full and self.acknowledgements.unacked_bytes > 0)
-        return at_end or step // interval > self._saved_step // interval or press
+        by_interval = step // interval > self._saved_step // interval
+        by_bytes = full and self.acknowledgements.unacked_bytes > 0
+        return at_end or by_interval or by_bytes or self._many_bytes_unsaved()
 
     @property
     def stalled(self) -> bool:
-        """Whether to train nothing more: checkpoints fail, and what waits for them has reached its
-        bound.
-        """
-        return (
-            self._failures > 0
-            and self.acknowledgements.unacked_bytes * STREAM_OVERHEAD
-            >= self._settings.max_unacked_bytes
-        )
+        """Whether to train no more: checkpoints fail, and what waits for one is at its bound."""
+        waiting_bytes = self.acknowledgements.unacked_bytes * STREAM_OVERHEAD
+        return self._failures > 0 and waiting_bytes >= self._settings.max_unacked_bytes
 
-    def save(self, now: Standing, write_files: Callable[[Path], None]) -> bool:
-        """Write a checkpoint of `now`; False when it could not be, which is said, and tried again
-        later.
+    def save(self, position: TrainerPosition, write_files: Callable[[Path], None]) -> bool:
+        """Write a checkpoint of `position`; False, with the reason in the log, where it failed.
+
+        A failure is tried again later, and training goes on meanwhile.
 
         Raises:
             LeaseLost: another trainer took over.
-            UserError: it could not be written many times in a row.
+            UserError: it failed many times in a row.
         """
         try:
-            size_bytes = self._write(now, write_files)
+            ledger_bytes = self._write(position, write_files)
         except (CheckpointError, OSError) as error:
             self._failed(error)
             return False
         self._failures = 0
         self._retry_at = 0.0
-        self._ledger_bytes = size_bytes
-        self._saved_step = now.step
-        self._sequence = self._sequence + 1
-        self.acknowledgements.durable()
-        settings = self._settings
-        with self._bus.writing(self._lease):
-            checkpoint.prune(
-                self._directory,
-                settings.keep,
-                settings.keep_every,
-                keep_optimizer=now.recorded is not None,
-            )
+        self._ledger_bytes = ledger_bytes
+        self._saved_step = position.step
+        self._sequence += 1
+        self.acknowledgements.checkpoint_is_durable()
+        self._prune(recorded=position.recorded is not None)
         return True
 
-    def pay(self) -> None:
+    def acknowledge(self) -> None:
         """Acknowledge what may be acknowledged.
 
         Raises:
             LeaseLost: another trainer took over.
         """
-        if entries := self.acknowledgements.payable():
+        if entries := self.acknowledgements.releasable():
             self._bus.acknowledge(self._lease, entries)
-            self.acknowledgements.paid(entries)
+            self.acknowledgements.released(entries)
 
-    @property
-    def _directory(self) -> Path:
-        return self._run_dir / checkpoint.FOLDER
+    def _cut_ledger(self, size_bytes: int) -> int:
+        """Cut the ledger to `size_bytes`, as the checkpoint remembers it; returns its size now.
 
-    def _bytes_press(self) -> bool:
+        Lines of a checkpoint that was never finished go. A ledger that is shorter than that is
+        written anew from the checkpoint.
+        """
+        if not self._ledger.cut(size_bytes):
+            return size_bytes
+        log.error(
+            "the ledger is shorter than the checkpoint remembers; writing it anew from it",
+            path=str(self._ledger.path),
+        )
+        return self._ledger.rewrite(self.acknowledgements.settled.lines(self._saved_step))
+
+    def _many_bytes_unsaved(self) -> bool:
         # Half of the bound: what a checkpoint settles waits for the one after it while as much
         # again gathers.
-        return (
-            self.acknowledgements.since_bytes * STREAM_OVERHEAD
-            >= self._settings.max_unacked_bytes / 2
-        )
+        unsaved_bytes = self.acknowledgements.unsaved_bytes * STREAM_OVERHEAD
+        return unsaved_bytes >= self._settings.max_unacked_bytes / 2
 
-    def _write(self, now: Standing, write_files: Callable[[Path], None]) -> int:
+    def _write(self, position: TrainerPosition, write_files: Callable[[Path], None]) -> int:
+        """Write the ledger, then the checkpoint; returns the ledger's size in bytes.
+
+        In this order: a kill between the two leaves ledger lines that no checkpoint knows, and the
+        next trainer cuts them off. The other way round their fates would be missing for good.
+        """
         with self._bus.writing(self._lease):
-            self.ledger.cut(self._ledger_bytes)  # an attempt that failed may have left its lines
-            size_bytes = self.ledger.append(self.acknowledgements.lines)
+            self._ledger.cut(self._ledger_bytes)  # an attempt that failed may have left its lines
+            ledger_bytes = self._ledger.append(self.acknowledgements.unsaved_lines)
         state = TrainerState(
             sequence=self._sequence + 1,
-            step=now.step,
-            policy=now.policy,
-            issued=now.issued,
-            settled={
-                fate: numbers.ranges() for fate, numbers in self.acknowledgements.fates.items()
-            },
-            before=self.acknowledgements.before,
-            ledger_bytes=size_bytes,
+            step=position.step,
+            policy=position.policy,
+            issued=position.issued,
+            settled=self.acknowledgements.settled.ranges(),
+            before=self.acknowledgements.in_newest_checkpoint,
+            ledger_bytes=ledger_bytes,
             totals=self.totals,
             requeued=self.requeued,
-            dropped=dict(now.dropped),
-            recorded=now.recorded,
+            dropped=position.dropped,
+            recorded=position.recorded,
         )
+        # The model takes its time. Only the rename is fenced: a trainer whose lease has passed to
+        # another one meanwhile must not put its checkpoint among the successor's.
         checkpoint.save(
             self._directory, state, write_files, fence=lambda: self._bus.writing(self._lease)
         )
-        return size_bytes
+        return ledger_bytes
+
+    def _prune(self, *, recorded: bool) -> None:
+        """Remove old checkpoints. A recorded run's keep their optimizer: a replay starts there."""
+        with self._bus.writing(self._lease):
+            checkpoint.prune(
+                self._directory,
+                self._settings.keep,
+                self._settings.keep_every,
+                keep_optimizer=recorded,
+            )
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
         with self._bus.writing(self._lease):
-            self.ledger.cut(self._ledger_bytes)
+            self._ledger.cut(self._ledger_bytes)
         pause_s = min(2.0**self._failures / 2, LONGEST_RETRY_S)
         log.error(
             "no checkpoint could be written; the ones before stand, and training goes on",

@@ -41,7 +41,7 @@ class OperatorRequestHandler:
         self._bus = bus
         self._lease = lease
         self._dead_file = run_dir / FILE
-        self._accounts = acknowledgements
+        self._acknowledgements = acknowledgements
         self._issuer = issuer
         self._requeues: dict[int, list[Request]] = {}  # by the group of the dead
         self._purges: list[
@@ -73,7 +73,10 @@ class OperatorRequestHandler:
         requests = list(self._bus.requests())
         self._taken.intersection_update(request.id for request in requests)
         for request in requests:
-            waits = 0 < request.number <= issued and request.number not in self._accounts.settled
+            waits = (
+                0 < request.number <= issued
+                and request.number not in self._acknowledgements.settled
+            )
             if request.id in self._taken or waits:
                 continue
             if reason := self._take(request, step):
@@ -89,12 +92,12 @@ class OperatorRequestHandler:
     def _take(self, request: Request, step: int) -> str | None:
         """Take a request in hand, or say why not."""
         if request.wish == "purge" and request.letter:
-            if self._accounts.is_dead(request.number):
-                self._accounts.purge(request.number, step)
+            if self._acknowledgements.settled.is_dead(request.number):
+                self._acknowledgements.purge(request.number, step)
             self._purges.append(request)
         elif request.wish != "requeue":
             return "it is neither a requeue nor the purge of a letter"
-        elif not self._accounts.is_dead(request.number):
+        elif not self._acknowledgements.settled.is_dead(request.number):
             return "the rollout is not dead"
         elif self._asked_for_anew(request.number):
             return "it was asked for anew before"

@@ -18,8 +18,8 @@ from onstream.pipeline.run_files.ledger import RangeSet
 from onstream.pipeline.run_files.ownership import Ownership
 from onstream.settings.plan import Plan, differences, refuse_differences
 from onstream.settings.run import RunSettings
-from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
 from onstream.workers.trainer.durability.checkpoint import TrainerState
+from onstream.workers.trainer.durability.settled_numbers import SettledNumbers
 
 log = structlog.get_logger(__name__)
 
@@ -115,7 +115,7 @@ def _refuse_route(bus: Bus, ours: Plan, theirs: Plan, state: TrainerState | None
     """A rollout carries its route, so those under way would take the old one."""
     if ours.route == theirs.route:
         return
-    settled = Acknowledgements(state).settled
+    settled = SettledNumbers(state.settled if state else None)
     in_flight = len(
         {number for stage in STAGES for number in bus.numbers(stage) if number not in settled}
     )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from onstream.pipeline.records import PolicyVersion, Tombstone
-from onstream.pipeline.run_files.ledger import Settled
+from onstream.pipeline.run_files.ledger import Fate, Settled
 from onstream.pipeline.stage import Delivery
 from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
 from onstream.workers.trainer.durability.checkpoint import TrainerState
@@ -37,21 +37,27 @@ def state(**changes: Any) -> TrainerState:
     )
 
 
-def test_an_entry_is_payable_when_the_checkpoint_after_the_one_that_settled_it_is_durable() -> None:
+def settled(numbers: list[int], fate: Fate, step: int) -> list[Settled]:
+    return [Settled(number, fate, step) for number in numbers]
+
+
+def test_an_entry_is_releasable_when_the_checkpoint_after_the_one_that_settled_it_is_durable() -> (
+    None
+):
     acknowledgements = Acknowledgements(None)
     for number in (1, 2, 3):
         assert acknowledgements.take(entry(number))
-    acknowledgements.settle([1, 2], "trained", step=1)
-    assert list(acknowledgements.payable()) == []
-    acknowledgements.durable()
-    acknowledgements.settle([3], "stale", step=2)
-    assert list(acknowledgements.payable()) == []
-    acknowledgements.durable()
-    assert list(acknowledgements.payable()) == [b"1-0", b"2-0"]
-    acknowledgements.durable()
-    assert list(acknowledgements.payable()) == [b"1-0", b"2-0", b"3-0"]
-    acknowledgements.paid([b"1-0", b"3-0"])
-    assert list(acknowledgements.payable()) == [b"2-0"]
+    acknowledgements.settle(settled([1, 2], "trained", step=1))
+    assert list(acknowledgements.releasable()) == []
+    acknowledgements.checkpoint_is_durable()
+    acknowledgements.settle(settled([3], "stale", step=2))
+    assert list(acknowledgements.releasable()) == []
+    acknowledgements.checkpoint_is_durable()
+    assert list(acknowledgements.releasable()) == [b"1-0", b"2-0"]
+    acknowledgements.checkpoint_is_durable()
+    assert list(acknowledgements.releasable()) == [b"1-0", b"2-0", b"3-0"]
+    acknowledgements.released([b"1-0", b"3-0"])
+    assert list(acknowledgements.releasable()) == [b"2-0"]
 
 
 def test_a_number_counts_once_however_often_its_entry_comes() -> None:
@@ -59,23 +65,23 @@ def test_a_number_counts_once_however_often_its_entry_comes() -> None:
     assert acknowledgements.take(entry(1))
     assert not acknowledgements.take(entry(1))
     assert not acknowledgements.take(entry(1, b"9-9"))
-    acknowledgements.settle([1], "trained", step=1)
+    acknowledgements.settle(settled([1], "trained", step=1))
     assert not acknowledgements.take(entry(1))
-    acknowledgements.durable()
-    acknowledgements.durable()
-    assert sorted(acknowledgements.payable()) == [b"1-0", b"9-9"]
+    acknowledgements.checkpoint_is_durable()
+    acknowledgements.checkpoint_is_durable()
+    assert sorted(acknowledgements.releasable()) == [b"1-0", b"9-9"]
 
 
-def test_an_unsettled_entry_is_never_payable() -> None:
+def test_an_unsettled_entry_is_never_releasable() -> None:
     acknowledgements = Acknowledgements(None)
     acknowledgements.take(entry(1))
-    acknowledgements.durable()
-    acknowledgements.durable()
-    acknowledgements.durable()
-    assert list(acknowledgements.payable()) == []
+    acknowledgements.checkpoint_is_durable()
+    acknowledgements.checkpoint_is_durable()
+    acknowledgements.checkpoint_is_durable()
+    assert list(acknowledgements.releasable()) == []
 
 
-def test_after_a_resume_what_the_older_checkpoint_held_is_payable_at_once() -> None:
+def test_after_a_resume_what_the_older_checkpoint_held_is_releasable_at_once() -> None:
     acknowledgements = Acknowledgements(
         state(settled={"trained": [(1, 8)], "dead": [(9, 9)]}, before=[(1, 4)])
     )
@@ -85,34 +91,34 @@ def test_after_a_resume_what_the_older_checkpoint_held_is_payable_at_once() -> N
         False,
         True,
     ]
-    assert list(acknowledgements.payable()) == [b"4-0"]
-    acknowledgements.durable()
-    assert list(acknowledgements.payable()) == [b"4-0", b"5-0", b"9-0"]
+    assert list(acknowledgements.releasable()) == [b"4-0"]
+    acknowledgements.checkpoint_is_durable()
+    assert list(acknowledgements.releasable()) == [b"4-0", b"5-0", b"9-0"]
 
 
-def test_settled_bytes_are_counted_until_they_are_paid() -> None:
+def test_settled_bytes_are_counted_until_they_are_released() -> None:
     acknowledgements = Acknowledgements(None)
     acknowledgements.take(entry(1))
     assert acknowledgements.unacked_bytes == 0
-    acknowledgements.settle([1], "trained", step=1)
-    assert (acknowledgements.since_bytes, acknowledgements.unacked_bytes) == (10, 10)
-    acknowledgements.durable()
-    assert (acknowledgements.since_bytes, acknowledgements.unacked_bytes) == (0, 10)
-    acknowledgements.durable()
-    acknowledgements.paid(acknowledgements.payable())
+    acknowledgements.settle(settled([1], "trained", step=1))
+    assert (acknowledgements.unsaved_bytes, acknowledgements.unacked_bytes) == (10, 10)
+    acknowledgements.checkpoint_is_durable()
+    assert (acknowledgements.unsaved_bytes, acknowledgements.unacked_bytes) == (0, 10)
+    acknowledgements.checkpoint_is_durable()
+    acknowledgements.released(acknowledgements.releasable())
     assert acknowledgements.unacked_bytes == 0
 
 
-def test_the_books_hold_each_fate_and_the_lines_not_written_yet() -> None:
+def test_every_fate_is_known_and_every_line_not_written_yet() -> None:
     acknowledgements = Acknowledgements(None)
-    acknowledgements.settle([1, 2, 3], "trained", step=1)
-    acknowledgements.settle([4], "dead", step=1)
-    assert {fate: numbers.ranges() for fate, numbers in acknowledgements.fates.items()} == {
+    acknowledgements.settle(settled([1, 2, 3], "trained", step=1))
+    acknowledgements.settle(settled([4], "dead", step=1))
+    assert acknowledgements.settled.ranges() == {
         "trained": [(1, 3)],
         "dead": [(4, 4)],
     }
-    assert acknowledgements.lines[2:] == [Settled(3, "trained", 1), Settled(4, "dead", 1)]
-    assert acknowledgements.before == []
-    acknowledgements.durable()
-    assert acknowledgements.lines == []
-    assert acknowledgements.before == [(1, 4)]
+    assert acknowledgements.unsaved_lines[2:] == [Settled(3, "trained", 1), Settled(4, "dead", 1)]
+    assert acknowledgements.in_newest_checkpoint == []
+    acknowledgements.checkpoint_is_durable()
+    assert acknowledgements.unsaved_lines == []
+    assert acknowledgements.in_newest_checkpoint == [(1, 4)]
