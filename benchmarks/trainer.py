@@ -36,7 +36,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.utils.rnn import pad_sequence
 
-from onstream.settings.trainer import LossSettings, OptimSettings, TrainerSettings
+from onstream.settings.losses import RlLoss
+from onstream.settings.trainer import OptimSettings, TrainerSettings
 from onstream.workers.tiny_models.fresh import Shape, write_fresh
 from onstream.workers.tiny_models.recipes import RECIPES
 from onstream.workers.trainer.learner import Learner, TrainSample
@@ -159,7 +160,7 @@ def measure(mix: Mix, way: Way, model: Path) -> Measured:
     """Steps a CPU second after one unmeasured step, and the memory that it took."""
     torch.set_num_threads(1)  # a second one would spin while it waits, and count as work
     settings = TrainerSettings(
-        loss=LossSettings(teacher_tau=1.0, teacher_top_k=TOP_K), optim=OptimSettings(lr=1e-4)
+        loss=RlLoss(teacher_tau=1.0, teacher_top_k=TOP_K), optim=OptimSettings(lr=1e-4)
     )
     learner = Learner(model, settings, torch.device("cpu"))
     batch = samples(mix)

@@ -31,13 +31,20 @@ may be changed when the run is resumed. *worker* settings concern one process al
 def text() -> str:
     """The whole page."""
     parts = [_HEAD]
-    for name, settings in groupby(
-        known().values(), key=lambda setting: setting.name.rpartition(".")[0]
-    ):
-        parts.append(
-            f"## [{name}]\n\n{' '.join((sections()[name].__doc__ or '').split())}\n\n{_table(list(settings))}\n"
-        )
+    for (section, types), settings in groupby(known().values(), key=_group):
+        parts.append(f"{_heading(section, types)}\n\n{_table(list(settings))}\n")
     return "\n".join(parts)
+
+
+def _group(setting: Setting) -> tuple[str, tuple[str, ...]]:
+    return setting.name.rpartition(".")[0], setting.types
+
+
+def _heading(section: str, types: tuple[str, ...]) -> str:
+    if types:
+        return f"### [{section}] with `type` {' or '.join(f'`{name}`' for name in types)}"
+    about = " ".join((sections()[section].__doc__ or "").split())
+    return f"## [{section}]\n\n{about}"
 
 
 def _table(settings: list[Setting]) -> str:

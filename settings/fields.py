@@ -4,7 +4,7 @@ sections' fields.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,10 +30,15 @@ _PLAIN_TYPES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting; `name` is its dotted path, as in `trainer.loss.teacher_tau`."""
+    """One setting; `name` is its dotted path, as in `trainer.loss.teacher_tau`.
+
+    In a section that comes in several types (`trainer.loss`), `types` are those that have this
+    setting; none: all have it.
+    """
 
     name: str
     field: FieldInfo
+    types: tuple[str, ...] = ()
 
     @property
     def scope(self) -> Scope:
@@ -72,19 +77,34 @@ class Setting:
         return annotation is SecretStr or SecretStr in get_args(annotation)
 
     def value(self, settings: Settings) -> Any:
-        """Its value in `settings`, as plain JSON data; a secret that is set reads `***`. None in a
-        section that is not there.
+        """Its value in `settings`, as plain JSON data; a secret that is set reads `***`.
+
+        None in a section that is not there, or is of a type without this setting.
         """
-        value: Any = settings
-        for part in self.name.split("."):
-            value = None if value is None else getattr(value, part)
+        section, last = self._section(settings)
+        value = getattr(section, last) if self.applies(settings) else None
         if self.secret and value not in (None, {}):
             return HIDDEN
         return _plain(value)
 
+    def applies(self, settings: Settings) -> bool:
+        """Whether its section is there, and of a type that has it."""
+        section, last = self._section(settings)
+        return section is not None and last in type(section).model_fields
+
+    def _section(self, settings: Settings) -> tuple[BaseModel | None, str]:
+        """The section that holds it, None where it is unset, and its name in there."""
+        *path, last = self.name.split(".")
+        section: BaseModel | None = settings
+        for part in path:
+            section = None if section is None else getattr(section, part)
+        return section, last
+
     @property
     def default(self) -> Any:
-        """Its default, as plain JSON data."""
+        """Its default, as plain JSON data; None where it has none and must be given."""
+        if self.field.is_required():
+            return None
         return _plain(self.field.get_default(call_default_factory=True))
 
 
@@ -105,16 +125,39 @@ def sections() -> dict[str, type[BaseModel]]:
 
 def _walk(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
     for name, field in model.model_fields.items():
+        variants = variants_of(field)
         inner = section_of(field)
-        if inner is None:
-            yield Setting(f"{prefix}{name}", field)
-        else:
+        if variants:
+            yield from _walk_variants(variants, f"{prefix}{name}.")
+        elif inner is not None:
             yield from _walk(inner, f"{prefix}{name}.")
+        else:
+            yield Setting(f"{prefix}{name}", field)
+
+
+def _walk_variants(variants: Mapping[str, type[BaseModel]], prefix: str) -> Iterator[Setting]:
+    """The settings of a section that comes in several types, each once."""
+    common = _common_base(variants).model_fields
+    for name, field in common.items():
+        yield Setting(f"{prefix}{name}", field)
+    types: dict[str, list[str]] = {}
+    fields: dict[str, FieldInfo] = {}
+    for type_name, variant in variants.items():
+        for name, field in variant.model_fields.items():
+            if name not in common:
+                types.setdefault(name, []).append(type_name)
+                fields.setdefault(name, field)
+    for name, field in fields.items():
+        yield Setting(f"{prefix}{name}", field, tuple(types[name]))
 
 
 def _walk_sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
     for name, field in model.model_fields.items():
-        if (inner := section_of(field)) is not None:
+        variants = variants_of(field)
+        inner = section_of(field)
+        if variants:
+            yield f"{prefix}{name}", _common_base(variants)
+        elif inner is not None:
             yield f"{prefix}{name}", inner
             yield from _walk_sections(inner, f"{prefix}{name}.")
 
@@ -125,6 +168,35 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
     return None
+
+
+def variants_of(field: FieldInfo) -> dict[str, type[BaseModel]]:
+    """The classes of a section that comes in several types, by `type`; none for other fields."""
+    if field.discriminator is None:
+        return {}
+    return {variant.model_fields["type"].default: variant for variant in get_args(field.annotation)}
+
+
+def _common_base(variants: Mapping[str, type[BaseModel]]) -> type[BaseModel]:
+    first, *others = variants.values()
+    shared = (base for base in first.__mro__ if all(issubclass(other, base) for other in others))
+    base: type[BaseModel] = next(shared)
+    return base
+
+
+def plain_location(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """Where pydantic found an error, without the types of sections, which it puts in the path."""
+    plain: list[str | int] = []
+    rest = list(location)
+    model: type[BaseModel] | None = Settings
+    while rest:
+        part = rest.pop(0)
+        plain.append(part)
+        field = model.model_fields.get(str(part)) if model is not None else None
+        model = section_of(field) if field is not None else None
+        if field is not None and rest and rest[0] in variants_of(field):
+            model = variants_of(field)[str(rest.pop(0))]
+    return tuple(plain)
 
 
 def _plain(value: Any) -> Any:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, EnvSettingsSource, TomlConfigSettingsSource
 from pydantic_settings import SettingsError as SourceError
 from pydantic_settings.sources.utils import parse_env_vars
@@ -25,9 +24,15 @@ from onstream.settings.fields import HIDDEN, known
 from onstream.settings.problem import Problem, SettingsError
 from onstream.settings.root import Settings
 from onstream.settings.rules import problems_of
-from onstream.settings.unknown import PREFIX, field_problem, setting_of, unknown_variable
+from onstream.settings.unknown import (
+    PREFIX,
+    field_problem,
+    plain_detail,
+    setting_of,
+    unknown_variable,
+)
 
-FREE_FORM = (("task", "args"), ("inference", "extra_args"))
+FREE_FORM = (("task",), "args"), (("inference",), "extra_args"), (("trainer", "loss"), "args")
 """Tables whose keys are not settings, by section and name."""
 FILE = "_FILE"
 """At the end of a secret's variable: its value is in the file of that name."""
@@ -167,7 +172,7 @@ def _file_fragments(file: Path | str, problems: list[Problem]) -> Iterable[Fragm
             )
         )
         return
-    yield Fragment(str(path), _without_hidden(values))
+    yield Fragment(str(path), _without_other_types(_without_hidden(values)))
     if path != Path(file):  # a run's own settings, wherever the run was moved
         run = path.resolve().parent
         yield Fragment(str(path), {"run": {"dir": str(run.parent), "name": run.name}})
@@ -267,8 +272,11 @@ def _with_json_leaves(values: dict[str, Any]) -> dict[str, Any]:
     """Texts inside the tables of free form as the numbers and lists they spell: their fields have
     no types to go by.
     """
-    for section, name in FREE_FORM:
-        args = values.get(section, {}).get(name) if isinstance(values.get(section), dict) else None
+    for path, name in FREE_FORM:
+        section: Any = values
+        for part in path:
+            section = section.get(part) if isinstance(section, dict) else None
+        args = section.get(name) if isinstance(section, dict) else None
         if isinstance(args, dict):
             args.update(
                 {key: _json_or_text(text) for key, text in args.items() if isinstance(text, str)}
@@ -290,6 +298,24 @@ def _without_hidden(values: dict[str, Any]) -> dict[str, Any]:
         for key, value in values.items()
         if value != HIDDEN
     }
+
+
+def _without_other_types(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` less the settings, at their defaults, that a section of its `type` does not have.
+
+    The settings files of earlier runs hold those of `rl` beside `trainer.loss.type = "sft"`.
+    """
+    for setting in known().values():
+        *path, last = setting.name.split(".")
+        section: Any = values
+        for part in path:
+            section = section.get(part) if isinstance(section, dict) else None
+        if not setting.types or not isinstance(section, dict) or last not in section:
+            continue
+        other = section.get("type", setting.types[0]) not in setting.types
+        if other and section[last] == setting.default:
+            del section[last]
+    return values
 
 
 def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
@@ -320,9 +346,14 @@ def _validate(values: dict[str, Any], resolved: Resolved) -> Settings | None:
         try:
             settings = Settings.model_validate(values)
         except ValidationError as error:
-            details = _told_once(error.errors(include_url=False, include_context=False))
-            resolved.problems += [field_problem(detail, resolved.origins) for detail in details]
-            removed = {name for detail in details for name in _remove(values, detail["loc"])}
+            errors = error.errors(include_url=False, include_context=False)
+            details = _told_once([plain_detail(detail) for detail in errors])
+            resolved.problems += [
+                field_problem(detail, resolved.origins)
+                for detail in details
+                if not _follows(detail, wrong)
+            ]
+            removed = {name for detail in details for name in _remove(values, _wrong_part(detail))}
             wrong |= removed
             if not removed:
                 return None
@@ -333,7 +364,18 @@ def _validate(values: dict[str, Any], resolved: Resolved) -> Settings | None:
         return settings
 
 
-def _told_once(details: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+def _follows(detail: Mapping[str, Any], wrong: Set[str]) -> bool:
+    """Whether a value is missing only because it was wrong, and has been told of already."""
+    return detail["type"] == "missing" and ".".join(map(str, detail["loc"])) in wrong
+
+
+def _wrong_part(detail: Mapping[str, Any]) -> tuple[str | int, ...]:
+    """The place of what is to be left out: of a section that lacks a value, the section."""
+    location: tuple[str | int, ...] = detail["loc"]
+    return location[:-1] if detail["type"] == "missing" else location
+
+
+def _told_once(details: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """`details` less a list said to be too short only because its items were wrong."""
     wrong_lists = {detail["loc"][:-1] for detail in details if isinstance(detail["loc"][-1], int)}
     return [detail for detail in details if detail["loc"] not in wrong_lists]

@@ -98,7 +98,11 @@ class Difference:
 def make_plan(settings: Settings) -> Plan:
     """The plan that follows from `settings`."""
     route = route_of(settings)
-    shared = {name: setting for name, setting in known().items() if setting.scope.kind == "run"}
+    shared = {
+        name: setting
+        for name, setting in known().items()
+        if setting.scope.kind == "run" and (setting.applies(settings) or not setting.types)
+    }
     local = local_teacher(settings)
     external = external_teacher(settings)
     values = {name: setting.value(settings) for name, setting in shared.items()}
@@ -144,9 +148,21 @@ def differences(ours: Plan, theirs: Plan) -> list[Difference]:
     for name in names:
         here = ours.run_settings.get(name)
         there = theirs.run_settings.get(name)
-        if here != there:
+        if here != there and not _of_another_type(name, ours, theirs):
             found.append(Difference(name, here, there, changeable=name in ours.changeable))
     return found
+
+
+def _of_another_type(name: str, ours: Plan, theirs: Plan) -> bool:
+    """Whether one plan holds a setting at its default that the other's loss does not have.
+
+    Plans of earlier versions hold the settings of `rl` beside `sft` as well.
+    """
+    setting = known().get(name)
+    if setting is None or not setting.types:
+        return False
+    values = [plan.run_settings[name] for plan in (ours, theirs) if name in plan.run_settings]
+    return values == [setting.default]
 
 
 def refuse_differences(ours: Plan, theirs: Plan) -> None:

@@ -34,19 +34,20 @@ def verification_on(settings: Settings) -> bool:
 
 
 def teacher_on(settings: Settings) -> bool:
-    """Whether a teacher scores: with `teacher_tau` > 0 always, else where one is deployed or
-    configured (metric only).
+    """Whether a teacher scores.
 
-    Never with `sft`, which reads no teacher's logprobs.
+    Always where the loss needs it; never where the loss reads none of it; else where one is
+    deployed or configured, for the metrics alone.
     """
-    if settings.trainer.loss.type == "sft":
+    loss = settings.trainer.loss
+    if not loss.reads_teacher:
         return False
-    if settings.trainer.loss.teacher_tau > 0:
+    if loss.needs_teacher:
         return True
     stages = settings.deployment.stages
-    return (
-        teacher_configured(settings) if stages is None else "score" in stages
-    )  # a `deployment.scale` of 0 makes it unconfigured
+    if stages is not None:
+        return "score" in stages
+    return teacher_configured(settings)  # not where `deployment.scale` leaves it out
 
 
 def teacher_configured(settings: Settings) -> bool:

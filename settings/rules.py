@@ -57,64 +57,60 @@ def _batches(settings: Settings) -> Iterator[Problem]:
 
 def _training_signal(settings: Settings) -> Iterator[Problem]:
     loss = settings.trainer.loss
-    verification = settings.orchestrator.verification
-    if loss.type == "sft":
-        return
-    if verification.enabled is False and loss.adv_tau != 0:
+    verified = verification_on(settings)
+    rewarded = loss.needs_reward and verified
+    if loss.needs_reward and settings.orchestrator.verification.enabled is False:
         yield stated(
             settings,
-            ["orchestrator.verification.enabled", "trainer.loss.adv_tau"],
+            ["orchestrator.verification.enabled", loss.REWARD_SETTING],
             "rewards for the advantage to come from",
-            "Set trainer.loss.adv_tau = 0.0 for pure distillation, or enable verification.",
+            f"{loss.WITHOUT_REWARD}, or enable verification.",
         )
-    elif loss.teacher_tau == 0 and (loss.adv_tau == 0 or not verification_on(settings)):
-        names = ["trainer.loss.teacher_tau", "trainer.loss.adv_tau"] + (
-            ["deployment.stages"] if settings.deployment.stages else []
-        )
+    elif loss.teaches_own_rollouts and not loss.needs_teacher and not rewarded:
+        stages = ["deployment.stages"] if settings.deployment.stages else []
         yield stated(
             settings,
-            names,
+            [*dict.fromkeys([loss.TEACHER_SETTING, loss.REWARD_SETTING]), *stages],
             "a teacher or rewards to learn from",
-            "Set trainer.loss.teacher_tau > 0, or adv_tau > 0 with verification.",
+            f"{loss.LEARN_FROM}.",
         )
-    elif loss.adv_tau != 0 and settings.orchestrator.group_size == 1 and verification_on(settings):
+    elif rewarded and settings.orchestrator.group_size == 1:
         yield stated(
             settings,
-            ["orchestrator.group_size", "trainer.loss.adv_tau"],
+            ["orchestrator.group_size", loss.REWARD_SETTING],
             "at least 2 rollouts a group, whose mean is the baseline of the advantage",
-            "Set orchestrator.group_size = 8, or trainer.loss.adv_tau = 0.0.",
+            f"Set orchestrator.group_size = 8. Or: {loss.WITHOUT_REWARD}.",
         )
 
 
 def _teacher(settings: Settings) -> Iterator[Problem]:
+    loss = settings.trainer.loss
     deployed = "score" in (settings.deployment.stages or ())
     left_out = settings.deployment.scale.teacher == 0
-    if (
-        settings.trainer.loss.type == "rl"
-        and settings.trainer.loss.teacher_tau > 0
-        and not teacher_configured(settings)
-        and not deployed
-    ):
+    if loss.needs_teacher and not teacher_configured(settings) and not deployed:
         yield stated(
             settings,
             [
-                "trainer.loss.teacher_tau",
+                loss.TEACHER_SETTING,
                 *(["deployment.scale.teacher"] if left_out else []),
                 "deployment.num_teacher_gpus",
                 "teacher_inference.model.name",
                 "orchestrator.teacher_model.model.name",
             ],
             "a teacher",
-            _teacher_advice(left_out),
+            _teacher_advice(left_out, loss.WITHOUT_TEACHER),
         )
 
 
-def _teacher_advice(left_out: bool) -> str:
+def _teacher_advice(left_out: bool, without: str) -> str:
     if left_out:
-        return "Set deployment.scale.teacher = 1, or orchestrator.teacher_model for one elsewhere, or trainer.loss.teacher_tau = 0."
+        return (
+            "Set deployment.scale.teacher = 1, or orchestrator.teacher_model for one elsewhere. "
+            f"Or: {without}."
+        )
     return (
-        "Set deployment.num_teacher_gpus = 1 to start one, and teacher_inference.model.name unless it is the student's starting model; "
-        "or orchestrator.teacher_model for one that runs elsewhere."
+        "Set deployment.num_teacher_gpus = 1 to start one, and teacher_inference.model.name unless "
+        "it is the student's starting model; or orchestrator.teacher_model for one elsewhere."
     )
 
 
@@ -180,10 +176,10 @@ def _server_arguments(settings: Settings) -> Iterator[Problem]:
 
 
 def _sampling(settings: Settings) -> Iterator[Problem]:
-    if settings.trainer.loss.type == "sft":
-        return
     sampling = settings.inference.sampling
     loss = settings.trainer.loss
+    if not loss.reads_generator:
+        return
     for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
         if getattr(sampling, name) != off:
             yield stated(
@@ -192,7 +188,7 @@ def _sampling(settings: Settings) -> Iterator[Problem]:
                 f"{off} in training, where importance ratios would compare different distributions",
                 f"Leave inference.sampling.{name} out.",
             )
-    if sampling.temperature != 1 and loss.teacher_tau > 0 and loss.teacher_top_k == 0:
+    if sampling.temperature != 1 and loss.needs_temperature_1:
         yield stated(
             settings,
             [
@@ -206,16 +202,16 @@ def _sampling(settings: Settings) -> Iterator[Problem]:
 
 
 def _hard_distillation(settings: Settings) -> Iterator[Problem]:
-    sft = settings.trainer.loss.type == "sft"
+    loss = settings.trainer.loss
     source = settings.orchestrator.teacher_rollout_model
-    if sft and source is None:
+    if source is None and not loss.teaches_own_rollouts:
         yield stated(
             settings,
             ["trainer.loss.type", "orchestrator.teacher_rollout_model.model.name"],
             "a teacher whose completions are trained on: the student's own teach it nothing",
             'Set orchestrator.teacher_rollout_model, or trainer.loss.type = "rl".',
         )
-    if not sft and source is not None:
+    if source is not None and (loss.reads_generator or loss.reads_teacher):
         yield stated(
             settings,
             ["orchestrator.teacher_rollout_model.model.name", "trainer.loss.type"],
@@ -255,37 +251,32 @@ def _token_client(settings: Settings) -> Iterator[Problem]:
         )
 
 
-def _no_scores_for_sft(settings: Settings) -> Iterator[Problem]:
-    if settings.trainer.loss.type != "sft":
-        return
-    if settings.trainer.loss.teacher_tau > 0:
-        yield stated(
-            settings,
-            ["trainer.loss.type", "trainer.loss.teacher_tau"],
-            "no teacher logprobs with sft",
-            "Set trainer.loss.teacher_tau = 0.0.",
-        )
+def _unread_teacher(settings: Settings) -> Iterator[Problem]:
+    loss = settings.trainer.loss
     teachers = [
         "deployment.num_teacher_gpus",
         "teacher_inference.model.name",
         "orchestrator.teacher_model.model.name",
     ]
-    if given := [name for name in teachers if known()[name].value(settings) is not None]:
+    given = [name for name in teachers if known()[name].value(settings) is not None]
+    if given and not loss.reads_teacher:
         yield stated(
             settings,
             ["trainer.loss.type", *given],
-            "no teacher that scores tokens: sft reads none of it",
+            f"no teacher that scores tokens: {loss.type} reads none of it",
             f"Leave {' and '.join(given)} out.",
         )
 
 
 def _lora(settings: Settings) -> Iterator[Problem]:
     adapter = settings.trainer.lora
-    if adapter is not None and adapter.dropout > 0 and settings.trainer.loss.type == "rl":
+    loss = settings.trainer.loss
+    if adapter is not None and adapter.dropout > 0 and loss.reads_generator:
         yield stated(
             settings,
             ["trainer.lora.dropout", "trainer.loss.type"],
-            "no dropout with rl, whose importance ratios would compare the trainer's model less some of it with the generator's whole one",
+            f"no dropout with {loss.type}: the ratios would compare a model with parts left out "
+            "to the generator's whole one",
             "Leave trainer.lora.dropout out.",
         )
 
@@ -367,7 +358,7 @@ _RULES: tuple[Rule, ...] = (
     *(
         _hard_distillation,
         _token_client,
-        _no_scores_for_sft,
+        _unread_teacher,
         _lora,
         _stages,
         _redis_login,
@@ -379,24 +370,33 @@ _RULES: tuple[Rule, ...] = (
 
 def _teacher_warnings(settings: Settings) -> Iterator[str]:
     loss = settings.trainer.loss
-    if teacher_on(settings) and loss.teacher_tau == 0:
-        yield "The teacher is metric-only: trainer.loss.teacher_tau is 0, so its scores are reported as teacher_kl and train nothing."
-    if (
-        loss.teacher_tau > 0
-        and loss.adv_tau == 0
-        and local_teacher(settings) == settings.model.name
-    ):
-        yield f"The teacher is the student's own starting model ({settings.model.name}) and adv_tau is 0: nothing to learn."
-    if loss.teacher_top_k > 0 and loss.teacher_tau == 0:
-        yield f"trainer.loss.teacher_top_k = {loss.teacher_top_k} has no effect: trainer.loss.teacher_tau is 0."
+    if teacher_on(settings) and not loss.needs_teacher:
+        yield (
+            f"The teacher is metric-only: {loss.TEACHER_SETTING} is 0, so its scores are reported "
+            "as teacher_kl and train nothing."
+        )
+    own_teacher = local_teacher(settings) == settings.model.name
+    if own_teacher and loss.needs_teacher and not loss.needs_reward:
+        yield (
+            f"The teacher is the student's own starting model ({settings.model.name}) and no "
+            f"rewards are read ({loss.REWARD_SETTING}): nothing to learn."
+        )
+    if loss.teacher_top_k > 0 and not loss.needs_teacher:
+        yield (
+            f"trainer.loss.teacher_top_k = {loss.teacher_top_k} has no effect: the loss needs no "
+            f"teacher ({loss.TEACHER_SETTING})."
+        )
     if (
         settings.teacher_inference.extra_args
         and local_teacher(settings)
         and teacher_engine(settings) != "vllm"
     ):
         yield "teacher_inference.extra_args has no effect: the teacher's engine is transformers."
-    if loss.teacher_tau > 0 and loss.adv_tau != 0 and not verification_on(settings):
-        yield "trainer.loss.adv_tau has no effect: deployment.stages leaves the verifier out, so no rollout has a reward."
+    if loss.needs_teacher and loss.needs_reward and not verification_on(settings):
+        yield (
+            f"{loss.REWARD_SETTING} has no effect: deployment.stages leaves the verifier out, so "
+            "no rollout has a reward."
+        )
 
 
 def _hard_distillation_warnings(settings: Settings) -> Iterator[str]:
@@ -416,7 +416,7 @@ def _deployment_warnings(settings: Settings) -> Iterator[str]:
             yield f"No {kinds[0]} worker is started here: the run waits until one joins (onstream worker {kinds[0]})."
     for stage, why in (
         ("verify", "orchestrator.verification.enabled = false"),
-        ("score", 'trainer.loss.type = "sft"'),
+        ("score", f'trainer.loss.type = "{settings.trainer.loss.type}"'),
     ):
         if stage in (settings.deployment.stages or ()) and stage not in route_of(settings):
             yield f"deployment.stages names {stage}, but {why}: no {stage} worker runs."

@@ -2,50 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from onstream.settings.base import CHANGEABLE, RUN, WORKER, Section, Unit
+from onstream.settings.losses import Loss, RlLoss
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class LossSettings(Section):
-    """The objective: docs/objective.md has its formulas."""
-
-    type: Annotated[Literal["rl", "sft"], RUN] = "rl"
-    """`rl`: rewards and the teacher's judgement of the student's own tokens. `sft`: masked negative
-    log-likelihood.
-    """
-    teacher_tau: Annotated[float, RUN, Unit("weight"), Field(ge=0, le=1000)] = 0.0
-    """Distillation strength. Set > 0 to enable."""
-    adv_tau: Annotated[float, RUN, Unit("weight"), Field(ge=0, le=1000)] = 1.0
-    """Weight of the reward's advantage. Set 0 for pure distillation."""
-    kl_tau: Annotated[float, RUN, Unit("weight"), Field(ge=0, le=1000)] = 1e-3
-    """Weight of the squared log importance ratio, which keeps the trainer near the policy that
-    sampled.
-    """
-    teacher_top_k: Annotated[int, RUN, Unit("tokens"), Field(ge=0, le=1024)] = 0
-    """With k > 0 the teacher term is the reverse KL over the teacher's k likeliest tokens and one
-    tail bin, differentiated; with 0 it is the sampled token's."""
-    teacher_tail_floor: Annotated[float, RUN, Unit("probability"), Field(gt=0, lt=1)] = 1e-6
-    """Least probability of the tail bin, where an endpoint gives only the top k and their sum comes
-    to 1 or more.
-    """
-    reverse_kl_clip: Annotated[float | None, RUN, Unit("nats"), Field(gt=0, le=1000)] = None
-    """Bounds the sampled reverse KL of a token to ± this; unset, it is not bounded."""
-    trust_region: Annotated[Literal["signed", "symmetric", "none"], RUN] = "signed"
-    """Which tokens are dropped when the trainer's probability has moved from the generator's:
-    `signed` those moving on in the direction of their advantage, `symmetric` on either side."""
-    trust_low: Annotated[float, RUN, Unit("probability"), Field(ge=0, le=1)] = 0.2
-    """How far a token's probability may have fallen."""
-    trust_high: Annotated[float, RUN, Unit("probability"), Field(ge=0, le=1)] = 0.2
-    """How far a token's probability may have risen."""
-    max_log_ratio: Annotated[float, RUN, Unit("nats"), Field(gt=0, le=80)] = 20.0
-    """Bound of the log importance ratio before it is exponentiated."""
-    normalize_advantage: Annotated[bool, RUN] = False
-    """Divide a group's advantages by the standard deviation of its rewards."""
 
 
 class OptimSettings(Section):
@@ -111,9 +75,14 @@ class TrainerSettings(Section):
     """Train the vision tower of a student that reads images too; else it stays as it is, and only
     the rest of the model is trained.
     """
-    loss: LossSettings = LossSettings()
+    loss: Annotated[Loss, Field(discriminator="type")] = RlLoss()
     optim: OptimSettings = OptimSettings()
     lora: LoraSettings | None = None
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _rl_by_default(cls, loss: Any) -> Any:
+        return {"type": "rl", **loss} if isinstance(loss, dict) else loss
 
 
 class CheckpointSettings(Section):

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args
 
-from onstream.settings.fields import HIDDEN, Setting, known, sections
+from onstream.settings.fields import HIDDEN, Setting, known, plain_location, sections
 from onstream.settings.problem import Problem
 from onstream.settings.text import shown
 
@@ -64,16 +64,20 @@ def field_problem(detail: Mapping[str, Any], origins: Mapping[str, str]) -> Prob
     location = detail["loc"]
     name = ".".join(str(part) for part in location if isinstance(part, str))
     origin = _origin(name, origins)
-    if detail["type"] == "extra_forbidden":
-        return unknown_key(name, origin)
     setting = known().get(name)
+    if detail["type"] == "extra_forbidden" and setting is None:
+        return unknown_key(name, origin)
+    if detail["type"] == "extra_forbidden" and setting is not None:
+        return _of_another_type(setting, detail, origin)
+    if detail["type"] == "missing":
+        return _missing(name, detail["input"], setting)
     value = (
         HIDDEN
         if setting and setting.secret
         else _value_text(detail["input"], spelled=origin.startswith(("--set", PREFIX)))
     )
     item = "".join(f"[{part}]" for part in location if isinstance(part, int))
-    got = f"{name}{item} = {value}{'' if origin.startswith('--set') else f' (from {origin})'}"
+    got = f"{name}{item} = {value}{_from(origin)}"
     return Problem(
         (name,),
         got,
@@ -82,8 +86,52 @@ def field_problem(detail: Mapping[str, Any], origins: Mapping[str, str]) -> Prob
     )
 
 
+def _of_another_type(setting: Setting, detail: Mapping[str, Any], origin: str) -> Problem:
+    """The problem of a setting that its section has with other values of `type` alone."""
+    kind = setting.name.rpartition(".")[0] + ".type"
+    value = _value_text(detail["input"], spelled=origin.startswith(("--set", PREFIX)))
+    types = " or ".join(f'"{name}"' for name in setting.types)
+    return Problem(
+        (setting.name, kind),
+        f"{kind} = {shown(detail['given_type'])} with {setting.name} = {value}{_from(origin)}",
+        f"{setting.name} only where {kind} is {types}",
+        f"Leave {setting.name} out, or set {kind}.",
+    )
+
+
+def _missing(name: str, section: Any, setting: Setting | None) -> Problem:
+    """The problem of a setting that has no default."""
+    beside = name.rpartition(".")[0] + ".type"
+    given = f"{beside} = {shown(section['type'])}" if "type" in section else "a section"
+    return Problem(
+        (name,),
+        f"{given} without {name}",
+        setting.type if setting else "a value",
+        f"Set {name}: {setting.summary}" if setting else f"Set {name}.",
+    )
+
+
+def plain_detail(detail: Mapping[str, Any]) -> dict[str, Any]:
+    """The pydantic error `detail` with its place by the names of settings.
+
+    In a section that comes in several types pydantic puts the type into the path, and finds fault
+    with the whole section where the type is none of them.
+    """
+    plain = {**detail, "loc": plain_location(detail["loc"])}
+    if len(plain["loc"]) < len(detail["loc"]):
+        plain["given_type"] = detail["loc"][-2]
+    if detail["type"] == "union_tag_invalid":
+        plain["loc"] = (*plain["loc"], "type")
+        plain["input"] = detail["input"]["type"]
+        types = get_args(known()[".".join(plain["loc"])].field.annotation)
+        *others, last = map(repr, types)
+        plain["msg"] = f"Input should be {', '.join(others)} or {last}"
+    return plain
+
+
 def _expected(detail: Mapping[str, Any]) -> str:
-    message = "a table" if detail["type"] == "model_type" else str(detail["msg"])
+    a_table = detail["type"] in ("model_type", "model_attributes_type")
+    message = "a table" if a_table else str(detail["msg"])
     for start in ("Input should be ", "Value should have ", "String should "):
         if message.startswith(start):
             return ("text to " if start == "String should " else "") + message[len(start) :]
@@ -97,6 +145,11 @@ def _value_text(value: Any, *, spelled: bool) -> str:
     except TypeError:  # a TOML date, which no setting takes
         text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _from(origin: str) -> str:
+    """Where a value came from, for the end of a line; the command line is in sight anyway."""
+    return "" if origin.startswith("--set") else f" (from {origin})"
 
 
 def _origin(name: str, origins: Mapping[str, str]) -> str:

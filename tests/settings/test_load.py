@@ -146,7 +146,7 @@ def test_every_problem_of_every_source_is_told_at_once(tmp_path: Path) -> None:
         "orchestrator.batch_size = 0; expected greater",
         "--set nonsense; expected section.name=value",
         "trainer.optim.betas=x; expected JSON",
-        "trainer.loss.type = dpo (from ONSTREAM_TRAINER__LOSS__TYPE); expected 'rl' or 'sft'",
+        "trainer.loss.type = dpo (from ONSTREAM_TRAINER__LOSS__TYPE); expected 'rl', 'sft' or 'custom'",
         "ONSTREAM_UNKNOWN",
         "trainer.loss.teacher_tau = 0.0 with trainer.loss.adv_tau = 0.0; expected a teacher or rewards to learn from",
     ):

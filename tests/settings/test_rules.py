@@ -98,7 +98,7 @@ REFUSED = [
     (
         [*HARD, "trainer.loss.teacher_tau=0.5"],
         'trainer.loss.type = "sft" with trainer.loss.teacher_tau = 0.5',
-        "no teacher logprobs",
+        'expected trainer.loss.teacher_tau only where trainer.loss.type is "rl"',
     ),
     (
         [*HARD, "deployment.num_teacher_gpus=1"],
@@ -382,7 +382,7 @@ def test_the_problems_of_all_rules_are_told_at_once() -> None:
             "teacher_inference.model.name=other",
             "orchestrator.batch_size=100",
             "task.name=jsonl",
-            "trainer.loss.kl_tau=-1",
+            "eval.samples=-1",
         ),
     ]
     told = [str(problem) for problem in resolve(overrides=overrides, environ={}).problems]
@@ -395,7 +395,11 @@ def test_the_problems_of_all_rules_are_told_at_once() -> None:
             "a teacher whose completions",
             "token ids",
         ),
-        *("no teacher logprobs", "no teacher that scores", "the file of the jsonl task"),
+        *(
+            "trainer.loss.teacher_tau only where",
+            "no teacher that scores",
+            "the file of the jsonl task",
+        ),
     ):
         assert sum(words in line for line in told) == 1, words
 

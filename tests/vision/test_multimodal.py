@@ -20,7 +20,8 @@ from onstream.pipeline.models.logprobs import head_of, hidden_states
 from onstream.pipeline.models.packing import Ids, pack, share_prompts, single_rows
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.records import ids_array, ids_bytes
-from onstream.settings.trainer import LossSettings, OptimSettings, TrainerSettings
+from onstream.settings.losses import SftLoss
+from onstream.settings.trainer import OptimSettings, TrainerSettings
 from onstream.workers.tiny_models.character_tokenizer import (
     IMAGE,
     IMAGE_END,
@@ -184,7 +185,7 @@ def test_a_step_lowers_the_loss_and_moves_the_vision_tower_only_where_asked(
     tiny: Tiny, train_vision: bool, dtype: str
 ) -> None:
     settings = TrainerSettings(
-        loss=LossSettings(type="sft"),
+        loss=SftLoss(),
         optim=OptimSettings(lr=2e-3, schedule="constant"),
         dtype=dtype,
         train_vision=train_vision,

@@ -25,8 +25,9 @@ from onstream.pipeline.models.loading import load_model
 from onstream.pipeline.prompts import Eyes, rendered
 from onstream.pipeline.tasks import Problem, load_task
 from onstream.pipeline.telemetry import get_logger
+from onstream.settings.losses import SftLoss
 from onstream.settings.root import Settings
-from onstream.settings.trainer import LossSettings, OptimSettings, TrainerSettings
+from onstream.settings.trainer import OptimSettings, TrainerSettings
 from onstream.workers.evaluation.greedy import evaluate
 from onstream.workers.tiny_models.character_tokenizer import CONTEXT_TOKENS, character_tokenizer
 from onstream.workers.tiny_models.fresh import write_fresh
@@ -222,7 +223,7 @@ def with_mistakes(
 def _trainer_settings(recipe: Recipe, lr: float) -> TrainerSettings:
     optim = OptimSettings(lr=lr, warmup=recipe.warmup_steps, schedule=recipe.schedule)
     return TrainerSettings(
-        loss=LossSettings(type="sft"),
+        loss=SftLoss(),
         optim=optim,
         dtype="float32",
         max_steps=recipe.round_steps,

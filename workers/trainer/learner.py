@@ -22,26 +22,28 @@ from onstream.pipeline.models.tokenizer import has_vision, load_tokenizer
 from onstream.settings.trainer import TrainerSettings
 from onstream.workers.trainer import lora
 from onstream.workers.trainer.batches.train_sample import Ids, TrainSample, check_sample
-from onstream.workers.trainer.maths.chunked_loss import chunked_loss
+from onstream.workers.trainer.chunked_loss import chunked_loss
+from onstream.workers.trainer.losses import loss_function
+from onstream.workers.trainer.losses.row_loss import RowLoss, StepValues
+from onstream.workers.trainer.losses.row_tokens import gather_tokens
 from onstream.workers.trainer.maths.mismatch import mismatch_metrics
 from onstream.workers.trainer.maths.per_sample_losses import PerSampleLosses
 from onstream.workers.trainer.maths.schedule import learning_rate
-from onstream.workers.trainer.objective import Objective, Tally, gather_tokens
 
 __all__ = ["Learner", "TrainSample"]
 
 
 class Learner:
     """The student with its optimizer: float32 master weights, computed with in `dtype`. With
-    `trainer.lora` an adapter alone is trained.
+    `trainer.lora` only an adapter is trained.
 
+    The model stays in evaluation mode: dropout would make its logprobs differ from the generator's.
     `padded_because` is None where shared prompts are computed once, else the reason why the model's
-    code cannot. The model stays in evaluation mode: dropout would make its logprobs differ from the
-    generator's.
+    code cannot do it. Token ids are below `vocabulary`.
 
     Raises:
-        UserError: the model or its tokenizer cannot be loaded, its head is no plain projection, or
-            it has no such layers to adapt.
+        UserError: the model, its tokenizer or a custom loss cannot be loaded, its head is no plain
+            projection, or it has no such layers to adapt.
     """
 
     def __init__(self, model: str | Path, trainer: TrainerSettings, device: torch.device) -> None:
@@ -49,25 +51,24 @@ class Learner:
         self.device = device
         self.dtype = resolve_dtype(trainer.dtype, device)
         self.tokenizer = load_tokenizer(model)
+        self._loss_function = loss_function(trainer.loss)
         base = base_of(model)
         self.model = load_model(base or model, dtype=torch.float32, device=device)
         self.padded_because = prepare(self.model)
-        self._adapter = (
-            lora.attach(self.model, trainer.lora, saved=model if base else None)
-            if trainer.lora
-            else None
-        )
+        self._adapter = None
+        if trainer.lora:
+            self._adapter = lora.attach(self.model, trainer.lora, saved=model if base else None)
         self.vision = load_vision(model) if has_vision(self.model.config) else None
         if self.vision and not trainer.train_vision:
             self.model.get_encoder(modality="image").requires_grad_(False)
-        self.vocabulary: int = (
-            self.model.get_input_embeddings().num_embeddings
-        )  # token ids are below it
+        self.vocabulary: int = self.model.get_input_embeddings().num_embeddings
         self.steps = 0
-        optim = trainer.optim
-        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        self._optimizer = torch.optim.AdamW(
-            trained,
+        self._optimizer = self._new_optimizer()
+
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        optim = self.trainer.optim
+        return torch.optim.AdamW(
+            [weight for weight in self.model.parameters() if weight.requires_grad],
             lr=optim.lr,
             betas=optim.betas,
             eps=optim.eps,
@@ -76,13 +77,16 @@ class Learner:
         )
 
     def check(self, sample: TrainSample) -> None:
-        """Raises ValueError where a step could not train on `sample`; `step` does the same before
-        it changes anything.
+        """Make sure that a step can train on `sample`; `step` does so before it changes anything.
+
+        Raises:
+            ValueError: it cannot.
         """
         check_sample(sample, self.trainer.loss, self.vocabulary)
         if sample.images and self.vision is None:
             raise ValueError(
-                f"a sample of group {sample.group} shows {len(sample.images)} images; the student reads none"
+                f"a sample of group {sample.group} shows {len(sample.images)} images; "
+                "the student reads none"
             )
 
     def step(
@@ -97,9 +101,8 @@ class Learner:
         """One optimizer step over `samples`; returns its metrics by their names in metrics.jsonl.
 
         `max_steps` is where a falling schedule ends. `features` holds the images that the samples
-        show. `global_tokens` is the count of loss-mask tokens that the loss is divided by: over all
-        ranks, where there are several, whose gradients are to be summed before they are clipped.
-        None: this process is alone. `per_sample` collects the loss of each sample.
+        show. `per_sample` collects the loss of each sample. The loss is divided by
+        `global_tokens`, the loss-mask tokens of all ranks; None: this process is the only one.
 
         Raises:
             ValueError: a sample cannot be trained on, or no token is in the loss mask.
@@ -110,16 +113,27 @@ class Learner:
         tokens = sum(int(sample.loss_mask.sum()) for sample in samples)
         if not tokens:
             raise ValueError(
-                f"none of the {len(samples)} samples has a token in its loss mask; expected at least one in a step"
+                f"none of the {len(samples)} samples has a token in its loss mask; "
+                "expected at least one in a step"
             )
-        tally = Tally()
+        values = StepValues(per_sample)
         divisor = global_tokens or tokens
-        prompts = [sample.prompt_ids for sample in samples]
-        completions = [sample.completion_ids for sample in samples]
-        for packed in self.pack(prompts, completions, [sample.images for sample in samples]):
-            (self._loss(packed, samples, features, tally, per_sample) / divisor).backward()  # type: ignore[no-untyped-call]
-        means = {**tally.means(divisor), **mismatch_metrics(tally.mismatch.found())}
-        return {**means, **self._update(max_steps), "tokens": float(tokens)}
+        for packed in self._pack_samples(samples):
+            loss: Any = self._loss(packed, samples, features, values) / divisor
+            loss.backward()
+        return {
+            **values.metrics.result(divisor),
+            **mismatch_metrics(values.mismatch.found()),
+            **self._update(max_steps),
+            "tokens": float(tokens),
+        }
+
+    def _pack_samples(self, samples: Sequence[TrainSample]) -> list[Packed]:
+        return self.pack(
+            [sample.prompt_ids for sample in samples],
+            [sample.completion_ids for sample in samples],
+            [sample.images for sample in samples],
+        )
 
     def pack(
         self,
@@ -127,16 +141,15 @@ class Learner:
         completions: Sequence[Ids],
         images: Sequence[tuple[str, ...]] | None = None,
     ) -> list[Packed]:
-        """Prompts and their completions as the rows of this model's forward passes; `images` names
-        those that each prompt shows.
+        """Prompts and their completions as the rows of this model's forward passes.
+
+        `images` names the images that each prompt shows; None: no prompt shows any.
         """
         arrange = single_rows if self.padded_because else share_prompts
         return pack(arrange(prompts, completions, images), self.trainer.microbatch)
 
     def hidden(self, packed: Packed, features: Features = NO_IMAGES) -> Tensor:
-        """The last hidden states that predict the packed targets, [N, H], in the computing
-        precision.
-        """
+        """The last hidden states [N, H] that predict the packed targets, in `dtype`."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return hidden_states(self.model, packed, features).to(self.dtype)
 
@@ -145,23 +158,24 @@ class Learner:
         packed: Packed,
         samples: Sequence[TrainSample],
         features: Features,
-        tally: Tally,
-        per_sample: PerSampleLosses | None,
+        values: StepValues,
     ) -> Tensor:
-        """The summed loss of one packed row."""
-        tokens = gather_tokens(packed, samples, self.trainer.loss, self.device)
+        """The summed loss of one packed row; its metrics go to `values`."""
+        settings = self.trainer.loss
+        tokens = gather_tokens(packed, samples, settings, self.device)
         hidden = self.hidden(packed, features)
         if tokens.kept is not None:
             hidden = hidden.index_select(0, tokens.kept)
-        objective = Objective(tokens, self.trainer.loss, tally, per_sample)
         loss = chunked_loss(
-            hidden, head_of(self.model), tokens.wanted, objective, chunk=self.trainer.head_chunk
+            hidden,
+            head_of(self.model),
+            tokens.targets,
+            RowLoss(settings, self._loss_function, tokens, values),
+            chunk=self.trainer.head_chunk,
         )
-        if per_sample:
-            per_sample.end_row(
-                packed.sequences,
-                [int(samples[sequence].loss_mask.sum()) for sequence in packed.sequences],
-            )
+        if values.per_sample:
+            counts = [int(samples[place].loss_mask.sum()) for place in packed.sequences]
+            values.per_sample.end_row(packed.sequences, counts)
         return loss
 
     def _update(self, max_steps: int) -> dict[str, float]:

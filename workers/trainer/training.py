@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from msgspec.structs import replace
@@ -259,14 +259,12 @@ def batch_builder(settings: Settings) -> BatchBuilder:
     """The empty book of a run: what its units are, and which of them train."""
     orchestrator = settings.orchestrator
     loss = settings.trainer.loss
-    supervised = loss.type == "sft"
     source = orchestrator.teacher_rollout_model
-    unit: Literal["group", "rollout"] = "rollout" if supervised or loss.adv_tau == 0 else "group"
     return BatchBuilder(
         group_size=orchestrator.group_size,
         batch_size=orchestrator.batch_size,
         max_staleness=orchestrator.max_off_policy_steps,
-        unit=unit,
-        train_unscored=supervised or loss.teacher_tau > 0,
+        unit=loss.unit,
+        train_unscored=loss.trains_unscored,
         least_reward=RIGHT if source is not None and source.keep == "verified" else None,
     )

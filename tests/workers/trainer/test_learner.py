@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.logprobs import head_of, hidden_states, token_logprobs
 from onstream.pipeline.models.packing import pack, share_prompts
-from onstream.settings.trainer import LossSettings, OptimSettings, TrainerSettings
+from onstream.settings.trainer import OptimSettings, TrainerSettings
 from onstream.workers.trainer.batches.train_sample import TrainSample
 from onstream.workers.trainer.learner import Learner
 from tests.tiny import VOCABULARY, Family, sequences, write_tiny
@@ -37,7 +37,7 @@ def learner(
 ) -> Learner:
     settings = TrainerSettings.model_validate(
         {
-            "loss": LossSettings(**loss),
+            "loss": loss,
             "optim": OptimSettings(**{"lr": LR, **(optim or {})}),
             "microbatch": microbatch,
             "dtype": dtype,

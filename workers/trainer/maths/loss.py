@@ -150,6 +150,6 @@ def tail_from_top(teacher_top: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     return rest.clamp(min=floor).log().to(teacher_top.dtype), floored.to(teacher_top.dtype)
 
 
-def sft_loss(trainer_logprobs: Tensor) -> Tensor:
-    """Negative log-likelihood of the tokens; at temperature 1, whatever they were sampled at."""
+def negative_log_likelihood(trainer_logprobs: Tensor) -> Tensor:
+    """−log p of each token [N]; at temperature 1, whatever it was sampled at."""
     return -trainer_logprobs

@@ -15,10 +15,10 @@ from onstream.workers.trainer.maths.loss import (
     PolicyTerms,
     TrustRegion,
     keep_mask,
+    negative_log_likelihood,
     policy_loss,
     reverse_kl,
     reverse_kl_k3,
-    sft_loss,
     tail_from_top,
     top_k_reverse_kl,
 )
@@ -194,7 +194,7 @@ def test_the_bound_of_the_ratio_is_an_argument() -> None:
 
 def test_supervised_loss_is_masked_negative_log_likelihood() -> None:
     kept = torch.tensor([-0.1, -0.5, -0.2])[torch.tensor([1, 0, 1], dtype=torch.bool)]
-    assert sft_loss(kept).sum().item() == pytest.approx(0.3)
+    assert negative_log_likelihood(kept).sum().item() == pytest.approx(0.3)
 
 
 def test_the_top_k_term_on_two_tokens_and_a_tail() -> None:

@@ -1,9 +1,9 @@
 """The output layer and the loss in one, a chunk of positions at a time.
 
-The loss needs a few numbers of each position's logits, so its gradient with respect to them is
-known as soon as the chunk's logits are: the chunk's gradient of the hidden states and of the layer
-is computed there and then, and the logits are dropped. Nothing of size [tokens, vocabulary] is
-kept, and nothing is computed twice.
+The loss reads a few numbers of each position's logits. Its gradient by the logits is known as soon
+as the logits are. So each chunk's gradients of the hidden states and of the layer are computed at
+once, and its logits are dropped. Nothing of size [tokens, vocabulary] is kept, and nothing is
+computed twice.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ from onstream.pipeline.models.logprobs import entropy_of, head_logits
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to read off the logits of N positions."""
+class TargetTokens:
+    """Whose logprobs to read off the logits of N positions."""
 
-    targets: Tensor  # [N]
+    ids: Tensor  # [N]
     temperatures: Tensor | None = None  # [N], of sampling; None: 1 everywhere
     top_ids: Tensor | None = None  # [N, k]
 
-    def chunk(self, at: slice) -> Wanted:
+    def chunk(self, at: slice) -> TargetTokens:
         """The same for the positions `at`."""
-        return Wanted(
-            self.targets[at],
+        return TargetTokens(
+            self.ids[at],
             None if self.temperatures is None else self.temperatures[at],
             None if self.top_ids is None else self.top_ids[at],
         )
 
 
 @dataclass(frozen=True)
-class Student:
-    """What the student says of n positions. Float32, nats; the loss is differentiated by `sampled`,
-    `top` and `tail`.
+class TrainerLogprobs:
+    """What the weights being trained say of n positions. Float32, nats.
+
+    The loss is differentiated by `sampled`, `top` and `tail`.
     """
 
     sampled: Tensor  # [n], logprobs of the targets at the sampling temperature
@@ -49,19 +50,20 @@ class Student:
     tail: Tensor | None  # [n], logprob of all other ids together, at temperature 1
 
 
-TokenLoss = Callable[[slice, Student], Tensor]
-"""The loss of the positions in a slice, [n]; it may keep what it wants for metrics."""
+TokenLoss = Callable[[slice, TrainerLogprobs], Tensor]
+"""The loss of the positions in a slice, [n]. It may keep values for the metrics."""
 
 
 def chunked_loss(
-    hidden: Tensor, head: nn.Linear, wanted: Wanted, token_loss: TokenLoss, *, chunk: int
+    hidden: Tensor, head: nn.Linear, targets: TargetTokens, token_loss: TokenLoss, *, chunk: int
 ) -> Tensor:
-    """Σ token_loss over the N positions of `hidden` [N, H], differentiable by it and by the head's
-    parameters.
+    """Σ token_loss over the N positions of `hidden` [N, H].
 
-    At most [chunk, V] logits exist at once. `token_loss` is called once a chunk, in order.
+    It is differentiable by `hidden` and by the head's parameters. At most [chunk, V] logits exist
+    at once. `token_loss` is called once a chunk, in order.
     """
-    loss: Tensor = _ChunkedLoss.apply(hidden, head.weight, head.bias, wanted, token_loss, chunk)  # type: ignore[no-untyped-call]
+    apply: Any = _ChunkedLoss.apply
+    loss: Tensor = apply(hidden, head.weight, head.bias, targets, token_loss, chunk)
     return loss
 
 
@@ -72,7 +74,7 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        wanted: Wanted,
+        targets: TargetTokens,
         token_loss: TokenLoss,
         chunk: int,
     ) -> Tensor:
@@ -85,7 +87,7 @@ class _ChunkedLoss(torch.autograd.Function):
             at = slice(start, min(start + chunk, len(hidden)))
             logits = head_logits(hidden[at], compute_weight, bias)
             loss, grad_logits = _loss_and_gradient(
-                logits, wanted.chunk(at), partial(token_loss, at)
+                logits, targets.chunk(at), partial(token_loss, at)
             )
             del logits  # its memory is the gradient's, or free for the next chunk's
             total += loss
@@ -102,64 +104,65 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (upstream,) = grads
-        # In place, since the layer's gradient is as large as the layer; a second backward pass is
-        # an error of autograd's.
+        # In place: the layer's gradient is as large as the layer. A second backward pass would
+        # scale it twice, but autograd refuses one.
         scaled = (None if saved is None else saved.mul_(upstream) for saved in ctx.saved_tensors)
         return (*scaled, None, None, None)
 
 
 def _loss_and_gradient(
-    logits: Tensor, wanted: Wanted, token_loss: Callable[[Student], Tensor]
+    logits: Tensor, targets: TargetTokens, token_loss: Callable[[TrainerLogprobs], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The chunk's summed loss, and its gradient by `logits` [n, V], which are used up."""
-    chunk = _Chunk(logits, wanted)
-    loss, by_sampled, by_top, by_tail = _differentiate(chunk.student, token_loss)
+    """The chunk's summed loss, and its gradient by `logits` [n, V]. The logits are used up."""
+    chunk = _Chunk(logits, targets)
+    loss, by_sampled, by_top, by_tail = _differentiate(chunk.logprobs, token_loss)
     return loss, chunk.gradient(by_sampled, by_top, by_tail)
 
 
 class _Chunk:
-    """The logits [n, V] of one chunk, what the loss reads off them, and their gradient, made in the
-    same memory.
+    """The logits [n, V] of one chunk, what the loss reads off them, and their gradient.
+
+    The gradient is made in the memory of the logits.
     """
 
-    def __init__(self, logits: Tensor, wanted: Wanted) -> None:
+    def __init__(self, logits: Tensor, targets: TargetTokens) -> None:
         self._logits = logits
-        self._wanted = wanted
+        self._targets = targets
         self._normaliser = logits.logsumexp(-1)
         scaled = logits
         scaled_normaliser = self._normaliser
-        if wanted.temperatures is not None:
-            scaled = logits / wanted.temperatures[:, None]
+        if targets.temperatures is not None:
+            scaled = logits / targets.temperatures[:, None]
             scaled_normaliser = scaled.logsumexp(-1)
         self._probabilities = (scaled - scaled_normaliser[:, None]).exp_()
         top, tail = self._bins()
-        self.student = Student(
-            sampled=_pick(scaled, wanted.targets) - scaled_normaliser,
-            sampled_unscaled=_pick(logits, wanted.targets) - self._normaliser,
+        self.logprobs = TrainerLogprobs(
+            sampled=_pick(scaled, targets.ids) - scaled_normaliser,
+            sampled_unscaled=_pick(logits, targets.ids) - self._normaliser,
             entropy=entropy_of(self._probabilities, scaled, scaled_normaliser),
             top=top,
             tail=tail,
         )
 
     def _bins(self) -> tuple[Tensor | None, Tensor | None]:
-        """Logprobs of the top ids and of the tail, whose own distribution is kept for the gradient."""
-        if self._wanted.top_ids is None:
+        """Logprobs of the top ids, and of the tail. Keeps the tail's own distribution."""
+        if self._targets.top_ids is None:
             return None, None
-        outside = self._logits.scatter(1, self._wanted.top_ids, float("-inf"))
+        outside = self._logits.scatter(1, self._targets.top_ids, float("-inf"))
         normaliser = outside.logsumexp(-1)
         self._outside = outside.sub_(normaliser[:, None]).exp_()
-        top = self._logits.gather(1, self._wanted.top_ids) - self._normaliser[:, None]
+        top = self._logits.gather(1, self._targets.top_ids) - self._normaliser[:, None]
         return top, normaliser - self._normaliser
 
     def gradient(self, by_sampled: Tensor, by_top: Tensor | None, by_tail: Tensor | None) -> Tensor:
-        """By the logits, from the loss's by what was read off them. The chunk's tensors are used
-        up.
+        """The loss's gradient by the logits [n, V], from its gradients by what was read off them.
 
-        The gradient of a logprob is its one-hot less the probabilities; that of the tail, its own
-        distribution less them.
+        The gradient of a logprob is its one-hot less the probabilities. That of the tail is its own
+        distribution less the probabilities. Every step is in place, so the order matters: the
+        chunk's tensors are used up.
         """
-        temperatures = self._wanted.temperatures
-        ids = self._wanted.top_ids
+        temperatures = self._targets.temperatures
+        ids = self._targets.top_ids
         if temperatures is not None:
             by_sampled = by_sampled / temperatures
         gradient = self._probabilities
@@ -173,7 +176,7 @@ class _Chunk:
                 unscaled = self._logits.sub_(self._normaliser[:, None]).exp_()
                 gradient.mul_(-by_sampled[:, None]).sub_(unscaled.mul_(by_bins[:, None]))
             gradient.add_(self._outside.mul_(by_tail[:, None])).scatter_add_(1, ids, by_top)
-        return gradient.scatter_add_(1, self._wanted.targets[:, None], by_sampled[:, None])
+        return gradient.scatter_add_(1, self._targets.ids[:, None], by_sampled[:, None])
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -189,16 +192,17 @@ def _pick(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def _differentiate(
-    student: Student, token_loss: Callable[[Student], Tensor]
+    logprobs: TrainerLogprobs, token_loss: Callable[[TrainerLogprobs], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The summed loss and its gradients by `sampled`, `top` and `tail`; small tensors, so autograd
-    may do it.
+    """The summed loss and its gradients by `sampled`, `top` and `tail`.
+
+    These tensors are small, so autograd may do it.
     """
-    leaves = [leaf for leaf in (student.sampled, student.top, student.tail) if leaf is not None]
+    leaves = [leaf for leaf in (logprobs.sampled, logprobs.top, logprobs.tail) if leaf is not None]
     with torch.enable_grad():
         for leaf in leaves:
             leaf.requires_grad_()
-        loss = token_loss(student).sum()
+        loss = token_loss(logprobs).sum()
         by_sampled, *by_bins = torch.autograd.grad(
             loss, leaves, allow_unused=True, materialize_grads=True
         )

@@ -1,6 +1,4 @@
-"""The head and the loss in chunks equal the naive way, in value and gradient, within a memory
-bound.
-"""
+"""Head and loss in chunks equal the naive way, in value and gradient, within a memory bound."""
 
 from __future__ import annotations
 
@@ -10,7 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from onstream.workers.trainer.maths.chunked_loss import Student, TokenLoss, Wanted, chunked_loss
+from onstream.workers.trainer.chunked_loss import (
+    TargetTokens,
+    TokenLoss,
+    TrainerLogprobs,
+    chunked_loss,
+)
 from tests.widest import Widest
 
 TOKENS = 23
@@ -24,21 +27,21 @@ def draw() -> torch.Generator:
     return torch.Generator().manual_seed(5)
 
 
-def naive_student(hidden: Tensor, head: nn.Linear, wanted: Wanted) -> Student:
+def naive_logprobs(hidden: Tensor, head: nn.Linear, targets: TargetTokens) -> TrainerLogprobs:
     """All logits at once, by autograd alone."""
     logits = head(hidden)
-    heat = 1.0 if wanted.temperatures is None else wanted.temperatures[:, None]
+    heat = 1.0 if targets.temperatures is None else targets.temperatures[:, None]
     scaled = (logits / heat).log_softmax(-1)
     unscaled = logits.log_softmax(-1)
     top = tail = None
-    if wanted.top_ids is not None:
-        top = unscaled.gather(1, wanted.top_ids)
-        tail = unscaled.scatter(1, wanted.top_ids, float("-inf")).logsumexp(-1)
+    if targets.top_ids is not None:
+        top = unscaled.gather(1, targets.top_ids)
+        tail = unscaled.scatter(1, targets.top_ids, float("-inf")).logsumexp(-1)
     entropy = -(scaled.exp() * scaled).sum(-1).detach()
-    targets = wanted.targets[:, None]
-    return Student(
-        scaled.gather(1, targets)[:, 0],
-        unscaled.gather(1, targets)[:, 0].detach(),
+    ids = targets.ids[:, None]
+    return TrainerLogprobs(
+        scaled.gather(1, ids)[:, 0],
+        unscaled.gather(1, ids)[:, 0].detach(),
         entropy,
         top,
         tail,
@@ -46,15 +49,15 @@ def naive_student(hidden: Tensor, head: nn.Linear, wanted: Wanted) -> Student:
 
 
 def some_loss(weights: Tensor) -> TokenLoss:
-    """A loss that uses all that the student says, each token with a weight of its own."""
+    """A loss that uses every logprob, each token with a weight of its own."""
 
-    def loss(at: slice, student: Student) -> Tensor:
-        value = student.sampled.exp() * student.sampled_unscaled + 0.1 * student.entropy
-        if student.top is not None and student.tail is not None:
+    def loss(at: slice, logprobs: TrainerLogprobs) -> Tensor:
+        value = logprobs.sampled.exp() * logprobs.sampled_unscaled + 0.1 * logprobs.entropy
+        if logprobs.top is not None and logprobs.tail is not None:
             value = (
                 value
-                + (student.top.exp() * student.top).sum(-1)
-                + student.tail.exp() * (student.tail - student.sampled)
+                + (logprobs.top.exp() * logprobs.top).sum(-1)
+                + logprobs.tail.exp() * (logprobs.tail - logprobs.sampled)
             )
         return weights[at] * value
 
@@ -70,26 +73,26 @@ def test_values_and_gradients_equal_the_naive_ones(
 ) -> None:
     hidden = torch.randn(TOKENS, HIDDEN, generator=draw).requires_grad_()
     head = nn.Linear(HIDDEN, VOCABULARY, bias=bias)
-    wanted = Wanted(
-        targets=torch.randint(0, VOCABULARY, (TOKENS,), generator=draw),
+    targets = TargetTokens(
+        ids=torch.randint(0, VOCABULARY, (TOKENS,), generator=draw),
         temperatures=torch.rand(TOKENS, generator=draw) + 0.5 if heated else None,
         top_ids=torch.rand(TOKENS, VOCABULARY, generator=draw).topk(TOP_K).indices if top else None,
     )
     loss = some_loss(torch.randn(TOKENS, generator=draw))
-    expected = loss(slice(None), naive_student(hidden, head, wanted)).sum() / 3
+    expected = loss(slice(None), naive_logprobs(hidden, head, targets)).sum() / 3
     expected_gradients = torch.autograd.grad(expected, [hidden, *head.parameters()])
-    found = chunked_loss(hidden, head, wanted, loss, chunk=chunk) / 3
+    found = chunked_loss(hidden, head, targets, loss, chunk=chunk) / 3
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    for gradient, wanted_gradient in zip(
+    for gradient, expected_gradient in zip(
         torch.autograd.grad(found, [hidden, *head.parameters()]), expected_gradients, strict=True
     ):
-        torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-5)
 
 
 def test_the_gradient_equals_a_finite_difference(draw: torch.Generator) -> None:
     hidden = torch.randn(3, HIDDEN, generator=draw, dtype=torch.float64).requires_grad_()
     head = nn.Linear(HIDDEN, VOCABULARY).double()
-    wanted = Wanted(
+    targets = TargetTokens(
         torch.tensor([1, 2, 3]),
         torch.tensor([0.7, 1.0, 1.3]),
         torch.tensor([[0, 1], [5, 6], [7, 9]]),
@@ -97,7 +100,7 @@ def test_the_gradient_equals_a_finite_difference(draw: torch.Generator) -> None:
 
     def value(hidden: Tensor) -> Tensor:
         return chunked_loss(
-            hidden, head, wanted, lambda _, student: student.sampled + 2 * student.tail, chunk=2
+            hidden, head, targets, lambda _, logprobs: logprobs.sampled + 2 * logprobs.tail, chunk=2
         )  # type: ignore[operator]
 
     (found,) = torch.autograd.grad(value(hidden), hidden)
@@ -110,28 +113,28 @@ def test_the_gradient_equals_a_finite_difference(draw: torch.Generator) -> None:
 def test_a_frozen_head_still_hands_the_gradient_on(draw: torch.Generator) -> None:
     hidden = torch.randn(5, HIDDEN, generator=draw)
     head = nn.Linear(HIDDEN, VOCABULARY)
-    wanted = Wanted(torch.arange(5))
+    targets = TargetTokens(torch.arange(5))
     loss = some_loss(torch.ones(5))
     found = []
     for frozen in (False, True):
         leaf = hidden.clone().requires_grad_()
         head.requires_grad_(not frozen)
-        chunked_loss(leaf, head, wanted, loss, chunk=2).backward()
+        chunked_loss(leaf, head, targets, loss, chunk=2).backward()
         found.append(leaf.grad)
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
-def test_the_student_is_handed_over_once_a_chunk_and_in_order() -> None:
+def test_the_logprobs_are_handed_over_once_a_chunk_and_in_order() -> None:
     seen: list[tuple[int, int]] = []
 
-    def loss(at: slice, student: Student) -> Tensor:
+    def loss(at: slice, logprobs: TrainerLogprobs) -> Tensor:
         seen.append((at.start, at.stop))
-        return student.sampled
+        return logprobs.sampled
 
     chunked_loss(
         torch.zeros(10, 3),
         nn.Linear(3, 5),
-        Wanted(torch.zeros(10, dtype=torch.long)),
+        TargetTokens(torch.zeros(10, dtype=torch.long)),
         loss,
         chunk=4,
     )
@@ -143,21 +146,25 @@ def test_memory_grows_with_the_chunk_and_not_with_the_tokens() -> None:
     for tokens in (64, 512):
         hidden = torch.randn(tokens, 8).requires_grad_()
         top_ids = torch.arange(4).expand(tokens, 4)
-        wanted = Wanted(torch.zeros(tokens, dtype=torch.long), torch.full((tokens,), 0.9), top_ids)
+        targets = TargetTokens(
+            torch.zeros(tokens, dtype=torch.long), torch.full((tokens,), 0.9), top_ids
+        )
         with Widest() as widest:
-            chunked_loss(hidden, head, wanted, some_loss(torch.ones(tokens)), chunk=16).backward()
+            chunked_loss(hidden, head, targets, some_loss(torch.ones(tokens)), chunk=16).backward()
         assert widest.elements == 16 * 3000
 
 
 @pytest.mark.parametrize(
-    "loss", [lambda at, student: 0 * student.sampled, lambda at, student: student.entropy * 0]
+    "loss", [lambda at, logprobs: 0 * logprobs.sampled, lambda at, logprobs: logprobs.entropy * 0]
 )
-def test_a_loss_without_effect_has_no_gradient(loss: Callable[[slice, Student], Tensor]) -> None:
+def test_a_loss_without_effect_has_no_gradient(
+    loss: Callable[[slice, TrainerLogprobs], Tensor],
+) -> None:
     hidden = torch.randn(5, 3).requires_grad_()
     chunked_loss(
         hidden,
         nn.Linear(3, 7),
-        Wanted(torch.zeros(5, dtype=torch.long)),
+        TargetTokens(torch.zeros(5, dtype=torch.long)),
         lambda at, s: loss(at, s) + 0 * s.sampled,
         chunk=2,
     ).backward()

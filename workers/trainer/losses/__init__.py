@@ -1,0 +1,30 @@
+"""The losses: what one token of a training step costs, by `trainer.loss.type`.
+
+A loss is a function of `LossInputs`, the tensors of N tokens, that returns `LossValues`. What it
+reads is declared by its settings (`onstream.settings.losses`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from onstream.settings.losses import CustomLoss, Loss, RlLoss
+from onstream.workers.trainer.losses.custom import load_custom_loss
+from onstream.workers.trainer.losses.inputs import LossFunction, LossInputs, LossValues
+from onstream.workers.trainer.losses.rl import rl_loss
+from onstream.workers.trainer.losses.sft import sft_loss
+
+__all__ = ["LossFunction", "LossInputs", "LossValues", "loss_function"]
+
+
+def loss_function(settings: Loss) -> LossFunction:
+    """The loss that `settings` describe.
+
+    Raises:
+        UserError: a custom loss cannot be imported, or does not work on a made-up batch.
+    """
+    if isinstance(settings, RlLoss):
+        return partial(rl_loss, settings)
+    if isinstance(settings, CustomLoss):
+        return load_custom_loss(settings)
+    return sft_loss
