@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,10 @@ class Example:
         self.source = ROOT
         if self.section.files_of_ours:
             self.source = folder
-            for name in OURS:
+            for name in (*OURS, "docs", "deploy"):
                 shutil.copytree(ROOT / name, folder / name, symlinks=True)
+            for file in (*ROOT.glob("compose*.yaml"), ROOT / ".env.example"):
+                shutil.copy(file, folder)
         for name, text in self.section.files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text)
@@ -97,9 +100,9 @@ class Example:
 
 
 def apply_diff(file: Path, diff: str) -> None:
-    """Change `file`. The lines with `-` and ` ` must stand in it once; they become those with `+`."""
+    """Change `file`. Lines with `-` or ` ` must be in it once; those with `+` replace them."""
     for hunk in re.split(r"^@@.*\n", diff, flags=re.MULTILINE):
-        lines = hunk.splitlines(keepends=True)
+        lines = [line if line.strip() else " \n" for line in hunk.splitlines(keepends=True)]
         before = "".join(line[1:] for line in lines if line[0] in "- ")
         after = "".join(line[1:] for line in lines if line[0] in "+ ")
         text = file.read_text()
@@ -124,3 +127,16 @@ def test_prompts_and_a_scorer(tmp_path: Path) -> None:
     steps = example.metrics("my-task")
     assert len(steps) == 3
     assert all(0 < step["reward"] <= 2 for step in steps)
+
+
+def test_a_setting(tmp_path: Path) -> None:
+    example = Example("A setting", tmp_path)
+    up, docs = example.section.commands
+
+    example.run(up)
+    example.run(docs)
+
+    assert len(example.metrics("reverse-text")) == 3
+    settings = tomllib.loads((tmp_path / "runs/reverse-text/settings.toml").read_text())
+    assert settings["trainer"]["optim"]["amsgrad"] is True
+    assert "| `trainer.optim.amsgrad` | `false` |" in (tmp_path / "docs/settings.md").read_text()
