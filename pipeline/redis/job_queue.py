@@ -1,8 +1,8 @@
-"""The control plane: jobs beside the training, on RQ. How they are asked for, and what is known of
-them.
+"""The queue of jobs beside the training, on RQ: how jobs are asked for, and what is known of them.
 
-RQ keeps its keys under `rq:`, apart from the run's, and has a client of its own here: its calls are
-not those of the streams, and it does not work on a Redis that is full. What goes over it is JSON.
+RQ keeps its keys under `rq:`, apart from the run's. It has a client of its own here, since its
+calls differ from those of the streams and fail on a Redis that is full. Arguments and results are
+JSON.
 """
 
 from __future__ import annotations
@@ -26,29 +26,31 @@ JobKind = Literal["evaluate", "export", "prune", "sweep", "verify"]
 FUNCTIONS: dict[str, str] = {
     kind: f"onstream.workers.jobs.functions.{kind}" for kind in get_args(JobKind)
 }
-"""What a jobs worker calls for each kind; it calls nothing else, whatever stands in Redis."""
+"""The function that a jobs worker calls for each kind. It calls no other, whatever Redis holds."""
+FORMER_MODULE = "workers.jobs.tasks."
+"""Where the functions were before 0.2: jobs that were queued then still name them."""
 SERIALIZER = "json"
 CALL_TIMEOUT_S = 5.0
 OPEN = ("queued", "started", "scheduled", "deferred", "ready_to_enqueue", "created")
-PASSING: tuple[JobKind, ...] = (
-    "sweep",
-    "verify",
-)  # of which there are many, and nobody looks at them for long
-PASSING_KEPT_S = 3600
+SHORT_LIVED: tuple[JobKind, ...] = ("sweep", "verify")
+"""Kinds with many jobs, whose results nobody needs for long."""
+SHORT_LIVED_S = 3600
 
 
 @dataclass(frozen=True)
 class JobRow:
-    """What is known of one job. `result` is what it returned, `reason` why it failed; `tries`
-    counts those that began.
+    """What is known of one job. `result` is what it returned, `reason` is why it failed, and
+    `tries` counts the tries that have begun.
     """
 
     kind: str
     key: str
     status: str
     tries: int
-    asked: float | None  # seconds since the epoch
+    asked: float | None
+    """When it was asked for, in seconds since the epoch."""
     seconds: float | None
+    """How long it took."""
     result: Any
     reason: str
 
@@ -87,10 +89,10 @@ class JobQueue:
         again: bool = False,
         time_limit_s: int | None = None,
     ) -> bool:
-        """Ask for the job `kind` of `key` (a step, say), unless it was asked for before; returns
-        whether it is new.
+        """Ask for the job `kind` of `key` (a step, say); returns False where it was asked for
+        before.
 
-        `again` asks for it anew where the earlier one has ended. `time_limit_s` stands in for
+        With `again`, an earlier one that has ended does not count. `time_limit_s` stands in for
         `jobs.time_limit`.
 
         Raises:
@@ -98,13 +100,9 @@ class JobQueue:
         """
         settings = self._settings
         job_id = _job_id(self.run, kind, key)
-        kept_s = PASSING_KEPT_S if kind in PASSING else settings.keep_results
-        if (
-            again
-            and (earlier := self._fetch([job_id]))
-            and earlier[0].get_status().value not in OPEN
-        ):
-            earlier[0].delete()
+        kept_s = SHORT_LIVED_S if kind in SHORT_LIVED else settings.keep_results
+        if again:
+            self._delete_ended(job_id)
         try:
             self.queue.enqueue(
                 FUNCTIONS[kind],
@@ -132,6 +130,11 @@ class JobQueue:
         rows = (_row(job) for job in self._fetch([_job_id(self.run, kind, key) for key in keys]))
         return {row.key: row for row in rows}
 
+    def _delete_ended(self, job_id: str) -> None:
+        for job in self._fetch([job_id]):
+            if job.get_status().value not in OPEN:
+                job.delete()
+
     def idle(self) -> bool:
         """Whether no job of the run waits or is under way."""
         queue = self.queue
@@ -148,23 +151,34 @@ class JobQueue:
             queue.failed_job_registry,
             queue.scheduled_job_registry,
         )
-        ids = {
-            *queue.get_job_ids(),
-            *(job_id for registry in registries for job_id in registry.get_job_ids(cleanup=False)),
-        }
-        return sorted((_row(job) for job in self._fetch(ids)), key=lambda row: -(row.asked or 0.0))
+        ids = set(queue.get_job_ids())
+        for registry in registries:
+            ids.update(registry.get_job_ids(cleanup=False))
+        rows = [_row(job) for job in self._fetch(ids)]
+        return sorted(rows, key=lambda row: -(row.asked or 0.0))
 
-    def _fetch(self, ids: Any) -> list[Job]:
-        return [
-            job
-            for job in Job.fetch_many(list(ids), connection=self._redis, serializer=SERIALIZER)
-            if job is not None
-        ]
+    def _fetch(self, ids: Iterable[str]) -> list[Job]:
+        """Those of `ids` that Redis knows."""
+        found = Job.fetch_many(list(ids), connection=self._redis, serializer=SERIALIZER)
+        return [job for job in found if job is not None]
 
 
 def queue_name(run: str) -> str:
     """The name of the run's queue in RQ."""
     return f"onstream:{run}"
+
+
+def current_function(name: str) -> str | None:
+    """The function that a job calls which names `name`; None where it is no job of Onstream.
+
+    >>> current_function("workers.jobs.tasks.verify")
+    'onstream.workers.jobs.functions.verify'
+    """
+    if name in FUNCTIONS.values():
+        return name
+    if name.startswith(FORMER_MODULE):
+        return FUNCTIONS.get(name.removeprefix(FORMER_MODULE))
+    return None
 
 
 def ask_pinned(
@@ -176,14 +190,14 @@ def ask_pinned(
     *args: Any,
     again: bool = False,
 ) -> bool:
-    """Ask for a job on a policy version that stays on disk until the job has ended; returns whether
-    it is new.
+    """Ask for a job on a policy version; returns False where it was asked for before. The version
+    stays on disk until the job has ended.
 
     Raises:
         redis.RedisError: Redis is away, or full.
     """
     use = pin_use(kind, key)
-    # before the job exists: it may be over before this returns
+    # Pinned before the job exists: a worker may have taken it, and be done, before this returns.
     new_pin = pin(run_dir, version, use)
     needed = False
     try:
@@ -201,27 +215,30 @@ def pin_use(kind: str, key: str) -> str:
 
 
 def _job_id(run: str, kind: str, key: str) -> str:
-    """RQ takes letters, digits, - and _ alone; the digest tells apart what looks the same without
-    the rest.
+    """The id of the job in RQ, which takes letters, digits, - and _ alone. A digest tells keys apart
+    that differ in other characters only.
     """
     digest = hashlib.blake2s(f"{run}/{key}".encode(), digest_size=6).hexdigest()
-    return f"{re.sub('[^A-Za-z0-9-]', '-', f'{run}-{kind}-{key}')[:100]}-{digest}"
+    readable = re.sub("[^A-Za-z0-9-]", "-", f"{run}-{kind}-{key}")[:100]
+    return f"{readable}-{digest}"
 
 
 def _row(job: Job) -> JobRow:
-    result = job.latest_result()
-    took = (
-        (job.ended_at - job.started_at).total_seconds() if job.ended_at and job.started_at else None
-    )
-    failed = result is not None and result.exc_string
-    lines = str(result.exc_string).strip().splitlines() if failed and result is not None else []
+    latest = job.latest_result()
+    failure = str(latest.exc_string).strip() if latest is not None and latest.exc_string else ""
     return JobRow(
         kind=str(job.meta.get("kind", job.func_name)),
         key=str(job.meta.get("key", "")),
         status=str(job.get_status(refresh=False).value),
         tries=int(job.meta.get("tries", 0)),
         asked=job.enqueued_at.timestamp() if job.enqueued_at else None,
-        seconds=took,
-        result=result.return_value if result is not None and not failed else None,
-        reason=lines[-1] if lines else "",
+        seconds=_seconds(job),
+        result=latest.return_value if latest is not None and not latest.exc_string else None,
+        reason=failure.splitlines()[-1] if failure else "",
     )
+
+
+def _seconds(job: Job) -> float | None:
+    if not job.started_at or not job.ended_at:
+        return None
+    return float((job.ended_at - job.started_at).total_seconds())

@@ -1,20 +1,26 @@
-"""A policy version of a run as a model directory of its own: whole weights, whatever was trained."""
+"""Exports: a policy version of a run as a model directory with whole weights, and its upload."""
 
 from __future__ import annotations
 
 import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+
+import msgspec
 
 from onstream.pipeline.errors import UserError
 from onstream.settings.root import Settings
 from onstream.workers.evaluation.versions import find_version
 
+OUTPUT_KEPT_BYTES = 2000
 NOT_THE_MODELS = ("optimizer.pt", "trainer.json", "manifest.json")
 
 
 def export(settings: Settings, version: int | None, out: Path) -> int:
-    """Write `version` (by default the newest on disk) to `out` as Hugging Face files, an adapter
-    merged; returns its number.
+    """Write `version` (by default the newest on disk) to `out` as Hugging Face files; returns its
+    number. An adapter is merged into its base.
 
     Raises:
         UserError: the run has no such version, `out` is there already, or the model cannot be
@@ -41,3 +47,76 @@ def export(settings: Settings, version: int | None, out: Path) -> int:
     else:
         shutil.copytree(directory, out, ignore=shutil.ignore_patterns(*NOT_THE_MODELS))
     return version
+
+
+def write_export(settings: Settings, version: int, out: Path, dtype: str | None) -> None:
+    """Write `version` to `out`, whole or not at all, cast to `dtype` if one is given.
+
+    Raises:
+        UserError: as `export`.
+    """
+    if out.exists():
+        raise UserError(
+            f"{out} exists",
+            expected="a directory to be made",
+            next_step="Choose another one, or remove it.",
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a try that was killed
+    export(settings, version, partial)
+    if dtype is not None:
+        _cast(partial, dtype)
+    partial.rename(out)
+
+
+def _cast(directory: Path, dtype: str) -> None:
+    """Cast the weights in `directory`, and note `dtype` in its configuration."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    target = getattr(torch, dtype)
+    for path in directory.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                tensors[name] = tensor.to(target)
+        path.unlink()  # it may be a link to the published file
+        save_file(tensors, path, metadata={"format": "pt"})
+    config = directory / "config.json"
+    fields = {**msgspec.json.decode(config.read_bytes()), "dtype": dtype}
+    config.unlink()
+    config.write_bytes(msgspec.json.format(msgspec.json.encode(fields), indent=2))
+
+
+def run_upload(command: Sequence[str], path: Path, run: str, version: int) -> str:
+    """Run the upload command; returns the end of its output.
+
+    Raises:
+        UserError: it cannot be run.
+        RuntimeError: it failed.
+    """
+    values = {"{path}": str(path), "{run}": run, "{version}": str(version)}
+    words = [_filled(word, values) for word in command]
+    with tempfile.TemporaryFile() as file:
+        try:
+            code = subprocess.run(
+                words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, check=False
+            ).returncode
+        except OSError as error:
+            raise UserError(
+                f"jobs.upload: {error}",
+                expected="a command that can be run",
+                next_step="Correct jobs.upload.",
+            ) from error
+        file.seek(max(0, file.tell() - OUTPUT_KEPT_BYTES))
+        output = file.read().decode(errors="replace").strip()
+    if code:
+        raise RuntimeError(f"jobs.upload ended with {code}: {output[-200:]}")
+    return output
+
+
+def _filled(word: str, values: dict[str, str]) -> str:
+    for placeholder, value in values.items():
+        word = word.replace(placeholder, value)
+    return word

@@ -1,5 +1,7 @@
-"""The jobs. Each runs in a process of its own, forked from a worker that has set `context`, and
-returns what JSON can say.
+"""The jobs: `evaluate`, `export`, `prune`, `sweep` and `verify`.
+
+Each runs in a process of its own, forked from a jobs worker that has set `context`. It returns JSON
+data, which `onstream jobs` shows.
 """
 
 from __future__ import annotations
@@ -7,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from onstream.pipeline.weights.pins import pinned, pins, unpin
 from onstream.settings.plan import Plan, make_plan, refuse_differences
 from onstream.settings.root import Settings
 from onstream.workers.inspection.dead_letters import kind_of
+from onstream.workers.jobs.export import run_upload, write_export
 from onstream.workers.launcher.report import read_rows
 
 P = ParamSpec("P")
@@ -37,24 +38,25 @@ T = TypeVar("T")
 NICENESS = 10
 DEAD_AFTER_LEASES = 10
 PRUNING_TTL_S = 60.0
-OUTPUT_KEPT = 2000
+PINNING = ("queued", "started", "scheduled")
+"""States of a job whose policy version must stay on disk."""
 log = get_logger()
 
 
 @dataclass(frozen=True)
-class Context:
-    """What jobs inherit from their worker: it is never in Redis, since it has secrets in it."""
+class JobContext:
+    """What jobs inherit from their worker. It holds secrets, so it is never in Redis."""
 
     settings: Settings
     url: str
 
 
-context: Context | None = None
+context: JobContext | None = None
 
 
 def job(function: Callable[P, T]) -> Callable[P, T]:
-    """A job gives way to the training, and is not tried again where only the user can mend what is
-    wrong.
+    """Makes `function` a job: it runs at low priority, and a `UserError` in it is not tried
+    again.
     """
 
     @wraps(function)
@@ -72,7 +74,7 @@ def job(function: Callable[P, T]) -> Callable[P, T]:
 
 @job
 def evaluate(version: int) -> dict[str, Any]:
-    """Evaluate a policy version into `evals.jsonl`, unless somebody has done so."""
+    """Evaluate a policy version; returns its row in `evals.jsonl`, old or new."""
     settings = _context().settings
     for row in read_rows(settings.run_dir / "evals.jsonl"):
         if row["version"] == version:
@@ -86,10 +88,10 @@ def evaluate(version: int) -> dict[str, Any]:
 
 @job
 def export(version: int, to: str | None, dtype: str | None, upload: bool) -> dict[str, Any]:
-    """Write a policy version to the directory `to` as Hugging Face files, cast to `dtype`, and
-    upload it by `jobs.upload`.
+    """Write a policy version to the directory `to` as Hugging Face files, cast to `dtype`.
 
-    Without `to` it lies in the run directory while it is uploaded.
+    With `upload`, the command `jobs.upload` uploads it. Without `to`, it is in the run directory
+    only while it is uploaded.
     """
     settings = _context().settings
     command = settings.jobs.upload
@@ -103,27 +105,30 @@ def export(version: int, to: str | None, dtype: str | None, upload: bool) -> dic
     with contextlib.ExitStack() as stack:
         if to is None:
             stack.callback(shutil.rmtree, out, ignore_errors=True)
-        _write_export(settings, version, out, dtype)
-        said = _upload(command, out, settings.run.name, version) if upload and command else None
-    return {"version": version, "path": str(out) if to else None, "dtype": dtype, "upload": said}
+        write_export(settings, version, out, dtype)
+        uploaded = None
+        if upload and command:
+            uploaded = run_upload(command, out, settings.run.name, version)
+    path = str(out) if to else None
+    return {"version": version, "path": path, "dtype": dtype, "upload": uploaded}
 
 
 @job
 def prune() -> dict[str, Any]:
-    """Remove what nothing keeps: pins of jobs that are gone and, where no trainer is at work, old
-    policies and checkpoints.
+    """Remove pins of jobs that are gone and, where no trainer is at work, old policies and
+    checkpoints.
     """
     settings = _context().settings
-    found: dict[str, Any] = {"pins": _drop_stale_pins(settings)}
+    removed: dict[str, Any] = {"pins": _drop_stale_pins(settings)}
     with _bus() as bus:
         try:
-            # A trainer writes these directories, and does its own pruning.
+            # A trainer writes and prunes these directories itself.
             lease = bus.acquire_lease(PRUNING_TTL_S, Ownership(settings.run_dir))
         except LeaseHeld as held:
-            return {**found, "policies": [], "left_to": held.holder}
+            return {**removed, "policies": [], "left_to": held.holder}
         try:
             with bus.writing(lease):
-                return {**found, **_prune_directories(settings, bus)}
+                return {**removed, **_prune_directories(settings, bus)}
         finally:
             bus.release_lease(lease)
 
@@ -157,7 +162,7 @@ def sweep() -> dict[str, Any]:
 
 @job
 def verify(entry_id: str) -> dict[str, Any]:
-    """Score the rollout in an entry of the verifiers' stream and move it on, unless somebody has."""
+    """Score the rollout in an entry of the stream `verify` and move it on, unless somebody has."""
     from onstream.workers.verifier.verification_jobs import verify_entry
 
     settings = _context().settings
@@ -167,7 +172,7 @@ def verify(entry_id: str) -> dict[str, Any]:
 
 
 def refuse(name: str) -> None:
-    """What runs in place of a function that is no job of ours."""
+    """Fail: what runs in place of a function that is no job of Onstream."""
     raise UserError(
         f"a job that calls {name}",
         expected="one that Onstream asked for",
@@ -175,7 +180,7 @@ def refuse(name: str) -> None:
     )
 
 
-def _context() -> Context:
+def _context() -> JobContext:
     if context is None:
         raise RuntimeError("a job outside a jobs worker")
     return context
@@ -197,82 +202,19 @@ def _bus() -> Iterator[Bus]:
 
 
 def _refuse_other_plan(settings: Settings, bus: Bus) -> None:
-    """An evaluation by other settings than the run's would not compare with the others."""
+    """Raise UserError where this worker's `run` settings are not the run's: its evaluations would
+    not compare with the others.
+    """
     if (data := bus.read_plan()) is not None:
         refuse_differences(make_plan(settings), Plan.decode(data))
-
-
-def _write_export(settings: Settings, version: int, out: Path, dtype: str | None) -> None:
-    from onstream.workers.jobs.export import export as write
-
-    if out.exists():
-        raise UserError(
-            f"{out} exists",
-            expected="a directory to be made",
-            next_step="Choose another one, or remove it.",
-        )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a try that was killed
-    write(settings, version, partial)
-    if dtype is not None:
-        _cast(partial, dtype)
-    partial.rename(out)
-
-
-def _cast(directory: Path, dtype: str) -> None:
-    """Cast the weights in `directory`, and say so in its configuration."""
-    import msgspec
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    wanted = getattr(torch, dtype)
-    for path in directory.glob("*.safetensors"):
-        tensors = {
-            name: tensor.to(wanted) if tensor.is_floating_point() else tensor
-            for name, tensor in load_file(path).items()
-        }
-        path.unlink()  # it may be a link to the published file
-        save_file(tensors, path, metadata={"format": "pt"})
-    config = directory / "config.json"
-    fields = {**msgspec.json.decode(config.read_bytes()), "dtype": dtype}
-    config.unlink()
-    config.write_bytes(msgspec.json.format(msgspec.json.encode(fields), indent=2))
-
-
-def _upload(command: tuple[str, ...], path: Path, run: str, version: int) -> str:
-    """Run the upload command; returns the end of what it wrote."""
-    words = [
-        part.replace("{path}", str(path)).replace("{run}", run).replace("{version}", str(version))
-        for part in command
-    ]
-    with tempfile.TemporaryFile() as output:
-        try:
-            code = subprocess.run(
-                words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False
-            ).returncode
-        except OSError as error:
-            raise UserError(
-                f"jobs.upload: {error}",
-                expected="a command that can be run",
-                next_step="Correct jobs.upload.",
-            ) from error
-        output.seek(max(0, output.tell() - OUTPUT_KEPT))
-        said = output.read().decode(errors="replace").strip()
-    if code:
-        raise RuntimeError(f"jobs.upload ended with {code}: {said[-200:]}")
-    return said
 
 
 def _drop_stale_pins(settings: Settings) -> list[int]:
     """Drop pins whose job is neither waiting nor under way; returns their versions."""
     with JobQueue(_context().url, settings.run.name, settings.jobs) as jobs:
-        wanted = {
-            pin_use(row.kind, row.key)
-            for row in jobs.rows()
-            if row.status in ("queued", "started", "scheduled")
-        }
-    stale = sorted((version, use) for version, use in pins(settings.run_dir) if use not in wanted)
+        rows = [row for row in jobs.rows() if row.status in PINNING]
+    needed = {pin_use(row.kind, row.key) for row in rows}
+    stale = sorted((version, use) for version, use in pins(settings.run_dir) if use not in needed)
     for version, use in stale:
         unpin(settings.run_dir, version, use)
     return [version for version, _ in stale]
@@ -282,11 +224,14 @@ def _prune_directories(settings: Settings, bus: Bus) -> dict[str, Any]:
     from onstream.workers.trainer.durability import checkpoint
 
     newest = bus.newest_policy()
-    keep = {0, *pinned(settings.run_dir), *([newest.number] if newest else [])}
+    keep = {0, *pinned(settings.run_dir)}
+    if newest is not None:
+        keep.add(newest.number)
     directory = settings.run_dir / checkpoint.FOLDER
     before = {path.name for path in directory.glob("step-*")}
     checkpoint.prune(directory, settings.checkpoint.keep, settings.checkpoint.keep_every)
+    after = {path.name for path in directory.glob("step-*")}
     return {
         "policies": weights.prune(settings.run_dir, settings.checkpoint.keep_policies, keep),
-        "checkpoints": sorted(before - {path.name for path in directory.glob("step-*")}),
+        "checkpoints": sorted(before - after),
     }

@@ -1,8 +1,7 @@
-"""Everything that a process has started: found, killed and reaped, whatever sessions and groups it
-has made of itself.
+"""The descendants of a process: found, killed and reaped, whatever sessions and groups they are in.
 
-A subreaper inherits the orphans among its descendants, so that a daemon of a job stays below the
-worker of jobs. Linux only; elsewhere a process group has to do.
+A subreaper inherits the orphans among its descendants. So a daemon that a job has started stays
+below the jobs worker. Linux only; elsewhere the job's process group has to do.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ def descendants(pid: int) -> set[int]:
             if state != "Z":
                 children.setdefault(int(parent), []).append(int(path.parent.name))
     found: set[int] = set()
-    waiting = [pid]
-    while waiting:
-        new = children.get(waiting.pop(), [])
+    unvisited = [pid]
+    while unvisited:
+        new = children.get(unvisited.pop(), [])
         found.update(new)
-        waiting += new
+        unvisited += new
     return found
 
 
 def kill_below(pid: int, *, within_s: float = 5.0) -> bool:
-    """Kill every process below `pid`, also those that they start meanwhile; False if some live on."""
+    """Kill every process below `pid`, and what they start meanwhile. False if some live on."""
     deadline = time.monotonic() + within_s
     while living := descendants(pid):
         for each in living:

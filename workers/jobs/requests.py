@@ -1,4 +1,4 @@
-"""`onstream jobs`: what was asked for and what it came to, and asking for more."""
+"""What `onstream jobs` does: shows the jobs of a run and what they returned, and asks for more."""
 
 from __future__ import annotations
 
@@ -32,39 +32,33 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
     """Print what `listed` returned, for people."""
     table = Table("job", "state", "tries", "asked", "took", "result", box=None, pad_edge=False)
     for row in rows:
-        asked = (
-            time.strftime("%m-%d %H:%M:%S", time.localtime(row["asked"])) if row["asked"] else ""
-        )
-        took = f"{row['seconds']:.1f} s" if row["seconds"] is not None else ""
-        cells = (
-            f"{row['kind']} {row['key']}",
-            row["status"],
-            row["tries"],
-            asked,
-            took,
-            row["reason"] or _short(row["result"]),
-        )
-        table.add_row(*(Text(str(cell)) for cell in cells))
+        table.add_row(*(Text(str(cell)) for cell in _cells(row)))
     console.print(table if rows else Text("no jobs"))
 
 
+def _cells(row: dict[str, Any]) -> tuple[Any, ...]:
+    asked = ""
+    if row["asked"]:
+        asked = time.strftime("%m-%d %H:%M:%S", time.localtime(row["asked"]))
+    took = f"{row['seconds']:.1f} s" if row["seconds"] is not None else ""
+    result = row["reason"] or _short(row["result"])
+    return f"{row['kind']} {row['key']}", row["status"], row["tries"], asked, took, result
+
+
 def _short(result: Any) -> str:
-    """What a job returned, for people: neither what is empty nor what the line says already."""
+    """What a job returned, for people: without empty values and what the line says already."""
     if not isinstance(result, dict):
         return "" if result is None else str(result)
-    shown = {
-        name: value
-        for name, value in result.items()
-        if value not in (None, [], {}, 0) and name not in ("version", "time", "seconds")
-    }
-    return ", ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in shown.items()
-    )[:SHOWN]
+    parts = []
+    for name, value in result.items():
+        if value in (None, [], {}, 0) or name in ("version", "time", "seconds"):
+            continue
+        parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+    return ", ".join(parts)[:SHOWN]
 
 
 def ask_evaluation(settings: Settings, version: int | None) -> str:
-    """Ask for an evaluation; returns what became of that in words.
+    """Ask for an evaluation; returns a sentence for the user.
 
     Raises:
         UserError: the run has no such version.
@@ -80,7 +74,7 @@ def ask_evaluation(settings: Settings, version: int | None) -> str:
 def ask_export(
     settings: Settings, version: int | None, to: Path | None, dtype: str | None, *, upload: bool
 ) -> str:
-    """Ask for an export; returns what became of that in words.
+    """Ask for an export; returns a sentence for the user.
 
     Raises:
         UserError: the run has no such version, or there is nowhere to export it to.
@@ -93,35 +87,33 @@ def ask_export(
         )
     _, version = find_version(settings, version)
     target = str(to.absolute()) if to else None
-    key = f"{version} {target or 'upload'}{f' {dtype}' if dtype else ''}{' + upload' if to and upload else ''}"
+    key = _export_key(version, target, dtype, upload=upload)
+    arguments = (version, target, dtype, upload)
     with _jobs(settings) as jobs:
-        new = ask_pinned(
-            jobs,
-            settings.run_dir,
-            "export",
-            version,
-            key,
-            version,
-            target,
-            dtype,
-            upload,
-            again=True,
-        )
+        new = ask_pinned(jobs, settings.run_dir, "export", version, key, *arguments, again=True)
     return _answer(new, f"the export of version {version}")
 
 
+def _export_key(version: int, target: str | None, dtype: str | None, *, upload: bool) -> str:
+    """What tells one export from another, and names it in the list."""
+    key = f"{version} {target or 'upload'}"
+    if dtype:
+        key += f" {dtype}"
+    if target and upload:
+        key += " + upload"
+    return key
+
+
 def ask_prune(settings: Settings) -> str:
-    """Ask for pruning; returns what became of that in words."""
+    """Ask for pruning; returns a sentence for the user."""
     with _jobs(settings) as jobs:
         return _answer(jobs.ask("prune", "now", again=True), "pruning")
 
 
 def _answer(new: bool, what: str) -> str:
-    return (
-        f"asked for {what}; `onstream jobs` shows how it goes"
-        if new
-        else f"{what} is under way already"
-    )
+    if new:
+        return f"asked for {what}; `onstream jobs` shows how it goes"
+    return f"{what} is under way already"
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from onstream.pipeline.weights.pins import pinned
 from onstream.settings.root import Settings
 from onstream.workers.commands.cli import cli
 from onstream.workers.jobs import functions
-from onstream.workers.jobs.functions import Context
+from onstream.workers.jobs.functions import JobContext
 from tests.tiny import write_tiny
 
 COPY = "import shutil, sys; shutil.copytree(sys.argv[1], sys.argv[2]); print('copied', sys.argv[3])"
@@ -41,7 +41,7 @@ def settings(bus: Bus, redis_url: str, tmp_path: Path, monkeypatch: pytest.Monke
     write_tiny(made.run_dir / "policies" / "000003")
     text = f'[run]\nname = "{bus.run}"\ndir = "{tmp_path}"\n[redis]\nurl = "{redis_url}"\n'
     (made.run_dir / "settings.toml").write_text(text)
-    monkeypatch.setattr(functions, "context", Context(made, redis_url))
+    monkeypatch.setattr(functions, "context", JobContext(made, redis_url))
     return made
 
 
@@ -129,5 +129,8 @@ def test_an_export_to_nowhere_and_a_version_that_is_not_there_are_refused(
 
 
 def test_the_trainer_s_way_to_jobs_brings_no_tensor_library() -> None:
-    code = "import sys, onstream.pipeline.redis.job_queue, onstream.workers.jobs.worker\nassert not {'torch', 'transformers'} & set(sys.modules)"
+    code = (
+        "import sys, onstream.pipeline.redis.job_queue, onstream.workers.jobs.worker\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,13 +11,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from rq import Queue
 
 import tests.workers.jobs.worker_process as misbehaving
-from onstream.pipeline.redis.job_queue import JobQueue, JobRow, ask_pinned, queue_name
+from onstream.pipeline.redis.job_queue import (
+    JobKind,
+    JobQueue,
+    JobRow,
+    ask_pinned,
+    current_function,
+    queue_name,
+)
 from onstream.pipeline.redis.streams import Bus
 from onstream.pipeline.weights.pins import pinned
 from onstream.settings.root import Settings
@@ -92,7 +99,7 @@ def ended(jobs: JobQueue, kind: str) -> JobRow:
 def gone(pid: int) -> bool:
     try:
         return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it ended before it was read, or meanwhile
         return True
 
 
@@ -200,6 +207,30 @@ def test_a_function_that_is_no_job_of_ours_is_not_called(
     assert victim.exists()
 
 
+def test_a_job_that_the_version_before_has_queued_is_done(
+    jobs: JobQueue, start: Start, bus: Bus
+) -> None:
+    # given: a job as the version before wrote it, with its path of the function
+    queue = Queue(queue_name(bus.run), connection=jobs.queue.connection, serializer="json")
+    queue.enqueue("workers.jobs.tasks.sweep", meta={"kind": "sweep", "key": "1"})
+    # when
+    start(jobs={"time_limit": 20})
+    # then
+    row = ended(jobs, "sweep")
+    assert (row.status, row.result) == (
+        "finished",
+        {"consumers": 0, "pins": [], "dead": {}, "backlog": {}},
+    )
+
+
+def test_every_kind_of_job_of_the_version_before_has_its_function() -> None:
+    for kind in get_args(JobKind):
+        function = current_function(f"workers.jobs.tasks.{kind}")
+        assert function == f"onstream.workers.jobs.functions.{kind}"
+    assert current_function("workers.jobs.tasks.unlink") is None
+    assert current_function("os.unlink") is None
+
+
 def test_a_sweep_runs_once_an_interval_and_tells_of_dead_letters(
     jobs: JobQueue, start: Start, bus: Bus
 ) -> None:
@@ -254,9 +285,8 @@ def test_a_worker_that_is_killed_loses_no_job(jobs: JobQueue, start: Start, tmp_
     registry = jobs.queue.started_job_registry
     assert registry.get_job_and_execution_ids(cleanup=False)
     assert not jobs.idle()
-    registry.cleanup(
-        timestamp=time.time() + 3600
-    )  # what another worker's maintenance does once the execution's lease is over
+    # what another worker's maintenance does once the execution's lease is over
+    registry.cleanup(timestamp=time.time() + 3600)
     start(jobs={"time_limit": 20})
     assert ended(jobs, "slow").result == "done"
 
