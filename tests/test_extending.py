@@ -129,6 +129,16 @@ def test_prompts_and_a_scorer(tmp_path: Path) -> None:
     assert all(0 < step["reward"] <= 2 for step in steps)
 
 
+def test_a_loss(tmp_path: Path) -> None:
+    example = Example("A loss", tmp_path)
+
+    example.run("onstream up my_loss.toml")
+
+    steps = example.metrics("my-loss")
+    assert len(steps) == 3
+    assert all(0 <= step["custom_clipped"] <= 1 and step["teacher_kl"] > 0 for step in steps)
+
+
 def test_a_setting(tmp_path: Path) -> None:
     example = Example("A setting", tmp_path)
     up, docs = example.section.commands
