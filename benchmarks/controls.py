@@ -28,7 +28,7 @@ from onstream.pipeline.weights import LoadedPolicy
 from onstream.settings.load import load_settings
 from onstream.settings.root import Settings
 from onstream.workers.evaluation.greedy import evaluate
-from onstream.workers.generator.engines.base import Completion, Request, Sampling
+from onstream.workers.generator.engines.base import Completion, GenerationRequest, Sampling
 from onstream.workers.generator.student import load_student
 from onstream.workers.teacher.local_setup import load_local
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
@@ -130,7 +130,7 @@ class Loop:
         self.engine.load(LoadedPolicy.of(number + 1, self.learner.published_state()))
         return metrics
 
-    def requests(self, number: int) -> dict[int, Request]:
+    def requests(self, number: int) -> dict[int, GenerationRequest]:
         """The step's requests by their key: as many problems as it has groups, each asked once a
         member.
         """
@@ -141,7 +141,7 @@ class Loop:
             prompt_ids = self.student.prompt_ids(self.task.train(group).messages)
             for key in range(group * size, (group + 1) * size):
                 seed = key * 7919 + self.settings.run.seed
-                made[key] = Request(
+                made[key] = GenerationRequest(
                     key,
                     prompt_ids,
                     self.settings.inference.sampling.max_completion,
@@ -150,7 +150,9 @@ class Loop:
                 )
         return made
 
-    def sample(self, request: Request, completion: Completion, scores: Scores) -> TrainSample:
+    def sample(
+        self, request: GenerationRequest, completion: Completion, scores: Scores
+    ) -> TrainSample:
         """What the learner is given; with `constant` an advantage of −1 and no teacher."""
         return TrainSample(
             prompt_ids=request.prompt_ids,

@@ -20,7 +20,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from onstream.pipeline.weights import LoadedPolicy
-from onstream.workers.generator.engines.base import Request
+from onstream.workers.generator.engines.base import GenerationRequest
 from onstream.workers.generator.engines.transformers.engine import TransformersEngine
 
 PREFETCH = 64
@@ -46,7 +46,7 @@ def random_student(hidden: int, layers: int) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config).eval()
 
 
-def workload(count: int, group_size: int) -> list[Request]:
+def workload(count: int, group_size: int) -> list[GenerationRequest]:
     """Prompts of 24 to 32 tokens, shared by a group; completions of 5 to 11."""
     random = np.random.default_rng(0)
     prompts = [
@@ -54,13 +54,13 @@ def workload(count: int, group_size: int) -> list[Request]:
         for _ in range(-(-count // group_size))
     ]
     return [
-        Request(key, prompts[key // group_size], int(random.integers(5, 12)), seed=key)
+        GenerationRequest(key, prompts[key // group_size], int(random.integers(5, 12)), seed=key)
         for key in range(count)
     ]
 
 
 def run_engine(
-    model: Any, requests: Sequence[Request], slots: int, swap_every: int | None = None
+    model: Any, requests: Sequence[GenerationRequest], slots: int, swap_every: int | None = None
 ) -> None:
     """Write all of `requests`; with `swap_every`, new weights come after so many rollouts."""
     engine = TransformersEngine(model, (), slots=slots)
@@ -79,7 +79,7 @@ def run_engine(
 
 
 @torch.inference_mode()
-def run_generate(model: Any, requests: Sequence[Request], rows: int) -> None:
+def run_generate(model: Any, requests: Sequence[GenerationRequest], rows: int) -> None:
     """`generate()` in left-padded batches, with the logits kept that logprobs are made of; every
     row runs to the batch's end.
     """

@@ -32,7 +32,7 @@ from rich.table import Table
 
 from benchmarks.teacher import rollouts as to_score
 from onstream.settings.root import Settings
-from onstream.workers.generator.engines.base import Engine, Request
+from onstream.workers.generator.engines.base import Engine, GenerationRequest
 from onstream.workers.generator.student import load_student, open_student
 from onstream.workers.teacher.local_setup import load_local
 from onstream.workers.tiny_models.fresh import Shape, write_fresh
@@ -44,7 +44,7 @@ GROUP_SIZE = 4
 REPEATS = 3
 
 
-def workload(kind: str, count: int) -> list[Request]:
+def workload(kind: str, count: int) -> list[GenerationRequest]:
     """Requests of that kind whose lengths are drawn evenly from its ranges."""
     (shortest, longest), (least, most) = KINDS[kind]
     random = np.random.default_rng(0)
@@ -53,7 +53,9 @@ def workload(kind: str, count: int) -> list[Request]:
         for _ in range(-(-count // GROUP_SIZE))
     ]
     return [
-        Request(key, prompts[key // GROUP_SIZE], int(random.integers(least, most)), seed=key)
+        GenerationRequest(
+            key, prompts[key // GROUP_SIZE], int(random.integers(least, most)), seed=key
+        )
         for key in range(count)
     ]
 
@@ -80,7 +82,7 @@ def opened(settings: Settings) -> Iterator[Any]:
         yield engine
 
 
-def write(engine: Engine, requests: Sequence[Request], prefetch: int = 64) -> None:
+def write(engine: Engine, requests: Sequence[GenerationRequest], prefetch: int = 64) -> None:
     """All of `requests`, with `prefetch` more in hand than are decoded, as far as there are."""
     waiting = list(requests)[::-1]
     done = 0
@@ -94,7 +96,7 @@ def write(engine: Engine, requests: Sequence[Request], prefetch: int = 64) -> No
         done += len(engine.step())
 
 
-def fastest(engine: Engine, requests: Sequence[Request], prefetch: int) -> float:
+def fastest(engine: Engine, requests: Sequence[GenerationRequest], prefetch: int) -> float:
     """Seconds that all of `requests` take, the least of a few times: what other programs take from
     the machine only adds to it.
     """

@@ -26,11 +26,11 @@ from torch import Tensor
 from onstream.pipeline.models.tokenizer import load_configs
 from onstream.pipeline.models.weight_shapes import shapes_of
 from onstream.pipeline.records import PolicyVersion
-from onstream.pipeline.weights import Directory, Reader, publish
+from onstream.pipeline.weights import DirectoryReader, PolicyFetcher, publish
 from onstream.settings.root import Settings
-from onstream.workers.generator.engines.base import Completion, Engine, Request
+from onstream.workers.generator.engines.base import Completion, Engine, GenerationRequest
 from onstream.workers.generator.engines.vllm.startup import configure
-from onstream.workers.generator.policy_loader import Policies
+from onstream.workers.generator.policy_loader import PolicyLoader
 
 STUDENT = Path("examples/reverse-text/student")
 MODES = ("recompute", "keep", "abort", "wait")
@@ -47,7 +47,7 @@ class Announcements:
 
 
 def first_token_s(
-    engine: Engine, policies: Policies, announce: Callable[[], int], in_flight: int
+    engine: Engine, policies: PolicyLoader, announce: Callable[[], int], in_flight: int
 ) -> float:
     """Seconds from `announce()`, which returns the version's number, to the first token of that
     version.
@@ -58,7 +58,9 @@ def first_token_s(
     """
     ids = np.arange(8, 32, dtype=np.int32)
     keys = itertools.count(in_flight)
-    engine.add([Request(key, ids, max_tokens=40 + key, seed=key) for key in range(in_flight)])
+    engine.add(
+        [GenerationRequest(key, ids, max_tokens=40 + key, seed=key) for key in range(in_flight)]
+    )
     written = list[Completion]()
     while len(written) < 2:
         policies.refresh()
@@ -67,7 +69,7 @@ def first_token_s(
     number = announce()
     done = written
     while not any(one.version_spans[-1].version == number for one in done):
-        engine.add([Request(next(keys), ids, max_tokens=1, seed=0) for _ in done])
+        engine.add([GenerationRequest(next(keys), ids, max_tokens=1, seed=0) for _ in done])
         policies.refresh()
         done = engine.step()
     seconds = time.perf_counter() - announced
@@ -95,7 +97,9 @@ def measure(settings: Settings, directory: Path, rounds: int, in_flight: int) ->
         shapes_of(load_configs(model)[0]),
         on_new_weights=settings.inference.on_new_weights,
     )
-    policies = Policies(engine, Reader(Directory(directory), deltas=False), announcements)
+    policies = PolicyLoader(
+        engine, PolicyFetcher(DirectoryReader(directory), deltas=False), announcements
+    )
 
     def announce() -> int:
         announcements.newest = versions.pop(0)

@@ -29,17 +29,17 @@ from rich.table import Table
 from benchmarks.controls import WIDTH, Loop
 from onstream.pipeline.redis.streams import Bus
 from onstream.pipeline.weights import (
-    Directory,
-    DirectoryOutlet,
+    DirectoryReader,
+    DirectoryWriter,
     LoadedPolicy,
-    Outlet,
-    Reader,
-    Sender,
-    Shelf,
+    PolicyFetcher,
+    PolicySender,
+    StoreReader,
+    StoreWriter,
     announced,
 )
 from onstream.pipeline.weights.delta import encode
-from onstream.pipeline.weights.redis_chunks import Chunks, ChunksOutlet
+from onstream.pipeline.weights.redis_store import ChunkReader, ChunkWriter
 from onstream.settings.load import load_settings
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 
@@ -162,8 +162,8 @@ def sent_and_fetched(
     """Bytes of an update, and the median CPU seconds that it takes the trainer and a generator."""
     took: list[tuple[float, float, float]] = []
     with opened(transport, parameters) as (outlet, shelf):
-        sender = Sender(outlet, 10**6 if deltas else None)
-        reader = Reader(shelf, deltas=deltas)
+        sender = PolicySender(outlet, 10**6 if deltas else None)
+        reader = PolicyFetcher(shelf, deltas=deltas)
         for policy in versions(parameters, share):
             sending = seconds(partial(sender.send, policy))
             fetching = seconds(partial(reader.fetch, announced(policy)))
@@ -173,19 +173,19 @@ def sent_and_fetched(
 
 
 @contextlib.contextmanager
-def opened(transport: str, parameters: int) -> Iterator[tuple[Outlet, Shelf]]:
+def opened(transport: str, parameters: int) -> Iterator[tuple[StoreWriter, StoreReader]]:
     """Both ends of a transport that holds nothing yet."""
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         (directory / "model").mkdir()
         if transport == "filesystem":
-            yield DirectoryOutlet(directory, directory / "model"), Directory(directory)
+            yield DirectoryWriter(directory, directory / "model"), DirectoryReader(directory)
             return
         server = EmbeddedRedis(directory / "redis", max_memory_mb=16 * parameters // 1_000_000 + 64)
         bus = Bus.connect(
             server.start(), "benchmark", consumer="benchmark", block_s=1, connect_timeout_s=10
         )
-        yield ChunksOutlet(bus, bus.acquire_lease(600), 0.9, 10), Chunks(bus)
+        yield ChunkWriter(bus, bus.acquire_lease(600), 0.9, 10), ChunkReader(bus)
         bus.close()
         server.stop()
 

@@ -1,6 +1,4 @@
-"""A problem as the student reads it: its messages as token ids, with the tokens of its images among
-them.
-"""
+"""A problem as the student reads it: its messages as token ids, including those of its images."""
 
 from __future__ import annotations
 
@@ -14,13 +12,13 @@ import numpy as np
 
 from onstream.pipeline.images import (
     ImageError,
-    Limits,
+    ImageFile,
+    ImageLimits,
     Message,
-    Picture,
-    ShownImage,
+    PromptImage,
     for_template,
     image_urls,
-    read_picture,
+    read_image,
     reference_of,
     with_urls,
 )
@@ -34,48 +32,47 @@ if TYPE_CHECKING:
 
     from onstream.pipeline.images.vision import Vision
 
-RENDERED = 64
+PROMPTS_KEPT = 64
 """Problems whose prompts are kept, so that a group's is rendered once."""
-KEPT = 64
-"""Images whose tensors are kept, so that what prompts share is processed once."""
+IMAGES_KEPT = 64
+"""Images whose tensors are kept, so that an image of several prompts is processed once."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked: P token ids, the images among them in order, and the messages as they travel,
-    images by reference.
-    """
+    """P token ids, the images among them in order, and the messages, which name images by digest."""
 
     ids: Ids  # [P]
-    images: tuple[ShownImage, ...]
+    images: tuple[PromptImage, ...]
     messages: list[Message]
 
     @property
     def digests(self) -> list[str]:
-        """The images by name, in the order in which they are shown."""
-        return [image.picture.digest for image in self.images]
+        """The images by name, in the order of the prompt."""
+        return [image.file.digest for image in self.images]
 
     @property
     def files(self) -> dict[str, bytes]:
         """The bytes of the images, by digest."""
-        return {image.picture.digest: image.picture.data for image in self.images}
+        return {image.file.digest: image.file.data for image in self.images}
 
 
-class Eyes:
-    """Reads the images of messages, and makes of them what the student is given. `vision` is None
-    for one that reads none.
+class PromptBuilder:
+    """Reads the images of messages, and builds the student's prompts with their tokens.
+
+    `vision` is None for a student that reads no images.
     """
 
     def __init__(self, vision: Vision | None, settings: ImagesSettings) -> None:
         self._vision = vision
         self._settings = settings
-        self._limits = Limits(
+        self._limits = ImageLimits(
             settings.max_bytes, settings.max_pixels, settings.allowed_hosts, settings.fetch_timeout
         )
-        self._shown = lru_cache(maxsize=KEPT)(self._look)
+        self._processed = lru_cache(maxsize=IMAGES_KEPT)(self._process)
 
-    def look(self, messages: Sequence[Message]) -> tuple[ShownImage, ...]:
-        """The images of `messages`, in the order in which they are shown.
+    def images_of(self, messages: Sequence[Message]) -> tuple[PromptImage, ...]:
+        """The images of `messages`, in order.
 
         Raises:
             ImageError: one cannot be used, there are more than allowed, or the student reads none.
@@ -86,19 +83,22 @@ class Eyes:
             raise ImageError(str(error)) from error
         if urls and self._vision is None:
             raise ImageError(
-                "the prompt holds images and the student reads none; choose a vision-language model as `model.name`"
+                "the prompt holds images and the student reads none; "
+                "choose a vision-language model as `model.name`"
             )
-        if len(urls) > self._settings.max_per_prompt:
+        most = self._settings.max_per_prompt
+        if len(urls) > most:
             raise ImageError(
-                f"the prompt holds {len(urls)} images; images.max_per_prompt is {self._settings.max_per_prompt}"
+                f"the prompt holds {len(urls)} images; images.max_per_prompt is {most}"
             )
-        return tuple(self._shown(read_picture(url, self._limits)) for url in urls)
+        return tuple(self._processed(read_image(url, self._limits)) for url in urls)
 
-    def prompt(
-        self, ids: Ids, messages: Sequence[Message], images: tuple[ShownImage, ...]
+    def build(
+        self, ids: Ids, messages: Sequence[Message], images: tuple[PromptImage, ...]
     ) -> Prompt:
-        """The prompt that the template rendered as `ids`, a placeholder for each image, with the
-        images' own tokens.
+        """The prompt that the template rendered as `ids`, with the images' own tokens.
+
+        In `ids` each image is one placeholder.
 
         Raises:
             ImageError: the template shows another number of images.
@@ -109,33 +109,34 @@ class Eyes:
             expanded = self._vision.expand(ids, [image.features for image in images])
         except ValueError as error:
             raise ImageError(str(error)) from error
-        names = {
-            url: reference_of(image.picture.digest)
+        references = {
+            url: reference_of(image.file.digest)
             for url, image in zip(image_urls(messages), images, strict=True)
         }
-        return Prompt(expanded, images, with_urls(messages, names))
+        return Prompt(expanded, images, with_urls(messages, references))
 
-    def _look(self, picture: Picture) -> ShownImage:
+    def _process(self, file: ImageFile) -> PromptImage:
         assert self._vision is not None
-        return ShownImage(picture, self._vision.features(picture))
+        return PromptImage(file, self._vision.features(file))
 
 
-def eyes_of(name: str | Path, config: PretrainedConfig, settings: Settings) -> Eyes:
-    """What reads the images of prompts for the student `name`.
+def prompt_builder(name: str | Path, config: PretrainedConfig, settings: Settings) -> PromptBuilder:
+    """The prompt builder of the student `name`.
 
     Raises:
-        UserError: it reads images, and its processor cannot be loaded.
+        UserError: the student reads images, and its processor cannot be loaded.
     """
     if not has_vision(config):
-        return Eyes(None, settings.images)
+        return PromptBuilder(None, settings.images)
     from onstream.pipeline.images.vision import load_vision  # imports torch
 
-    return Eyes(load_vision(name), settings.images)
+    return PromptBuilder(load_vision(name), settings.images)
 
 
-def rendered(tokenizer: Any, messages: Sequence[Message]) -> Ids:
-    """The conversation through the chat template, up to where the answer begins; an image is one
-    placeholder.
+def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> Ids:
+    """The conversation through the chat template, up to where the answer begins.
+
+    Each image is one placeholder.
     """
     ids = tokenizer.apply_chat_template(
         for_template(messages), add_generation_prompt=True, return_dict=False

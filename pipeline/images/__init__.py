@@ -1,10 +1,15 @@
-"""Images in prompts: read from their URLs within limits, named by their content, and kept in Redis
-while a rollout names them.
-"""
+"""Images in prompts: read within limits, named by their content, and kept in Redis while in use."""
 
 from __future__ import annotations
 
-from onstream.pipeline.images.limits import ImageError, Limits
+from onstream.pipeline.images.image_file import (
+    ImageError,
+    ImageFile,
+    ImageLimits,
+    PromptImage,
+    grey_image,
+)
+from onstream.pipeline.images.image_url import read_image
 from onstream.pipeline.images.message_parts import (
     Message,
     for_template,
@@ -13,19 +18,17 @@ from onstream.pipeline.images.message_parts import (
     referred,
     with_urls,
 )
-from onstream.pipeline.images.reading import Picture, plain_picture, read_picture
-from onstream.pipeline.images.shown_image import ShownImage
 
 __all__ = [
     "ImageError",
-    "Limits",
+    "ImageFile",
+    "ImageLimits",
     "Message",
-    "Picture",
-    "ShownImage",
+    "PromptImage",
     "for_template",
+    "grey_image",
     "image_urls",
-    "plain_picture",
-    "read_picture",
+    "read_image",
     "reference_of",
     "referred",
     "with_urls",

@@ -1,8 +1,8 @@
-"""Messages with images among their content parts, in the form of OpenAI's chat API. Pure: nothing
-is fetched or decoded here.
+"""Messages with images among their content parts, in the form of OpenAI's chat API.
 
-A part is `{"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}}`; in a record that
-travels the URL is a reference, `image:<digest>`, to bytes that lie in Redis once.
+A part is `{"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}}`. In records the
+URL is a reference, `image:<digest>`, to bytes that Redis has once. Pure: nothing is fetched or
+decoded here.
 """
 
 from __future__ import annotations
@@ -27,36 +27,31 @@ def image_urls(messages: Sequence[Message]) -> list[str]:
 def with_urls(
     messages: Sequence[Message], url_of: Mapping[str, str] | Callable[[str], str]
 ) -> list[Message]:
-    """`messages` with every image's URL replaced by what `url_of` says of it. The rest is shared,
-    not copied.
-    """
+    """`messages` with every image's URL replaced by `url_of`'s. The rest is shared, not copied."""
     replace = url_of if callable(url_of) else url_of.__getitem__
     return [_replaced(message, replace) for message in messages]
 
 
 def reference_of(digest: str) -> str:
-    """The URL by which a travelling record names an image."""
+    """The URL by which a record names an image."""
     return _SCHEME + digest
 
 
 def referred(messages: Sequence[Message]) -> list[str]:
-    """The digests of the images that `messages` refer to, in order, each as often as it is shown."""
+    """The digests of the images that `messages` refer to, in order, repeats included."""
     return [url.removeprefix(_SCHEME) for url in image_urls(messages) if url.startswith(_SCHEME)]
 
 
 def for_template(messages: Sequence[Message]) -> list[Message]:
-    """`messages` as chat templates expect those with images: an image is `{"type": "image"}`, and
-    every content is a list of parts.
+    """`messages` as chat templates expect those with images.
 
-    Templates of LLaVA's kind know no `image_url`, and render nothing of a content that is a plain
-    text. Messages without any image are left as they are, for templates that know texts alone.
+    An image becomes `{"type": "image"}`, and every content a list of parts: templates like LLaVA's
+    do not know `image_url`, and render nothing of a content that is plain text. Messages without
+    any image are left as they are, for templates that know text only.
     """
     if not any(True for message in messages for _ in _image_parts(message)):
         return list(messages)
-    return [
-        {**message, "content": _parts_of(message["content"])} if message.get("content") else message
-        for message in messages
-    ]
+    return [_with_parts(message) for message in messages]
 
 
 def is_image(part: object) -> bool:
@@ -70,9 +65,14 @@ def _image_parts(message: Message) -> Iterator[dict[str, Any]]:
         yield from (part for part in content if is_image(part))
 
 
-def _parts_of(content: str | list[Any]) -> list[Any]:
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return [{"type": "image"} if is_image(part) else part for part in parts]
+def _with_parts(message: Message) -> Message:
+    content = message.get("content")
+    if not content:
+        return message
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    parts = [{"type": "image"} if is_image(part) else part for part in content]
+    return {**message, "content": parts}
 
 
 def _url(part: dict[str, Any]) -> str:
@@ -80,7 +80,8 @@ def _url(part: dict[str, Any]) -> str:
     url = image.get("url") if isinstance(image, dict) else image
     if not isinstance(url, str) or not url:
         raise ValueError(
-            'an image part has no URL; expected {"type": "image_url", "image_url": {"url": "data:image/…;base64,…"}}'
+            'an image part has no URL; expected {"type": "image_url", '
+            '"image_url": {"url": "data:image/…;base64,…"}}'
         )
     return url
 

@@ -15,8 +15,7 @@ import numpy as np
 from transformers import AutoProcessor
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.images.limits import ImageError
-from onstream.pipeline.images.reading import Picture
+from onstream.pipeline.images.image_file import ImageError, ImageFile
 from onstream.pipeline.models.image_features import ImageFeatures
 from onstream.pipeline.models.tokenizer import cached_first
 from onstream.pipeline.records import Ids
@@ -41,7 +40,7 @@ class Vision:
         self.tokenizer = processor.tokenizer
         self.placeholder_id: int = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
 
-    def features(self, picture: Picture) -> ImageFeatures:
+    def features(self, picture: ImageFile) -> ImageFeatures:
         """What the processor makes of `picture` in a prompt that is this image alone.
 
         Raises:

@@ -1,7 +1,6 @@
-"""Prompts with images for vLLM: the pictures go to its own processor, in the place of what the
-student's processor made of them.
+"""Prompts with images for vLLM: its own processor reads the image files.
 
-What vLLM makes of a prompt must then be what the student's processor made; whoever asks compares.
+What vLLM makes of a prompt must equal what the student's processor made; the caller compares.
 """
 
 from __future__ import annotations
@@ -14,53 +13,51 @@ from typing import Any
 
 import numpy as np
 
-from onstream.pipeline.images import Picture, ShownImage
+from onstream.pipeline.images.image_file import ImageFile, PromptImage
 from onstream.pipeline.records import Ids
 
 KEPT = 64
-"""Images that are kept as they are sent, so that what prompts share is prepared once."""
+"""Images that are kept as they are sent, so that prompts of one group share the work."""
 
 
-class SentImages:
-    """Makes what vLLM is sent of prompts that show images.
+class VllmPrompts:
+    """Builds the form in which vLLM takes prompts with images.
 
-    vLLM processes an image once while its cache holds it, under the digest of the file. What is
-    sent is the image decoded, as the student's processor gets it: decoders may differ in what they
-    make of transparency and orientation.
+    vLLM processes an image once while its cache has it, by the digest of the file. The image is
+    sent decoded, as the student's processor gets it: decoders may differ in what they make of
+    transparency and orientation.
 
     Args:
-        config: the student's (a PretrainedConfig); it names the token that stands for an image in
-            what the chat template renders.
+        config: the student's PretrainedConfig. It names the token that stands for an image in what
+            the chat template renders.
     """
 
     def __init__(self, config: Any) -> None:
         self._placeholder_id: int = getattr(config, "image_token_id", -1)
-        self._decoded = lru_cache(maxsize=KEPT)(Picture.decoded)
-        self._url = lru_cache(maxsize=KEPT)(_url)
+        self._decoded = lru_cache(maxsize=KEPT)(ImageFile.decoded)
+        self._png_url = lru_cache(maxsize=KEPT)(_png_url)
 
     def prompt(
-        self, prompt_ids: Ids, images: Sequence[ShownImage], written: Sequence[int]
+        self, prompt_ids: Ids, images: Sequence[PromptImage], written: Sequence[int]
     ) -> dict[str, Any]:
-        """A prompt [P] that shows `images` and what was written after it, as vLLM takes it in
-        process.
-        """
-        pictures = [image.picture for image in images]
+        """A prompt [P] with `images`, and the tokens written after it, for vLLM in process."""
+        files = [image.file for image in images]
         return {
             "prompt_token_ids": self._with_placeholders(prompt_ids, images, written),
-            "multi_modal_data": {"image": [self._decoded(picture) for picture in pictures]},
-            "multi_modal_uuids": {"image": [picture.digest for picture in pictures]},
+            "multi_modal_data": {"image": [self._decoded(file) for file in files]},
+            "multi_modal_uuids": {"image": [file.digest for file in files]},
         }
 
     def fields(
-        self, prompt_ids: Ids, images: Sequence[ShownImage], written: Sequence[int]
+        self, prompt_ids: Ids, images: Sequence[PromptImage], written: Sequence[int]
     ) -> dict[str, Any]:
-        """The same as fields of a request to `/inference/v1/generate`, whose answer then has the
-        `prompt_token_ids` to be compared.
+        """The same as fields of a request to a server's `/inference/v1/generate`.
+
+        The answer then has the `prompt_token_ids` that are to be compared.
         """
-        pictures = [image.picture for image in images]
         parts = [
-            {"type": "image_url", "url": self._url(picture), "uuid": picture.digest}
-            for picture in pictures
+            {"type": "image_url", "url": self._png_url(image.file), "uuid": image.file.digest}
+            for image in images
         ]
         return {
             "token_ids": self._with_placeholders(prompt_ids, images, written),
@@ -69,23 +66,24 @@ class SentImages:
         }
 
     def _with_placeholders(
-        self, ids: Ids, images: Sequence[ShownImage], written: Sequence[int]
+        self, ids: Ids, images: Sequence[PromptImage], written: Sequence[int]
     ) -> list[int]:
-        """The prompt as the template rendered it, which vLLM expands itself: one placeholder in the
-        place of each image's tokens.
+        """The prompt as the template rendered it: one placeholder for each image's tokens.
+
+        vLLM expands the placeholders itself.
         """
-        made = list[int]()
+        collapsed = list[int]()
         start = 0
         for image in images:
             tokens = image.features.token_ids
             windows = np.lib.stride_tricks.sliding_window_view(ids, len(tokens))[start:]
             place = start + int((windows == tokens).all(axis=1).argmax())
-            made += [*ids[start:place].tolist(), self._placeholder_id]
+            collapsed += [*ids[start:place].tolist(), self._placeholder_id]
             start = place + len(tokens)
-        return [*made, *ids[start:].tolist(), *written]
+        return [*collapsed, *ids[start:].tolist(), *written]
 
 
-def _url(picture: Picture) -> str:
+def _png_url(file: ImageFile) -> str:
     target = io.BytesIO()
-    picture.decoded().save(target, "PNG", compress_level=1)
+    file.decoded().save(target, "PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(target.getvalue()).decode()}"

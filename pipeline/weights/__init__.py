@@ -1,31 +1,29 @@
-"""Policy versions: how the trainer publishes them, and how a generator gets them, whole or not at
-all.
-"""
+"""Policy versions: how the trainer publishes them, and how a generator gets each of them whole."""
 
-from onstream.pipeline.weights.directory import (
-    Directory,
-    DirectoryOutlet,
+from onstream.pipeline.weights.directory_store import (
+    DirectoryReader,
+    DirectoryWriter,
     announced,
     prune,
     publish,
     write_directory,
 )
-from onstream.pipeline.weights.parts import Outlet, Part, Shelf, Version
+from onstream.pipeline.weights.fetcher import PolicyFetcher
 from onstream.pipeline.weights.policy import LoadedPolicy, WeightsError, read_file
-from onstream.pipeline.weights.reader import Reader
-from onstream.pipeline.weights.sender import Sender, Sent
+from onstream.pipeline.weights.sender import PolicySender, SendResult
+from onstream.pipeline.weights.store import StoredWeights, StoreReader, StoreWriter, VersionId
 
 __all__ = [
-    "Directory",
-    "DirectoryOutlet",
+    "DirectoryReader",
+    "DirectoryWriter",
     "LoadedPolicy",
-    "Outlet",
-    "Part",
-    "Reader",
-    "Sender",
-    "Sent",
-    "Shelf",
-    "Version",
+    "PolicyFetcher",
+    "PolicySender",
+    "SendResult",
+    "StoreReader",
+    "StoreWriter",
+    "StoredWeights",
+    "VersionId",
     "WeightsError",
     "announced",
     "prune",

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onstream.pipeline.weights.policy import Bytes, LoadedPolicy, WeightsError
-from onstream.pipeline.weights.safetensors_layout import Entry, layout_of
+from onstream.pipeline.weights.safetensors_layout import TensorLocation, layout_of
 
 _REACH = {1: 1 << 8, 2: 1 << 16}  # bytes of a distance -> the longest that fits
 _FORMAT = {"format": "onstream-delta/1"}
@@ -101,7 +101,7 @@ def _within_reach(indices: NDArray[np.int64], reach: int) -> NDArray[np.int64]:
     return filled
 
 
-def overwrite(data: Bytes, layout: Mapping[str, Entry], delta: Bytes) -> None:
+def overwrite(data: Bytes, layout: Mapping[str, TensorLocation], delta: Bytes) -> None:
     """Apply `delta` to the safetensors file `data`, whose `layout` is given, in place.
 
     Raises:
@@ -137,14 +137,14 @@ def _where(
     return slice(None)
 
 
-def _elements(data: Bytes, entry: Entry) -> NDArray[np.generic]:
+def _elements(data: Bytes, entry: TensorLocation) -> NDArray[np.generic]:
     """The tensor at `entry`, flat, as unsigned integers: bits are compared, so that −0 and NaN
     arrive as they are.
     """
     return data[entry.start : entry.stop].view(f"<u{entry.size}")
 
 
-def _count(entry: Entry) -> int:
+def _count(entry: TensorLocation) -> int:
     return (entry.stop - entry.start) // entry.size
 
 

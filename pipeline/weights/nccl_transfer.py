@@ -28,7 +28,7 @@ LOOK_S = 0.01
 Kind = Literal["join", "receive"]
 
 
-class Frame(msgspec.Struct, frozen=True):
+class PolicyHeader(msgspec.Struct, frozen=True):
     """Version `number` without its tensors: the head of its safetensors file, in base64, and the
     size and digest of the whole.
     """
@@ -39,7 +39,7 @@ class Frame(msgspec.Struct, frozen=True):
     head: str
 
     @classmethod
-    def of(cls, policy: LoadedPolicy) -> Frame:
+    def of(cls, policy: LoadedPolicy) -> PolicyHeader:
         """That of `policy`."""
         start = min((entry.start for entry in policy.layout.values()), default=policy.data.size)
         return cls(
@@ -50,7 +50,7 @@ class Frame(msgspec.Struct, frozen=True):
         )
 
 
-class Call(msgspec.Struct, frozen=True, tag="weights-transfer/1"):
+class TransferCall(msgspec.Struct, frozen=True, tag="weights-transfer/1"):
     """What is asked of the receivers in `ranks`, of each for its first GPU the rank in the group.
     `info` is vLLM's own.
     """
@@ -59,15 +59,15 @@ class Call(msgspec.Struct, frozen=True, tag="weights-transfer/1"):
     kind: Kind
     ranks: dict[str, int]
     info: dict[str, Any]
-    frame: Frame | None = None
+    frame: PolicyHeader | None = None
 
 
-class Filling:
+class ReceiveBuffer:
     """Stands where vLLM's receiving engine expects a model: keeps what is loaded into it, as the
     file that `frame` is of.
     """
 
-    def __init__(self, frame: Frame) -> None:
+    def __init__(self, frame: PolicyHeader) -> None:
         head = np.frombuffer(base64.b64decode(frame.head), dtype=np.uint8)
         self._frame = frame
         self._data = np.zeros(frame.size_bytes, dtype=np.uint8)
@@ -101,7 +101,7 @@ class Filling:
         return LoadedPolicy(self._frame.number, self._frame.digest, self._data)
 
 
-class Caller:
+class TransferCoordinator:
     """The trainer's end. Each call waits for every answer, up to `patience_s`."""
 
     def __init__(self, bus: TransferBoard, lease: Lease, patience_s: float) -> None:
@@ -122,7 +122,11 @@ class Caller:
         return ranks, following
 
     def call(
-        self, kind: Kind, ranks: Mapping[str, int], info: dict[str, Any], frame: Frame | None = None
+        self,
+        kind: Kind,
+        ranks: Mapping[str, int],
+        info: dict[str, Any],
+        frame: PolicyHeader | None = None,
     ) -> None:
         """Ask `kind` of the receivers in `ranks`; returns when all of them have done it.
 
@@ -131,7 +135,7 @@ class Caller:
             LeaseLost: another trainer took over.
         """
         self._calls += 1
-        call = Call(
+        call = TransferCall(
             f"{self._lease.epoch}.{self._bus.consumer}.{self._calls}",
             kind,
             dict(ranks),

@@ -39,7 +39,7 @@ _TYPES: Final = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorLocation:
     """One tensor: its bytes are `[start, stop)` of the file, in elements of `size` bytes."""
 
     dtype: str
@@ -49,7 +49,7 @@ class Entry:
     stop: int
 
 
-def layout_of(data: NDArray[np.uint8]) -> dict[str, Entry]:
+def layout_of(data: NDArray[np.uint8]) -> dict[str, TensorLocation]:
     """The tensors in `data`, a whole safetensors file, by name.
 
     Raises:
@@ -67,16 +67,16 @@ def layout_of(data: NDArray[np.uint8]) -> dict[str, Entry]:
     return layout
 
 
-def _entry(fields: dict[str, Any], base: int, end: int) -> Entry:
+def _entry(fields: dict[str, Any], base: int, end: int) -> TensorLocation:
     dtype, size = _TYPES[fields["dtype"]]
     start, stop = (base + offset for offset in fields["data_offsets"])
     shape = tuple(fields["shape"])
     if not base <= start <= stop <= end or stop - start != size * math.prod(shape):
         raise ValueError(f"a tensor {dtype} {list(shape)} at bytes {start} to {stop} of {end}")
-    return Entry(dtype, size, shape, start, stop)
+    return TensorLocation(dtype, size, shape, start, stop)
 
 
-def view(data: NDArray[np.uint8], entry: Entry) -> Tensor:
+def view(data: NDArray[np.uint8], entry: TensorLocation) -> Tensor:
     """The tensor at `entry` of `data`, whose memory it shares."""
     import torch
 

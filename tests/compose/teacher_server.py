@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from onstream.settings.load import load_settings
-from onstream.workers.generator.engines.base import Request, Sampling
+from onstream.workers.generator.engines.base import GenerationRequest, Sampling
 from onstream.workers.generator.student import load_student
 from onstream.workers.teacher.local_setup import load_local
 from onstream.workers.teacher.scorer import ScoreRequest
@@ -66,7 +66,9 @@ def answered(body: dict[str, Any]) -> dict[str, Any]:
     prompt = WRITER.prompt(body["messages"]).ids
     seed = int(body.get("seed") or 0)
     sampling = Sampling(temperature=float(body.get("temperature", 1)))
-    WRITER.engine.add([Request(0, prompt, int(body.get("max_tokens") or 16), seed, sampling)])
+    WRITER.engine.add(
+        [GenerationRequest(0, prompt, int(body.get("max_tokens") or 16), seed, sampling)]
+    )
     written: list[Any] = []
     while not written:
         written = list(WRITER.engine.step())

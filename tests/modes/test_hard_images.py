@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from onstream.pipeline.images import Limits, image_urls, read_picture, with_urls
+from onstream.pipeline.images import ImageLimits, image_urls, read_image, with_urls
 from onstream.pipeline.tasks import load_task
 from onstream.settings.load import load_settings
 from tests.chat_server import chat_server
@@ -22,7 +22,7 @@ EXAMPLE = ROOT / "examples/colour-words"
 TEACHER = EXAMPLE / "teacher"
 STUDENT = EXAMPLE / "student"
 SOURCE = "orchestrator.teacher_rollout_model"
-LIMITS = Limits(max_bytes=1 << 20, max_pixels=1 << 20)
+LIMITS = ImageLimits(max_bytes=1 << 20, max_pixels=1 << 20)
 GUESSED = 0.1
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -93,7 +93,7 @@ def test_the_server_reads_the_formats_that_the_student_does(endpoint: str, form:
     for index in range(20):
         problem = task.held_out(index)
         urls = {
-            url: of(read_picture(url, LIMITS).decoded(), form).data_url
+            url: of(read_image(url, LIMITS).decoded(), form).data_url
             for url in image_urls(problem.messages)
         }
         right += written(endpoint, with_urls(problem.messages, urls)) == problem.info["answer"]

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
-from onstream.pipeline.images import Picture
+from onstream.pipeline.images import ImageFile
 from onstream.pipeline.images.vision import Vision, load_vision
 from onstream.pipeline.models.image_features import ImageFeatures
 from onstream.pipeline.models.loading import load_model
@@ -36,7 +36,7 @@ class Tiny:
     model: PreTrainedModel
     vision: Vision
 
-    def features(self, *pictures: Picture) -> dict[str, ImageFeatures]:
+    def features(self, *pictures: ImageFile) -> dict[str, ImageFeatures]:
         return {picture.digest: self.vision.features(picture) for picture in pictures}
 
 
@@ -77,7 +77,7 @@ def tiny(directory: tuple[Family, Path]) -> Tiny:
     )
 
 
-def noise(seed: int, width: int = 32, height: int = 32) -> Picture:
+def noise(seed: int, width: int = 32, height: int = 32) -> ImageFile:
     """A picture that no two seeds share."""
     return of(
         Image.fromarray(
@@ -86,7 +86,7 @@ def noise(seed: int, width: int = 32, height: int = 32) -> Picture:
     )
 
 
-def of(image: Image.Image, form: str = "PNG", **options: Any) -> Picture:
+def of(image: Image.Image, form: str = "PNG", **options: Any) -> ImageFile:
     target = io.BytesIO()
     image.save(target, form, **options)
-    return Picture(target.getvalue())
+    return ImageFile(target.getvalue())

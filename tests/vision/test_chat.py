@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from onstream.pipeline.images import Message, Picture, referred
+from onstream.pipeline.images import ImageFile, Message, referred
 from onstream.pipeline.loop import Worker
 from onstream.pipeline.models.image_features import joined
 from onstream.pipeline.records import Rollout, Ticket, ids_array
@@ -63,7 +63,7 @@ def asked(*parts: dict[str, Any]) -> list[Message]:
     return [{"role": "user", "content": list(parts)}]
 
 
-def formats() -> list[Picture]:
+def formats() -> list[ImageFile]:
     """A PNG, a JPEG and a WebP file, of different pixels."""
     return [of(noise(seed).decoded(), form) for seed, form in enumerate(("PNG", "JPEG", "WEBP"))]
 
@@ -138,7 +138,7 @@ def test_several_images_in_several_turns_reach_the_endpoint_and_the_trainer_in_t
             == f"{WRITTEN}{tiny.vision.tokenizer.eos_token}"
         )
         assert sample.images == referred(rollout.messages) == [picture.digest for picture in shown]
-        kept = [Picture(data or b"") for data in bus.images(sample.images)]
+        kept = [ImageFile(data or b"") for data in bus.images(sample.images)]
         for name, tensor in joined([tiny.vision.features(picture) for picture in kept]).items():
             assert torch.equal(tensor, whole[name]), name
     assert bus._ask("HLEN", bus.keys.images) == 3

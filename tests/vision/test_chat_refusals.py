@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from onstream.pipeline.images import Picture
+from onstream.pipeline.images import ImageFile
 from onstream.pipeline.loop import Worker
 from onstream.pipeline.records import Ticket, ids_array
 from onstream.pipeline.redis.streams import Bus
@@ -131,5 +131,5 @@ def test_a_prompt_has_all_tokens_of_its_image(bus: Bus, tiny: Tiny, tmp_path: Pa
         )
 
 
-def _tokens(tiny: Tiny, picture: Picture) -> int:
+def _tokens(tiny: Tiny, picture: ImageFile) -> int:
     return len(tiny.vision.features(picture).token_ids)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from onstream.pipeline.images import ShownImage
+from onstream.pipeline.images import PromptImage
 from onstream.pipeline.models.image_features import joined
 from onstream.pipeline.models.loading import load_model
 from onstream.pipeline.weights import LoadedPolicy
-from onstream.workers.generator.engines.base import Completion, Request
+from onstream.workers.generator.engines.base import Completion, GenerationRequest
 from onstream.workers.generator.engines.transformers.engine import TransformersEngine
 from onstream.workers.generator.student import stop_ids
 from onstream.workers.tiny_models.character_tokenizer import IMAGE, IMAGE_END, IMAGE_START
@@ -21,7 +21,7 @@ from tests.vision.conftest import Tiny, noise
 WIDE = {"qwen2.5-vl": (48, 32), "qwen3-vl": (48, 32), "llava": (32, 32)}
 
 
-def requests(tiny: Tiny) -> list[Request]:
+def requests(tiny: Tiny) -> list[GenerationRequest]:
     """Twelve requests over four prompts: two of the same ids and other pixels, one of two images,
     one of none.
     """
@@ -30,9 +30,9 @@ def requests(tiny: Tiny) -> list[Request]:
         for picture in (noise(1), noise(2), noise(3, *WIDE[tiny.family]))
     )
     shown = [
-        (ShownImage(noise(1), first),),
-        (ShownImage(noise(2), second),),
-        (ShownImage(noise(3, *WIDE[tiny.family]), wide), ShownImage(noise(1), first)),
+        (PromptImage(noise(1), first),),
+        (PromptImage(noise(2), second),),
+        (PromptImage(noise(3, *WIDE[tiny.family]), wide), PromptImage(noise(1), first)),
         (),
     ]
     made = []
@@ -43,13 +43,17 @@ def requests(tiny: Tiny) -> list[Request]:
             tiny.vision.tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int32
         )
         prompt = tiny.vision.expand(ids, [image.features for image in images])
-        made.append(Request(key, prompt, max_tokens=3 + key % 5, seed=key, images=images))
+        made.append(GenerationRequest(key, prompt, max_tokens=3 + key % 5, seed=key, images=images))
     return made
 
 
 @torch.no_grad()
 def gap(
-    tiny: Tiny, request: Request, completion: Completion, start: int = 0, end: int | None = None
+    tiny: Tiny,
+    request: GenerationRequest,
+    completion: Completion,
+    start: int = 0,
+    end: int | None = None,
 ) -> float:
     """The largest difference of the completion's logprobs [start:end] from one plain forward's, in
     nats.

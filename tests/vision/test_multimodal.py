@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor
 
-from onstream.pipeline.images import Picture
-from onstream.pipeline.images.feed import ImageFeed
+from onstream.pipeline.images import ImageFile
+from onstream.pipeline.images.feature_cache import FeatureCache
 from onstream.pipeline.images.vision import PlaceholderMismatch
 from onstream.pipeline.models.attention import SHARED_PREFIX
 from onstream.pipeline.models.image_features import joined
@@ -41,7 +41,7 @@ class Case:
     prompts: list[Ids]
     completions: list[Ids]
     images: list[tuple[str, ...]]
-    pictures: dict[str, Picture]
+    pictures: dict[str, ImageFile]
 
 
 def a_case(tiny: Tiny) -> Case:
@@ -150,21 +150,21 @@ def test_a_placeholder_written_in_an_answer_is_found_out(tiny: Tiny) -> None:
     features = tiny.vision.features(noise(1))
     shown = np.array([60, *features.token_ids, 70], dtype=np.int32)
     stray = np.array([61, tiny.vision.placeholder_id, 71], dtype=np.int32)
-    feed = ImageFeed(
+    cache = FeatureCache(
         tiny.vision,
         lambda digests: [{"one": noise(1).data}.get(digest) for digest in digests],
         keep_bytes=1 << 20,
     )
     try:
-        assert feed.objection(shown, stray[:1], ["one"]) is None
-        assert feed.objection(shown, stray[:2], ["one"]) is None  # a last token is never read
-        assert "it holds" in (feed.objection(shown, stray, ["one"]) or "")
+        assert cache.problem_with(shown, stray[:1], ["one"]) is None
+        assert cache.problem_with(shown, stray[:2], ["one"]) is None  # a last token is never read
+        assert "it holds" in (cache.problem_with(shown, stray, ["one"]) or "")
         assert "it holds 1 tokens of images, where 0 stand for the 0" in (
-            feed.objection(stray[:1], stray, []) or ""
+            cache.problem_with(stray[:1], stray, []) or ""
         )
-        assert "is gone" in (feed.objection(shown, stray, ["two"]) or "")
+        assert "is gone" in (cache.problem_with(shown, stray, ["two"]) or "")
     finally:
-        feed.close()
+        cache.close()
 
 
 def a_sample(prompt: Ids, completion: Ids, images: tuple[str, ...]) -> TrainSample:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from onstream.pipeline.images.feed import Fetch
+from onstream.pipeline.images.feature_cache import FetchImages
 from onstream.pipeline.records import (
     Rollout,
     Sample,
@@ -45,7 +45,7 @@ def rollout(number: int, tiny: Tiny, image: str, tokens: int) -> Rollout:
 
 
 def trained(
-    settings: Settings, records: list[Rollout], images: Fetch, recorded: Recording | None
+    settings: Settings, records: list[Rollout], images: FetchImages, recorded: Recording | None
 ) -> tuple[str, Any]:
     """The digest of the weights after a step on `records`, and the fates of their numbers."""
     training = Training(settings, learner_at(settings, None), worker="t", images=images)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from onstream.pipeline.images import Picture, reading, reference_of
+from onstream.pipeline.images import ImageFile, image_file, reference_of
 from onstream.pipeline.loop import Worker
 from onstream.pipeline.records import Rollout, StageName, Ticket, decode_work, ids_array
 from onstream.pipeline.redis.streams import Bus
@@ -93,7 +93,7 @@ def test_a_group_over_one_image_keeps_it_once_and_carries_its_name(
     assert sorted(bus.held_numbers()) == [1, 2, 3, 4]
 
 
-def line() -> Picture:
+def line() -> ImageFile:
     return of(Image.new("RGB", (1005, 3)))
 
 
@@ -147,7 +147,7 @@ def test_what_a_processor_does_not_take_is_a_dead_letter_too(
     """The limit of our own is looser here than that of Qwen-VL's processors; LLaVA's takes such a
     picture.
     """
-    monkeypatch.setattr(reading, "MAX_ASPECT", 1000)
+    monkeypatch.setattr(image_file, "MAX_ASPECT", 1000)
     contents = [
         shows(line().data_url),
         shows(of(Image.new("RGB", (1, 1))).data_url),

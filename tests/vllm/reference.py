@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from onstream.pipeline.weights import LoadedPolicy
-from onstream.workers.generator.engines.base import Completion, Request
+from onstream.workers.generator.engines.base import Completion, GenerationRequest
 
 CLOSE_NATS = 1e-4
 
@@ -28,7 +28,7 @@ def policy_of(number: int, model: Any) -> LoadedPolicy:
 
 @torch.no_grad()
 def logprobs(
-    models: Mapping[int, Any], request: Request, one: Completion, *, stale: bool = False
+    models: Mapping[int, Any], request: GenerationRequest, one: Completion, *, stale: bool = False
 ) -> Any:
     """[C], of each token of `one` by the model that its span names, in nats, at the request's
     temperature.
@@ -56,7 +56,7 @@ def logprobs(
 
 
 def gaps(
-    models: Mapping[int, Any], request: Request, one: Completion, *, stale: bool = False
+    models: Mapping[int, Any], request: GenerationRequest, one: Completion, *, stale: bool = False
 ) -> Any:
     """[C], how far the engine's logprobs of `one` are from those of `logprobs`, in nats."""
     ends = [(span.start, span.end) for span in one.version_spans]

@@ -17,7 +17,7 @@ import torch
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.weights import LoadedPolicy, WeightsError
-from onstream.workers.generator.engines.base import Completion, Request, Sampling
+from onstream.workers.generator.engines.base import Completion, GenerationRequest, Sampling
 from onstream.workers.generator.student import Student, open_student
 from onstream.workers.tiny_models.fresh import Shape, write_fresh
 from tests.vllm.conftest import on_vllm
@@ -65,7 +65,7 @@ def a_prompt(seed: int, length: int) -> Any:
 
 def some_requests(
     keys: range, *, prompt_tokens: Sequence[int] = (30, 150), longest: int = 120, **sampling: Any
-) -> list[Request]:
+) -> list[GenerationRequest]:
     """Groups of four with one prompt, every second of them longer than a block of vLLM's cache, to
     be finished one after the other.
     """
@@ -75,7 +75,7 @@ def some_requests(
     }
     lengths = {key: 4 + (key - keys.start) * (longest - 4) // len(keys) for key in keys}
     return [
-        Request(
+        GenerationRequest(
             key, prompts[key // 4], lengths[key], seed=1000 + key, sampling=Sampling(**sampling)
         )
         for key in keys
@@ -119,7 +119,7 @@ def test_filters_are_in_the_logprobs(engine: Any, first: Any) -> None:
 def test_tokens_are_drawn_by_their_probabilities(engine: Any, first: Any) -> None:
     prompt = a_prompt(7, 20)
     draws = 3000
-    engine.add([Request(key, prompt, 1, seed=key) for key in range(draws)])
+    engine.add([GenerationRequest(key, prompt, 1, seed=key) for key in range(draws)])
     drawn = (
         np.bincount([one.token_ids[0] for one in finish(engine).values()], minlength=128) / draws
     )
@@ -160,27 +160,27 @@ def test_a_completion_ends_with_its_stop_token_or_its_length(engine: Any) -> Non
 def test_what_cannot_be_written_is_refused(engine: Any) -> None:
     assert engine.max_context == 512 and engine.slots == 64
     for request in (
-        Request(0, a_prompt(0, 500), 13, 0),
-        Request(0, a_prompt(0, 0), 5, 0),
-        Request(0, a_prompt(0, 3), 0, 0),
+        GenerationRequest(0, a_prompt(0, 500), 13, 0),
+        GenerationRequest(0, a_prompt(0, 0), 5, 0),
+        GenerationRequest(0, a_prompt(0, 3), 0, 0),
     ):
         with pytest.raises(ValueError, match="request 0"):
             engine.add([request])
     assert engine.active == 0
-    engine.add([Request(0, a_prompt(0, 500), 12, 0)])
+    engine.add([GenerationRequest(0, a_prompt(0, 500), 12, 0)])
     assert len(finish(engine)[0].token_ids) <= 12
 
 
 def through_updates(
     engine: Any, models: Sequence[Any]
-) -> tuple[dict[int, Any], list[Request], dict[int, Completion]]:
+) -> tuple[dict[int, Any], list[GenerationRequest], dict[int, Completion]]:
     """Requests in three waves, half again as many as there are slots, each wave met by an update in
     its middle.
 
     Returns the models by version, the requests and what was written.
     """
     versions = {engine.version: models[0]}
-    requests = list[Request]()
+    requests = list[GenerationRequest]()
     written = list[Completion]()
     lengths = (30, 150) if engine.on_new_weights != "keep" else (30, 60)
     for wave, model in enumerate([*models[1:], None]):
@@ -313,7 +313,7 @@ def test_an_engine_that_is_closed_with_requests_in_flight_leaves_nothing_behind(
     ).engine
     started = engines() - before
     assert started and (engine.slots, engine.max_context) == (8, 256)
-    engine.add([Request(key, a_prompt(key, 50), 200, seed=key) for key in range(64)])
+    engine.add([GenerationRequest(key, a_prompt(key, 50), 200, seed=key) for key in range(64)])
     while not engine.step():
         pass
     engine.close()

@@ -15,10 +15,10 @@ from benchmarks.vllm_update import Announcements, changed, first_token_s
 from onstream.pipeline.records import Rollout, Ticket, ids_array, logprobs_array
 from onstream.pipeline.redis.streams import Bus
 from onstream.pipeline.stage import Delivery, Outcome
-from onstream.pipeline.weights import Directory, Reader, publish
+from onstream.pipeline.weights import DirectoryReader, PolicyFetcher, publish
 from onstream.workers.generator import policy_loader, stage
-from onstream.workers.generator.engines.base import Completion, Request
-from onstream.workers.generator.policy_loader import Policies
+from onstream.workers.generator.engines.base import Completion, GenerationRequest
+from onstream.workers.generator.policy_loader import PolicyLoader
 from onstream.workers.generator.stage import Generator
 from onstream.workers.generator.student import Student
 from tests.vllm.conftest import on_vllm
@@ -88,7 +88,7 @@ def farthest(models: dict[int, Any], rollouts: list[Rollout]) -> float:
     worst = 0.0
     for rollout in rollouts:
         [sample] = rollout.samples
-        request = Request(0, ids_array(sample.prompt_ids), 1, 0)
+        request = GenerationRequest(0, ids_array(sample.prompt_ids), 1, 0)
         assert rollout.finish_reason is not None
         ids = ids_array(sample.completion_ids)
         logprobs = logprobs_array(sample.generator_logprobs)
@@ -158,7 +158,9 @@ def test_the_first_token_of_a_new_version_comes_while_requests_are_in_flight(
         announced.newest = versions.pop(0)
         return announced.newest.number
 
-    followed = Policies(engine, Reader(Directory(tmp_path), deltas=False), announced)
+    followed = PolicyLoader(
+        engine, PolicyFetcher(DirectoryReader(tmp_path), deltas=False), announced
+    )
     try:
         seconds = [
             first_token_s(engine, followed, announce, IN_FLIGHT) for _ in range(len(versions))

@@ -17,7 +17,7 @@ from onstream.pipeline.records import PolicyVersion
 from onstream.pipeline.weights import LoadedPolicy
 from onstream.settings.inference import InferenceSettings
 from onstream.settings.trainer import TrainerSettings
-from onstream.workers.generator.engines.base import Request
+from onstream.workers.generator.engines.base import GenerationRequest
 from onstream.workers.generator.engines.vllm import startup
 from onstream.workers.generator.guard import EXACT, Guard
 from onstream.workers.generator.student import open_student
@@ -93,7 +93,9 @@ def trainer(engine: Any, student_dir: Path) -> Iterator[Trainer]:
 def load(engine: Any, tokens: int) -> None:
     """Fill the engine's slots."""
     prompts = np.random.default_rng(0).integers(8, 128, (48, 40)).astype(np.int32)
-    engine.add([Request(key, prompt, tokens, seed=key) for key, prompt in enumerate(prompts)])
+    engine.add(
+        [GenerationRequest(key, prompt, tokens, seed=key) for key, prompt in enumerate(prompts)]
+    )
 
 
 @pytest.mark.parametrize("mode", ["recompute", "wait", "abort"])

@@ -17,13 +17,13 @@ import pytest
 import torch
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.images import ShownImage
+from onstream.pipeline.images import PromptImage
 from onstream.pipeline.images.vision import load_vision
 from onstream.pipeline.models.loading import load_model
 from onstream.pipeline.weights import LoadedPolicy
 from onstream.workers.generator.engines.base import Completion
 from onstream.workers.generator.engines.vllm.images import input_of
-from onstream.workers.generator.engines.vllm.request import Writing
+from onstream.workers.generator.engines.vllm.request import VllmRequest
 from onstream.workers.generator.student import Student, open_student
 from onstream.workers.tiny_models.vlm_families import FAMILIES, Family
 from tests.vision.conftest import Tiny, noise, write_tiny
@@ -161,7 +161,7 @@ def test_a_new_vision_tower_in_the_middle_is_seen_by_all_that_its_version_writes
 
 def test_a_prompt_that_vllm_reads_otherwise_is_refused(engine: Any, tiny: Tiny) -> None:
     asked = requests(tiny)[0]
-    two = ShownImage(
+    two = PromptImage(
         noise(9),
         replace(asked.images[0].features, token_ids=np.tile(asked.images[0].features.token_ids, 2)),
     )
@@ -170,7 +170,7 @@ def test_a_prompt_that_vllm_reads_otherwise_is_refused(engine: Any, tiny: Tiny) 
         UserError, match=r"of a prompt with 1 images vLLM makes \d+ tokens that are not the \d+"
     ):
         input_of(
-            Writing(replace(asked, prompt_ids=ids, images=(two,))),
+            VllmRequest(replace(asked, prompt_ids=ids, images=(two,))),
             engine._sent,
             engine._llm.renderer,
         )

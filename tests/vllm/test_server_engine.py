@@ -15,7 +15,7 @@ import pytest
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.tokenizer import load_configs, load_tokenizer
 from onstream.settings.root import Settings
-from onstream.workers.generator.engines.base import Completion, Request, Sampling
+from onstream.workers.generator.engines.base import Completion, GenerationRequest, Sampling
 from onstream.workers.generator.engines.server.engine import ServerEngine
 from tests.vllm.reference import CLOSE_NATS, gaps, model_of, policy_of
 from tests.vllm.server import VllmServer
@@ -84,7 +84,7 @@ def models(student_dir: Path, teacher_dir: Path) -> Models:
     return {1: a, 2: b, 3: a}
 
 
-def some_requests(count: int, first: int = 0, temperature: float = 1.0) -> list[Request]:
+def some_requests(count: int, first: int = 0, temperature: float = 1.0) -> list[GenerationRequest]:
     """Completions of 8 to 300 tokens. Every second prompt begins with more than a block of the
     prefix cache that is all the same.
     """
@@ -95,7 +95,7 @@ def some_requests(count: int, first: int = 0, temperature: float = 1.0) -> list[
         own = random.integers(0, 128, 8, dtype=np.int32)
         prompt = np.concatenate([shared, own]) if key % 2 else own
         made.append(
-            Request(
+            GenerationRequest(
                 key,
                 prompt,
                 max_tokens=8 + 292 * (key % 12) // 11,
@@ -115,7 +115,11 @@ def until(engine: ServerEngine, count: int) -> list[Completion]:
 
 
 def worst_gap(
-    models: Models, requests: list[Request], completions: list[Completion], *, stale: bool = False
+    models: Models,
+    requests: list[GenerationRequest],
+    completions: list[Completion],
+    *,
+    stale: bool = False,
 ) -> float:
     """The largest distance, in nats, of a token's logprob from transformers' under the version of
     its span.
@@ -125,7 +129,7 @@ def worst_gap(
     return max(float(gaps(models, asked[one.key], one, stale=stale).max()) for one in completions)
 
 
-def a_b_a(engine: ServerEngine, models: Models) -> tuple[list[Request], list[Completion]]:
+def a_b_a(engine: ServerEngine, models: Models) -> tuple[list[GenerationRequest], list[Completion]]:
     """72 requests, of which 12 come after each update, while the weights go from A to B and back."""
     requests = some_requests(48)
     engine.load(policy_of(1, models[1]))

@@ -19,12 +19,12 @@ import torch
 
 from onstream.pipeline.redis.streams import Bus
 from onstream.pipeline.stage import Stats
-from onstream.pipeline.weights import Directory, Reader, WeightsError, announced
-from onstream.pipeline.weights.nccl_transfer import Caller, Frame
+from onstream.pipeline.weights import DirectoryReader, PolicyFetcher, WeightsError, announced
+from onstream.pipeline.weights.nccl_transfer import PolicyHeader, TransferCoordinator
 from onstream.settings.root import Settings
-from onstream.workers.generator.engines.base import Completion, Request
-from onstream.workers.generator.nccl_receiver import READING, Receiver
-from onstream.workers.generator.policy_loader import Policies
+from onstream.workers.generator.engines.base import Completion, GenerationRequest
+from onstream.workers.generator.nccl_receiver import READING, TransferReceiver
+from onstream.workers.generator.policy_loader import PolicyLoader
 from onstream.workers.generator.student import Student, open_student
 from onstream.workers.trainer.publication.nccl_sender import Transfer
 from tests.vllm.reference import CLOSE_NATS, gaps, model_of, policy_of
@@ -34,7 +34,7 @@ NOWHERE = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "w
 PATIENCE_S = 120.0
 
 
-def written(engine: Any, request: Request) -> Completion:
+def written(engine: Any, request: GenerationRequest) -> Completion:
     engine.add([request])
     found: list[Completion] = []
     while engine.active:
@@ -50,7 +50,7 @@ def ended(engine: Any) -> str:
 
 
 def worst(engine: Any, models: Mapping[int, Any]) -> float:
-    request = Request(1, np.arange(20, 60, dtype=np.int32), 40, seed=1)
+    request = GenerationRequest(1, np.arange(20, 60, dtype=np.int32), 40, seed=1)
     return float(gaps(models, request, written(engine, request)).max())
 
 
@@ -72,7 +72,9 @@ def test_where_no_group_can_be_joined_the_old_weights_serve_on_and_the_next_come
         "shapes": [list(x) for x in first.shapes.values()],
     }
     engine.ask_processes(
-        "onstream_receive", json.dumps(update), msgspec.json.encode(Frame.of(second)).decode()
+        "onstream_receive",
+        json.dumps(update),
+        msgspec.json.encode(PolicyHeader.of(second)).decode(),
     )
     assert "version 900002 was not received" in ended(engine)
     with pytest.raises(WeightsError):
@@ -88,7 +90,7 @@ def trainer(url: str, run: str, model: Path, gpu: str) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     bus = Bus.connect(url, run, consumer="trainer", block_s=0.2, connect_timeout_s=5)
     lease = bus.acquire_lease(600)
-    transfer = Transfer(Caller(bus, lease, PATIENCE_S), "127.0.0.1", PATIENCE_S)
+    transfer = Transfer(TransferCoordinator(bus, lease, PATIENCE_S), "127.0.0.1", PATIENCE_S)
     for number in (1, 2):
         policy = policy_of(number, model_of(model))
         assert transfer.send(policy)
@@ -113,9 +115,12 @@ def test_versions_go_from_gpu_to_gpu_while_requests_are_written(
     }
     engine: Any = open_student(Settings.model_validate(given)).engine
     try:
-        receiver = Receiver(bus, engine, PATIENCE_S)
-        policies = Policies(
-            engine, Reader(Directory(tmp_path), deltas=False), bus.newest_policy, receiver=receiver
+        receiver = TransferReceiver(bus, engine, PATIENCE_S)
+        policies = PolicyLoader(
+            engine,
+            PolicyFetcher(DirectoryReader(tmp_path), deltas=False),
+            bus.newest_policy,
+            receiver=receiver,
         )
         sending = multiprocessing.get_context("spawn").Process(
             target=trainer, args=(redis_url, bus.run, teacher_dir, "1"), daemon=True
@@ -127,7 +132,7 @@ def test_versions_go_from_gpu_to_gpu_while_requests_are_written(
             bus.heartbeat("generate", Stats())
             policies.refresh()
             if not engine.active:
-                engine.add([Request(1, np.arange(20, 60, dtype=np.int32), 40, seed=1)])
+                engine.add([GenerationRequest(1, np.arange(20, 60, dtype=np.int32), 40, seed=1)])
             engine.step()
         sending.join(timeout=PATIENCE_S)
         assert sending.exitcode == 0

@@ -15,7 +15,7 @@ from onstream.pipeline.images import ImageError
 from onstream.pipeline.tasks import Problem, load_task
 from onstream.pipeline.tasks.swapped_images import swapped_problems
 from onstream.settings.root import Settings
-from onstream.workers.generator.engines.base import Request, Sampling
+from onstream.workers.generator.engines.base import GenerationRequest, Sampling
 from onstream.workers.generator.student import PromptTooLong, Student, load_student
 from onstream.workers.verifier.scorer_messages import Verdict
 from onstream.workers.verifier.scorer_pool import ScorerPool
@@ -95,7 +95,7 @@ def _answers(student: Student, problems: Mapping[str, Problem], max_completion: 
                 next_step="Change `[task]`.",
             ) from error
         requests.append(
-            Request(key, prompt.ids, room, seed=0, sampling=GREEDY, images=prompt.images)
+            GenerationRequest(key, prompt.ids, room, seed=0, sampling=GREEDY, images=prompt.images)
         )
     texts = [""] * len(requests)
     with contextlib.closing(student.engine) as engine:

@@ -22,9 +22,9 @@ from onstream.pipeline.http import (
     decoded,
     require_model,
 )
-from onstream.pipeline.images import ImageError, ShownImage
+from onstream.pipeline.images import ImageError, PromptImage
 from onstream.pipeline.models.tokenizer import load_configs, load_tokenizer
-from onstream.pipeline.prompts import RENDERED, Prompt, eyes_of
+from onstream.pipeline.prompts import PROMPTS_KEPT, Prompt, prompt_builder
 from onstream.pipeline.records import (
     Rollout,
     Sample,
@@ -41,7 +41,7 @@ from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
 from onstream.workers.generator.reconstruction import (
     REASONING_FIELDS,
-    Reconstructed,
+    ReconstructedSample,
     ReconstructionError,
     Reconstructor,
 )
@@ -58,7 +58,7 @@ log = get_logger()
 
 
 @dataclass(frozen=True)
-class Job:
+class ChatRequest:
     """One request: tickets of one group, a choice for each. `doubts_n` where it is part of a
     request for several that was refused.
     """
@@ -100,8 +100,8 @@ class ChatGenerator:
             bus, self.name, client.max_tokens_per_run, f"{SETTING}.client.max_tokens_per_run"
         )
         self._background = EventLoopThread()
-        self._queue: deque[Job] = deque()
-        self._running: dict[Reply, Job] = {}
+        self._queue: deque[ChatRequest] = deque()
+        self._running: dict[Reply, ChatRequest] = {}
         self._shown: list[Hold] = []  # what the rollouts made just now show
         self._several = (
             source.temperature > 0
@@ -125,8 +125,8 @@ class ChatGenerator:
             tokenizer,
             stop_ids(tokenizer, SimpleNamespace(config=config, generation_config=generation)),
         )
-        self._eyes = eyes_of(self._settings.model.name, config, self._settings)
-        self._asked = lru_cache(maxsize=RENDERED)(self._look)
+        self._prompts = prompt_builder(self._settings.model.name, config, self._settings)
+        self._asked = lru_cache(maxsize=PROMPTS_KEPT)(self._look)
         # A run that had completions before waits for its endpoints; one that begins is told of a
         # wrong address at once.
         self._background.run(self._pool.open(patient=self.name in self._bus.ready()))
@@ -191,12 +191,12 @@ class ChatGenerator:
     def _in_hand(self) -> int:
         return sum(len(job.deliveries) for job in (*self._queue, *self._running.values()))
 
-    def _look(self, index: int) -> tuple[Problem, tuple[ShownImage, ...]]:
+    def _look(self, index: int) -> tuple[Problem, tuple[PromptImage, ...]]:
         """The problem, and its images as the student reads them. Raises ImageError where one cannot
         be used.
         """
         problem = self._task.train(index)
-        images = self._eyes.look(problem.messages)
+        images = self._prompts.images_of(problem.messages)
         tokens = sum(len(image.features.token_ids) for image in images)
         if self._context is not None and tokens >= self._context:
             raise ImageError(
@@ -220,7 +220,7 @@ class ChatGenerator:
             refused[delivery.entry_id] = Outcome(delivery, dead=reasons[index])
         return refused
 
-    def _jobs(self, new: Sequence[Delivery]) -> Iterator[Job]:
+    def _jobs(self, new: Sequence[Delivery]) -> Iterator[ChatRequest]:
         """The tickets as requests: those of a group together, where several choices may be asked
         for.
         """
@@ -229,9 +229,9 @@ class ChatGenerator:
             groups.setdefault(
                 _ticket(delivery).group if self._several else delivery.number, []
             ).append(delivery)
-        return map(Job, groups.values())
+        return map(ChatRequest, groups.values())
 
-    def _body(self, job: Job) -> dict[str, Any]:
+    def _body(self, job: ChatRequest) -> dict[str, Any]:
         """The request, in the fields that every OpenAI-compatible endpoint knows."""
         body = {
             "model": self._source.model.name,
@@ -242,7 +242,7 @@ class ChatGenerator:
         }
         return body | ({"n": len(job.deliveries)} if len(job.deliveries) > 1 else {})
 
-    def _finished(self) -> list[tuple[Reply, Job]]:
+    def _finished(self) -> list[tuple[Reply, ChatRequest]]:
         if not self._running:
             return []
         done, _ = wait(self._running, timeout=SLICE_S, return_when=FIRST_COMPLETED)
@@ -251,7 +251,7 @@ class ChatGenerator:
             for reply in [reply for reply in self._running if reply in done]
         ]
 
-    def _outcomes(self, reply: Reply, job: Job) -> list[Outcome]:
+    def _outcomes(self, reply: Reply, job: ChatRequest) -> list[Outcome]:
         """What becomes of an answered request's tickets; those that another request is to answer go
         back to the queue.
         """
@@ -260,7 +260,7 @@ class ChatGenerator:
         except RequestRefused as refusal:
             if len(job.deliveries) > 1:  # for the prompt, or for n: each alone will show
                 self._queue.extend(
-                    Job([delivery], doubts_n=refusal.status is not None)
+                    ChatRequest([delivery], doubts_n=refusal.status is not None)
                     for delivery in job.deliveries
                 )
                 return []
@@ -274,7 +274,9 @@ class ChatGenerator:
             self._ask_one_at_a_time()
         if choices and len(choices) < len(job.deliveries):
             self._ask_one_at_a_time()
-            self._queue.extend(Job([delivery]) for delivery in job.deliveries[len(choices) :])
+            self._queue.extend(
+                ChatRequest([delivery]) for delivery in job.deliveries[len(choices) :]
+            )
         elif not choices:
             return [
                 Outcome(delivery, dead=f"the endpoint's answer has no choices: {str(answer)[:200]}")
@@ -312,7 +314,8 @@ class ChatGenerator:
                 problem.messages, written, truncated=finish == "length"
             )
             prompts = [
-                self._eyes.prompt(sample.prompt_ids, problem.messages, images) for sample in samples
+                self._prompts.build(sample.prompt_ids, problem.messages, images)
+                for sample in samples
             ]
             self._require_room(prompts, samples)
         except (ReconstructionError, ImageError) as error:
@@ -336,7 +339,9 @@ class ChatGenerator:
         )
         return Outcome(delivery, rollout)
 
-    def _require_room(self, prompts: Sequence[Prompt], samples: Sequence[Reconstructed]) -> None:
+    def _require_room(
+        self, prompts: Sequence[Prompt], samples: Sequence[ReconstructedSample]
+    ) -> None:
         longest = max(
             len(prompt.ids) + len(sample.completion_ids)
             for prompt, sample in zip(prompts, samples, strict=True)
@@ -397,7 +402,7 @@ def _choices(answer: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _sample(prompt: Prompt, made: Reconstructed) -> Sample:
+def _sample(prompt: Prompt, made: ReconstructedSample) -> Sample:
     """No policy wrote it: it has no versions, and its generator logprobs are zeros that nothing
     reads.
     """

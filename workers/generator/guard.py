@@ -13,7 +13,7 @@ from onstream.pipeline.models.loading import resolve_device, resolve_dtype
 from onstream.pipeline.records import Ids, Logprobs, PolicyVersion, Probe, ids_array, logprobs_array
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
-from onstream.workers.generator.engines.base import Completion, Engine, Request, Sampling
+from onstream.workers.generator.engines.base import Completion, Engine, GenerationRequest, Sampling
 
 EXACT = 1e-3
 ROUNDED = 0.3
@@ -25,7 +25,7 @@ log = get_logger()
 
 
 @dataclass(frozen=True)
-class Answer:
+class ProbeComparison:
     """What the engine says after a prompt, its likeliest token with its logprob, and the trainer's
     logprob of that token.
 
@@ -40,7 +40,7 @@ class Answer:
     difference: float
 
 
-def compare(token: int, logprob: float, top_ids: Ids, top_logprobs: Logprobs) -> Answer:
+def compare(token: int, logprob: float, top_ids: Ids, top_logprobs: Logprobs) -> ProbeComparison:
     """The engine's likeliest `token` beside the trainer's `top_ids` [k], likeliest first, with
     their logprobs [k].
 
@@ -50,7 +50,7 @@ def compare(token: int, logprob: float, top_ids: Ids, top_logprobs: Logprobs) ->
     at = np.flatnonzero(top_ids == token)
     trainer = float(top_logprobs[at[0] if len(at) else -1])
     difference = max(abs(logprob - trainer), float(top_logprobs[0]) - logprob)
-    return Answer(token, logprob, trainer, below=not len(at), difference=difference)
+    return ProbeComparison(token, logprob, trainer, below=not len(at), difference=difference)
 
 
 class Guard:
@@ -139,7 +139,7 @@ class Guard:
                 self._last_key -= 1  # the stage's own keys are positive
                 self._asked[self._last_key] = number, replica
                 requests.append(
-                    Request(
+                    GenerationRequest(
                         self._last_key,
                         prompt,
                         1,
@@ -207,7 +207,7 @@ def _expected(probe: Probe, prompt: int) -> tuple[Ids, Logprobs]:
 
 
 def _mismatch(
-    answer: Answer, version: int, prompt: int, replica: int | None, tolerance: float
+    answer: ProbeComparison, version: int, prompt: int, replica: int | None, tolerance: float
 ) -> UserError:
     where = f"prompt {prompt} of the probe" + ("" if replica is None else f" (replica {replica})")
     trainer = f"{'less than ' if answer.below else ''}{answer.trainer_logprob:.6f}"

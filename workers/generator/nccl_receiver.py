@@ -14,12 +14,12 @@ import msgspec
 from onstream.pipeline.records import PolicyVersion
 from onstream.pipeline.redis.transfer_state import TransferBoard
 from onstream.pipeline.telemetry import get_logger
-from onstream.pipeline.weights.nccl_transfer import Call, Filling
+from onstream.pipeline.weights.nccl_transfer import ReceiveBuffer, TransferCall
 
 READING = "reading"
 READY = "ready"
 SIGN_S = 1.0
-_decoder = msgspec.msgpack.Decoder(Call)
+_decoder = msgspec.msgpack.Decoder(TransferCall)
 log = get_logger()
 
 
@@ -49,7 +49,7 @@ class ReceivingEngine(Protocol):
         ...
 
 
-class Receiver:
+class TransferReceiver:
     """Does what the trainer asks, a step at each `look`. What takes longer than `patience_s` is
     given up: the trainer does so too.
     """
@@ -66,7 +66,7 @@ class Receiver:
         self._patience_s = patience_s
         self._clock = clock
         self._seen = self._id_of(self._called())  # what was asked before is not for this one
-        self._doing: Call | None = None
+        self._doing: TransferCall | None = None
         self._until = 0.0
         self._held = ""
         self._sign_at = float("-inf")
@@ -105,7 +105,7 @@ class Receiver:
             self._sign_at = self._clock() + SIGN_S
             self._bus.receive_weights(self._engine.gpus)
 
-    def _begin(self, call: Call) -> None:
+    def _begin(self, call: TransferCall) -> None:
         self._held = ""
         if call.kind == "join":
             self._engine.ask_processes(
@@ -113,7 +113,7 @@ class Receiver:
                 json.dumps(call.info | {"rank_offset": call.ranks[self._bus.consumer]}),
             )
         elif call.frame is not None and not (
-            misfit := self._engine.misfit(Filling(call.frame).shapes)
+            misfit := self._engine.misfit(ReceiveBuffer(call.frame).shapes)
         ):
             self._engine.ask_processes(
                 "onstream_receive", json.dumps(call.info), msgspec.json.encode(call.frame).decode()
@@ -121,7 +121,7 @@ class Receiver:
         else:
             self._answer(call, misfit if call.frame is not None else "a call to receive nothing")
 
-    def _follow(self, call: Call) -> None:
+    def _follow(self, call: TransferCall) -> None:
         states = self._engine.ask_processes("onstream_staged")
         if READING not in states:
             self._answer(call, "; ".join(sorted({state for state in states if state != READY})))
@@ -129,7 +129,7 @@ class Receiver:
             self._engine.ask_processes("onstream_leave")
             self._answer(call, f"not done within {self._patience_s:g} s")
 
-    def _answer(self, call: Call, problem: str) -> None:
+    def _answer(self, call: TransferCall, problem: str) -> None:
         self._doing = None
         if problem:
             log.warning(
@@ -141,10 +141,10 @@ class Receiver:
             self._held = call.frame.digest
         self._bus.answer_transfer(call.id, problem)
 
-    def _called(self) -> Call | None:
+    def _called(self) -> TransferCall | None:
         payload = self._bus.transfer_call()
         return None if payload is None else _decoder.decode(payload)
 
     @staticmethod
-    def _id_of(call: Call | None) -> str:
+    def _id_of(call: TransferCall | None) -> str:
         return call.id if call is not None else ""

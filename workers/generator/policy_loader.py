@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable
 
 from onstream.pipeline.records import PolicyVersion
-from onstream.pipeline.weights import Reader, WeightsError
+from onstream.pipeline.weights import PolicyFetcher, WeightsError
 from onstream.workers.generator.engines.base import Engine
-from onstream.workers.generator.nccl_receiver import Receiver
+from onstream.workers.generator.nccl_receiver import TransferReceiver
 
 LOOK_S = 0.02
 RETRY_S = 0.5
 
 
-class Policies:
+class PolicyLoader:
     """Looks for a newer version, at most every `LOOK_S`, and loads it; what cannot be loaded is
     tried again every `RETRY_S`.
 
@@ -26,10 +26,10 @@ class Policies:
     def __init__(
         self,
         engine: Engine,
-        reader: Reader,
+        reader: PolicyFetcher,
         newest: Callable[[], PolicyVersion | None],
         clock: Callable[[], float] = time.monotonic,
-        receiver: Receiver | None = None,
+        receiver: TransferReceiver | None = None,
     ) -> None:
         self._engine = engine
         self._reader = reader

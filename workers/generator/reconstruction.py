@@ -32,7 +32,7 @@ class ReconstructionError(ValueError):
 
 
 @dataclass(frozen=True)
-class Reconstructed:
+class ReconstructedSample:
     """One sample: P prompt tokens, C completion tokens, of which those with mask 1 were written by
     the assistant.
     """
@@ -63,7 +63,7 @@ class Reconstructor:
 
     def samples(
         self, prompt: Sequence[Message], written: Sequence[Message], *, truncated: bool = False
-    ) -> list[Reconstructed]:
+    ) -> list[ReconstructedSample]:
         """What the assistant messages among `written`, which continue `prompt`, come to as tokens.
 
         Turns share a sample as long as each continues the tokens of the one before; where the
@@ -76,7 +76,7 @@ class Reconstructor:
             ReconstructionError: the messages cannot be rendered, or what was written cannot be told
                 from the rest.
         """
-        samples: list[Reconstructed] = []
+        samples: list[ReconstructedSample] = []
         for at, message in enumerate(written):
             if message["role"] != "assistant":
                 continue
@@ -88,7 +88,7 @@ class Reconstructor:
             else:
                 prompt_ids, turn_ids = turn
                 samples.append(
-                    Reconstructed(
+                    ReconstructedSample(
                         prompt_ids, turn_ids, np.ones(len(turn_ids), dtype=np.uint8), text
                     )
                 )
@@ -238,7 +238,9 @@ class Reconstructor:
         return next(free), next(free)
 
 
-def _continued(sample: Reconstructed, turn: tuple[Ids, Ids], text: str) -> Reconstructed | None:
+def _continued(
+    sample: ReconstructedSample, turn: tuple[Ids, Ids], text: str
+) -> ReconstructedSample | None:
     """`sample` with another turn, what lies between masked; None where the turn's prompt does not
     begin with the sample's tokens.
     """
@@ -250,7 +252,7 @@ def _continued(sample: Reconstructed, turn: tuple[Ids, Ids], text: str) -> Recon
     mask = np.concatenate(
         [sample.loss_mask, np.zeros(len(between), np.uint8), np.ones(len(turn_ids), np.uint8)]
     )
-    return Reconstructed(
+    return ReconstructedSample(
         sample.prompt_ids, np.concatenate([sample.completion_ids, between, turn_ids]), mask, text
     )
 

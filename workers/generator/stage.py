@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.images import ImageError
-from onstream.pipeline.prompts import RENDERED, Prompt
+from onstream.pipeline.prompts import PROMPTS_KEPT, Prompt
 from onstream.pipeline.records import (
     PolicyVersion,
     Rollout,
@@ -27,13 +27,13 @@ from onstream.pipeline.redis.image_store import Hold
 from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.pipeline.tasks import Problem, load_task
 from onstream.pipeline.telemetry import get_logger
-from onstream.pipeline.weights import Directory, Reader, Shelf
-from onstream.pipeline.weights.redis_chunks import Chunks
+from onstream.pipeline.weights import DirectoryReader, PolicyFetcher, StoreReader
+from onstream.pipeline.weights.redis_store import ChunkReader
 from onstream.settings.root import Settings
-from onstream.workers.generator.engines.base import Completion, Request, Sampling
+from onstream.workers.generator.engines.base import Completion, GenerationRequest, Sampling
 from onstream.workers.generator.guard import Guard, tolerance_of
-from onstream.workers.generator.nccl_receiver import Receiver, ReceivingEngine
-from onstream.workers.generator.policy_loader import Policies
+from onstream.workers.generator.nccl_receiver import ReceivingEngine, TransferReceiver
+from onstream.workers.generator.policy_loader import PolicyLoader
 from onstream.workers.generator.student import PromptTooLong, open_student
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ log = get_logger()
 
 
 @dataclass(frozen=True)
-class Asked:
+class ActiveTicket:
     """A ticket in the engine, and what its problem came to."""
 
     delivery: Delivery
@@ -78,7 +78,7 @@ class Generator:
         self._sampling = Sampling(
             sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p
         )
-        self._in_hand: dict[int, Asked] = {}  # in the engine, by the request's key
+        self._in_hand: dict[int, ActiveTicket] = {}  # in the engine, by the request's key
         self._early: deque[Delivery] = deque()  # tickets for a version that is not loaded yet
         self._shown: list[Hold] = []  # what the rollouts written just now show
         self._requests = 0
@@ -91,11 +91,11 @@ class Generator:
         """
         self._task = load_task(self._settings)
         self._student = open_student(self._settings)
-        reader = Reader(self._shelf(), deltas=self._settings.weights.deltas)
-        self._policies = Policies(
+        reader = PolicyFetcher(self._shelf(), deltas=self._settings.weights.deltas)
+        self._policies = PolicyLoader(
             self._student.engine, reader, self._newest, receiver=self._receiver()
         )
-        self._asked = lru_cache(maxsize=RENDERED)(self._ask)
+        self._asked = lru_cache(maxsize=PROMPTS_KEPT)(self._ask)
         self._guard = Guard(
             self._student.engine,
             interval=self._settings.inference.guard.interval,
@@ -152,21 +152,21 @@ class Generator:
         self._early.clear()
         self._student.engine.close()
 
-    def _shelf(self) -> Shelf:
+    def _shelf(self) -> StoreReader:
         return (
-            Chunks(self._bus)
+            ChunkReader(self._bus)
             if self._settings.weights.transport == "redis"
-            else Directory(self._settings.run_dir)
+            else DirectoryReader(self._settings.run_dir)
         )
 
-    def _receiver(self) -> Receiver | None:
+    def _receiver(self) -> TransferReceiver | None:
         """The end of transfers from GPU to GPU; none where `auto` took another engine than vLLM,
         which reads files.
         """
         engine = self._student.engine
         if self._settings.weights.transport != "nccl" or not isinstance(engine, ReceivingEngine):
             return None
-        return Receiver(self._bus, engine, self._settings.weights.patience)
+        return TransferReceiver(self._bus, engine, self._settings.weights.patience)
 
     def _start(self) -> list[Outcome]:
         """Hand the engine every ticket whose version is there; returns those that cannot be
@@ -206,7 +206,7 @@ class Generator:
                 exit=Exit.UNREACHABLE,
             )
 
-    def _request(self, delivery: Delivery) -> Request:
+    def _request(self, delivery: Delivery) -> GenerationRequest:
         ticket = _ticket(delivery)
         problem, prompt = self._asked(ticket.index)
         max_tokens = self._student.completion_room(
@@ -215,8 +215,8 @@ class Generator:
         self._requests += (
             1  # not the ticket's number: an entry that was handed out twice must not meet itself
         )
-        self._in_hand[self._requests] = Asked(delivery, problem, prompt)
-        return Request(
+        self._in_hand[self._requests] = ActiveTicket(delivery, problem, prompt)
+        return GenerationRequest(
             self._requests,
             prompt.ids,
             max_tokens,
@@ -247,7 +247,7 @@ class Generator:
         )
         self._shown.clear()
 
-    def _rollout(self, asked: Asked, completion: Completion) -> Rollout:
+    def _rollout(self, asked: ActiveTicket, completion: Completion) -> Rollout:
         ticket = _ticket(asked.delivery)
         sample = Sample(
             prompt_ids=ids_bytes(asked.prompt.ids),

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.images import Message, ShownImage, plain_picture
+from onstream.pipeline.images import Message, PromptImage, grey_image
 from onstream.pipeline.models.loading import (
     limit_gpu_memory,
     load_model,
@@ -20,16 +20,20 @@ from onstream.pipeline.models.loading import (
 )
 from onstream.pipeline.models.tokenizer import has_vision, load_configs, load_tokenizer
 from onstream.pipeline.models.weight_shapes import shapes_of
-from onstream.pipeline.prompts import Eyes, Prompt, eyes_of, rendered
+from onstream.pipeline.prompts import Prompt, PromptBuilder, prompt_builder, render_prompt
 from onstream.pipeline.records import Ids
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.engines import student_engine
 from onstream.settings.gpus import memory_share
 from onstream.settings.root import Settings
-from onstream.workers.generator.engines.base import Engine, Request
+from onstream.workers.generator.engines.base import Engine, GenerationRequest
 from onstream.workers.generator.engines.server.engine import ServerEngine
 from onstream.workers.generator.engines.transformers.engine import TransformersEngine
-from onstream.workers.generator.engines.vllm.startup import NotServed, configure, did_not_start
+from onstream.workers.generator.engines.vllm.startup import (
+    UnsupportedByVllm,
+    configure,
+    did_not_start,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -50,7 +54,7 @@ class Student:
 
     tokenizer: Any
     engine: Engine
-    eyes: Eyes
+    prompts: PromptBuilder
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
         """The conversation through the chat template, up to where the answer begins.
@@ -58,8 +62,8 @@ class Student:
         Raises:
             ImageError: an image of it cannot be used.
         """
-        images = self.eyes.look(messages)
-        return self.eyes.prompt(rendered(self.tokenizer, messages), messages, images)
+        images = self.prompts.images_of(messages)
+        return self.prompts.build(render_prompt(self.tokenizer, messages), messages, images)
 
     def completion_room(self, prompt: Prompt, wanted: int) -> int:
         """How many tokens a completion of `prompt` may have: `wanted`, or what the context leaves.
@@ -84,7 +88,7 @@ class Student:
         return text
 
 
-def _of_images(images: Sequence[ShownImage]) -> str:
+def _of_images(images: Sequence[PromptImage]) -> str:
     """What to add where a message names the tokens of a prompt: how many of them are of its images."""
     tokens = sum(len(image.features.token_ids) for image in images)
     return f", {tokens} of them of its {len(images)} images" if images else ""
@@ -100,7 +104,7 @@ def open_student(settings: Settings) -> Student:
     if student_engine(settings) == "vllm":
         try:
             return _on_vllm(settings)
-        except NotServed as error:
+        except UnsupportedByVllm as error:
             if settings.inference.engine == "vllm":
                 raise
             log.warning("the student is served by transformers", reason=error.got)
@@ -128,7 +132,7 @@ def load_student(name: str | Path, settings: Settings) -> Student:
         slots=settings.inference.max_batch,
         on_new_weights=settings.inference.on_new_weights,
     )
-    return Student(tokenizer, engine, eyes_of(name, model.config, settings))
+    return Student(tokenizer, engine, prompt_builder(name, model.config, settings))
 
 
 def _on_vllm(settings: Settings) -> Student:
@@ -139,8 +143,8 @@ def _on_vllm(settings: Settings) -> Student:
 
     stops = stop_ids(tokenizer, SimpleNamespace(config=config, generation_config=generation))
     shapes = shapes_of(config)
-    eyes = eyes_of(settings.model.name, config, settings)
-    tried = _tried(eyes, tokenizer, config)
+    prompts = prompt_builder(settings.model.name, config, settings)
+    tried = _tried(prompts, tokenizer, config)
     try:
         engine = VllmEngine(
             configured, stops, shapes, on_new_weights=settings.inference.on_new_weights, tried=tried
@@ -149,28 +153,34 @@ def _on_vllm(settings: Settings) -> Student:
         raise
     except Exception as error:
         raise did_not_start(error, settings) from error
-    return Student(tokenizer, engine, eyes)
+    return Student(tokenizer, engine, prompts)
 
 
 def _on_servers(settings: Settings) -> Student:
     tokenizer = load_tokenizer(settings.model.name)
     config, generation = load_configs(settings.model.name)
     stops = stop_ids(tokenizer, SimpleNamespace(config=config, generation_config=generation))
-    eyes = eyes_of(settings.model.name, config, settings)
-    tried = _tried(eyes, tokenizer, config)
-    return Student(tokenizer, ServerEngine(settings, tokenizer, stops, config, tried=tried), eyes)
+    prompts = prompt_builder(settings.model.name, config, settings)
+    tried = _tried(prompts, tokenizer, config)
+    return Student(
+        tokenizer, ServerEngine(settings, tokenizer, stops, config, tried=tried), prompts
+    )
 
 
-def _tried(eyes: Eyes, tokenizer: Any, config: PretrainedConfig) -> Request | None:
+def _tried(
+    prompts: PromptBuilder, tokenizer: Any, config: PretrainedConfig
+) -> GenerationRequest | None:
     """A request with a picture, that vLLM is tried with at the start; None for a student that reads
     none.
     """
     if not has_vision(config):
         return None
-    shown = {"type": "image_url", "image_url": {"url": plain_picture(*TRIED).data_url}}
+    shown = {"type": "image_url", "image_url": {"url": grey_image(*TRIED).data_url}}
     messages: list[Message] = [{"role": "user", "content": [shown]}]
-    prompt = eyes.prompt(rendered(tokenizer, messages), messages, eyes.look(messages))
-    return Request(0, prompt.ids, max_tokens=1, seed=0, images=prompt.images)
+    prompt = prompts.build(
+        render_prompt(tokenizer, messages), messages, prompts.images_of(messages)
+    )
+    return GenerationRequest(0, prompt.ids, max_tokens=1, seed=0, images=prompt.images)
 
 
 def stop_ids(tokenizer: Any, model: Any) -> set[int]:

@@ -14,7 +14,7 @@ import msgspec
 import torch
 
 from onstream.pipeline import weights
-from onstream.pipeline.images.feed import Fetch, no_images
+from onstream.pipeline.images.feature_cache import FetchImages, no_images
 from onstream.pipeline.records import PolicyVersion, Ticket, decode_work
 from onstream.pipeline.run_files.recording import Frame, Opened, Recorded, Stepped
 from onstream.settings.root import Settings
@@ -78,7 +78,7 @@ class Player:
         beginning: ReplayStart,
         settings_under: Callable[[Opened], Settings],
         told: Callable[[str], None],
-        images: Fetch = no_images,
+        images: FetchImages = no_images,
     ) -> None:
         self._settings_under = settings_under
         self._told = told

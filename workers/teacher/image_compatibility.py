@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.images import plain_picture
+from onstream.pipeline.images import grey_image
 from onstream.pipeline.images.vision import Vision
 
 SIZES = ((32, 32), (448, 336), (300, 900))
@@ -21,7 +21,7 @@ def same_tokens(student: Vision, teacher: Vision, student_name: str, teacher_nam
         UserError: they differ in the number of tokens, or in the tokens, of a picture of some size.
     """
     for width, height in SIZES:
-        picture = plain_picture(width, height)
+        picture = grey_image(width, height)
         ours = student.features(picture).token_ids
         theirs = teacher.features(picture).token_ids
         if not np.array_equal(ours, theirs):

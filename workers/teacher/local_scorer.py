@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from onstream.pipeline.images.feed import ImageFeed
+from onstream.pipeline.images.feature_cache import FeatureCache
 from onstream.pipeline.models.logprobs import (
     NO_IMAGES,
     TokenLogprobs,
@@ -32,7 +32,7 @@ class LocalScorer:
     No more than `head_chunk` positions have their logits over the whole vocabulary at once.
     `vocabulary_size` is how many entries of the model's output count: models of one family pad
     theirs differently, and a likeliest token that the student has no logit for would mean nothing
-    to it. `feed` gives the images that prompts show, as this model reads them; None for one that
+    to it. `features` gives the images that prompts show, as this model reads them; None for one that
     reads none.
     """
 
@@ -45,7 +45,7 @@ class LocalScorer:
         vocabulary_size: int,
         max_batch_tokens: int,
         head_chunk: int,
-        feed: ImageFeed | None = None,
+        features: FeatureCache | None = None,
     ) -> None:
         self.name = name
         self.context_tokens = context_tokens
@@ -54,29 +54,31 @@ class LocalScorer:
         self._head = _first_rows(head_of(model), vocabulary_size)
         self._max_batch_tokens = max_batch_tokens
         self._head_chunk = head_chunk
-        self._feed = feed
+        self._features = features
 
     def prefetch_images(self, request: ScoreRequest) -> None:
         """Begin with the images of a request that will be scored soon."""
-        if self._feed:
-            self._feed.ahead(request.images)
+        if self._features:
+            self._features.prefetch(request.images)
 
     def image_problem(self, request: ScoreRequest) -> str | None:
         """Why the images of `request` cannot be judged, in words; None where it can be scored with
         all of them present.
         """
-        if self._feed is None:
+        if self._features is None:
             return (
                 f"its prompt shows {len(request.images)} images, and the teacher {self.name} reads none"
                 if request.images
                 else None
             )
-        return self._feed.objection(request.prompt_ids, request.completion_ids, request.images)
+        return self._features.problem_with(
+            request.prompt_ids, request.completion_ids, request.images
+        )
 
     def close(self) -> None:
         """End what looks ahead."""
-        if self._feed:
-            self._feed.close()
+        if self._features:
+            self._features.close()
 
     @torch.inference_mode()
     def score(self, requests: Sequence[ScoreRequest], *, top_k: int) -> list[Scores]:
@@ -89,7 +91,7 @@ class LocalScorer:
         completions = [request.completion_ids for request in requests]
         groups = share_prompts(prompts, completions, [request.images for request in requests])
         shown = {digest for request in requests for digest in request.images}
-        features = self._feed.of(shown) if self._feed and shown else NO_IMAGES
+        features = self._features.get(shown) if self._features and shown else NO_IMAGES
         scores: dict[int, Scores] = {}
         for packed in pack(groups, self._max_batch_tokens):
             scores.update(

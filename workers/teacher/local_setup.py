@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from transformers import AutoConfig
 
-from onstream.pipeline.images.feed import Fetch, ImageFeed, no_images
+from onstream.pipeline.images.feature_cache import FeatureCache, FetchImages, no_images
 from onstream.pipeline.images.vision import load_vision
 from onstream.pipeline.models.loading import load_model, resolve_device, resolve_dtype
 from onstream.pipeline.models.prompt_sharing import prepare
@@ -19,7 +19,7 @@ from onstream.workers.teacher.local_scorer import LocalScorer
 from onstream.workers.teacher.model_info import load_model_info
 
 
-def load_local(settings: Settings, images: Fetch = no_images) -> LocalScorer:
+def load_local(settings: Settings, images: FetchImages = no_images) -> LocalScorer:
     """The teacher of `teacher_inference.model.name`, or the student's starting model where none is
     named.
 
@@ -49,5 +49,5 @@ def load_local(settings: Settings, images: Fetch = no_images) -> LocalScorer:
         vocabulary_size=min(student.vocabulary_size, teacher.vocabulary_size),
         max_batch_tokens=local.max_batch_tokens,
         head_chunk=local.head_chunk,
-        feed=ImageFeed(vision, images, settings.images.keep_bytes) if vision else None,
+        features=FeatureCache(vision, images, settings.images.keep_bytes) if vision else None,
     )

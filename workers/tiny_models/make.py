@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.images import ShownImage, image_urls
+from onstream.pipeline.images import PromptImage, image_urls
 from onstream.pipeline.images.vision import Vision
 from onstream.pipeline.models.image_features import ImageFeatures
 from onstream.pipeline.models.loading import load_model
-from onstream.pipeline.prompts import Eyes, rendered
+from onstream.pipeline.prompts import PromptBuilder, render_prompt
 from onstream.pipeline.tasks import Problem, load_task
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.losses import SftLoss
@@ -144,9 +144,9 @@ class _Maker:
         recipe = self.recipe
         learner = Learner(start, _trainer_settings(recipe, lr), torch.device("cpu"))
         share = 0.0
-        eyes = Eyes(learner.vision, self.settings.images)
+        builder = PromptBuilder(learner.vision, self.settings.images)
         for step in range(1, recipe.round_steps + 1):
-            samples, features = self._batch(eyes)
+            samples, features = self._batch(builder)
             metrics = learner.step(samples, recipe.round_steps, features=features)
             self.steps += 1
             apart = recipe.probe_steps if share < recipe.least / 2 else recipe.fine_probe_steps
@@ -164,11 +164,13 @@ class _Maker:
                 break
         return share
 
-    def _batch(self, eyes: Eyes) -> tuple[list[TrainSample], dict[str, ImageFeatures]]:
+    def _batch(self, builder: PromptBuilder) -> tuple[list[TrainSample], dict[str, ImageFeatures]]:
         """The next samples, and the images that they show."""
         first = self.steps * self.recipe.batch_size
-        made = [self._sample(index, eyes) for index in range(first, first + self.recipe.batch_size)]
-        features = {image.picture.digest: image.features for _, images in made for image in images}
+        made = [
+            self._sample(index, builder) for index in range(first, first + self.recipe.batch_size)
+        ]
+        features = {image.file.digest: image.features for _, images in made for image in images}
         samples = with_mistakes(
             [sample for sample, _ in made],
             self.recipe.mistakes,
@@ -176,10 +178,14 @@ class _Maker:
         )
         return samples, features
 
-    def _sample(self, index: int, eyes: Eyes) -> tuple[TrainSample, tuple[ShownImage, ...]]:
+    def _sample(
+        self, index: int, builder: PromptBuilder
+    ) -> tuple[TrainSample, tuple[PromptImage, ...]]:
         problem = self.task.train(index)
         messages = self.task.train(index + 1).messages if self.recipe.blind else problem.messages
-        prompt = eyes.prompt(rendered(self.tokenizer, messages), messages, eyes.look(messages))
+        prompt = builder.build(
+            render_prompt(self.tokenizer, messages), messages, builder.images_of(messages)
+        )
         completion = [*self.tokenizer(_answer(problem)).input_ids, self.tokenizer.eos_token_id]
         length = len(completion)
         sample = TrainSample(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from msgspec.structs import replace
 
-from onstream.pipeline.images.feed import Fetch, ImageFeed
+from onstream.pipeline.images.feature_cache import FeatureCache, FetchImages
 from onstream.pipeline.models.loading import resolve_device
 from onstream.pipeline.models.logprobs import NO_IMAGES
 from onstream.pipeline.records import Rollout, Timing, Tombstone, ids_array
@@ -88,7 +88,7 @@ class Training:
         worker: str,
         step: int = 0,
         dropped: Mapping[str, int] | None = None,
-        images: Fetch | None = None,
+        images: FetchImages | None = None,
     ) -> None:
         self.learner = learner
         self.step = step
@@ -101,9 +101,9 @@ class Training:
         self._group_size = settings.orchestrator.group_size
         self._normalize = settings.trainer.loss.normalize_advantage
         self._waiting: deque[TimedRecord] = deque()
-        self._images: ImageFeed | None = None
+        self._images: FeatureCache | None = None
         if learner.vision and images:
-            self._images = ImageFeed(learner.vision, images, settings.images.keep_bytes)
+            self._images = FeatureCache(learner.vision, images, settings.images.keep_bytes)
 
     def take(self, record: Rollout | Tombstone, taken: float) -> None:
         """Put `record`, taken at `taken`, behind those that wait to be considered.

@@ -12,15 +12,15 @@ import torch
 
 from onstream.pipeline.redis.streams import Bus
 from onstream.pipeline.weights import (
-    Directory,
-    DirectoryOutlet,
+    DirectoryReader,
+    DirectoryWriter,
     LoadedPolicy,
-    Outlet,
-    Reader,
-    Sender,
-    Shelf,
+    PolicyFetcher,
+    PolicySender,
+    StoreReader,
+    StoreWriter,
 )
-from onstream.pipeline.weights.redis_chunks import Chunks, ChunksOutlet
+from onstream.pipeline.weights.redis_store import ChunkReader, ChunkWriter
 
 
 def course(
@@ -55,17 +55,17 @@ class Transport:
     run_dir: Path
     bus: Bus
 
-    def outlet(self) -> Outlet:
+    def outlet(self) -> StoreWriter:
         if self.name == "redis":
-            return ChunksOutlet(self.bus, self.bus.acquire_lease(5), share=0.5, patience_s=1)
+            return ChunkWriter(self.bus, self.bus.acquire_lease(5), share=0.5, patience_s=1)
         (self.run_dir / "model").mkdir(exist_ok=True)
-        return DirectoryOutlet(self.run_dir, self.run_dir / "model")
+        return DirectoryWriter(self.run_dir, self.run_dir / "model")
 
-    def shelf(self) -> Shelf:
-        return Chunks(self.bus) if self.name == "redis" else Directory(self.run_dir)
+    def shelf(self) -> StoreReader:
+        return ChunkReader(self.bus) if self.name == "redis" else DirectoryReader(self.run_dir)
 
-    def sender(self, full_every: int | None = 10) -> Sender:
-        return Sender(self.outlet(), full_every)
+    def sender(self, full_every: int | None = 10) -> PolicySender:
+        return PolicySender(self.outlet(), full_every)
 
-    def reader(self) -> Reader:
-        return Reader(self.shelf(), deltas=True)
+    def reader(self) -> PolicyFetcher:
+        return PolicyFetcher(self.shelf(), deltas=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from onstream.pipeline.weights import LoadedPolicy, WeightsError
-from onstream.pipeline.weights.nccl_transfer import Filling, Frame
+from onstream.pipeline.weights.nccl_transfer import PolicyHeader, ReceiveBuffer
 
 
 @pytest.fixture
@@ -25,7 +25,9 @@ def policy() -> LoadedPolicy:
 def test_the_tensors_fill_the_frame_to_the_same_file_in_whatever_order_they_come(
     policy: LoadedPolicy,
 ) -> None:
-    filling = Filling(msgspec.json.decode(msgspec.json.encode(Frame.of(policy)), type=Frame))
+    filling = ReceiveBuffer(
+        msgspec.json.decode(msgspec.json.encode(PolicyHeader.of(policy)), type=PolicyHeader)
+    )
     assert filling.shapes == policy.shapes
     tensors = list(policy.tensors().items())
     filling.load_weights(reversed(tensors[2:]))
@@ -36,7 +38,7 @@ def test_the_tensors_fill_the_frame_to_the_same_file_in_whatever_order_they_come
 
 
 def test_a_tensor_that_did_not_come_is_named(policy: LoadedPolicy) -> None:
-    filling = Filling(Frame.of(policy))
+    filling = ReceiveBuffer(PolicyHeader.of(policy))
     filling.load_weights(
         (name, tensor) for name, tensor in policy.tensors().items() if name != "c.d"
     )
@@ -45,7 +47,7 @@ def test_a_tensor_that_did_not_come_is_named(policy: LoadedPolicy) -> None:
 
 
 def test_a_single_bit_that_changed_on_the_way_is_noticed(policy: LoadedPolicy) -> None:
-    filling = Filling(Frame.of(policy))
+    filling = ReceiveBuffer(PolicyHeader.of(policy))
     filling.load_weights(policy.tensors().items())
     filling.load_weights([("a", policy.tensors()["a"].nextafter(torch.full((7,), 9.0)))])
     with pytest.raises(WeightsError, match="version 4 was announced with"):

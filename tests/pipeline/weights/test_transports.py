@@ -16,13 +16,19 @@ import pytest
 import torch
 
 from onstream.pipeline.records import PolicyVersion
-from onstream.pipeline.weights import LoadedPolicy, Reader, Version, WeightsError, announced
+from onstream.pipeline.weights import (
+    LoadedPolicy,
+    PolicyFetcher,
+    VersionId,
+    WeightsError,
+    announced,
+)
 from tests.pipeline.weights.policies import Transport, course
 
 UPDATES = 50
 
 
-def fetched(reader: Reader, policy: LoadedPolicy) -> LoadedPolicy:
+def fetched(reader: PolicyFetcher, policy: LoadedPolicy) -> LoadedPolicy:
     found = reader.fetch(announced(policy))
     assert (found.number, found.digest) == (policy.number, policy.digest)
     assert np.array_equal(found.data, policy.data)
@@ -160,7 +166,7 @@ def test_a_trainer_that_starts_anew_goes_on_with_deltas_where_they_lead_somewher
         sender.send(policy)
     fetched(reader, policies[2])
     anew = transport.sender()
-    assert anew.offers(Version(2, policies[2].digest))
+    assert anew.offers(VersionId(2, policies[2].digest))
     anew.skip(policies[2])
     sent = anew.send(policies[3])
     assert sent.update_bytes < 0.3 * policies[3].data.size
@@ -207,12 +213,14 @@ import sys
 from pathlib import Path
 from onstream.pipeline.records import PolicyVersion
 from onstream.pipeline.redis.streams import Bus
-from onstream.pipeline.weights import Directory, Reader
-from onstream.pipeline.weights.redis_chunks import Chunks
+from onstream.pipeline.weights import DirectoryReader, PolicyFetcher
+from onstream.pipeline.weights.redis_store import ChunkReader
 
 name, run_dir, url, run = sys.argv[1:]
 bus = Bus.connect(url, run, consumer="killed", block_s=0.2, connect_timeout_s=5)
-reader = Reader(Chunks(bus) if name == "redis" else Directory(Path(run_dir)), deltas=True)
+reader = PolicyFetcher(
+    ChunkReader(bus) if name == "redis" else DirectoryReader(Path(run_dir)), deltas=True
+)
 for line in sys.stdin:
     number, digest = line.split()
     loaded = reader.fetch(PolicyVersion(int(number), digest, f"policies/{int(number):06d}", 0))

@@ -17,7 +17,7 @@ from onstream.pipeline.records import PolicyVersion, Probe, VersionSpan
 from onstream.pipeline.weights import LoadedPolicy
 from onstream.settings.inference import InferenceSettings
 from onstream.settings.trainer import TrainerSettings
-from onstream.workers.generator.engines.base import Request
+from onstream.workers.generator.engines.base import GenerationRequest
 from onstream.workers.generator.engines.transformers.engine import TransformersEngine
 from onstream.workers.generator.guard import EXACT, Guard, compare
 from onstream.workers.trainer.learner import Learner
@@ -58,11 +58,11 @@ class Watched(TransformersEngine):
     skipped: tuple[str, ...] = ()
 
     def __init__(self, model: Any, **options: Any) -> None:
-        self.asked: list[Request] = []
+        self.asked: list[GenerationRequest] = []
         super().__init__(model, (), **{"slots": 16, **options})
         self.asked.clear()
 
-    def add(self, requests: Sequence[Request]) -> None:
+    def add(self, requests: Sequence[GenerationRequest]) -> None:
         self.asked += requests
         super().add(requests)
 
@@ -186,7 +186,9 @@ def test_an_answer_is_judged_by_the_version_that_wrote_it(student: Any, learner:
     """The slots are taken, so that the probe waits while two newer versions come."""
     engine = Watched(student, slots=2)
     run = Run(engine, learner)
-    engine.add([Request(key, np.arange(4, 9, dtype=np.int32), 6, seed=key) for key in (1, 2)])
+    engine.add(
+        [GenerationRequest(key, np.arange(4, 9, dtype=np.int32), 6, seed=key) for key in (1, 2)]
+    )
     for number in (1, 2, 3):
         engine.step()
         run.load(number, weights_of(number))
@@ -210,7 +212,7 @@ def test_while_an_engine_finishes_what_runs_the_version_to_come_is_not_asked_abo
 ) -> None:
     engine = Watched(student, on_new_weights="wait")
     run = Run(engine, learner)
-    engine.add([Request(1, np.arange(4, 9, dtype=np.int32), 3, seed=0)])
+    engine.add([GenerationRequest(1, np.arange(4, 9, dtype=np.int32), 3, seed=0)])
     engine.step()
     policy = run.load(4, weights_of(4))
     assert len(engine.asked) == 1
@@ -257,7 +259,7 @@ def test_rollouts_pass_through_and_only_the_guards_own_are_taken_out(
 ) -> None:
     run = Run(Watched(student), learner)
     run.load(0, weights_of(0))
-    run.engine.add([Request(5, np.arange(4, 9, dtype=np.int32), 3, seed=0)])
+    run.engine.add([GenerationRequest(5, np.arange(4, 9, dtype=np.int32), 3, seed=0)])
     assert [one.key for one in run.finish()] == [5]
 
 

@@ -9,8 +9,14 @@ import pytest
 import torch
 
 from onstream.pipeline.records import PolicyVersion
-from onstream.pipeline.weights import Directory, LoadedPolicy, Reader, WeightsError, publish
-from onstream.workers.generator.policy_loader import LOOK_S, RETRY_S, Policies
+from onstream.pipeline.weights import (
+    DirectoryReader,
+    LoadedPolicy,
+    PolicyFetcher,
+    WeightsError,
+    publish,
+)
+from onstream.workers.generator.policy_loader import LOOK_S, RETRY_S, PolicyLoader
 
 
 class Recorder:
@@ -39,8 +45,8 @@ class Watched:
         self.looks = 0
         self.announced: PolicyVersion | None = None
         engine: Any = self.engine
-        reader = Reader(Directory(run_dir), deltas=False)
-        self.policies = Policies(
+        reader = PolicyFetcher(DirectoryReader(run_dir), deltas=False)
+        self.policies = PolicyLoader(
             engine, reader, self._newest, clock=lambda: self.now, receiver=receiver
         )
 

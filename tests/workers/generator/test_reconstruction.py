@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from onstream.workers.generator.reconstruction import (
-    Reconstructed,
+    ReconstructedSample,
     ReconstructionError,
     Reconstructor,
 )
@@ -35,7 +35,7 @@ def call(name: str, arguments: str) -> dict[str, Any]:
     return {"id": "1", "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def shown(sample: Reconstructed) -> str:
+def shown(sample: ReconstructedSample) -> str:
     """The sample as text: the prompt, a bar, and the completion with what is not trained in
     brackets.
     """

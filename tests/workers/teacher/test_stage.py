@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.images.feed import no_images
+from onstream.pipeline.images.feature_cache import no_images
 from onstream.pipeline.loop import Worker
 from onstream.pipeline.records import (
     Rollout,

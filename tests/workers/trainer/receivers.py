@@ -11,7 +11,7 @@ from typing import Any
 
 from onstream.pipeline.redis.streams import Bus
 from onstream.pipeline.stage import Stats
-from onstream.workers.generator.nccl_receiver import READING, READY, Receiver
+from onstream.workers.generator.nccl_receiver import READING, READY, TransferReceiver
 from tests.forkserver import context
 
 
@@ -54,7 +54,7 @@ def generator(url: str, run: str, name: str, gpus: int, ends: Sequence[str], joi
     bus = Bus.connect(url, run, consumer=name, block_s=0.2, connect_timeout_s=5)
     bus.heartbeat("generate", Stats())
     engine = SaysSo(gpus, ends)
-    receiver = Receiver(bus, engine, patience_s=5)
+    receiver = TransferReceiver(bus, engine, patience_s=5)
     joined.put((name, "up"))
     told = 0
     while True:

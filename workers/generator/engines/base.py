@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from onstream.pipeline.images import ShownImage
+from onstream.pipeline.images import PromptImage
 from onstream.pipeline.records import FinishReason, Ids, Logprobs, VersionSpan
 from onstream.pipeline.weights import LoadedPolicy
 
@@ -28,7 +28,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """One completion to write: at most `max_tokens` tokens after `prompt_ids`. `key` is handed back
     with the completion.
 
@@ -47,7 +47,7 @@ class Request:
     seed: int
     sampling: Sampling = Sampling()
     replica: int | None = None
-    images: tuple[ShownImage, ...] = ()
+    images: tuple[PromptImage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Completion:
     version_spans: list[VersionSpan]
 
 
-def require_possible(request: Request, max_context: int | None) -> None:
+def require_possible(request: GenerationRequest, max_context: int | None) -> None:
     """Check that there is something to write, and that it fits.
 
     Raises:
@@ -116,7 +116,7 @@ class Engine(Protocol):
         """
         ...
 
-    def add(self, requests: Sequence[Request]) -> None:
+    def add(self, requests: Sequence[GenerationRequest]) -> None:
         """Queue `requests`. Neighbours with the same prompt share its computation.
 
         Raises:

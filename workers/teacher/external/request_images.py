@@ -8,10 +8,10 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from onstream.pipeline.images import Picture, ShownImage
-from onstream.pipeline.images.feed import Fetch, ImageFeed, MissingImage
+from onstream.pipeline.images import ImageFile, PromptImage
+from onstream.pipeline.images.feature_cache import FeatureCache, FetchImages, MissingImage
 from onstream.pipeline.images.vision import load_vision
-from onstream.pipeline.images.vllm_prompts import KEPT, SentImages
+from onstream.pipeline.images.vllm_prompts import KEPT, VllmPrompts
 from onstream.pipeline.records import Sample, ids_array
 from onstream.settings.root import Settings
 from onstream.workers.teacher.score_requests import request_of
@@ -26,10 +26,12 @@ class RequestImages:
     gives their bytes.
     """
 
-    def __init__(self, settings: Settings, config: PretrainedConfig, fetch: Fetch) -> None:
-        self._feed = ImageFeed(load_vision(settings.model.name), fetch, settings.images.keep_bytes)
+    def __init__(self, settings: Settings, config: PretrainedConfig, fetch: FetchImages) -> None:
+        self._features = FeatureCache(
+            load_vision(settings.model.name), fetch, settings.images.keep_bytes
+        )
         self._fetch = fetch
-        self._sent = SentImages(config)
+        self._sent = VllmPrompts(config)
         self._picture = lru_cache(maxsize=KEPT)(self._read)
 
     def objection(self, sample: Sample) -> str | None:
@@ -39,7 +41,7 @@ class RequestImages:
                 self._picture(digest)
         except MissingImage as error:
             return str(error)
-        return self._feed.objection(
+        return self._features.problem_with(
             ids_array(sample.prompt_ids), ids_array(sample.completion_ids), sample.images
         )
 
@@ -52,8 +54,8 @@ class RequestImages:
         request = request_of(sample)
         if not request.images:
             return request
-        made = self._feed.of(request.images)
-        shown = [ShownImage(self._picture(digest), made[digest]) for digest in request.images]
+        made = self._features.get(request.images)
+        shown = [PromptImage(self._picture(digest), made[digest]) for digest in request.images]
         return replace(
             request,
             sent=self._sent.fields(request.prompt_ids, shown, request.completion_ids.tolist()),
@@ -61,10 +63,10 @@ class RequestImages:
 
     def close(self) -> None:
         """End the thread that processes images."""
-        self._feed.close()
+        self._features.close()
 
-    def _read(self, digest: str) -> Picture:
+    def _read(self, digest: str) -> ImageFile:
         data = self._fetch([digest])[0]
         if data is None:
             raise MissingImage(f"the image {digest[:12]} is gone")
-        return Picture(data)
+        return ImageFile(data)

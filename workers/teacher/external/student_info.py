@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.images import ImageError, Message, image_urls, plain_picture
-from onstream.pipeline.images.vllm_prompts import SentImages
+from onstream.pipeline.images import ImageError, Message, grey_image, image_urls
+from onstream.pipeline.images.vllm_prompts import VllmPrompts
 from onstream.pipeline.models.tokenizer import has_vision, load_configs
-from onstream.pipeline.prompts import Eyes, eyes_of, rendered
+from onstream.pipeline.prompts import PromptBuilder, prompt_builder, render_prompt
 from onstream.pipeline.tasks import load_task
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
@@ -55,15 +55,15 @@ def load_student_info(settings: Settings) -> StudentInfo:
     student = load_model_info(settings.model.name)
     prompts = _first_prompts(settings)
     shows = any(image_urls(messages) for messages in prompts)
-    eyes = _eyes(settings) if shows else None
-    longest = max((_tokens(messages, student, eyes) for messages in prompts), default=1)
+    builder = _prompt_builder(settings) if shows else None
+    longest = max((_tokens(messages, student, builder) for messages in prompts), default=1)
     longest = min(student.context_tokens, longest + settings.inference.sampling.max_completion)
     probe = make_check_request(student, longest)
     return StudentInfo(
         student,
         probe,
         longest,
-        _shown(settings, student, eyes, probe) if eyes is not None else None,
+        _shown(settings, student, builder, probe) if builder is not None else None,
     )
 
 
@@ -100,19 +100,21 @@ def _first_prompts(settings: Settings) -> list[list[Message]]:
     return [list(task.train(index).messages) for index in range(PROMPTS)]
 
 
-def _tokens(messages: list[Message], student: ModelInfo, eyes: Eyes | None) -> int:
+def _tokens(messages: list[Message], student: ModelInfo, builder: PromptBuilder | None) -> int:
     """The tokens of a prompt; 1 of one whose images cannot be used, which no teacher will see."""
-    if eyes is None:
+    if builder is None:
         return len(prompt_ids(student, messages))
     try:
         return len(
-            eyes.prompt(rendered(student.tokenizer, messages), messages, eyes.look(messages)).ids
+            builder.build(
+                render_prompt(student.tokenizer, messages), messages, builder.images_of(messages)
+            ).ids
         )
     except ImageError:
         return 1
 
 
-def _eyes(settings: Settings) -> Eyes:
+def _prompt_builder(settings: Settings) -> PromptBuilder:
     config, _ = load_configs(settings.model.name)
     if not has_vision(config):
         raise UserError(
@@ -120,18 +122,22 @@ def _eyes(settings: Settings) -> Eyes:
             expected="a vision-language student, or prompts without images",
             next_step="Choose another model.name or task (docs/images.md).",
         )
-    return eyes_of(settings.model.name, config, settings)
+    return prompt_builder(settings.model.name, config, settings)
 
 
-def _shown(settings: Settings, student: ModelInfo, eyes: Eyes, probe: ScoreRequest) -> ScoreRequest:
+def _shown(
+    settings: Settings, student: ModelInfo, builder: PromptBuilder, probe: ScoreRequest
+) -> ScoreRequest:
     """A prompt that is a picture, and a word after it."""
-    picture = plain_picture(*TRIED)
+    picture = grey_image(*TRIED)
     messages: list[Message] = [
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": picture.data_url}}]}
     ]
-    prompt = eyes.prompt(rendered(student.tokenizer, messages), messages, eyes.look(messages))
+    prompt = builder.build(
+        render_prompt(student.tokenizer, messages), messages, builder.images_of(messages)
+    )
     word = probe.completion_ids[-WORD:]
-    sent = SentImages(load_configs(settings.model.name)[0]).fields(
+    sent = VllmPrompts(load_configs(settings.model.name)[0]).fields(
         prompt.ids, prompt.images, word.tolist()
     )
     return ScoreRequest(prompt.ids, word, (picture.digest,), sent)

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from onstream.pipeline.images.feed import Fetch, no_images
+from onstream.pipeline.images.feature_cache import FetchImages, no_images
 from onstream.pipeline.records import Rollout, Tombstone, encode
 from onstream.pipeline.run_files import recording
 from onstream.pipeline.run_files.durable import sync
@@ -48,7 +48,11 @@ class Recording:
     """
 
     def __init__(
-        self, settings: Settings, found: Checkpoint | None, digest: str, images: Fetch = no_images
+        self,
+        settings: Settings,
+        found: Checkpoint | None,
+        digest: str,
+        images: FetchImages = no_images,
     ) -> None:
         self._recorder: Recorder | None = None
         self._images = images

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from onstream.pipeline.run_files.ownership import LeaseLost
 from onstream.pipeline.telemetry import get_logger
 from onstream.pipeline.weights import LoadedPolicy, WeightsError
-from onstream.pipeline.weights.nccl_transfer import Caller, Frame
+from onstream.pipeline.weights.nccl_transfer import PolicyHeader, TransferCoordinator
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ class RedisSyncClient:
     announced. So there is no update to be begun or finished here.
     """
 
-    def __init__(self, caller: Caller, ranks: Mapping[str, int]) -> None:
+    def __init__(self, caller: TransferCoordinator, ranks: Mapping[str, int]) -> None:
         self._caller = caller
         self._ranks = ranks
         self.policy: LoadedPolicy | None = None
@@ -57,7 +57,7 @@ class RedisSyncClient:
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Have all of them receive the version that is being sent."""
         assert self.policy is not None
-        self._caller.call("receive", self._ranks, update_info, Frame.of(self.policy))
+        self._caller.call("receive", self._ranks, update_info, PolicyHeader.of(self.policy))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Nothing to finish."""
@@ -76,7 +76,11 @@ class Transfer:
     """
 
     def __init__(
-        self, caller: Caller, address: str, patience_s: float, opens: Opens | None = None
+        self,
+        caller: TransferCoordinator,
+        address: str,
+        patience_s: float,
+        opens: Opens | None = None,
     ) -> None:
         self._caller = caller
         self._address = address

@@ -13,10 +13,17 @@ from onstream.pipeline import weights
 from onstream.pipeline.records import PolicyVersion, Probe
 from onstream.pipeline.redis.access import redis_url
 from onstream.pipeline.redis.streams import Bus, Lease
-from onstream.pipeline.weights import DirectoryOutlet, LoadedPolicy, Outlet, Sender, Sent, Version
-from onstream.pipeline.weights.nccl_transfer import Caller
+from onstream.pipeline.weights import (
+    DirectoryWriter,
+    LoadedPolicy,
+    PolicySender,
+    SendResult,
+    StoreWriter,
+    VersionId,
+)
+from onstream.pipeline.weights.nccl_transfer import TransferCoordinator
 from onstream.pipeline.weights.pins import pinned
-from onstream.pipeline.weights.redis_chunks import ChunksOutlet
+from onstream.pipeline.weights.redis_store import ChunkWriter
 from onstream.settings import serving
 from onstream.settings.engines import vllm_missing
 from onstream.settings.problem import SettingsError
@@ -53,14 +60,14 @@ class Publisher:
         self._model_files = model_files
         self._run_dir = settings.run_dir
         self._on_disk = settings.weights.transport != "redis"
-        self._sender = Sender(
+        self._sender = PolicySender(
             self._outlet(), settings.weights.full_every if settings.weights.deltas else None
         )
         self._transfer = transfer
         self._unwritten: LoadedPolicy | None = (
             None  # the newest version, where it went from GPU to GPU alone
         )
-        self.sent = Sent(0, None)
+        self.sent = SendResult(0, None)
         self._announced: dict[int, str] = {}
         for _, policy in bus.announcements():
             self._remember(policy)
@@ -106,7 +113,7 @@ class Publisher:
         newest = self._bus.newest_policy()
         if newest is not None and newest.number >= policy.number:
             return
-        if not self._sender.offers(Version(policy.number, policy.digest)):
+        if not self._sender.offers(VersionId(policy.number, policy.digest)):
             self._give(LoadedPolicy.of(policy.number, state()), whole=True)
         self._bus.announce(self._lease, policy)
 
@@ -132,23 +139,23 @@ class Publisher:
         if self._transfer is not None:
             self._transfer.close()
 
-    def _give(self, policy: LoadedPolicy, *, whole: bool) -> Sent:
+    def _give(self, policy: LoadedPolicy, *, whole: bool) -> SendResult:
         """Give `policy` to the generators; a second time where Redis lost the first half of it
         meanwhile.
         """
         self._unwritten = None
         if self._transfer is not None and self._transfer.send(policy) and not whole:
             self._unwritten = policy
-            return Sent(policy.data.size, None)
+            return SendResult(policy.data.size, None)
         sent = self._sender.send(policy, whole=whole)
-        if not self._sender.offers(Version(policy.number, policy.digest)):
+        if not self._sender.offers(VersionId(policy.number, policy.digest)):
             sent = self._sender.send(policy, whole=True)
         return sent
 
-    def _outlet(self) -> Outlet:
+    def _outlet(self) -> StoreWriter:
         if self._on_disk:
-            return DirectoryOutlet(self._run_dir, self._model_files)
-        return ChunksOutlet(
+            return DirectoryWriter(self._run_dir, self._model_files)
+        return ChunkWriter(
             self._bus,
             self._lease,
             self._settings.weights.max_share,
@@ -171,7 +178,7 @@ class Publisher:
         """Whether nobody needs version `number` anew: a later one is the newest, or it can be had
         still.
         """
-        return number < max(self._announced) or self._sender.offers(Version(number, digest))
+        return number < max(self._announced) or self._sender.offers(VersionId(number, digest))
 
     def _remember(self, policy: PolicyVersion) -> None:
         """Other weights under a number end the story that the later numbers told."""
@@ -196,7 +203,9 @@ def transfer_of(bus: Bus, lease: Lease, settings: Settings) -> Transfer | None:
         raise SettingsError([vllm_missing("weights.transport")])
     patience_s = settings.weights.patience
     return Transfer(
-        Caller(bus, lease, patience_s), address_towards(redis_url(settings)), patience_s
+        TransferCoordinator(bus, lease, patience_s),
+        address_towards(redis_url(settings)),
+        patience_s,
     )
 
 

@@ -14,8 +14,8 @@ import torch
 from onstream.pipeline.redis.streams import Bus
 from onstream.pipeline.stage import Stats
 from onstream.pipeline.weights import LoadedPolicy, WeightsError, announced
-from onstream.pipeline.weights.nccl_transfer import Caller, Frame
-from onstream.workers.generator.nccl_receiver import READING, SIGN_S, Receiver
+from onstream.pipeline.weights.nccl_transfer import PolicyHeader, TransferCoordinator
+from onstream.workers.generator.nccl_receiver import READING, SIGN_S, TransferReceiver
 from onstream.workers.trainer.publication.nccl_sender import RedisSyncClient, Transfer
 from tests.forkserver import context
 from tests.workers.trainer.receivers import SaysSo, start
@@ -85,7 +85,9 @@ def transfer(bus: Bus, opened: list[NoBroadcast]) -> Transfer:
         opened.append(NoBroadcast(client, address, size))
         return opened[-1]
 
-    return Transfer(Caller(bus, bus.acquire_lease(60), PATIENCE_S), "127.0.0.1", PATIENCE_S, opens)
+    return Transfer(
+        TransferCoordinator(bus, bus.acquire_lease(60), PATIENCE_S), "127.0.0.1", PATIENCE_S, opens
+    )
 
 
 def test_all_join_once_each_with_ranks_for_its_gpus_and_hold_every_version(
@@ -157,13 +159,13 @@ class Here:
         bus.heartbeat("generate", Stats())
         self.lease = bus.acquire_lease(60)
         self.engine = SaysSo(1, ends)
-        self.receiver = Receiver(bus, self.engine, PATIENCE_S, clock=lambda: self.now)
+        self.receiver = TransferReceiver(bus, self.engine, PATIENCE_S, clock=lambda: self.now)
 
     def call(self, sent: LoadedPolicy) -> Callable[[], None]:
         """Ask for `sent`; the receiver looks twice; returns what waits for the answer."""
-        caller = Caller(self.bus, self.lease, patience_s=0)
+        caller = TransferCoordinator(self.bus, self.lease, patience_s=0)
         with pytest.raises(WeightsError, match="tester did not answer"):
-            caller.call("receive", {"tester": 1}, update_info(), Frame.of(sent))
+            caller.call("receive", {"tester": 1}, update_info(), PolicyHeader.of(sent))
         return self.receiver.look
 
 
@@ -216,5 +218,5 @@ def test_a_call_from_before_a_generator_started_is_not_its_own(bus: Bus) -> None
     first = Here(bus)
     first.call(policy(3))
     second = SaysSo(1)
-    Receiver(bus, second, PATIENCE_S).look()
+    TransferReceiver(bus, second, PATIENCE_S).look()
     assert second.asked == []

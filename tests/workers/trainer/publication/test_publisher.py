@@ -10,10 +10,16 @@ from typing import Any
 
 import pytest
 
-import onstream.pipeline.weights.redis_chunks
+import onstream.pipeline.weights.redis_store
 from onstream.pipeline.redis.streams import Bus
-from onstream.pipeline.weights import Directory, LoadedPolicy, Reader, Shelf, WeightsError
-from onstream.pipeline.weights.redis_chunks import Chunks
+from onstream.pipeline.weights import (
+    DirectoryReader,
+    LoadedPolicy,
+    PolicyFetcher,
+    StoreReader,
+    WeightsError,
+)
+from onstream.pipeline.weights.redis_store import ChunkReader
 from tests.workers.trainer.driver import Run
 
 CHANGES = {
@@ -24,11 +30,11 @@ CHANGES = {
 }
 
 
-def shelf(job: Run) -> Shelf:
+def shelf(job: Run) -> StoreReader:
     return (
-        Chunks(job.bus)
+        ChunkReader(job.bus)
         if job.settings().weights.transport == "redis"
-        else Directory(job.trainer.run_dir)
+        else DirectoryReader(job.trainer.run_dir)
     )
 
 
@@ -56,12 +62,12 @@ def test_a_step_says_how_many_bytes_it_published_and_what_share_of_the_weights_c
 def test_every_version_can_be_had_by_a_reader_that_keeps_up_and_the_newest_by_one_that_joins(
     job: Run,
 ) -> None:
-    steady = Reader(shelf(job), deltas=True)
+    steady = PolicyFetcher(shelf(job), deltas=True)
     for step in range(7):
         job.until(step)
         policy = job.bus.newest_policy()
         assert policy is not None and policy.number == step
-        for reader in (steady, Reader(shelf(job), deltas=True)):
+        for reader in (steady, PolicyFetcher(shelf(job), deltas=True)):
             assert reader.fetch(policy).digest == policy.digest
 
 
@@ -86,7 +92,7 @@ def test_a_killed_trainer_replays_without_publishing_anew_and_goes_on_where_it_w
     assert job.bus.newest_policy() == newest
     assert job.rows()[-1]["publish_bytes"] == 0
     assert [row["delta_share"] for row in job.rows()] == [row["delta_share"] for row in rows]
-    reader = Reader(shelf(job), deltas=True)
+    reader = PolicyFetcher(shelf(job), deltas=True)
     reader.fetch(newest)
     job.to_the_end()
     policy = job.bus.newest_policy()
@@ -108,7 +114,7 @@ def test_weights_that_redis_lost_with_everything_else_are_published_again(
     job.start()
     policy = job.bus.newest_policy()
     assert policy is not None and policy.number == 4
-    assert Reader(Chunks(job.bus), deltas=True).fetch(policy).digest == policy.digest
+    assert PolicyFetcher(ChunkReader(job.bus), deltas=True).fetch(policy).digest == policy.digest
 
 
 def test_weights_that_redis_lost_under_a_trainer_at_work_are_given_again(
@@ -123,14 +129,14 @@ def test_weights_that_redis_lost_under_a_trainer_at_work_are_given_again(
     job.turn(2)
     policy = job.bus.newest_policy()
     assert policy is not None and policy.number == 3
-    assert Reader(Chunks(job.bus), deltas=True).fetch(policy).digest == policy.digest
+    assert PolicyFetcher(ChunkReader(job.bus), deltas=True).fetch(policy).digest == policy.digest
     job.to_the_end()
 
 
 def test_weights_that_redis_lost_while_they_were_written_are_written_again(
     run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onstream.pipeline.weights.redis_chunks, "CHUNK_BYTES", 2048)
+    monkeypatch.setattr(onstream.pipeline.weights.redis_store, "CHUNK_BYTES", 2048)
     job = run(weights__transport="redis", **CHANGES | {"weights__delta": False})
     job.ready()
     job.until(2)
@@ -148,7 +154,7 @@ def test_weights_that_redis_lost_while_they_were_written_are_written_again(
     assert kept.count(0) == 2
     policy = job.bus.newest_policy()
     assert policy is not None and policy.number == 3
-    assert Reader(Chunks(job.bus), deltas=True).fetch(policy).digest == policy.digest
+    assert PolicyFetcher(ChunkReader(job.bus), deltas=True).fetch(policy).digest == policy.digest
     job.ready()
     job.to_the_end()
 
@@ -161,7 +167,7 @@ def test_a_missing_version_is_named_with_the_place_where_it_should_be(
     with pytest.raises(
         WeightsError, match=r"no weights of version 0, digest [0-9a-f]{12}, in .*elsewhere"
     ):
-        Reader(Directory(tmp_path / "elsewhere"), deltas=True).fetch(policy)
+        PolicyFetcher(DirectoryReader(tmp_path / "elsewhere"), deltas=True).fetch(policy)
 
 
 class Sends:
@@ -200,7 +206,7 @@ def readable(job: Run) -> bool:
     assert policy is not None
     try:
         return (
-            Reader(Directory(job.trainer.run_dir), deltas=False).fetch(policy).number
+            PolicyFetcher(DirectoryReader(job.trainer.run_dir), deltas=False).fetch(policy).number
             == policy.number
         )
     except WeightsError:

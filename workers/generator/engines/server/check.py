@@ -15,17 +15,17 @@ from onstream.pipeline.http import (
     decoded,
     require_model,
 )
-from onstream.pipeline.images.vllm_prompts import SentImages
+from onstream.pipeline.images.vllm_prompts import VllmPrompts
 from onstream.settings.client import StudentClientSettings
-from onstream.workers.generator.engines.base import Request
-from onstream.workers.generator.engines.server.endpoint import (
+from onstream.workers.generator.engines.base import GenerationRequest
+from onstream.workers.generator.engines.server.student_server import (
     GENERATE,
     RPC,
     WEIGHT_INFO,
     StudentServer,
 )
 from onstream.workers.generator.engines.vllm.images import fields_of, require_same_tokens
-from onstream.workers.generator.engines.vllm.request import Writing
+from onstream.workers.generator.engines.vllm.request import VllmRequest
 
 CHECK_S = 30.0
 CLIENT = "inference.client"
@@ -47,8 +47,8 @@ class ServerCheck:
     model: str
     text_ids: list[int]
     longest: int
-    sent: SentImages
-    tried: Request | None
+    sent: VllmPrompts
+    tried: GenerationRequest | None
 
     async def __call__(self, server: StudentServer) -> None:
         """Checks `server`, and fills in its context.
@@ -64,7 +64,7 @@ class ServerCheck:
                 await self._check_tokens(server)
                 await self._check_generation(server)
                 if self.tried is not None:
-                    await self._check_images(server, Writing(self.tried))
+                    await self._check_images(server, VllmRequest(self.tried))
         except TimeoutError as error:
             raise EndpointFault(
                 f"the questions of the start took longer than {CHECK_S:g} s"
@@ -146,7 +146,7 @@ class ServerCheck:
             got = f"logprobs before sampling's filters ({piece.logprobs} of the one token that could be drawn)"
             raise _misses(server, got, "the flag --logprobs-mode processed_logprobs")
 
-    async def _check_images(self, server: StudentServer, tried: Writing) -> None:
+    async def _check_images(self, server: StudentServer, tried: VllmRequest) -> None:
         """Whether it reads images, and makes the student's tokens of them."""
         body = {
             "model": self.model,

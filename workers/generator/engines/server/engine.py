@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.http import EventLoopThread, RequestRefused
-from onstream.pipeline.images.vllm_prompts import SentImages
+from onstream.pipeline.images.vllm_prompts import VllmPrompts
 from onstream.pipeline.weights import LoadedPolicy
 from onstream.settings.root import Settings
-from onstream.workers.generator.engines.base import Completion, Request, require_possible
+from onstream.workers.generator.engines.base import Completion, GenerationRequest, require_possible
 from onstream.workers.generator.engines.server.check import TEXT, ServerCheck
-from onstream.workers.generator.engines.server.fleet import Fleet
 from onstream.workers.generator.engines.server.policy_files import ServerFiles
-from onstream.workers.generator.engines.vllm.request import Writing
+from onstream.workers.generator.engines.server.server_group import ServerGroup
+from onstream.workers.generator.engines.vllm.request import VllmRequest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -47,7 +47,7 @@ class ServerEngine:
         stop_ids: Collection[int],
         config: PretrainedConfig,
         *,
-        tried: Request | None = None,
+        tried: GenerationRequest | None = None,
     ) -> None:
         client = settings.inference.client
         inference = settings.inference
@@ -59,17 +59,17 @@ class ServerEngine:
             )
         model = client.model or settings.model.name
         text_ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-        sent = SentImages(config)
+        sent = VllmPrompts(config)
         check = ServerCheck(client, model, text_ids, inference.sampling.max_completion, sent, tried)
         self._context: int | None = getattr(
             config.get_text_config(), "max_position_embeddings", None
         )
         self._files = ServerFiles(client.weights_dir, settings.run.name)
         self._background = EventLoopThread()
-        self._written: queue.SimpleQueue[tuple[Writing, Future[None]]] = queue.SimpleQueue()
+        self._written: queue.SimpleQueue[tuple[VllmRequest, Future[None]]] = queue.SimpleQueue()
         self._active = 0
         self._loading: Future[None] | None = None
-        self._fleet = Fleet(client, model, inference.on_new_weights, stop_ids, check, sent)
+        self._fleet = ServerGroup(client, model, inference.on_new_weights, stop_ids, check, sent)
         try:
             self._background.run(self._fleet.pool.open(patient=False))
         except BaseException:
@@ -107,10 +107,10 @@ class ServerEngine:
     def version(self) -> int:
         return self._fleet.version
 
-    def add(self, requests: Sequence[Request]) -> None:
+    def add(self, requests: Sequence[GenerationRequest]) -> None:
         for request in requests:
             require_possible(request, self.max_context)
-            writing = Writing(request)
+            writing = VllmRequest(request)
             done = self._background.submit(self._fleet.write(writing))
             done.add_done_callback(partial(self._arrive, writing))
             self._active += 1
@@ -150,11 +150,11 @@ class ServerEngine:
         if self._loading is not None and self._loading.done():
             self._loading.result()
 
-    def _arrive(self, writing: Writing, done: Future[None]) -> None:
+    def _arrive(self, writing: VllmRequest, done: Future[None]) -> None:
         self._written.put((writing, done))
 
-    def _arrived(self) -> list[tuple[Writing, Future[None]]]:
-        arrived: list[tuple[Writing, Future[None]]] = []
+    def _arrived(self) -> list[tuple[VllmRequest, Future[None]]]:
+        arrived: list[tuple[VllmRequest, Future[None]]] = []
         try:
             while self._active > len(arrived):
                 arrived.append(
@@ -164,7 +164,7 @@ class ServerEngine:
             pass
         return arrived
 
-    def _completion(self, writing: Writing, done: Future[None]) -> Completion:
+    def _completion(self, writing: VllmRequest, done: Future[None]) -> Completion:
         self._active -= 1
         try:
             done.result()

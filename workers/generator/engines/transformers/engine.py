@@ -22,11 +22,11 @@ from onstream.pipeline.models.multimodal import placed_in_space, prompt_position
 from onstream.pipeline.models.weight_shapes import Shapes
 from onstream.pipeline.records import FinishReason, VersionSpan
 from onstream.pipeline.weights import LoadedPolicy, WeightsError
-from onstream.workers.generator.engines.base import Completion, Request, require_possible
-from onstream.workers.generator.engines.transformers.row_layout import (
-    Layout,
-    Prompt,
-    Running,
+from onstream.workers.generator.engines.base import Completion, GenerationRequest, require_possible
+from onstream.workers.generator.engines.transformers.packed_row import (
+    PackedRow,
+    PromptKey,
+    SequenceState,
     lay_out,
 )
 from onstream.workers.generator.engines.transformers.sampling import draw, uniforms
@@ -78,8 +78,8 @@ class TransformersEngine:
         self._version = 0
         self._shapes = Shapes.of(model)
         self._next: LoadedPolicy | None = None  # waits for what runs
-        self._waiting: deque[Running] = deque()
-        self._running: list[Running] = []
+        self._waiting: deque[SequenceState] = deque()
+        self._running: list[SequenceState] = []
         self._settled = 0  # slots whose cache lacks only their last token
         self._context: int | None = getattr(
             model.config.get_text_config(), "max_position_embeddings", None
@@ -107,10 +107,10 @@ class TransformersEngine:
     def active(self) -> int:
         return len(self._waiting) + len(self._running)
 
-    def add(self, requests: Sequence[Request]) -> None:
+    def add(self, requests: Sequence[GenerationRequest]) -> None:
         for request in requests:
             require_possible(request, self._context)
-            self._waiting.append(Running(request, self._space(request)))
+            self._waiting.append(SequenceState(request, self._space(request)))
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
@@ -167,7 +167,7 @@ class TransformersEngine:
         """Give free slots to those that wait, while their prompts and what was written of them fit
         `prefill_tokens`.
         """
-        seen = set[Prompt]()
+        seen = set[PromptKey]()
         written = longest_prompt = longest_written = 0
         while self._waiting and len(self._running) < self._slots:
             row = self._waiting[0]
@@ -185,7 +185,7 @@ class TransformersEngine:
             seen.add(row.prompt)
             self._give_slot(self._waiting.popleft())
 
-    def _give_slot(self, row: Running) -> None:
+    def _give_slot(self, row: SequenceState) -> None:
         if not row.spans or row.spans[-1][0] != self._version:
             row.spans.append((self._version, len(row.token_ids)))
         self._running.append(row)
@@ -202,7 +202,7 @@ class TransformersEngine:
             return False
         return self._waiting[0].prompt == self._waiting[free].prompt
 
-    def _space(self, request: Request) -> Any:
+    def _space(self, request: GenerationRequest) -> Any:
         """Where the prompt's tokens lie in time, height and width [3, P]; None where the model
         counts tokens, or sees no image.
         """
@@ -212,7 +212,7 @@ class TransformersEngine:
             self._model, request.prompt_ids, [image.features for image in request.images]
         ).numpy()
 
-    def _forward(self, layout: Layout) -> Tensor:
+    def _forward(self, layout: PackedRow) -> Tensor:
         """Logits [n, V] after the last token of each slot."""
         output = self._model(
             input_ids=layout.input_ids,
@@ -253,12 +253,12 @@ class TransformersEngine:
         self._settled = left
         return completions
 
-    def _reason(self, row: Running) -> FinishReason | None:
+    def _reason(self, row: SequenceState) -> FinishReason | None:
         if row.token_ids[-1] in self._stop:
             return "stop"
         return "length" if len(row.token_ids) >= row.request.max_tokens else None
 
-    def _completion(self, row: Running) -> Completion:
+    def _completion(self, row: SequenceState) -> Completion:
         ends = [start for _, start in row.spans[1:]] + [len(row.token_ids)]
         reason = self._reason(row)
         assert reason is not None
@@ -287,7 +287,10 @@ class TransformersEngine:
         try:
             set_text_attention(self._model, ATTENTION)
             self.add(
-                [Request(key, prompt, max_tokens=3, seed=key) for key, prompt in enumerate(prompts)]
+                [
+                    GenerationRequest(key, prompt, max_tokens=3, seed=key)
+                    for key, prompt in enumerate(prompts)
+                ]
             )
             written = self._drain()
         except (UnsupportedAttention, TypeError, ValueError, RuntimeError) as error:

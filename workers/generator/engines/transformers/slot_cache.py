@@ -28,7 +28,7 @@ class UnsupportedAttention(Exception):
 
 
 @dataclass(frozen=True)
-class Prompts:
+class PromptBlock:
     """The first `tokens` packed tokens: g whole prompts. What they leave in the cache goes to slots
     `first` … `last`−1.
 
@@ -46,7 +46,7 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class Continuations:
+class ContinuationBlock:
     """Packed tokens `begin` … `end`−1: what slots `first` … `last`−1 add to what they hold, M
     tokens each at most.
 
@@ -67,14 +67,14 @@ class Continuations:
 
 
 @dataclass
-class Pass:
+class ForwardPass:
     """One forward pass over packed tokens: new prompts first, then continuations. The cache is
     written on the way.
     """
 
     cache: SlotCache
-    prompts: Prompts | None = None
-    continuations: list[Continuations] = field(default_factory=list)
+    prompts: PromptBlock | None = None
+    continuations: list[ContinuationBlock] = field(default_factory=list)
 
 
 class SlotCache:
@@ -139,7 +139,7 @@ def slot_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    onstream_pass: Pass | None = None,
+    onstream_pass: ForwardPass | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of packed tokens over the slots, as transformers calls it; `onstream_pass` says
@@ -173,7 +173,7 @@ def slot_attention(
 
 
 def _refuse(
-    onstream_pass: Pass | None, attention_mask: Tensor | None, kwargs: dict[str, Any]
+    onstream_pass: ForwardPass | None, attention_mask: Tensor | None, kwargs: dict[str, Any]
 ) -> None:
     if onstream_pass is None or attention_mask is not None:
         raise UnsupportedAttention("the model does not pass keyword arguments on to its attention")
@@ -190,7 +190,7 @@ def _grid(x: Tensor, cells: Tensor, rows: int, longest: int) -> Tensor:
 
 
 def _attend_prompts(
-    block: Prompts, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, scale: float
+    block: PromptBlock, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, scale: float
 ) -> Tensor:
     # Pads lie at the right, where causal attention never looks from a real token; they need no
     # mask. The zeros that they leave in the cache are overwritten before any query may look there.
@@ -203,7 +203,7 @@ def _attend_prompts(
 
 
 def _attend_one(
-    block: Continuations, q: Tensor, keys: Tensor, values: Tensor, scale: float
+    block: ContinuationBlock, q: Tensor, keys: Tensor, values: Tensor, scale: float
 ) -> Tensor:
     rows = len(q)
     heads = q.shape[1]
@@ -218,7 +218,7 @@ def _attend_one(
 
 
 def _attend_many(
-    block: Continuations, q: Tensor, keys: Tensor, values: Tensor, scale: float
+    block: ContinuationBlock, q: Tensor, keys: Tensor, values: Tensor, scale: float
 ) -> Tensor:
     assert block.cells is not None
     rows = block.last - block.first

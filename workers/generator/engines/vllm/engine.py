@@ -21,13 +21,13 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from onstream.pipeline.http import EventLoopThread
-from onstream.pipeline.images.vllm_prompts import SentImages
+from onstream.pipeline.images.vllm_prompts import VllmPrompts
 from onstream.pipeline.models.weight_shapes import Shapes
 from onstream.pipeline.weights import LoadedPolicy, WeightsError
-from onstream.workers.generator.engines.base import Completion, Request, require_possible
+from onstream.workers.generator.engines.base import Completion, GenerationRequest, require_possible
 from onstream.workers.generator.engines.vllm.extension import READING, READY, RECEIVED
 from onstream.workers.generator.engines.vllm.images import input_of
-from onstream.workers.generator.engines.vllm.request import Writing
+from onstream.workers.generator.engines.vllm.request import VllmRequest
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -49,7 +49,7 @@ values, of prefixes, and of images.
 
 
 @dataclass(frozen=True)
-class Target:
+class PolicyUpdate:
     """A version to load, from where vLLM's processes find it. `policy` is kept for as long as they
     may read its file.
     """
@@ -89,7 +89,7 @@ class VllmEngine:
         shapes: Shapes,
         *,
         on_new_weights: OnNewWeights = "recompute",
-        tried: Request | None = None,
+        tried: GenerationRequest | None = None,
     ) -> None:
         self._stop_ids = frozenset(stop_ids)
         self._shapes = shapes
@@ -101,17 +101,19 @@ class VllmEngine:
         self._replicas = int(config.parallel_config.data_parallel_size)
         self._context = int(config.model_config.max_model_len)
         self._active = 0
-        self._finished = SimpleQueue[Writing | BaseException]()
+        self._finished = SimpleQueue[VllmRequest | BaseException]()
         self._version = 0
-        self._target: Target | None = None
-        self._switching: Future[Target] | None = None
-        self._sent = SentImages(config.model_config.hf_config)
+        self._target: PolicyUpdate | None = None
+        self._switching: Future[PolicyUpdate] | None = None
+        self._sent = VllmPrompts(config.model_config.hf_config)
         self._background = EventLoopThread()
         self._llm: Any = None  # an AsyncLLM, once it has started
         try:
             self._running = self._background.run(_opened())
             self._llm = self._background.run(_start(config))
-            self._say_a_word(tried or Request(0, np.zeros(4, dtype=np.int32), max_tokens=3, seed=0))
+            self._say_a_word(
+                tried or GenerationRequest(0, np.zeros(4, dtype=np.int32), max_tokens=3, seed=0)
+            )
         except BaseException:
             self.close()
             raise
@@ -140,12 +142,12 @@ class VllmEngine:
     def version(self) -> int:
         return self._version
 
-    def add(self, requests: Sequence[Request]) -> None:
+    def add(self, requests: Sequence[GenerationRequest]) -> None:
         for request in requests:
             require_possible(request, self._context)
         self._active += len(requests)
         if requests:
-            self._background.submit(self._write_all([Writing(request) for request in requests]))
+            self._background.submit(self._write_all([VllmRequest(request) for request in requests]))
 
     def step(self) -> list[Completion]:
         if self._switching is not None and self._switching.done():
@@ -168,7 +170,7 @@ class VllmEngine:
             raise WeightsError(
                 f"version {policy.number} cannot be written for vLLM to read: {error}"
             ) from error
-        self._replace(Target(policy.number, policy.digest, path, policy))
+        self._replace(PolicyUpdate(policy.number, policy.digest, path, policy))
 
     def load_received(self, number: int, digest: str) -> None:
         """Continue under weights that the processes have received from the trainer, as `load` does.
@@ -176,7 +178,7 @@ class VllmEngine:
         Raises:
             WeightsError: one of them does not have these; the engine goes on with what it had.
         """
-        self._replace(Target(number, digest, RECEIVED))
+        self._replace(PolicyUpdate(number, digest, RECEIVED))
 
     @property
     def gpus(self) -> int:
@@ -191,7 +193,7 @@ class VllmEngine:
         """What each process returns from a method of `vllm_extension.Extension`."""
         return list(self._background.run(self._llm.collective_rpc(method, args=args)))
 
-    def _replace(self, target: Target) -> None:
+    def _replace(self, target: PolicyUpdate) -> None:
         self._stage(target.path, target.digest)
         self._target = target
         if self._switching is None:
@@ -207,7 +209,7 @@ class VllmEngine:
         self._background.stop(end, within_s=LEAVE_S)  # what runs is cancelled, and aborted by that
         self._llm = None  # or it is shut down again when the interpreter is half gone
 
-    def _say_a_word(self, request: Request) -> None:
+    def _say_a_word(self, request: GenerationRequest) -> None:
         """Write a few tokens: of some models vLLM finds out no earlier that it cannot compute them,
         or reads their images otherwise.
         """
@@ -251,10 +253,10 @@ class VllmEngine:
         if self._target is not loaded:
             self._switching = self._background.submit(self._switch())
 
-    async def _write_all(self, writings: Sequence[Writing]) -> None:
+    async def _write_all(self, writings: Sequence[VllmRequest]) -> None:
         await asyncio.gather(*(self._write(writing) for writing in writings))
 
-    async def _write(self, writing: Writing) -> None:
+    async def _write(self, writing: VllmRequest) -> None:
         try:
             while writing.finish_reason is None:
                 await self._running.wait()
@@ -265,7 +267,7 @@ class VllmEngine:
         else:
             self._finished.put(writing)
 
-    async def _ask(self, writing: Writing) -> CompletionOutput:
+    async def _ask(self, writing: VllmRequest) -> CompletionOutput:
         """What vLLM writes until the request is finished, or aborted."""
         sampling = SamplingParams(
             **writing.sampling(self._stop_ids), output_kind=RequestOutputKind.FINAL_ONLY
@@ -282,7 +284,7 @@ class VllmEngine:
         ]
         return answer.outputs[0]
 
-    async def _switch(self) -> Target:
+    async def _switch(self) -> PolicyUpdate:
         """Pause, replace the weights by those staged last, and go on under them. Fails halfway only
         for good: it stays paused.
         """

@@ -42,7 +42,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from onstream.pipeline.weights import WeightsError, read_file
-from onstream.pipeline.weights.nccl_transfer import Frame
+from onstream.pipeline.weights.nccl_transfer import PolicyHeader
 from onstream.workers.generator.engines.vllm.clip_weights import read_either_names
 from onstream.workers.generator.engines.vllm.nccl_group import GroupMember
 
@@ -56,7 +56,7 @@ RECEIVED = "received"  # the path of what is no file
 RELOAD_LOG = "vllm.model_executor.model_loader.reload.layerwise"
 
 
-class Staged:
+class StagedWeights:
     """What `read` gives, in a thread: the tensors of a file, checked, or those received. TP workers
     of one host share a file's memory.
     """
@@ -94,19 +94,19 @@ class Staged:
 
 
 @dataclass
-class NoInit(WeightTransferInitInfo):  # type: ignore[misc]
+class NoInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
     """A file needs no connection."""
 
 
 @dataclass
-class FromFile(WeightTransferUpdateInfo):  # type: ignore[misc]
+class FileUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     """A safetensors file that this worker can read, and the sha256 of its bytes."""
 
     path: str
     digest: str
 
 
-class FileWeights(WeightTransferEngine):  # type: ignore[misc]
+class FileTransferEngine(WeightTransferEngine):  # type: ignore[misc]
     """vLLM's weight-transfer backend "disk": a whole checkpoint file at a time, through the
     layerwise reload.
 
@@ -114,27 +114,27 @@ class FileWeights(WeightTransferEngine):  # type: ignore[misc]
     packed form only.
     """
 
-    init_info_cls = NoInit
-    update_info_cls = FromFile
-    staged: Staged | None = None
+    init_info_cls = NoInitInfo
+    update_info_cls = FileUpdateInfo
+    staged: StagedWeights | None = None
     member: GroupMember | None = None
 
-    def stage(self, path: str, digest: str) -> Staged:
+    def stage(self, path: str, digest: str) -> StagedWeights:
         """Begin to read a file, unless it is the one that was read last."""
         if (
             self.staged is None
             or (self.staged.path, self.staged.digest) != (path, digest)
             or self.staged.state not in (READING, READY)
         ):
-            self.staged = Staged(path, digest, lambda: read_file(Path(path), digest))
+            self.staged = StagedWeights(path, digest, lambda: read_file(Path(path), digest))
         return self.staged
 
     def begin(self, digest: str, read: Callable[[GroupMember], dict[str, Tensor]]) -> None:
         """Have a thread do `read`, in the group of the trainer and all generators."""
         member = self.member = self.member or GroupMember(self)
-        self.staged = Staged(RECEIVED, digest, lambda: read(member))
+        self.staged = StagedWeights(RECEIVED, digest, lambda: read(member))
 
-    def init_transfer_engine(self, init_info: NoInit) -> None:
+    def init_transfer_engine(self, init_info: NoInitInfo) -> None:
         """Nothing to connect to: the group is joined by `begin`, beside the requests."""
 
     def start_weight_update(self) -> None:
@@ -142,7 +142,7 @@ class FileWeights(WeightTransferEngine):  # type: ignore[misc]
         ones.
         """
 
-    def receive_weights(self, update_info: FromFile) -> None:
+    def receive_weights(self, update_info: FileUpdateInfo) -> None:
         """Replace the model's weights.
 
         Raises:
@@ -187,7 +187,7 @@ class Extension:
         both in JSON; returns at once.
         """
         info = json.loads(update_info)
-        version = msgspec.json.decode(frame, type=Frame)
+        version = msgspec.json.decode(frame, type=PolicyHeader)
         self.weight_transfer_engine.begin(
             version.digest, lambda member: member.receive(info, version)
         )
@@ -229,4 +229,4 @@ def _quiet_reload() -> Iterator[None]:
 
 read_either_names()
 if BACKEND not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(BACKEND, FileWeights)
+    WeightTransferEngineFactory.register_engine(BACKEND, FileTransferEngine)

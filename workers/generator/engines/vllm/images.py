@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from onstream.pipeline.errors import Exit, UserError
-from onstream.pipeline.images.vllm_prompts import SentImages
+from onstream.pipeline.images.vllm_prompts import VllmPrompts
 
 if TYPE_CHECKING:
     from vllm.inputs.engine import EngineInput
 
-    from onstream.workers.generator.engines.vllm.request import Writing
+    from onstream.workers.generator.engines.vllm.request import VllmRequest
 
 
-def input_of(writing: Writing, sent: SentImages, renderer: Any) -> EngineInput:
+def input_of(writing: VllmRequest, sent: VllmPrompts, renderer: Any) -> EngineInput:
     """The prompt of `writing` and what is written of it, with its images, as vLLM's own `renderer`
     makes it.
 
@@ -34,12 +34,12 @@ def input_of(writing: Writing, sent: SentImages, renderer: Any) -> EngineInput:
     return result
 
 
-def fields_of(writing: Writing, sent: SentImages) -> dict[str, Any]:
+def fields_of(writing: VllmRequest, sent: VllmPrompts) -> dict[str, Any]:
     """The same as fields of a request to a server, whose answer tells what it read."""
     return sent.fields(writing.request.prompt_ids, writing.request.images, writing.token_ids)
 
 
-def require_same_tokens(made: Sequence[int], writing: Writing) -> None:
+def require_same_tokens(made: Sequence[int], writing: VllmRequest) -> None:
     """Do nothing where vLLM made of a prompt with images what the student's processor made of it.
 
     Raises:

@@ -15,7 +15,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
 from onstream.pipeline.weights import WeightsError
-from onstream.pipeline.weights.nccl_transfer import Filling, Frame
+from onstream.pipeline.weights.nccl_transfer import PolicyHeader, ReceiveBuffer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,13 +49,13 @@ class GroupMember:
             ) from error
         return {}
 
-    def receive(self, update_info: dict[str, Any], frame: Frame) -> dict[str, Tensor]:
+    def receive(self, update_info: dict[str, Any], frame: PolicyHeader) -> dict[str, Tensor]:
         """Receive the version of `frame`.
 
         Raises:
             WeightsError: the transfer broke off, or brought something else.
         """
-        filling = Filling(frame)
+        filling = ReceiveBuffer(frame)
         try:
             torch.accelerator.set_device_index(self._device)
             self._engine.set_weight_update_target(filling, None)

@@ -12,19 +12,19 @@ from typing import Any, get_args
 import numpy as np
 
 from onstream.pipeline.records import FinishReason, VersionSpan
-from onstream.workers.generator.engines.base import Completion, Request
+from onstream.workers.generator.engines.base import Completion, GenerationRequest
 
 ABORTED = "abort"
 _FINISHED: tuple[FinishReason, ...] = get_args(FinishReason)
 
 
 @dataclass
-class Writing:
+class VllmRequest:
     """A request and what vLLM has written of it, in one piece, or in several where updates aborted
     it in between.
     """
 
-    request: Request
+    request: GenerationRequest
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     spans: list[VersionSpan] = field(default_factory=list)

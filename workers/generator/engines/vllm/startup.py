@@ -33,7 +33,7 @@ WITHOUT_WORKER_PROCESS = {
 WORDS = 300  # of vLLM's reasons, which may run over a page
 
 
-class NotServed(UserError):
+class UnsupportedByVllm(UserError):
     """vLLM does not take this model, or not with these arguments. Nothing was started."""
 
 
@@ -57,7 +57,7 @@ def configure(settings: Settings, *, images: bool) -> VllmConfig:
             **given, weight_transfer_config=WeightTransferConfig(backend=BACKEND)
         ).create_engine_config()
     except (TypeError, ValueError, NotImplementedError, OSError) as error:
-        raise NotServed(
+        raise UnsupportedByVllm(
             f"vLLM does not take {settings.model.name} with {_shown(given)}: {_reason(error)}",
             expected="a model and arguments that vLLM supports",
             next_step='Mend inference.extra_args, or set inference.engine = "transformers".',

@@ -17,7 +17,7 @@ from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.models.tokenizer import load_configs, load_tokenizer
 from onstream.pipeline.weights import LoadedPolicy
 from onstream.settings.root import Settings
-from onstream.workers.generator.engines.base import Completion, Request
+from onstream.workers.generator.engines.base import Completion, GenerationRequest
 from onstream.workers.generator.engines.server.engine import ServerEngine
 from onstream.workers.tiny_models.character_tokenizer import character_tokenizer
 from tests.faulty_server import Answer, Asked, FaultyServer
@@ -138,9 +138,12 @@ def version(number: int) -> LoadedPolicy:
     return LoadedPolicy.of(number, {"weight": torch.full((4,), float(number))})
 
 
-def asked(count: int, first: int = 0) -> list[Request]:
+def asked(count: int, first: int = 0) -> list[GenerationRequest]:
     prompt = character_tokenizer()("abc", return_tensors="np")["input_ids"][0].astype("int32")
-    return [Request(key, prompt, max_tokens=2, seed=key) for key in range(first, first + count)]
+    return [
+        GenerationRequest(key, prompt, max_tokens=2, seed=key)
+        for key in range(first, first + count)
+    ]
 
 
 def until(engine: ServerEngine, count: int) -> list[Completion]:

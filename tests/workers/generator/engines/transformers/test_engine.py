@@ -27,7 +27,7 @@ from transformers import (
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.records import VersionSpan
 from onstream.pipeline.weights import LoadedPolicy, WeightsError
-from onstream.workers.generator.engines.base import Completion, Request, Sampling
+from onstream.workers.generator.engines.base import Completion, GenerationRequest, Sampling
 from onstream.workers.generator.engines.transformers.engine import TransformersEngine
 
 EXACT = 1e-5
@@ -38,10 +38,10 @@ PROMPTS = [rng.integers(3, 128, size).astype(np.int32) for size in (5, 23, 9, 40
 
 def requests(
     count: int = 24, sampling: Sampling = PLAIN, max_tokens: int | None = None
-) -> list[Request]:
+) -> list[GenerationRequest]:
     """`count` requests in groups of four, each with its own length."""
     return [
-        Request(
+        GenerationRequest(
             key,
             PROMPTS[key // 4 % len(PROMPTS)],
             max_tokens or 3 + key * 5 % 11,
@@ -60,7 +60,11 @@ def finish(engine: TransformersEngine) -> dict[int, Completion]:
 
 
 def run(
-    model: Any, wanted: Sequence[Request], slots: int = 8, stop: Sequence[int] = (), **options: Any
+    model: Any,
+    wanted: Sequence[GenerationRequest],
+    slots: int = 8,
+    stop: Sequence[int] = (),
+    **options: Any,
 ) -> dict[int, Completion]:
     engine = TransformersEngine(copy.deepcopy(model), stop, slots=slots, **options)
     engine.add(wanted)
@@ -133,7 +137,7 @@ def test_a_request_gives_the_same_completion_in_whatever_company(student: Any) -
 
 
 def test_requests_of_one_prompt_differ_by_their_seeds(student: Any) -> None:
-    written = run(student, [Request(key, PROMPTS[1], 12, seed=key) for key in range(4)])
+    written = run(student, [GenerationRequest(key, PROMPTS[1], 12, seed=key) for key in range(4)])
     assert len({tuple(one.token_ids.tolist()) for one in written.values()}) == 4
 
 
@@ -251,7 +255,7 @@ def taken(student: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_neighbours_with_one_prompt_share_its_computation(student: Any, taken: list[int]) -> None:
     engine = TransformersEngine(student, (), slots=8)
     taken.clear()
-    engine.add([Request(key, PROMPTS[key // 4], 3, seed=key) for key in range(8)])
+    engine.add([GenerationRequest(key, PROMPTS[key // 4], 3, seed=key) for key in range(8)])
     finish(engine)
     assert taken == [len(PROMPTS[0]) + len(PROMPTS[1]), 8, 8]
 
@@ -260,7 +264,7 @@ def test_new_weights_compute_a_shared_prompt_once_again(
     student: Any, other_weights: dict[str, torch.Tensor], taken: list[int]
 ) -> None:
     engine = TransformersEngine(student, (), slots=8)
-    engine.add([Request(key, PROMPTS[key // 4], 4, seed=key) for key in range(8)])
+    engine.add([GenerationRequest(key, PROMPTS[key // 4], 4, seed=key) for key in range(8)])
     engine.step()
     engine.step()
     engine.load(LoadedPolicy.of(1, other_weights))
@@ -271,10 +275,12 @@ def test_new_weights_compute_a_shared_prompt_once_again(
 
 def test_a_group_waits_a_moment_rather_than_being_split(student: Any, taken: list[int]) -> None:
     engine = TransformersEngine(student, (), slots=32)
-    engine.add([Request(key, PROMPTS[2], 2 if key < 3 else 3, seed=key) for key in range(32)])
+    engine.add(
+        [GenerationRequest(key, PROMPTS[2], 2 if key < 3 else 3, seed=key) for key in range(32)]
+    )
     engine.step()
     engine.step()
-    engine.add([Request(key, PROMPTS[3], 2, seed=key) for key in range(100, 104)])
+    engine.add([GenerationRequest(key, PROMPTS[3], 2, seed=key) for key in range(100, 104)])
     taken.clear()
     assert len(finish(engine)) == 33
     assert taken == [
@@ -299,7 +305,7 @@ def test_the_cache_grows_under_running_completions(
     student: Any, plain_logprobs: Callable[..., Any]
 ) -> None:
     wanted = [
-        Request(key, PROMPTS[3], 50, seed=key) for key in range(3)
+        GenerationRequest(key, PROMPTS[3], 50, seed=key) for key in range(3)
     ]  # 40 + 50 tokens: more than the cache begins with
     for one in run(student, wanted, slots=4).values():
         plain = plain_logprobs(PROMPTS[3], one.token_ids)
@@ -332,7 +338,7 @@ def test_other_models_with_full_attention_are_served(model: Any) -> None:
     model.eval()
     pristine = copy.deepcopy(model)
     prompt = np.arange(5, 25, dtype=np.int32)
-    one = run(model, [Request(0, prompt, 9, seed=1)])[0]
+    one = run(model, [GenerationRequest(0, prompt, 9, seed=1)])[0]
     ids = torch.tensor(np.concatenate([prompt, one.token_ids]), dtype=torch.long)[None]
     with torch.no_grad():
         plain = pristine(input_ids=ids, use_cache=False).logits[0, 19:-1].log_softmax(-1).numpy()
@@ -395,7 +401,7 @@ def test_a_request_that_cannot_be_written_is_refused(
 ) -> None:
     engine = TransformersEngine(student, (), slots=4)
     with pytest.raises(ValueError, match="request 0"):
-        engine.add([Request(0, np.array(prompt, dtype=np.int32), tokens, seed=0)])
+        engine.add([GenerationRequest(0, np.array(prompt, dtype=np.int32), tokens, seed=0)])
     assert engine.active == 0
 
 

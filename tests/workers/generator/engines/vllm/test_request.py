@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from onstream.pipeline.records import VersionSpan
-from onstream.workers.generator.engines.base import Request, Sampling
-from onstream.workers.generator.engines.vllm.request import Writing
+from onstream.workers.generator.engines.base import GenerationRequest, Sampling
+from onstream.workers.generator.engines.vllm.request import VllmRequest
 
-REQUEST = Request(
+REQUEST = GenerationRequest(
     5, np.array([7, 8], dtype=np.int32), max_tokens=6, seed=11, sampling=Sampling(0.7, 0.9, 4, 0.1)
 )
 
 
 def test_a_request_is_asked_for_in_vllms_words() -> None:
-    writing = Writing(REQUEST)
+    writing = VllmRequest(REQUEST)
     assert writing.prompt_ids == [7, 8]
     assert writing.sampling({9, 3}) == {
         "max_tokens": 6,
@@ -32,7 +32,7 @@ def test_a_request_is_asked_for_in_vllms_words() -> None:
 
 
 def test_a_piece_that_finishes_is_the_completion() -> None:
-    writing = Writing(REQUEST)
+    writing = VllmRequest(REQUEST)
     writing.take([1, 3], [-0.5, -0.25], [(4, 0, 1), (5, 1, 2)], "stop")
     one = writing.completion()
     assert (one.key, one.token_ids.tolist(), one.logprobs.tolist(), one.finish_reason) == (
@@ -45,7 +45,7 @@ def test_a_piece_that_finishes_is_the_completion() -> None:
 
 
 def test_what_was_aborted_goes_on_with_what_was_written_under_another_seed() -> None:
-    writing = Writing(REQUEST)
+    writing = VllmRequest(REQUEST)
     writing.take([1, 2], [-1.0, -2.0], [(4, 0, 2)], "abort")
     assert writing.finish_reason is None
     assert writing.prompt_ids == [7, 8, 1, 2]
@@ -65,8 +65,11 @@ def test_what_was_aborted_goes_on_with_what_was_written_under_another_seed() -> 
 
 def test_an_end_that_no_rollout_can_have_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="ended request 5 for the reason 'error'"):
-        Writing(REQUEST).take([], [], [], "error")
+        VllmRequest(REQUEST).take([], [], [], "error")
 
 
 def test_seeds_of_64_bits_are_ones_that_vllm_takes() -> None:
-    assert Writing(Request(1, REQUEST.prompt_ids, 3, seed=-1)).sampling(())["seed"] == (1 << 63) - 1
+    assert (
+        VllmRequest(GenerationRequest(1, REQUEST.prompt_ids, 3, seed=-1)).sampling(())["seed"]
+        == (1 << 63) - 1
+    )

@@ -14,7 +14,7 @@ from onstream.settings.problem import SettingsError
 from onstream.settings.root import Settings
 from onstream.workers.generator import student
 from onstream.workers.generator.engines.transformers.engine import TransformersEngine
-from onstream.workers.generator.engines.vllm.startup import NotServed, arguments
+from onstream.workers.generator.engines.vllm.startup import UnsupportedByVllm, arguments
 from onstream.workers.generator.student import open_student
 
 
@@ -54,7 +54,9 @@ def test_a_model_that_vllm_does_not_take_is_left_to_transformers_unless_vllm_was
     student_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(settings: Settings, *, images: bool) -> Any:
-        raise NotServed("vLLM does not take it", expected="another", next_step="Choose one.")
+        raise UnsupportedByVllm(
+            "vLLM does not take it", expected="another", next_step="Choose one."
+        )
 
     monkeypatch.setattr(student, "configure", refuse)
     monkeypatch.setattr(

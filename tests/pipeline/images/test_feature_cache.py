@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onstream.pipeline.images import Picture
-from onstream.pipeline.images.feed import FETCHED_AT_ONCE, ImageFeed, MissingImage
+from onstream.pipeline.images import ImageFile
+from onstream.pipeline.images.feature_cache import FETCHED_AT_ONCE, FeatureCache, MissingImage
 from onstream.pipeline.images.vision import Vision, load_vision
 from tests.vision.conftest import noise
 
@@ -52,13 +52,13 @@ def source() -> Source:
 
 
 @pytest.fixture
-def feed(vision: Vision, source: Source) -> Iterator[ImageFeed]:
-    made = ImageFeed(vision, source, ROOM)
+def cache(vision: Vision, source: Source) -> Iterator[FeatureCache]:
+    made = FeatureCache(vision, source, ROOM)
     yield made
     made.close()
 
 
-def calls(feed: ImageFeed, digest: str) -> int:
+def calls(cache: FeatureCache, digest: str) -> int:
     """Function calls that asking for an image takes in this thread."""
     found = 0
 
@@ -68,19 +68,19 @@ def calls(feed: ImageFeed, digest: str) -> int:
 
     sys.setprofile(count)
     try:
-        feed.of([digest])
+        cache.get([digest])
     finally:
         sys.setprofile(None)
     return found
 
 
 def test_what_is_begun_ahead_and_asked_for_often_is_processed_once(
-    feed: ImageFeed, vision: Vision, source: Source
+    cache: FeatureCache, vision: Vision, source: Source
 ) -> None:
-    feed.ahead(NAMES[:2])
-    found = [feed.of(NAMES[:2]), feed.of([NAMES[0]])]
+    cache.prefetch(NAMES[:2])
+    found = [cache.get(NAMES[:2]), cache.get([NAMES[0]])]
     assert source.asked == {NAMES[0]: 1, NAMES[1]: 1}
-    expected = vision.features(Picture(PICTURES[NAMES[0]].data))
+    expected = vision.features(ImageFile(PICTURES[NAMES[0]].data))
     for features in (one[NAMES[0]] for one in found):
         assert np.array_equal(features.token_ids, expected.token_ids)
         assert features.tensors["pixel_values"].equal(expected.tensors["pixel_values"])
@@ -97,14 +97,14 @@ def test_those_that_wait_are_fetched_together_a_few_at_a_time(vision: Vision) ->
         fetched.append(len(digests))
         return [PICTURES[digest].data for digest in digests]
 
-    feed = ImageFeed(vision, fetch, ROOM)
-    feed.ahead(NAMES[:1])
+    cache = FeatureCache(vision, fetch, ROOM)
+    cache.prefetch(NAMES[:1])
     assert first.wait(20)
-    feed.ahead(NAMES[1 : 3 + FETCHED_AT_ONCE])
+    cache.prefetch(NAMES[1 : 3 + FETCHED_AT_ONCE])
     go.set()
-    feed.of(NAMES[: 3 + FETCHED_AT_ONCE])
+    cache.get(NAMES[: 3 + FETCHED_AT_ONCE])
     assert fetched == [1, FETCHED_AT_ONCE, 2]
-    feed.close()
+    cache.close()
 
 
 def test_beyond_keep_bytes_the_least_recently_used_goes_first(
@@ -112,46 +112,46 @@ def test_beyond_keep_bytes_the_least_recently_used_goes_first(
 ) -> None:
     first, second, third = NAMES[:3]
     size = vision.features(PICTURES[first]).size_bytes
-    feed = ImageFeed(vision, source, keep_bytes=2 * size)
+    cache = FeatureCache(vision, source, keep_bytes=2 * size)
     for digest in (first, second, first, third):
-        feed.of([digest])
-    feed.of([first, third])
+        cache.get([digest])
+    cache.get([first, third])
     assert source.asked == {first: 1, second: 1, third: 1}
-    feed.of([second])
-    feed.of([first])
+    cache.get([second])
+    cache.get([first])
     assert source.asked == {first: 2, second: 2, third: 1}, (
         "the second was gone, and in its place went the first"
     )
-    feed.close()
+    cache.close()
 
 
 def test_all_that_is_asked_for_at_once_is_there_even_where_nothing_is_kept(
     vision: Vision, source: Source
 ) -> None:
-    feed = ImageFeed(vision, source, keep_bytes=0)
-    assert list(feed.of(NAMES[:3])) == NAMES[:3]
-    feed.of(NAMES[:1])
+    cache = FeatureCache(vision, source, keep_bytes=0)
+    assert list(cache.get(NAMES[:3])) == NAMES[:3]
+    cache.get(NAMES[:1])
     assert source.asked[NAMES[0]] == 2
-    feed.close()
+    cache.close()
 
 
-def test_asking_for_an_image_costs_the_same_however_many_are_kept(feed: ImageFeed) -> None:
-    feed.of(NAMES[:2])
-    among_two = calls(feed, NAMES[0])
-    feed.of(NAMES)
-    assert calls(feed, NAMES[0]) == among_two
+def test_asking_for_an_image_costs_the_same_however_many_are_kept(cache: FeatureCache) -> None:
+    cache.get(NAMES[:2])
+    among_two = calls(cache, NAMES[0])
+    cache.get(NAMES)
+    assert calls(cache, NAMES[0]) == among_two
 
 
 def test_an_image_that_is_gone_or_could_not_be_fetched_is_asked_for_again(
-    feed: ImageFeed, source: Source
+    cache: FeatureCache, source: Source
 ) -> None:
     with pytest.raises(MissingImage, match="the image cat is gone"):
-        feed.of(["cat"])
+        cache.get(["cat"])
     PICTURES["cat"] = PICTURES[NAMES[0]]
-    assert feed.of(["cat"])
+    assert cache.get(["cat"])
     del PICTURES["cat"]
     source.failure = ConnectionError("away")
     with pytest.raises(ConnectionError, match="away"):
-        feed.of([NAMES[0]])
+        cache.get([NAMES[0]])
     source.failure = None
-    assert feed.of([NAMES[0]])
+    assert cache.get([NAMES[0]])

@@ -8,18 +8,18 @@ import numpy as np
 
 from onstream.pipeline.records import PolicyVersion
 from onstream.pipeline.weights.delta import applied
-from onstream.pipeline.weights.parts import Shelf, Version, way_to
 from onstream.pipeline.weights.policy import LoadedPolicy, WeightsError
+from onstream.pipeline.weights.store import StoreReader, VersionId, chain_to
 
 
-class Reader:
+class PolicyFetcher:
     """Fetches versions from `shelf`. What it fetched last stays in memory where `deltas` are to be
     expected, or are there.
 
     `fetched_bytes` is what the last fetch read.
     """
 
-    def __init__(self, shelf: Shelf, *, deltas: bool) -> None:
+    def __init__(self, shelf: StoreReader, *, deltas: bool) -> None:
         self._shelf = shelf
         self._deltas = deltas
         self._base: LoadedPolicy | None = None
@@ -34,8 +34,8 @@ class Reader:
         """
         parts = self._shelf.parts()
         base = self._base
-        have = Version(base.number, base.digest) if base else None
-        way = way_to(Version(policy.number, policy.digest), parts, have)
+        have = VersionId(base.number, base.digest) if base else None
+        way = chain_to(VersionId(policy.number, policy.digest), parts, have)
         if way is None:
             raise WeightsError(
                 f"there are no weights of version {policy.number}, digest {policy.digest[:12]}, {self._shelf.where}"

@@ -19,25 +19,25 @@ from onstream.pipeline.http import (
     EndpointPool,
     RequestRefused,
 )
-from onstream.pipeline.images.vllm_prompts import SentImages
+from onstream.pipeline.images.vllm_prompts import VllmPrompts
 from onstream.pipeline.records import FinishReason
 from onstream.pipeline.weights import LoadedPolicy
 from onstream.settings.client import StudentClientSettings
-from onstream.workers.generator.engines.server.endpoint import (
+from onstream.workers.generator.engines.server.student_server import (
     OnNewWeights,
-    Piece,
+    PartialCompletion,
+    ServerUpdate,
     StudentServer,
-    Target,
 )
 from onstream.workers.generator.engines.vllm.images import fields_of, require_same_tokens
-from onstream.workers.generator.engines.vllm.request import ABORTED, Writing
+from onstream.workers.generator.engines.vllm.request import ABORTED, VllmRequest
 
 SECTION = "inference"
 ENDS = (ABORTED, *get_args(FinishReason))
 LABEL = re.compile(r"(?P<number>\d+)\.(?P<digest>[0-9a-f]{12})\.(?P<owner>[0-9a-f]{8})")
 
 
-class Fleet:
+class ServerGroup:
     """For one event loop alone. `model` is the student's name at the servers, `check` what must
     hold of one before it is used.
 
@@ -55,7 +55,7 @@ class Fleet:
         on_new_weights: OnNewWeights,
         stop_ids: Collection[int],
         check: Callable[[StudentServer], Awaitable[None]],
-        sent: SentImages,
+        sent: VllmPrompts,
     ) -> None:
         self._sent = sent
         self._model = model
@@ -74,10 +74,10 @@ class Fleet:
         self.version = -1
         self.displaced: UserError | None = None
         self._owner = secrets.token_hex(4)
-        self._target: Target | None = None
+        self._target: ServerUpdate | None = None
         self._renewing: asyncio.Task[None] | None = None
 
-    async def write(self, writing: Writing) -> None:
+    async def write(self, writing: VllmRequest) -> None:
         """Have `writing` finished; returns when it is, however long no server is there.
 
         Raises:
@@ -105,12 +105,14 @@ class Fleet:
 
         Returns when it is so, or a newer version came meanwhile.
         """
-        self._target = Target(policy, path, f"{policy.number}.{policy.digest[:12]}.{self._owner}")
+        self._target = ServerUpdate(
+            policy, path, f"{policy.number}.{policy.digest[:12]}.{self._owner}"
+        )
         if self._renewing is None or self._renewing.done():
             self._renewing = asyncio.create_task(self._renew())
         await asyncio.shield(self._renewing)
 
-    async def _piece(self, server: StudentServer, writing: Writing) -> Piece:
+    async def _piece(self, server: StudentServer, writing: VllmRequest) -> PartialCompletion:
         """What `server` writes next. Its prefix cache is told apart by version: no keys and values
         of another one are found there.
         """
@@ -133,7 +135,7 @@ class Fleet:
         return piece
 
     async def _renew(self) -> None:
-        loaded: Target | None = None
+        loaded: ServerUpdate | None = None
         while (target := self._target) is not None and loaded != target:
             await asyncio.gather(
                 *(
@@ -145,7 +147,7 @@ class Fleet:
             self.version = target.policy.number
             loaded = target
 
-    async def _renew_one(self, server: StudentServer, target: Target) -> None:
+    async def _renew_one(self, server: StudentServer, target: ServerUpdate) -> None:
         try:
             await self._bring(server)
         except EndpointError as error:

@@ -9,12 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-import onstream.pipeline.weights.redis_chunks
+import onstream.pipeline.weights.redis_store
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.redis.streams import Bus
 from onstream.pipeline.redis.trainer_lease import LeaseLost
-from onstream.pipeline.weights import LoadedPolicy, Reader, Sender, WeightsError, announced
-from onstream.pipeline.weights.redis_chunks import CHUNK_BYTES, Chunks, ChunksOutlet
+from onstream.pipeline.weights import (
+    LoadedPolicy,
+    PolicyFetcher,
+    PolicySender,
+    WeightsError,
+    announced,
+)
+from onstream.pipeline.weights.redis_store import CHUNK_BYTES, ChunkReader, ChunkWriter
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from tests.pipeline.weights.policies import course
 
@@ -37,8 +43,8 @@ def small(small_url: str, run_name: str) -> Iterator[Bus]:
     bus.close()
 
 
-def outlet(bus: Bus, share: float = 0.5, patience_s: float = 0.3) -> ChunksOutlet:
-    return ChunksOutlet(bus, bus.lease or bus.acquire_lease(5), share, patience_s)
+def outlet(bus: Bus, share: float = 0.5, patience_s: float = 0.3) -> ChunkWriter:
+    return ChunkWriter(bus, bus.lease or bus.acquire_lease(5), share, patience_s)
 
 
 def policy_of(number: int, mib: float) -> LoadedPolicy:
@@ -54,44 +60,44 @@ def chunk_keys(bus: Bus) -> set[str]:
 
 def test_a_policy_of_several_chunks_arrives_whole(bus: Bus) -> None:
     policy = policy_of(0, 3.3)
-    Sender(outlet(bus), None).send(policy)
+    PolicySender(outlet(bus), None).send(policy)
     assert (
         bus._db.hlen(bus.keys.weight_chunks(f"000000-{policy.digest[:16]}-full"))
         == -(-policy.data.size // CHUNK_BYTES)
         == 4
     )
     assert np.array_equal(
-        Reader(Chunks(bus), deltas=False).fetch(announced(policy)).data, policy.data
+        PolicyFetcher(ChunkReader(bus), deltas=False).fetch(announced(policy)).data, policy.data
     )
 
 
 def test_what_is_not_finished_is_not_seen(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     old = policy_of(0, 2.5)
     new = policy_of(1, 2.5)
-    sender = Sender(outlet(bus), None)
+    sender = PolicySender(outlet(bus), None)
     sender.send(old)
     seen = []
     keep_chunk = bus.keep_chunk
 
     def noted(*args: object) -> None:
         keep_chunk(*args)  # type: ignore[arg-type]
-        seen.append([part.number for part in Chunks(bus).parts()])
+        seen.append([part.number for part in ChunkReader(bus).parts()])
 
     monkeypatch.setattr(bus, "keep_chunk", noted)
     sender.send(new)
     assert seen == [[0], [0], [0]]
-    assert [part.number for part in Chunks(bus).parts()] == [1]
+    assert [part.number for part in ChunkReader(bus).parts()] == [1]
 
 
 def test_only_what_is_offered_takes_memory_and_what_a_killed_trainer_left_goes(bus: Bus) -> None:
     first, second, third = (policy_of(number, 1.5) for number in range(3))
-    sender = Sender(outlet(bus), None)
+    sender = PolicySender(outlet(bus), None)
     sender.send(first)
     sender.send(second)
     assert chunk_keys(bus) == {f"000001-{second.digest[:16]}-full"}
     dying = outlet(bus)
     dying.put(
-        Chunks(bus).parts()[0].__class__(2, third.digest, third.data.size, ""), third.data
+        ChunkReader(bus).parts()[0].__class__(2, third.digest, third.data.size, ""), third.data
     )  # and is killed before it offers them
     assert len(chunk_keys(bus)) == 2
     outlet(bus)
@@ -104,8 +110,8 @@ def test_weights_that_are_removed_while_they_are_read_are_not_loaded_and_the_new
 ) -> None:
     old = policy_of(0, 2.5)
     new = policy_of(1, 2.5)
-    sender = Sender(outlet(bus), None)
-    reader = Reader(Chunks(bus), deltas=False)
+    sender = PolicySender(outlet(bus), None)
+    reader = PolicyFetcher(ChunkReader(bus), deltas=False)
     sender.send(old)
     weight_chunk = bus.weight_chunk
     asked = []
@@ -123,15 +129,15 @@ def test_weights_that_are_removed_while_they_are_read_are_not_loaded_and_the_new
 
 
 def test_a_trainer_that_was_replaced_writes_no_weights(bus: Bus, redis_url: str) -> None:
-    old = Sender(outlet(bus), None)
+    old = PolicySender(outlet(bus), None)
     old.send(policy_of(0, 0.1))
     bus._db.delete(bus.keys.lease)
     other = Bus.connect(redis_url, bus.run, consumer="other", block_s=0.2, connect_timeout_s=5)
-    newer = Sender(outlet(other), None)
+    newer = PolicySender(outlet(other), None)
     with pytest.raises(LeaseLost):
         old.send(policy_of(1, 0.1))
     newer.send(policy_of(2, 0.1))
-    assert [part.number for part in Chunks(bus).parts()] == [2]
+    assert [part.number for part in ChunkReader(bus).parts()] == [2]
     other.close()
 
 
@@ -139,38 +145,38 @@ def test_weights_that_are_larger_than_their_share_are_refused_with_both_numbers(
     with pytest.raises(
         UserError, match=r"policy version 3 has 20 MiB; weights may take 16 MiB of Redis's memory"
     ):
-        Sender(outlet(small, share=0.25), None).send(policy_of(3, 20))
+        PolicySender(outlet(small, share=0.25), None).send(policy_of(3, 20))
 
 
 def test_the_old_weights_go_first_where_both_have_no_room(
     small: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sender = Sender(outlet(small, share=0.5), None)
+    sender = PolicySender(outlet(small, share=0.5), None)
     sender.send(policy_of(0, 20))
     seen = []
     keep_chunk = small.keep_chunk
 
     def noted(*args: object) -> None:
-        seen.append([part.number for part in Chunks(small).parts()])
+        seen.append([part.number for part in ChunkReader(small).parts()])
         keep_chunk(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(small, "keep_chunk", noted)
     sender.send(policy_of(1, 20))
     assert seen[0] == []
-    assert [part.number for part in Chunks(small).parts()] == [1]
+    assert [part.number for part in ChunkReader(small).parts()] == [1]
     assert small.memory().used_bytes < 0.5 * (SMALL_MB << 20)
 
 
 def test_over_many_versions_weights_stay_within_their_share(
     small: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onstream.pipeline.weights.redis_chunks, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(onstream.pipeline.weights.redis_store, "CHUNK_BYTES", 4096)
     share = 0.005  # 336 kB: five times a full set
-    sender = Sender(outlet(small, share), 10)
+    sender = PolicySender(outlet(small, share), 10)
     most = 0
     for policy in course(40, rate=3e-3):
         sender.send(policy)
-        held = sum(part.size_bytes for part in Chunks(small).parts())
+        held = sum(part.size_bytes for part in ChunkReader(small).parts())
         stored = sum(
             small._db.memory_usage(key, samples=0)
             for key in small._db.keys(f"{{onstream:{small.run}}}:weights:0*")
@@ -183,17 +189,18 @@ def test_over_many_versions_weights_stay_within_their_share(
 
 def test_a_delta_that_has_no_room_beside_its_full_set_is_not_sent(small: Bus) -> None:
     share = 64_000 / (SMALL_MB << 20)  # one full set, and hardly more
-    sender = Sender(outlet(small, share), 10**6)
+    sender = PolicySender(outlet(small, share), 10**6)
     for policy in course(3):
         sent = sender.send(policy)
         assert sent.update_bytes == policy.data.size
         assert np.array_equal(
-            Reader(Chunks(small), deltas=True).fetch(announced(policy)).data, policy.data
+            PolicyFetcher(ChunkReader(small), deltas=True).fetch(announced(policy)).data,
+            policy.data,
         )
 
 
 def test_a_redis_that_the_records_have_filled_is_waited_for_and_then_told_about(small: Bus) -> None:
-    sender = Sender(outlet(small, share=0.5, patience_s=0.3), None)
+    sender = PolicySender(outlet(small, share=0.5, patience_s=0.3), None)
     for index in range(SMALL_MB):
         try:
             small._db.set(f"filler-{index}", b"x" * (1 << 20))
@@ -205,13 +212,13 @@ def test_a_redis_that_the_records_have_filled_is_waited_for_and_then_told_about(
         sender.send(policy_of(0, 8))
     small._db.delete(*small._db.keys("filler-*"))
     sender.send(policy_of(0, 8))
-    assert [part.number for part in Chunks(small).parts()] == [0]
+    assert [part.number for part in ChunkReader(small).parts()] == [0]
 
 
 def test_the_run_directory_has_no_part_in_it(bus: Bus, tmp_path: Path) -> None:
     policies = list(course(3))
-    sender = Sender(outlet(bus), 10)
-    reader = Reader(Chunks(bus), deltas=True)
+    sender = PolicySender(outlet(bus), 10)
+    reader = PolicyFetcher(ChunkReader(bus), deltas=True)
     for policy in policies:
         sender.send(policy)
         assert reader.fetch(announced(policy)).digest == policy.digest

@@ -33,12 +33,12 @@ FIRST_LOOK_S = 0.005
 LAST_LOOK_S = 0.25
 
 
-class _Token(msgspec.Struct):
+class _TokenLogprob(msgspec.Struct):
     logprob: float
 
 
 class _Logprobs(msgspec.Struct):
-    content: list[_Token] | None = None
+    content: list[_TokenLogprob] | None = None
 
 
 class LabelSpan(msgspec.Struct):
@@ -51,20 +51,20 @@ class LabelSpan(msgspec.Struct):
     end: int
 
 
-class _Choice(msgspec.Struct):
+class _GenerateChoice(msgspec.Struct):
     token_ids: list[int] | None = None
     finish_reason: str | None = None
     logprobs: _Logprobs | None = None
     weight_versions: list[LabelSpan] | None = None
 
 
-class _Reply(msgspec.Struct):
-    choices: list[_Choice]
+class _GenerateReply(msgspec.Struct):
+    choices: list[_GenerateChoice]
     prompt_token_ids: list[int] | None = None
 
 
 @dataclass(frozen=True)
-class Piece:
+class PartialCompletion:
     """What a server wrote: n tokens, their logprobs in nats, the labels of the weights over them,
     and why it ended.
 
@@ -79,7 +79,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Target:
+class ServerUpdate:
     """A policy version as the servers get it: a file that they can read, and the label that they
     report it by.
 
@@ -103,7 +103,7 @@ class StudentServer(Endpoint):
         self.context_tokens: int | None = None
         self.lock = asyncio.Lock()  # of its weights
 
-    async def generate(self, body: dict[str, Any]) -> Piece:
+    async def generate(self, body: dict[str, Any]) -> PartialCompletion:
         """What the server answers to `body`.
 
         Raises:
@@ -111,7 +111,7 @@ class StudentServer(Endpoint):
             RequestRefused: it will not have this body.
         """
         try:
-            reply = msgspec.json.decode(await self.post(GENERATE, body), type=_Reply)
+            reply = msgspec.json.decode(await self.post(GENERATE, body), type=_GenerateReply)
             [choice] = reply.choices
         except (msgspec.DecodeError, ValueError) as error:
             raise BadReply(f"not one choice with token ids and logprobs ({error})") from error
@@ -124,7 +124,7 @@ class StudentServer(Endpoint):
             raise BadReply(
                 f"{len(token_ids)} tokens with {len(logprobs)} logprobs, and versions {labels}"
             )
-        return Piece(
+        return PartialCompletion(
             token_ids, logprobs, labels, choice.finish_reason or "", reply.prompt_token_ids or []
         )
 
@@ -141,7 +141,7 @@ class StudentServer(Endpoint):
         """Let a server go on that was paused; nothing to one that was not."""
         await self.post("/resume", {})
 
-    async def update(self, target: Target, on_new_weights: OnNewWeights) -> None:
+    async def update(self, target: ServerUpdate, on_new_weights: OnNewWeights) -> None:
         """Go on with the weights of `target`. What can be read wrong is read before anything is
         touched, while requests go on.
 
@@ -177,7 +177,7 @@ class StudentServer(Endpoint):
         await self.resume()
         self.label = target.label
 
-    async def _stage(self, target: Target) -> None:
+    async def _stage(self, target: ServerUpdate) -> None:
         """Have the file read and its digest checked, by every worker process."""
         await self.rpc("onstream_stage", str(target.path), target.policy.digest)
         look_s = FIRST_LOOK_S

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from onstream.pipeline.images import ImageError, Limits, Picture, read_picture
+from onstream.pipeline.images import ImageError, ImageFile, ImageLimits, read_image
 
-LIMITS = Limits(max_bytes=1 << 20, max_pixels=1 << 16)
+LIMITS = ImageLimits(max_bytes=1 << 20, max_pixels=1 << 16)
 
 
 def file_of(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
@@ -58,21 +58,21 @@ def bomb(width: int, height: int) -> bytes:
 )
 def test_png_jpeg_and_webp_are_read(form: str, options: dict[str, Any]) -> None:
     data = file_of(RED, form, **options)
-    picture = read_picture(url_of(data, f"image/{form.lower()}"), LIMITS)
+    picture = read_image(url_of(data, f"image/{form.lower()}"), LIMITS)
     assert picture.data == data
     assert picture.decoded().size == (20, 10)
     assert picture.data_url == url_of(data, f"image/{form.lower()}")
 
 
 def test_the_digest_names_the_bytes() -> None:
-    first = read_picture(url_of(file_of(RED)), LIMITS)
-    second = read_picture(url_of(file_of(RED)), LIMITS)
-    other = read_picture(url_of(file_of(Image.new("RGB", (20, 10), "blue"))), LIMITS)
+    first = read_image(url_of(file_of(RED)), LIMITS)
+    second = read_image(url_of(file_of(RED)), LIMITS)
+    other = read_image(url_of(file_of(Image.new("RGB", (20, 10), "blue"))), LIMITS)
     assert first.digest == second.digest != other.digest
 
 
 def test_what_is_transparent_is_shown_on_white() -> None:
-    clear = Picture(file_of(Image.new("RGBA", (2, 2), (0, 0, 0, 0))))
+    clear = ImageFile(file_of(Image.new("RGBA", (2, 2), (0, 0, 0, 0))))
     assert clear.decoded().getpixel((0, 0)) == (255, 255, 255)
 
 
@@ -197,7 +197,7 @@ def test_what_cannot_be_used_is_refused_with_the_reason(url: str, reason: str) -
         LIMITS, hosts=[] if "example.org/" in url and "@" not in url else ["127.0.0.1"]
     )
     with pytest.raises(ImageError, match=reason.replace("(", r"\(")):
-        read_picture(url, limits)
+        read_image(url, limits)
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
@@ -210,7 +210,7 @@ def test_a_file_that_was_damaged_anywhere_is_refused_or_read_and_nothing_else(fo
         for _ in range(random.randrange(1, 4)):
             data[random.randrange(max(1, min(len(data), 80)))] = random.randrange(256)
         try:
-            picture = read_picture(url_of(bytes(data)), LIMITS)
+            picture = read_image(url_of(bytes(data)), LIMITS)
         except ImageError:
             continue
         assert picture.decoded().mode == "RGB"
@@ -223,18 +223,18 @@ def test_a_type_that_was_declared_wrongly_does_no_harm() -> None:
     the right one.
     """
     data = file_of(RED, "JPEG")
-    assert read_picture(url_of(data, "image/png"), LIMITS).data_url == url_of(data, "image/jpeg")
+    assert read_image(url_of(data, "image/png"), LIMITS).data_url == url_of(data, "image/jpeg")
 
 
 def test_a_photo_is_shown_the_right_way_up() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
-    assert read_picture(url_of(file_of(RED, "JPEG", exif=exif)), LIMITS).decoded().size == (10, 20)
+    assert read_image(url_of(file_of(RED, "JPEG", exif=exif)), LIMITS).decoded().size == (10, 20)
 
 
 def test_a_jpeg_that_holds_another_one_is_shown_by_its_first() -> None:
     """Phones write such files, for depth or brightness."""
-    picture = read_picture(
+    picture = read_image(
         url_of(file_of(RED, "MPO", save_all=True, append_images=[Image.new("RGB", (4, 4))])), LIMITS
     )
     assert picture.decoded().size == (20, 10)
@@ -285,12 +285,12 @@ def host() -> Iterator[str]:
     server.server_close()
 
 
-FETCHED = Limits(max_bytes=1 << 20, max_pixels=1 << 16, hosts=["127.0.0.1"])
+FETCHED = ImageLimits(max_bytes=1 << 20, max_pixels=1 << 16, hosts=["127.0.0.1"])
 IMPATIENT = replace(FETCHED, fetch_timeout_s=0.5)
 
 
 def test_an_allowed_host_is_fetched_from(host: str) -> None:
-    assert read_picture(f"{host}/red.png", FETCHED).data == file_of(RED)
+    assert read_image(f"{host}/red.png", FETCHED).data == file_of(RED)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_what_a_host_does_not_give_within_the_limits_is_refused(
     host: str, path: str, reason: str
 ) -> None:
     with pytest.raises(ImageError, match=reason):
-        read_picture(f"{host}/{path}", IMPATIENT if path == "slow.png" else FETCHED)
+        read_image(f"{host}/{path}", IMPATIENT if path == "slow.png" else FETCHED)
 
 
 def test_a_host_that_does_not_answer_is_given_up() -> None:
@@ -320,6 +320,6 @@ def test_a_host_that_does_not_answer_is_given_up() -> None:
             ImageError,
             match=r"took longer than images.fetch_timeout, 0.5 s\. Put it into the prompt",
         ):
-            read_picture(f"http://127.0.0.1:{port}/red.png", IMPATIENT)
+            read_image(f"http://127.0.0.1:{port}/red.png", IMPATIENT)
     with pytest.raises(ImageError, match="cannot be fetched: ConnectError"):
-        read_picture(f"http://127.0.0.1:{port}/red.png", FETCHED)
+        read_image(f"http://127.0.0.1:{port}/red.png", FETCHED)

@@ -11,21 +11,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from onstream.pipeline.images import ShownImage
-from onstream.workers.generator.engines.base import Request
+from onstream.pipeline.images import PromptImage
+from onstream.workers.generator.engines.base import GenerationRequest
 from onstream.workers.generator.engines.transformers.slot_cache import (
-    Continuations,
-    Pass,
-    Prompts,
+    ContinuationBlock,
+    ForwardPass,
+    PromptBlock,
     SlotCache,
 )
 
 Numbers = npt.NDArray[Any]  # of integers
-Prompt = tuple[bytes, tuple[str, ...]]
+PromptKey = tuple[bytes, tuple[str, ...]]
 
 
 @dataclass
-class Running:
+class SequenceState:
     """A request and what has been written of it. `spans` are (policy version, first token written
     by it).
 
@@ -33,7 +33,7 @@ class Running:
     the prompt shows images.
     """
 
-    request: Request
+    request: GenerationRequest
     space: Numbers | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -45,12 +45,12 @@ class Running:
         return len(self.request.prompt_ids) + len(self.token_ids)
 
     @property
-    def prompt(self) -> Prompt:
+    def prompt(self) -> PromptKey:
         """The prompt as something that can be compared and hashed: its ids, and the images that it
         shows.
         """
         return self.request.prompt_ids.tobytes(), tuple(
-            image.picture.digest for image in self.request.images
+            image.file.digest for image in self.request.images
         )
 
     @property
@@ -62,7 +62,7 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PackedRow:
     """One packed row of T tokens: ids [1, T], and the index [n] of the token that each slot's next
     is drawn after.
 
@@ -73,27 +73,27 @@ class Layout:
     input_ids: Tensor
     position_ids: Tensor
     last: Tensor
-    slots: Pass
-    images: list[ShownImage]
+    slots: ForwardPass
+    images: list[PromptImage]
 
 
-class Packing:
+class RowPacker:
     """Gathers the pieces of a packed row, in order, on the model's device."""
 
     def __init__(self, cache: SlotCache, device: torch.device, dtype: torch.dtype) -> None:
-        self._pass = Pass(cache)
+        self._pass = ForwardPass(cache)
         self._device = device
         self._dtype = dtype
         self._ids: list[Numbers] = []
         self._positions: list[Numbers] = []  # [t] or [3, t] each
-        self._images: list[ShownImage] = []
+        self._images: list[PromptImage] = []
         self._tokens = 0
 
-    def prompts(self, rows: Sequence[Running], first: int) -> Numbers:
+    def prompts(self, rows: Sequence[SequenceState], first: int) -> Numbers:
         """Put each distinct prompt of `rows`, which take the slots from `first` on, once; returns
         the last token's index for each row.
         """
-        numbers: dict[Prompt, int] = {}
+        numbers: dict[PromptKey, int] = {}
         source = [numbers.setdefault(row.prompt, len(numbers)) for row in rows]
         distinct = list({row.prompt: row for row in rows}.values())
         sizes = np.array([len(row.request.prompt_ids) for row in distinct])
@@ -104,7 +104,7 @@ class Packing:
             _prompt_positions(distinct, offsets),
         )
         self._images += [image for row in distinct for image in row.request.images]
-        self._pass.prompts = Prompts(
+        self._pass.prompts = PromptBlock(
             tokens=self._tokens,
             count=len(distinct),
             longest=longest,
@@ -115,7 +115,7 @@ class Packing:
         )
         return np.cumsum(sizes)[source] - 1
 
-    def continuations(self, rows: Sequence[Running], first: int, *, whole: bool) -> Numbers:
+    def continuations(self, rows: Sequence[SequenceState], first: int, *, whole: bool) -> Numbers:
         """Put the last token of each of `rows`, in the slots from `first` on, or the `whole`
         completion; returns where each ends.
         """
@@ -130,7 +130,7 @@ class Packing:
         cells = _ramps(np.arange(len(rows)) * longest, sizes)
         queries = np.full(len(rows) * longest, int(lengths.max()))
         queries[cells] = positions
-        block = Continuations(
+        block = ContinuationBlock(
             begin=begin,
             end=self._tokens,
             first=first,
@@ -144,12 +144,12 @@ class Packing:
         self._pass.continuations.append(block)
         return begin + np.cumsum(sizes) - 1
 
-    def layout(self, last: Sequence[Numbers]) -> Layout:
+    def layout(self, last: Sequence[Numbers]) -> PackedRow:
         """The packed row; `last` as `prompts` and `continuations` returned it, in the order of the
         slots.
         """
         row = self._index(np.concatenate(self._ids))[None]
-        return Layout(
+        return PackedRow(
             row,
             self._index(_together(self._positions)),
             self._index(np.concatenate(last)),
@@ -173,7 +173,7 @@ class Packing:
         )
 
 
-def _prompt_positions(rows: Sequence[Running], offsets: Numbers) -> Numbers:
+def _prompt_positions(rows: Sequence[SequenceState], offsets: Numbers) -> Numbers:
     """Positions of the prompts of `rows`: `offsets` [t], or [3, t] where one of them has places in
     space.
     """
@@ -212,12 +212,12 @@ def _ramps(starts: Numbers, sizes: Numbers) -> Numbers:
 
 def lay_out(
     cache: SlotCache,
-    rows: Sequence[Running],
+    rows: Sequence[SequenceState],
     settled: int,
     *,
     device: torch.device,
     dtype: torch.dtype,
-) -> Layout:
+) -> PackedRow:
     """The pass that brings every slot to where its next token can be drawn.
 
     Args:
@@ -227,7 +227,7 @@ def lay_out(
     """
     cache.reserve(max(row.length for row in rows))
     again = settled + sum(bool(row.token_ids) for row in rows[settled:])
-    packing = Packing(cache, device, dtype)
+    packing = RowPacker(cache, device, dtype)
     fresh = (
         packing.prompts(rows[settled:], settled)[again - settled :]
         if settled < len(rows)

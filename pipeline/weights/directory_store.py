@@ -22,8 +22,8 @@ import numpy as np
 
 from onstream.pipeline.records import PolicyVersion
 from onstream.pipeline.run_files.durable import digest_of, sync
-from onstream.pipeline.weights.parts import Part, Version
 from onstream.pipeline.weights.policy import WEIGHTS_FILE, Bytes, LoadedPolicy, WeightsError
+from onstream.pipeline.weights.store import StoredWeights, VersionId
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,7 +96,7 @@ def write_directory(
     sync(folder)
 
 
-class Directory:
+class DirectoryReader:
     """A generator's end of the transport `filesystem`: the trainer's run directory, which it can
     read.
     """
@@ -109,33 +109,33 @@ class Directory:
         """The folder."""
         return f"in {self._run_dir / _FOLDER}"
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[StoredWeights]:
         """The model directories and the deltas that are there."""
         fulls = []
         for path in (self._run_dir / _FOLDER).glob("[0-9]*"):
             if path.name.isdecimal() and (size := _size(path / WEIGHTS_FILE)) is not None:
                 fulls.append(
-                    Part(int(path.name), "", size, f"{_FOLDER}/{path.name}/{WEIGHTS_FILE}")
+                    StoredWeights(int(path.name), "", size, f"{_FOLDER}/{path.name}/{WEIGHTS_FILE}")
                 )
         return fulls + self._deltas()
 
-    def _deltas(self) -> list[Part]:
+    def _deltas(self) -> list[StoredWeights]:
         found = []
         for path in (self._run_dir / _DELTAS).glob("[0-9]*"):
             if (name := _DELTA.fullmatch(path.name)) and (size := _size(path)) is not None:
                 number, digest, base_number, base_digest = name.groups()
                 found.append(
-                    Part(
+                    StoredWeights(
                         int(number),
                         digest,
                         size,
                         f"{_DELTAS}/{path.name}",
-                        Version(int(base_number), base_digest),
+                        VersionId(int(base_number), base_digest),
                     )
                 )
         return found
 
-    def read(self, part: Part) -> Bytes:
+    def read(self, part: StoredWeights) -> Bytes:
         """The bytes of `part`'s file.
 
         Raises:
@@ -150,7 +150,7 @@ class Directory:
             ) from error
 
 
-class DirectoryOutlet(Directory):
+class DirectoryWriter(DirectoryReader):
     """The trainer's end of the transport `filesystem`. A full set is a model directory, with the
     files of `model_files` in it.
     """
@@ -163,7 +163,7 @@ class DirectoryOutlet(Directory):
         """No bound but the disk's."""
         return math.inf
 
-    def put(self, part: Part, data: Bytes) -> Part:
+    def put(self, part: StoredWeights, data: Bytes) -> StoredWeights:
         """Write a model directory, or a delta's file.
 
         Raises:
@@ -184,7 +184,7 @@ class DirectoryOutlet(Directory):
             _discard(old)  # other weights under this number, of a story that ended
         return msgspec.structs.replace(part, place=place)
 
-    def keep(self, parts: Collection[Part]) -> None:
+    def keep(self, parts: Collection[StoredWeights]) -> None:
         """Remove the deltas that are not among `parts`; model directories serve others too, and are
         left to `prune`.
         """

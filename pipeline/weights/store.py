@@ -12,7 +12,7 @@ import msgspec
 from onstream.pipeline.weights.policy import Bytes
 
 
-class Version(NamedTuple):
+class VersionId(NamedTuple):
     """A policy version. A number alone names none: a trainer that went back may publish other
     weights under it.
     """
@@ -21,7 +21,7 @@ class Version(NamedTuple):
     digest: str
 
 
-class Part(msgspec.Struct, frozen=True, array_like=True, tag="weights/1"):
+class StoredWeights(msgspec.Struct, frozen=True, array_like=True, tag="weights/1"):
     """Bytes that lie ready at `place`: version `number` whole or, with a `base`, as a delta to be
     laid over that.
 
@@ -33,14 +33,14 @@ class Part(msgspec.Struct, frozen=True, array_like=True, tag="weights/1"):
     digest: str
     size_bytes: int
     place: str
-    base: Version | None = None
+    base: VersionId | None = None
 
-    def makes(self, version: Version) -> bool:
+    def makes(self, version: VersionId) -> bool:
         """Whether `version` comes of it."""
         return self.number == version.number and self.digest in ("", version.digest)
 
 
-class Shelf(Protocol):
+class StoreReader(Protocol):
     """A generator's view of a transport."""
 
     @property
@@ -48,11 +48,11 @@ class Shelf(Protocol):
         """The place, in words."""
         ...
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[StoredWeights]:
         """What is there, whole: parts that are being written are not."""
         ...
 
-    def read(self, part: Part) -> Bytes:
+    def read(self, part: StoredWeights) -> Bytes:
         """The bytes of `part`, in memory that is the caller's.
 
         Raises:
@@ -61,14 +61,14 @@ class Shelf(Protocol):
         ...
 
 
-class Outlet(Shelf, Protocol):
+class StoreWriter(StoreReader, Protocol):
     """The trainer's view of a transport."""
 
     def room_bytes(self) -> float:
         """How much more may be put beside what is there."""
         ...
 
-    def put(self, part: Part, data: Bytes) -> Part:
+    def put(self, part: StoredWeights, data: Bytes) -> StoredWeights:
         """Store `part`, and return it with the place that it got. A full set without room beside
         what is there may take its place.
 
@@ -78,20 +78,22 @@ class Outlet(Shelf, Protocol):
         """
         ...
 
-    def keep(self, parts: Collection[Part]) -> None:
+    def keep(self, parts: Collection[StoredWeights]) -> None:
         """Offer `parts` to readers, and remove what is not among them. (A run directory may have
         reasons to keep full sets.)
         """
         ...
 
 
-def way_to(version: Version, parts: Collection[Part], have: Version | None) -> list[Part] | None:
+def chain_to(
+    version: VersionId, parts: Collection[StoredWeights], have: VersionId | None
+) -> list[StoredWeights] | None:
     """What to read for `version`, in order: the fewest bytes of a full set and deltas that follow,
     or deltas on what one has.
 
     An empty list where `have` is it; None where nothing that is there leads to it.
     """
-    deltas = list[Part]()
+    deltas = list[StoredWeights]()
     found = None
     at = version
     for _ in range(len(parts) + 1):
@@ -107,13 +109,13 @@ def way_to(version: Version, parts: Collection[Part], have: Version | None) -> l
     return found
 
 
-def _cheaper(first: list[Part] | None, second: list[Part]) -> list[Part]:
+def _cheaper(first: list[StoredWeights] | None, second: list[StoredWeights]) -> list[StoredWeights]:
     if first is None:
         return second
     return min(second, first, key=lambda way: sum(part.size_bytes for part in way))
 
 
-def of_use(parts: Collection[Part], newest: int) -> list[Part]:
+def useful_for(parts: Collection[StoredWeights], newest: int) -> list[StoredWeights]:
     """The parts that lead to version `newest`: the newest full set up to it, the deltas since, and
     the one to that version itself.
 

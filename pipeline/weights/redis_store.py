@@ -16,8 +16,8 @@ from redis.exceptions import OutOfMemoryError
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.redis.trainer_lease import Lease
 from onstream.pipeline.redis.weight_store import WeightShelf
-from onstream.pipeline.weights.parts import Part
 from onstream.pipeline.weights.policy import Bytes, WeightsError
+from onstream.pipeline.weights.store import StoredWeights
 
 CHUNK_BYTES = (1 << 20) - 64
 """With its header a chunk is just under 1 MiB, for which Redis's allocator takes no more; reading
@@ -25,11 +25,11 @@ or writing one takes about 1 ms.
 """
 LOOK_S = 0.1
 _MIB = 1 << 20
-_decoder = msgspec.msgpack.Decoder(Part)
+_decoder = msgspec.msgpack.Decoder(StoredWeights)
 log = structlog.get_logger(__name__)
 
 
-class Chunks:
+class ChunkReader:
     """A generator's end: reads parts over its own connection, a chunk at a time."""
 
     where = "in Redis"
@@ -37,11 +37,11 @@ class Chunks:
     def __init__(self, bus: WeightShelf) -> None:
         self._bus = bus
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[StoredWeights]:
         """What the trainer offers."""
         return [_decoder.decode(part) for part in self._bus.weights().values()]
 
-    def read(self, part: Part) -> Bytes:
+    def read(self, part: StoredWeights) -> Bytes:
         """The bytes of `part`.
 
         Raises:
@@ -59,7 +59,7 @@ class Chunks:
         return data
 
 
-class ChunksOutlet(Chunks):
+class ChunkWriter(ChunkReader):
     """The trainer's end. Weights take at most `share` of Redis's maxmemory, so that the records
     always find room.
 
@@ -75,7 +75,7 @@ class ChunksOutlet(Chunks):
         self._patience_s = patience_s
         self.keep(self.parts())  # frees what a trainer that was killed left unfinished
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[StoredWeights]:
         """What is offered, and there: a Redis that lost its data while it was written to may list
         what it has only the end of.
         """
@@ -92,7 +92,7 @@ class ChunksOutlet(Chunks):
     def _budget(self) -> float:
         return self._share * self._bus.memory().most_bytes or math.inf
 
-    def put(self, part: Part, data: Bytes) -> Part:
+    def put(self, part: StoredWeights, data: Bytes) -> StoredWeights:
         """Write the chunks of `part`. Readers do not see it before `keep`.
 
         Raises:
@@ -105,13 +105,13 @@ class ChunksOutlet(Chunks):
             self._keep_chunk(placed, index, data[start : start + CHUNK_BYTES].data)
         return placed
 
-    def keep(self, parts: Collection[Part]) -> None:
+    def keep(self, parts: Collection[StoredWeights]) -> None:
         """Offer `parts`, and free the memory of all else."""
         self._bus.offer_weights(
             self._lease, {part.place: msgspec.msgpack.encode(part) for part in parts}
         )
 
-    def _make_room(self, part: Part) -> None:
+    def _make_room(self, part: StoredWeights) -> None:
         budget = self._budget()
         if part.size_bytes > budget:
             raise _too_large(part, budget)
@@ -123,7 +123,7 @@ class ChunksOutlet(Chunks):
             )
             self.keep([])
 
-    def _keep_chunk(self, part: Part, index: int, chunk: memoryview) -> None:
+    def _keep_chunk(self, part: StoredWeights, index: int, chunk: memoryview) -> None:
         deadline = time.monotonic() + self._patience_s
         while True:
             try:
@@ -139,7 +139,7 @@ class ChunksOutlet(Chunks):
                 time.sleep(LOOK_S)
 
 
-def _too_large(part: Part, budget: float) -> UserError:
+def _too_large(part: StoredWeights, budget: float) -> UserError:
     return UserError(
         f"policy version {part.number} has {part.size_bytes / _MIB:.0f} MiB; weights may take {budget / _MIB:.0f} MiB of Redis's memory",
         expected="room for at least one full set of weights, and better for two",
@@ -148,7 +148,7 @@ def _too_large(part: Part, budget: float) -> UserError:
     )
 
 
-def _full(part: Part, patience_s: float) -> UserError:
+def _full(part: StoredWeights, patience_s: float) -> UserError:
     return UserError(
         f"Redis stayed full for {patience_s:g} s while policy version {part.number} was written",
         expected="memory for the records and the weights",

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from onstream.pipeline.weights.parts import Part, Version, of_use, way_to
+from onstream.pipeline.weights.store import StoredWeights, VersionId, chain_to, useful_for
 
 
-def full(number: int, size: int = 100, digest: str | None = None) -> Part:
-    return Part(number, f"d{number}" if digest is None else digest, size, f"full {number}")
+def full(number: int, size: int = 100, digest: str | None = None) -> StoredWeights:
+    return StoredWeights(number, f"d{number}" if digest is None else digest, size, f"full {number}")
 
 
-def delta(number: int, size: int = 10) -> Part:
-    return Part(
-        number, f"d{number}", size, f"delta {number}", Version(number - 1, f"d{number - 1}")
+def delta(number: int, size: int = 10) -> StoredWeights:
+    return StoredWeights(
+        number, f"d{number}", size, f"delta {number}", VersionId(number - 1, f"d{number - 1}")
     )
 
 
-def version(number: int) -> Version:
-    return Version(number, f"d{number}")
+def version(number: int) -> VersionId:
+    return VersionId(number, f"d{number}")
 
 
 DELTAS = [delta(number) for number in range(1, 9)]
@@ -41,7 +41,7 @@ DELTAS = [delta(number) for number in range(1, 9)]
 def test_the_fewest_bytes_that_lead_there(
     wanted: int, have: int | None, way: list[str] | None
 ) -> None:
-    found = way_to(
+    found = chain_to(
         version(wanted), [full(0), full(4), *DELTAS], None if have is None else version(have)
     )
     assert (found and [part.place for part in found]) == way
@@ -49,24 +49,29 @@ def test_the_fewest_bytes_that_lead_there(
 
 def test_a_full_set_is_taken_where_the_deltas_are_more() -> None:
     parts = [full(0), full(8, size=25), *DELTAS]
-    assert way_to(version(8), parts, version(6)) == [delta(7), delta(8)]
-    assert way_to(version(8), parts, version(5)) == [full(8, size=25)]
+    assert chain_to(version(8), parts, version(6)) == [delta(7), delta(8)]
+    assert chain_to(version(8), parts, version(5)) == [full(8, size=25)]
 
 
 def test_a_full_set_whose_digest_is_not_known_counts_for_its_number() -> None:
-    assert way_to(version(4), [full(4, digest="")], None) == [full(4, digest="")]
-    assert way_to(version(4), [full(4, digest="other")], None) is None
+    assert chain_to(version(4), [full(4, digest="")], None) == [full(4, digest="")]
+    assert chain_to(version(4), [full(4, digest="other")], None) is None
 
 
 def test_deltas_that_lead_in_a_circle_end() -> None:
     around = [
-        Part(1, "d1", 5, "a", Version(2, "d2")),
-        Part(2, "d2", 5, "b", Version(1, "d1")),
+        StoredWeights(1, "d1", 5, "a", VersionId(2, "d2")),
+        StoredWeights(2, "d2", 5, "b", VersionId(1, "d1")),
     ]
-    assert way_to(version(1), around, None) is None
+    assert chain_to(version(1), around, None) is None
 
 
 def test_of_use_is_the_newest_full_set_what_follows_and_the_delta_to_it() -> None:
     parts = [full(0), full(4), full(9), *DELTAS]
-    assert [part.place for part in of_use(parts, 6)] == ["full 4", "delta 4", "delta 5", "delta 6"]
-    assert [part.place for part in of_use(DELTAS[:2], 2)] == ["delta 1", "delta 2"]
+    assert [part.place for part in useful_for(parts, 6)] == [
+        "full 4",
+        "delta 4",
+        "delta 5",
+        "delta 6",
+    ]
+    assert [part.place for part in useful_for(DELTAS[:2], 2)] == ["delta 1", "delta 2"]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import onstream.pipeline.weights.directory
+import onstream.pipeline.weights.directory_store
 from onstream.pipeline.records import PolicyVersion
-from onstream.pipeline.weights import Directory, Reader, WeightsError, prune, publish
+from onstream.pipeline.weights import DirectoryReader, PolicyFetcher, WeightsError, prune, publish
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 
@@ -40,7 +40,7 @@ def folder_names(run_dir: Path) -> list[str]:
 
 
 def read(run_dir: Path, policy: PolicyVersion) -> dict[str, torch.Tensor]:
-    return Reader(Directory(run_dir), deltas=False).fetch(policy).tensors()
+    return PolicyFetcher(DirectoryReader(run_dir), deltas=False).fetch(policy).tensors()
 
 
 def test_a_published_version_is_read_back_as_it_was(tmp_path: Path, model_dir: Path) -> None:
@@ -119,7 +119,9 @@ def test_bytes_that_are_no_safetensors_are_a_weights_error_even_under_their_own_
 def test_what_was_checked_is_what_is_loaded_even_if_the_file_is_replaced_meanwhile(
     tmp_path: Path, model_dir: Path
 ) -> None:
-    loaded = Reader(Directory(tmp_path), deltas=False).fetch(publish(tmp_path, 1, STATE, model_dir))
+    loaded = PolicyFetcher(DirectoryReader(tmp_path), deltas=False).fetch(
+        publish(tmp_path, 1, STATE, model_dir)
+    )
     (tmp_path / "policies/000001/model.safetensors").write_bytes(b"")
     publish(tmp_path, 1, {"a": torch.zeros(1)}, model_dir)
     assert torch.equal(loaded.tensors()["a"], STATE["a"])
@@ -136,7 +138,7 @@ def test_a_crash_while_publishing_leaves_no_version_and_the_next_attempt_succeed
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(onstream.pipeline.weights.directory, killed_at, die)
+        patch.setattr(onstream.pipeline.weights.directory_store, killed_at, die)
         publish(tmp_path, 5, STATE, model_dir)
     assert not (tmp_path / "policies/000005").exists()
     policy = publish(tmp_path, 5, STATE, model_dir)

@@ -1,0 +1,166 @@
+"""An image file, and the checks that it passes: a known format, within the limits, and whole.
+
+The header is read first. An image that would decode to more pixels than allowed is refused before
+any pixel is decoded.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from onstream.pipeline.models.image_features import ImageFeatures
+
+FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
+_KNOWN = ", ".join(FORMATS)
+MAX_ASPECT = 200
+"""The longest side is at most this many times the shortest.
+
+Qwen-VL's processors take no more. Others scale by the shortest side, however long the other is.
+"""
+
+
+class ImageError(ValueError):
+    """An image that cannot be used. The message says what it is and what was expected."""
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """Limits on one image. URLs other than `data:` are fetched from `hosts` only."""
+
+    max_bytes: int
+    max_pixels: int
+    hosts: Sequence[str] = ()
+    fetch_timeout_s: float = 10.0
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file, whole and within the limits."""
+
+    data: bytes
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of the file, in hexadecimal."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    @property
+    def data_url(self) -> str:
+        """The file as a `data:` URL."""
+        with _opened(self.data) as image:
+            # Pillow has its own name (MPO) for a JPEG that contains further images.
+            mime = FORMATS.get(str(image.format), "image/jpeg")
+        return f"data:{mime};base64,{base64.b64encode(self.data).decode()}"
+
+    def decoded(self) -> Image:
+        """The pixels as RGB, turned as EXIF says, with transparent parts on white."""
+        from PIL import Image, ImageOps
+
+        with _opened(self.data) as file:
+            image = ImageOps.exif_transpose(file)  # as model servers do with the images they get
+            if "A" not in image.getbands() and "transparency" not in image.info:
+                return image.convert("RGB")
+            layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+
+
+@dataclass(frozen=True)
+class PromptImage:
+    """An image in a prompt: its file, and what the student's processor makes of it."""
+
+    file: ImageFile
+    features: ImageFeatures
+
+
+def grey_image(width: int, height: int) -> ImageFile:
+    """A plain grey image of that many pixels, to test how a processor or a server reads images."""
+    from PIL import Image
+
+    target = io.BytesIO()
+    Image.new("RGB", (width, height), "grey").save(target, "PNG")
+    return ImageFile(target.getvalue())
+
+
+def checked(data: bytes, limits: ImageLimits) -> ImageFile:
+    """`data` as an image file.
+
+    Raises:
+        ImageError: it is not a whole image of a known format within `limits`.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if len(data) > limits.max_bytes:
+        raise too_large(len(data), limits)
+    try:
+        with _opened(data) as image:
+            _check_header(image, limits)
+            image.load()
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"{len(data)} bytes, which begin with {data[:8]!r}, "
+            f"are no whole image of a format that is read; expected one of {_KNOWN}. Convert it."
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            f"the image is refused before decoding: {error}; "
+            f"images.max_pixels is {limits.max_pixels}"
+        ) from error
+    except Exception as error:  # what Pillow raises depends on the format and on the damage
+        raise ImageError(
+            f"the image is broken: {error}; expected a whole file in {_KNOWN}. "
+            "Replace it, or leave it out of the task."
+        ) from error
+    return ImageFile(data)
+
+
+def too_large(size_bytes: int, limits: ImageLimits) -> ImageError:
+    """The error for an image that has `size_bytes` or more."""
+    return ImageError(
+        f"the image has {size_bytes} bytes or more; images.max_bytes is {limits.max_bytes}. "
+        "Shrink it, or raise the limit."
+    )
+
+
+def _check_header(image: Image, limits: ImageLimits) -> None:
+    """Raise ImageError for what the header alone shows."""
+    pixels = image.width * image.height
+    size = f"{image.width} × {image.height}"
+    if pixels > limits.max_pixels:
+        raise ImageError(
+            f"the image has {size} = {pixels} pixels; images.max_pixels is {limits.max_pixels}. "
+            "It was not decoded. Scale it down, or raise the limit."
+        )
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ImageError(
+            f"the image has {size} pixels; expected sides of at most {MAX_ASPECT} to 1. Crop it."
+        )
+    frames = getattr(image, "n_frames", 1)
+    # A JPEG that contains further images (MPO) has frames too; its first image is used.
+    if frames > 1 and image.format in FORMATS:
+        raise ImageError(
+            f"the image is an animation of {frames} frames; expected one that does not move. "
+            "Put frames in as images."
+        )
+
+
+def _opened(data: bytes) -> Image:
+    """The image in `data`, with its header read and nothing decoded."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        # max_pixels decides, not Pillow's own limit.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(data), formats=tuple(FORMATS))
