@@ -112,7 +112,7 @@ class Training:
         """
         self._waiting.append(TimedRecord(record, taken))
         if self._images and isinstance(record, Rollout):
-            self._images.ahead(digest for sample in record.samples for digest in sample.images)
+            self._images.prefetch(digest for sample in record.samples for digest in sample.images)
 
     def close(self) -> None:
         """End the thread that fetches images."""
@@ -171,7 +171,7 @@ class Training:
         samples = training_samples(batch, normalize=self._normalize, version=self.step)
         features = NO_IMAGES
         if self._images:
-            features = self._images.of({digest for one in samples for digest in one.images})
+            features = self._images.get({digest for one in samples for digest in one.images})
         return self.learner.step(samples, self.max_steps, features=features, per_sample=per_sample)
 
     def _consider_up_to_a_batch(self, result: AdvanceResult) -> None:
@@ -207,7 +207,7 @@ class Training:
         for sample in record.samples:
             prompt_ids = ids_array(sample.prompt_ids)
             completion_ids = ids_array(sample.completion_ids)
-            problem = self._images.objection(prompt_ids, completion_ids, sample.images)
+            problem = self._images.problem_with(prompt_ids, completion_ids, sample.images)
             if problem:
                 return problem
         return None
