@@ -19,7 +19,7 @@ COMPOSE = ROOT / "compose.yaml"
 STACK = ROOT / "deploy" / "stack.yaml"
 OURS = re.compile(
     r"run\.dir|redis\.(url|password|tls_.*|server_bin|shut_down|max_memory)"
-    r"|deployment\.(scale\..*|stages|generators|verifiers|external_teachers|jobs)"
+    r"|deployment\.(workers\..*|stages|started_elsewhere)"
 )
 """What compose.yaml itself decides, and where it mounts things."""
 WIDTH = 140
@@ -29,13 +29,6 @@ HEAD = """# The services of compose.yaml for a Swarm: `docker stack deploy -c de
 """
 SECRET = "/run/secrets/redis-password"
 SETTINGS_FILE = "/app/run.toml"
-COUNTS = {
-    "generator": "GENERATORS",
-    "verifier": "VERIFIERS",
-    "teacher": "TEACHERS",
-    "teacher-external": "EXTERNAL_TEACHERS",
-    "jobs": "JOBS",
-}
 KEPT = (
     "image",
     "user",
@@ -131,7 +124,7 @@ class _Plain(yaml.SafeDumper):
 
 def _service(name: str, service: dict[str, Any]) -> dict[str, Any]:
     made = {key: service[key] for key in KEPT if key in service}
-    made["deploy"] = _placement(name)
+    made["deploy"] = _placement(name, service)
     made["secrets"] = [{"source": "redis-password", "mode": 0o444}]
     made["volumes"] = VOLUMES.get(name, ["hub:/home/onstream/hub"])
     made["healthcheck"] = {**service["healthcheck"], "test": _moved(service["healthcheck"]["test"])}
@@ -163,14 +156,17 @@ def _service(name: str, service: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def _placement(name: str) -> dict[str, Any]:
-    replicas = (
-        {"replicas": f"${{{COUNTS[name]}:-{int(name != 'teacher-external')}}}"}
-        if name in COUNTS
-        else {"replicas": 1}
-    )
-    placement = {"placement": HOME} if name in VOLUMES else {}
-    return {**replicas, "restart_policy": {"condition": "on-failure", "delay": "2s"}, **placement}
+def _placement(name: str, service: dict[str, Any]) -> dict[str, Any]:
+    replicas = service.get("scale", 1)
+    if "profiles" in service:  # a Swarm has none: what compose.yaml leaves out has no replicas
+        replicas = replicas.replace(":-1}", ":-0}")
+    placement = {
+        "replicas": replicas,
+        "restart_policy": {"condition": "on-failure", "delay": "2s"},
+    }
+    if name in VOLUMES:
+        placement["placement"] = HOME
+    return placement
 
 
 def _moved(part: Any) -> Any:

@@ -66,12 +66,8 @@ def _student_servers(settings: Settings) -> Iterator[Problem]:
     deployment = settings.deployment
     inference = settings.inference
     plan = make_plan(settings)
-    count = (
-        "deployment.generators"
-        if deployment.scale.generator is None
-        else "deployment.scale.generator"
-    )
-    if max(plan.workers["generator"], deployment.scale.generator or 0) > 1:
+    count = "deployment.workers.generator"
+    if max(plan.workers["generator"], deployment.count_elsewhere("generator")) > 1:
         yield stated(
             settings,
             [count, "inference.engine"],

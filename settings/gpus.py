@@ -80,8 +80,7 @@ def memory_share(settings: Settings, kind: WorkerKind) -> float | None:
     """
     if not settings.deployment.share_gpus or kind not in COMPUTING:
         return None
-    share: float | None = getattr(settings.deployment.gpu_memory_shares, COMPUTING[kind])
-    return share
+    return settings.deployment.gpu_memory_shares.of(kind)
 
 
 def _parts(settings: Settings, plan: Plan, kind: WorkerKind) -> int:

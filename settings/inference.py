@@ -17,16 +17,6 @@ class SamplingSettings(Section):
     """Sampling temperature. Other than 1 needs `trainer.loss.teacher_top_k` with a teacher."""
     max_completion: Annotated[int, RUN, Unit("tokens"), Field(ge=1, le=1 << 20)] = 512
     """The longest completion, end-of-sequence token included."""
-    top_p: Annotated[float, RUN, Unit("probability"), Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling. Anything but 1 is refused unless `trainer.loss.type = "sft"`: the ratios
-    would compare different distributions.
-    """
-    top_k: Annotated[int, RUN, Unit("tokens"), Field(ge=0, le=1 << 20)] = 0
-    """Sample from the k likeliest tokens alone; 0 is off. Refused in training like `top_p`."""
-    min_p: Annotated[float, RUN, Unit("share"), Field(ge=0, le=1)] = 0.0
-    """Drop tokens less likely than this share of the likeliest; 0 is off. Refused in training like
-    `top_p`.
-    """
 
 
 class GuardSettings(Section):
@@ -74,7 +64,7 @@ class InferenceSettings(Section):
     tensor_parallel_size: Annotated[int, WORKER, Unit("GPUs"), Field(ge=1, le=1024)] = 1
     """GPUs that each layer is split over, by vLLM."""
     data_parallel_size: Annotated[int, WORKER, Unit("replicas"), Field(ge=1, le=1024)] = 1
-    """Replicas of the model inside one vLLM engine. More generators (`deployment.generators`) do
+    """Replicas of the model inside one vLLM engine. More generators (`deployment.workers.generator`) do
     the same, and fail one by one.
     """
     gpu_memory_utilization: Annotated[float | None, WORKER, Unit("share"), Field(gt=0, le=1)] = None

@@ -22,6 +22,7 @@ from pydantic_settings.sources.utils import parse_env_vars
 
 from onstream.settings.fields import HIDDEN, known
 from onstream.settings.problem import Problem, SettingsError
+from onstream.settings.retired import without_retired
 from onstream.settings.root import Settings
 from onstream.settings.rules import problems_of
 from onstream.settings.unknown import (
@@ -172,10 +173,18 @@ def _file_fragments(file: Path | str, problems: list[Problem]) -> Iterable[Fragm
             )
         )
         return
-    yield Fragment(str(path), _without_other_types(_without_hidden(values)))
+    values = _without_hidden(values)
+    if path != Path(file) or _is_of_a_run(path):
+        values = without_retired(values)
+    yield Fragment(str(path), _without_other_types(values))
     if path != Path(file):  # a run's own settings, wherever the run was moved
         run = path.resolve().parent
         yield Fragment(str(path), {"run": {"dir": str(run.parent), "name": run.name}})
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Whether `path` is the settings file that a run wrote down, perhaps by an earlier version."""
+    return path.name == "settings.toml" and (path.parent / "plan.json").exists()
 
 
 def settings_file(given: Path | str) -> Path:

@@ -16,10 +16,11 @@ from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.undecodable import UNDECODABLE
 from onstream.settings.devices import device_of
 from onstream.settings.fields import known
+from onstream.settings.retired import RETIRED, says_nothing
 from onstream.settings.root import Settings
 from onstream.settings.route import external_teacher, local_teacher, rollout_teacher, route_of
 from onstream.settings.serving import teacher_engine
-from onstream.settings.stages import FIRST, STAGE_OF, StageName, WorkerKind
+from onstream.settings.stages import FIRST, KINDS_OF, STAGE_OF, StageName, WorkerKind
 from onstream.settings.text import shown
 
 TEACHER_NAMES = ("teacher_inference.model.name", "orchestrator.teacher_model.model.name")
@@ -92,7 +93,8 @@ class Difference:
     changeable: bool
 
     def __str__(self) -> str:
-        return f"{self.name} (here {shown(self.ours)}, the run has {shown(self.theirs)})"
+        ours = "retired" if self.name in RETIRED else f"here {shown(self.ours)}"
+        return f"{self.name} ({ours}, the run has {shown(self.theirs)})"
 
 
 def make_plan(settings: Settings) -> Plan:
@@ -113,7 +115,7 @@ def make_plan(settings: Settings) -> Plan:
     served = (
         local is not None
         and teacher_engine(settings) == "vllm"
-        and settings.deployment.scale.teacher is None
+        and "teacher" not in settings.deployment.started_elsewhere
     )
     workers = _workers(
         settings, route, local=local is not None, served=served, external=external is not None
@@ -148,7 +150,8 @@ def differences(ours: Plan, theirs: Plan) -> list[Difference]:
     for name in names:
         here = ours.run_settings.get(name)
         there = theirs.run_settings.get(name)
-        if here != there and not _of_another_type(name, ours, theirs):
+        gone = says_nothing(name, there) or _of_another_type(name, ours, theirs)
+        if here != there and not gone:
             found.append(Difference(name, here, there, changeable=name in ours.changeable))
     return found
 
@@ -172,13 +175,18 @@ def refuse_differences(ours: Plan, theirs: Plan) -> None:
         UserError: with every `run` setting that differs and may not, and both its values.
     """
     fatal = [difference for difference in differences(ours, theirs) if not difference.changeable]
-    if fatal:
-        raise UserError(
-            f"the settings differ from those that run {theirs.run!r} was started with: {'; '.join(map(str, fatal))}",
-            expected="the run's own values",
-            next_step="Give this process the run's settings, or start another run under another run.name.",
-            exit=Exit.REFUSED,
-        )
+    if not fatal:
+        return
+    next_step = "Give this process the run's settings, or start another run under another run.name."
+    if any(difference.name in RETIRED for difference in fatal):
+        next_step = "Use the version that started the run, or start another run."
+    raise UserError(
+        f"the settings differ from those that run {theirs.run!r} was started with: "
+        f"{'; '.join(map(str, fatal))}",
+        expected="the run's own values",
+        next_step=next_step,
+        exit=Exit.REFUSED,
+    )
 
 
 def _server_gpus(settings: Settings) -> int:
@@ -212,30 +220,28 @@ def _workers(
 ) -> dict[WorkerKind, int]:
     """Worker processes per kind that this deployment starts."""
     deployment = settings.deployment
-    wanted: dict[WorkerKind, int] = {
-        "generator": deployment.generators,
-        "verifier": deployment.verifiers,
-    }
-    if local:
-        wanted["teacher"] = 0 if served else deployment.num_teacher_gpus or 1
-    if external or served:
-        # The last of them asks the server that is started here.
-        wanted["teacher-external"] = (deployment.external_teachers if external else 0) + served
-    wanted["trainer"] = 1
+    counts: dict[WorkerKind, int] = {}
+    for kind in (kind for stage in (FIRST, *route) for kind in KINDS_OF[stage]):
+        count = deployment.workers.of(kind)
+        if kind == "teacher" and not local:
+            continue
+        if kind == "teacher-external" and not (external or served):
+            continue
+        counts[kind] = deployment.num_teacher_gpus or 1 if count is None else count
+    if served:
+        counts["teacher"] = 0
+        # The last of those that ask endpoints asks the server that is started here.
+        counts["teacher-external"] = (counts["teacher-external"] if external else 0) + 1
     here = deployment.stages or (FIRST, *route)
     workers = {
-        kind: count if STAGE_OF[kind] in here else 0
-        for kind, count in wanted.items()
-        if STAGE_OF[kind] in (FIRST, *route)
+        kind: count if STAGE_OF[kind] in here and kind not in deployment.started_elsewhere else 0
+        for kind, count in counts.items()
     }
     evaluates = bool(settings.eval.interval and settings.eval.samples)
     verifies = "verifier" in workers and settings.orchestrator.verification.in_jobs != "never"
-    if evaluates or verifies:  # beside whoever asks for them: the trainer, or the verifiers
-        workers["jobs"] = (
-            deployment.jobs
-            if (evaluates and "train" in here) or (verifies and workers["verifier"])
-            else 0
-        )
-    return {
-        kind: count if deployment.scale.of(kind) is None else 0 for kind, count in workers.items()
-    }
+    if evaluates or verifies:
+        # Beside whoever asks for them: the trainer, or the verifiers.
+        asked_here = (evaluates and "train" in here) or (verifies and workers["verifier"])
+        started_here = asked_here and "jobs" not in deployment.started_elsewhere
+        workers["jobs"] = (deployment.workers.of("jobs") or 0) if started_here else 0
+    return workers

@@ -27,7 +27,7 @@ def verification_on(settings: Settings) -> bool:
     if enabled is not None:
         return enabled
     return (
-        deployment.scale.verifier != 0
+        deployment.workers.of("verifier") != 0
         if deployment.stages is None
         else "verify" in deployment.stages
     )
@@ -47,7 +47,7 @@ def teacher_on(settings: Settings) -> bool:
     stages = settings.deployment.stages
     if stages is not None:
         return "score" in stages
-    return teacher_configured(settings)  # not where `deployment.scale` leaves it out
+    return teacher_configured(settings)
 
 
 def teacher_configured(settings: Settings) -> bool:
@@ -56,10 +56,8 @@ def teacher_configured(settings: Settings) -> bool:
 
 
 def local_teacher_configured(settings: Settings) -> bool:
-    """Whether the settings ask for a teacher beside the run, and `deployment.scale` does not leave
-    it out.
-    """
-    if settings.deployment.scale.teacher == 0:
+    """Whether the settings ask for a teacher beside the run, and none of them leaves it out."""
+    if settings.deployment.workers.of("teacher") == 0:
         return False
     return (
         settings.deployment.num_teacher_gpus is not None
@@ -74,7 +72,7 @@ def local_teacher(settings: Settings) -> str | None:
     external_alone = (
         settings.orchestrator.teacher_model is not None and not local_teacher_configured(settings)
     )
-    if external_alone or settings.deployment.scale.teacher == 0 or not teacher_on(settings):
+    if external_alone or settings.deployment.workers.of("teacher") == 0 or not teacher_on(settings):
         return None
     return settings.teacher_inference.model.name or settings.model.name
 

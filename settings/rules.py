@@ -86,13 +86,13 @@ def _training_signal(settings: Settings) -> Iterator[Problem]:
 def _teacher(settings: Settings) -> Iterator[Problem]:
     loss = settings.trainer.loss
     deployed = "score" in (settings.deployment.stages or ())
-    left_out = settings.deployment.scale.teacher == 0
+    left_out = settings.deployment.workers.of("teacher") == 0
     if loss.needs_teacher and not teacher_configured(settings) and not deployed:
         yield stated(
             settings,
             [
                 loss.TEACHER_SETTING,
-                *(["deployment.scale.teacher"] if left_out else []),
+                *(["deployment.workers.teacher"] if left_out else []),
                 "deployment.num_teacher_gpus",
                 "teacher_inference.model.name",
                 "orchestrator.teacher_model.model.name",
@@ -105,7 +105,7 @@ def _teacher(settings: Settings) -> Iterator[Problem]:
 def _teacher_advice(left_out: bool, without: str) -> str:
     if left_out:
         return (
-            "Set deployment.scale.teacher = 1, or orchestrator.teacher_model for one elsewhere. "
+            "Set deployment.workers.teacher = 1, or orchestrator.teacher_model for one elsewhere. "
             f"Or: {without}."
         )
     return (
@@ -180,14 +180,6 @@ def _sampling(settings: Settings) -> Iterator[Problem]:
     loss = settings.trainer.loss
     if not loss.reads_generator:
         return
-    for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
-        if getattr(sampling, name) != off:
-            yield stated(
-                settings,
-                [f"inference.sampling.{name}"],
-                f"{off} in training, where importance ratios would compare different distributions",
-                f"Leave inference.sampling.{name} out.",
-            )
     if sampling.temperature != 1 and loss.needs_temperature_1:
         yield stated(
             settings,
@@ -288,7 +280,20 @@ def _stages(settings: Settings) -> Iterator[Problem]:
             settings,
             ["deployment.stages"],
             "each stage once",
-            "deployment.generators and deployment.verifiers say how many workers there are.",
+            "deployment.workers says how many workers there are.",
+        )
+
+
+def _teacher_count(settings: Settings) -> Iterator[Problem]:
+    deployment = settings.deployment
+    count = deployment.workers.of("teacher")
+    gpus = deployment.num_teacher_gpus
+    if count and gpus and count != gpus and "teacher" not in deployment.started_elsewhere:
+        yield stated(
+            settings,
+            ["deployment.workers.teacher", "deployment.num_teacher_gpus"],
+            "one number of teachers",
+            "Leave deployment.workers.teacher out: there is a teacher for each GPU.",
         )
 
 
@@ -361,6 +366,7 @@ _RULES: tuple[Rule, ...] = (
         _unread_teacher,
         _lora,
         _stages,
+        _teacher_count,
         _redis_login,
         _task,
         _evaluations,
@@ -402,17 +408,20 @@ def _teacher_warnings(settings: Settings) -> Iterator[str]:
 def _hard_distillation_warnings(settings: Settings) -> Iterator[str]:
     if settings.orchestrator.teacher_rollout_model is None:
         return
-    for name in ("temperature", "top_p", "top_k", "min_p"):
-        setting = known()[f"inference.sampling.{name}"]
-        if setting.value(settings) != setting.default:
-            yield f"{setting.name} has no effect: the completions are those of orchestrator.teacher_rollout_model."
+    temperature = known()["inference.sampling.temperature"]
+    if temperature.value(settings) != temperature.default:
+        yield (
+            f"{temperature.name} has no effect: the completions are those of "
+            "orchestrator.teacher_rollout_model."
+        )
 
 
 def _deployment_warnings(settings: Settings) -> Iterator[str]:
     plan = make_plan(settings)
     for stage in plan.streams:
         kinds = plan.kinds(stage)
-        if not any(plan.workers[kind] or settings.deployment.scale.of(kind) for kind in kinds):
+        elsewhere = settings.deployment.count_elsewhere
+        if not any(plan.workers[kind] or elsewhere(kind) for kind in kinds):
             yield f"No {kinds[0]} worker is started here: the run waits until one joins (onstream worker {kinds[0]})."
     for stage, why in (
         ("verify", "orchestrator.verification.enabled = false"),
@@ -420,5 +429,5 @@ def _deployment_warnings(settings: Settings) -> Iterator[str]:
     ):
         if stage in (settings.deployment.stages or ()) and stage not in route_of(settings):
             yield f"deployment.stages names {stage}, but {why}: no {stage} worker runs."
-    if plan.workers.get("jobs") == 0 and not settings.deployment.scale.jobs:
+    if plan.workers.get("jobs") == 0 and not settings.deployment.count_elsewhere("jobs"):
         yield "No jobs worker is started here: evaluations and verifications in jobs wait until one joins (onstream worker jobs)."

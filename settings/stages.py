@@ -26,12 +26,16 @@ class WorkerSpec:
     `chat_class_path` takes its place in hard distillation, where completions come from an endpoint.
     `gpu_share` is the name of its share in `deployment.gpu_memory_shares`: only a kind that
     computes models has one, and it needs torch.
+    `count` is the default of its count in `[deployment.workers]`, and `count_doc` what the docs say
+    of it; a kind without `count_doc` has no count, and there is always one worker.
     """
 
     kind: WorkerKind
     class_path: str
     chat_class_path: str = ""
     gpu_share: str = ""
+    count: int | None = 1
+    count_doc: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,21 +64,43 @@ STAGES: tuple[StageSpec, ...] = (
                 "onstream.workers.generator.stage:Generator",
                 chat_class_path="onstream.workers.generator.chat_stage:ChatGenerator",
                 gpu_share="inference",
+                count_doc="Workers that generate rollouts.",
             ),
         ),
     ),
     StageSpec(
         "verify",
         takes=("Rollout",),
-        workers=(WorkerSpec("verifier", "onstream.workers.verifier.stage:Verifier"),),
+        workers=(
+            WorkerSpec(
+                "verifier",
+                "onstream.workers.verifier.stage:Verifier",
+                count_doc="Workers that score whole answers. 0 turns verification off, unless "
+                "`orchestrator.verification.enabled` says so explicitly.",
+            ),
+        ),
         switch="orchestrator.verification.enabled",
     ),
     StageSpec(
         "score",
         takes=("Rollout",),
         workers=(
-            WorkerSpec("teacher", "onstream.workers.teacher.stage:Teacher", gpu_share="teacher"),
-            WorkerSpec("teacher-external", "onstream.workers.teacher.external:ExternalTeacher"),
+            WorkerSpec(
+                "teacher",
+                "onstream.workers.teacher.stage:Teacher",
+                gpu_share="teacher",
+                count=None,
+                count_doc="Workers that hold the teacher's model. Unset: "
+                "`deployment.num_teacher_gpus`, or 1. 0: there is no teacher beside the run, "
+                "whatever `teacher_inference.model.name` says. One vLLM server takes the place of "
+                "all of them.",
+            ),
+            WorkerSpec(
+                "teacher-external",
+                "onstream.workers.teacher.external:ExternalTeacher",
+                count_doc="Workers that ask the endpoints of `orchestrator.teacher_model`, where "
+                "that is set.",
+            ),
         ),
         switch="the teacher's section",
     ),
@@ -88,13 +114,26 @@ STAGES: tuple[StageSpec, ...] = (
     ),
 )
 
+JOBS = WorkerSpec(
+    "jobs",
+    "onstream.workers.jobs.worker:run_jobs",
+    count_doc="Workers for jobs, where `eval.interval` is set or `verification.in_jobs` asks for "
+    "them.",
+)
+"""The workers that serve no stage: they evaluate, export and tidy up beside the training."""
+
 WORKERS: dict[WorkerKind, WorkerSpec] = {
     worker.kind: worker for stage in STAGES for worker in stage.workers
 }
 """The workers that serve a stage, by kind, in the order of the flow."""
 
-KINDS: tuple[WorkerKind, ...] = (*WORKERS, "jobs")
-"""Every kind of worker. Those for jobs serve no stage."""
+KINDS: tuple[WorkerKind, ...] = (*WORKERS, JOBS.kind)
+"""Every kind of worker."""
+
+COUNTED: tuple[WorkerSpec, ...] = tuple(
+    worker for worker in (*WORKERS.values(), JOBS) if worker.count_doc
+)
+"""The workers that `[deployment.workers]` counts."""
 
 STAGE_NAMES: tuple[StageName, ...] = tuple(stage.name for stage in STAGES)
 """Every stage, in the order of the flow."""

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from onstream.settings.fields import HIDDEN, Setting, known, plain_location, sections
 from onstream.settings.problem import Problem
+from onstream.settings.retired import RETIRED
 from onstream.settings.text import shown
 
 PREFIX = "ONSTREAM_"
@@ -30,16 +31,14 @@ def unknown_key(name: str, origin: str) -> Problem:
     near = nearest(name)
     if origin.upper().startswith(PREFIX):
         near = variable_of(near) if near else None
-        return Problem(
-            (name,),
-            f"unknown setting: the environment variable {origin}",
-            "the name of a setting",
-            _advice(near),
-        )
-    where = "" if origin.startswith("--set") else f" in {origin}"
-    return Problem(
-        (name,), f"unknown setting {name}{where}", "the name of a setting", _advice(near)
-    )
+        got = f"unknown setting: the environment variable {origin}"
+    else:
+        got = f"unknown setting {name}{'' if origin.startswith('--set') else f' in {origin}'}"
+    retired = RETIRED.get(name)
+    if retired is not None:
+        got = got.replace("unknown", "retired", 1)
+    next_step = _advice(near) if retired is None else retired.next_step
+    return Problem((name,), got, "the name of a setting", next_step)
 
 
 def unknown_variable(variable: str) -> Problem:

@@ -16,6 +16,7 @@ import yaml
 
 from deploy import generate
 from onstream.pipeline.redis.keys import GROUP, Keys
+from onstream.settings.deployment import count_name
 from onstream.settings.fields import known
 from onstream.settings.load import load_settings
 from onstream.settings.stages import STAGE_OF
@@ -76,7 +77,7 @@ def test_every_setting_reaches_every_worker_by_its_own_name_but_for_secrets_and_
         missing = {variable_of(name) for name in known()} - set(SERVICES[service]["environment"])
         assert all(
             re.search(
-                r"REDIS|STAGES|GENERATORS|VERIFIERS|TEACHERS|JOBS|RUN__DIR|API_KEY|HEADERS|SCALE",
+                r"REDIS|STAGES|RUN__DIR|API_KEY|HEADERS",
                 name,
             )
             for name in missing
@@ -123,7 +124,7 @@ def test_the_default_services_carry_no_profile_and_may_be_scaled_to_none() -> No
     scaled = {name: service["scale"] for name, service in SERVICES.items() if "scale" in service}
     assert set(scaled) == {"generator", "verifier", "teacher", "teacher-external", "jobs"}
     for kind, scale in scaled.items():
-        variable = f"ONSTREAM_DEPLOYMENT__SCALE__{kind.replace('-', '_').upper()}"
+        variable = variable_of(f"deployment.workers.{count_name(kind)}")
         assert SERVICES["trainer"]["environment"][variable] == scale, (
             "one variable says how many there are, and whether there are any"
         )
@@ -138,11 +139,8 @@ def test_the_example_of_the_environment_names_every_variable_with_its_default() 
     used: dict[str, str] = {}
     for path in COMPOSE_FILES[:-1]:
         used |= dict(re.findall(r"\$\{([A-Z_0-9]+):-([^}]*)\}", path.read_text()))
-    (
-        used.pop("TLS"),
-        used.pop("REDIS_ADDRESS"),
-        used.pop("REDIS_PORT"),
-    )  # of the files for several machines; docs/deploy.md has them
+    for name in ("TLS", "REDIS_ADDRESS", "REDIS_PORT"):
+        used.pop(name)  # of the files for several machines; docs/deploy.md has them
     assert set(used) <= set(named)
     ours = {name: value for name, value in used.items() if name != "REDIS_URL"}
     assert {name: named[name] for name in ours} == ours

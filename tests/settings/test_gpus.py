@@ -67,7 +67,7 @@ def test_each_worker_that_computes_gets_a_gpu_of_its_own() -> None:
 
 
 def test_more_gpus_than_there_are_is_refused_with_the_sum() -> None:
-    settings, plan = made(*STARTED, "deployment.generators=3")
+    settings, plan = made(*STARTED, "deployment.workers.generator=3")
     [problem] = gpu_problems(settings, plan, ["0", "1", "2"])
     assert str(problem) == (
         "train 1 + inference 3 + teacher 2 = 6 GPUs (deployment.num_teacher_gpus = 2); expected workers that fit the 3 found here. "
@@ -82,7 +82,7 @@ def test_shared_gpus_take_workers_until_their_memory_is_given_away() -> None:
     assert set((placement(settings, plan, ["0"]) or {}).values()) == {"0"}
     assert memory_share(settings, "teacher") == 0.15
     assert memory_share(settings, "verifier") is None
-    crowded, crowd = made(*STARTED, *SHARED, "deployment.generators=2")
+    crowded, crowd = made(*STARTED, *SHARED, "deployment.workers.generator=2")
     [problem] = gpu_problems(crowded, crowd, ["0"])
     assert (
         problem.got
@@ -127,7 +127,7 @@ def test_a_student_that_vllm_splits_has_all_gpus_of_each_generator_to_itself() -
         "deployment.device=cuda",
         "inference.engine=vllm",
         "inference.tensor_parallel_size=2",
-        "deployment.generators=2",
+        "deployment.workers.generator=2",
     )
     settings, plan = made(*split)
     gpus = ["0", "1", "2", "3", "4"]

@@ -105,7 +105,7 @@ def test_workers_are_those_of_the_route_that_this_deployment_starts() -> None:
     made = plan(
         "deployment.num_teacher_gpus=3",
         "trainer.loss.teacher_tau=1",
-        "deployment.generators=2",
+        "deployment.workers.generator=2",
         'deployment.stages=["generate", "train", "score"]',
     )
     assert made.workers == {"generator": 2, "teacher": 3, "trainer": 1}
@@ -137,14 +137,14 @@ def test_workers_are_those_of_the_route_that_this_deployment_starts() -> None:
                 *ENDPOINT,
                 "trainer.loss.teacher_tau=1",
                 "teacher_inference.model.name=big",
-                "deployment.external_teachers=3",
+                "deployment.workers.teacher_external=3",
             ],
             {"generator": 1, "verifier": 1, "teacher": 1, "teacher-external": 3, "trainer": 1},
         ),
         # Hard distillation: no scores, verified unless told otherwise.
         (HARD, {"generator": 1, "verifier": 1, "trainer": 1}),
         (
-            [*HARD, "orchestrator.verification.enabled=false", "deployment.generators=2"],
+            [*HARD, "orchestrator.verification.enabled=false", "deployment.workers.generator=2"],
             {"generator": 2, "trainer": 1},
         ),
         ([*HARD, STAGES.format(', "score"')], {"generator": 1, "trainer": 1}),
@@ -162,8 +162,14 @@ def test_each_mode_starts_the_workers_it_needs(
         ([], None),
         (["eval.interval=2"], 1),
         (["orchestrator.verification.in_jobs=slow"], 1),
-        (["orchestrator.verification.in_jobs=slow", "deployment.jobs=3"], 3),
-        (["orchestrator.verification.in_jobs=slow", "deployment.verifiers=0"], 0),
+        (["orchestrator.verification.in_jobs=slow", "deployment.workers.jobs=3"], 3),
+        (
+            [
+                "orchestrator.verification.in_jobs=slow",
+                'deployment.started_elsewhere=["verifier"]',
+            ],
+            0,
+        ),
         (["orchestrator.verification.in_jobs=always", *PURE_DISTILLATION], None),
     ],
 )
@@ -211,7 +217,7 @@ def test_a_plan_survives_encoding_and_other_bytes_are_refused() -> None:
 
 
 def test_worker_settings_are_not_compared_and_changeable_ones_do_not_refuse() -> None:
-    ours = plan("deployment.generators=4", "trainer.max_steps=7", "log.level=debug")
+    ours = plan("deployment.workers.generator=4", "trainer.max_steps=7", "log.level=debug")
     theirs = plan()
     assert [
         (item.name, item.ours, item.theirs, item.changeable) for item in differences(ours, theirs)

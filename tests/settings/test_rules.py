@@ -173,8 +173,8 @@ REFUSED = [
         "at least 0.01 with vLLM",
     ),
     (
-        ["inference.engine=server", "deployment.generators=2"],
-        "deployment.generators = 2 with inference.engine",
+        ["inference.engine=server", "deployment.workers.generator=2"],
+        "deployment.workers.generator = 2 with inference.engine",
         "expected one generator",
     ),
     (
@@ -220,17 +220,6 @@ REFUSED = [
     ),
     ([*NCCL, "weights.delta=true"], "with weights.delta = true", "expected whole sets"),
     # Sampling.
-    (
-        ["inference.sampling.top_p=0.9"],
-        "inference.sampling.top_p = 0.9",
-        "expected 1.0 in training",
-    ),
-    (["inference.sampling.top_k=5"], "inference.sampling.top_k = 5", "expected 0 in training"),
-    (
-        ["inference.sampling.min_p=0.1"],
-        "inference.sampling.min_p = 0.1",
-        "expected 0.0 in training",
-    ),
     (
         [*TEACHER, "inference.sampling.temperature=0.7"],
         "trainer.loss.teacher_top_k = 0",
@@ -308,11 +297,14 @@ WARNED = [
     ([*TEACHER, STAGES('["generate", "score", "train"]')], "adv_tau has no effect"),
     ([*TEACHER, STAGES('["generate", "verify", "train"]')], "onstream worker teacher)"),
     (
-        [*ENDPOINT, "trainer.loss.teacher_tau=1", "deployment.external_teachers=0"],
+        [*ENDPOINT, "trainer.loss.teacher_tau=1", "deployment.workers.teacher_external=0"],
         "onstream worker teacher-external)",
     ),
-    (["deployment.generators=0"], "onstream worker generator)"),
-    ([*HARD, "inference.sampling.top_p=0.9"], "inference.sampling.top_p has no effect"),
+    (["deployment.workers.generator=0"], "onstream worker generator)"),
+    (
+        [*HARD, "inference.sampling.temperature=0.9"],
+        "inference.sampling.temperature has no effect",
+    ),
     (
         [*HARD, STAGES('["generate", "verify", "score", "train"]')],
         'names score, but trainer.loss.type = "sft"',

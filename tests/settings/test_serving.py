@@ -155,5 +155,5 @@ def test_vllm_that_is_asked_for_and_missing_is_refused_before_anything_starts(
 
 
 def test_endpoints_that_others_ask_need_no_address_here_beside_a_server() -> None:
-    without_address = [*SERVED, TWO, ENDPOINT[0], "deployment.external_teachers=0"]
+    without_address = [*SERVED, TWO, ENDPOINT[0], "deployment.workers.teacher_external=0"]
     assert problems_of(load_settings(overrides=without_address, environ={})) == []

@@ -100,22 +100,6 @@ def test_logprobs_are_those_of_the_distribution_that_was_sampled_from(
 
 
 @torch.no_grad()
-def test_filters_are_in_the_logprobs(engine: Any, first: Any) -> None:
-    requests = some_requests(range(8), longest=30, top_k=5)
-    engine.add(requests)
-    written = finish(engine)
-    for request in requests:
-        one = written[request.key]
-        ids = torch.from_numpy(np.concatenate([request.prompt_ids, one.token_ids]).astype(np.int64))
-        logits = first(ids[None]).logits[0, len(request.prompt_ids) - 1 : -1]
-        kept = logits.masked_fill(
-            logits < logits.topk(5).values[:, -1:], float("-inf")
-        ).log_softmax(-1)
-        drawn = kept.gather(1, torch.from_numpy(one.token_ids.astype(np.int64))[:, None])[:, 0]
-        assert torch.allclose(drawn, torch.from_numpy(one.logprobs), atol=CLOSE_NATS)
-
-
-@torch.no_grad()
 def test_tokens_are_drawn_by_their_probabilities(engine: Any, first: Any) -> None:
     prompt = a_prompt(7, 20)
     draws = 3000

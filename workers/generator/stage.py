@@ -74,10 +74,7 @@ class Generator:
         self._settings = settings
         self._bus = bus
         self._newest = newest or bus.newest_policy
-        sampling = settings.inference.sampling
-        self._sampling = Sampling(
-            sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p
-        )
+        self._sampling = Sampling(settings.inference.sampling.temperature)
         self._in_hand: dict[int, ActiveTicket] = {}  # in the engine, by the request's key
         self._early: deque[Delivery] = deque()  # tickets for a version that is not loaded yet
         self._shown: list[Hold] = []  # what the rollouts written just now show

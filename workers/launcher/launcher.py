@@ -270,7 +270,8 @@ class Launch:
 
     def _evaluate(self, version: int) -> None:
         """Evaluate a policy version in a process of its own, unless a former launch did."""
-        jobs_workers = self._plan.workers.get("jobs") or self._settings.deployment.scale.jobs
+        elsewhere = self._settings.deployment.count_elsewhere("jobs")
+        jobs_workers = self._plan.workers.get("jobs") or elsewhere
         if (
             version
             and jobs_workers

@@ -15,16 +15,12 @@ from onstream.pipeline.weights import LoadedPolicy
 
 @dataclass(frozen=True)
 class Sampling:
-    """The distribution that tokens are drawn from. The filters apply in this order: temperature,
-    top-k, top-p, min-p.
+    """The distribution that tokens are drawn from: the model's own, at `temperature`.
 
     Temperature 0 takes the likeliest token; its logprob is then the model's own, at temperature 1.
     """
 
     temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,8 +50,7 @@ class GenerationRequest:
 class Completion:
     """A finished completion of C tokens, the end-of-sequence token included when it was written.
 
-    `logprobs` [C], in nats, are of the distribution that was really sampled from, filters
-    renormalised.
+    `logprobs` [C], in nats, are of the distribution that was really sampled from.
     """
 
     key: int

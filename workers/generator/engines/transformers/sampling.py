@@ -1,5 +1,4 @@
-"""Drawing tokens from logits: seeds that no neighbour disturbs, filters, and the logprob of what
-was drawn.
+"""Drawing tokens from logits: seeds that no neighbour disturbs, and the logprob of what was drawn.
 
 Pure functions of tensors. n rows, V tokens in the vocabulary.
 """
@@ -40,31 +39,6 @@ def uniforms(seeds: npt.ArrayLike, positions: npt.ArrayLike) -> npt.NDArray[np.f
     return (bits >> np.uint64(12)).astype(np.float64) * 2.0**-52
 
 
-def filtered(logprobs: Tensor, sampling: Sequence[Sampling]) -> Tensor:
-    """`logprobs` [n, V] with the tokens that each row's top-k, top-p and min-p exclude at −inf,
-    renormalised.
-
-    Top-p keeps the fewest likeliest tokens whose probabilities, of what top-k left, reach it; at
-    least one stays.
-    """
-    top_k, top_p, min_p = (
-        torch.tensor(values, device=logprobs.device)[:, None]
-        for values in (
-            [s.top_k or logprobs.shape[-1] for s in sampling],
-            [s.top_p for s in sampling],
-            [s.min_p for s in sampling],
-        )
-    )
-    ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logprobs.shape[-1], device=logprobs.device)
-    ordered = ordered.masked_fill(rank >= top_k, -torch.inf).log_softmax(dim=-1)
-    probs = ordered.exp()
-    before = probs.cumsum(dim=-1) - probs
-    drop = (rank > 0) & ((probs < min_p * probs[:, :1]) | ((before >= top_p) & (top_p < 1)))
-    ordered = ordered.masked_fill(drop, -torch.inf).log_softmax(dim=-1)
-    return torch.empty_like(ordered).scatter_(-1, order, ordered)
-
-
 def draw(
     logits: Tensor, sampling: Sequence[Sampling], uniform: npt.NDArray[np.float64]
 ) -> tuple[Tensor, Tensor]:
@@ -87,13 +61,6 @@ def draw(
         [s.temperature or 1.0 for s in sampling], dtype=torch.float32, device=logits.device
     )
     logprobs = (logits.float() / temperature[:, None]).log_softmax(dim=-1)
-    if any(
-        s.top_k or s.top_p < 1 or s.min_p
-        for s, still in zip(sampling, greedy, strict=True)
-        if not still
-    ):
-        plain = torch.tensor(greedy, device=logits.device)[:, None]
-        logprobs = torch.where(plain, logprobs, filtered(logprobs, sampling))
     # Summed in float64: over a vocabulary of 150k tokens a float32 sum is off by more than its rare
     # tokens weigh.
     cdf = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)

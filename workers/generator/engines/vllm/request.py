@@ -15,6 +15,8 @@ from onstream.pipeline.records import FinishReason, VersionSpan
 from onstream.workers.generator.engines.base import Completion, GenerationRequest
 
 ABORTED = "abort"
+UNFILTERED = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
+# Said, and not left to their defaults: a server takes those from the model's generation_config.json.
 _FINISHED: tuple[FinishReason, ...] = get_args(FinishReason)
 
 
@@ -36,18 +38,11 @@ class VllmRequest:
         return [*self.request.prompt_ids.tolist(), *self.token_ids]
 
     def sampling(self, stop_ids: Collection[int]) -> dict[str, Any]:
-        """The fields of vLLM's SamplingParams for the next piece, as plain data.
-
-        vLLM applies its filters in another order (temperature, min-p, top-k, top-p), which matters
-        only where several are on.
-        """
-        chosen = self.request.sampling
+        """The fields of vLLM's SamplingParams for the next piece, as plain data."""
         return {
             "max_tokens": self.request.max_tokens - len(self.token_ids),
-            "temperature": chosen.temperature,
-            "top_p": chosen.top_p,
-            "top_k": chosen.top_k,
-            "min_p": chosen.min_p,
+            "temperature": self.request.sampling.temperature,
+            **UNFILTERED,
             "seed": self._seed(),
             "stop_token_ids": sorted(stop_ids),
             "ignore_eos": True,  # `stop_token_ids` are all there are

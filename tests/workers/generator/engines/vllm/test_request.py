@@ -10,7 +10,7 @@ from onstream.workers.generator.engines.base import GenerationRequest, Sampling
 from onstream.workers.generator.engines.vllm.request import VllmRequest
 
 REQUEST = GenerationRequest(
-    5, np.array([7, 8], dtype=np.int32), max_tokens=6, seed=11, sampling=Sampling(0.7, 0.9, 4, 0.1)
+    5, np.array([7, 8], dtype=np.int32), max_tokens=6, seed=11, sampling=Sampling(0.7)
 )
 
 
@@ -20,9 +20,9 @@ def test_a_request_is_asked_for_in_vllms_words() -> None:
     assert writing.sampling({9, 3}) == {
         "max_tokens": 6,
         "temperature": 0.7,
-        "top_p": 0.9,
-        "top_k": 4,
-        "min_p": 0.1,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
         "seed": 11,
         "stop_token_ids": [3, 9],
         "ignore_eos": True,
