@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-TOP_PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "EXTENDING.md")]
+TOP_PAGES = [
+    ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "EXTENDING.md")
+]
 PAGES = sorted([*TOP_PAGES, *DOCS.glob("*.md"), *ROOT.glob("examples/*/README.md")])
 NAMING = ("settings", "pipeline", "workers", "tests", "deploy", "examples", "configs", "benchmarks")
 TEXT = {".py", ".toml", ".yaml", ".md", ".lua"}

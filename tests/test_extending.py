@@ -129,6 +129,15 @@ def test_prompts_and_a_scorer(tmp_path: Path) -> None:
     assert all(0 < step["reward"] <= 2 for step in steps)
 
 
+def test_a_built_in_task(tmp_path: Path) -> None:
+    example = Example("A built-in task", tmp_path)
+
+    example.run(example.section.commands[0])
+
+    samples = (tmp_path / "runs/reverse-text/samples.jsonl").read_text()
+    assert "Count a: " in samples
+
+
 def test_a_loss(tmp_path: Path) -> None:
     example = Example("A loss", tmp_path)
 
