@@ -50,6 +50,8 @@ def _print_settings(
     )
     count = 0
     for name, setting in known().items():
+        if setting.types and not setting.applies(settings):
+            continue  # of another type of loss
         value = setting.value(settings)
         absent = value is None and name not in origins  # in a section that is not there
         if everything or (value != setting.default and not absent):

@@ -62,6 +62,11 @@ class LossSettings(Section):
         """Whether a student can learn from its own completions by it."""
 
     @property
+    def user_function(self) -> str | None:
+        """The import path of the user's own function, where the loss is one."""
+        return None
+
+    @property
     def needs_temperature_1(self) -> bool:
         """Whether completions have to be sampled at temperature 1."""
         return False
@@ -203,6 +208,10 @@ class CustomLoss(RolloutLoss):
     WITHOUT_TEACHER = 'Take "teacher_logprobs" out of trainer.loss.needs'
     WITHOUT_REWARD = 'Take "reward" out of trainer.loss.needs'
     LEARN_FROM = 'Put "teacher_logprobs" into trainer.loss.needs, or "reward" with verification'
+
+    @property
+    def user_function(self) -> str:
+        return self.function
 
     @property
     def reads_generator(self) -> bool:

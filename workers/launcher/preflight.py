@@ -47,6 +47,7 @@ def check_files(settings: Settings, teacher: str | None) -> None:
     if teacher is not None and teacher != settings.model.name:
         check_model(teacher, "teacher_inference.model.name")
     check_task(settings)
+    check_loss(settings)
     check_disk(settings, student)
 
 
@@ -197,6 +198,19 @@ def check_task(settings: Settings) -> None:
         swapped_problems(task)
     if settings.orchestrator.verification.enabled is not False:
         load_scorer(settings)
+
+
+def check_loss(settings: Settings) -> None:
+    """Import a loss of the user's own and try it out, so that what is wrong with it is told here.
+
+    Raises:
+        UserError: it cannot be imported, or does not work on a made-up batch.
+    """
+    if settings.trainer.loss.user_function is None:
+        return
+    from onstream.workers.trainer.losses import loss_function  # brings torch
+
+    loss_function(settings.trainer.loss)
 
 
 def check_disk(settings: Settings, student: Path) -> None:

@@ -1,5 +1,6 @@
-"""Takes training steps: rollouts in, better weights out. Knows no streams, and no files but the
-model's own.
+"""Takes training steps: samples in, better weights out.
+
+It knows no streams, and no files but the model's own.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ class Learner:
             loss.backward()
         return {
             **values.metrics.result(divisor),
-            **mismatch_metrics(values.mismatch.found()),
+            **mismatch_metrics(values.mismatch.result()),
             **self._update(max_steps),
             "tokens": float(tokens),
         }
@@ -272,6 +273,7 @@ def _diverged(step: int, norm: float, lr: float) -> UserError:
     return UserError(
         f"the gradient norm of step {step} is {norm}",
         expected="a finite gradient",
-        next_step=f"Lower trainer.optim.lr (now {lr:g}) or add trainer.optim.warmup; the weights of step {step - 1} are kept.",
+        next_step=f"Lower trainer.optim.lr (now {lr:g}) or raise trainer.optim.warmup. "
+        f"The weights of step {step - 1} are kept.",
         exit=Exit.REFUSED,
     )

@@ -72,24 +72,19 @@ def _try_out(settings: CustomLoss, loss: LossFunction) -> None:
     inputs = _made_up(settings)
     with torch.enable_grad():
         values = loss(inputs).loss
-        leaves = (
-            inputs.trainer_logprobs,
-            inputs.trainer_top_logprobs,
-            inputs.trainer_tail_logprobs,
+    if not values.requires_grad:
+        raise _unfit(
+            settings,
+            "returned a loss that does not depend on the trainer's logprobs",
+            "a loss with a gradient by trainer_logprobs",
         )
-        differentiable = [leaf for leaf in leaves if leaf is not None]
-        if not values.requires_grad:
-            raise _unfit(
-                settings,
-                "returned a loss that does not depend on the trainer's logprobs",
-                "a loss with a gradient by trainer_logprobs",
-            )
-        found = torch.autograd.grad(values.sum(), differentiable, allow_unused=True)
-    gradients = [gradient for gradient in found if gradient is not None]
-    for what, tensors in (("loss", [values]), ("gradient", gradients)):
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-            shown = [[round(float(value), 4) for value in tensor.flatten()] for tensor in tensors]
-            raise _unfit(settings, f"came to the {what} {shown} on a made-up batch", "finite ones")
+    leaves = (inputs.trainer_logprobs, inputs.trainer_top_logprobs, inputs.trainer_tail_logprobs)
+    read = [leaf for leaf in leaves if leaf is not None]
+    gradients = torch.autograd.grad(values.sum(), read, allow_unused=True)
+    for what, found in (("loss", values), *(("gradient", gradient) for gradient in gradients)):
+        if found is not None and not found.isfinite().all():
+            got = f"gave the {what} {found.detach().tolist()} on a made-up batch"
+            raise _unfit(settings, got, "finite values")
 
 
 def _made_up(settings: CustomLoss) -> LossInputs:

@@ -38,7 +38,7 @@ def rl_loss(settings: RlLoss, inputs: LossInputs) -> LossValues:
 
 
 def _teacher_advantage(settings: RlLoss, inputs: LossInputs) -> Tensor:
-    """teacher_tau · (−reverse_kl) [N] in the sampled form; 0 without a teacher, or over its top k."""
+    """teacher_tau · (−reverse_kl) [N] in the sampled form; else 0."""
     trainer = inputs.trainer_logprobs_unscaled
     teacher = inputs.teacher_logprobs
     if teacher is None or inputs.teacher_top_logprobs is not None:

@@ -52,7 +52,7 @@ def gather_tokens(
 
 
 class _Row:
-    """The samples of a row in the order of its targets, and the way from their arrays to tensors."""
+    """The samples of a row in the order of its targets; makes tensors of their arrays."""
 
     def __init__(self, packed: Packed, samples: list[TrainSample], device: torch.device) -> None:
         self.packed = packed

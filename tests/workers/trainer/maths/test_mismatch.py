@@ -12,7 +12,7 @@ def test_tokens_are_told_apart_by_their_staleness_over_all_rows() -> None:
     tally = MismatchTally()
     tally.add(torch.tensor([0.25, 1.0, 0.5, 9.0]), torch.tensor([0, 2, 0, -1]), ages=(0, 2))
     tally.add(torch.tensor([0.75, 3.0]), torch.tensor([0, 1]), ages=(0, 1))
-    assert tally.found() == {
+    assert tally.result() == {
         0: {"mean": 0.5, "max": 0.75, "tokens": 3},
         1: {"mean": 3.0, "max": 3.0, "tokens": 1},
         2: {"mean": 1.0, "max": 1.0, "tokens": 1},
@@ -22,7 +22,7 @@ def test_tokens_are_told_apart_by_their_staleness_over_all_rows() -> None:
 def test_a_staleness_that_is_in_the_row_and_not_in_the_chunk_is_left_out() -> None:
     tally = MismatchTally()
     tally.add(torch.tensor([0.5]), torch.tensor([1]), ages=(0, 1))
-    assert list(tally.found()) == [1]
+    assert list(tally.result()) == [1]
 
 
 def test_the_metrics_name_what_the_weights_of_the_step_wrote_themselves() -> None:
