@@ -1,9 +1,8 @@
-"""Models behind HTTP endpoints: what the external teacher and the generator of chat completions
-share.
+"""Models behind HTTP endpoints, for external teachers and for generators that use servers.
 
-`EndpointPool` sends questions to whichever `Endpoint` has the fewest in flight, asks again what failed,
-leaves alone what keeps failing, and keeps to a rate; `TokenBudget` keeps to a run's tokens; `EventLoopThread`
-is the thread that all of it happens in.
+`EndpointPool` sends each request to the `Endpoint` with the fewest in flight, sends again what
+failed, takes out an endpoint that keeps failing, and keeps to a rate. `TokenBudget` bounds the
+tokens of a run. `EventLoopThread` is the thread that all of this runs in.
 """
 
 from onstream.pipeline.http.endpoint import Endpoint, decoded

@@ -1,6 +1,4 @@
-"""All endpoints of one model: which of them is asked, what is asked again, and which are left alone
-for a while.
-"""
+"""All endpoints of one model: which gets a request, what is sent again, and which are down."""
 
 from __future__ import annotations
 
@@ -22,11 +20,11 @@ from onstream.pipeline.telemetry import get_logger
 from onstream.settings.client import EndpointSettings
 
 ROUNDS = 3
-"""How often all attempts at one question may fail while others are answered, before it is given up.
-"""
+"""A request is given up when all its attempts failed so many times while others were answered."""
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 10.0
-TIMER_S = 0.01  # by which a timer may be early
+TIMER_S = 0.01
+"""A timer may be early by this."""
 
 E = TypeVar("E", bound=Endpoint)
 T = TypeVar("T")
@@ -43,15 +41,15 @@ class EndpointReply(Generic[T]):
 
 
 class EndpointPool(Generic[E]):
-    """Spreads questions over the endpoints, by what each has in flight. For one event loop alone.
+    """Spreads requests over the endpoints, by what each has in flight. For one event loop alone.
 
-    A failure is asked again, elsewhere if there is an elsewhere. An endpoint that failed
-    `breaker_failures` times in a row is away: nothing is sent to it until, after a pause, it has
-    passed `probe` anew, since the server that comes back need not be the one that left. Where the
-    probe does not prove that the endpoint works (`proves` is False), one request tries it first.
-    While none is there, questions wait; waiting counts as no attempt.
+    What failed is sent again, to another endpoint if there is one. An endpoint that failed
+    `breaker_failures` times in a row is down: after a pause it is checked anew, since the server
+    that comes back need not be the one that left. A `conclusive` check proves that the endpoint
+    works. After another kind of check, one request tries it first. While all endpoints are down,
+    requests wait; waiting counts as no attempt.
 
-    `model`, `section`, the dotted name of the settings, and `role`, what the model is to the run,
+    `model`, `section` (the dotted name of the settings) and `role` (what the model is to the run)
     are for messages.
     """
 
@@ -62,35 +60,36 @@ class EndpointPool(Generic[E]):
         *,
         model: str,
         section: str,
-        probe: Callable[[E], Awaitable[None]],
-        proves: bool,
+        check: Callable[[E], Awaitable[None]],
+        conclusive: bool,
         role: str = "teacher",
     ) -> None:
         self._client = client
         self._model = model
         self._section = section
-        self._probe = probe
-        self._proves = proves
+        self._check = check
+        self._conclusive = conclusive
         self._role = role
         self._http = http_client(client)
         self.endpoints = [make(url, self._http, client.timeout) for url in client.base_url]
-        self.requests = self.failures = 0
+        self.requests = 0
+        self.failures = 0
         self._answered = 0
         self._last_fault = ""
-        # the last fault of a question whose attempts all failed, until something is answered
         self._trouble = ""
+        """The last fault of a request whose attempts all failed; empty once one is answered."""
         self._changed = asyncio.Condition()
-        self._pace = RateLimiter(client.requests_per_second)
+        self._rate_limiter = RateLimiter(client.requests_per_second)
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def serving(self) -> int:
-        """How many endpoints are there."""
-        return sum(not endpoint.away for endpoint in self.endpoints)
+        """How many endpoints serve."""
+        return sum(not endpoint.down for endpoint in self.endpoints)
 
     @property
     def capacity(self) -> int:
-        """Requests that all endpoints together take at once; those that are away take none."""
+        """Requests that all endpoints together take at once; those that are down take none."""
         return sum(endpoint.takes(self._client.max_in_flight) for endpoint in self.endpoints)
 
     @property
@@ -100,94 +99,89 @@ class EndpointPool(Generic[E]):
 
     @property
     def problem(self) -> str:
-        """What a worker with these endpoints waits for, in words; empty while all of them serve."""
-        complaints = [
-            f"{endpoint.name}: {endpoint.away}" for endpoint in self.endpoints if endpoint.away
-        ]
-        rests_s = [endpoint.rests_s for endpoint in self.endpoints if not endpoint.away]
+        """What the worker waits for; empty while all endpoints serve."""
+        complaints = self._complaints()
+        rests_s = [endpoint.rests_s for endpoint in self.endpoints if not endpoint.down]
         if not rests_s:
-            return f"waiting for the {self._role}: {'; '.join(complaints)}"
+            return f"waiting for the {self._role}: {complaints}"
         if left_s := min(rests_s):
-            return (
-                f"the {self._role} asked to be left alone for another {left_s:.0f} s (Retry-After)"
-            )
+            return f"the {self._role} asked for a pause of another {left_s:.0f} s (Retry-After)"
         if self._trouble:
             return f"waiting for the {self._role}: {self._trouble}"
-        return (
-            f"{len(complaints)} of {len(self.endpoints)} endpoints are away: {'; '.join(complaints)}"
-            if complaints
-            else ""
-        )
+        if not complaints:
+            return ""
+        down = len(self.endpoints) - self.serving
+        return f"{down} of {len(self.endpoints)} endpoints are down: {complaints}"
 
     async def open(self, *, patient: bool) -> None:
-        """Probe every endpoint. Those that do not answer are tried again later; one must answer,
+        """Check every endpoint. Those that do not answer are tried again later. One must answer,
         unless `patient`.
 
         Raises:
             UserError: an endpoint answers and cannot be used, or none answers at all.
         """
-        found = await asyncio.gather(
-            *(self._probe(endpoint) for endpoint in self.endpoints), return_exceptions=True
+        outcomes = await asyncio.gather(
+            *(self._check(endpoint) for endpoint in self.endpoints), return_exceptions=True
         )
-        for endpoint, outcome in zip(self.endpoints, found, strict=True):
+        for endpoint, outcome in zip(self.endpoints, outcomes, strict=True):
             if isinstance(outcome, EndpointError):
-                self._send_away(endpoint, str(outcome))
+                self._set_down(endpoint, str(outcome))
             elif outcome is not None:
                 raise outcome
         if not patient and not self.serving:
-            complaints = "; ".join(
-                f"{endpoint.name}: {endpoint.away}" for endpoint in self.endpoints
-            )
             raise UserError(
-                f"no endpoint of the {self._role} {self._model!r} answers ({complaints})",
+                f"no endpoint of the {self._role} {self._model!r} answers ({self._complaints()})",
                 expected=f"a server at {self._section}.client.base_url",
-                next_step="Start it, or correct the address; a server that is still loading its model needs more time.",
+                next_step="Start it, or correct the address. A server that is still loading its "
+                "model needs more time.",
                 exit=Exit.UNREACHABLE,
             )
 
-    def dismiss(self, endpoint: E, words: str) -> None:
-        """Send nothing to `endpoint` until it has passed the probe anew; `words` say why."""
-        if not endpoint.away or endpoint.trial:
-            self._send_away(endpoint, words)
+    def mark_down(self, endpoint: E, reason: str) -> None:
+        """Send nothing to `endpoint` until it has passed the check anew."""
+        if not endpoint.down or endpoint.trial:
+            self._set_down(endpoint, reason)
 
     async def close(self) -> None:
-        """Ask no more, and close the connections."""
+        """Stop checking, and close the connections."""
         for task in self._tasks:
             task.cancel()
         await self._http.aclose()
 
     async def ask(
-        self, question: Callable[[E], Awaitable[T]], of: E | None = None
+        self, request: Callable[[E], Awaitable[T]], of: E | None = None
     ) -> EndpointReply[T]:
-        """The answer to `question`; returns when some endpoint has given it, however long none is
-        there.
-
-        With `of`, that endpoint alone is asked, unless it is away.
+        """The answer to `request`. Returns when some endpoint has given it, however long all are
+        down. With `of`, that endpoint alone is asked, unless it is down.
 
         Raises:
-            RequestRefused: an endpoint will not answer this one, or cannot although it answers others.
+            RequestRefused: an endpoint refuses this one, or fails at it although it answers others.
         """
         rounds = 0
         while True:
-            answered = self._answered
+            answered_before = self._answered
             try:
-                return await self.attempts(question, of)
+                return await self.attempts(request, of)
             except EndpointFault as fault:
-                rounds += self._answered > answered
+                # Only rounds in which others were answered count: a server that fails at all
+                # requests is waited for.
+                rounds += self._answered > answered_before
                 if rounds >= ROUNDS:
-                    words = f"failed {rounds * (self._client.max_retries + 1)} times while others were answered; last: {fault}"
-                    raise RequestRefused(words) from fault
+                    attempts = rounds * (self._client.max_retries + 1)
+                    raise RequestRefused(
+                        f"failed {attempts} times while others were answered; last: {fault}"
+                    ) from fault
                 self._trouble = self._last_fault
             await asyncio.sleep(self._client.breaker_pause * random.uniform(0.5, 1.5))
 
     async def attempts(
-        self, question: Callable[[E], Awaitable[T]], of: E | None = None
+        self, request: Callable[[E], Awaitable[T]], of: E | None = None
     ) -> EndpointReply[T]:
-        """The answer to `question`, which is sent again up to `max_retries` times, after random and
+        """The answer to `request`, which is sent again up to `max_retries` times, after random and
         growing waits.
 
         Raises:
-            RequestRefused: an endpoint will not answer it.
+            RequestRefused: an endpoint refuses it.
             EndpointFault: every attempt failed.
         """
         retrying = tenacity.AsyncRetrying(
@@ -196,16 +190,16 @@ class EndpointPool(Generic[E]):
             retry=tenacity.retry_if_exception_type(EndpointFault),
             reraise=True,
         )
-        return await retrying(self._attempt, question, of)
+        return await retrying(self._attempt, request, of)
 
     async def _attempt(
-        self, question: Callable[[E], Awaitable[T]], of: E | None
+        self, request: Callable[[E], Awaitable[T]], of: E | None
     ) -> EndpointReply[T]:
         async with self._turn(of) as endpoint:
-            await self._pace.wait()
+            await self._rate_limiter.wait()
             self.requests += 1
             try:
-                answer = await question(endpoint)
+                answer = await request(endpoint)
             except EndpointFault as fault:
                 self._count_fault(endpoint, fault)
                 raise
@@ -214,15 +208,15 @@ class EndpointPool(Generic[E]):
                 raise RequestRefused(
                     f"{endpoint.name} refused it: {refusal}", status=refusal.status
                 ) from refusal
-            self._count_sign_of_life(endpoint)
-            self._answered = self._answered + 1
+            self._count_success(endpoint)
+            self._answered += 1
             self._trouble = ""
             return EndpointReply(answer, endpoint.name)
 
     @asynccontextmanager
     async def _turn(self, of: E | None) -> AsyncIterator[E]:
-        """The endpoint with the fewest requests in flight, as soon as one has room for another;
-        `of`, while it is there.
+        """The endpoint with the fewest requests in flight, as soon as one has room for another.
+        With `of`, that one, unless it is down.
         """
         async with self._changed:
             await self._changed.wait_for(lambda: self._free(of))
@@ -236,12 +230,17 @@ class EndpointPool(Generic[E]):
 
     def _free(self, of: E | None) -> list[E]:
         most = self._client.max_in_flight
-        wanted = self.endpoints if of is None or of.away else [of]
-        return [one for one in wanted if one.in_flight < one.takes(most) and not one.rests_s]
+        eligible = self.endpoints if of is None or of.down else [of]
+        return [one for one in eligible if one.in_flight < one.takes(most) and not one.rests_s]
 
     async def _wake(self) -> None:
         async with self._changed:
             self._changed.notify_all()
+
+    def _complaints(self) -> str:
+        """Why endpoints are down; empty where none is."""
+        down = [endpoint for endpoint in self.endpoints if endpoint.down]
+        return "; ".join(f"{endpoint.name}: {endpoint.down}" for endpoint in down)
 
     def _count_fault(self, endpoint: E, fault: EndpointFault) -> None:
         self.failures += 1
@@ -253,57 +252,55 @@ class EndpointPool(Generic[E]):
         if fault.breaks or endpoint.trial:
             self._count_failure(endpoint, str(fault))
 
-    def _count_refusal(self, endpoint: E, words: str) -> None:
-        """A server that refuses one question after the other is probed, where that proves anything;
-        else it is alive and well.
+    def _count_refusal(self, endpoint: E, reason: str) -> None:
+        """A server that refuses one request after the other is checked anew, where the check is
+        conclusive. Otherwise its refusal shows that it works.
         """
-        if self._proves:
-            self._count_failure(endpoint, words)
+        if self._conclusive:
+            self._count_failure(endpoint, reason)
         else:
-            self._count_sign_of_life(endpoint)
+            self._count_success(endpoint)
 
-    def _count_failure(self, endpoint: E, words: str) -> None:
+    def _count_failure(self, endpoint: E, reason: str) -> None:
         endpoint.failures += 1
-        if endpoint.trial or (
-            endpoint.failures >= self._client.breaker_failures and not endpoint.away
-        ):
-            self._send_away(endpoint, words)
+        too_many = endpoint.failures >= self._client.breaker_failures
+        if endpoint.trial or (too_many and not endpoint.down):
+            self._set_down(endpoint, reason)
 
-    def _count_sign_of_life(self, endpoint: E) -> None:
+    def _count_success(self, endpoint: E) -> None:
         endpoint.failures = 0
         if endpoint.trial:
-            self._welcome(endpoint)
+            self._set_up(endpoint)
 
-    def _send_away(self, endpoint: E, words: str) -> None:
-        endpoint.away = words
+    def _set_down(self, endpoint: E, reason: str) -> None:
+        endpoint.down = reason
         endpoint.trial = False
         log.warning(
-            "the endpoint is left alone",
+            "the endpoint is down and gets no requests",
             endpoint=endpoint.name,
-            reason=words,
+            reason=reason,
             pause_s=self._client.breaker_pause,
         )
         self._start(self._bring_back(endpoint))
 
     async def _bring_back(self, endpoint: E) -> None:
-        """Probe an endpoint that is away, pause by pause, until it passes."""
-        while endpoint.away and not endpoint.trial:
-            await asyncio.sleep(
-                max(endpoint.rests_s, self._client.breaker_pause * random.uniform(1, 1.3))
-            )
+        """Check an endpoint that is down after every pause, until it passes."""
+        while endpoint.down and not endpoint.trial:
+            pause_s = self._client.breaker_pause * random.uniform(1, 1.3)
+            await asyncio.sleep(max(endpoint.rests_s, pause_s))
             try:
-                await self._probe(endpoint)
+                await self._check(endpoint)
             except (EndpointError, UserError) as error:
-                endpoint.away = str(error)
+                endpoint.down = str(error)
                 endpoint.rest(error.retry_after_s if isinstance(error, EndpointFault) else None)
             else:
-                self._welcome(endpoint, trial=not self._proves)
+                self._set_up(endpoint, trial=not self._conclusive)
         await self._wake()
 
-    def _welcome(self, endpoint: E, *, trial: bool = False) -> None:
+    def _set_up(self, endpoint: E, *, trial: bool = False) -> None:
         endpoint.trial = trial
         if not trial:
-            endpoint.away = ""
+            endpoint.down = ""
             endpoint.failures = 0
             log.info("the endpoint is back", endpoint=endpoint.name)
 
@@ -318,14 +315,14 @@ class EndpointPool(Generic[E]):
 
 
 class RateLimiter:
-    """Spaces requests by 1 / `per_second`; None lets them pass."""
+    """Spaces requests by 1 / `per_second` seconds; with None it lets them pass."""
 
     def __init__(self, per_second: float | None) -> None:
         self._gap_s = 0.0 if per_second is None else 1 / per_second
         self._next = 0.0
 
     async def wait(self) -> None:
-        """Wait for this request's turn."""
+        """Wait for the turn of this request."""
         now = time.monotonic()
         turn = max(now, self._next)
         self._next = turn + self._gap_s

@@ -1,44 +1,44 @@
-"""What can be wrong with a reply: the endpoint, or what it was asked."""
+"""The errors of endpoints: a fault of the server, or a request that it refuses."""
 
 from __future__ import annotations
 
 
 class EndpointError(Exception):
-    """A question without an answer. `status` is the reply's HTTP status, None where there was none,
-    or where it is our own verdict.
+    """A request without an answer. `status` is the reply's HTTP status; None where there was no
+    reply, or where the reply was found wrong here.
     """
 
-    def __init__(self, words: str, *, status: int | None = None) -> None:
-        super().__init__(words)
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
         self.status = status
 
 
 class EndpointFault(EndpointError):
-    """The endpoint did not do its work, through no fault of the question: worth asking again, here
-    or elsewhere.
+    """The endpoint failed, and the request is not the cause: it is worth sending again, there or
+    elsewhere.
 
-    `retry_after_s` is how long the server asked to be left alone. `breaks` is False for a server
-    that is only busy: it does not count towards its circuit breaker.
+    `retry_after_s` is how long the server asked for no requests. `breaks` is False for a server
+    that is only busy: this does not count towards its circuit breaker.
     """
 
     def __init__(
         self,
-        words: str,
+        message: str,
         *,
         status: int | None = None,
         retry_after_s: float | None = None,
         breaks: bool = True,
     ) -> None:
-        super().__init__(words, status=status)
+        super().__init__(message, status=status)
         self.retry_after_s = retry_after_s
         self.breaks = breaks
 
 
 class BadReply(EndpointFault):
-    """A reply with a status of success that is not what was asked for."""
+    """A reply with a status of success and the wrong content."""
 
 
 class RequestRefused(EndpointError):
-    """The server refuses this question for what it says; asking again would not help, and another
-    one may pass.
+    """The server refuses this request for its content. Sending it again would not help; another
+    request may pass.
     """

@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own, for a worker whose loop is not asynchronous."""
+"""An event loop in a thread of its own, for workers whose own loop is not asynchronous."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-LEAVE_S = 5.0
+END_S = 5.0
 
 
 class EventLoopThread:
-    """Runs coroutines. Waits for work; is unblocked by `submit`, `run` and `stop`; produces
-    futures.
+    """Runs coroutines.
+
+    Consumes coroutines; waits for them and for their input and output; is unblocked by `submit`,
+    `run` and `stop`; produces futures.
     """
 
     def __init__(self) -> None:
@@ -27,18 +29,18 @@ class EventLoopThread:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`; cancelled when the wait for it is interrupted."""
+        """The result of `work`, which is cancelled when the wait for it is interrupted."""
         future = self.submit(work)
         try:
             return future.result()
         finally:
             future.cancel()
 
-    def stop(self, last: Callable[[], Awaitable[None]], *, within_s: float = LEAVE_S) -> None:
-        """Cancel what runs, wait for `last`, at most `within_s`, and end the thread."""
+    def stop(self, last: Callable[[], Awaitable[None]], *, within_s: float = END_S) -> None:
+        """Cancel what runs, wait for `last` up to `within_s`, and end the thread."""
         self.submit(_end(last)).result(within_s)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(LEAVE_S)
+        self._thread.join(END_S)
         self._loop.close()
 
 
@@ -48,4 +50,4 @@ async def _end(last: Callable[[], Awaitable[None]]) -> None:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
     await last()
-    await asyncio.sleep(0)  # a closed connection lets go of its socket in the loop's next turn
+    await asyncio.sleep(0)  # a closed connection releases its socket in the loop's next turn

@@ -1,5 +1,5 @@
-"""The tokens that all workers of a stage may have endpoints read and write in one run, restarts
-included.
+"""The token budget of a stage: what endpoints may read and write for it in one run, over all
+workers and restarts.
 """
 
 from __future__ import annotations
@@ -10,53 +10,58 @@ from onstream.pipeline.records import StageName
 
 
 class SpendingStore(Protocol):
-    """What a budget asks of the bus."""
+    """Where workers report the tokens they have spent: the bus."""
 
     def own_spent(self, stage: StageName) -> int: ...
     def report_spent(self, stage: StageName, tokens: int) -> int: ...
 
 
 class TokenBudget:
-    """`most` tokens for `stage`; None: no bound, and nothing is told to the others. `setting` is
-    the name of the bound, for messages.
+    """A bound of `most` tokens for `stage`. With None there is no bound, and nothing is reported.
 
-    `own` is what this worker, and former ones of its name, have spent; `spent` what all have, as
-    far as they had told when this one told last. Several workers may together exceed the bound by
-    what they have in flight.
+    `own` is what this worker has spent, and former ones of its name. `spent` is what all workers
+    have spent, as far as they had reported it when this one reported last. Together they may exceed
+    the bound by what they have in flight. `setting` is the name of the bound, for messages.
     """
 
     def __init__(
-        self, purse: SpendingStore, stage: StageName, most: int | None, setting: str
+        self, store: SpendingStore, stage: StageName, most: int | None, setting: str
     ) -> None:
-        self._purse = purse
+        self._store = store
         self._stage = stage
         self.most = most
         self._setting = setting
-        self.own = self.spent = self._told = 0
+        self.own = 0
+        self.spent = 0
+        self._reported = 0
 
     def open(self) -> None:
-        """Take up what was spent before."""
+        """Read what was spent before."""
         if self.most is not None:
-            self.own = self._told = self._purse.own_spent(self._stage)
-            self.spent = self._purse.report_spent(self._stage, self.own)
+            self.own = self._store.own_spent(self._stage)
+            self._reported = self.own
+            self.spent = self._store.report_spent(self._stage, self.own)
 
     def spend(self, tokens: int) -> None:
-        """Count tokens. The others learn of them by `tell`."""
+        """Count tokens. Other workers see them after `report`."""
         self.own += tokens
         self.spent += tokens
 
-    def tell(self) -> None:
-        """Tell the other workers what was spent since the last time, and learn what they have."""
-        if self.most is not None and self.own > self._told:
-            self.spent = self._purse.report_spent(self._stage, self.own)
-            self._told = self.own
+    def report(self) -> None:
+        """Report what was spent since the last time, and read what the others have."""
+        if self.most is not None and self.own > self._reported:
+            self.spent = self._store.report_spent(self._stage, self.own)
+            self._reported = self.own
 
     def allows(self, tokens: int = 1) -> bool:
         """Whether `tokens` more may be spent."""
         return self.most is None or self.spent + tokens <= self.most
 
     def problem(self, tokens: int = 1) -> str:
-        """Why `tokens` more may not be spent, in words; empty where they may."""
+        """Why `tokens` more may not be spent; empty where they may."""
         if self.most is None or self.allows(tokens):
             return ""
-        return f"the budget is spent: {self.spent:,} of {self._setting} = {self.most:,} tokens; raise it and start this worker again"
+        return (
+            f"the budget is spent: {self.spent:,} of {self._setting} = {self.most:,} tokens; "
+            "raise it and start this worker again"
+        )

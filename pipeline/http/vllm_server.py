@@ -1,4 +1,4 @@
-"""vLLM's OpenAI server, in the place of the process that asks for it."""
+"""vLLM's OpenAI server, in the place of the calling process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from onstream.settings.deployment import DeploymentSettings
 from onstream.settings.devices import device_of
 from onstream.settings.engines import vllm_environment
 
-# the command `vllm serve` does not start from the wheel for CPUs
+# The command `vllm serve` does not start from the wheel for CPUs.
 SERVER = "vllm.entrypoints.openai.api_server"
 
 
@@ -20,8 +20,8 @@ def become_server(
     deployment: DeploymentSettings,
     variables: Mapping[str, str] | None = None,
 ) -> NoReturn:
-    """Turn this process into the server. The environment goes before what the device asks for, and
-    `variables` before both.
+    """Turn this process into the server. Of a variable that is set twice, `variables` wins over the
+    environment, and the environment over what the device needs.
     """
     environ = vllm_environment(device_of(deployment)) | dict(os.environ) | dict(variables or {})
     os.execve(sys.executable, [sys.executable, "-P", "-m", SERVER, *arguments], environ)

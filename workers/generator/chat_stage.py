@@ -94,7 +94,7 @@ class ChatGenerator:
         client = source.client
         model = source.model.name
         self._pool = EndpointPool(
-            client, Endpoint, model=model, section=SETTING, probe=self._probe, proves=False
+            client, Endpoint, model=model, section=SETTING, check=self._probe, conclusive=False
         )
         self._budget = TokenBudget(
             bus, self.name, client.max_tokens_per_run, f"{SETTING}.client.max_tokens_per_run"
@@ -164,7 +164,7 @@ class ChatGenerator:
         outcomes = [
             outcome for reply, job in self._finished() for outcome in self._outcomes(reply, job)
         ]
-        self._budget.tell()
+        self._budget.report()
         self._bus.hold_images(
             self.name, self._shown, patience_s=self._settings.delivery.max_handle / 2
         )

@@ -141,10 +141,10 @@ def test_openai_routes_are_where_the_address_has_them_and_others_at_the_servers_
 @pytest.mark.parametrize(
     ("reply", "words"),
     [
-        (b"<html>", "a reply that is no JSON"),
+        (b"<html>", "a reply that is not JSON"),
         (
             b'{"error": {"message": "upstream\\ndied"}}',
-            "^an error in a reply that says success: upstream died$",
+            "^an error in a reply with a status of success: upstream died$",
         ),
     ],
 )

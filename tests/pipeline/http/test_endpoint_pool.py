@@ -49,15 +49,15 @@ async def no_probe(endpoint: Endpoint) -> None:
 def ask(
     settings: ClientSettings,
     use: Use,
-    probe: Callable[[Endpoint], Any] = no_probe,
+    check: Callable[[Endpoint], Any] = no_probe,
     *,
-    proves: bool = False,
+    conclusive: bool = False,
 ) -> Any:
     """What `use`, a coroutine function, returns with a pool of the endpoints of `settings`."""
 
     async def run() -> Any:
         made = EndpointPool(
-            settings, Endpoint, model="teacher", section=SECTION, probe=probe, proves=proves
+            settings, Endpoint, model="teacher", section=SECTION, check=check, conclusive=conclusive
         )
         try:
             return await use(made)
@@ -233,7 +233,7 @@ def test_an_endpoint_that_is_gone_does_not_hold_up_the_others() -> None:
             client(GONE, url, breaker_failures=1, breaker_pause=60), use
         )
         assert (answered, serving_now) == ({url}, 1)
-        assert problem.startswith(f"1 of 2 endpoints are away: {GONE}: ConnectError")
+        assert problem.startswith(f"1 of 2 endpoints are down: {GONE}: ConnectError")
         assert len(server.bodies) == 10
 
 
@@ -321,11 +321,11 @@ def test_a_refused_trial_shows_that_the_endpoint_is_back() -> None:
 
 
 def test_a_probe_that_proves_lets_all_in_at_once_and_one_that_fails_nobody() -> None:
-    probed: list[str] = []
+    checked: list[str] = []
 
-    async def probe(endpoint: Endpoint) -> None:
-        probed.append(endpoint.away)
-        if len(probed) == 1:
+    async def check(endpoint: Endpoint) -> None:
+        checked.append(endpoint.down)
+        if len(checked) == 1:
             raise UserError("other weights", expected="the same", next_step="Serve them.")
 
     async def use(made: EndpointPool[Endpoint]) -> Any:
@@ -337,17 +337,17 @@ def test_a_probe_that_proves_lets_all_in_at_once_and_one_that_fails_nobody() -> 
 
     with serving(in_turn(Answer(500, {"error": "boom"}), FINE)) as (server, url):
         settings = client(url, breaker_failures=1, max_retries=0, max_in_flight=4)
-        assert ask(settings, use, probe, proves=True) == (4, FINE.body)
-        assert probed == ["500 boom", "other weights; expected the same. Serve them."]
+        assert ask(settings, use, check, conclusive=True) == (4, FINE.body)
+        assert checked == ["500 boom", "other weights; expected the same. Serve them."]
         assert len(server.bodies) == 2
 
 
 class TestTheModelCheck:
     def check(self, *urls: str, patient: bool = False, **fields: Any) -> None:
-        async def probe(endpoint: Endpoint) -> None:
+        async def check(endpoint: Endpoint) -> None:
             await require_model(endpoint, "teacher", SECTION)
 
-        ask(client(*urls, **fields), lambda made: made.open(patient=patient), probe)
+        ask(client(*urls, **fields), lambda made: made.open(patient=patient), check)
 
     def test_passes_where_the_model_is_listed_though_another_endpoint_is_down(self) -> None:
         with serving(in_turn(FINE), models=["other", "teacher"]) as (_, url):

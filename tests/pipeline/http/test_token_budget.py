@@ -28,23 +28,23 @@ def test_a_spent_budget_is_named(bus: Bus) -> None:
 def test_a_budget_is_shared_by_the_workers_of_a_stage_and_outlives_them(bus: Bus) -> None:
     first = budget(bus, 20)
     first.spend(14)
-    first.tell()
+    first.report()
     restarted = budget(bus, 20)
     assert (restarted.own, restarted.allows(6), restarted.allows(7)) == (14, True, False)
     bus.consumer = "another"
     second = budget(bus, 20)
     assert (second.own, second.allows(6), second.allows(7)) == (0, True, False)
     second.spend(6)
-    second.tell()
+    second.report()
     first.spend(1)
     bus.consumer = "tester"
-    first.tell()
+    first.report()
     assert (first.spent, first.allows()) == (21, False), "it learns of the others when it tells"
 
 
 def test_without_a_bound_all_is_allowed_and_nothing_told(bus: Bus) -> None:
     free = budget(bus, None)
     free.spend(10**12)
-    free.tell()
+    free.report()
     assert (free.own, free.allows(10**12), free.problem()) == (10**12, True, "")
     assert bus.own_spent("score") == 0

@@ -17,7 +17,7 @@ from onstream.pipeline.http import (
     RequestRefused,
     require_model,
 )
-from onstream.pipeline.http.served_models import locked
+from onstream.pipeline.http.served_models import key_refused
 from onstream.pipeline.records import Logprobs
 from onstream.settings.client import TeacherModelSettings
 from onstream.workers.teacher.external.endpoint import TeacherEndpoint
@@ -247,7 +247,7 @@ class EndpointCheck:
         answers = "; ".join(f"{name}: {fault}" for name, fault in refusals.items())
         statuses = {fault.status or 0 for fault in refusals.values()}
         if statuses <= {401}:
-            return locked(endpoint, next(iter(refusals.values())), SECTION)
+            return key_refused(endpoint, next(iter(refusals.values())), SECTION)
         if all(status >= 500 or status == 429 for status in statuses):
             return EndpointFault(answers, status=max(statuses))
         return UserError(

@@ -112,8 +112,8 @@ class ExternalTeacher:
             TeacherEndpoint,
             model=teacher.model.name,
             section=SECTION,
-            probe=self._check_endpoint,
-            proves=True,
+            check=self._check_endpoint,
+            conclusive=True,
         )
         self._budget = TokenBudget(
             self._bus,
@@ -234,7 +234,7 @@ class ExternalTeacher:
             for at, request in enumerate(job.requests):
                 if at not in job.scored:
                     self._ask(job.delivery.entry_id, at, request)
-        self._budget.tell()
+        self._budget.report()
 
     def _ask(self, entry_id: bytes, at: int, request: ScoreRequest) -> None:
         model = self._teacher.model.name

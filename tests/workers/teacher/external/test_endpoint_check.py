@@ -228,7 +228,7 @@ def test_one_endpoint_that_answers_is_enough_to_begin(
 ) -> None:
     stage = stages(configure(servers(), TableTeacher(port=1)))
     assert stage.stats.detail.startswith(
-        "1 of 2 endpoints are away: http://127.0.0.1:1/v1: ConnectError"
+        "1 of 2 endpoints are down: http://127.0.0.1:1/v1: ConnectError"
     )
     assert stage.room == 16
 

@@ -203,7 +203,7 @@ def test_while_one_endpoint_is_away_the_other_does_the_work(
     leaving.stop()
     for outcome in work(stage, delivered(*(rollout(number) for number in range(1, 40)))):
         assert check(outcome, lasting).scored_by == lasting.base_url
-    assert stage.stats.detail.startswith(f"1 of 2 endpoints are away: {leaving.base_url}")
+    assert stage.stats.detail.startswith(f"1 of 2 endpoints are down: {leaving.base_url}")
     leaving.start()
     until(lambda: stage.stats.detail == "", stage)
 
@@ -234,9 +234,7 @@ def test_an_endpoint_that_asks_to_be_left_alone_is(
     server.faults.append(status(429, retry_after="1"))
     started = time.monotonic()
     assert stage.handle(delivered(rollout(1))) == []
-    until(
-        lambda: "asked to be left alone for another 1 s (Retry-After)" in stage.stats.detail, stage
-    )
+    until(lambda: "asked for a pause of another 1 s (Retry-After)" in stage.stats.detail, stage)
     check(work(stage, [], count=1)[0], server)
     assert time.monotonic() - started >= 1
     assert stage.stats.detail == ""

@@ -67,8 +67,8 @@ class ServerGroup:
             StudentServer,
             model=model,
             section=SECTION,
-            probe=self._admit,
-            proves=True,
+            check=self._admit,
+            conclusive=True,
             role="student",
         )
         self.version = -1
@@ -141,7 +141,7 @@ class ServerGroup:
                 *(
                     self._renew_one(server, target)
                     for server in self.pool.endpoints
-                    if not server.away
+                    if not server.down
                 )
             )
             self.version = target.policy.number
@@ -151,7 +151,9 @@ class ServerGroup:
         try:
             await self._bring(server)
         except EndpointError as error:
-            self.pool.dismiss(server, f"cannot load policy version {target.policy.number}: {error}")
+            self.pool.mark_down(
+                server, f"cannot load policy version {target.policy.number}: {error}"
+            )
 
     async def _admit(self, server: StudentServer) -> None:
         """What must hold of a server before it gets a request, at the start and whenever it comes
@@ -191,7 +193,7 @@ class ServerGroup:
         fault = EndpointFault(
             f"it was started again, or loaded by somebody else: it holds weights that it calls {found!r}"
         )
-        self.pool.dismiss(server, str(fault))
+        self.pool.mark_down(server, str(fault))
         return fault
 
 

@@ -170,7 +170,7 @@ def test_of_two_servers_the_one_that_could_not_load_a_version_gets_no_request_un
     while engine.version < 2:
         engine.step()
     assert engine.problem.startswith(
-        f"1 of 2 endpoints are away: {ill.base_url}: cannot load policy version 2: no such file"
+        f"1 of 2 endpoints are down: {ill.base_url}: cannot load policy version 2: no such file"
     )
     assert engine.slots == 256 and "pause" not in " ".join(ill.calls[-2:]), "nothing was touched"
     engine.add(asked(8))
@@ -282,7 +282,7 @@ def test_slots_and_context_are_those_of_the_servers_that_are_there(
     engine.load(version(2))
     while engine.version < 2:
         engine.step()
-    assert engine.slots == 5 and "1 of 2 endpoints are away" in engine.problem
+    assert engine.slots == 5 and "1 of 2 endpoints are down" in engine.problem
     second.start()
 
 
