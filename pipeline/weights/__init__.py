@@ -11,7 +11,7 @@ from onstream.pipeline.weights.directory_store import (
 from onstream.pipeline.weights.fetcher import PolicyFetcher
 from onstream.pipeline.weights.policy import LoadedPolicy, WeightsError, read_file
 from onstream.pipeline.weights.sender import PolicySender, SendResult
-from onstream.pipeline.weights.store import StoredWeights, StoreReader, StoreWriter, VersionId
+from onstream.pipeline.weights.store import StoreReader, StoreWriter, VersionId, WeightPart
 
 __all__ = [
     "DirectoryReader",
@@ -22,8 +22,8 @@ __all__ = [
     "SendResult",
     "StoreReader",
     "StoreWriter",
-    "StoredWeights",
     "VersionId",
+    "WeightPart",
     "WeightsError",
     "announced",
     "prune",

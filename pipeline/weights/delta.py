@@ -1,13 +1,15 @@
-"""Sparse overwrite deltas: which weights differ from those of a base version, and what they are
-now.
+"""Sparse deltas: which weights differ from those of a base version, and their new values.
 
-A delta is a safetensors file. Of each tensor that changed it has `to/<name>`, the new values, bit
-for bit, and where they go, in the way of the fewest bytes: `at/<name>`, the distances between the
-changed elements, less one, as uint8 or uint16 (where more than 256, or 65,536, elements lie between
-two, one of them is written with the value it has: overwriting does not mind); `in/<name>`, a bit
-for each element, as numpy.packbits lays them; or neither, where the values are the whole tensor.
-Overwriting is idempotent, and what comes of it is checked by the digest of the whole file that it
-must give.
+A delta is a safetensors file. For each tensor that changed it has `to/<name>`, the new values, bit
+for bit, and where they go, in whichever form takes the fewest bytes:
+
+- `at/<name>`: the distances between the changed elements, less one, as uint8 or uint16. Where more
+  than 256 (65,536) elements lie between two, an element in between is written with the value that
+  it has, which overwriting does not mind.
+- `in/<name>`: a bit for each element, as numpy.packbits gives them.
+- neither: the values are the whole tensor.
+
+Overwriting is idempotent. The result is checked by the digest that the whole file must have.
 """
 
 from __future__ import annotations
@@ -21,14 +23,15 @@ from numpy.typing import NDArray
 from onstream.pipeline.weights.policy import Bytes, LoadedPolicy, WeightsError
 from onstream.pipeline.weights.safetensors_layout import TensorLocation, layout_of
 
-_REACH = {1: 1 << 8, 2: 1 << 16}  # bytes of a distance -> the longest that fits
+_LONGEST = {1: 1 << 8, 2: 1 << 16}  # bytes of a distance -> the longest that fits
 _FORMAT = {"format": "onstream-delta/1"}
 
 
 @dataclass(frozen=True)
 class Delta:
-    """`data` turns the base into the new version; None where it would be no smaller. `share` of the
-    weights changed.
+    """What turns the base into the new version.
+
+    `data` is None where it would be no smaller than a full set. `share` of the weights changed.
     """
 
     data: Bytes | None
@@ -36,32 +39,35 @@ class Delta:
 
 
 def encode(base: LoadedPolicy, new: LoadedPolicy) -> Delta | None:
-    """What changed from `base` to `new`; None where their tensors are not the same ones."""
+    """What changed from `base` to `new`; None where their tensors differ in name, dtype or shape."""
     from safetensors.numpy import save
 
     if base.layout != new.layout:
         return None
     arrays: dict[str, NDArray[np.generic]] = {}
     changed = 0
-    for name, entry in new.layout.items():
-        after = _elements(new.data, entry)
-        differs = _elements(base.data, entry) != after
+    total = 0
+    for name, location in new.layout.items():
+        values = _elements(new.data, location)
+        differs = _elements(base.data, location) != values
         count = int(np.count_nonzero(differs))
         changed += count
+        total += values.size
         if count:
-            arrays |= {
-                f"{kind}/{name}": array for kind, array in _encoded(after, differs, count).items()
-            }
+            for kind, array in _encoded(values, differs, count).items():
+                arrays[f"{kind}/{name}"] = array
     data = np.frombuffer(bytearray(save(arrays, metadata=_FORMAT)), dtype=np.uint8)
-    total = sum(_count(entry) for entry in new.layout.values())
-    return Delta(data if data.size < new.data.size else None, changed / total if total else 0.0)
+    smaller = data.size < new.data.size
+    return Delta(data if smaller else None, changed / total if total else 0.0)
 
 
 def _encoded(
     values: NDArray[np.generic], differs: NDArray[np.bool_], count: int
 ) -> dict[str, NDArray[np.generic]]:
-    """The arrays that overwrite the `count` elements of `values` that differ, in the way of the
-    fewest bytes.
+    """The arrays that overwrite those of `values` [n] that differ, in the fewest bytes.
+
+    Args:
+        differs: [n], true for `count` elements.
     """
     bits_bytes = -(-values.size // 8) + count * values.itemsize
     if count * (1 + values.itemsize) < bits_bytes:  # the least that distances can take
@@ -76,37 +82,34 @@ def _encoded(
 def _by_distances(
     values: NDArray[np.generic], indices: NDArray[np.int64]
 ) -> dict[str, NDArray[np.generic]]:
-    found = {width: _within_reach(indices, reach) for width, reach in _REACH.items()}
-    width = min(found, key=lambda width: found[width].size * (width + values.itemsize))
-    return {
-        "at": (np.diff(found[width], prepend=-1) - 1).astype(f"<u{width}"),
-        "to": values[found[width]],
-    }
+    filled = {width: _with_steps(indices, longest) for width, longest in _LONGEST.items()}
+    width = min(filled, key=lambda width: filled[width].size * (width + values.itemsize))
+    distances = np.diff(filled[width], prepend=-1) - 1
+    return {"at": distances.astype(f"<u{width}"), "to": values[filled[width]]}
 
 
-def _within_reach(indices: NDArray[np.int64], reach: int) -> NDArray[np.int64]:
-    """`indices`, ascending, with the fewest others between them that keep each within `reach` of
-    the one before; the first, of −1.
+def _with_steps(indices: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
+    """`indices`, ascending, and between them the fewest others that make steps of at most `longest`.
 
-    [2, 9] within 3 are [2, 5, 8, 9].
+    The first step is from −1. [2, 9] with steps of at most 3 becomes [2, 5, 8, 9].
     """
     steps = np.diff(indices, prepend=-1)
-    pieces = (steps - 1) // reach + 1
-    if indices.size == pieces.sum():
+    counts = (steps - 1) // longest + 1  # of the indices that each step becomes
+    if indices.size == counts.sum():
         return indices
-    ends = np.cumsum(pieces)
-    piece = np.arange(1, ends[-1] + 1) - np.repeat(ends - pieces, pieces)
-    filled: NDArray[np.int64] = np.repeat(indices - steps, pieces) + reach * piece
+    ends = np.cumsum(counts)
+    within = np.arange(1, ends[-1] + 1) - np.repeat(ends - counts, counts)
+    filled: NDArray[np.int64] = np.repeat(indices - steps, counts) + longest * within
     filled[ends - 1] = indices
     return filled
 
 
 def overwrite(data: Bytes, layout: Mapping[str, TensorLocation], delta: Bytes) -> None:
-    """Apply `delta` to the safetensors file `data`, whose `layout` is given, in place.
+    """Apply `delta` in place to the safetensors file `data`, which has the given `layout`.
 
     Raises:
-        WeightsError: `delta` is none, or one for other tensors; `data` may be changed in part by
-            then.
+        WeightsError: `delta` is not a delta, or one for other tensors. `data` may be changed in
+            part by then.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load
@@ -124,6 +127,23 @@ def overwrite(data: Bytes, layout: Mapping[str, TensorLocation], delta: Bytes) -
         raise WeightsError(f"{delta.size} bytes are no delta of these weights: {error}") from error
 
 
+def apply_deltas(number: int, digest: str, data: Bytes, deltas: Iterable[Bytes]) -> LoadedPolicy:
+    """Version `number`: the safetensors file `data`, overwritten in place by `deltas` in order.
+
+    Raises:
+        WeightsError: the result does not have the SHA-256 `digest`, or a delta does not fit.
+    """
+    deltas = list(deltas)
+    if deltas:
+        try:
+            layout = layout_of(data)
+        except ValueError as error:
+            raise WeightsError(f"version {number} cannot be made from its base: {error}") from error
+        for delta in deltas:
+            overwrite(data, layout, delta)
+    return LoadedPolicy(number, digest, data)
+
+
 def _where(
     arrays: Mapping[str, NDArray[np.generic]], name: str, size: int
 ) -> NDArray[np.generic] | slice:
@@ -137,30 +157,9 @@ def _where(
     return slice(None)
 
 
-def _elements(data: Bytes, entry: TensorLocation) -> NDArray[np.generic]:
-    """The tensor at `entry`, flat, as unsigned integers: bits are compared, so that −0 and NaN
-    arrive as they are.
+def _elements(data: Bytes, location: TensorLocation) -> NDArray[np.generic]:
+    """The tensor at `location`, flat, as unsigned integers.
+
+    Bits are compared and copied, so −0 and NaN arrive as they are.
     """
-    return data[entry.start : entry.stop].view(f"<u{entry.size}")
-
-
-def _count(entry: TensorLocation) -> int:
-    return (entry.stop - entry.start) // entry.size
-
-
-def applied(number: int, digest: str, data: Bytes, deltas: Iterable[Bytes]) -> LoadedPolicy:
-    """Version `number` of `digest`: the safetensors file `data`, overwritten in place by `deltas`
-    in their order.
-
-    Raises:
-        WeightsError: something else came of it.
-    """
-    deltas = list(deltas)
-    if deltas:
-        try:
-            layout = layout_of(data)
-        except ValueError as error:
-            raise WeightsError(f"version {number} cannot be made from its base: {error}") from error
-        for delta in deltas:
-            overwrite(data, layout, delta)
-    return LoadedPolicy(number, digest, data)
+    return data[location.start : location.stop].view(f"<u{location.size}")

@@ -1,10 +1,9 @@
-"""Policy versions on disk, and the transport `filesystem`: published whole or not at all, and
-pruned.
+"""The transport `filesystem`: policy versions in the run directory, published whole and pruned.
 
-`<run directory>/policies/000007/` is a Hugging Face model directory. It comes into being by one
-rename of a directory that was written and synced under another name, so a reader meets no
-half-written version; the digest catches what a crash of the machine, a failing disk or a replaced
-version would leave. Deltas are files of `policies/deltas/`, named by what they lead to and from.
+`<run directory>/policies/000007/` is a Hugging Face model directory. It appears by one rename of a
+directory that was written and synced under another name, so no reader finds half a version. The
+digest shows what a crash of the machine, a failing disk or a replaced version may leave. Deltas are
+files in `policies/deltas/`, named by the version they give and the one they are applied to.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import numpy as np
 from onstream.pipeline.records import PolicyVersion
 from onstream.pipeline.run_files.durable import digest_of, sync
 from onstream.pipeline.weights.policy import WEIGHTS_FILE, Bytes, LoadedPolicy, WeightsError
-from onstream.pipeline.weights.store import StoredWeights, VersionId
+from onstream.pipeline.weights.store import VersionId, WeightPart
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +32,7 @@ _DELTAS = f"{_FOLDER}/deltas"
 _DELTA = re.compile(r"(\d+)-([0-9a-f]+)-on-(\d+)-([0-9a-f]+)\.safetensors")
 _UNFINISHED = ".unfinished-"
 _REMOVED = ".removed-"
-_LEFT_OUT = (
+_NOT_LINKED = (
     ".safetensors",
     ".bin",
     ".pt",
@@ -49,12 +48,12 @@ _LEFT_OUT = (
 def publish(
     run_dir: Path, number: int, state: Mapping[str, Tensor], model_files_from: Path
 ) -> PolicyVersion:
-    """Write version `number`: `state` as safetensors, beside the configuration and tokenizer files
-    of `model_files_from`.
+    """Write version `number`: `state` as safetensors, with the files of `model_files_from`.
 
-    A version that is there already with the same weights stays as it is; one with other weights is
-    replaced. Durable on return, if the files of `model_files_from` are: they are linked where the
-    file system can. Of tensors that share their memory (a tied head) the first is written.
+    Those are its configuration and tokenizer; they are linked where the file system can. A version
+    that is there already with the same weights stays as it is; one with other weights is replaced.
+    Durable on return, if the files of `model_files_from` are. Of tensors that share their memory (a
+    tied head) the first is written.
     """
     policy = LoadedPolicy.of(number, state)
     write_directory(run_dir, number, policy.digest, policy.data, model_files_from)
@@ -62,9 +61,7 @@ def publish(
 
 
 def announced(policy: LoadedPolicy) -> PolicyVersion:
-    """What the generators are told of `policy`. Its path is where its model directory is, if one
-    was written.
-    """
+    """What generators are told of `policy`. Its path is that of its model directory, if any."""
     return PolicyVersion(
         number=policy.number,
         digest=policy.digest,
@@ -76,30 +73,29 @@ def announced(policy: LoadedPolicy) -> PolicyVersion:
 def write_directory(
     run_dir: Path, number: int, digest: str, data: Bytes, model_files_from: Path
 ) -> None:
-    """Write the safetensors file `data`, version `number` of `digest`, as a model directory, as
-    `publish` says.
+    """Write version `number` as a model directory, as `publish` says.
+
+    `data` is its safetensors file, and `digest` that file's SHA-256.
     """
     folder = run_dir / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     final = run_dir / _path(number)
     unfinished = folder / f"{_UNFINISHED}{number:06d}"
     shutil.rmtree(unfinished, ignore_errors=True)
-    if _holds(final, digest):
+    if _has_weights(final, digest):
         return
     unfinished.mkdir()
     _link_model_files(model_files_from, unfinished)
-    (unfinished / WEIGHTS_FILE).write_bytes(data.data)
-    sync(unfinished / WEIGHTS_FILE)
+    _write_synced(unfinished / WEIGHTS_FILE, data)
     sync(unfinished)
+    # The order counts: all is on disk before the rename makes it visible.
     _discard(final)
     unfinished.rename(final)
     sync(folder)
 
 
 class DirectoryReader:
-    """A generator's end of the transport `filesystem`: the trainer's run directory, which it can
-    read.
-    """
+    """A generator's end of the transport: the trainer's run directory, which it can read."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
@@ -109,33 +105,34 @@ class DirectoryReader:
         """The folder."""
         return f"in {self._run_dir / _FOLDER}"
 
-    def parts(self) -> list[StoredWeights]:
+    def parts(self) -> list[WeightPart]:
         """The model directories and the deltas that are there."""
-        fulls = []
-        for path in (self._run_dir / _FOLDER).glob("[0-9]*"):
-            if path.name.isdecimal() and (size := _size(path / WEIGHTS_FILE)) is not None:
-                fulls.append(
-                    StoredWeights(int(path.name), "", size, f"{_FOLDER}/{path.name}/{WEIGHTS_FILE}")
-                )
-        return fulls + self._deltas()
+        return self._fulls() + self._deltas()
 
-    def _deltas(self) -> list[StoredWeights]:
+    def _fulls(self) -> list[WeightPart]:
         found = []
-        for path in (self._run_dir / _DELTAS).glob("[0-9]*"):
-            if (name := _DELTA.fullmatch(path.name)) and (size := _size(path)) is not None:
-                number, digest, base_number, base_digest = name.groups()
-                found.append(
-                    StoredWeights(
-                        int(number),
-                        digest,
-                        size,
-                        f"{_DELTAS}/{path.name}",
-                        VersionId(int(base_number), base_digest),
-                    )
-                )
+        for path in (self._run_dir / _FOLDER).glob("[0-9]*"):
+            size = _size(path / WEIGHTS_FILE)
+            if path.name.isdecimal() and size is not None:
+                place = f"{_FOLDER}/{path.name}/{WEIGHTS_FILE}"
+                # The digest is in no name, and computing it would read the whole file.
+                found.append(WeightPart(int(path.name), "", size, place))
         return found
 
-    def read(self, part: StoredWeights) -> Bytes:
+    def _deltas(self) -> list[WeightPart]:
+        found = []
+        for path in (self._run_dir / _DELTAS).glob("[0-9]*"):
+            name = _DELTA.fullmatch(path.name)
+            size = _size(path)
+            if name is None or size is None:
+                continue
+            number, digest, base_number, base_digest = name.groups()
+            base = VersionId(int(base_number), base_digest)
+            place = f"{_DELTAS}/{path.name}"
+            found.append(WeightPart(int(number), digest, size, place, base))
+        return found
+
+    def read(self, part: WeightPart) -> Bytes:
         """The bytes of `part`'s file.
 
         Raises:
@@ -151,8 +148,9 @@ class DirectoryReader:
 
 
 class DirectoryWriter(DirectoryReader):
-    """The trainer's end of the transport `filesystem`. A full set is a model directory, with the
-    files of `model_files` in it.
+    """The trainer's end of the transport.
+
+    A full set is a model directory, with the files of `model_files` in it.
     """
 
     def __init__(self, run_dir: Path, model_files: Path) -> None:
@@ -163,7 +161,7 @@ class DirectoryWriter(DirectoryReader):
         """No bound but the disk's."""
         return math.inf
 
-    def put(self, part: StoredWeights, data: Bytes) -> StoredWeights:
+    def put(self, part: WeightPart, data: Bytes) -> WeightPart:
         """Write a model directory, or a delta's file.
 
         Raises:
@@ -171,34 +169,42 @@ class DirectoryWriter(DirectoryReader):
         """
         if part.base is None:
             write_directory(self._run_dir, part.number, part.digest, data, self._model_files)
-            return msgspec.structs.replace(part, place=f"{_path(part.number)}/{WEIGHTS_FILE}")
-        place = f"{_DELTAS}/{part.number:06d}-{part.digest}-on-{part.base.number:06d}-{part.base.digest}.safetensors"
+            place = f"{_path(part.number)}/{WEIGHTS_FILE}"
+        else:
+            place = self._write_delta(part, part.base, data)
+        return msgspec.structs.replace(part, place=place)
+
+    def _write_delta(self, part: WeightPart, base: VersionId, data: Bytes) -> str:
+        name = f"{part.number:06d}-{part.digest}-on-{base.number:06d}-{base.digest}.safetensors"
+        place = f"{_DELTAS}/{name}"
         path = self._run_dir / place
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{_UNFINISHED}{part.number:06d}")
-        unfinished.write_bytes(data.data)
-        sync(unfinished)
+        _write_synced(unfinished, data)
         unfinished.rename(path)
         sync(path.parent)
-        if not _holds(old := self._run_dir / _path(part.number), part.digest):
-            _discard(old)  # other weights under this number, of a story that ended
-        return msgspec.structs.replace(part, place=place)
+        # A trainer that went back to a checkpoint may find other weights under this number.
+        directory = self._run_dir / _path(part.number)
+        if not _has_weights(directory, part.digest):
+            _discard(directory)
+        return place
 
-    def keep(self, parts: Collection[StoredWeights]) -> None:
-        """Remove the deltas that are not among `parts`; model directories serve others too, and are
-        left to `prune`.
+    def keep(self, parts: Collection[WeightPart]) -> None:
+        """Remove the deltas that are not among `parts`.
+
+        Model directories serve others too (evaluations, exports); `prune` removes those.
         """
         places = {part.place for part in parts}
-        for gone in (part for part in self._deltas() if part.place not in places):
-            (self._run_dir / gone.place).unlink(missing_ok=True)
+        for part in self._deltas():
+            if part.place not in places:
+                (self._run_dir / part.place).unlink(missing_ok=True)
 
 
 def prune(run_dir: Path, keep: int, pinned: Collection[int] = ()) -> list[int]:
-    """Remove all model directories but the `keep` newest and the `pinned` ones, and what a crash
-    left unfinished.
+    """Remove model directories but the `keep` newest and the `pinned` ones.
 
-    For a pinned version that is there as deltas alone, the directory that they start from stays.
-    Returns the numbers removed.
+    Also removes what a crash left unfinished. For a pinned version that exists as deltas only, the
+    directory that they start from stays. Returns the numbers removed.
     """
     folder = run_dir / _FOLDER
     if not folder.is_dir():
@@ -208,19 +214,30 @@ def prune(run_dir: Path, keep: int, pinned: Collection[int] = ()) -> list[int]:
     for unfinished in (run_dir / _DELTAS).glob(f"{_UNFINISHED}*"):
         unfinished.unlink()
     numbers = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
-    needed = {max((number for number in numbers if number <= pin), default=pin) for pin in pinned}
-    gone = [number for number in numbers[: max(0, len(numbers) - keep)] if number not in needed]
-    for number in gone:
+    needed = {_newest_up_to(number, numbers) for number in pinned}
+    old = numbers[: max(0, len(numbers) - keep)]
+    removed = [number for number in old if number not in needed]
+    for number in removed:
         _discard(folder / f"{number:06d}")
-    return gone
+    return removed
+
+
+def _newest_up_to(number: int, numbers: Collection[int]) -> int:
+    return max((one for one in numbers if one <= number), default=number)
 
 
 def _path(number: int) -> str:
     return f"{_FOLDER}/{number:06d}"
 
 
-def _holds(directory: Path, digest: str) -> bool:
-    return (directory / WEIGHTS_FILE).is_file() and digest_of(directory / WEIGHTS_FILE) == digest
+def _has_weights(directory: Path, digest: str) -> bool:
+    path = directory / WEIGHTS_FILE
+    return path.is_file() and digest_of(path) == digest
+
+
+def _write_synced(path: Path, data: Bytes) -> None:
+    path.write_bytes(data.data)
+    sync(path)
 
 
 def _size(path: Path) -> int | None:
@@ -231,21 +248,24 @@ def _size(path: Path) -> int | None:
 
 
 def _link_model_files(source: Path, target: Path) -> None:
-    """Everything of a model directory but weights, however they are stored; by links, since writing
-    them costs more than the weights.
+    """Put a model directory's files, all but weights of any format, into `target`.
+
+    By links: writing them would cost more than writing the weights of a small model.
     """
     for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.endswith(_LEFT_OUT):
-            try:
-                os.link(path.resolve(), target / path.name)
-            except OSError:  # another file system, or one without links
-                shutil.copyfile(path, target / path.name)
-                sync(target / path.name)
+        if not path.is_file() or path.name.endswith(_NOT_LINKED):
+            continue
+        try:
+            os.link(path.resolve(), target / path.name)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(path, target / path.name)
+            sync(target / path.name)
 
 
 def _discard(path: Path) -> None:
-    """Remove a directory; renamed first, so that a crash on the way leaves no version with half its
-    files.
+    """Remove a directory.
+
+    It is renamed first: a crash on the way then leaves no version with half its files.
     """
     if path.exists():
         doomed = path.with_name(_REMOVED + path.name)

@@ -1,50 +1,59 @@
-"""How a generator gets a version: a full set, or deltas on the version that it has in memory,
-whichever is fewer bytes.
-"""
+"""How a generator gets a version: a full set, or deltas to the version in memory."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from onstream.pipeline.records import PolicyVersion
-from onstream.pipeline.weights.delta import applied
+from onstream.pipeline.weights.delta import apply_deltas
 from onstream.pipeline.weights.policy import LoadedPolicy, WeightsError
-from onstream.pipeline.weights.store import StoreReader, VersionId, chain_to
+from onstream.pipeline.weights.store import StoreReader, VersionId, WeightPart, chain_to
 
 
 class PolicyFetcher:
-    """Fetches versions from `shelf`. What it fetched last stays in memory where `deltas` are to be
-    expected, or are there.
+    """Fetches versions from `store`, by whichever parts are fewer bytes.
 
-    `fetched_bytes` is what the last fetch read.
+    The last version stays in memory where `deltas` are expected, or are there. `fetched_bytes` is
+    what the last fetch read.
     """
 
-    def __init__(self, shelf: StoreReader, *, deltas: bool) -> None:
-        self._shelf = shelf
+    def __init__(self, store: StoreReader, *, deltas: bool) -> None:
+        self._store = store
         self._deltas = deltas
         self._base: LoadedPolicy | None = None
         self.fetched_bytes = 0
 
     def fetch(self, policy: PolicyVersion) -> LoadedPolicy:
-        """The weights of `policy`, read at once: what is checked is what is loaded, whatever
-        becomes of the files.
+        """The weights of `policy`, in memory: what is checked is what is loaded.
+
+        Files and chunks may be replaced or removed at any time; nothing is read again.
 
         Raises:
             WeightsError: they are not there, or are not what was announced.
         """
-        parts = self._shelf.parts()
+        parts = self._store.parts()
         base = self._base
-        have = VersionId(base.number, base.digest) if base else None
-        way = chain_to(VersionId(policy.number, policy.digest), parts, have)
-        if way is None:
+        have = None
+        if base is not None:
+            have = VersionId(base.number, base.digest)
+        chain = chain_to(VersionId(policy.number, policy.digest), parts, have)
+        if chain is None:
             raise WeightsError(
-                f"there are no weights of version {policy.number}, digest {policy.digest[:12]}, {self._shelf.where}"
+                f"there are no weights of version {policy.number}, "
+                f"digest {policy.digest[:12]}, {self._store.where}"
             )
-        if base is not None and not way:
+        if base is not None and not chain:
             return base
-        data = [self._shelf.read(part) for part in way]
-        self.fetched_bytes = sum(one.size for one in data)
-        start = data.pop(0) if way[0].base is None or base is None else np.copy(base.data)
-        loaded = applied(policy.number, policy.digest, start, data)
-        self._base = loaded if self._deltas or any(part.base for part in parts) else None
+        loaded = self._load(policy, chain)
+        keep = self._deltas or any(part.base for part in parts)
+        self._base = loaded if keep else None
         return loaded
+
+    def _load(self, policy: PolicyVersion, chain: list[WeightPart]) -> LoadedPolicy:
+        data = [self._store.read(part) for part in chain]
+        self.fetched_bytes = sum(part.size for part in data)
+        if chain[0].base is None or self._base is None:
+            start = data.pop(0)
+        else:
+            start = np.copy(self._base.data)  # deltas overwrite; an engine may still hold the base
+        return apply_deltas(policy.number, policy.digest, start, data)

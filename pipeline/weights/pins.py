@@ -1,6 +1,4 @@
-"""Policy versions that must stay on disk for somebody: one empty file for each version and each use
-of it, in `pinned/` of the run.
-"""
+"""Policy versions that must stay on disk: one empty file per version and use, in `pinned/`."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ _FOLDER = "pinned"
 
 
 def pin(run_dir: Path, version: int, use: str) -> bool:
-    """Keep `version` for `use`, until unpinned; False if it was kept for that already."""
+    """Keep `version` for `use` until it is unpinned; False if it was pinned for that already."""
     path = _path(run_dir, version, use)
     path.parent.mkdir(exist_ok=True)
     try:
@@ -21,18 +19,18 @@ def pin(run_dir: Path, version: int, use: str) -> bool:
 
 
 def unpin(run_dir: Path, version: int, use: str) -> None:
-    """`use` needs `version` no more."""
+    """Say that `use` no longer needs `version`."""
     _path(run_dir, version, use).unlink(missing_ok=True)
 
 
 def pins(run_dir: Path) -> set[tuple[int, str]]:
-    """Every version that is kept, with its use."""
+    """Every pinned version, with its use."""
     names = [path.name.partition(".") for path in (run_dir / _FOLDER).glob("[0-9]*.*")]
     return {(int(version), use) for version, _, use in names}
 
 
 def pinned(run_dir: Path) -> set[int]:
-    """Every version that is kept."""
+    """Every pinned version."""
     return {version for version, _ in pins(run_dir)}
 
 

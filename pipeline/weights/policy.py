@@ -1,6 +1,4 @@
-"""A policy version in memory: the bytes of one safetensors file, their digest checked, and the
-tensors in them.
-"""
+"""A policy version in memory: one safetensors file whose digest was checked, and its tensors."""
 
 from __future__ import annotations
 
@@ -27,12 +25,13 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 class WeightsError(Exception):
-    """A policy version that cannot be loaded: missing, torn, replaced, or of another model."""
+    """A policy version cannot be loaded: it is missing, torn, replaced, or of another model."""
 
 
 class LoadedPolicy:
-    """All weights of policy version `number`, as a transport delivered them. They do not change; do
-    not change them.
+    """All weights of policy version `number`, as a transport delivered them.
+
+    Read-only: nobody changes `data` or the tensors, which share its memory.
 
     Args:
         number: of the version.
@@ -40,14 +39,15 @@ class LoadedPolicy:
         data: [n], a whole safetensors file.
 
     Raises:
-        WeightsError: `data` has another digest, or is no safetensors file.
+        WeightsError: `data` has another digest, or is not a safetensors file.
     """
 
     def __init__(self, number: int, digest: str, data: Bytes) -> None:
         found = digest_of_bytes(data)
         if found != digest:
             raise WeightsError(
-                f"the weights have the digest {found[:12]}; version {number} was announced with {digest[:12]}"
+                f"the weights have the digest {found[:12]}; "
+                f"version {number} was announced with {digest[:12]}"
             )
         try:
             self.layout = layout_of(data)
@@ -59,14 +59,12 @@ class LoadedPolicy:
 
     @classmethod
     def of(cls, number: int, state: Mapping[str, Tensor]) -> LoadedPolicy:
-        """`state` as version `number`, for where nobody published it. Of tensors that share their
-        memory the first counts.
-        """
+        """`state` as version `number`. Of tensors that share their memory the first is used."""
         data = serialised(state)
         return cls(number, digest_of_bytes(data), data)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights by name, on the CPU, without a copy: valid for as long as anybody holds them."""
+        """The weights by name, on the CPU, without a copy. They keep the memory alive."""
         return {name: view(self.data, entry) for name, entry in self.layout.items()}
 
     @property
@@ -75,11 +73,10 @@ class LoadedPolicy:
         return {name: entry.shape for name, entry in self.layout.items()}
 
     def file(self) -> Path:
-        """These weights as a safetensors file that other processes of this machine can read, alone
-        in its directory.
+        """These weights as a safetensors file, for other processes of this machine.
 
-        It is written at the first call, where temporary files go ($TMPDIR), and goes when this
-        object does.
+        It is alone in its directory. It is written at the first call, among the temporary files
+        ($TMPDIR), and removed with this object.
 
         Raises:
             OSError: it cannot be written.
@@ -96,18 +93,15 @@ class LoadedPolicy:
 
 
 def digest_of_bytes(data: Bytes) -> str:
-    """The SHA-256 of `data`, in hexadecimal: of a file's bytes, what
-    `onstream.pipeline.run_files.durable.digest_of` gives for the file.
-    """
+    """The SHA-256 of `data`, in hexadecimal; `run_files.durable.digest_of` is that of a file."""
     return hashlib.sha256(data.data).hexdigest()
 
 
 def read_file(path: Path, digest: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file whose bytes have the SHA-256 `digest`, mapped from the file
-    rather than copied.
+    """The tensors of a safetensors file with the SHA-256 `digest`, mapped rather than copied.
 
     Raises:
-        WeightsError: the file is missing, has another digest, or is no safetensors file.
+        WeightsError: the file is missing, has another digest, or is not a safetensors file.
     """
     try:
         data = np.memmap(path, dtype=np.uint8, mode="c")
@@ -121,14 +115,14 @@ def read_file(path: Path, digest: str) -> dict[str, Tensor]:
 
 
 def serialised(state: Mapping[str, Tensor]) -> Bytes:
-    """[n], `state` as a safetensors file: the same weights give the same bytes. Of tensors that
-    share their memory the first is in it.
+    """[n], `state` as a safetensors file: the same weights give the same bytes.
+
+    Of tensors that share their memory the first is in it.
     """
     from safetensors.torch import save
 
-    return np.frombuffer(
-        bytearray(save(_distinct(state), metadata={"format": "pt"})), dtype=np.uint8
-    )
+    data = save(_distinct(state), metadata={"format": "pt"})
+    return np.frombuffer(bytearray(data), dtype=np.uint8)  # a bytearray, since it is writable
 
 
 def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -138,9 +132,10 @@ def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         same = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if same in seen:
             continue
-        # The file format has no views: what merely overlaps another tensor is written as a tensor
-        # of its own.
+        # The file format has no views: a tensor that only overlaps another is written separately.
         storage = (tensor.untyped_storage().data_ptr(),)
-        tensors[name] = (tensor.clone() if storage in seen else tensor).detach().cpu().contiguous()
+        if storage in seen:
+            tensor = tensor.clone()
+        tensors[name] = tensor.detach().cpu().contiguous()
         seen |= {same, storage}
     return tensors

@@ -17,7 +17,7 @@ from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.redis.trainer_lease import Lease
 from onstream.pipeline.redis.weight_store import WeightShelf
 from onstream.pipeline.weights.policy import Bytes, WeightsError
-from onstream.pipeline.weights.store import StoredWeights
+from onstream.pipeline.weights.store import WeightPart
 
 CHUNK_BYTES = (1 << 20) - 64
 """With its header a chunk is just under 1 MiB, for which Redis's allocator takes no more; reading
@@ -25,7 +25,7 @@ or writing one takes about 1 ms.
 """
 LOOK_S = 0.1
 _MIB = 1 << 20
-_decoder = msgspec.msgpack.Decoder(StoredWeights)
+_decoder = msgspec.msgpack.Decoder(WeightPart)
 log = structlog.get_logger(__name__)
 
 
@@ -37,11 +37,11 @@ class ChunkReader:
     def __init__(self, bus: WeightShelf) -> None:
         self._bus = bus
 
-    def parts(self) -> list[StoredWeights]:
+    def parts(self) -> list[WeightPart]:
         """What the trainer offers."""
         return [_decoder.decode(part) for part in self._bus.weights().values()]
 
-    def read(self, part: StoredWeights) -> Bytes:
+    def read(self, part: WeightPart) -> Bytes:
         """The bytes of `part`.
 
         Raises:
@@ -75,7 +75,7 @@ class ChunkWriter(ChunkReader):
         self._patience_s = patience_s
         self.keep(self.parts())  # frees what a trainer that was killed left unfinished
 
-    def parts(self) -> list[StoredWeights]:
+    def parts(self) -> list[WeightPart]:
         """What is offered, and there: a Redis that lost its data while it was written to may list
         what it has only the end of.
         """
@@ -92,7 +92,7 @@ class ChunkWriter(ChunkReader):
     def _budget(self) -> float:
         return self._share * self._bus.memory().most_bytes or math.inf
 
-    def put(self, part: StoredWeights, data: Bytes) -> StoredWeights:
+    def put(self, part: WeightPart, data: Bytes) -> WeightPart:
         """Write the chunks of `part`. Readers do not see it before `keep`.
 
         Raises:
@@ -105,13 +105,13 @@ class ChunkWriter(ChunkReader):
             self._keep_chunk(placed, index, data[start : start + CHUNK_BYTES].data)
         return placed
 
-    def keep(self, parts: Collection[StoredWeights]) -> None:
+    def keep(self, parts: Collection[WeightPart]) -> None:
         """Offer `parts`, and free the memory of all else."""
         self._bus.offer_weights(
             self._lease, {part.place: msgspec.msgpack.encode(part) for part in parts}
         )
 
-    def _make_room(self, part: StoredWeights) -> None:
+    def _make_room(self, part: WeightPart) -> None:
         budget = self._budget()
         if part.size_bytes > budget:
             raise _too_large(part, budget)
@@ -123,7 +123,7 @@ class ChunkWriter(ChunkReader):
             )
             self.keep([])
 
-    def _keep_chunk(self, part: StoredWeights, index: int, chunk: memoryview) -> None:
+    def _keep_chunk(self, part: WeightPart, index: int, chunk: memoryview) -> None:
         deadline = time.monotonic() + self._patience_s
         while True:
             try:
@@ -139,7 +139,7 @@ class ChunkWriter(ChunkReader):
                 time.sleep(LOOK_S)
 
 
-def _too_large(part: StoredWeights, budget: float) -> UserError:
+def _too_large(part: WeightPart, budget: float) -> UserError:
     return UserError(
         f"policy version {part.number} has {part.size_bytes / _MIB:.0f} MiB; weights may take {budget / _MIB:.0f} MiB of Redis's memory",
         expected="room for at least one full set of weights, and better for two",
@@ -148,7 +148,7 @@ def _too_large(part: StoredWeights, budget: float) -> UserError:
     )
 
 
-def _full(part: StoredWeights, patience_s: float) -> UserError:
+def _full(part: WeightPart, patience_s: float) -> UserError:
     return UserError(
         f"Redis stayed full for {patience_s:g} s while policy version {part.number} was written",
         expected="memory for the records and the weights",

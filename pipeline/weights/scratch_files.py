@@ -1,9 +1,8 @@
-"""Where a process puts files for other processes of this machine, and how those of a killed one are
-cleared away.
+"""Files for other processes of this machine, and the removal of those that killed processes left.
 
 Each process has one directory among the temporary files ($TMPDIR), and keeps a lock on a file in
-it. The kernel drops the lock with the process, whatever ended it and in whatever container it ran;
-the next process that needs such a directory removes those without.
+it. The kernel drops the lock with the process, however it ended and in whatever container it ran.
+The next process that needs such a directory removes those without a lock.
 """
 
 from __future__ import annotations
@@ -22,30 +21,32 @@ _LOCK = "lock"
 
 @cache
 def scratch() -> Path:
-    """This process's directory; it goes when the process ends by itself.
+    """This process's directory. It is removed when the process ends normally.
 
     Raises:
-        OSError: there is no place for it.
+        OSError: it cannot be made.
     """
-    _clear()
-    # Under another name until it is locked, so that nobody takes it for a dead one's.
+    _remove_abandoned()
+    # Made under a hidden name and renamed once it is locked: in between, others would take it for
+    # the directory of a dead process.
     hidden = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}"))
-    fcntl.flock(os.open(hidden / _LOCK, os.O_RDWR | os.O_CREAT, 0o600), fcntl.LOCK_EX)
+    descriptor = os.open(hidden / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
     directory = hidden.rename(hidden.with_name(hidden.name.removeprefix(".")))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory
 
 
-def _clear() -> None:
+def _remove_abandoned() -> None:
     for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
         try:
             descriptor = os.open(lock, os.O_RDWR)
-        except OSError:  # another user's, or gone by now
+        except OSError:  # another user's, or removed by now
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock.parent, ignore_errors=True)
         except BlockingIOError:
-            pass  # its process lives
+            pass  # its process is alive
         finally:
             os.close(descriptor)

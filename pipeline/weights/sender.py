@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from onstream.pipeline.weights.delta import Delta, encode
 from onstream.pipeline.weights.policy import LoadedPolicy
 from onstream.pipeline.weights.store import (
-    StoredWeights,
     StoreWriter,
     VersionId,
+    WeightPart,
     chain_to,
     useful_for,
 )
@@ -17,8 +17,10 @@ from onstream.pipeline.weights.store import (
 
 @dataclass(frozen=True)
 class SendResult:
-    """`update_bytes` is what a generator that keeps up reads; `changed_share` of the weights
-    changed, None where nobody compared.
+    """What sending a version came to.
+
+    `update_bytes` is what a generator that keeps up reads. `changed_share` of the weights changed;
+    None where they were not compared.
     """
 
     update_bytes: int
@@ -26,76 +28,76 @@ class SendResult:
 
 
 class PolicySender:
-    """Puts versions into `outlet`. With `full_every` they go as deltas wherever those are smaller.
+    """Puts versions into `store`. With `full_every` they go as deltas where those are smaller.
 
-    A full set goes out for versions that divide by `full_every`, where the deltas since the last
-    one have come to its size, and wherever readers could not get at the version that the delta
-    would be laid over.
+    A full set goes out for versions that `full_every` divides, where the deltas since the last full
+    set have come to its size, and where readers cannot get the base of the delta.
     """
 
-    def __init__(self, outlet: StoreWriter, full_every: int | None) -> None:
-        self._outlet = outlet
+    def __init__(self, store: StoreWriter, full_every: int | None) -> None:
+        self._store = store
         self._full_every = full_every
         self._base: LoadedPolicy | None = None
 
     def send(self, policy: LoadedPolicy, *, whole: bool = False) -> SendResult:
-        """Offer `policy`, the newest version from now on; `whole` asks for a full set in any case.
-        What became useless goes.
+        """Offer `policy` as the newest version, and remove the parts that lead to it no more.
+
+        `whole` asks for a full set in any case.
 
         Raises:
             UserError: there is no room for it.
             OSError: it cannot be written.
         """
-        parts = [part for part in self._outlet.parts() if part.number < policy.number]
+        # After a fall-back to a checkpoint there may be parts of later numbers: they go.
+        parts = [part for part in self._store.parts() if part.number < policy.number]
         delta = self._delta(policy)
-        part = self._delta_part(policy, delta, parts)
-        new = list[StoredWeights]()
-        if whole or part is None or self._due(policy, [*parts, part]):
-            new.append(
-                self._outlet.put(
-                    StoredWeights(policy.number, policy.digest, policy.data.size, ""), policy.data
-                )
-            )
-        if part and delta and delta.data is not None:
-            new.append(self._outlet.put(part, delta.data))
-        self._outlet.keep(useful_for([*parts, *new], policy.number))
-        self._base = policy if self._full_every else None
-        return SendResult(
-            part.size_bytes if part else policy.data.size, delta.share if delta else None
-        )
+        delta_part = self._delta_part(policy, delta, parts)
+        written = list[WeightPart]()
+        if whole or delta_part is None or self._full_set_due(policy, [*parts, delta_part]):
+            full_part = WeightPart(policy.number, policy.digest, policy.data.size, place="")
+            written.append(self._store.put(full_part, policy.data))
+        if delta_part and delta and delta.data is not None:
+            written.append(self._store.put(delta_part, delta.data))
+        # Readers see the new parts only now, when all are complete.
+        self._store.keep(useful_for(policy.number, [*parts, *written]))
+        self._remember(policy)
+        update_bytes = delta_part.size_bytes if delta_part else policy.data.size
+        return SendResult(update_bytes, delta.share if delta else None)
 
     def skip(self, policy: LoadedPolicy) -> SendResult:
-        """`policy` is there already: the next delta may be laid over it."""
+        """Take `policy`, which is there already, as the base of the next delta."""
         delta = self._delta(policy)
-        self._base = policy if self._full_every else None
+        self._remember(policy)
         return SendResult(0, delta.share if delta else None)
 
     def offers(self, version: VersionId) -> bool:
-        """Whether a generator that has nothing can get `version`."""
-        return _reachable(version, self._outlet.parts())
+        """Whether a generator that has no weights can get `version`."""
+        return _reachable(version, self._store.parts())
+
+    def _remember(self, policy: LoadedPolicy) -> None:
+        self._base = policy if self._full_every else None
 
     def _delta(self, policy: LoadedPolicy) -> Delta | None:
         return encode(self._base, policy) if self._base else None
 
     def _delta_part(
-        self, policy: LoadedPolicy, delta: Delta | None, parts: list[StoredWeights]
-    ) -> StoredWeights | None:
-        """The delta as a part, where it is of use to readers and has room."""
+        self, policy: LoadedPolicy, delta: Delta | None, parts: list[WeightPart]
+    ) -> WeightPart | None:
+        """The delta as a part; None where readers cannot use it, or it has no room."""
         if self._base is None or delta is None or delta.data is None:
             return None
         base = VersionId(self._base.number, self._base.digest)
-        if not _reachable(base, parts) or delta.data.size > self._outlet.room_bytes():
+        size = delta.data.size
+        if not _reachable(base, parts) or size > self._store.room_bytes():
             return None
-        return StoredWeights(policy.number, policy.digest, delta.data.size, "", base)
+        return WeightPart(policy.number, policy.digest, size, place="", base=base)
 
-    def _due(self, policy: LoadedPolicy, parts: list[StoredWeights]) -> bool:
+    def _full_set_due(self, policy: LoadedPolicy, parts: list[WeightPart]) -> bool:
         if not self._full_every or policy.number % self._full_every == 0:
             return True
-        return (
-            sum(part.size_bytes for part in useful_for(parts, policy.number) if part.base)
-            >= policy.data.size
-        )
+        deltas = [part.size_bytes for part in useful_for(policy.number, parts) if part.base]
+        return sum(deltas) >= policy.data.size
 
 
-def _reachable(version: VersionId, parts: list[StoredWeights]) -> bool:
+def _reachable(version: VersionId, parts: list[WeightPart]) -> bool:
     return chain_to(version, parts, None) is not None

@@ -1,6 +1,4 @@
-"""What a transport holds: full sets of weights and the deltas between versions, and which of them
-make a version.
-"""
+"""What a transport stores: full sets of weights, and the deltas between versions."""
 
 from __future__ import annotations
 
@@ -13,20 +11,20 @@ from onstream.pipeline.weights.policy import Bytes
 
 
 class VersionId(NamedTuple):
-    """A policy version. A number alone names none: a trainer that went back may publish other
-    weights under it.
+    """A policy version. The number alone is not enough.
+
+    A trainer that went back to a checkpoint may publish other weights under the same number.
     """
 
     number: int
     digest: str
 
 
-class StoredWeights(msgspec.Struct, frozen=True, array_like=True, tag="weights/1"):
-    """Bytes that lie ready at `place`: version `number` whole or, with a `base`, as a delta to be
-    laid over that.
+class WeightPart(msgspec.Struct, frozen=True, array_like=True, tag="weights/1"):
+    """Bytes stored at `place`: the whole version `number` or, with a `base`, a delta to that base.
 
     `digest` is that of the version's safetensors file; "" for a whole file whose digest nobody
-    noted, to be found by reading it.
+    noted, so that only reading it tells.
     """
 
     number: int
@@ -35,8 +33,8 @@ class StoredWeights(msgspec.Struct, frozen=True, array_like=True, tag="weights/1
     place: str
     base: VersionId | None = None
 
-    def makes(self, version: VersionId) -> bool:
-        """Whether `version` comes of it."""
+    def gives(self, version: VersionId) -> bool:
+        """Whether reading this part gives `version`."""
         return self.number == version.number and self.digest in ("", version.digest)
 
 
@@ -48,12 +46,12 @@ class StoreReader(Protocol):
         """The place, in words."""
         ...
 
-    def parts(self) -> list[StoredWeights]:
-        """What is there, whole: parts that are being written are not."""
+    def parts(self) -> list[WeightPart]:
+        """The parts that are complete; those still being written are not listed."""
         ...
 
-    def read(self, part: StoredWeights) -> Bytes:
-        """The bytes of `part`, in memory that is the caller's.
+    def read(self, part: WeightPart) -> Bytes:
+        """The bytes of `part`, in memory that belongs to the caller.
 
         Raises:
             WeightsError: they are gone.
@@ -65,12 +63,13 @@ class StoreWriter(StoreReader, Protocol):
     """The trainer's view of a transport."""
 
     def room_bytes(self) -> float:
-        """How much more may be put beside what is there."""
+        """How many more bytes may be stored beside the present parts."""
         ...
 
-    def put(self, part: StoredWeights, data: Bytes) -> StoredWeights:
-        """Store `part`, and return it with the place that it got. A full set without room beside
-        what is there may take its place.
+    def put(self, part: WeightPart, data: Bytes) -> WeightPart:
+        """Store `part`, and return it with its place.
+
+        A full set for which there is no room beside the present parts may replace them.
 
         Raises:
             UserError: there is no room for it.
@@ -78,53 +77,60 @@ class StoreWriter(StoreReader, Protocol):
         """
         ...
 
-    def keep(self, parts: Collection[StoredWeights]) -> None:
-        """Offer `parts` to readers, and remove what is not among them. (A run directory may have
-        reasons to keep full sets.)
+    def keep(self, parts: Collection[WeightPart]) -> None:
+        """Offer `parts` to readers, and remove all others.
+
+        A run directory may have other reasons to keep full sets.
         """
         ...
 
 
 def chain_to(
-    version: VersionId, parts: Collection[StoredWeights], have: VersionId | None
-) -> list[StoredWeights] | None:
-    """What to read for `version`, in order: the fewest bytes of a full set and deltas that follow,
-    or deltas on what one has.
+    version: VersionId, parts: Collection[WeightPart], have: VersionId | None
+) -> list[WeightPart] | None:
+    """The parts to read for `version`, in order, with the fewest bytes in all.
 
-    An empty list where `have` is it; None where nothing that is there leads to it.
+    They are a full set and the deltas that follow it, or deltas that follow `have`, the version in
+    memory. An empty list where `have` is `version`; None where no parts lead to it.
     """
-    deltas = list[StoredWeights]()
-    found = None
-    at = version
+    cheapest = None
+    deltas = list[WeightPart]()
+    current = version
+    # Walks back from `version`, delta by delta. The range ends a loop in damaged data.
     for _ in range(len(parts) + 1):
-        if at == have:
-            return _cheaper(found, deltas)
-        if full := next((part for part in parts if part.base is None and part.makes(at)), None):
-            found = _cheaper(found, [full, *deltas])
-        delta = next((part for part in parts if part.base is not None and part.makes(at)), None)
+        if current == have:
+            return _cheaper(cheapest, deltas)
+        sources = [part for part in parts if part.gives(current)]
+        full = next((part for part in sources if part.base is None), None)
+        if full is not None:
+            cheapest = _cheaper(cheapest, [full, *deltas])
+        delta = next((part for part in sources if part.base is not None), None)
         if delta is None or delta.base is None:
-            return found
+            return cheapest
         deltas = [delta, *deltas]
-        at = delta.base
-    return found
+        current = delta.base
+    return cheapest
 
 
-def _cheaper(first: list[StoredWeights] | None, second: list[StoredWeights]) -> list[StoredWeights]:
+def _cheaper(first: list[WeightPart] | None, second: list[WeightPart]) -> list[WeightPart]:
     if first is None:
         return second
-    return min(second, first, key=lambda way: sum(part.size_bytes for part in way))
+    return min(second, first, key=lambda chain: sum(part.size_bytes for part in chain))
 
 
-def useful_for(parts: Collection[StoredWeights], newest: int) -> list[StoredWeights]:
-    """The parts that lead to version `newest`: the newest full set up to it, the deltas since, and
-    the one to that version itself.
+def useful_for(newest: int, parts: Collection[WeightPart]) -> list[WeightPart]:
+    """The parts that lead to version `newest`.
 
-    That one is for those who keep up; whoever fell further behind starts from the full set.
+    They are the newest full set up to it, the deltas after that set, and the delta that leads to
+    the set itself. The last one is for generators that keep up; one that fell further behind starts
+    from the full set.
     """
     fulls = [part.number for part in parts if part.base is None and part.number <= newest]
     start = max(fulls, default=0)
-    return [
-        part
-        for part in parts
-        if (part.number == start if part.base is None else start <= part.number <= newest)
-    ]
+    return [part for part in parts if _is_useful(part, start, newest)]
+
+
+def _is_useful(part: WeightPart, start: int, newest: int) -> bool:
+    if part.base is None:
+        return part.number == start
+    return start <= part.number <= newest

@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import load
 
 from onstream.pipeline.weights import LoadedPolicy, WeightsError
-from onstream.pipeline.weights.delta import _within_reach, applied, encode, overwrite
+from onstream.pipeline.weights.delta import _with_steps, apply_deltas, encode, overwrite
 from onstream.pipeline.weights.safetensors_layout import layout_of
 
 
@@ -25,7 +25,7 @@ def roundtrip(base: LoadedPolicy, new: LoadedPolicy) -> int:
     delta = encode(base, new)
     assert delta is not None and delta.data is not None
     for times in (1, 2):
-        made = applied(new.number, new.digest, base.data.copy(), [delta.data] * times)
+        made = apply_deltas(new.number, new.digest, base.data.copy(), [delta.data] * times)
         assert np.array_equal(made.data, new.data)
     return int(delta.data.size)
 
@@ -43,7 +43,7 @@ def roundtrip(base: LoadedPolicy, new: LoadedPolicy) -> int:
 def test_far_apart_elements_get_others_between_them(
     indices: list[int], reach: int, filled: list[int]
 ) -> None:
-    assert _within_reach(np.array(indices), reach).tolist() == filled
+    assert _with_steps(np.array(indices), reach).tolist() == filled
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_delta_on_another_base_is_found_out_by_the_digest_of_what_comes_of_it(
     delta = encode(base, new)
     assert delta is not None and delta.data is not None
     with pytest.raises(WeightsError, match="announced with"):
-        applied(1, new.digest, wrong.data.copy(), [delta.data])
+        apply_deltas(1, new.digest, wrong.data.copy(), [delta.data])
 
 
 def test_a_delta_for_other_tensors_is_refused() -> None:
@@ -170,5 +170,5 @@ def test_random_courses_of_versions_arrive_however_their_deltas_are_cut() -> Non
         deltas = [encode(before, after) for before, after in itertools.pairwise(versions)]
         data = [delta.data for delta in deltas if delta and delta.data is not None]
         assert len(data) == 4
-        made = applied(4, versions[4].digest, versions[0].data.copy(), data)
+        made = apply_deltas(4, versions[4].digest, versions[0].data.copy(), data)
         assert np.array_equal(made.data, versions[4].data)

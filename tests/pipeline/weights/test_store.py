@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from onstream.pipeline.weights.store import StoredWeights, VersionId, chain_to, useful_for
+from onstream.pipeline.weights.store import VersionId, WeightPart, chain_to, useful_for
 
 
-def full(number: int, size: int = 100, digest: str | None = None) -> StoredWeights:
-    return StoredWeights(number, f"d{number}" if digest is None else digest, size, f"full {number}")
+def full(number: int, size: int = 100, digest: str | None = None) -> WeightPart:
+    return WeightPart(number, f"d{number}" if digest is None else digest, size, f"full {number}")
 
 
-def delta(number: int, size: int = 10) -> StoredWeights:
-    return StoredWeights(
+def delta(number: int, size: int = 10) -> WeightPart:
+    return WeightPart(
         number, f"d{number}", size, f"delta {number}", VersionId(number - 1, f"d{number - 1}")
     )
 
@@ -60,18 +60,18 @@ def test_a_full_set_whose_digest_is_not_known_counts_for_its_number() -> None:
 
 def test_deltas_that_lead_in_a_circle_end() -> None:
     around = [
-        StoredWeights(1, "d1", 5, "a", VersionId(2, "d2")),
-        StoredWeights(2, "d2", 5, "b", VersionId(1, "d1")),
+        WeightPart(1, "d1", 5, "a", VersionId(2, "d2")),
+        WeightPart(2, "d2", 5, "b", VersionId(1, "d1")),
     ]
     assert chain_to(version(1), around, None) is None
 
 
 def test_of_use_is_the_newest_full_set_what_follows_and_the_delta_to_it() -> None:
     parts = [full(0), full(4), full(9), *DELTAS]
-    assert [part.place for part in useful_for(parts, 6)] == [
+    assert [part.place for part in useful_for(6, parts)] == [
         "full 4",
         "delta 4",
         "delta 5",
         "delta 6",
     ]
-    assert [part.place for part in useful_for(DELTAS[:2], 2)] == ["delta 1", "delta 2"]
+    assert [part.place for part in useful_for(2, DELTAS[:2])] == ["delta 1", "delta 2"]
