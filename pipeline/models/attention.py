@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from onstream.pipeline.models.packing import AttentionCall, Packed
+from onstream.pipeline.models.packing import AttentionCall, PackedRow
 
 SHARED_PREFIX = "onstream_shared_prefix"
 
 
 @dataclass(frozen=True)
-class Call:
+class DeviceCall:
     """An `AttentionCall` on the device: flat places in the row, and the mask as sdpa takes it."""
 
     queries: Tensor  # [b·q]
@@ -31,28 +31,28 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Layout:
+class AttentionLayout:
     """How attention reads one packed row."""
 
-    calls: tuple[Call, ...]
+    calls: tuple[DeviceCall, ...]
     output_index: Tensor  # [T]
 
 
-def layout_of(packed: Packed, device: torch.device) -> Layout:
+def layout_of(packed: PackedRow, device: torch.device) -> AttentionLayout:
     """The attention layout of `packed`, on `device`."""
-    return Layout(
+    return AttentionLayout(
         tuple(_to_device(call, device) for call in packed.calls),
         torch.from_numpy(packed.output_index).to(device),
     )
 
 
-def _to_device(call: AttentionCall, device: torch.device) -> Call:
+def _to_device(call: AttentionCall, device: torch.device) -> DeviceCall:
     queries = torch.from_numpy(call.queries.reshape(-1)).to(device)
     keys = (
         queries if call.keys is call.queries else torch.from_numpy(call.keys.reshape(-1)).to(device)
     )
     mask = None if call.mask is None else torch.from_numpy(call.mask).to(device)[:, None]
-    return Call(queries, keys, len(call.queries), mask)
+    return DeviceCall(queries, keys, len(call.queries), mask)
 
 
 def shared_prefix_attention(
@@ -62,7 +62,7 @@ def shared_prefix_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    layout: Layout,
+    layout: AttentionLayout,
     scaling: float | None = None,
     dropout: float = 0.0,
     **_: Any,

@@ -20,7 +20,7 @@ from onstream.pipeline.models.multimodal import (
     packed_positions,
     padded_inputs,
 )
-from onstream.pipeline.models.packing import Packed
+from onstream.pipeline.models.packing import PackedRow
 
 NO_IMAGES: Features = {}
 
@@ -45,7 +45,9 @@ class TokenLogprobs:
     top: TopLogprobs | None  # with top_k > 0
 
 
-def hidden_states(model: PreTrainedModel, packed: Packed, features: Features = NO_IMAGES) -> Tensor:
+def hidden_states(
+    model: PreTrainedModel, packed: PackedRow, features: Features = NO_IMAGES
+) -> Tensor:
     """The last hidden states that predict the packed targets: [N, H], in the order of
     `packed.targets`.
 
@@ -65,7 +67,7 @@ def hidden_states(model: PreTrainedModel, packed: Packed, features: Features = N
     return row.index_select(0, torch.from_numpy(packed.predicted_at).to(model.device))
 
 
-def _padded_hidden_states(model: PreTrainedModel, packed: Packed, features: Features) -> Tensor:
+def _padded_hidden_states(model: PreTrainedModel, packed: PackedRow, features: Features) -> Tensor:
     """Rows padded on the right and no mask: the model is causal, so nothing that is read sees the
     padding.
     """

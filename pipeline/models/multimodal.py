@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from onstream.pipeline.models.image_features import ImageFeatures, joined
-from onstream.pipeline.models.packing import Packed, PrefixGroup
+from onstream.pipeline.models.packing import PackedRow, PrefixGroup
 
 Features = Mapping[str, ImageFeatures]
 """What a model's processor made of images, by the names that prompts show them under."""
@@ -39,11 +39,11 @@ def tensors_for(model: PreTrainedModel, images: Sequence[ImageFeatures]) -> dict
     }
 
 
-def packed_positions(model: PreTrainedModel, packed: Packed, features: Features) -> Tensor:
+def packed_positions(model: PreTrainedModel, packed: PackedRow, features: Features) -> Tensor:
     """Positions of a packed row: [1, T], or [3, 1, T] where a family with multimodal positions
     shows images.
     """
-    if not placed_in_space(model) or not any(group.images for group in packed.groups):
+    if not has_spatial_positions(model) or not any(group.images for group in packed.groups):
         return torch.from_numpy(packed.position_ids).to(model.device)[None]
     parts = []
     for group in packed.groups:
@@ -82,7 +82,7 @@ def padded_inputs(
     it finds the positions itself.
     """
     tensors = image_tensors(model, groups, features)
-    if tensors and placed_in_space(model):
+    if tensors and has_spatial_positions(model):
         tensors["mm_token_type_ids"] = token_kinds(model, input_ids)
     return tensors
 
@@ -95,6 +95,6 @@ def token_kinds(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     return (input_ids == image).int()
 
 
-def placed_in_space(model: PreTrainedModel) -> bool:
+def has_spatial_positions(model: PreTrainedModel) -> bool:
     """Whether the model gives the tokens of images positions in time, height and width."""
     return hasattr(model.base_model, "get_rope_index")

@@ -63,7 +63,7 @@ class AttentionCall:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedRow:
     """One forward pass: T tokens that predict the N completion tokens of `sequences`, one after the
     other.
 
@@ -142,7 +142,7 @@ def single_rows(
     return sorted(singles, key=lambda single: -single.tokens)
 
 
-def pack(groups: Sequence[PrefixGroup], max_tokens: int) -> list[Packed]:
+def pack(groups: Sequence[PrefixGroup], max_tokens: int) -> list[PackedRow]:
     """Packs groups, in order, into rows of at most `max_tokens`.
 
     A group over the budget is split, its prompt repeated; a single sequence over the budget has a
@@ -211,7 +211,7 @@ def _place(groups: Sequence[PrefixGroup]) -> list[_Placed]:
     return placed
 
 
-def _lay_out(groups: Sequence[PrefixGroup]) -> Packed:
+def _lay_out(groups: Sequence[PrefixGroup]) -> PackedRow:
     placed = _place(groups)
     inputs = []
     positions = []
@@ -226,7 +226,7 @@ def _lay_out(groups: Sequence[PrefixGroup]) -> Packed:
         predicted_at += [np.concatenate((places.prompt[-1:], own)) for own in places.completions]
     calls = _plan_attention(placed)
     completions = [completion for group in groups for completion in group.completions]
-    return Packed(
+    return PackedRow(
         input_ids=np.concatenate(inputs),
         position_ids=np.concatenate(positions),
         predicted_at=np.concatenate(predicted_at),

@@ -13,7 +13,7 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.attention import SHARED_PREFIX
 from onstream.pipeline.models.loading import set_text_attention, text_config
 from onstream.pipeline.models.logprobs import head_logits, head_of, hidden_states
-from onstream.pipeline.models.packing import Packed, pack, share_prompts
+from onstream.pipeline.models.packing import PackedRow, pack, share_prompts
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """Largest difference accepted, relative to the largest value: what is wrong is off by its own size.
@@ -40,7 +40,7 @@ def prepare(model: PreTrainedModel) -> str | None:
     return reason
 
 
-def _probe(vocabulary: int) -> Packed:
+def _probe(vocabulary: int) -> PackedRow:
     ids = np.random.default_rng(0).integers(0, vocabulary, 32)
     prompts = [ids[:7], ids[:7], ids[:7], ids[8:13]]
     completions = [ids[13:18], ids[18:20], ids[20:21], ids[21:28]]
@@ -48,7 +48,7 @@ def _probe(vocabulary: int) -> Packed:
 
 
 @torch.no_grad()
-def _check_head(model: PreTrainedModel, probe: Packed) -> None:
+def _check_head(model: PreTrainedModel, probe: PackedRow) -> None:
     group = probe.groups[0]
     row = torch.from_numpy(np.concatenate((group.prompt_ids, group.completions[0]))).to(
         model.device
@@ -86,7 +86,7 @@ def _windowed(model: PreTrainedModel) -> str | None:
 
 
 @torch.no_grad()
-def _differs(model: PreTrainedModel, probe: Packed) -> str | None:
+def _differs(model: PreTrainedModel, probe: PackedRow) -> str | None:
     """The reason where shared prompts do not give the hidden states that single rows give. Leaves
     the model switched.
     """

@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Shapes:
+class WeightShapes:
     """What the weights of `model` have to hold: of each set of names that share one tensor (a tied
     head), one at least.
     """
@@ -24,7 +24,7 @@ class Shapes:
     tensors: tuple[tuple[tuple[str, ...], Shape], ...]
 
     @classmethod
-    def of(cls, model: Any) -> Shapes:
+    def of(cls, model: Any) -> WeightShapes:
         """Those of a transformers model, which may be on the device `meta`."""
         names: dict[int, list[str]] = {}
         shapes: dict[int, Shape] = {}
@@ -58,10 +58,10 @@ class Shapes:
         )
 
 
-def shapes_of(config: PretrainedConfig) -> Shapes:
+def shapes_of(config: PretrainedConfig) -> WeightShapes:
     """Those of the causal language model that `config` describes, without its weights."""
     with torch.device("meta"):
-        return Shapes.of(
+        return WeightShapes.of(
             (
                 AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
             ).from_config(config)

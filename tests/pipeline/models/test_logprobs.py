@@ -1,4 +1,4 @@
-"""Packed equals one-by-one, chunked equals naive."""
+"""PackedRow equals one-by-one, chunked equals naive."""
 
 from __future__ import annotations
 

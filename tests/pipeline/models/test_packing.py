@@ -1,4 +1,4 @@
-"""Packed rows: what goes where, and what sees what."""
+"""PackedRow rows: what goes where, and what sees what."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from onstream.pipeline.models import packing
-from onstream.pipeline.models.packing import Packed, pack, share_prompts, single_rows
+from onstream.pipeline.models.packing import PackedRow, pack, share_prompts, single_rows
 from tests.tiny import sequences
 
 
-def visible(packed: Packed) -> np.ndarray:
+def visible(packed: PackedRow) -> np.ndarray:
     """[T, T]: whether the token in the row sees the other one, read back from the attention calls."""
     seen = np.zeros((len(packed.input_ids),) * 2, dtype=bool)
     place = 0
@@ -28,7 +28,7 @@ def visible(packed: Packed) -> np.ndarray:
     return seen
 
 
-def expected_visible(packed: Packed) -> np.ndarray:
+def expected_visible(packed: PackedRow) -> np.ndarray:
     """The same, said directly: a prompt token sees the prompt up to itself, a completion's token
     also the completion up to itself.
     """

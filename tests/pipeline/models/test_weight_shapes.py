@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from onstream.pipeline.models.weight_shapes import Shapes, shapes_of
+from onstream.pipeline.models.weight_shapes import WeightShapes, shapes_of
 from tests.tiny import tiny_model
 
 
@@ -14,11 +14,11 @@ def shapes(family: str = "qwen3") -> dict[str, tuple[int, ...]]:
 
 def test_the_shapes_without_weights_are_those_of_the_model() -> None:
     model = tiny_model()
-    assert set(shapes_of(model.config).tensors) == set(Shapes.of(model).tensors)
+    assert set(shapes_of(model.config).tensors) == set(WeightShapes.of(model).tensors)
 
 
 def test_a_models_own_weights_fit_with_and_without_its_tied_head() -> None:
-    own = Shapes.of(tiny_model())
+    own = WeightShapes.of(tiny_model())
     given = shapes()
     assert own.misfit(given) == ""
     del given["lm_head.weight"]
@@ -31,7 +31,7 @@ def test_a_models_own_weights_fit_with_and_without_its_tied_head() -> None:
 
 
 def test_a_head_of_its_own_must_be_there() -> None:
-    own = Shapes.of(tiny_model("llama"))
+    own = WeightShapes.of(tiny_model("llama"))
     given = shapes("llama")
     del given["lm_head.weight"]
     assert "missing ['lm_head.weight']" in own.misfit(given)
@@ -39,5 +39,5 @@ def test_a_head_of_its_own_must_be_there() -> None:
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
 def test_another_shape_is_told_with_both(name: str) -> None:
-    misfit = Shapes.of(tiny_model()).misfit(shapes() | {name: (3,)})
+    misfit = WeightShapes.of(tiny_model()).misfit(shapes() | {name: (3,)})
     assert f"of another shape ['{name} [3], not [" in misfit

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.loading import set_text_attention, text_config
-from onstream.pipeline.models.multimodal import placed_in_space, prompt_positions, tensors_for
-from onstream.pipeline.models.weight_shapes import Shapes
+from onstream.pipeline.models.multimodal import has_spatial_positions, prompt_positions, tensors_for
+from onstream.pipeline.models.weight_shapes import WeightShapes
 from onstream.pipeline.records import FinishReason, VersionSpan
 from onstream.pipeline.weights import LoadedPolicy, WeightsError
 from onstream.workers.generator.engines.base import Completion, GenerationRequest, require_possible
@@ -76,7 +76,7 @@ class TransformersEngine:
         self._prefill_tokens = prefill_tokens
         self._on_new_weights = on_new_weights
         self._version = 0
-        self._shapes = Shapes.of(model)
+        self._shapes = WeightShapes.of(model)
         self._next: LoadedPolicy | None = None  # waits for what runs
         self._waiting: deque[SequenceState] = deque()
         self._running: list[SequenceState] = []
@@ -206,7 +206,7 @@ class TransformersEngine:
         """Where the prompt's tokens lie in time, height and width [3, P]; None where the model
         counts tokens, or sees no image.
         """
-        if not request.images or not placed_in_space(self._model):
+        if not request.images or not has_spatial_positions(self._model):
             return None
         return prompt_positions(
             self._model, request.prompt_ids, [image.features for image in request.images]

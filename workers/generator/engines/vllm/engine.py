@@ -22,7 +22,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from onstream.pipeline.http import EventLoopThread
 from onstream.pipeline.images.vllm_prompts import VllmPrompts
-from onstream.pipeline.models.weight_shapes import Shapes
+from onstream.pipeline.models.weight_shapes import WeightShapes
 from onstream.pipeline.weights import LoadedPolicy, WeightsError
 from onstream.workers.generator.engines.base import Completion, GenerationRequest, require_possible
 from onstream.workers.generator.engines.vllm.extension import READING, READY, RECEIVED
@@ -86,7 +86,7 @@ class VllmEngine:
         self,
         config: VllmConfig,
         stop_ids: Collection[int],
-        shapes: Shapes,
+        shapes: WeightShapes,
         *,
         on_new_weights: OnNewWeights = "recompute",
         tried: GenerationRequest | None = None,
