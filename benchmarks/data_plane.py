@@ -36,7 +36,8 @@ from onstream.pipeline.records import (
     logprobs_bytes,
     mask_bytes,
 )
-from onstream.pipeline.redis.streams import Bus, Move, Out
+from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Delivery, Outcome
 from onstream.settings.run import DeliverySettings
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
@@ -164,12 +165,12 @@ def our_sink(url: str, run: str, size_bytes: int, stop: Event) -> int:
     """Reads, decodes and acknowledges like the trainer; counts the records, and ends the run."""
     bus = connect(url, run, "sink")
     count = 0
-    lease = bus.acquire_lease(60)
+    lease = bus.lease.acquire(60)
     while not stop.is_set():
-        entries = bus.read("train", 64, 0.2)
+        entries = bus.streams.read("train", 64, 0.2)
         count += len([decode_work(entry.payload) for entry in entries])
-        bus.acknowledge(lease, {entry.id: entry.number for entry in entries})
-    bus.finish(lease)
+        bus.lease.acknowledge(lease, {entry.id: entry.number for entry in entries})
+    bus.lease.finish(lease)
     return count
 
 
@@ -291,18 +292,18 @@ def single(url: str, size_bytes: int, seconds: float) -> None:
 
     def fill(count: int = 320) -> None:
         client.delete(up, down)
-        bus.create_groups()
+        bus.connection.create_groups()
         pipe = client.pipeline(transaction=False)
         for number in range(1, count + 1):
             pipe.xadd(up, {"n": number, "b": payload})
         pipe.execute()
 
     def read() -> int:
-        return sum(len(bus.read("verify", 32)) for _ in range(10))
+        return sum(len(bus.streams.read("verify", 32)) for _ in range(10))
 
     def hop() -> int:
         return sum(
-            bus.settle(
+            bus.streams.move(
                 "verify",
                 [Move(entry.id, [Out("train", entry.number, entry.payload)]) for entry in held],
             )
@@ -312,7 +313,7 @@ def single(url: str, size_bytes: int, seconds: float) -> None:
 
     def refill() -> None:
         fill()
-        held[:] = bus.read("verify", 320)
+        held[:] = bus.streams.read("verify", 320)
 
     timed(
         "XADD one by one",

@@ -28,9 +28,10 @@ from benchmarks.data_plane import bare, chain, connect, cpu_line, our_hop, our_s
 from onstream.pipeline.images import reference_of
 from onstream.pipeline.loop import run_worker
 from onstream.pipeline.records import Rollout, StageName, Ticket, encode, ids_bytes
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.image_store import Hold
 from onstream.pipeline.redis.keys import Keys
-from onstream.pipeline.redis.streams import Bus, Move, Out
+from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Delivery, Outcome
 from onstream.settings.run import DeliverySettings
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
@@ -100,7 +101,7 @@ class Answering:
             for delivery, images in zip(new, shown, strict=True)
             if images
         ]
-        self._bus.hold_images(self.name, holds, patience_s=60)
+        self._bus.images.hold(self.name, holds, patience_s=60)
         answers = [
             answered(_ticket(delivery), next(iter(images), None))
             for delivery, images in zip(new, shown, strict=True)
@@ -163,16 +164,16 @@ def fresh(url: str, run: str, size_bytes: int, stop: Event) -> int:
 
 def run_memory(bus: Bus) -> tuple[int, int]:
     """Bytes that Redis spends on all keys of the run, and the bytes of its images."""
-    keys = list(bus._db.scan_iter(match=f"{{onstream:{bus.run}}}:*", count=1000))
-    return sum(bus._db.memory_usage(key, samples=0) or 0 for key in keys), sum(
-        map(len, bus._db.hvals(bus.keys.images))
+    keys = list(bus.connection.client.scan_iter(match=f"{{onstream:{bus.run}}}:*", count=1000))
+    return sum(bus.connection.client.memory_usage(key, samples=0) or 0 for key in keys), sum(
+        map(len, bus.connection.client.hvals(bus.keys.images))
     )
 
 
 def life_of_a_group(url: str, run: str, image: bytes) -> None:
     """Print what Redis spends on a group of 16 rollouts over `image`, at every stage of their way."""
     bus = connect(url, run, "one")
-    lease = bus.acquire_lease(60)
+    lease = bus.lease.acquire(60)
     digest = hashlib.sha256(image).hexdigest()
 
     def tell(when: str) -> None:
@@ -186,17 +187,17 @@ def life_of_a_group(url: str, run: str, image: bytes) -> None:
         for number in range(1, GROUP + 1)
     ]
     tell("before the group")
-    bus.issue(lease, 0, group, 1000)
+    bus.lease.issue(lease, 0, group, 1000)
     tell("issued")
-    for entry, ticket in zip(bus.read("generate", GROUP), group, strict=True):
-        bus.hold_images("generate", [Hold(entry.id, entry.number, {digest: image})], patience_s=1)
-        bus.settle(
+    for entry, ticket in zip(bus.streams.read("generate", GROUP), group, strict=True):
+        bus.images.hold("generate", [Hold(entry.id, entry.number, {digest: image})], patience_s=1)
+        bus.streams.move(
             "generate",
             [Move(entry.id, [Out("verify", entry.number, encode(answered(ticket, digest)))])],
         )
     tell("generated")
-    waiting = bus.read("verify", GROUP)
-    bus.settle(
+    waiting = bus.streams.read("verify", GROUP)
+    bus.streams.move(
         "verify",
         [
             Move(entry.id, [Out("train", entry.number, entry.payload)])
@@ -204,18 +205,18 @@ def life_of_a_group(url: str, run: str, image: bytes) -> None:
         ],
     )
     tell("half of them with the trainer")
-    bus.settle(
+    bus.streams.move(
         "verify",
         [
             Move(entry.id, [Out("train", entry.number, entry.payload)])
             for entry in waiting[GROUP // 2 :]
         ],
     )
-    ids = {entry.id: entry.number for entry in bus.read("train", GROUP)}
+    ids = {entry.id: entry.number for entry in bus.streams.read("train", GROUP)}
     last = dict([ids.popitem()])
-    bus.acknowledge(lease, ids)
+    bus.lease.acknowledge(lease, ids)
     tell("all settled but one")
-    bus.acknowledge(lease, last)
+    bus.lease.acknowledge(lease, last)
     tell("all settled")
     bus.close()
 

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.controls import WIDTH, Loop
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.weights import (
     DirectoryReader,
     DirectoryWriter,
@@ -185,7 +185,7 @@ def opened(transport: str, parameters: int) -> Iterator[tuple[StoreWriter, Store
         bus = Bus.connect(
             server.start(), "benchmark", consumer="benchmark", block_s=1, connect_timeout_s=10
         )
-        yield ChunkWriter(bus, bus.acquire_lease(600), 0.9, 10), ChunkReader(bus)
+        yield ChunkWriter(bus.weights, bus.lease.acquire(600), 0.9, 10), ChunkReader(bus.weights)
         bus.close()
         server.stop()
 

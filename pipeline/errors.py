@@ -30,3 +30,7 @@ class UserError(Exception):
         self.next_step = next_step
         self.exit = exit
         super().__init__(f"{got}; expected {expected}. {next_step}")
+
+
+class LeaseLost(Exception):
+    """Another trainer took the run over; what this one was about to do did not happen."""

@@ -15,8 +15,8 @@ import structlog
 
 from onstream.pipeline.errors import Exit
 from onstream.pipeline.records import StageName
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.connection import OUTAGE
-from onstream.pipeline.redis.streams import Bus
 from onstream.pipeline.stage import Stats
 from onstream.settings.run import DeliverySettings
 
@@ -104,7 +104,7 @@ class Pulse(threading.Thread):
         self._exit_if_stuck(now)
         if life.ends and life.state == "running":
             # repeated: the first may come just before the read that it should end
-            self._bus.unblock()
+            self._bus.connection.unblock()
         if now - self._renewed >= self._delivery.lease / 3:
             self._renew()
         if now - self._beaten >= self._interval_s / 2:
@@ -112,23 +112,23 @@ class Pulse(threading.Thread):
 
     def _renew(self) -> None:
         if not self._life.holds_entries:
-            self._bus.renew(self._life.stage, tuple(self._life.hand))
+            self._bus.streams.renew(self._life.stage, tuple(self._life.hand))
         self._renewed = time.monotonic()
 
     def _tell(self) -> None:
         life = self._life
-        if (lease := self._bus.lease) is not None:
-            self._bus.keep_lease(lease)
+        if (lease := self._bus.lease.current) is not None:
+            self._bus.lease.renew_from_heartbeat(lease)
         stats = (
             life.stats
             if life.holds_entries
             else replace(life.stats, done=life.done, dead=life.dead)
         )
-        self._bus.heartbeat(life.stage, stats, state=life.state, in_hand=len(life.hand))
+        self._bus.state.write_heartbeat(life.stage, stats, state=life.state, in_hand=len(life.hand))
         self._beaten = time.monotonic()
-        if life.state == "running" and not life.finished and self._bus.finished():
+        if life.state == "running" and not life.finished and self._bus.state.finished():
             life.finished = True
-            self._bus.unblock()
+            self._bus.connection.unblock()
 
     def _exit_if_stuck(self, now: float) -> None:
         since = self._life.slice_since

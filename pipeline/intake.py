@@ -9,7 +9,8 @@ from collections import deque
 import structlog
 
 from onstream.pipeline.heartbeat import Life
-from onstream.pipeline.redis.streams import Bus, Entry, PendingRow
+from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.streams import Entry, PendingRow
 from onstream.settings.run import DeliverySettings
 
 log = structlog.get_logger(__name__)
@@ -62,7 +63,7 @@ class Intake:
             return self._claim([self._again.popleft() for _ in range(min(count, len(self._again)))])
         if self._suspects:
             return [] if self._life.hand else self._take_alone()
-        entries = self._bus.read(
+        entries = self._bus.streams.read(
             self._life.stage, count, min(wait_s, max(0.0, self._next_scan - time.monotonic()))
         )
         self._life.hand.update(entry.id for entry in entries)
@@ -74,7 +75,7 @@ class Intake:
         return entries
 
     def _claim(self, rows: list[PendingRow]) -> list[Entry]:
-        entries = self._bus.claim(
+        entries = self._bus.streams.claim(
             self._life.stage,
             [row for row in rows if row.id not in self._life.hand],
             self._min_idle_s,
@@ -106,11 +107,13 @@ class Intake:
         if self._own:
             self._own = False
             self._min_idle_s = 0.0
-            if rows := list(self._bus.all_pending_rows(self._life.stage, self._bus.consumer)):
+            if rows := list(
+                self._bus.streams.all_pending_rows(self._life.stage, self._bus.consumer)
+            ):
                 return rows
         self._min_idle_s = self._delivery.lease
-        self._bus.bury(self._life.stage, max(GHOST_S, 4 * self._delivery.lease))
-        return self._bus.pending_rows(
+        self._bus.streams.bury(self._life.stage, max(GHOST_S, 4 * self._delivery.lease))
+        return self._bus.streams.pending_rows(
             self._life.stage, count=SCAN_AT_ONCE, min_idle_s=self._min_idle_s
         )
 
@@ -118,6 +121,6 @@ class Intake:
         """Everything pending, whoever had it: there is one trainer. What it has acknowledged since
         leaves `life.hand`.
         """
-        rows = list(self._bus.all_pending_rows(self._life.stage))
+        rows = list(self._bus.streams.all_pending_rows(self._life.stage))
         self._life.hand &= {row.id for row in rows}
         return rows

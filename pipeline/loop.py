@@ -15,7 +15,7 @@ from types import FrameType
 import structlog
 from redis.exceptions import RedisError
 
-from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.errors import Exit, LeaseLost, UserError
 from onstream.pipeline.heartbeat import Life, Pulse
 from onstream.pipeline.intake import Intake
 from onstream.pipeline.records import (
@@ -28,10 +28,11 @@ from onstream.pipeline.records import (
     decode_work,
     encode,
 )
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.connection import OUTAGE
 from onstream.pipeline.redis.run_state import FAILED
-from onstream.pipeline.redis.streams import Bus, Entry, LeaseLost, Move, Out
-from onstream.pipeline.stage import Delivery, Outcome, Stage, Stats, leave
+from onstream.pipeline.redis.streams import Entry, Move, Out
+from onstream.pipeline.stage import Delivery, Outcome, Stage, Stats, complete_stage
 from onstream.settings.run import DeliverySettings
 from onstream.settings.stages import STAGES
 
@@ -101,7 +102,7 @@ class Worker:
             log.error(
                 "redis did not come back; what was in hand stays pending",
                 error=str(error),
-                patience_s=self.bus.patience_s,
+                patience_s=self.bus.connection.patience_s,
             )
             return Exit.UNREACHABLE
         except LeaseLost as error:
@@ -120,7 +121,7 @@ class Worker:
     def _live(self) -> Exit:
         with self.pulse, self._signals():
             self.stage.setup()
-            self.bus.mark_ready(self.stage.name)
+            self.bus.state.mark_ready(self.stage.name)
             self.life.state = "running"
             while not self.life.ends:
                 self.turn()
@@ -129,7 +130,7 @@ class Worker:
     def _say_failed(self, why: str) -> None:
         """A last heartbeat, so that `onstream status` says what this worker died of."""
         try:
-            self.bus.heartbeat(
+            self.bus.state.write_heartbeat(
                 self.stage.name,
                 replace(self.life.stats, detail=why),
                 state=FAILED,
@@ -200,10 +201,10 @@ class Worker:
             log.warning(
                 "redis does not answer; trying again",
                 error=str(error),
-                patience_s=self.bus.patience_s,
+                patience_s=self.bus.connection.patience_s,
             )
             self.outage_since = now
-        if now - self.outage_since > self.bus.patience_s:
+        if now - self.outage_since > self.bus.connection.patience_s:
             raise error
         self.intake.reconnect()
         time.sleep(IDLE_S * 10)
@@ -241,7 +242,7 @@ class Worker:
             raise ValueError(
                 f"{self.stage.name} returned neither a record nor a reason for the rollout {delivery.number}"
             )
-        leave(record, self.stage.name, self.bus.consumer, delivery.taken)
+        complete_stage(record, self.stage.name, self.bus.consumer, delivery.taken)
         if not record.route:
             raise ValueError(
                 f"{self.stage.name} returned the rollout {delivery.number} with an empty route"
@@ -260,7 +261,7 @@ class Worker:
     def _settle(self, moves: Sequence[Move]) -> None:
         if not moves:
             return
-        for move, moved in zip(moves, self.bus.settle(self.stage.name, moves), strict=True):
+        for move, moved in zip(moves, self.bus.streams.move(self.stage.name, moves), strict=True):
             self.life.hand.discard(move.entry_id)
             self.life.done += moved
             self.life.dead += moved and move.outs[0].to == "dead"
@@ -284,9 +285,9 @@ class Worker:
         return Exit.OK
 
     def _leave_run(self) -> None:
-        if self.bus.lease is not None:
-            self.bus.release_lease(self.bus.lease)
-        self.bus.retire(self.stage.name)
+        if self.bus.lease.current is not None:
+            self.bus.lease.release(self.bus.lease.current)
+        self.bus.streams.retire(self.stage.name)
 
     def _drain(self) -> None:
         deadline = time.monotonic() + self.delivery.drain
@@ -298,7 +299,7 @@ class Worker:
         ):
             self.handle([])
         if self.life.hand:
-            given = self.bus.give_back(self.stage.name, list(self.life.hand))
+            given = self.bus.streams.give_back(self.stage.name, list(self.life.hand))
             log.info("gave back what was not finished", records=given)
             self.life.hand.clear()
 

@@ -42,7 +42,7 @@ class Outcome:
     elsewhere: bool = False
 
 
-def leave(record: Rollout, stage: StageName, worker: str, taken: float) -> None:
+def complete_stage(record: Rollout, stage: StageName, worker: str, taken: float) -> None:
     """Strike `stage` from the route still to go, and note how long `worker` had the record: from
     `taken`, in seconds since the epoch.
     """
@@ -110,4 +110,4 @@ class Stage(Protocol):
         ...
 
 
-__all__ = ["Delivery", "Outcome", "Rollout", "Stage", "Stats", "Ticket", "Tombstone", "leave"]
+__all__ = ["Delivery", "Outcome", "Rollout", "Stage", "Stats", "Ticket", "Tombstone"]

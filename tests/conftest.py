@@ -12,7 +12,7 @@ import hypothesis
 import pytest
 import structlog
 
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 
 # Workers that a test starts find the test's own modules: they search no working directory.

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from onstream.pipeline.loop import run_worker
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome
 from onstream.settings.root import Settings
 from onstream.settings.run import DeliverySettings

@@ -17,7 +17,7 @@ from types import FrameType
 from onstream.pipeline import telemetry
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.redis.access import connect, redis_url
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Stage, Stats
 from onstream.settings.devices import device_of
 from onstream.settings.engines import student_engine
@@ -106,7 +106,7 @@ def _admitted(kind: WorkerKind, settings: Settings, bus: Bus, *, optional: bool)
     plan = wait_for_plan(kind, bus, poll_s=min(1.0, settings.redis.block))
     ours = make_plan(settings)
     if plan is None:
-        bus.retire(STAGE_OF[kind])
+        bus.streams.retire(STAGE_OF[kind])
         return False
     refuse_differences(ours, plan)
     try:
@@ -115,7 +115,7 @@ def _admitted(kind: WorkerKind, settings: Settings, bus: Bus, *, optional: bool)
         if not optional:
             raise
         log.info("this run needs no such worker", kind=kind, reason=refusal.got)
-        bus.retire(STAGE_OF[kind])
+        bus.streams.retire(STAGE_OF[kind])
         return False
     return True
 
@@ -151,14 +151,14 @@ def wait_for_plan(kind: WorkerKind, bus: Bus, *, poll_s: float) -> Plan | None:
     waiting = Stats(detail="waiting for the trainer to write the run's plan")
     with _told_to_stop() as stop:
         since_reminder_s = REMINDER_S
-        while (data := bus.read_plan()) is None:
+        while (data := bus.state.plan()) is None:
             if since_reminder_s >= REMINDER_S:
                 log.info(
                     waiting.detail,
                     next_step="start one with `onstream worker trainer`, unless it is on its way",
                 )
                 since_reminder_s = 0.0
-            bus.heartbeat(STAGE_OF[kind], waiting, state="starting")
+            bus.state.write_heartbeat(STAGE_OF[kind], waiting, state="starting")
             if stop.wait(poll_s):
                 return None
             since_reminder_s += poll_s

@@ -12,8 +12,8 @@ from onstream.pipeline.records import StageName
 class SpendingStore(Protocol):
     """Where workers report the tokens they have spent: the bus."""
 
-    def own_spent(self, stage: StageName) -> int: ...
-    def report_spent(self, stage: StageName, tokens: int) -> int: ...
+    def own_spent_tokens(self, stage: StageName) -> int: ...
+    def report_spent_tokens(self, stage: StageName, tokens: int) -> int: ...
 
 
 class TokenBudget:
@@ -38,9 +38,9 @@ class TokenBudget:
     def open(self) -> None:
         """Read what was spent before."""
         if self.most is not None:
-            self.own = self._store.own_spent(self._stage)
+            self.own = self._store.own_spent_tokens(self._stage)
             self._reported = self.own
-            self.spent = self._store.report_spent(self._stage, self.own)
+            self.spent = self._store.report_spent_tokens(self._stage, self.own)
 
     def spend(self, tokens: int) -> None:
         """Count tokens. Other workers see them after `report`."""
@@ -50,7 +50,7 @@ class TokenBudget:
     def report(self) -> None:
         """Report what was spent since the last time, and read what the others have."""
         if self.most is not None and self.own > self._reported:
-            self.spent = self._store.report_spent(self._stage, self.own)
+            self.spent = self._store.report_spent_tokens(self._stage, self.own)
             self._reported = self.own
 
     def allows(self, tokens: int = 1) -> bool:

@@ -13,7 +13,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.settings.redis import address
 from onstream.settings.root import Settings
 from onstream.workers.launcher.embedded_redis import ADDRESS, EmbeddedRedis

@@ -8,7 +8,7 @@ is repeated here is a read, a script that may run twice, or a command with the s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -48,7 +48,7 @@ OLDEST = (6, 2)
 
 
 class Connection:
-    """Two clients of one Redis: `_reader` blocks and belongs to the main thread, `_db` does all
+    """Two clients of one Redis: `_reader` blocks and belongs to the main thread, `client` does all
     else, from any thread.
 
     Raises (also in `connect`):
@@ -64,10 +64,10 @@ class Connection:
         self.patience_s = connect_timeout_s
         self.url = url
         self._where = shown(url)
-        self._db = self._client(url, CALL_TIMEOUT_S)
+        self.client = self._client(url, CALL_TIMEOUT_S)
         self._reader = self._client(url, block_s + READ_MARGIN_S)
         self._reader_id: int | None = None
-        self._server: str | None = None
+        self._server: str | None = None  # the process that answered last
 
     def _client(
         self, url: str, timeout_s: float
@@ -90,7 +90,7 @@ class Connection:
     def close(self) -> None:
         """Close both clients."""
         self._reader.close()
-        self._db.close()
+        self.client.close()
 
     def check(self) -> None:
         """Reach the server and refuse one that cannot carry a run; then create the streams' groups.
@@ -99,8 +99,8 @@ class Connection:
             UserError: as the class says.
         """
         try:
-            self._patiently(self._db.ping)
-            info = self._db.info()
+            self.patiently(self.client.ping)
+            info = self.client.info()
         except (AuthenticationError, AuthorizationError, NoPermissionError) as error:
             raise self._locked(error) from error
         except ResponseError as error:
@@ -113,10 +113,11 @@ class Connection:
         self._server = info.get("run_id")
         self.create_groups()
 
-    def server_id(self) -> str | None:
-        """What tells one server process from another; None where the server does not say."""
-        found: str | None = self._ask("INFO", "server").get("run_id")
-        return found
+    def server_changed(self) -> bool:
+        """Whether another server process answers than at the last call of this or of `check`."""
+        before = self._server
+        self._server = self.ask("INFO", "server").get("run_id")
+        return self._server != before
 
     def _locked(self, error: Exception) -> UserError:
         return UserError(
@@ -151,14 +152,14 @@ class Connection:
 
     def has_room(self) -> bool:
         """Whether Redis has memory for what is written next."""
-        memory = self._ask("INFO", "memory")
+        memory = self.ask("INFO", "memory")
         return not 0 < memory["maxmemory"] <= memory["used_memory"]
 
     def create_groups(self) -> None:
         """Create the consumer group of every stream, at its beginning, where it is missing."""
         for stage in STAGES:
             try:
-                self._ask("XGROUP", "CREATE", self.keys.stream(stage), GROUP, "0", "MKSTREAM")
+                self.ask("XGROUP", "CREATE", self.keys.stream(stage), GROUP, "0", "MKSTREAM")
             except OutOfMemoryError as error:
                 if not self._has_group(stage):  # where it exists, a full Redis may do
                     raise self._full(error) from error
@@ -167,8 +168,8 @@ class Connection:
                     raise
 
     def _has_group(self, stage: StageName) -> bool:
-        return bool(self._ask("EXISTS", self.keys.stream(stage))) and bool(
-            self._ask("XINFO", "GROUPS", self.keys.stream(stage))
+        return bool(self.ask("EXISTS", self.keys.stream(stage))) and bool(
+            self.ask("XINFO", "GROUPS", self.keys.stream(stage))
         )
 
     def _full(self, error: Exception) -> UserError:
@@ -178,30 +179,30 @@ class Connection:
             next_step="Delete what it does not need, raise its maxmemory (redis.max_memory for the one of `onstream up`), or use another.",
         )
 
-    def _ask(self, *command: Any, **parsing: Any) -> Any:
+    def ask(self, *command: Any, **parsing: Any) -> Any:
         """The reply to a command that may be repeated, asked again through an outage of up to
         `patience_s`.
 
         Where Redis has lost the streams' groups, they are made anew first.
         """
         try:
-            return self._patiently(lambda: self._execute(*command, **parsing))
+            return self.patiently(lambda: self._execute(*command, **parsing))
         except ResponseError as error:
             if "NOGROUP" not in str(error):
                 raise
             log.warning("streams or their groups are gone; creating them anew", error=str(error))
             self.create_groups()
-            return self._patiently(lambda: self._execute(*command, **parsing))
+            return self.patiently(lambda: self._execute(*command, **parsing))
 
     def _execute(self, *command: Any, **parsing: Any) -> Any:
         try:
-            return self._db.execute_command(*command, **parsing)
+            return self.client.execute_command(*command, **parsing)
         except ResponseError as error:
             if "-READONLY" in str(error):  # Redis 6.2 wraps it in an error of the script
                 raise ReadOnlyError(str(error)) from error
             raise
 
-    def _run(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+    def run_script(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """The reply of `script`, repeated through an outage like any command: each script allows
         it.
 
@@ -220,11 +221,11 @@ class Connection:
 
     def _evaluate(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
         try:
-            return self._ask("EVALSHA", script.sha, len(keys), *keys, *args)
+            return self.ask("EVALSHA", script.sha, len(keys), *keys, *args)
         except NoScriptError:  # a restarted server has forgotten its scripts
-            return self._ask("EVAL", script.source, len(keys), *keys, *args)
+            return self.ask("EVAL", script.source, len(keys), *keys, *args)
 
-    def _patiently(self, call: Callable[[], T]) -> T:
+    def patiently(self, call: Callable[[], T]) -> T:
         try:
             return call()
         except (AuthenticationError, AuthorizationError):
@@ -245,7 +246,7 @@ class Connection:
         try:
             return call()
         except ReadOnlyError:
-            self._db.connection_pool.disconnect(inuse_connections=False)
+            self.client.connection_pool.disconnect(inuse_connections=False)
             raise
 
     def _retrying(self) -> tenacity.Retrying:
@@ -260,7 +261,7 @@ class Connection:
             reraise=True,
         )
 
-    def _block(self, *command: Any) -> Any:
+    def block(self, *command: Any) -> Any:
         """The reply to a blocking read. It is not repeated: the reply that was lost may have
         carried entries.
         """
@@ -278,26 +279,27 @@ class Connection:
         a signal handler.
         """
         if (reader := self._reader_id) is not None:
-            self._ask("CLIENT", "UNBLOCK", reader)
+            self.ask("CLIENT", "UNBLOCK", reader)
 
     def shut_down(self) -> None:
         """Have the server write what it holds to its disk, and end."""
-        self._db.shutdown()
+        self.client.shutdown()
 
     def server_time(self) -> float:
         """The server's clock, in seconds since the epoch."""
-        seconds, micros = self._ask("TIME")
+        seconds, micros = self.ask("TIME")
         return float(seconds) + float(micros) / 1e6
-
-    def stage_keys(self, stages: Sequence[StageName]) -> list[str]:
-        """The streams of `stages`."""
-        return [self.keys.stream(stage) for stage in stages]
 
 
 def shown(url: str) -> str:
     """`url` without its password."""
     parts = urlsplit(url)
     return url if parts.password is None else url.replace(f":{parts.password}@", ":***@")
+
+
+def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """`items` in runs of up to `size`."""
+    return (items[at : at + size] for at in range(0, len(items), size))
 
 
 def since(started: float) -> float:

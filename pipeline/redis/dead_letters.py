@@ -8,8 +8,8 @@ from pathlib import Path
 
 import msgspec
 
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.run_state import DeadLetter
-from onstream.pipeline.redis.streams import Bus
 
 FILE = "dead.jsonl"
 AT_ONCE = 100
@@ -26,13 +26,13 @@ def spill_dead(bus: Bus, path: Path, keep: int) -> int:
     """
     moved = 0
     _mend(path)
-    while (excess := bus.dead_count() - keep) > 0:
-        letters = bus.dead_letters(min(excess, AT_ONCE))
+    while (excess := bus.state.dead_count() - keep) > 0:
+        letters = bus.state.dead_letters(min(excess, AT_ONCE))
         with path.open("ab") as file:
             file.write(b"".join(msgspec.json.encode(letter) + b"\n" for letter in letters))
             file.flush()
             os.fsync(file.fileno())
-        bus.drop_dead([letter.entry_id for letter in letters])
+        bus.state.delete_dead_letters([letter.entry_id for letter in letters])
         moved += len(letters)
     return moved
 
@@ -86,11 +86,11 @@ def all_letters(bus: Bus, run_dir: Path) -> Iterator[DeadLetter]:
     after that. A page of them in memory.
     """
     seen: set[bytes] = set()
-    letters = bus.dead_letters(AT_ONCE)
+    letters = bus.state.dead_letters(AT_ONCE)
     while letters:
         seen.update(letter.entry_id for letter in letters)
         yield from letters
-        letters = bus.dead_letters(AT_ONCE, after=letters[-1].entry_id)
+        letters = bus.state.dead_letters(AT_ONCE, after=letters[-1].entry_id)
     yield from (letter for letter in spilled(run_dir / FILE) if letter.entry_id not in seen)
 
 
@@ -98,4 +98,4 @@ def dead_numbers(bus: Bus, run_dir: Path) -> set[int]:
     """The numbers of all dead letters, in Redis and spilled. Redis first: a letter that spills
     meanwhile is met at least once.
     """
-    return {*bus.dead_numbers(), *spilled_numbers(run_dir / FILE)}
+    return {*bus.state.dead_numbers(), *spilled_numbers(run_dir / FILE)}

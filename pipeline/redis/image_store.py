@@ -15,8 +15,9 @@ from redis.exceptions import OutOfMemoryError
 
 from onstream.pipeline.records import StageName
 from onstream.pipeline.redis import scripts
+from onstream.pipeline.redis.connection import Connection, batched
 from onstream.pipeline.redis.keys import GROUP
-from onstream.pipeline.redis.trainer_lease import Authority, Lease
+from onstream.pipeline.redis.trainer_lease import Lease, TrainerLease
 
 NUMBERS_AT_ONCE = 500
 HELD_AT_ONCE = 64
@@ -42,12 +43,15 @@ class Hold:
     images: Mapping[str, bytes]
 
 
-class ImageShelf(Authority):
+class ImageStore:
     """The images of one run."""
 
-    def hold_images(
-        self, stage: StageName, holds: Sequence[Hold], *, patience_s: float
-    ) -> list[bool]:
+    def __init__(self, connection: Connection, lease: TrainerLease) -> None:
+        self._connection = connection
+        self._keys = connection.keys
+        self._lease = lease
+
+    def hold(self, stage: StageName, holds: Sequence[Hold], *, patience_s: float) -> list[bool]:
         """Keep the images of `holds` until their numbers have settled; False for those whose entry
         of `stage` somebody else has finished.
 
@@ -81,10 +85,10 @@ class ImageShelf(Authority):
         patience_s: float,
     ) -> list[Reply]:
         keys = [
-            self.keys.stream(stage),
-            self.keys.images_held,
-            self.keys.images_counted,
-            self.keys.images,
+            self._keys.stream(stage),
+            self._keys.images_held,
+            self._keys.images_counted,
+            self._keys.images,
         ]
         args: list[str | bytes | int] = [
             GROUP,
@@ -96,7 +100,7 @@ class ImageShelf(Authority):
         deadline = time.monotonic() + patience_s
         while True:
             try:
-                replies: list[Reply] = self._run(scripts.HOLD_IMAGES, keys, args)
+                replies: list[Reply] = self._connection.run_script(scripts.HOLD_IMAGES, keys, args)
                 return replies
             except OutOfMemoryError as error:
                 if time.monotonic() > deadline:
@@ -106,33 +110,29 @@ class ImageShelf(Authority):
                     ) from error
                 time.sleep(FULL_RETRY_S)
 
-    def images(self, digests: Sequence[str]) -> list[bytes | None]:
+    def read(self, digests: Sequence[str]) -> list[bytes | None]:
         """The bytes of images; None for one that nobody holds."""
-        found: list[bytes | None] = self._ask("HMGET", self.keys.images, *digests)
+        found: list[bytes | None] = self._connection.ask("HMGET", self._keys.images, *digests)
         return found
 
-    def images_held(self) -> tuple[int, int]:
+    def count(self) -> tuple[int, int]:
         """How many images Redis keeps, and their bytes."""
-        count, size = self._run(scripts.COUNT_IMAGES, [self.keys.images], [])
+        count, size = self._connection.run_script(scripts.COUNT_IMAGES, [self._keys.images], [])
         return int(count), int(size)
 
-    def held_numbers(self) -> list[int]:
+    def holding_numbers(self) -> list[int]:
         """The numbers that hold images."""
-        return [int(number) for number in self._ask("HKEYS", self.keys.images_held)]
+        return [int(number) for number in self._connection.ask("HKEYS", self._keys.images_held)]
 
-    def release_images(self, lease: Lease, numbers: Collection[int]) -> None:
+    def release(self, lease: Lease, numbers: Collection[int]) -> None:
         """Let go of the images of `numbers`, which have settled without an entry to acknowledge.
 
         Raises:
             LeaseLost: another trainer took over.
         """
-        keys = [self.keys.images_held, self.keys.images_counted, self.keys.images]
-        for some in _batches(list(numbers), NUMBERS_AT_ONCE):
-            self._fenced(scripts.RELEASE_IMAGES, lease, keys, some)
-
-
-def _batches(numbers: Sequence[int], size: int) -> Iterable[Sequence[int]]:
-    return (numbers[at : at + size] for at in range(0, len(numbers), size))
+        keys = [self._keys.images_held, self._keys.images_counted, self._keys.images]
+        for some in batched(list(numbers), NUMBERS_AT_ONCE):
+            self._lease.fenced(scripts.RELEASE_IMAGES, lease, keys, some)
 
 
 def _some_bytes(missing: Iterable[tuple[Hold, Sequence[str]]]) -> dict[str, bytes]:

@@ -4,6 +4,7 @@ each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -35,6 +36,10 @@ class Keys:
     def stream(self, stage: StageName) -> str:
         """Stream of the records that `stage` consumes."""
         return self._key(f"stream:{stage}")
+
+    def streams(self, stages: Sequence[StageName]) -> list[str]:
+        """Streams of the records that each of `stages` consumes."""
+        return [self.stream(stage) for stage in stages]
 
     @property
     def dead(self) -> str:

@@ -12,15 +12,16 @@ from typing import Any, Literal
 
 from onstream.pipeline.records import Ticket, encode
 from onstream.pipeline.redis import scripts
+from onstream.pipeline.redis.connection import Connection
 from onstream.pipeline.redis.keys import WORKING
-from onstream.pipeline.redis.trainer_lease import Authority, Lease
+from onstream.pipeline.redis.trainer_lease import Lease, TrainerLease
 
 Wish = Literal["requeue", "purge"]
 AT_ONCE = 500
 
 
 @dataclass(frozen=True)
-class Request:
+class OperatorRequest:
     """One wish of an operator: `number` is dead, `letter` the entry of its dead letter, b"" where
     it has none.
 
@@ -33,37 +34,47 @@ class Request:
     letter: bytes = b""
 
 
-class Desk(Authority):
-    """The requests of a run. Anybody may leave one; closing them takes the trainer's lease."""
+class OperatorRequests:
+    """The requests of a run. Anybody may add one; only the trainer closes them."""
 
-    def leave_request(self, wish: Wish, number: int, letter: bytes = b"") -> None:
+    def __init__(self, connection: Connection, lease: TrainerLease) -> None:
+        self._connection = connection
+        self._keys = connection.keys
+        self._lease = lease
+
+    def add(self, wish: Wish, number: int, letter: bytes = b"") -> None:
         """Ask the trainer for something. One left twice is served once."""
-        self._ask("XADD", self.keys.requests, "*", "do", wish, "n", number, "letter", letter)
+        self._connection.ask(
+            "XADD", self._keys.requests, "*", "do", wish, "n", number, "letter", letter
+        )
 
-    def requests(self) -> Iterator[Request]:
+    def waiting(self) -> Iterator[OperatorRequest]:
         """The requests that were not served yet, in order."""
         start = "-"
-        while rows := self._ask("XRANGE", self.keys.requests, start, "+", "COUNT", AT_ONCE):
+        while rows := self._connection.ask(
+            "XRANGE", self._keys.requests, start, "+", "COUNT", AT_ONCE
+        ):
             yield from (_request(entry_id, fields) for entry_id, fields in rows)
             start = f"({rows[-1][0].decode()}"
 
     def requeued(self) -> dict[int, int]:
         """The numbers that were issued in place of dead ones, with those."""
         return {
-            int(new): int(dead) for new, dead in self._ask("HGETALL", self.keys.requeued).items()
+            int(new): int(dead)
+            for new, dead in self._connection.ask("HGETALL", self._keys.requeued).items()
         }
 
-    def keep_requeued(self, lease: Lease, requeued: Mapping[int, int]) -> None:
+    def restore_requeued(self, lease: Lease, requeued: Mapping[int, int]) -> None:
         """Write down what Redis has forgotten of `requeued`.
 
         Raises:
             LeaseLost: another trainer took over.
         """
         if requeued:
-            self._fenced(
+            self._lease.fenced(
                 scripts.FILL_HASH,
                 lease,
-                [self.keys.requeued],
+                [self._keys.requeued],
                 [value for pair in requeued.items() for value in pair],
             )
 
@@ -73,7 +84,7 @@ class Desk(Authority):
         expected_issued: int,
         tickets: Sequence[Ticket],
         max_backlog: int,
-        served: Sequence[Request],
+        served: Sequence[OperatorRequest],
     ) -> bool:
         """Issue `tickets` as `issue` does; those that name a dead number serve the request for it
         in `served`.
@@ -92,17 +103,17 @@ class Desk(Authority):
         ]
         payloads = [value for ticket in tickets for value in (ticket.number, encode(ticket))]
         keys = [
-            self.keys.issued,
-            self.keys.stream("generate"),
-            self.keys.requests,
-            self.keys.requeued,
-            *self.stage_keys(WORKING),
+            self._keys.issued,
+            self._keys.stream("generate"),
+            self._keys.requests,
+            self._keys.requeued,
+            *self._keys.streams(WORKING),
         ]
         args: list[Any] = [expected_issued, max_backlog, len(served), *named, *payloads]
-        return self._issue(scripts.ISSUE_REQUEUED, lease, keys, args)
+        return self._lease.issue_with(scripts.ISSUE_REQUEUED, lease, keys, args)
 
-    def close_requests(
-        self, lease: Lease, requests: Iterable[Request], *, with_letters: bool = False
+    def close(
+        self, lease: Lease, requests: Iterable[OperatorRequest], *, with_letters: bool = False
     ) -> None:
         """Delete `requests` that were served or refused, and their dead letters too where asked.
 
@@ -114,12 +125,14 @@ class Desk(Authority):
             for request in requests
             for value in (request.id, request.letter if with_letters else b"")
         ]:
-            self._fenced(scripts.CLOSE_REQUESTS, lease, [self.keys.requests, self.keys.dead], pairs)
+            self._lease.fenced(
+                scripts.CLOSE_REQUESTS, lease, [self._keys.requests, self._keys.dead], pairs
+            )
 
 
-def _request(entry_id: bytes, fields: dict[bytes, bytes]) -> Request:
+def _request(entry_id: bytes, fields: dict[bytes, bytes]) -> OperatorRequest:
     wish = fields.get(b"do", b"").decode(errors="replace")
     number = fields.get(b"n", b"")
-    return Request(
+    return OperatorRequest(
         entry_id, wish, int(number) if number.isdigit() else 0, fields.get(b"letter", b"")
     )

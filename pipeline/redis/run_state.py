@@ -58,9 +58,10 @@ class WorkerState(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class Held:
-    """What workers have in hand of one stage's stream. `oldest_s`: how long ago the oldest of it
-    came into the stream.
+class PendingSummary:
+    """The entries of one stage's stream that workers have in hand.
+
+    `oldest_s` is how long ago the oldest of them was written.
     """
 
     count: int = 0
@@ -89,8 +90,12 @@ class DeadLetter:
 _state = msgspec.json.Decoder(WorkerState)
 
 
-class Board(Connection):
-    """Calls that change nothing but what a worker says of itself."""
+class RunState:
+    """What anybody may read of a run, and what each worker writes about itself."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._keys = connection.keys
 
     def newest_policy(self) -> PolicyVersion | None:
         """The newest announced policy version.
@@ -98,7 +103,7 @@ class Board(Connection):
         Raises:
             RecordError: it was announced by another version of this program.
         """
-        payload = self._ask("GET", self.keys.policy)
+        payload = self._connection.ask("GET", self._keys.policy)
         return None if payload is None else decode_policy(payload)
 
     def announcements(
@@ -111,7 +116,7 @@ class Board(Connection):
             RecordError: one was announced by another version of this program.
         """
         wait = ["BLOCK", max(1, round(block_s * 1000))] if block_s > 0 else []
-        reply = self._block("XREAD", *wait, "STREAMS", self.keys.policies, after_id)
+        reply = self._connection.block("XREAD", *wait, "STREAMS", self._keys.policies, after_id)
         return [
             (entry_id, decode_policy(fields[b"b"]))
             for _, entries in reply or []
@@ -120,18 +125,27 @@ class Board(Connection):
 
     def mark_ready(self, stage: StageName) -> None:
         """Say that a worker of `stage` has been ready once."""
-        self._run(scripts.MARK_READY, [self.keys.ready], [stage])
+        self._connection.run_script(scripts.MARK_READY, [self._keys.ready], [stage])
 
-    def ready(self) -> set[StageName]:
+    def ready_stages(self) -> set[StageName]:
         """The stages that a worker has been ready for."""
-        members = {member.decode() for member in self._ask("SMEMBERS", self.keys.ready)}
+        members = {member.decode() for member in self._connection.ask("SMEMBERS", self._keys.ready)}
         return {stage for stage in STAGES if stage in members}
+
+    def issued(self) -> int:
+        """How many tickets were ever issued; the number of the last one."""
+        return int(self._connection.ask("GET", self._keys.issued) or 0)
+
+    def plan(self) -> bytes | None:
+        """The run's plan, once a trainer has written it."""
+        plan: bytes | None = self._connection.ask("GET", self._keys.plan)
+        return plan
 
     def finished(self) -> bool:
         """Whether the run has ended."""
-        return bool(self._ask("EXISTS", self.keys.finished))
+        return bool(self._connection.ask("EXISTS", self._keys.finished))
 
-    def heartbeat(
+    def write_heartbeat(
         self,
         stage: StageName | Literal["jobs"],
         stats: Stats,
@@ -142,7 +156,7 @@ class Board(Connection):
         """Say that this worker lives, what it did, what it waits for, and what went wrong last."""
         error = telemetry.last_error()
         me = WorkerState(
-            worker=self.consumer,
+            worker=self._connection.consumer,
             stage=stage,
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -158,27 +172,27 @@ class Board(Connection):
             error_time=error.time if error else 0.0,
         )
         ready = stage if stage in STAGES and state != "starting" else ""
-        self._run(
+        self._connection.run_script(
             scripts.HEARTBEAT,
-            [self.keys.workers, self.keys.ready],
-            [self.consumer, msgspec.json.encode(me), ready],
+            [self._keys.workers, self._keys.ready],
+            [self._connection.consumer, msgspec.json.encode(me), ready],
         )
 
-    def leave(self) -> None:
-        """Take this worker's heartbeat back; `retire` does so too, for one that serves a stage."""
-        self._ask("HDEL", self.keys.workers, self.consumer)
+    def remove_heartbeat(self) -> None:
+        """Delete this worker's heartbeat. `Streams.retire` does so too, for a worker of a stage."""
+        self._connection.ask("HDEL", self._keys.workers, self._connection.consumer)
 
     def workers(self, max_age_s: float = ALIVE_S) -> list[WorkerState]:
         """The workers heard of within `max_age_s` that have not failed, by stage and name."""
-        return [state for state in self.heard_of(max_age_s) if state.state != FAILED]
+        return [state for state in self.last_heartbeats(max_age_s) if state.state != FAILED]
 
-    def heard_of(self, max_age_s: float = FORGOTTEN_S) -> list[WorkerState]:
+    def last_heartbeats(self, max_age_s: float = FORGOTTEN_S) -> list[WorkerState]:
         """The last heartbeats not older than `max_age_s`, also of workers that died, by stage and
         name.
         """
-        now = self.server_time()
+        now = self._connection.server_time()
         states = []
-        for beat in self._ask("HGETALL", self.keys.workers).values():
+        for beat in self._connection.ask("HGETALL", self._keys.workers).values():
             stamp, _, payload = beat.partition(b" ")
             if (age_s := now - float(stamp)) <= max_age_s:
                 states.append(
@@ -192,29 +206,35 @@ class Board(Connection):
         """Entries in each stage's stream, waiting or in hand. The trainer's counts what it trained
         and did not yet acknowledge.
         """
-        return {stage: int(self._ask("XLEN", self.keys.stream(stage))) for stage in STAGES}
+        return {
+            stage: int(self._connection.ask("XLEN", self._keys.stream(stage))) for stage in STAGES
+        }
 
     def pending_counts(self) -> dict[StageName, int]:
         """Entries of each stage's stream that some worker has in hand."""
         return {stage: self._pending_count(stage) for stage in STAGES}
 
     def _pending_count(self, stage: StageName) -> int:
-        return int(self._pending_summary(stage).get("pending", 0))
+        return int(self._xpending(stage).get("pending", 0))
 
-    def held(self, stage: StageName) -> Held:
-        """What workers have in hand of the stream of `stage`, and whose it is."""
-        summary = self._pending_summary(stage)
+    def pending_summary(self, stage: StageName) -> PendingSummary:
+        """What workers have in hand of the stream of `stage`, and which workers have it."""
+        summary = self._xpending(stage)
         if not summary.get("pending"):
-            return Held()
+            return PendingSummary()
         written = float(summary["min"].partition(b"-")[0]) / 1000
         by_worker = {
             consumer["name"].decode(): int(consumer["pending"]) for consumer in summary["consumers"]
         }
-        return Held(int(summary["pending"]), max(0.0, self.server_time() - written), by_worker)
+        return PendingSummary(
+            int(summary["pending"]), max(0.0, self._connection.server_time() - written), by_worker
+        )
 
-    def _pending_summary(self, stage: StageName) -> dict[str, Any]:
+    def _xpending(self, stage: StageName) -> dict[str, Any]:
         try:
-            summary: dict[str, Any] = self._ask("XPENDING", self.keys.stream(stage), GROUP)
+            summary: dict[str, Any] = self._connection.ask(
+                "XPENDING", self._keys.stream(stage), GROUP
+            )
         except ResponseError as error:
             if "NOGROUP" in str(error):
                 return {}
@@ -223,16 +243,16 @@ class Board(Connection):
 
     def numbers(self, stage: StageName) -> list[int]:
         """The numbers of all entries in the stream of `stage`, in order."""
-        return list(self._numbers(self.keys.stream(stage)))
+        return list(self._numbers(self._keys.stream(stage)))
 
     def dead_numbers(self) -> list[int]:
         """The numbers of all dead letters still in Redis, in order."""
-        return list(self._numbers(self.keys.dead))
+        return list(self._numbers(self._keys.dead))
 
     def _numbers(self, stream: str) -> Iterator[int]:
         start = "-"
         while True:
-            last, numbers = self._run(scripts.NUMBERS, [stream], [start, PAGE])
+            last, numbers = self._connection.run_script(scripts.NUMBERS, [stream], [start, PAGE])
             yield from map(int, numbers)
             if not last:
                 return
@@ -240,25 +260,27 @@ class Board(Connection):
 
     def dead_count(self) -> int:
         """Dead letters in Redis."""
-        return int(self._ask("XLEN", self.keys.dead))
+        return int(self._connection.ask("XLEN", self._keys.dead))
 
     def dead_letters(self, count: int = 100, after: bytes | None = None) -> list[DeadLetter]:
         """The oldest `count` dead letters, or the oldest after the entry `after`."""
         start = "-" if after is None else b"(" + after
         return [
             _letter(entry_id, fields)
-            for entry_id, fields in self._ask("XRANGE", self.keys.dead, start, "+", "COUNT", count)
+            for entry_id, fields in self._connection.ask(
+                "XRANGE", self._keys.dead, start, "+", "COUNT", count
+            )
         ]
 
     def newest_dead_letter(self) -> DeadLetter | None:
         """The dead letter written last, where there is one."""
-        rows = self._ask("XREVRANGE", self.keys.dead, "+", "-", "COUNT", 1)
+        rows = self._connection.ask("XREVRANGE", self._keys.dead, "+", "-", "COUNT", 1)
         return _letter(*rows[0]) if rows else None
 
-    def drop_dead(self, ids: Sequence[bytes]) -> None:
+    def delete_dead_letters(self, ids: Sequence[bytes]) -> None:
         """Delete dead letters that were written elsewhere."""
         if ids:
-            self._ask("XDEL", self.keys.dead, *ids)
+            self._connection.ask("XDEL", self._keys.dead, *ids)
 
 
 def _letter(entry_id: bytes, fields: dict[bytes, Any]) -> DeadLetter:

@@ -19,20 +19,26 @@ log = structlog.get_logger(__name__)
 _KEYS = ScoreKeys()
 
 
-class ScoreShelf(Connection):
+class ScoreStore:
     """Scores by digest, bounded by their number and by `KEPT_BYTES`; the least recently used go
     first.
     """
 
-    def recall_scores(self, digests: Sequence[bytes]) -> list[bytes | None]:
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._keys = connection.keys
+
+    def recall(self, digests: Sequence[bytes]) -> list[bytes | None]:
         """What was kept under each of `digests`."""
         if not digests:
             return []
         return list(
-            self._run(scripts.RECALL_SCORES, [_KEYS.scores, _KEYS.used, _KEYS.clock], digests)
+            self._connection.run_script(
+                scripts.RECALL_SCORES, [_KEYS.scores, _KEYS.used, _KEYS.clock], digests
+            )
         )
 
-    def keep_scores(self, scores: Sequence[tuple[bytes, bytes]], most: int) -> None:
+    def keep(self, scores: Sequence[tuple[bytes, bytes]], most: int) -> None:
         """Keep pairs of digest and scores, and no more than `most` of all that there are. A full
         Redis keeps none.
         """
@@ -40,7 +46,7 @@ class ScoreShelf(Connection):
             return
         keys = [_KEYS.scores, _KEYS.used, _KEYS.clock, _KEYS.size]
         try:
-            self._run(
+            self._connection.run_script(
                 scripts.KEEP_SCORES,
                 keys,
                 [most, KEPT_BYTES, *(part for pair in scores for part in pair)],
@@ -48,32 +54,38 @@ class ScoreShelf(Connection):
         except OutOfMemoryError as error:
             log.warning("redis is full; scores are not kept", scores=len(scores), error=str(error))
 
-    def probed_teacher(self, name: bytes) -> bytes | None:
+    def teacher_check(self, name: bytes) -> bytes | None:
         """What was noted last under `name`."""
-        noted: bytes | None = self._ask("HGET", _KEYS.teachers, name)
+        noted: bytes | None = self._connection.ask("HGET", _KEYS.teachers, name)
         return noted
 
-    def note_teacher(self, name: bytes, probed: bytes) -> None:
+    def note_teacher_check(self, name: bytes, checked: bytes) -> None:
         """Note what the teacher `name` scored the text that it was probed with, so that another one
         of that name is found out.
 
         A full Redis notes nothing.
         """
         try:
-            self._ask("HSET", _KEYS.teachers, name, probed)
+            self._connection.ask("HSET", _KEYS.teachers, name, checked)
         except OutOfMemoryError as error:
             log.warning(
                 "redis is full; what the teacher scored at the start is not noted", error=str(error)
             )
 
-    def own_spent(self, stage: StageName) -> int:
+    def own_spent_tokens(self, stage: StageName) -> int:
         """The tokens that this worker, and former ones of its name, have spent in this run on the
         endpoints of `stage`.
         """
-        return int(self._ask("HGET", self.keys.spent(stage), self.consumer) or 0)
+        return int(
+            self._connection.ask("HGET", self._keys.spent(stage), self._connection.consumer) or 0
+        )
 
-    def report_spent(self, stage: StageName, tokens: int) -> int:
+    def report_spent_tokens(self, stage: StageName, tokens: int) -> int:
         """Say that workers of this name have spent `tokens` so far; returns what all workers of
         `stage` have.
         """
-        return int(self._run(scripts.SPENT, [self.keys.spent(stage)], [self.consumer, tokens]))
+        return int(
+            self._connection.run_script(
+                scripts.SPENT, [self._keys.spent(stage)], [self._connection.consumer, tokens]
+            )
+        )

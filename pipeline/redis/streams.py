@@ -1,32 +1,20 @@
 """Streams: how entries are read, moved on, renewed, handed over and given back. The only module
 that speaks stream commands of work.
-
-`Bus` adds what the trainer alone may do (`onstream.pipeline.redis.trainer_lease`), what everybody
-may read (`onstream.pipeline.redis.run_state`), the scores that are kept
-(`onstream.pipeline.redis.score_store`), weights (`onstream.pipeline.redis.weight_store`), and the
-images that rollouts name (`onstream.pipeline.redis.image_store`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import structlog
 from redis.exceptions import ResponseError
 
 from onstream.pipeline.records import StageName
 from onstream.pipeline.redis import scripts
-from onstream.pipeline.redis.image_store import ImageShelf
-from onstream.pipeline.redis.keys import GROUP, PARKED, STAGES, WORKING
-from onstream.pipeline.redis.operator_requests import Desk
-from onstream.pipeline.redis.run_state import DeadLetter, WorkerState
-from onstream.pipeline.redis.score_store import ScoreShelf
-from onstream.pipeline.redis.trainer_lease import Lease, LeaseHeld, batched_ids
-from onstream.pipeline.redis.transfer_state import TransferBoard
-from onstream.pipeline.redis.weight_store import WeightShelf
-from onstream.pipeline.run_files.ownership import LeaseLost
+from onstream.pipeline.redis.connection import Connection, batched
+from onstream.pipeline.redis.keys import GROUP, PARKED
 
 log = structlog.get_logger(__name__)
 
@@ -84,30 +72,12 @@ class Move:
         return sum(len(out.payload) for out in self.outs)
 
 
-class Bus(Desk, TransferBoard, ScoreShelf, WeightShelf, ImageShelf):
-    """One worker's way to the streams of one run."""
+class Streams:
+    """The streams of work of one run, as one worker reads and writes them."""
 
-    @classmethod
-    def connect(
-        cls, url: str, run: str, *, consumer: str, block_s: float, connect_timeout_s: float
-    ) -> Self:
-        """A bus that has reached Redis, where every stream has its group.
-
-        `consumer` names this worker among those of the run; no two living workers may share it.
-        `block_s` is the longest that one read will wait. Calls outlive an outage of
-        `connect_timeout_s` seconds.
-
-        Raises:
-            UserError: Redis does not answer, wants another password, is older than 6.2, or would
-                evict keys.
-        """
-        bus = cls(url, run, consumer=consumer, block_s=block_s, connect_timeout_s=connect_timeout_s)
-        try:
-            bus.check()
-        except BaseException:
-            bus.close()
-            raise
-        return bus
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._keys = connection.keys
 
     def read(self, stage: StageName, count: int, block_s: float = 0) -> list[Entry]:
         """Up to `count` new entries, waiting up to `block_s` for the first. For the main thread
@@ -118,13 +88,13 @@ class Bus(Desk, TransferBoard, ScoreShelf, WeightShelf, ImageShelf):
                 with entries in it: they are pending with this worker.
         """
         wait = ["BLOCK", max(1, round(block_s * 1000))] if block_s > 0 else []
-        stream = self.keys.stream(stage)
+        stream = self._keys.stream(stage)
         try:
-            reply = self._block(
+            reply = self._connection.block(
                 "XREADGROUP",
                 "GROUP",
                 GROUP,
-                self.consumer,
+                self._connection.consumer,
                 "COUNT",
                 count,
                 *wait,
@@ -140,7 +110,7 @@ class Bus(Desk, TransferBoard, ScoreShelf, WeightShelf, ImageShelf):
                 stream=stream,
                 error=str(error),
             )
-            self.create_groups()
+            self._connection.create_groups()
             return []
         return [
             _entry(entry_id, fields, 1)
@@ -152,7 +122,7 @@ class Bus(Desk, TransferBoard, ScoreShelf, WeightShelf, ImageShelf):
         """The entry `entry_id` as it lies in the stream, whoever has it; None where it has moved
         on. Counts as no delivery.
         """
-        found = self._ask("XRANGE", self.keys.stream(stage), entry_id, entry_id)
+        found = self._connection.ask("XRANGE", self._keys.stream(stage), entry_id, entry_id)
         return next((_entry(found_id, fields, 0) for found_id, fields in found), None)
 
     def pending(self, stage: StageName, after: bytes = b"0", count: int = 256) -> list[Entry]:
@@ -160,7 +130,8 @@ class Bus(Desk, TransferBoard, ScoreShelf, WeightShelf, ImageShelf):
         `after`. Counts as a delivery.
         """
         return self.claim(
-            stage, self.pending_rows(stage, after=after, count=count, consumer=self.consumer)
+            stage,
+            self.pending_rows(stage, after=after, count=count, consumer=self._connection.consumer),
         )
 
     def pending_rows(
@@ -177,9 +148,9 @@ class Bus(Desk, TransferBoard, ScoreShelf, WeightShelf, ImageShelf):
         """
         idle = ["IDLE", round(min_idle_s * 1000)] if min_idle_s > 0 else []
         whose = [] if consumer is None else [consumer]
-        rows = self._ask(
+        rows = self._connection.ask(
             "XPENDING",
-            self.keys.stream(stage),
+            self._keys.stream(stage),
             GROUP,
             *idle,
             b"(" + after,
@@ -218,9 +189,11 @@ class Bus(Desk, TransferBoard, ScoreShelf, WeightShelf, ImageShelf):
         if not rows:
             return []
         deliveries = {row.id: row.deliveries + 1 for row in rows}
-        stream = self.keys.stream(stage)
+        stream = self._keys.stream(stage)
         idle_ms = round(min_idle_s * 1000)
-        claimed = self._ask("XCLAIM", stream, GROUP, self.consumer, idle_ms, *deliveries)
+        claimed = self._connection.ask(
+            "XCLAIM", stream, GROUP, self._connection.consumer, idle_ms, *deliveries
+        )
         if any(entry_id is None for entry_id, _ in claimed):
             self._forget_deleted(stage, deliveries)
         return [
@@ -233,16 +206,20 @@ class Bus(Desk, TransferBoard, ScoreShelf, WeightShelf, ImageShelf):
         """Acknowledge those of `ids` that a person deleted from the stream: Redis 6.2 keeps them
         pending for ever.
         """
-        stream = self.keys.stream(stage)
-        gone = [entry_id for entry_id in ids if not self._ask("XRANGE", stream, entry_id, entry_id)]
+        stream = self._keys.stream(stage)
+        gone = [
+            entry_id
+            for entry_id in ids
+            if not self._connection.ask("XRANGE", stream, entry_id, entry_id)
+        ]
         log.error(
             "pending entries were deleted from outside; their numbers are lost",
             stream=stream,
             entries=[i.decode() for i in gone],
         )
-        self._ask("XACK", stream, GROUP, *gone)
+        self._connection.ask("XACK", stream, GROUP, *gone)
 
-    def settle(self, stage: StageName, moves: Sequence[Move]) -> list[bool]:
+    def move(self, stage: StageName, moves: Sequence[Move]) -> list[bool]:
         """Move entries on: each leaves the stream of `stage` and is written where it goes, both or
         neither.
 
@@ -256,12 +233,14 @@ class Bus(Desk, TransferBoard, ScoreShelf, WeightShelf, ImageShelf):
         for move in moves:
             args += [move.entry_id, len(move.outs)]
             for out in move.outs:
-                key = self.keys.dead if out.to == "dead" else self.keys.stream(out.to)
+                key = self._keys.dead if out.to == "dead" else self._keys.stream(out.to)
                 fields = self._fields(stage, out)
                 args += [targets.setdefault(key, len(targets) + 2), len(fields), *fields]
         return [
             bool(moved)
-            for moved in self._run(scripts.HOP, [self.keys.stream(stage), *targets], args)
+            for moved in self._connection.run_script(
+                scripts.HOP, [self._keys.stream(stage), *targets], args
+            )
         ]
 
     def _fields(self, stage: StageName, out: Out) -> list[Any]:
@@ -275,34 +254,40 @@ class Bus(Desk, TransferBoard, ScoreShelf, WeightShelf, ImageShelf):
                 "deliveries",
                 out.deliveries,
                 "worker",
-                self.consumer,
+                self._connection.consumer,
             ]
         return fields
 
     def renew(self, stage: StageName, ids: Sequence[bytes]) -> int:
         """Renew the lease of the entries that are still this worker's; returns how many are."""
-        stream = [self.keys.stream(stage)]
+        stream = [self._keys.stream(stage)]
         return sum(
-            int(self._run(scripts.RENEW, stream, [GROUP, self.consumer, *some]))
-            for some in batched_ids(ids, IDS_AT_ONCE)
+            int(
+                self._connection.run_script(
+                    scripts.RENEW, stream, [GROUP, self._connection.consumer, *some]
+                )
+            )
+            for some in batched(ids, IDS_AT_ONCE)
         )
 
     def give_back(self, stage: StageName, ids: Sequence[bytes]) -> int:
         """Hand entries to whoever is next, as if they had not been taken; returns how many were
         still this worker's.
         """
-        stream = [self.keys.stream(stage)]
-        args = [GROUP, self.consumer, PARKED]
+        stream = [self._keys.stream(stage)]
+        args = [GROUP, self._connection.consumer, PARKED]
         return sum(
-            int(self._run(scripts.GIVE_BACK, stream, [*args, *some]))
-            for some in batched_ids(ids, IDS_AT_ONCE)
+            int(self._connection.run_script(scripts.GIVE_BACK, stream, [*args, *some]))
+            for some in batched(ids, IDS_AT_ONCE)
         )
 
     def retire(self, stage: StageName) -> bool:
         """Forget this consumer; False, and nothing forgotten, while entries are pending with it."""
         return bool(
-            self._run(
-                scripts.RETIRE, [self.keys.stream(stage), self.keys.workers], [GROUP, self.consumer]
+            self._connection.run_script(
+                scripts.RETIRE,
+                [self._keys.stream(stage), self._keys.workers],
+                [GROUP, self._connection.consumer],
             )
         )
 
@@ -310,8 +295,8 @@ class Bus(Desk, TransferBoard, ScoreShelf, WeightShelf, ImageShelf):
         """Forget the consumers of dead workers: those with nothing pending, not heard of for
         `idle_s`.
         """
-        keys = [self.keys.stream(stage), self.keys.workers]
-        return int(self._run(scripts.BURY, keys, [GROUP, round(idle_s * 1000)]))
+        keys = [self._keys.stream(stage), self._keys.workers]
+        return int(self._connection.run_script(scripts.BURY, keys, [GROUP, round(idle_s * 1000)]))
 
 
 def hop_batches(moves: Sequence[Move]) -> Iterator[list[Move]]:
@@ -338,19 +323,3 @@ def _entry(entry_id: bytes, fields: dict[bytes, bytes] | None, deliveries: int) 
     return Entry(
         entry_id, int(number) if number.isdigit() else 0, fields.get(b"b", b""), deliveries
     )
-
-
-__all__ = [
-    "STAGES",
-    "WORKING",
-    "Bus",
-    "DeadLetter",
-    "Entry",
-    "Lease",
-    "LeaseHeld",
-    "LeaseLost",
-    "Move",
-    "Out",
-    "PendingRow",
-    "WorkerState",
-]

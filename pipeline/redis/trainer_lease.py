@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 import structlog
 from redis.exceptions import OutOfMemoryError, ResponseError
 
-from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.errors import Exit, LeaseLost, UserError
 from onstream.pipeline.records import PolicyVersion, Ticket, encode
 from onstream.pipeline.redis import scripts
-from onstream.pipeline.redis.connection import Connection
+from onstream.pipeline.redis.connection import Connection, batched
 from onstream.pipeline.redis.keys import GROUP, WORKING
-from onstream.pipeline.run_files.ownership import LeaseLost, Ownership
+from onstream.pipeline.run_files.ownership import Ownership
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
@@ -64,19 +64,22 @@ class Lease:
     changing: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
 
-class Authority(Connection):
-    """The trainer's calls. `lease` is the lease held, which the worker loop renews.
+class TrainerLease:
+    """What only the trainer may do. `current` is the lease held, which the worker loop renews.
 
-    `shaken` is set once Redis may have lost data; who clears it is to compare what Redis has with
-    what it should have. `full` tells whether the last tickets were refused because Redis has no
-    memory for them.
+    `may_have_lost_data` is set once Redis may have lost data. Whoever clears it first compares what
+    Redis has with what it should have. `full` tells whether the last tickets were refused because
+    Redis has no memory for them.
     """
 
-    lease: Lease | None = None
-    shaken = False
-    full = False
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._keys = connection.keys
+        self.current: Lease | None = None
+        self.may_have_lost_data = False
+        self.full = False
 
-    def acquire_lease(self, ttl_s: float, files: Ownership | None = None) -> Lease:
+    def acquire(self, ttl_s: float, files: Ownership | None = None) -> Lease:
         """Become the run's trainer, until released, or not renewed for `ttl_s` seconds; then claim
         its `files`.
 
@@ -86,56 +89,54 @@ class Authority(Connection):
             LeaseHeld: another trainer has it.
             LeaseLost: another trainer took over while this one waited for the files.
         """
-        me = f"{self.consumer} on {socket.gethostname()} pid {os.getpid()}"
-        self.lease = Lease(
+        me = f"{self._connection.consumer} on {socket.gethostname()} pid {os.getpid()}"
+        self.current = Lease(
             self._acquire(me, ttl_s, files.newest() if files else 0), me, ttl_s, files
         )
         if files is not None:
-            files.take(self.lease.epoch, me)
-        return self.lease
+            files.take(self.current.epoch, me)
+        return self.current
 
     def _acquire(self, me: str, ttl_s: float, floor: int) -> int:
         """The epoch of the lease, above `floor`."""
-        keys = [self.keys.epoch, self.keys.lease]
+        keys = [self._keys.epoch, self._keys.lease]
         args = [me, _ms(ttl_s), floor]
-        epoch, holder = self._run(scripts.ACQUIRE, keys, [*args, ""])
+        epoch, holder = self._connection.run_script(scripts.ACQUIRE, keys, [*args, ""])
         if not epoch and _is_dead(holder.decode()):
-            epoch, holder = self._run(scripts.ACQUIRE, keys, [*args, holder])
+            epoch, holder = self._connection.run_script(scripts.ACQUIRE, keys, [*args, holder])
         if not epoch:
-            raise LeaseHeld(self.run, holder.decode())
+            raise LeaseHeld(self._connection.run, holder.decode())
         return int(epoch)
 
-    def renew_lease(self, lease: Lease) -> None:
+    def renew(self, lease: Lease) -> None:
         """Hold the lease for another `ttl_s`.
 
         Raises:
             LeaseLost: another trainer took over.
         """
-        self._fenced(
-            scripts.RENEW_LEASE, lease, [self.keys.lease], [lease.holder, _ms(lease.ttl_s)]
+        self.fenced(
+            scripts.RENEW_LEASE, lease, [self._keys.lease], [lease.holder, _ms(lease.ttl_s)]
         )
 
-    def keep_lease(self, lease: Lease) -> None:
+    def renew_from_heartbeat(self, lease: Lease) -> None:
         """Renew the lease, beside the main thread; and look whether Redis may have lost data, which
-        `shaken` tells from then on.
+        `may_have_lost_data` tells from then on.
 
         Another server process than before counts as that: a restart, or a replica in its place.
 
         Raises:
             LeaseLost: another trainer took over.
         """
-        server = self.server_id()
-        if server != self._server:
-            self._server = server
-            self.shaken = True
+        if self._connection.server_changed():
+            self.may_have_lost_data = True
         if not lease.changing.acquire(blocking=False):
             return  # the main thread takes it again just now, under another epoch
         try:
             self._once_fenced(
-                scripts.RENEW_LEASE, lease, [self.keys.lease], [lease.holder, _ms(lease.ttl_s)]
+                scripts.RENEW_LEASE, lease, [self._keys.lease], [lease.holder, _ms(lease.ttl_s)]
             )
         except DataLost:
-            self.shaken = True
+            self.may_have_lost_data = True
         finally:
             lease.changing.release()
 
@@ -146,25 +147,21 @@ class Authority(Connection):
         Raises:
             LeaseLost: another trainer took over; nothing was changed.
         """
-        self.renew_lease(lease)
+        self.renew(lease)
         with lease.files.held() if lease.files else nullcontext():
             yield
 
-    def release_lease(self, lease: Lease) -> None:
+    def release(self, lease: Lease) -> None:
         """Stop being the trainer.
 
         Raises:
             LeaseLost: another trainer took over.
         """
-        self.lease = None
+        self.current = None
         try:
-            self._once_fenced(scripts.RELEASE_LEASE, lease, [self.keys.lease], [lease.holder])
+            self._once_fenced(scripts.RELEASE_LEASE, lease, [self._keys.lease], [lease.holder])
         except DataLost:
             log.warning("redis has lost the lease that was to be released", epoch=lease.epoch)
-
-    def issued(self) -> int:
-        """How many tickets were ever issued; the number of the last one."""
-        return int(self._ask("GET", self.keys.issued) or 0)
 
     def issue(
         self, lease: Lease, expected_issued: int, tickets: Sequence[Ticket], max_backlog: int
@@ -173,7 +170,7 @@ class Authority(Connection):
         repeated.
 
         Returns False, with nothing issued, while a working stream holds more than `max_backlog`
-        records, or Redis is `full`, or it has forgotten tickets before these and is `shaken`.
+        records, or Redis is `full`, or it has forgotten tickets before these and is `may_have_lost_data`.
 
         Raises:
             LeaseLost: another trainer took over.
@@ -185,12 +182,12 @@ class Authority(Connection):
             raise ValueError(
                 f"tickets of numbers {[t.number for t in tickets][:4]}… do not follow on {expected_issued}"
             )
-        keys = [self.keys.issued, self.keys.stream("generate"), *self.stage_keys(WORKING)]
-        return self._issue(
+        keys = [self._keys.issued, self._keys.stream("generate"), *self._keys.streams(WORKING)]
+        return self.issue_with(
             scripts.ISSUE, lease, keys, [expected_issued, max_backlog, *_numbered(tickets)]
         )
 
-    def _issue(
+    def issue_with(
         self, script: scripts.Script, lease: Lease, keys: Sequence[str], args: Sequence[Any]
     ) -> bool:
         """Whether the tickets in `args` stand issued. Nothing is issued while Redis is full, nor
@@ -199,9 +196,9 @@ class Authority(Connection):
         was_full = self.full
         self.full = False
         try:
-            return bool(self._fenced(script, lease, keys, args))
+            return bool(self.fenced(script, lease, keys, args))
         except DataLost:
-            self.shaken = True
+            self.may_have_lost_data = True
         except OutOfMemoryError:
             self.full = True
             if not was_full:
@@ -217,8 +214,8 @@ class Authority(Connection):
         Raises:
             LeaseLost: another trainer took over.
         """
-        keys = [self.keys.reissued, self.keys.stream("generate")]
-        return self._issue(scripts.REISSUE, lease, keys, [token, *_numbered(tickets)])
+        keys = [self._keys.reissued, self._keys.stream("generate")]
+        return self.issue_with(scripts.REISSUE, lease, keys, [token, *_numbered(tickets)])
 
     def set_issued(self, lease: Lease, count: int) -> int:
         """Raise the count of issued tickets to `count`, where it is lower (Redis lost its data);
@@ -227,7 +224,7 @@ class Authority(Connection):
         Raises:
             LeaseLost: another trainer took over.
         """
-        return int(self._fenced(scripts.RAISE_ISSUED, lease, [self.keys.issued], [count]))
+        return int(self.fenced(scripts.RAISE_ISSUED, lease, [self._keys.issued], [count]))
 
     def announce(self, lease: Lease, policy: PolicyVersion) -> None:
         """Make `policy` the newest; nothing happens when it is already.
@@ -235,8 +232,8 @@ class Authority(Connection):
         Raises:
             LeaseLost: another trainer took over.
         """
-        keys = [self.keys.policy, self.keys.policies]
-        self._fenced(scripts.ANNOUNCE, lease, keys, [encode(policy), ANNOUNCEMENTS_KEPT])
+        keys = [self._keys.policy, self._keys.policies]
+        self.fenced(scripts.ANNOUNCE, lease, keys, [encode(policy), ANNOUNCEMENTS_KEPT])
 
     def acknowledge(self, lease: Lease, entries: Mapping[bytes, int]) -> int:
         """Delete entries of the trainer's stream, numbers by id, whose fate a durable checkpoint
@@ -248,18 +245,18 @@ class Authority(Connection):
             LeaseLost: another trainer took over.
         """
         keys = [
-            self.keys.stream("train"),
-            self.keys.images_held,
-            self.keys.images_counted,
-            self.keys.images,
+            self._keys.stream("train"),
+            self._keys.images_held,
+            self._keys.images_counted,
+            self._keys.images,
         ]
-        chunks = batched_ids(list(entries), ACKNOWLEDGED_AT_ONCE)
+        chunks = batched(list(entries), ACKNOWLEDGED_AT_ONCE)
         numbered = (
             [part for entry_id in chunk for part in (entry_id, entries[entry_id])]
             for chunk in chunks
         )
         return sum(
-            int(self._fenced(scripts.ACKNOWLEDGE, lease, keys, [GROUP, *some])) for some in numbered
+            int(self.fenced(scripts.ACKNOWLEDGE, lease, keys, [GROUP, *some])) for some in numbered
         )
 
     def finish(self, lease: Lease) -> None:
@@ -268,7 +265,7 @@ class Authority(Connection):
         Raises:
             LeaseLost: another trainer took over.
         """
-        self._fenced(scripts.SET_KEY, lease, [self.keys.finished], [lease.epoch])
+        self.fenced(scripts.SET_KEY, lease, [self._keys.finished], [lease.epoch])
 
     def reopen(self, lease: Lease) -> None:
         """Go on with a run that had ended.
@@ -276,7 +273,7 @@ class Authority(Connection):
         Raises:
             LeaseLost: another trainer took over.
         """
-        self._fenced(scripts.CLEAR_KEY, lease, [self.keys.finished], [])
+        self.fenced(scripts.CLEAR_KEY, lease, [self._keys.finished], [])
 
     def write_plan(self, lease: Lease, plan: bytes) -> None:
         """Write the run's plan.
@@ -284,14 +281,9 @@ class Authority(Connection):
         Raises:
             LeaseLost: another trainer took over.
         """
-        self._fenced(scripts.SET_KEY, lease, [self.keys.plan], [plan])
+        self.fenced(scripts.SET_KEY, lease, [self._keys.plan], [plan])
 
-    def read_plan(self) -> bytes | None:
-        """The run's plan, once a trainer has written it."""
-        plan: bytes | None = self._ask("GET", self.keys.plan)
-        return plan
-
-    def _fenced(
+    def fenced(
         self, script: scripts.Script, lease: Lease, keys: Sequence[str], args: Sequence[Any]
     ) -> Any:
         """The reply of a script that carries the epoch. Where Redis has lost that, the lease is
@@ -311,7 +303,9 @@ class Authority(Connection):
         self, script: scripts.Script, lease: Lease, keys: Sequence[str], args: Sequence[Any]
     ) -> Any:
         try:
-            return self._run(script, [self.keys.epoch, *keys], [lease.epoch, *args])
+            return self._connection.run_script(
+                script, [self._keys.epoch, *keys], [lease.epoch, *args]
+            )
         except OutOfMemoryError:
             raise
         except ResponseError as error:
@@ -324,7 +318,7 @@ class Authority(Connection):
             raise
 
     def _has_lost(self, epoch: int) -> bool:
-        return int(self._ask("GET", self.keys.epoch) or 0) < epoch
+        return int(self._connection.ask("GET", self._keys.epoch) or 0) < epoch
 
     def _regain(self, lease: Lease) -> None:
         """Take the lease again, which Redis has forgotten. Waits for the lease of an earlier
@@ -333,7 +327,7 @@ class Authority(Connection):
         Raises:
             LeaseLost: another trainer was faster, or has the run's files.
         """
-        self.shaken = True
+        self.may_have_lost_data = True
         lost = lease.epoch
         if lease.files is not None and (newest := lease.files.newest()) != lost:
             raise LeaseLost(
@@ -379,11 +373,6 @@ def while_it_may_expire(acquire: Callable[[], T], ttl_s: float) -> T:
                 )
                 told = True
             time.sleep(_POLL_S)
-
-
-def batched_ids(ids: Sequence[bytes], size: int) -> list[Sequence[bytes]]:
-    """`ids` in runs of up to `size`."""
-    return [ids[at : at + size] for at in range(0, len(ids), size)]
 
 
 def _numbered(tickets: Sequence[Ticket]) -> list[Any]:

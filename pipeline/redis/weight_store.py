@@ -6,66 +6,75 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from onstream.pipeline.redis import scripts
-from onstream.pipeline.redis.trainer_lease import Authority, Lease
+from onstream.pipeline.redis.connection import Connection
+from onstream.pipeline.redis.trainer_lease import Lease, TrainerLease
 
 
 @dataclass(frozen=True)
-class Memory:
+class RedisMemory:
     """Bytes that a Redis uses, and may use; no bound where `most_bytes` is 0."""
 
     used_bytes: int
     most_bytes: int
 
 
-class WeightShelf(Authority):
+class WeightStore:
     """What `weights.transport = "redis"` asks of Redis. Only the trainer writes; chunks are written
     one to a call, so that none is slow.
     """
 
-    def memory(self) -> Memory:
-        """How full the server is."""
-        info = self._patiently(lambda: self._db.info("memory"))
-        return Memory(int(info["used_memory"]), int(info["maxmemory"]))
+    def __init__(self, connection: Connection, lease: TrainerLease) -> None:
+        self._connection = connection
+        self._keys = connection.keys
+        self._lease = lease
 
-    def weights(self) -> dict[str, bytes]:
+    def memory(self) -> RedisMemory:
+        """How full the server is."""
+        info = self._connection.patiently(lambda: self._connection.client.info("memory"))
+        return RedisMemory(int(info["used_memory"]), int(info["maxmemory"]))
+
+    def parts(self) -> dict[str, bytes]:
         """The parts that are whole, as the trainer described them, by place."""
         return {
-            place.decode(): part for place, part in self._ask("HGETALL", self.keys.weights).items()
+            place.decode(): part
+            for place, part in self._connection.ask("HGETALL", self._keys.weights).items()
         }
 
-    def weight_chunk(self, place: str, index: int) -> bytes | None:
+    def read_chunk(self, place: str, index: int) -> bytes | None:
         """One chunk of what lies at `place`; None where it is gone."""
-        chunk: bytes | None = self._ask("HGET", self.keys.weight_chunks(place), index)
+        chunk: bytes | None = self._connection.ask("HGET", self._keys.weight_chunks(place), index)
         return chunk
 
-    def chunks_kept(self, place: str) -> int:
+    def count_chunks(self, place: str) -> int:
         """How many chunks lie at `place`."""
-        return int(self._ask("HLEN", self.keys.weight_chunks(place)))
+        return int(self._connection.ask("HLEN", self._keys.weight_chunks(place)))
 
-    def keep_chunk(self, lease: Lease, place: str, index: int, chunk: memoryview) -> None:
-        """Write one chunk. Nobody looks for it before `offer_weights`.
+    def write_chunk(self, lease: Lease, place: str, index: int, chunk: memoryview) -> None:
+        """Write one chunk. Nobody looks for it before `offer`.
 
         Raises:
             LeaseLost: another trainer took over.
             redis.OutOfMemoryError: Redis is full.
         """
-        self._fenced(
+        self._lease.fenced(
             scripts.KEEP_CHUNK,
             lease,
-            [self.keys.weight_places, self.keys.weight_chunks(place)],
+            [self._keys.weight_places, self._keys.weight_chunks(place)],
             [place, index, chunk],
         )
 
-    def offer_weights(self, lease: Lease, parts: Mapping[str, bytes]) -> None:
+    def offer(self, lease: Lease, parts: Mapping[str, bytes]) -> None:
         """Make `parts`, by place, all that there is, and delete the chunks of any other place.
 
         Raises:
             LeaseLost: another trainer took over.
         """
-        written = {place.decode() for place in self._ask("SMEMBERS", self.keys.weight_places)}
+        written = {
+            place.decode() for place in self._connection.ask("SMEMBERS", self._keys.weight_places)
+        }
         gone = sorted(written - set(parts))
-        keys = [self.keys.weights, self.keys.weight_places, *map(self.keys.weight_chunks, gone)]
-        self._fenced(
+        keys = [self._keys.weights, self._keys.weight_places, *map(self._keys.weight_chunks, gone)]
+        self._lease.fenced(
             scripts.OFFER_WEIGHTS,
             lease,
             keys,

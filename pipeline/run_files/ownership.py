@@ -22,6 +22,8 @@ from pathlib import Path
 
 import structlog
 
+from onstream.pipeline.errors import LeaseLost
+
 log = structlog.get_logger(__name__)
 
 FILE = "trainer.epoch"
@@ -29,10 +31,6 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 REMEDY = "if it hangs or is stopped, end it: the lock goes with its process"
 _POLL_S = 0.1
 _REMIND_S = 10.0
-
-
-class LeaseLost(Exception):
-    """Another trainer took the run over; what this one was about to do did not happen."""
 
 
 class Ownership:

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from onstream.pipeline.redis.trainer_lease import Lease
-from onstream.pipeline.redis.transfer_state import TransferBoard
+from onstream.pipeline.redis.transfer_state import TransferState
 from onstream.pipeline.weights.policy import LoadedPolicy, WeightsError
 from onstream.pipeline.weights.safetensors_layout import layout_of, view
 
@@ -104,8 +104,8 @@ class ReceiveBuffer:
 class TransferCoordinator:
     """The trainer's end. Each call waits for every answer, up to `patience_s`."""
 
-    def __init__(self, bus: TransferBoard, lease: Lease, patience_s: float) -> None:
-        self._bus = bus
+    def __init__(self, state: TransferState, lease: Lease, patience_s: float) -> None:
+        self._state = state
         self._lease = lease
         self._patience_s = patience_s
         self._calls = 0
@@ -116,7 +116,7 @@ class TransferCoordinator:
         """
         ranks = dict[str, int]()
         following = 1
-        for name, gpus in self._bus.receivers().items():
+        for name, gpus in self._state.receivers().items():
             ranks[name] = following
             following = following + gpus
         return ranks, following
@@ -136,15 +136,15 @@ class TransferCoordinator:
         """
         self._calls += 1
         call = TransferCall(
-            f"{self._lease.epoch}.{self._bus.consumer}.{self._calls}",
+            f"{self._lease.epoch}.{self._state.consumer}.{self._calls}",
             kind,
             dict(ranks),
             info,
             frame,
         )
-        self._bus.call_receivers(self._lease, msgspec.msgpack.encode(call))
+        self._state.call(self._lease, msgspec.msgpack.encode(call))
         deadline = time.monotonic() + self._patience_s
-        while silent := ranks.keys() - (answers := self._bus.transfer_answers(call.id)).keys():
+        while silent := ranks.keys() - (answers := self._state.answers(call.id)).keys():
             if problems := {name: problem for name, problem in answers.items() if problem}:
                 break
             if time.monotonic() > deadline:

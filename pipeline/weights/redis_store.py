@@ -15,7 +15,7 @@ from redis.exceptions import OutOfMemoryError
 
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.redis.trainer_lease import Lease
-from onstream.pipeline.redis.weight_store import WeightShelf
+from onstream.pipeline.redis.weight_store import WeightStore
 from onstream.pipeline.weights.policy import Bytes, WeightsError
 from onstream.pipeline.weights.store import WeightPart
 
@@ -34,12 +34,12 @@ class ChunkReader:
 
     where = "in Redis"
 
-    def __init__(self, bus: WeightShelf) -> None:
-        self._bus = bus
+    def __init__(self, store: WeightStore) -> None:
+        self._store = store
 
     def parts(self) -> list[WeightPart]:
         """What the trainer offers."""
-        return [_decoder.decode(part) for part in self._bus.weights().values()]
+        return [_decoder.decode(part) for part in self._store.parts().values()]
 
     def read(self, part: WeightPart) -> Bytes:
         """The bytes of `part`.
@@ -50,7 +50,7 @@ class ChunkReader:
         data = np.empty(part.size_bytes, dtype=np.uint8)
         for index, start in enumerate(range(0, part.size_bytes, CHUNK_BYTES)):
             target = data[start : start + CHUNK_BYTES]
-            chunk = self._bus.weight_chunk(part.place, index)
+            chunk = self._store.read_chunk(part.place, index)
             if chunk is None or len(chunk) != target.size:
                 raise WeightsError(
                     f"version {part.number} was removed from Redis while it was read"
@@ -67,9 +67,9 @@ class ChunkWriter(ChunkReader):
     otherwise. A Redis that the records have filled is waited for, up to `patience_s`.
     """
 
-    def __init__(self, bus: WeightShelf, lease: Lease, share: float, patience_s: float) -> None:
-        super().__init__(bus)
-        self._bus = bus
+    def __init__(self, store: WeightStore, lease: Lease, share: float, patience_s: float) -> None:
+        super().__init__(store)
+        self._store = store
         self._lease = lease
         self._share = share
         self._patience_s = patience_s
@@ -82,7 +82,7 @@ class ChunkWriter(ChunkReader):
         return [
             part
             for part in super().parts()
-            if self._bus.chunks_kept(part.place) == -(-part.size_bytes // CHUNK_BYTES)
+            if self._store.count_chunks(part.place) == -(-part.size_bytes // CHUNK_BYTES)
         ]
 
     def room_bytes(self) -> float:
@@ -90,7 +90,7 @@ class ChunkWriter(ChunkReader):
         return self._budget() - sum(part.size_bytes for part in self.parts())
 
     def _budget(self) -> float:
-        return self._share * self._bus.memory().most_bytes or math.inf
+        return self._share * self._store.memory().most_bytes or math.inf
 
     def put(self, part: WeightPart, data: Bytes) -> WeightPart:
         """Write the chunks of `part`. Readers do not see it before `keep`.
@@ -107,9 +107,7 @@ class ChunkWriter(ChunkReader):
 
     def keep(self, parts: Collection[WeightPart]) -> None:
         """Offer `parts`, and free the memory of all else."""
-        self._bus.offer_weights(
-            self._lease, {part.place: msgspec.msgpack.encode(part) for part in parts}
-        )
+        self._store.offer(self._lease, {part.place: msgspec.msgpack.encode(part) for part in parts})
 
     def _make_room(self, part: WeightPart) -> None:
         budget = self._budget()
@@ -127,7 +125,7 @@ class ChunkWriter(ChunkReader):
         deadline = time.monotonic() + self._patience_s
         while True:
             try:
-                return self._bus.keep_chunk(self._lease, part.place, index, chunk)
+                return self._store.write_chunk(self._lease, part.place, index, chunk)
             except OutOfMemoryError as error:
                 if time.monotonic() > deadline:
                     raise _full(part, self._patience_s) from error

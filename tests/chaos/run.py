@@ -20,7 +20,9 @@ from typing import Any
 
 import psutil
 
-from onstream.pipeline.redis.streams import WORKING, Bus, WorkerState
+from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.keys import WORKING
+from onstream.pipeline.redis.run_state import WorkerState
 from onstream.pipeline.run_files.ownership import FILE
 from onstream.settings.load import load_settings
 from onstream.settings.stages import WorkerKind
@@ -128,7 +130,7 @@ class ChaosRun:
 
     def _look(self) -> None:
         """Reap and restart, once."""
-        self.supervisor.poll(progress=self.step, finished=lambda since: self.bus.finished())
+        self.supervisor.poll(progress=self.step, finished=lambda since: self.bus.state.finished())
         time.sleep(0.02)
 
     def _wait(self, happens: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
@@ -136,7 +138,7 @@ class ChaosRun:
         while not happens():
             if time.monotonic() > deadline:
                 raise Stuck(
-                    f"no {what} within {patience_s:g} s; step {self.step}, {self.bus.backlog()}, {self._states()}"
+                    f"no {what} within {patience_s:g} s; step {self.step}, {self.bus.state.backlog()}, {self._states()}"
                 )
             self._look()
 
@@ -146,7 +148,7 @@ class ChaosRun:
         self._say(line)
 
     def _states(self) -> list[str]:
-        return [f"{beat.worker}: {beat.state}, {beat.detail}" for beat in self.bus.workers()]
+        return [f"{beat.worker}: {beat.state}, {beat.detail}" for beat in self.bus.state.workers()]
 
     # The blows ------------------------------------------------------------------------------------
 
@@ -206,7 +208,11 @@ class ChaosRun:
         """The heartbeat of the living worker of `kind`, once it is done with starting."""
         pid = self._child(kind).pid
         return next(
-            (beat for beat in self.bus.workers() if beat.pid == pid and beat.state == "running"),
+            (
+                beat
+                for beat in self.bus.state.workers()
+                if beat.pid == pid and beat.state == "running"
+            ),
             None,
         )
 
@@ -220,7 +226,7 @@ class ChaosRun:
         self.server.start()
 
     def _empty_redis(self) -> None:
-        self.bus._ask("FLUSHALL")
+        self.bus.connection.ask("FLUSHALL")
         self._note("redis emptied: FLUSHALL")
 
     def _fill_redis(self) -> None:
@@ -231,29 +237,31 @@ class ChaosRun:
             lambda: self._beat("trainer") is not None and self._beat("verifier") is not None,
             "trainer at work",
         )
-        self.bus._ask("CONFIG", "SET", "maxmemory", 1)
+        self.bus.connection.ask("CONFIG", "SET", "maxmemory", 1)
         self._note("redis full: maxmemory 1")
         self._wait(lambda: "Redis is full" in self._detail("trainer"), "word of a full Redis")
-        issued = self.bus.issued()
+        issued = self.bus.state.issued()
         self._kill("verifier", early=True)
         self.dealt["verifier"] += 1
         self._wait(
             lambda: self._beat("verifier") is not None, "verifier that starts on a full Redis"
         )
         self._wait(
-            lambda: not any(self.bus.backlog()[stage] for stage in WORKING),
+            lambda: not any(self.bus.state.backlog()[stage] for stage in WORKING),
             "drain of the working streams",
         )
         until = time.monotonic() + 3
         while time.monotonic() < until:
             self._look()
-        if self.bus.issued() != issued:
-            raise Stuck(f"tickets were issued on a full Redis: {self.bus.issued()} after {issued}")
-        self.bus._ask("CONFIG", "SET", "maxmemory", MAX_MEMORY_MB << 20)
+        if self.bus.state.issued() != issued:
+            raise Stuck(
+                f"tickets were issued on a full Redis: {self.bus.state.issued()} after {issued}"
+            )
+        self.bus.connection.ask("CONFIG", "SET", "maxmemory", MAX_MEMORY_MB << 20)
         self._note(
             f"redis has room again; {issued} tickets issued, none meanwhile, the working streams drained"
         )
-        self._wait(lambda: self.bus.issued() > issued, "tickets on a Redis with room")
+        self._wait(lambda: self.bus.state.issued() > issued, "tickets on a Redis with room")
 
     def _detail(self, kind: str) -> str:
         beat = self._beat(kind)

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.settings.load import load_settings
 from onstream.workers.evaluation.greedy import evaluate
 from onstream.workers.generator.chat_stage import ChatGenerator

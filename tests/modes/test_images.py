@@ -50,9 +50,9 @@ def test_a_student_that_sees_learns_to_read_pictures_from_its_teacher(tmp_path: 
     ) as bus:
         unacknowledged = {
             int(fields[b"n"])
-            for _, fields in bus._ask("XRANGE", bus.keys.stream("train"), "-", "+")
+            for _, fields in bus.connection.ask("XRANGE", bus.keys.stream("train"), "-", "+")
         }
-        assert set(bus.held_numbers()) == unacknowledged, (
+        assert set(bus.images.holding_numbers()) == unacknowledged, (
             "images stay for what the last checkpoint alone has seen trained, and for nothing else"
         )
-        assert bus._ask("HLEN", bus.keys.images) <= len(unacknowledged) < rollouts / 10
+        assert bus.connection.ask("HLEN", bus.keys.images) <= len(unacknowledged) < rollouts / 10

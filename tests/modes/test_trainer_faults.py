@@ -20,7 +20,8 @@ import pytest
 from onstream.pipeline.errors import Exit
 from onstream.pipeline.records import decode_work, encode
 from onstream.pipeline.redis import scripts
-from onstream.pipeline.redis.streams import Bus, Move, Out
+from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.run_files import ownership
 from onstream.pipeline.run_files.ledger import Ledger
 from onstream.settings.root import Settings
@@ -99,7 +100,7 @@ class Company:
         self.proxy = FaultProxy(url)
         self.trainers: list[BaseProcess] = []
         self.wake = threading.Event()
-        bus.mark_ready("generate")
+        bus.state.mark_ready("generate")
 
     def start(self, url: str | None = None) -> BaseProcess:
         """Another trainer."""
@@ -140,7 +141,7 @@ class Company:
 
     @property
     def _epoch(self) -> int:
-        return int(self.bus._ask("GET", self.bus.keys.epoch) or 0)
+        return int(self.bus.connection.ask("GET", self.bus.keys.epoch) or 0)
 
     def _files_are_locked(self) -> bool:
         path = self.settings.run_dir / ownership.FILE
@@ -162,12 +163,12 @@ class Company:
             time.sleep(0.01)
 
     def _answer(self) -> None:
-        policy = self.bus.newest_policy()
+        policy = self.bus.state.newest_policy()
         if policy is None:
             return
-        entries = self.bus.read("generate", 100)
+        entries = self.bus.streams.read("generate", 100)
         answers = [(entry, rollout(decode_work(entry.payload), policy.number)) for entry in entries]  # type: ignore[arg-type]
-        self.bus.settle(
+        self.bus.streams.move(
             "generate",
             [
                 Move(entry.id, [Out("train", entry.number, encode(answer))])
@@ -178,7 +179,7 @@ class Company:
     @property
     def version(self) -> int:
         """The newest version announced; -1 before the first."""
-        policy = self.bus.newest_policy()
+        policy = self.bus.state.newest_policy()
         return policy.number if policy else -1
 
     def assert_nothing_is_lost_or_doubled(self) -> dict[str, Any]:
@@ -201,7 +202,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def company(bus: Bus, redis_url: str, student: Path, tmp_path: Path) -> Iterator[Company]:
     for script in vars(scripts).values():
         if isinstance(script, scripts.Script):
-            bus._db.script_load(
+            bus.connection.client.script_load(
                 script.source
             )  # or the first call of each would fail, and count as the one to strike at
     settings = Settings.model_validate(
@@ -229,7 +230,7 @@ def company(bus: Bus, redis_url: str, student: Path, tmp_path: Path) -> Iterator
 def leave_a_run_behind(company: Company) -> None:
     """A trainer takes a step and is killed with entries in hand."""
     first = company.start()
-    company.until(lambda: company.version >= 1 and company.bus.held("train").count)
+    company.until(lambda: company.version >= 1 and company.bus.state.pending_summary("train").count)
     first.kill()
     first.join()
 
@@ -266,7 +267,7 @@ def test_a_fault_at_any_call_of_the_trainer_loses_nothing_and_doubles_nothing(
         # One that slept while another trained has lost its lease; unless it slept before it had
         # one, or when all was done.
         assert victim.exitcode in ((Exit.OK,) if blow == "cut" else (Exit.OK, Exit.REFUSED))
-    assert bus.finished() and company.version == STEPS
+    assert bus.state.finished() and company.version == STEPS
     found = company.assert_nothing_is_lost_or_doubled()
     assert (found["trained"], found["dead"]) == (STEPS * BATCH, 0)
     assert len({line.number for line in Ledger(run_dir / "trained.jsonl").read()}) == found[

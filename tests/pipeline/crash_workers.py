@@ -13,7 +13,7 @@ from pathlib import Path
 
 from onstream.pipeline.loop import run_worker
 from onstream.pipeline.records import StageName
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome
 from onstream.settings.run import DeliverySettings
 from tests.pipeline.stages import Passing, ticket
@@ -40,7 +40,7 @@ class Ledger(Passing):
 
     def setup(self) -> None:
         """Become the trainer, and read what is settled. A line that a kill tore is cut away."""
-        self.lease = self.bus.acquire_lease(5)
+        self.lease = self.bus.lease.acquire(5)
         whole = [line for line in read_lines(self.path) if line.endswith("\n")]
         self.path.write_text("".join(whole))
         self.settled = {line for line in whole if '"' in line}
@@ -52,14 +52,14 @@ class Ledger(Passing):
         self.held += new
         if len(self.held) >= SETTLED_AT_ONCE or self.count + len(self.held) >= self.records:
             self._settle()
-        issued = self.bus.issued()
+        issued = self.bus.state.issued()
         if issued < self.records and issued - self.count <= WINDOW:
             numbers = range(issued + 1, min(issued + ISSUED_AT_ONCE, self.records) + 1)
-            assert self.bus.issue(
+            assert self.bus.lease.issue(
                 self.lease, issued, [ticket(number) for number in numbers], max_backlog=10_000
             )
         if self.count >= self.records:
-            self.bus.finish(self.lease)
+            self.bus.lease.finish(self.lease)
         return []
 
     def _settle(self) -> None:
@@ -74,7 +74,7 @@ class Ledger(Passing):
             os.fsync(file.fileno())
         self.settled.update(fresh)
         self.count = len(self.settled)
-        self.bus.acknowledge(
+        self.bus.lease.acknowledge(
             self.lease, {delivery.entry_id: delivery.number for delivery in self.held}
         )
         self.held = []

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from onstream.pipeline.records import StageName
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from tests.forkserver import context
 from tests.pipeline.crash_workers import LEASE_S, read_lines, work
@@ -139,9 +139,9 @@ def test_kills_of_workers_and_server_lose_nothing_and_double_nothing(
     assert [process.exitcode for process in crew.processes.values()] == [0] * 5
     arrived = Counter(json.loads(line)[0] for line in read_lines(tmp_path / "ledger"))
     bus = Bus.connect(server.url, run_name, consumer="audit", block_s=0.1, connect_timeout_s=5)
-    assert bus.issued() == RECORDS
+    assert bus.state.issued() == RECORDS
     assert {number for number in range(1, RECORDS + 1) if number not in arrived} == set(), "lost"
     assert {number: count for number, count in arrived.items() if count > 1} == {}, "duplicated"
-    assert bus.backlog() == {"generate": 0, "verify": 0, "score": 0, "train": 0}
-    assert bus.dead_numbers() == []
+    assert bus.state.backlog() == {"generate": 0, "verify": 0, "score": 0, "train": 0}
+    assert bus.state.dead_numbers() == []
     bus.close()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.connection import OUTAGE
-from onstream.pipeline.redis.streams import Bus
 from tests.redis_servers import Pair
 
 
@@ -16,12 +16,14 @@ def test_a_call_that_meets_a_read_only_replica_is_repeated_on_the_server_that_ha
 ) -> None:
     with Pair(tmp_path) as pair:
         bus = Bus.connect(pair.url, run_name, consumer="tester", block_s=0.05, connect_timeout_s=5)
-        bus.mark_ready("verify")
-        assert bus.read("verify", 1, block_s=0.01) == []
+        bus.state.mark_ready("verify")
+        assert bus.streams.read("verify", 1, block_s=0.01) == []
         pair.swap()
-        bus.mark_ready("score")
-        assert bus.ready() == {"verify", "score"}
+        bus.state.mark_ready("score")
+        assert bus.state.ready_stages() == {"verify", "score"}
         with pytest.raises(OUTAGE):
-            bus.read("verify", 1, block_s=0.01)
-        assert bus.read("verify", 1, block_s=0.01) == [], "the read after it goes to the new server"
+            bus.streams.read("verify", 1, block_s=0.01)
+        assert bus.streams.read("verify", 1, block_s=0.01) == [], (
+            "the read after it goes to the new server"
+        )
         bus.close()

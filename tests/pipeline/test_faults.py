@@ -16,7 +16,8 @@ from typing import Literal
 import pytest
 
 from onstream.pipeline.redis import scripts
-from onstream.pipeline.redis.streams import GROUP, Bus
+from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.keys import GROUP
 from tests.fault_proxy import MOMENTS, Cut, FaultProxy, Moment, Trap
 from tests.fault_workers import work
 from tests.forkserver import context
@@ -106,7 +107,7 @@ class Crew:
 
     def held(self, name: str) -> int:
         """Records that are pending with `name`."""
-        return self.bus.held("generate").by_worker.get(name, 0)
+        return self.bus.state.pending_summary("generate").by_worker.get(name, 0)
 
     def stop(self, name: str) -> None:
         """SIGTERM to a worker that is at work, and a clean end."""
@@ -114,7 +115,7 @@ class Crew:
         until(
             lambda: [
                 1
-                for beat in self.bus.workers(BEAT_S)
+                for beat in self.bus.state.workers(BEAT_S)
                 if (beat.pid, beat.state) == (process.pid, "running")
             ]
         )
@@ -131,7 +132,7 @@ class Crew:
 def crew(bus: Bus, redis_url: str) -> Iterator[Crew]:
     for script in vars(scripts).values():
         if isinstance(script, scripts.Script):
-            bus._db.script_load(
+            bus.connection.client.script_load(
                 script.source
             )  # or the first call of each would fail, and count as the one to strike at
     crew = Crew(bus, redis_url)
@@ -152,16 +153,16 @@ def until(holds: Callable[[], object], within_s: float = 30) -> None:
 
 def issue(bus: Bus, holder: str) -> None:
     """Issue all numbers; what a worker `holder` had read of them before it died is long idle."""
-    assert bus.issue(
-        bus.acquire_lease(60),
+    assert bus.lease.issue(
+        bus.lease.acquire(60),
         0,
         [ticket(number, route=("train",)) for number in NUMBERS],
         max_backlog=100,
     )
     if holder:
         stream = bus.keys.stream("generate")
-        entries = bus.read("generate", len(NUMBERS))
-        bus._ask(
+        entries = bus.streams.read("generate", len(NUMBERS))
+        bus.connection.ask(
             "XCLAIM", stream, GROUP, holder, 0, *(entry.id for entry in entries), "IDLE", 600_000
         )
 
@@ -170,11 +171,11 @@ def assert_each_number_is_in_one_place(bus: Bus) -> None:
     """In the place before or in the one after. The later is read first: what moves meanwhile is
     then in both, and never in none.
     """
-    arrived = Counter(bus.numbers("train"))
+    arrived = Counter(bus.state.numbers("train"))
     assert set(arrived.values()) <= {1}, "duplicated"
-    waiting = Counter(bus.numbers("generate"))
+    waiting = Counter(bus.state.numbers("generate"))
     assert set(waiting.values()) <= {1}, "duplicated"
-    assert {*arrived, *waiting} | set(bus.numbers("train")) == set(NUMBERS), "lost"
+    assert {*arrived, *waiting} | set(bus.state.numbers("train")) == set(NUMBERS), "lost"
 
 
 def told_to_stop(crew: Crew, trap: Trap, victim: BaseProcess) -> BaseProcess:
@@ -216,7 +217,7 @@ def test_a_fault_at_any_call_loses_nothing_and_doubles_nothing(
     crew.start(successor)
     if blow == "cut" and point.keeps and not point.told_to_stop:
         crew.stop(VICTIM)  # as nothing else makes it let go
-    until(lambda: len(bus.numbers("train")) >= len(NUMBERS))
+    until(lambda: len(bus.state.numbers("train")) >= len(NUMBERS))
     if blow == "stall":
         # what it was about to do, it does now, when all has been done by another one
         crew.wake.set()
@@ -225,5 +226,9 @@ def test_a_fault_at_any_call_loses_nothing_and_doubles_nothing(
     elif blow == "stall" or (blow == "cut" and not point.keeps):
         crew.stop(VICTIM)
     crew.stop(successor)
-    assert Counter(bus.numbers("train")) == Counter(NUMBERS)
-    assert (bus.backlog()["generate"], bus.dead_count(), bus.held("generate").count) == (0, 0, 0)
+    assert Counter(bus.state.numbers("train")) == Counter(NUMBERS)
+    assert (
+        bus.state.backlog()["generate"],
+        bus.state.dead_count(),
+        bus.state.pending_summary("generate").count,
+    ) == (0, 0, 0)

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.errors import Exit, LeaseLost, UserError
 from onstream.pipeline.loop import Worker, run_worker
 from onstream.pipeline.records import Rollout, StageName, Tombstone, decode_work, encode
-from onstream.pipeline.redis.streams import Bus, LeaseLost, Move, Out, WorkerState
+from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.run_state import WorkerState
+from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Delivery, Outcome
 from onstream.settings.run import DeliverySettings
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
@@ -35,19 +37,21 @@ def second_bus(redis_url: str, run_name: str) -> Iterator[Bus]:
 def put(bus: Bus, stage: StageName, *payloads: tuple[int, bytes]) -> None:
     """Write entries as a hop would, from an entry of the tickets' stream made for it."""
     for number, payload in payloads:
-        bus._ask("XADD", bus.keys.stream(stage), "*", "n", number, "b", payload)
+        bus.connection.ask("XADD", bus.keys.stream(stage), "*", "n", number, "b", payload)
 
 
 def issue(bus: Bus, count: int) -> None:
-    lease = bus.acquire_lease(5)
-    assert bus.issue(lease, 0, [ticket(number) for number in range(1, count + 1)], max_backlog=1000)
-    bus.release_lease(lease)
+    lease = bus.lease.acquire(5)
+    assert bus.lease.issue(
+        lease, 0, [ticket(number) for number in range(1, count + 1)], max_backlog=1000
+    )
+    bus.lease.release(lease)
 
 
 def finish(bus: Bus) -> None:
-    lease = bus.acquire_lease(5)
-    bus.finish(lease)
-    bus.release_lease(lease)
+    lease = bus.lease.acquire(5)
+    bus.lease.finish(lease)
+    bus.lease.release(lease)
 
 
 def stop_when(condition: Callable[[], bool]) -> threading.Thread:
@@ -68,28 +72,28 @@ def test_a_ticket_becomes_a_rollout_for_the_first_stage_of_its_route(
 ) -> None:
     issue(bus, 3)
     stage = Passing("generate")
-    stop_when(lambda: second_bus.backlog()["verify"] == 3)
+    stop_when(lambda: second_bus.state.backlog()["verify"] == 3)
 
     assert run_worker(stage, bus, LASTING, block_s=0.2) == Exit.OK
 
-    moved = [decode_work(entry.payload) for entry in second_bus.read("verify", 10)]
+    moved = [decode_work(entry.payload) for entry in second_bus.streams.read("verify", 10)]
     assert [record.number for record in moved] == [1, 2, 3]
     assert all(
         isinstance(record, Rollout) and record.route == ["verify", "train"] for record in moved
     )
-    assert bus.backlog() == {"generate": 0, "verify": 3, "score": 0, "train": 0}
-    assert bus.ready() == {"generate"}
+    assert bus.state.backlog() == {"generate": 0, "verify": 3, "score": 0, "train": 0}
+    assert bus.state.ready_stages() == {"generate"}
 
 
 def test_the_loop_strikes_the_stage_from_the_route_and_notes_its_time(
     bus: Bus, second_bus: Bus
 ) -> None:
     put(bus, "verify", (1, encode(rollout(ticket(1, ("verify", "score", "train"))))))
-    stop_when(lambda: second_bus.backlog()["score"] == 1)
+    stop_when(lambda: second_bus.state.backlog()["score"] == 1)
 
     run_worker(Passing("verify"), bus, LASTING, block_s=0.2)
 
-    moved = decode_work(second_bus.read("score", 1)[0].payload)
+    moved = decode_work(second_bus.streams.read("score", 1)[0].payload)
     assert isinstance(moved, Rollout)
     assert moved.route == ["score", "train"]
     assert [(timing.stage, timing.worker) for timing in moved.timings] == [("verify", "tester")]
@@ -106,11 +110,11 @@ def test_bytes_that_do_not_decode_become_a_dead_letter_and_a_tombstone(
         (8, encode(ticket(8))),
         (9, encode(rollout(ticket(3)))),
     )
-    stop_when(lambda: second_bus.backlog()["train"] == 3)
+    stop_when(lambda: second_bus.state.backlog()["train"] == 3)
 
     run_worker(Passing("verify"), bus, LASTING, block_s=0.2)
 
-    letters = bus.dead_letters()
+    letters = bus.state.dead_letters()
     assert (letters[0].number, letters[0].payload, letters[0].stage) == (
         7,
         b"\xc1 no record",
@@ -119,9 +123,9 @@ def test_bytes_that_do_not_decode_become_a_dead_letter_and_a_tombstone(
     assert "do not decode" in letters[0].reason
     assert letters[1].reason == "a Ticket in the stream of verify"
     assert letters[2].reason == "the entry has the number 9 and its record 3"
-    tombstones = [decode_work(entry.payload) for entry in second_bus.read("train", 10)]
+    tombstones = [decode_work(entry.payload) for entry in second_bus.streams.read("train", 10)]
     assert tombstones[0] == Tombstone(7, "verify", letters[0].reason)
-    assert bus.backlog()["verify"] == 0
+    assert bus.state.backlog()["verify"] == 0
 
 
 def test_a_stage_that_gives_up_a_record_sends_it_to_the_dead_letters_with_its_words(
@@ -132,13 +136,13 @@ def test_a_stage_that_gives_up_a_record_sends_it_to_the_dead_letters_with_its_wo
             return [Outcome(delivery, dead="the prompt is too long") for delivery in new]
 
     issue(bus, 1)
-    stop_when(lambda: second_bus.backlog()["train"] == 1)
+    stop_when(lambda: second_bus.state.backlog()["train"] == 1)
 
     run_worker(Refusing("generate"), bus, LASTING, block_s=0.2)
 
-    assert [letter.reason for letter in bus.dead_letters()] == ["the prompt is too long"]
-    assert decode_work(bus.dead_letters()[0].payload) == ticket(1)
-    assert decode_work(second_bus.read("train", 1)[0].payload) == Tombstone(
+    assert [letter.reason for letter in bus.state.dead_letters()] == ["the prompt is too long"]
+    assert decode_work(bus.state.dead_letters()[0].payload) == ticket(1)
+    assert decode_work(second_bus.streams.read("train", 1)[0].payload) == Tombstone(
         1, "generate", "the prompt is too long"
     )
 
@@ -160,17 +164,22 @@ def test_a_stopped_worker_gives_back_what_it_did_not_finish_uncounted(
     assert run_worker(stage, bus, LASTING, block_s=0.2) == Exit.OK
 
     assert stage.closed is False
-    rows = second_bus.pending_rows("generate", min_idle_s=LASTING.lease)
+    rows = second_bus.streams.pending_rows("generate", min_idle_s=LASTING.lease)
     assert [(row.consumer, row.deliveries) for row in rows] == [("_parked", 0)] * 5
-    assert bus._ask("XGROUP", "DELCONSUMER", bus.keys.stream("generate"), "workers", "tester") == 0
+    assert (
+        bus.connection.ask(
+            "XGROUP", "DELCONSUMER", bus.keys.stream("generate"), "workers", "tester"
+        )
+        == 0
+    )
 
 
 def test_a_new_worker_takes_at_once_what_a_stopped_one_gave_back(bus: Bus, second_bus: Bus) -> None:
     issue(bus, 3)
-    entries = bus.read("generate", 3)
-    assert bus.give_back("generate", [entry.id for entry in entries]) == 3
+    entries = bus.streams.read("generate", 3)
+    assert bus.streams.give_back("generate", [entry.id for entry in entries]) == 3
     seen: list[int] = []
-    stop_when(lambda: second_bus.backlog()["verify"] == 3)
+    stop_when(lambda: second_bus.state.backlog()["verify"] == 3)
 
     run_worker(
         Passing("generate", lambda new: seen.extend(d.deliveries for d in new)),
@@ -205,21 +214,21 @@ def test_a_worker_drains_what_it_works_on_before_it_stops(bus: Bus, second_bus: 
 
     issue(bus, 4)
     assert run_worker(Slow("generate"), bus, LASTING, block_s=0.2) == Exit.OK
-    assert bus.backlog() == {"generate": 0, "verify": 4, "score": 0, "train": 0}
+    assert bus.state.backlog() == {"generate": 0, "verify": 4, "score": 0, "train": 0}
 
 
 def test_a_record_that_was_never_finished_is_taken_over_when_its_lease_ends(
     bus: Bus, second_bus: Bus
 ) -> None:
     issue(bus, 1)
-    assert len(second_bus.read("generate", 1)) == 1
-    stop_when(lambda: second_bus.backlog()["verify"] == 1)
+    assert len(second_bus.streams.read("generate", 1)) == 1
+    stop_when(lambda: second_bus.state.backlog()["verify"] == 1)
 
     assert (
         run_worker(Passing("generate"), bus, DeliverySettings(lease=0.5), block_s=0.05) == Exit.OK
     )
 
-    assert second_bus.backlog()["generate"] == 0
+    assert second_bus.state.backlog()["generate"] == 0
 
 
 def test_a_lease_is_renewed_while_the_worker_lives(bus: Bus, second_bus: Bus) -> None:
@@ -229,38 +238,39 @@ def test_a_lease_is_renewed_while_the_worker_lives(bus: Bus, second_bus: Bus) ->
         if new:
             deadline = time.monotonic() + 1.2
             while time.monotonic() < deadline:
-                idle.append(second_bus.pending_rows("generate")[0].idle_s)
+                idle.append(second_bus.streams.pending_rows("generate")[0].idle_s)
                 time.sleep(0.02)
 
     issue(bus, 1)
-    stop_when(lambda: second_bus.backlog()["verify"] == 1)
+    stop_when(lambda: second_bus.state.backlog()["verify"] == 1)
     run_worker(Passing("generate", long), bus, DeliverySettings(lease=0.6), block_s=0.05)
     assert max(idle) < 0.6
 
 
 def test_a_record_handed_out_too_often_is_a_dead_letter(bus: Bus, second_bus: Bus) -> None:
     issue(bus, 1)
-    second_bus.read("generate", 1)
+    second_bus.streams.read("generate", 1)
     for _ in range(2):
-        second_bus.pending("generate")
-    assert second_bus.pending_rows("generate")[0].deliveries == LASTING.max_deliveries
-    stop_when(lambda: second_bus.backlog()["train"] == 1)
+        second_bus.streams.pending("generate")
+    assert second_bus.streams.pending_rows("generate")[0].deliveries == LASTING.max_deliveries
+    stop_when(lambda: second_bus.state.backlog()["train"] == 1)
 
     run_worker(
         Passing("generate"), bus, DeliverySettings(lease=0.5, max_deliveries=3), block_s=0.05
     )
 
     assert (
-        bus.dead_letters()[0].reason == "handed out 3 times and never finished; max_deliveries is 3"
+        bus.state.dead_letters()[0].reason
+        == "handed out 3 times and never finished; max_deliveries is 3"
     )
 
 
 def test_a_suspect_is_taken_alone(bus: Bus, second_bus: Bus) -> None:
     issue(bus, 4)
-    first = second_bus.read("generate", 4)
-    second_bus.pending("generate", count=2)  # the first two were handed out twice
+    first = second_bus.streams.read("generate", 4)
+    second_bus.streams.pending("generate", count=2)  # the first two were handed out twice
     slices: list[list[int]] = []
-    stop_when(lambda: second_bus.backlog()["verify"] == 4)
+    stop_when(lambda: second_bus.state.backlog()["verify"] == 4)
 
     stage = Passing(
         "generate",
@@ -283,7 +293,7 @@ def test_a_signal_ends_a_blocked_read_at_once(bus: Bus, second_bus: Bus) -> None
     told: list[float] = []
 
     def waits() -> bool:
-        if any(state.state == "running" for state in second_bus.workers()):
+        if any(state.state == "running" for state in second_bus.state.workers()):
             told.append(time.monotonic())
         return bool(told)
 
@@ -310,7 +320,7 @@ def test_a_handler_that_fails_ends_the_worker_and_its_records_stay_pending(bus: 
 
     issue(bus, 2)
     assert run_worker(Passing("generate", fail), bus, LASTING, block_s=0.2) == Exit.FAILED
-    assert bus.pending_counts()["generate"] == 2
+    assert bus.state.pending_counts()["generate"] == 2
 
 
 def test_a_worker_whose_handler_hangs_ends_with_code_4_and_its_record_goes_to_another(
@@ -320,7 +330,7 @@ def test_a_worker_whose_handler_hangs_ends_with_code_4_and_its_record_goes_to_an
     script = (
         "import sys, time\n"
         "from onstream.pipeline.loop import run_worker\n"
-        "from onstream.pipeline.redis.streams import Bus\n"
+        "from onstream.pipeline.redis.bus import Bus\n"
         "from onstream.settings.run import DeliverySettings\n"
         "from tests.pipeline.stages import Passing\n"
         f"bus = Bus.connect({redis_url!r}, {run_name!r}, consumer='hangs', block_s=0.1, connect_timeout_s=5)\n"
@@ -335,7 +345,7 @@ def test_a_worker_whose_handler_hangs_ends_with_code_4_and_its_record_goes_to_an
     )
 
     assert ran.returncode == Exit.STUCK
-    stop_when(lambda: bus.backlog()["verify"] == 1)
+    stop_when(lambda: bus.state.backlog()["verify"] == 1)
     assert run_worker(Passing("generate"), bus, DeliverySettings(lease=0.5), block_s=0.1) == Exit.OK
 
 
@@ -361,12 +371,12 @@ def test_a_user_error_in_setup_reaches_the_caller(bus: Bus) -> None:
 
     with pytest.raises(UserError, match="no model at nowhere/; expected a model directory"):
         run_worker(Misconfigured("generate"), bus, LASTING, block_s=0.2)
-    [last] = bus.heard_of()
+    [last] = bus.state.last_heartbeats()
     assert (last.state, last.detail) == (
         "failed",
         "no model at nowhere/; expected a model directory. Set model.name.",
     )
-    assert bus.workers() == []
+    assert bus.state.workers() == []
 
 
 class Holding(Passing):
@@ -389,15 +399,15 @@ def test_the_trainer_reads_its_pending_entries_again_first_and_in_order_whoever_
     bus: Bus, second_bus: Bus
 ) -> None:
     put(bus, "train", *((number, encode(rollout(ticket(number)))) for number in range(1, 7)))
-    second_bus.read("train", 2)
-    bus.read("train", 2)
+    second_bus.streams.read("train", 2)
+    bus.streams.read("train", 2)
     trainer = Holding()
     stop_when(lambda: len(trainer.taken) == 6)
 
     assert run_worker(trainer, bus, LASTING, block_s=0.2) == Exit.OK
 
     assert trainer.taken == [1, 2, 3, 4, 5, 6]
-    assert bus.pending_counts()["train"] == 6
+    assert bus.state.pending_counts()["train"] == 6
 
 
 def test_the_trainer_is_given_each_entry_once_and_then_finds_what_a_lost_reply_carried(
@@ -406,9 +416,11 @@ def test_the_trainer_is_given_each_entry_once_and_then_finds_what_a_lost_reply_c
     put(bus, "train", *((number, encode(rollout(ticket(number)))) for number in range(1, 4)))
     worker = Worker(Holding(), bus, DeliverySettings(lease=0.5), 0.05)
     worker.turn()
-    bus.read("train", 1)
+    bus.streams.read("train", 1)
     put(bus, "train", (4, encode(rollout(ticket(4)))))
-    bus.read("train", 1)  # entry 4 was delivered to this consumer, and the loop never saw it
+    bus.streams.read(
+        "train", 1
+    )  # entry 4 was delivered to this consumer, and the loop never saw it
     worker.intake.reconnect()
 
     worker.turn()
@@ -419,13 +431,13 @@ def test_the_trainer_is_given_each_entry_once_and_then_finds_what_a_lost_reply_c
 def test_a_trainer_that_was_replaced_ends(bus: Bus, second_bus: Bus) -> None:
     class Leased(Holding):
         def setup(self) -> None:
-            bus.acquire_lease(5)
-            second_bus._ask("DEL", bus.keys.lease)
-            second_bus.acquire_lease(5)
+            bus.lease.acquire(5)
+            second_bus.connection.ask("DEL", bus.keys.lease)
+            second_bus.lease.acquire(5)
 
     assert run_worker(Leased(), bus, LASTING, block_s=0.2) == Exit.REFUSED
     with pytest.raises(LeaseLost):
-        bus.finish(bus.lease)  # type: ignore[arg-type]
+        bus.lease.finish(bus.lease.current)  # type: ignore[arg-type]
 
 
 def test_heartbeats_tell_what_a_worker_does(bus: Bus, second_bus: Bus) -> None:
@@ -433,7 +445,7 @@ def test_heartbeats_tell_what_a_worker_does(bus: Bus, second_bus: Bus) -> None:
     seen: list[WorkerState] = []
 
     def told() -> bool:
-        seen[:] = [state for state in second_bus.workers() if state.done == 2]
+        seen[:] = [state for state in second_bus.state.workers() if state.done == 2]
         return bool(seen)
 
     stop_when(told)
@@ -445,7 +457,7 @@ def test_heartbeats_tell_what_a_worker_does(bus: Bus, second_bus: Bus) -> None:
         os.getpid(),
         "passing records on",
     )
-    assert second_bus.workers() == []
+    assert second_bus.state.workers() == []
 
 
 def test_a_record_that_somebody_else_finished_is_not_counted(bus: Bus, second_bus: Bus) -> None:
@@ -453,7 +465,7 @@ def test_a_record_that_somebody_else_finished_is_not_counted(bus: Bus, second_bu
 
     def overtaken(new: Sequence[Delivery]) -> None:
         for delivery in new:
-            second_bus.settle(
+            second_bus.streams.move(
                 "generate",
                 [Move(delivery.entry_id, [Out("verify", 1, encode(rollout(ticket(1))))])],
             )
@@ -463,4 +475,4 @@ def test_a_record_that_somebody_else_finished_is_not_counted(bus: Bus, second_bu
     worker.turn()
 
     assert worker.life.done == 0
-    assert bus.backlog()["verify"] == 1
+    assert bus.state.backlog()["verify"] == 1

@@ -23,7 +23,8 @@ from hypothesis.stateful import (
 )
 
 from onstream.pipeline.records import StageName, Tombstone, encode
-from onstream.pipeline.redis.streams import Bus, Entry, Move, Out
+from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.streams import Entry, Move, Out
 from onstream.pipeline.run_files.ledger import Ledger, Settled
 from onstream.workers.inspection.audit import audit, counted
 from tests.pipeline.stages import rollout, ticket
@@ -58,7 +59,7 @@ class Streams(RuleBasedStateMachine):
             for name in (*WORKERS, "trainer")
         }
         self.trainer = self.buses["trainer"]
-        self.lease = self.trainer.acquire_lease(600)
+        self.lease = self.trainer.lease.acquire(600)
         self.issued = 0
         self.hands: dict[str, list[Entry]] = {name: [] for name in WORKERS}
         self.late: list[
@@ -71,8 +72,8 @@ class Streams(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Close what was opened."""
         if hasattr(self, "buses"):
-            for key in self.trainer._db.scan_iter(f"{{onstream:{self.run}}}:*"):
-                self.trainer._db.delete(key)
+            for key in self.trainer.connection.client.scan_iter(f"{{onstream:{self.run}}}:*"):
+                self.trainer.connection.client.delete(key)
             for bus in self.buses.values():
                 bus.close()
             self.directory.cleanup()
@@ -83,13 +84,13 @@ class Streams(RuleBasedStateMachine):
         """Tickets; the call is made twice where its first reply was lost."""
         tickets = [ticket(number) for number in range(self.issued + 1, self.issued + count + 1)]
         for _ in range(1 + repeats):
-            assert self.trainer.issue(self.lease, self.issued, tickets, max_backlog=1000)
+            assert self.trainer.lease.issue(self.lease, self.issued, tickets, max_backlog=1000)
         self.issued += count
 
     @rule(name=workers, count=counts)
     def read(self, name: str, count: int) -> None:
         """Take new entries."""
-        self.hands[name] += self.buses[name].read(WORKERS[name], count)
+        self.hands[name] += self.buses[name].streams.read(WORKERS[name], count)
 
     @rule(name=workers, count=counts, dead=st.booleans(), repeats=st.booleans())
     def settle(self, name: str, count: int, dead: bool, repeats: bool) -> None:
@@ -97,7 +98,7 @@ class Streams(RuleBasedStateMachine):
         moves = [self._move(name, entry, dead) for entry in self.hands[name][:count]]
         del self.hands[name][:count]
         for _ in range(1 + repeats):
-            self.buses[name].settle(WORKERS[name], moves)
+            self.buses[name].streams.move(WORKERS[name], moves)
 
     @rule(name=workers, count=counts, dead=st.booleans())
     def fall_asleep(self, name: str, count: int, dead: bool) -> None:
@@ -111,7 +112,7 @@ class Streams(RuleBasedStateMachine):
     def wake_up(self, data: st.DataObject) -> None:
         """Settle now, whoever has the records by now."""
         name, moves = self.late.pop(data.draw(st.integers(0, len(self.late) - 1)))
-        self.buses[name].settle(WORKERS[name], moves)
+        self.buses[name].streams.move(WORKERS[name], moves)
 
     @rule(name=workers)
     def be_killed(self, name: str) -> None:
@@ -123,14 +124,14 @@ class Streams(RuleBasedStateMachine):
     @rule(name=workers)
     def take_up_what_is_mine(self, name: str) -> None:
         """What the one of the same name had before it."""
-        self.hands[name] = self.buses[name].pending(WORKERS[name])
+        self.hands[name] = self.buses[name].streams.pending(WORKERS[name])
 
     @rule(name=workers)
     def reap(self, name: str) -> None:
         """Claim what anybody has in hand, as if its lease were over."""
         bus = self.buses[name]
         stage = WORKERS[name]
-        claimed = bus.claim(stage, bus.pending_rows(stage))
+        claimed = bus.streams.claim(stage, bus.streams.pending_rows(stage))
         self.hands[name] = [
             entry for entry in self.hands[name] if entry.id not in {other.id for other in claimed}
         ] + claimed
@@ -138,24 +139,24 @@ class Streams(RuleBasedStateMachine):
     @rule(name=workers)
     def renew(self, name: str) -> None:
         """A heartbeat's renewal."""
-        self.buses[name].renew(WORKERS[name], [entry.id for entry in self.hands[name]])
+        self.buses[name].streams.renew(WORKERS[name], [entry.id for entry in self.hands[name]])
 
     @rule(name=workers)
     def give_back_and_retire(self, name: str) -> None:
         """A drain."""
-        self.buses[name].give_back(WORKERS[name], [entry.id for entry in self.hands[name]])
-        self.buses[name].retire(WORKERS[name])
+        self.buses[name].streams.give_back(WORKERS[name], [entry.id for entry in self.hands[name]])
+        self.buses[name].streams.retire(WORKERS[name])
         self.hands[name] = []
 
     @rule(name=workers)
     def bury(self, name: str) -> None:
         """Forget consumers, however lately they were heard of."""
-        self.buses[name].bury(WORKERS[name], -1)
+        self.buses[name].streams.bury(WORKERS[name], -1)
 
     @rule(count=st.integers(1, 8))
     def train(self, count: int) -> None:
         """The trainer takes entries, and counts a number once."""
-        self.taken.update((entry.id, entry) for entry in self.trainer.read("train", count))
+        self.taken.update((entry.id, entry) for entry in self.trainer.streams.read("train", count))
 
     @rule()
     def checkpoint(self) -> None:
@@ -170,7 +171,7 @@ class Streams(RuleBasedStateMachine):
     def acknowledge(self, repeats: bool) -> None:
         """Entries whose fate is durable go."""
         for _ in range(1 + repeats):
-            self.trainer.acknowledge(self.lease, self.payable)
+            self.trainer.lease.acknowledge(self.lease, self.payable)
         self.payable = {}
 
     @rule()
@@ -179,9 +180,11 @@ class Streams(RuleBasedStateMachine):
         the ledger.
         """
         old = self.lease
-        self.lease = self.trainer.acquire_lease(600)
+        self.lease = self.trainer.lease.acquire(600)
         assert self.lease.epoch > old.epoch
-        found = self.trainer.claim("train", list(self.trainer.all_pending_rows("train")))
+        found = self.trainer.streams.claim(
+            "train", list(self.trainer.streams.all_pending_rows("train"))
+        )
         self.taken = {entry.id: entry for entry in found}
         self.settled = {line.number for line in self.ledger.read()}
         self.payable = {}
@@ -194,11 +197,11 @@ class Streams(RuleBasedStateMachine):
         places = Counter(
             number
             for stage in ("generate", "verify", "train")
-            for number in self.trainer.numbers(stage)
+            for number in self.trainer.state.numbers(stage)
         )
         assert set(places.values()) <= {1}
         assert set(places) | self.settled == set(range(1, self.issued + 1))
-        assert Counter(self.trainer.dead_numbers()).keys() <= set(range(1, self.issued + 1))
+        assert Counter(self.trainer.state.dead_numbers()).keys() <= set(range(1, self.issued + 1))
 
     def _move(self, name: str, entry: Entry, dead: bool) -> Move:
         stage = WORKERS[name]

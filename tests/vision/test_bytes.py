@@ -10,7 +10,7 @@ import pytest
 
 from onstream.pipeline.loop import Worker
 from onstream.pipeline.records import Rollout, decode_work
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.workers.teacher.stage import Teacher
 from tests.vision.conftest import Tiny, noise
 from tests.vision.test_stages import generate, settings_of, shows
@@ -27,16 +27,16 @@ twice, and the parts of its message.
 def memory(bus: Bus) -> int:
     """Bytes that Redis spends on all keys of the run."""
     return sum(
-        int(bus._ask("MEMORY", "USAGE", key, "SAMPLES", 0))
-        for key in bus._ask("KEYS", f"{{onstream:{bus.run}}}:*")
+        int(bus.connection.ask("MEMORY", "USAGE", key, "SAMPLES", 0))
+        for key in bus.connection.ask("KEYS", f"{{onstream:{bus.run}}}:*")
     )
 
 
 def image_bytes(bus: Bus) -> int:
     """Bytes of images, counted in Redis itself."""
     return sum(
-        int(bus._ask("HSTRLEN", bus.keys.images, digest))
-        for digest in bus._ask("HKEYS", bus.keys.images)
+        int(bus.connection.ask("HSTRLEN", bus.keys.images, digest))
+        for digest in bus.connection.ask("HKEYS", bus.keys.images)
     )
 
 
@@ -61,23 +61,26 @@ def test_sixteen_rollouts_over_a_megapixel_add_it_to_redis_once_until_the_last_h
 
     teacher = Worker(Teacher(settings, bus), bus, settings.delivery, block_s=0.05)
     teacher.stage.setup()
-    while bus.backlog()["score"]:
+    while bus.state.backlog()["score"]:
         teacher.turn()
         assert image_bytes(bus) == len(picture.data)
     teacher.stage.close(finished=False)
 
-    assert bus.lease is not None
-    entries = bus.read("train", 100)
+    assert bus.lease.current is not None
+    entries = bus.streams.read("train", 100)
     assert len(entries) == GROUP
-    bus.acknowledge(bus.lease, {entry.id: entry.number for entry in entries[:-1]})
+    bus.lease.acknowledge(bus.lease.current, {entry.id: entry.number for entry in entries[:-1]})
     but_one = memory(bus)
     assert image_bytes(bus) == len(picture.data)
-    bus.acknowledge(bus.lease, {entry.id: entry.number for entry in entries[-1:]})
+    bus.lease.acknowledge(bus.lease.current, {entry.id: entry.number for entry in entries[-1:]})
     print(
         f"an image of {held:,} bytes; memory {before:,} before, {generated:,} generated, {but_one:,} settled but one, {memory(bus):,} after"
     )
     assert memory(bus) - before < 10_000
-    assert bus._ask("EXISTS", bus.keys.images, bus.keys.images_counted, bus.keys.images_held) == 0
+    assert (
+        bus.connection.ask("EXISTS", bus.keys.images, bus.keys.images_counted, bus.keys.images_held)
+        == 0
+    )
 
 
 def test_nothing_large_passes_through_a_hop(bus: Bus, tiny: Tiny, tmp_path: Path) -> None:
@@ -89,7 +92,7 @@ def test_nothing_large_passes_through_a_hop(bus: Bus, tiny: Tiny, tmp_path: Path
         problems=3,
     )
     sizes: dict[str, list[int]] = {}
-    for entry in bus.read("score", 100):
+    for entry in bus.streams.read("score", 100):
         rollout = decode_work(entry.payload)
         assert isinstance(rollout, Rollout)
         (sample,) = rollout.samples

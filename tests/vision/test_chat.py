@@ -19,7 +19,7 @@ from onstream.pipeline.images import ImageFile, Message, referred
 from onstream.pipeline.loop import Worker
 from onstream.pipeline.models.image_features import joined
 from onstream.pipeline.records import Rollout, Ticket, ids_array
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.settings.root import Settings
 from onstream.workers.generator.chat_stage import ChatGenerator
 from onstream.workers.tiny_models.character_tokenizer import IMAGE, IMAGE_END, IMAGE_START
@@ -98,10 +98,10 @@ def generate(
         Ticket(1 + at, at // GROUP, GROUP, at // GROUP, at, 0, ["train"])
         for at in range(len(problems) * GROUP)
     ]
-    assert bus.issue(bus.acquire_lease(60), 0, tickets, max_backlog=1000)
+    assert bus.lease.issue(bus.lease.acquire(60), 0, tickets, max_backlog=1000)
     worker = Worker(ChatGenerator(settings, bus), bus, settings.delivery, block_s=0.05)
     worker.stage.setup()
-    while bus.backlog()["generate"]:
+    while bus.state.backlog()["generate"]:
         worker.turn()
     worker.stage.close(finished=False)
     return rollouts(bus, "train")
@@ -141,7 +141,7 @@ def test_several_images_in_several_turns_reach_the_endpoint_and_the_trainer_in_t
         kept = [ImageFile(data or b"") for data in bus.images(sample.images)]
         for name, tensor in joined([tiny.vision.features(picture) for picture in kept]).items():
             assert torch.equal(tensor, whole[name]), name
-    assert bus._ask("HLEN", bus.keys.images) == 3
+    assert bus.connection.ask("HLEN", bus.keys.images) == 3
 
 
 def test_a_template_that_knows_parts_alone_shows_the_images_and_the_answer(

@@ -13,7 +13,7 @@ import pytest
 from onstream.pipeline.images import ImageFile
 from onstream.pipeline.loop import Worker
 from onstream.pipeline.records import Ticket, ids_array
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.settings.root import Settings
 from onstream.workers.generator.chat_stage import ChatGenerator
 from onstream.workers.tiny_models.character_tokenizer import CONTEXT_TOKENS, IMAGE
@@ -47,15 +47,15 @@ def asked(
     """
     with serving(reply(text)) as (server, url):
         settings = _settings(tiny, directory, contents, url, sections)
-        lease = bus.acquire_lease(60)
+        lease = bus.lease.acquire(60)
         tickets = [
             Ticket(1 + at, at // GROUP, GROUP, at // GROUP, at, 0, ["train"])
             for at in range(len(contents) * GROUP)
         ]
-        assert bus.issue(lease, 0, tickets, max_backlog=1000)
+        assert bus.lease.issue(lease, 0, tickets, max_backlog=1000)
         worker = Worker(ChatGenerator(settings, bus), bus, settings.delivery, block_s=0.05)
         worker.stage.setup()
-        while bus.backlog()["generate"]:
+        while bus.state.backlog()["generate"]:
             worker.turn()
         worker.stage.close(finished=True)
         return list(server.bodies)
@@ -86,7 +86,7 @@ def test_what_cannot_be_shown_is_not_asked(bus: Bus, tiny: Tiny, tmp_path: Path)
     contents = [*map(shows, bad), shows(*[good.data_url] * many), shows(good.data_url)]
     bodies = asked(bus, tiny, tmp_path, contents, "a", images={"max_per_prompt": 1024})
     assert {len(body["messages"][-1]["content"]) for body in bodies} == {2}
-    reasons = [letter.reason for letter in bus.dead_letters()]
+    reasons = [letter.reason for letter in bus.state.dead_letters()]
     wanted = [
         "no whole image",
         "neither a data URL nor http",
@@ -102,7 +102,7 @@ def test_an_answer_that_holds_a_placeholder_is_refused(
     bus: Bus, tiny: Tiny, tmp_path: Path
 ) -> None:
     asked(bus, tiny, tmp_path, [shows(noise(1).data_url)], f"a{IMAGE}b")
-    reasons = [letter.reason for letter in bus.dead_letters()]
+    reasons = [letter.reason for letter in bus.state.dead_letters()]
     assert len(reasons) == GROUP
     assert all(f"the answer contains {IMAGE!r}, a control token" in reason for reason in reasons)
 
@@ -114,9 +114,9 @@ def test_an_answer_beyond_the_context_is_refused_and_never_cut(
     asked(bus, tiny, tmp_path, [shows(picture.data_url)], "a" * CONTEXT_TOKENS)
     assert all(
         f"the student's context is {CONTEXT_TOKENS}" in letter.reason
-        for letter in bus.dead_letters()
+        for letter in bus.state.dead_letters()
     )
-    assert len(bus.dead_letters()) == GROUP
+    assert len(bus.state.dead_letters()) == GROUP
 
 
 def test_a_prompt_has_all_tokens_of_its_image(bus: Bus, tiny: Tiny, tmp_path: Path) -> None:

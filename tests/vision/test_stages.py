@@ -16,7 +16,7 @@ from PIL import Image
 from onstream.pipeline.images import ImageFile, image_file, reference_of
 from onstream.pipeline.loop import Worker
 from onstream.pipeline.records import Rollout, StageName, Ticket, decode_work, ids_array
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.weights import publish
 from onstream.settings.root import Settings
 from onstream.workers.generator.stage import Generator
@@ -61,21 +61,21 @@ def generate(bus: Bus, settings: Settings, tiny: Tiny, problems: int) -> Worker:
     """A generator that has answered a group for each of `problems`."""
     group = settings.orchestrator.group_size
     policy = publish(settings.run_dir, 0, tiny.model.state_dict(), tiny.directory)
-    lease = bus.acquire_lease(60)
+    lease = bus.lease.acquire(60)
     tickets = [
         Ticket(1 + at, at // group, group, at // group, at, 0, list(ROUTE))
         for at in range(problems * group)
     ]
-    assert bus.issue(lease, 0, tickets, max_backlog=1000)
+    assert bus.lease.issue(lease, 0, tickets, max_backlog=1000)
     worker = Worker(Generator(settings, bus, lambda: policy), bus, settings.delivery, block_s=0.05)
     worker.stage.setup()
-    while bus.backlog()["generate"]:
+    while bus.state.backlog()["generate"]:
         worker.turn()
     return worker
 
 
 def rollouts(bus: Bus, stage: StageName) -> list[Rollout]:
-    found = [decode_work(entry.payload) for entry in bus.read(stage, 1000)]
+    found = [decode_work(entry.payload) for entry in bus.streams.read(stage, 1000)]
     return [record for record in found if isinstance(record, Rollout)]
 
 
@@ -89,8 +89,8 @@ def test_a_group_over_one_image_keeps_it_once_and_carries_its_name(
     for rollout in made:
         assert rollout.samples[0].images == [picture.digest]
         assert rollout.messages[0]["content"][0]["image_url"]["url"] == reference_of(picture.digest)
-    assert bus._ask("HVALS", bus.keys.images) == [picture.data]
-    assert sorted(bus.held_numbers()) == [1, 2, 3, 4]
+    assert bus.connection.ask("HVALS", bus.keys.images) == [picture.data]
+    assert sorted(bus.images.holding_numbers()) == [1, 2, 3, 4]
 
 
 def line() -> ImageFile:
@@ -133,12 +133,12 @@ def test_every_bad_image_is_a_dead_letter_with_the_reason_and_the_run_goes_on(
         }
         settings = settings_of(tiny, tmp_path, contents, images=limits)
         generate(bus, settings, tiny, problems=len(contents))
-    reasons = [letter.reason for letter in bus.dead_letters(1000)]
+    reasons = [letter.reason for letter in bus.state.dead_letters(1000)]
     for words in [*bad.values(), "images.max_per_prompt is 2"]:
         assert sum(words in reason for reason in reasons) == GROUP, words
     assert len(reasons) == GROUP * (len(bad) + 1)
     assert len(rollouts(bus, "score")) == GROUP
-    assert bus._ask("HLEN", bus.keys.images) == 1
+    assert bus.connection.ask("HLEN", bus.keys.images) == 1
 
 
 def test_what_a_processor_does_not_take_is_a_dead_letter_too(
@@ -154,7 +154,7 @@ def test_what_a_processor_does_not_take_is_a_dead_letter_too(
         shows(noise(1).data_url),
     ]
     generate(bus, settings_of(tiny, tmp_path, contents), tiny, problems=3)
-    reasons = [letter.reason for letter in bus.dead_letters()]
+    reasons = [letter.reason for letter in bus.state.dead_letters()]
     if tiny.family == "llava":
         assert reasons == []
         return
@@ -184,7 +184,7 @@ def test_a_prompt_is_never_cut_and_one_beyond_the_context_is_a_dead_letter(
         problems=2,
     )
     shown = CONTEXT_TOKENS // tokens + 1
-    reasons = [letter.reason for letter in bus.dead_letters()]
+    reasons = [letter.reason for letter in bus.state.dead_letters()]
     assert len(reasons) == GROUP
     assert all(
         f"{shown * tokens} of them of its {shown} images; the student's context is {CONTEXT_TOKENS}"
@@ -204,15 +204,17 @@ def score(bus: Bus, settings: Settings) -> None:
     """A teacher that has scored all that waits."""
     worker = Worker(Teacher(settings, bus), bus, settings.delivery, block_s=0.05)
     worker.stage.setup()
-    while bus.backlog()["score"]:
+    while bus.state.backlog()["score"]:
         worker.turn()
     worker.stage.close(finished=False)
 
 
 def settle(bus: Bus) -> None:
     """A trainer that has acknowledged all that came."""
-    assert bus.lease is not None
-    bus.acknowledge(bus.lease, {entry.id: entry.number for entry in bus.read("train", 1000)})
+    assert bus.lease.current is not None
+    bus.lease.acknowledge(
+        bus.lease.current, {entry.id: entry.number for entry in bus.streams.read("train", 1000)}
+    )
 
 
 def test_what_redis_lost_is_held_again_when_it_is_issued_again(
@@ -220,15 +222,15 @@ def test_what_redis_lost_is_held_again_when_it_is_issued_again(
 ) -> None:
     picture = noise(1)
     worker = generate(bus, settings_of(tiny, tmp_path, [shows(picture.data_url)]), tiny, problems=1)
-    assert bus.lease is not None
-    bus._ask("DEL", *bus._ask("KEYS", f"{{onstream:{bus.run}}}:*"))
-    bus.set_issued(bus.lease, GROUP)
+    assert bus.lease.current is not None
+    bus.connection.ask("DEL", *bus.connection.ask("KEYS", f"{{onstream:{bus.run}}}:*"))
+    bus.lease.set_issued(bus.lease.current, GROUP)
     again = [Ticket(number, 0, GROUP, 0, number, 0, list(ROUTE)) for number in range(1, GROUP + 1)]
-    assert bus.reissue(bus.lease, "again", again)
-    while bus.backlog()["generate"]:
+    assert bus.lease.reissue(bus.lease.current, "again", again)
+    while bus.state.backlog()["generate"]:
         worker.turn()
-    assert bus.images([picture.digest]) == [picture.data]
-    assert sorted(bus.held_numbers()) == [1, 2, 3, 4]
+    assert bus.images.read([picture.digest]) == [picture.data]
+    assert sorted(bus.images.holding_numbers()) == [1, 2, 3, 4]
 
 
 def test_a_generator_outlives_a_redis_that_was_emptied_under_it(
@@ -237,15 +239,17 @@ def test_a_generator_outlives_a_redis_that_was_emptied_under_it(
     """What it writes then is nobody's any more, and leaves no image behind."""
     settings = settings_of(tiny, tmp_path, [shows(noise(1).data_url)])
     worker = generate(bus, settings, tiny, problems=1)
-    assert bus.lease is not None
-    bus.issue(bus.lease, GROUP, [Ticket(5, 1, 1, 0, 5, 0, list(ROUTE))], max_backlog=100)
+    assert bus.lease.current is not None
+    bus.lease.issue(
+        bus.lease.current, GROUP, [Ticket(5, 1, 1, 0, 5, 0, list(ROUTE))], max_backlog=100
+    )
     worker.turn()
     assert worker.stage.busy
-    bus._ask("DEL", *bus._ask("KEYS", f"{{onstream:{bus.run}}}:*"))
+    bus.connection.ask("DEL", *bus.connection.ask("KEYS", f"{{onstream:{bus.run}}}:*"))
     while worker.stage.busy:
         worker.turn()
     assert (
-        bus._ask(
+        bus.connection.ask(
             "EXISTS", bus.keys.images, bus.keys.images_counted, bus.keys.images_held, bus.keys.dead
         )
         == 0
@@ -257,12 +261,12 @@ def test_images_of_rollouts_that_were_given_back_wait_for_whoever_is_next(
 ) -> None:
     settings = settings_of(tiny, tmp_path, [shows(noise(1).data_url)])
     generate(bus, settings, tiny, problems=1)
-    entries = bus.read("score", 100)
-    assert bus.give_back("score", [entry.id for entry in entries]) == GROUP
+    entries = bus.streams.read("score", 100)
+    assert bus.streams.give_back("score", [entry.id for entry in entries]) == GROUP
     keys = (bus.keys.images, bus.keys.images_counted, bus.keys.images_held)
-    assert [bus._ask("TTL", key) for key in keys] == [-1, -1, -1]
+    assert [bus.connection.ask("TTL", key) for key in keys] == [-1, -1, -1]
     score(bus, settings)
-    assert bus.dead_letters() == []
+    assert bus.state.dead_letters() == []
     assert len(rollouts(bus, "train")) == GROUP
 
 
@@ -273,23 +277,23 @@ def test_a_dead_rollout_asked_for_anew_has_its_image_again(
     picture = noise(1)
     settings = settings_of(tiny, tmp_path, [shows(picture.data_url)])
     worker = generate(bus, settings, tiny, problems=1)
-    bus._ask("DEL", bus.keys.images)
+    bus.connection.ask("DEL", bus.keys.images)
     score(bus, settings)
     settle(bus)
-    assert len(bus.dead_letters()) == GROUP
-    assert bus.held_numbers() == []
+    assert len(bus.state.dead_letters()) == GROUP
+    assert bus.images.holding_numbers() == []
 
-    assert bus.lease is not None
+    assert bus.lease.current is not None
     again = [
         Ticket(GROUP + 1 + at, 1, GROUP, 0, at, 0, list(ROUTE), requeued_from=1 + at)
         for at in range(GROUP)
     ]
-    assert bus.issue(bus.lease, GROUP, again, max_backlog=100)
-    while bus.backlog()["generate"]:
+    assert bus.lease.issue(bus.lease.current, GROUP, again, max_backlog=100)
+    while bus.state.backlog()["generate"]:
         worker.turn()
-    assert bus.images([picture.digest]) == [picture.data]
+    assert bus.images.read([picture.digest]) == [picture.data]
     score(bus, settings)
-    assert len(bus.dead_letters()) == GROUP
+    assert len(bus.state.dead_letters()) == GROUP
     assert len(rollouts(bus, "train")) == GROUP
 
 
@@ -316,9 +320,9 @@ def test_a_rollout_whose_image_is_gone_is_never_scored_blind(
 ) -> None:
     settings = settings_of(tiny, tmp_path, [shows(noise(1).data_url)])
     generate(bus, settings, tiny, problems=1)
-    bus._ask("DEL", bus.keys.images)
+    bus.connection.ask("DEL", bus.keys.images)
     score(bus, settings)
-    assert {letter.reason.partition(":")[0] for letter in bus.dead_letters()} == {
+    assert {letter.reason.partition(":")[0] for letter in bus.state.dead_letters()} == {
         "it would be scored blind"
     }
     assert rollouts(bus, "train") == []

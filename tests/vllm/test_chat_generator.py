@@ -9,7 +9,7 @@ import pytest
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.records import Rollout, Ticket, ids_array
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome
 from onstream.settings.root import Settings
 from onstream.workers.generator.chat_stage import ChatGenerator

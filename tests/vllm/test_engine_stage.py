@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.vllm_update import Announcements, changed, first_token_s
 from onstream.pipeline.records import Rollout, Ticket, ids_array, logprobs_array
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome
 from onstream.pipeline.weights import DirectoryReader, PolicyFetcher, publish
 from onstream.workers.generator import policy_loader, stage

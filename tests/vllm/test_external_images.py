@@ -14,7 +14,7 @@ import pytest
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.loop import Worker
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.settings.root import Settings
 from onstream.workers.teacher.external import ExternalTeacher
 from tests.vision.conftest import Tiny, noise
@@ -64,7 +64,7 @@ def score(bus: Bus, settings: Settings) -> None:
     worker = Worker(ExternalTeacher(settings, bus), bus, settings.delivery, block_s=0.05)
     worker.stage.setup()
     try:
-        while bus.backlog()["score"]:
+        while bus.state.backlog()["score"]:
             worker.turn()
     finally:
         worker.stage.close(finished=False)
@@ -85,7 +85,7 @@ def test_every_token_is_scored_with_the_images_present(
     generate(bus, settings, tiny, problems=len(contents))
     score(bus, settings)
     scored = rollouts(bus, "train")
-    assert bus.dead_letters() == [] and len(scored) == GROUP * len(contents)
+    assert bus.state.dead_letters() == [] and len(scored) == GROUP * len(contents)
     gaps = []
     for rollout in scored:
         (sample,) = rollout.samples
@@ -101,9 +101,9 @@ def test_a_rollout_whose_image_is_gone_is_never_scored_blind(
 ) -> None:
     settings = settings_with(tiny, server, tmp_path, [shows(noise(1).data_url)])
     generate(bus, settings, tiny, problems=1)
-    bus._ask("DEL", bus.keys.images)
+    bus.connection.ask("DEL", bus.keys.images)
     score(bus, settings)
-    assert {letter.reason.partition(":")[0] for letter in bus.dead_letters()} == {
+    assert {letter.reason.partition(":")[0] for letter in bus.state.dead_letters()} == {
         "it would be scored blind"
     }
     assert rollouts(bus, "train") == []

@@ -16,7 +16,7 @@ from onstream.pipeline.models.loading import load_model
 from onstream.pipeline.models.logprobs import head_of, hidden_states, token_logprobs
 from onstream.pipeline.models.packing import pack, share_prompts
 from onstream.pipeline.records import Rollout, Sample, decode_work, ids_array, logprobs_array
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.settings.root import Settings
 from onstream.settings.run import DeliverySettings
 from onstream.workers.teacher.external import ExternalTeacher
@@ -206,20 +206,20 @@ def test_a_server_that_is_killed_and_started_again_costs_nothing(
 ) -> None:
     feed(bus, range(1, 101))
     worker = Worker(stage, bus, DeliverySettings(), block_s=0.05)
-    while bus.backlog()["train"] < 20:
+    while bus.state.backlog()["train"] < 20:
         worker.turn()
     server.kill()
     while not stage.stats.detail.startswith("waiting for the teacher"):
         worker.turn()
     print(stage.stats.detail)
     assert server.base_url in stage.stats.detail
-    waiting = bus.backlog()
+    waiting = bus.state.backlog()
     assert 20 <= waiting["train"] < 100 and waiting["score"] + waiting["train"] == 100
     server.start()
-    while bus.backlog()["train"] < 100:
+    while bus.state.backlog()["train"] < 100:
         worker.turn()
         time.sleep(0.02)
-    done = [decode_work(entry.payload) for _ in range(2) for entry in bus.read("train", 64)]
+    done = [decode_work(entry.payload) for _ in range(2) for entry in bus.streams.read("train", 64)]
     assert sorted(record.number for record in done) == list(range(1, 101)), "lost 0, duplicated 0"
     for record in done:
         assert isinstance(record, Rollout) and record.scored_by == server.base_url
@@ -229,4 +229,4 @@ def test_a_server_that_is_killed_and_started_again_costs_nothing(
         np.testing.assert_allclose(
             logprobs_array(sample.teacher_logprobs or b""), wanted, atol=CLOSE_NATS
         )
-    assert stage.stats.detail == "" and bus.dead_numbers() == []
+    assert stage.stats.detail == "" and bus.state.dead_numbers() == []

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Stats
 from onstream.pipeline.weights import DirectoryReader, PolicyFetcher, WeightsError, announced
 from onstream.pipeline.weights.nccl_transfer import PolicyHeader, TransferCoordinator
@@ -89,12 +89,14 @@ def trainer(url: str, run: str, model: Path, gpu: str) -> None:
     """A process that sends `model` as versions 1 and 2."""
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     bus = Bus.connect(url, run, consumer="trainer", block_s=0.2, connect_timeout_s=5)
-    lease = bus.acquire_lease(600)
-    transfer = Transfer(TransferCoordinator(bus, lease, PATIENCE_S), "127.0.0.1", PATIENCE_S)
+    lease = bus.lease.acquire(600)
+    transfer = Transfer(
+        TransferCoordinator(bus.transfer, lease, PATIENCE_S), "127.0.0.1", PATIENCE_S
+    )
     for number in (1, 2):
         policy = policy_of(number, model_of(model))
         assert transfer.send(policy)
-        bus.announce(lease, announced(policy))
+        bus.lease.announce(lease, announced(policy))
     transfer.close()
 
 
@@ -115,21 +117,21 @@ def test_versions_go_from_gpu_to_gpu_while_requests_are_written(
     }
     engine: Any = open_student(Settings.model_validate(given)).engine
     try:
-        receiver = TransferReceiver(bus, engine, PATIENCE_S)
+        receiver = TransferReceiver(bus.transfer, engine, PATIENCE_S)
         policies = PolicyLoader(
             engine,
             PolicyFetcher(DirectoryReader(tmp_path), deltas=False),
-            bus.newest_policy,
+            bus.state.newest_policy,
             receiver=receiver,
         )
         sending = multiprocessing.get_context("spawn").Process(
             target=trainer, args=(redis_url, bus.run, teacher_dir, "1"), daemon=True
         )
-        bus.heartbeat("generate", Stats())
+        bus.state.write_heartbeat("generate", Stats())
         sending.start()
         deadline = time.monotonic() + 2 * PATIENCE_S
         while policies.version < 2 and time.monotonic() < deadline:
-            bus.heartbeat("generate", Stats())
+            bus.state.write_heartbeat("generate", Stats())
             policies.refresh()
             if not engine.active:
                 engine.add([GenerationRequest(1, np.arange(20, 60, dtype=np.int32), 40, seed=1)])

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from onstream.pipeline.errors import Exit, UserError
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.settings.load import load_settings
 from onstream.settings.plan import make_plan
 from onstream.settings.root import Settings
@@ -24,7 +24,7 @@ def settings(redis_url: str, run_name: str) -> Settings:
 
 
 def write_plan(bus: Bus, settings: Settings) -> None:
-    bus.write_plan(bus.acquire_lease(30), make_plan(settings).encode())
+    bus.lease.write_plan(bus.lease.acquire(30), make_plan(settings).encode())
 
 
 def test_a_worker_with_other_run_settings_is_refused_with_names_and_both_values(
@@ -91,7 +91,7 @@ def test_the_generator_of_hard_distillation_asks_an_endpoint(settings: Settings)
 
 
 def test_a_plan_of_another_version_is_refused(settings: Settings, bus: Bus) -> None:
-    bus.write_plan(bus.acquire_lease(30), b"{}")
+    bus.lease.write_plan(bus.lease.acquire(30), b"{}")
     with pytest.raises(UserError, match="the run's plan does not decode"):
         run_kind("verifier", settings)
 
@@ -114,7 +114,7 @@ def test_a_worker_waits_for_the_plan_saying_so_and_stops_cleanly_when_told_to(
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as worker:
         assert worker.stderr is not None
         told = worker.stderr.readline()  # the log line
-        while not (states := bus.workers()):
+        while not (states := bus.state.workers()):
             assert worker.poll() is None
         worker.send_signal(signal.SIGTERM)
         assert worker.wait() == Exit.OK
@@ -131,8 +131,8 @@ def test_an_admitted_worker_takes_changeable_settings_of_its_own_and_exits_0_whe
     settings: Settings, bus: Bus
 ) -> None:
     write_plan(bus, settings)
-    assert bus.lease is not None
-    bus.finish(bus.lease)
+    assert bus.lease.current is not None
+    bus.lease.finish(bus.lease.current)
     url = settings.redis.url.get_secret_value() if settings.redis.url else ""
     command = [sys.executable, "-m", "onstream", "worker", "verifier"]
     overrides = [
@@ -148,7 +148,7 @@ def test_an_admitted_worker_takes_changeable_settings_of_its_own_and_exits_0_whe
         check=False,
     )
     assert done.returncode == Exit.OK, done.stderr
-    assert "verify" in bus.ready()
+    assert "verify" in bus.state.ready_stages()
 
 
 @pytest.mark.parametrize("kind", ["verifier", "teacher-external", "jobs"])
@@ -184,4 +184,4 @@ def test_an_optional_worker_that_the_run_has_no_place_for_leaves_and_is_not_wait
 ) -> None:
     write_plan(bus, settings)
     assert run_kind("teacher", settings, optional=True) == Exit.OK
-    assert bus.heard_of(60) == []
+    assert bus.state.last_heartbeats(60) == []

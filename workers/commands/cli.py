@@ -397,7 +397,7 @@ def _ask_trainer(
 
     with opened(settings, purpose="dead") as bus:
         asked = ask(bus, settings.run_dir, wish, uids, reason, everything=everything)
-        at_work = any(worker.stage == "train" for worker in bus.workers())
+        at_work = any(worker.stage == "train" for worker in bus.state.workers())
     click.echo(
         f"asked the trainer to {wish} {len(asked)}: {', '.join(asked[:20])}{', …' if len(asked) > 20 else ''}"
     )

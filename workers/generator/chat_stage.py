@@ -48,7 +48,7 @@ from onstream.workers.generator.reconstruction import (
 from onstream.workers.generator.student import stop_ids
 
 if TYPE_CHECKING:
-    from onstream.pipeline.redis.streams import Bus
+    from onstream.pipeline.redis.bus import Bus
 
 SETTING = "orchestrator.teacher_rollout_model"
 SLICE_S = 0.05
@@ -97,7 +97,7 @@ class ChatGenerator:
             client, Endpoint, model=model, section=SETTING, check=self._probe, conclusive=False
         )
         self._budget = TokenBudget(
-            bus, self.name, client.max_tokens_per_run, f"{SETTING}.client.max_tokens_per_run"
+            bus.scores, self.name, client.max_tokens_per_run, f"{SETTING}.client.max_tokens_per_run"
         )
         self._background = EventLoopThread()
         self._queue: deque[ChatRequest] = deque()
@@ -129,7 +129,7 @@ class ChatGenerator:
         self._asked = lru_cache(maxsize=PROMPTS_KEPT)(self._look)
         # A run that had completions before waits for its endpoints; one that begins is told of a
         # wrong address at once.
-        self._background.run(self._pool.open(patient=self.name in self._bus.ready()))
+        self._background.run(self._pool.open(patient=self.name in self._bus.state.ready_stages()))
         self._budget.open()
         self._tell()
 
@@ -165,7 +165,7 @@ class ChatGenerator:
             outcome for reply, job in self._finished() for outcome in self._outcomes(reply, job)
         ]
         self._budget.report()
-        self._bus.hold_images(
+        self._bus.images.hold(
             self.name, self._shown, patience_s=self._settings.delivery.max_handle / 2
         )
         self._shown.clear()

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import msgspec
 
 from onstream.pipeline.records import PolicyVersion
-from onstream.pipeline.redis.transfer_state import TransferBoard
+from onstream.pipeline.redis.transfer_state import TransferState
 from onstream.pipeline.telemetry import get_logger
 from onstream.pipeline.weights.nccl_transfer import ReceiveBuffer, TransferCall
 
@@ -56,12 +56,12 @@ class TransferReceiver:
 
     def __init__(
         self,
-        bus: TransferBoard,
+        state: TransferState,
         engine: ReceivingEngine,
         patience_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._bus = bus
+        self._state = state
         self._engine = engine
         self._patience_s = patience_s
         self._clock = clock
@@ -76,7 +76,7 @@ class TransferReceiver:
         """Begin what the trainer asks, or answer when it is done. Returns at once."""
         self._sign()
         call = self._called()
-        if call is not None and call.id != self._seen and self._bus.consumer in call.ranks:
+        if call is not None and call.id != self._seen and self._state.consumer in call.ranks:
             self._seen, self._doing, self._until = call.id, call, self._clock() + self._patience_s
             self._begin(call)
         if self._doing is not None:
@@ -97,20 +97,20 @@ class TransferReceiver:
 
     def want(self, policy: PolicyVersion) -> None:
         """Ask the trainer for `policy` as a file."""
-        self._bus.want_weights(policy.digest)
+        self._state.request_file(policy.digest)
 
     def _sign(self) -> None:
         """Say who receives, now and then: a Redis that was emptied has forgotten it."""
         if self._clock() >= self._sign_at:
             self._sign_at = self._clock() + SIGN_S
-            self._bus.receive_weights(self._engine.gpus)
+            self._state.register_receiver(self._engine.gpus)
 
     def _begin(self, call: TransferCall) -> None:
         self._held = ""
         if call.kind == "join":
             self._engine.ask_processes(
                 "onstream_join",
-                json.dumps(call.info | {"rank_offset": call.ranks[self._bus.consumer]}),
+                json.dumps(call.info | {"rank_offset": call.ranks[self._state.consumer]}),
             )
         elif call.frame is not None and not (
             misfit := self._engine.misfit(ReceiveBuffer(call.frame).shapes)
@@ -139,10 +139,10 @@ class TransferReceiver:
             )
         elif call.frame is not None:
             self._held = call.frame.digest
-        self._bus.answer_transfer(call.id, problem)
+        self._state.answer(call.id, problem)
 
     def _called(self) -> TransferCall | None:
-        payload = self._bus.transfer_call()
+        payload = self._state.current_call()
         return None if payload is None else _decoder.decode(payload)
 
     @staticmethod

@@ -37,7 +37,7 @@ from onstream.workers.generator.policy_loader import PolicyLoader
 from onstream.workers.generator.student import PromptTooLong, open_student
 
 if TYPE_CHECKING:
-    from onstream.pipeline.redis.streams import Bus
+    from onstream.pipeline.redis.bus import Bus
 
 log = get_logger()
 
@@ -73,7 +73,7 @@ class Generator:
         )
         self._settings = settings
         self._bus = bus
-        self._newest = newest or bus.newest_policy
+        self._newest = newest or bus.state.newest_policy
         self._sampling = Sampling(settings.inference.sampling.temperature)
         self._in_hand: dict[int, ActiveTicket] = {}  # in the engine, by the request's key
         self._early: deque[Delivery] = deque()  # tickets for a version that is not loaded yet
@@ -151,7 +151,7 @@ class Generator:
 
     def _shelf(self) -> StoreReader:
         return (
-            ChunkReader(self._bus)
+            ChunkReader(self._bus.weights)
             if self._settings.weights.transport == "redis"
             else DirectoryReader(self._settings.run_dir)
         )
@@ -163,7 +163,7 @@ class Generator:
         engine = self._student.engine
         if self._settings.weights.transport != "nccl" or not isinstance(engine, ReceivingEngine):
             return None
-        return TransferReceiver(self._bus, engine, self._settings.weights.patience)
+        return TransferReceiver(self._bus.transfer, engine, self._settings.weights.patience)
 
     def _start(self) -> list[Outcome]:
         """Hand the engine every ticket whose version is there; returns those that cannot be
@@ -239,7 +239,7 @@ class Generator:
         """Put the images of what was written into Redis, before the rollouts that name them move
         on.
         """
-        self._bus.hold_images(
+        self._bus.images.hold(
             self.name, self._shown, patience_s=self._settings.delivery.max_handle / 2
         )
         self._shown.clear()

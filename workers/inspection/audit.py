@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from onstream.pipeline.records import StageName
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import dead_numbers
-from onstream.pipeline.redis.streams import STAGES, Bus
+from onstream.pipeline.redis.keys import STAGES
 from onstream.pipeline.run_files.ledger import Ledger
 
 DROPPED = ("stale", "not_verified", "group_dead", "purged")
@@ -27,8 +28,8 @@ def audit(run_dir: Path, bus: Bus) -> dict[str, Any]:
 
     `dropped` holds a set for each reason.
     """
-    issued = range(1, bus.issued() + 1)
-    streams = {stage: bus.numbers(stage) for stage in STAGES}
+    issued = range(1, bus.state.issued() + 1)
+    streams = {stage: bus.state.numbers(stage) for stage in STAGES}
     dead = dead_numbers(bus, run_dir)
     doubled = _doubled(bus, streams)
     ledger = list(Ledger(run_dir / "trained.jsonl").read())
@@ -81,7 +82,7 @@ def _doubled(bus: Bus, streams: dict[StageName, list[int]]) -> set[int]:
     for stage in reversed(STAGES):
         suspects = later.intersection(streams[stage])
         if suspects:
-            found |= suspects.intersection(bus.numbers(stage))
+            found |= suspects.intersection(bus.state.numbers(stage))
         later.update(streams[stage])
     return found
 

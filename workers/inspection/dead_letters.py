@@ -25,10 +25,10 @@ from onstream.pipeline.records import (
     logprobs_array,
     mask_array,
 )
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import all_letters
 from onstream.pipeline.redis.operator_requests import Wish
 from onstream.pipeline.redis.run_state import DeadLetter
-from onstream.pipeline.redis.streams import Bus
 
 NUMBERS_SHOWN = 8
 BYTES_SHOWN = 256
@@ -58,14 +58,15 @@ def dead(bus: Bus, run_dir: Path) -> dict[str, Any]:
         group["count"] += 1
         group["uids"].append(f"{bus.run}/{letter.number}")
     requeued = {
-        f"{bus.run}/{old}": f"{bus.run}/{new}" for new, old in sorted(bus.requeued().items())
+        f"{bus.run}/{old}": f"{bus.run}/{new}"
+        for new, old in sorted(bus.requests.requeued().items())
     }
     rows = sorted(groups.values(), key=lambda group: -int(group["count"]))
     return {
         "run": bus.run,
         "reasons": rows,
         "requeued": requeued,
-        "requests": sum(1 for _ in bus.requests()),
+        "requests": sum(1 for _ in bus.requests.waiting()),
     }
 
 
@@ -163,7 +164,7 @@ def ask(
             if letter.number > 0
         ]
     for letter in letters:
-        bus.leave_request(wish, letter.number, letter.entry_id)
+        bus.requests.add(wish, letter.number, letter.entry_id)
     return [f"{bus.run}/{letter.number}" for letter in letters]
 
 

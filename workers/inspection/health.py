@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 from onstream.pipeline.errors import Exit
 from onstream.pipeline.redis.access import redis_url
-from onstream.pipeline.redis.connection import OUTAGE
-from onstream.pipeline.redis.run_state import WorkerState
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.connection import OUTAGE, Connection
+from onstream.pipeline.redis.run_state import RunState, WorkerState
 from onstream.settings.root import Settings
 from onstream.settings.stages import WorkerKind
 
@@ -55,14 +54,14 @@ def health(kind: WorkerKind, settings: Settings, *, live: bool, slot: str | None
 
 def _states(kind: WorkerKind, settings: Settings, slot: str | None) -> list[WorkerState]:
     url = redis_url(settings)
-    bus = Bus(
+    connection = Connection(
         url, settings.run.name, consumer="health", block_s=PATIENCE_S, connect_timeout_s=PATIENCE_S
     )
-    with contextlib.closing(bus):  # it is not `connect`ed: a check creates no streams
+    with contextlib.closing(connection):  # no Bus.connect: a check creates no streams
         name = f"{kind}-{socket.gethostname()}-"
         return [
             state
-            for state in bus.heard_of()
+            for state in RunState(connection).last_heartbeats()
             if state.host == socket.gethostname()
             and (state.worker == name + slot if slot else state.worker.startswith(name))
         ]

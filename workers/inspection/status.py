@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.keys import STAGES
 from onstream.pipeline.redis.run_state import VERSION, WorkerState
-from onstream.pipeline.redis.streams import Bus
 from onstream.settings.plan import Plan
 from onstream.settings.stages import KINDS_OF
 from onstream.workers.launcher.run_watcher import take, waits
@@ -24,16 +24,16 @@ def status(bus: Bus) -> dict[str, Any]:
     """The state of the run now, as JSON data. `waits` are sentences; `backlog` counts records
     waiting or in hand.
     """
-    data = bus.read_plan()
-    policy = bus.newest_policy()
-    snapshot = take(bus)
+    data = bus.state.plan()
+    policy = bus.state.newest_policy()
+    snapshot = take(bus.state)
     plan = Plan.decode(data) if data else None
     route = list(plan.streams) if plan else list(STAGES)
     kinds = {stage: plan.kinds(stage) for stage in plan.streams} if plan else KINDS_OF
-    held = {stage: bus.held(stage) for stage in STAGES}
+    held = {stage: bus.state.pending_summary(stage) for stage in STAGES}
     holds = sum((Counter(held[stage].by_worker) for stage in STAGES), Counter[str]())
-    images, image_bytes = bus.images_held()
-    heard_of = [_worker(worker, holds[worker.worker]) for worker in bus.heard_of()]
+    images, image_bytes = bus.images.count()
+    heard_of = [_worker(worker, holds[worker.worker]) for worker in bus.state.last_heartbeats()]
     return {
         "run": bus.run,
         "version": VERSION,
@@ -41,8 +41,8 @@ def status(bus: Bus) -> dict[str, Any]:
         "finished": snapshot.finished,
         "route": route,
         "policy_version": policy.number if policy else None,
-        "issued": bus.issued(),
-        "dead": bus.dead_count(),
+        "issued": bus.state.issued(),
+        "dead": bus.state.dead_count(),
         "images": {"held": images, "bytes": image_bytes},
         "stages": {
             stage: {
@@ -64,14 +64,14 @@ def status(bus: Bus) -> dict[str, Any]:
 
 
 def _last_dead(bus: Bus) -> dict[str, Any] | None:
-    letter = bus.newest_dead_letter()
+    letter = bus.state.newest_dead_letter()
     if letter is None:
         return None
     return {
         "number": letter.number,
         "stage": letter.stage,
         "reason": letter.reason,
-        "age_s": bus.server_time() - letter.time,
+        "age_s": bus.connection.server_time() - letter.time,
     }
 
 

@@ -20,10 +20,11 @@ from rq import get_current_job
 
 from onstream.pipeline import weights
 from onstream.pipeline.errors import UserError
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import all_letters
 from onstream.pipeline.redis.job_queue import JobQueue, pin_use
 from onstream.pipeline.redis.keys import WORKING
-from onstream.pipeline.redis.streams import Bus, LeaseHeld
+from onstream.pipeline.redis.trainer_lease import LeaseHeld
 from onstream.pipeline.run_files.ownership import Ownership
 from onstream.pipeline.telemetry import get_logger
 from onstream.pipeline.weights.pins import pinned, pins, unpin
@@ -123,14 +124,14 @@ def prune() -> dict[str, Any]:
     with _bus() as bus:
         try:
             # A trainer writes and prunes these directories itself.
-            lease = bus.acquire_lease(PRUNING_TTL_S, Ownership(settings.run_dir))
+            lease = bus.lease.acquire(PRUNING_TTL_S, Ownership(settings.run_dir))
         except LeaseHeld as held:
             return {**removed, "policies": [], "left_to": held.holder}
         try:
-            with bus.writing(lease):
+            with bus.lease.writing(lease):
                 return {**removed, **_prune_directories(settings, bus)}
         finally:
-            bus.release_lease(lease)
+            bus.lease.release(lease)
 
 
 @job
@@ -141,10 +142,13 @@ def sweep() -> dict[str, Any]:
     settings = _context().settings
     with _bus() as bus:
         buried = sum(
-            bus.bury(stage, settings.delivery.lease * DEAD_AFTER_LEASES) for stage in WORKING
+            bus.streams.bury(stage, settings.delivery.lease * DEAD_AFTER_LEASES)
+            for stage in WORKING
         )
         dead = Counter(kind_of(letter.reason) for letter in all_letters(bus, settings.run_dir))
-        backlog: dict[str, int] = {stage: count for stage, count in bus.backlog().items() if count}
+        backlog: dict[str, int] = {
+            stage: count for stage, count in bus.state.backlog().items() if count
+        }
     if dead:
         log.warning(
             "dead letters",
@@ -205,7 +209,7 @@ def _refuse_other_plan(settings: Settings, bus: Bus) -> None:
     """Raise UserError where this worker's `run` settings are not the run's: its evaluations would
     not compare with the others.
     """
-    if (data := bus.read_plan()) is not None:
+    if (data := bus.state.plan()) is not None:
         refuse_differences(make_plan(settings), Plan.decode(data))
 
 
@@ -223,7 +227,7 @@ def _drop_stale_pins(settings: Settings) -> list[int]:
 def _prune_directories(settings: Settings, bus: Bus) -> dict[str, Any]:
     from onstream.workers.trainer.durability import checkpoint
 
-    newest = bus.newest_policy()
+    newest = bus.state.newest_policy()
     keep = {0, *pinned(settings.run_dir)}
     if newest is not None:
         keep.add(newest.number)

@@ -120,6 +120,6 @@ def _answer(new: bool, what: str) -> str:
 def _jobs(settings: Settings) -> Iterator[JobQueue]:
     with (
         opened(settings, purpose="jobs") as bus,
-        JobQueue(bus.url, settings.run.name, settings.jobs) as jobs,
+        JobQueue(bus.connection.url, settings.run.name, settings.jobs) as jobs,
     ):
         yield jobs

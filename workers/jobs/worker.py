@@ -20,6 +20,7 @@ from rq.executions import Execution
 from rq.job import Job
 
 from onstream.pipeline.errors import Exit
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.job_queue import (
     SERIALIZER,
     JobQueue,
@@ -27,7 +28,6 @@ from onstream.pipeline.redis.job_queue import (
     pin_use,
     queue_name,
 )
-from onstream.pipeline.redis.streams import Bus
 from onstream.pipeline.stage import Stats
 from onstream.pipeline.telemetry import get_logger
 from onstream.pipeline.weights.pins import pins, unpin
@@ -201,8 +201,8 @@ class JobsMonitor(threading.Thread):
             dead=self.worker.failed,
             detail=current or f"waits for {self.waits_for}",
         )
-        self._bus.heartbeat("jobs", stats, in_hand=int(bool(current)))
-        if self._bus.finished():
+        self._bus.state.write_heartbeat("jobs", stats, in_hand=int(bool(current)))
+        if self._bus.state.finished():
             self._end_when_idle()
         elif self.waits_for == JOBS:
             self._ask_for_sweep()
@@ -244,7 +244,7 @@ def run_jobs(settings: Settings, bus: Bus, url: str) -> Exit:
                 monitor.worker = _successor(monitor.worker, settings, connection)
         finally:
             monitor.stop()
-            bus.leave()
+            bus.state.remove_heartbeat()
             connection.close()
     stopped = told or monitor.finished or monitor.worker._shutdown_requested_date is not None
     return Exit.OK if stopped else Exit.UNREACHABLE
@@ -264,9 +264,9 @@ def _ended_by_full_redis(worker: JobsWorker, bus: Bus) -> bool:
     try:
         worker.work(logging_level="WARNING")
     except ResponseError:
-        if bus.has_room():
+        if bus.connection.has_room():
             raise
-    return worker._shutdown_requested_date is None and not bus.has_room()
+    return worker._shutdown_requested_date is None and not bus.connection.has_room()
 
 
 def _told_before_room(bus: Bus, monitor: JobsMonitor) -> bool:
@@ -279,7 +279,7 @@ def _told_before_room(bus: Bus, monitor: JobsMonitor) -> bool:
     }
     monitor.waits_for = "room in Redis, which is full"
     try:
-        while not bus.has_room() and not told.wait(BEAT_S):
+        while not bus.connection.has_room() and not told.wait(BEAT_S):
             pass
     finally:
         monitor.waits_for = JOBS

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from onstream.pipeline import telemetry
 from onstream.pipeline.errors import Exit, UserError
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.settings.devices import gpus_found
 from onstream.settings.gpus import Place, gpus_of, placement
 from onstream.settings.plan import Plan, make_plan
@@ -154,7 +154,7 @@ class Launch:
         self._gpus = placement(settings, plan, gpus_found()) or {}
         self._metrics = MetricsTail(self._run_dir / "metrics.jsonl")
         self._bus = bus
-        self._watcher = Watcher(bus, WATCH_S)
+        self._watcher = Watcher(bus.state, WATCH_S)
         self._launched = time.time()
         self._startup_cpu_s: dict[str, float] = {}  # until the first step of this launch
         self._trainer: Child | None = None
@@ -365,10 +365,10 @@ class Launch:
         if self._trainer is not None:
             ends_redis = self._settings.redis.shut_down and self._server is None
             if ends_redis:
-                wait_until_alone(self._bus, self._say, lambda: self._stop.requests > 0)
+                wait_until_alone(self._bus.state, self._say, lambda: self._stop.requests > 0)
             self._report()
             if ends_redis and not self._stop.requests:
-                self._bus.shut_down()
+                self._bus.connection.shut_down()
         return Exit.OK
 
     def _stopped_by_request(self) -> Exit:
@@ -505,5 +505,5 @@ def _existing_plan(settings: Settings, bus: Bus) -> Plan | None:
     Redis held it.
     """
     written = settings.run_dir / "plan.json"
-    data = bus.read_plan() or (written.read_bytes() if written.exists() else None)
+    data = bus.state.plan() or (written.read_bytes() if written.exists() else None)
     return None if data is None else Plan.decode(data)

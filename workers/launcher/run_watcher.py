@@ -39,7 +39,7 @@ class Heartbeat(Protocol):
 class Reads(Protocol):
     """What the launcher asks of the bus."""
 
-    def ready(self) -> set[StageName]: ...
+    def ready_stages(self) -> set[StageName]: ...
     def finished(self) -> bool: ...
     def newest_policy(self) -> PolicyVersion | None: ...
     def backlog(self) -> dict[StageName, int]: ...
@@ -114,7 +114,7 @@ def take(bus: Reads) -> Snapshot:
         workers.setdefault(beat.stage, []).append(beat.detail)
     return Snapshot(
         taken=taken,
-        ready=frozenset(bus.ready()),
+        ready=frozenset(bus.ready_stages()),
         finished=bus.finished(),
         version=policy.number if (policy := bus.newest_policy()) else 0,
         backlog={str(stage): count for stage, count in bus.backlog().items()},

@@ -23,7 +23,7 @@ class Named(Protocol):
 class Hears(Protocol):
     """What is asked of the bus."""
 
-    def heard_of(self, max_age_s: float) -> Sequence[Named]: ...
+    def last_heartbeats(self, max_age_s: float) -> Sequence[Named]: ...
 
 
 def wait_until_alone(
@@ -42,7 +42,7 @@ def wait_until_alone(
     """
     told = alone_since = time.monotonic()
     while time.monotonic() - alone_since < alone_s and not stopped():
-        if here := bus.heard_of(MISSED_S):
+        if here := bus.last_heartbeats(MISSED_S):
             alone_since = time.monotonic()
             if alone_since - told > still_here_s:
                 told = alone_since

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from onstream.pipeline.records import StageName
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome
 from onstream.settings.root import Settings
 from onstream.workers.teacher.score_requests import objection, request_of, rollout_of, write
@@ -134,7 +134,7 @@ def _load_local(settings: Settings, bus: Bus) -> TokenScorer:
         load_local,  # torch is imported by the worker that needs it alone
     )
 
-    return load_local(settings, bus.images)
+    return load_local(settings, bus.images.read)
 
 
 def _group(delivery: Delivery) -> int:

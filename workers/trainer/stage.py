@@ -15,7 +15,7 @@ import torch
 
 from onstream.pipeline.records import PolicyVersion, StageName, Ticket, Tombstone
 from onstream.pipeline.redis.access import redis_url
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.run_files.json_lines import JsonLines, cut
 from onstream.pipeline.run_files.ownership import Ownership
 from onstream.pipeline.stage import Delivery, Outcome, Stats
@@ -87,7 +87,7 @@ class Trainer:
         """
         self.files = Ownership(self.run_dir)
         self.lease = become_trainer(self.bus, self.settings.delivery.lease, self.files)
-        with self.bus.writing(self.lease):
+        with self.bus.lease.writing(self.lease):
             found = checkpoint.load_newest(self.run_dir / checkpoint.FOLDER)
             state = found.state if found else None
             agree_on_plan(self.bus, self.lease, self.plan, self.settings.run, self.run_dir, state)
@@ -114,14 +114,16 @@ class Trainer:
             )
             self._prober = prober(self.learner, self.settings.inference)
             self.policy = self._publish(self.step)
-            self.recording = Recording(self.settings, found, self.policy.digest, self.bus.images)
+            self.recording = Recording(
+                self.settings, found, self.policy.digest, self.bus.images.read
+            )
         if self.settings.eval.interval:
             self._evaluations = Evaluations(self.settings, redis_url(self.settings), self.run_dir)
         self.issued = state.issued if state else 0
         self._recover()
         self.requests.look(self.step + 1)  # a run that has ended is taken up for its purges alone
-        if self.step < self.max_steps and self.bus.finished():
-            self.bus.reopen(self.lease)
+        if self.step < self.max_steps and self.bus.state.finished():
+            self.bus.lease.reopen(self.lease)
         self._free_since = self._stepped_at = time.monotonic()
 
     def _load(self, found: Checkpoint | None) -> None:
@@ -134,7 +136,7 @@ class Trainer:
             worker=self.bus.consumer,
             step=step,
             dropped=dropped,
-            images=self.bus.images,
+            images=self.bus.images.read,
         )
         if found:
             log.info(
@@ -163,15 +165,15 @@ class Trainer:
         At the start, and whenever Redis may have lost data under a trainer at work: then it is what
         the trainer remembers that counts.
         """
-        self.bus.shaken = False
-        if (known := self.bus.issued()) < self.issued:
+        self.bus.lease.may_have_lost_data = False
+        if (known := self.bus.state.issued()) < self.issued:
             log.error(
                 "redis lost data: it counts fewer tickets than were issued",
                 redis=known,
                 issued=self.issued,
             )
-        self.issued = self.bus.set_issued(self.lease, self.issued)
-        self.bus.write_plan(self.lease, self.plan.encode())
+        self.issued = self.bus.lease.set_issued(self.lease, self.issued)
+        self.bus.lease.write_plan(self.lease, self.plan.encode())
         with self._writing():
             self.publisher.restore(self.policy, self.learner.published_state)
         self.requests.take_up_requeued()
@@ -188,8 +190,8 @@ class Trainer:
                 numbers=lost.ranges()[:20],
             )
         self._again = self.issuer.again(lost, version=self.step)
-        self.bus.release_images(
-            self.lease, self.acknowledgements.settled_for_good(self.bus.held_numbers())
+        self.bus.images.release(
+            self.lease, self.acknowledgements.settled_for_good(self.bus.images.holding_numbers())
         )
         if self._evaluations:
             self._evaluations.ask_again(self.step)
@@ -202,7 +204,7 @@ class Trainer:
             LeaseLost: another trainer took over.
             UserError: the disk is full.
         """
-        with self.bus.writing(self.lease), writing_to(self.run_dir):
+        with self.bus.lease.writing(self.lease), writing_to(self.run_dir):
             yield
 
     # Work -----------------------------------------------------------------------------------------
@@ -228,7 +230,7 @@ class Trainer:
             LeaseLost: another trainer took over.
             UserError: the disk is full, and stayed so.
         """
-        if self.bus.shaken:
+        if self.bus.lease.may_have_lost_data:
             log.warning(
                 "redis was restarted, replaced or emptied; looking what it has lost",
                 step=self.step,
@@ -247,7 +249,7 @@ class Trainer:
                 self.publisher.supply()
         self.requests.look(self.step + 1)
         self._issue()
-        if self.checkpointing.due(self.step, self.max_steps, full=self.bus.full):
+        if self.checkpointing.due(self.step, self.max_steps, full=self.bus.lease.full):
             self._checkpoint()
         self.checkpointing.acknowledge()
         if (
@@ -255,7 +257,7 @@ class Trainer:
             and not self._finished
             and self.checkpointing.saved(self.step)
         ):
-            self.bus.finish(self.lease)
+            self.bus.lease.finish(self.lease)
             self._finished = True
         self._tell()
         return []
@@ -350,7 +352,7 @@ class Trainer:
     def _issue_again(self) -> None:
         while self._again:
             some = self._again[:TICKETS_AT_ONCE]
-            if not self.bus.reissue(self.lease, f"{self.lease.epoch}/{some[0].number}", some):
+            if not self.bus.lease.reissue(self.lease, f"{self.lease.epoch}/{some[0].number}", some):
                 self._waits_for = "room in Redis for tickets that got lost"
                 return
             self._again = self._again[TICKETS_AT_ONCE:]
@@ -359,10 +361,10 @@ class Trainer:
         at_once = max(1, TICKETS_AT_ONCE // self.issuer.group_size) * self.issuer.group_size
         for at in range(0, len(tickets), at_once):
             some = tickets[at : at + at_once]
-            if not self.bus.issue(
+            if not self.bus.lease.issue(
                 self.lease, self.issued, some, self.settings.orchestrator.max_backlog
             ):
-                self._waits_for = f"room for tickets: {'Redis is full' if self.bus.full else 'the backlog is at orchestrator.max_backlog'}"
+                self._waits_for = f"room for tickets: {'Redis is full' if self.bus.lease.full else 'the backlog is at orchestrator.max_backlog'}"
                 return
             self.issued += len(some)
 
@@ -370,7 +372,7 @@ class Trainer:
         """Whether every stage of the route has been ready once; asked now and then until it is so."""
         if self._waits_for and time.monotonic() >= self._next_poll:
             self._next_poll = time.monotonic() + READY_POLL_S
-            ready = {*self.bus.ready(), self.name}
+            ready = {*self.bus.state.ready_stages(), self.name}
             missing = [stage for stage in self.plan.streams if stage not in ready]
             self._waits_for = f"{', '.join(missing)}: not ready yet" if missing else ""
             if (

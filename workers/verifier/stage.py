@@ -23,7 +23,7 @@ from onstream.workers.verifier.verification_jobs import (
 )
 
 if TYPE_CHECKING:
-    from onstream.pipeline.redis.streams import Bus
+    from onstream.pipeline.redis.bus import Bus
 
 SLICE_S = 0.05
 ZERO_REWARD_PARTS = ("timed_out", "crashed", "rollout_error")
@@ -49,7 +49,7 @@ class Verifier:
         self._in_jobs = verification.in_jobs
         self._jobs: VerificationJobs | None = None
         if self._in_jobs != "never":
-            self._jobs = VerificationJobs(settings, bus, bus.url)
+            self._jobs = VerificationJobs(settings, bus, bus.connection.url)
         # A rollout that turns out to be slow here starts anew as a job, with its whole time.
         self._hands_over = self._in_jobs == "slow" and verification.timeout > SLOW_S
         self._pool = ScorerPool(settings, timeout_s=SLOW_S if self._hands_over else None)

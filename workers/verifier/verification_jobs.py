@@ -15,9 +15,10 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from onstream.pipeline.records import Rollout, decode_work, encode
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.job_queue import OPEN, JobQueue, JobRow
-from onstream.pipeline.redis.streams import Bus, Move, Out
-from onstream.pipeline.stage import Delivery, Outcome, leave
+from onstream.pipeline.redis.streams import Move, Out
+from onstream.pipeline.stage import Delivery, Outcome, complete_stage
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
 from onstream.workers.verifier.scorer_messages import Verdict
@@ -79,7 +80,7 @@ class VerificationJobs:
     def _look(self) -> list[Outcome]:
         # Before the streams are read: a job that has ended by now has moved its entry by then.
         known = self._jobs.find("verify", map(_key, self._in_hand))
-        mine = {row.id for row in self._bus.all_pending_rows("verify", self._bus.consumer)}
+        mine = {row.id for row in self._bus.streams.all_pending_rows("verify", self._bus.consumer)}
         found = []
         for entry_id, delivery in list(self._in_hand.items()):
             outcome = self._outcome(delivery, known.get(_key(entry_id)), entry_id in mine)
@@ -90,7 +91,7 @@ class VerificationJobs:
         return found
 
     def _waits_for(self) -> str:
-        if not self._in_hand or any(worker.stage == "jobs" for worker in self._bus.workers()):
+        if not self._in_hand or any(worker.stage == "jobs" for worker in self._bus.state.workers()):
             return ""
         return f"{len(self)} verifications wait for a jobs worker (onstream worker jobs)"
 
@@ -115,14 +116,14 @@ def verify_entry(settings: Settings, bus: Bus, entry_id: str) -> dict[str, Any]:
     job. Returns what the job shows.
     """
     taken = time.time()
-    entry = bus.look_at("verify", entry_id.encode())
+    entry = bus.streams.look_at("verify", entry_id.encode())
     if entry is None:
         return {"moved": False}
     rollout = decode_work(entry.payload)
     assert isinstance(rollout, Rollout), "a verifier has looked at it"
     write_verdict(rollout, _verdict(settings, rollout))
-    leave(rollout, "verify", bus.consumer, taken)
-    [moved] = bus.settle(
+    complete_stage(rollout, "verify", bus.consumer, taken)
+    [moved] = bus.streams.move(
         "verify", [Move(entry.id, [Out(rollout.route[0], rollout.number, encode(rollout))])]
     )
     return {"moved": moved, "number": rollout.number, "reward": rollout.reward}

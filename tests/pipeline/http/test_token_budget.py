@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from onstream.pipeline.http import TokenBudget
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 
 SETTING = "orchestrator.teacher_model.client.max_tokens_per_run"
 
 
 def budget(bus: Bus, most: int | None) -> TokenBudget:
-    made = TokenBudget(bus, "score", most, SETTING)
+    made = TokenBudget(bus.scores, "score", most, SETTING)
     made.open()
     return made
 
@@ -31,13 +31,13 @@ def test_a_budget_is_shared_by_the_workers_of_a_stage_and_outlives_them(bus: Bus
     first.report()
     restarted = budget(bus, 20)
     assert (restarted.own, restarted.allows(6), restarted.allows(7)) == (14, True, False)
-    bus.consumer = "another"
+    bus.connection.consumer = "another"
     second = budget(bus, 20)
     assert (second.own, second.allows(6), second.allows(7)) == (0, True, False)
     second.spend(6)
     second.report()
     first.spend(1)
-    bus.consumer = "tester"
+    bus.connection.consumer = "tester"
     first.report()
     assert (first.spent, first.allows()) == (21, False), "it learns of the others when it tells"
 
@@ -47,4 +47,4 @@ def test_without_a_bound_all_is_allowed_and_nothing_told(bus: Bus) -> None:
     free.spend(10**12)
     free.report()
     assert (free.own, free.allows(10**12), free.problem()) == (10**12, True, "")
-    assert bus.own_spent("score") == 0
+    assert bus.scores.own_spent_tokens("score") == 0

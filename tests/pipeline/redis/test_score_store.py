@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from onstream.pipeline.redis import score_store
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 
 
@@ -16,30 +16,30 @@ def some(count: int) -> list[tuple[bytes, bytes]]:
 
 @pytest.fixture(autouse=True)
 def empty(bus: Bus) -> None:
-    bus.keep_scores([(b"any", b"thing")], 0)
+    bus.scores.keep([(b"any", b"thing")], 0)
 
 
 def test_scores_that_were_kept_are_found(bus: Bus) -> None:
     pairs = some(3)
-    bus.keep_scores(pairs, 10)
-    bus.keep_scores(pairs, 10)  # as a repeated call would
-    assert bus.recall_scores([pairs[2][0], b"unknown", pairs[0][0]]) == [b"2", None, b"0"]
-    assert bus.recall_scores([]) == []
+    bus.scores.keep(pairs, 10)
+    bus.scores.keep(pairs, 10)  # as a repeated call would
+    assert bus.scores.recall([pairs[2][0], b"unknown", pairs[0][0]]) == [b"2", None, b"0"]
+    assert bus.scores.recall([]) == []
 
 
 def test_the_least_recently_used_go_first(bus: Bus) -> None:
     pairs = some(4)
-    bus.keep_scores(pairs[:3], 3)
-    bus.recall_scores([pairs[0][0]])
-    bus.keep_scores(pairs[3:], 3)
-    assert bus.recall_scores([digest for digest, _ in pairs]) == [b"0", None, b"2", b"3"]
+    bus.scores.keep(pairs[:3], 3)
+    bus.scores.recall([pairs[0][0]])
+    bus.scores.keep(pairs[3:], 3)
+    assert bus.scores.recall([digest for digest, _ in pairs]) == [b"0", None, b"2", b"3"]
 
 
 def test_their_bytes_are_bounded_too(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score_store, "KEPT_BYTES", 250)
     pairs = [(digest, value * 100) for digest, value in some(4)]
-    bus.keep_scores(pairs, 100)
-    assert [value is not None for value in bus.recall_scores([digest for digest, _ in pairs])] == [
+    bus.scores.keep(pairs, 100)
+    assert [value is not None for value in bus.scores.recall([digest for digest, _ in pairs])] == [
         False,
         False,
         True,
@@ -48,33 +48,39 @@ def test_their_bytes_are_bounded_too(bus: Bus, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_every_worker_of_a_stage_has_spent_is_added_up(bus: Bus) -> None:
-    assert bus.report_spent("score", 10) == 10
-    assert bus.report_spent("score", 25) == 25
-    assert bus.report_spent("score", 10) == 25, "a total never falls"
-    assert bus.own_spent("score") == 25
-    bus.consumer = "another"
-    assert (bus.own_spent("score"), bus.report_spent("score", 5)) == (0, 30)
-    assert (bus.own_spent("generate"), bus.report_spent("generate", 7)) == (0, 7)
+    assert bus.scores.report_spent_tokens("score", 10) == 10
+    assert bus.scores.report_spent_tokens("score", 25) == 25
+    assert bus.scores.report_spent_tokens("score", 10) == 25, "a total never falls"
+    assert bus.scores.own_spent_tokens("score") == 25
+    bus.connection.consumer = "another"
+    assert (bus.scores.own_spent_tokens("score"), bus.scores.report_spent_tokens("score", 5)) == (
+        0,
+        30,
+    )
+    assert (
+        bus.scores.own_spent_tokens("generate"),
+        bus.scores.report_spent_tokens("generate", 7),
+    ) == (0, 7)
 
 
 def test_a_teacher_is_remembered_by_what_it_was_probed_with(bus: Bus) -> None:
     name = uuid.uuid4().bytes
-    assert bus.probed_teacher(name) is None
-    bus.note_teacher(name, b"first")
-    assert bus.probed_teacher(name) == b"first"
+    assert bus.scores.teacher_check(name) is None
+    bus.scores.note_teacher_check(name, b"first")
+    assert bus.scores.teacher_check(name) == b"first"
 
 
 def test_on_a_full_redis_teachers_go_on_with_what_was_kept(tmp_path: Path, run_name: str) -> None:
     server = EmbeddedRedis(tmp_path, max_memory_mb=64)
     bus = Bus.connect(server.start(), run_name, consumer="tester", block_s=0.2, connect_timeout_s=5)
     ((digest, value),) = some(1)
-    bus.keep_scores([(digest, value)], 10)
-    bus.report_spent("score", 10)
-    bus._ask("CONFIG", "SET", "maxmemory", 1)
-    bus.keep_scores(some(1), 10)
-    bus.note_teacher(b"teacher", b"first")
-    assert bus.recall_scores([digest, b"unknown"]) == [value, None]
-    assert bus.report_spent("score", 25) == bus.own_spent("score") == 25
-    assert bus.probed_teacher(b"teacher") is None
+    bus.scores.keep([(digest, value)], 10)
+    bus.scores.report_spent_tokens("score", 10)
+    bus.connection.ask("CONFIG", "SET", "maxmemory", 1)
+    bus.scores.keep(some(1), 10)
+    bus.scores.note_teacher_check(b"teacher", b"first")
+    assert bus.scores.recall([digest, b"unknown"]) == [value, None]
+    assert bus.scores.report_spent_tokens("score", 25) == bus.scores.own_spent_tokens("score") == 25
+    assert bus.scores.teacher_check(b"teacher") is None
     bus.close()
     server.stop()

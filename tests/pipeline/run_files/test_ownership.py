@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from onstream.pipeline.run_files.ownership import FILE, LeaseLost, Ownership
+from onstream.pipeline.errors import LeaseLost
+from onstream.pipeline.run_files.ownership import FILE, Ownership
 
 ROOT = Path(__file__).parents[3]
 

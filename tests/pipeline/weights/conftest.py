@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from tests.pipeline.weights.policies import Transport
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.weights import (
     DirectoryReader,
     DirectoryWriter,
@@ -57,12 +57,14 @@ class Transport:
 
     def outlet(self) -> StoreWriter:
         if self.name == "redis":
-            return ChunkWriter(self.bus, self.bus.acquire_lease(5), share=0.5, patience_s=1)
+            return ChunkWriter(self.bus.weights, self.bus.lease.acquire(5), share=0.5, patience_s=1)
         (self.run_dir / "model").mkdir(exist_ok=True)
         return DirectoryWriter(self.run_dir, self.run_dir / "model")
 
     def shelf(self) -> StoreReader:
-        return ChunkReader(self.bus) if self.name == "redis" else DirectoryReader(self.run_dir)
+        return (
+            ChunkReader(self.bus.weights) if self.name == "redis" else DirectoryReader(self.run_dir)
+        )
 
     def sender(self, full_every: int | None = 10) -> PolicySender:
         return PolicySender(self.outlet(), full_every)

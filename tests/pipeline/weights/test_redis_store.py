@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import onstream.pipeline.weights.redis_store
-from onstream.pipeline.errors import UserError
-from onstream.pipeline.redis.streams import Bus
-from onstream.pipeline.redis.trainer_lease import LeaseLost
+from onstream.pipeline.errors import LeaseLost, UserError
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.weights import (
     LoadedPolicy,
     PolicyFetcher,
@@ -39,12 +38,12 @@ def small_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def small(small_url: str, run_name: str) -> Iterator[Bus]:
     bus = Bus.connect(small_url, run_name, consumer="tester", block_s=0.2, connect_timeout_s=5)
     yield bus
-    bus._db.flushall()
+    bus.connection.client.flushall()
     bus.close()
 
 
 def outlet(bus: Bus, share: float = 0.5, patience_s: float = 0.3) -> ChunkWriter:
-    return ChunkWriter(bus, bus.lease or bus.acquire_lease(5), share, patience_s)
+    return ChunkWriter(bus.weights, bus.lease.current or bus.lease.acquire(5), share, patience_s)
 
 
 def policy_of(number: int, mib: float) -> LoadedPolicy:
@@ -54,7 +53,7 @@ def policy_of(number: int, mib: float) -> LoadedPolicy:
 def chunk_keys(bus: Bus) -> set[str]:
     return {
         key.decode().rpartition(":")[2]
-        for key in bus._db.keys(f"{{onstream:{bus.run}}}:weights:0*")
+        for key in bus.connection.client.keys(f"{{onstream:{bus.run}}}:weights:0*")
     }
 
 
@@ -62,12 +61,13 @@ def test_a_policy_of_several_chunks_arrives_whole(bus: Bus) -> None:
     policy = policy_of(0, 3.3)
     PolicySender(outlet(bus), None).send(policy)
     assert (
-        bus._db.hlen(bus.keys.weight_chunks(f"000000-{policy.digest[:16]}-full"))
+        bus.connection.client.hlen(bus.keys.weight_chunks(f"000000-{policy.digest[:16]}-full"))
         == -(-policy.data.size // CHUNK_BYTES)
         == 4
     )
     assert np.array_equal(
-        PolicyFetcher(ChunkReader(bus), deltas=False).fetch(announced(policy)).data, policy.data
+        PolicyFetcher(ChunkReader(bus.weights), deltas=False).fetch(announced(policy)).data,
+        policy.data,
     )
 
 
@@ -77,16 +77,16 @@ def test_what_is_not_finished_is_not_seen(bus: Bus, monkeypatch: pytest.MonkeyPa
     sender = PolicySender(outlet(bus), None)
     sender.send(old)
     seen = []
-    keep_chunk = bus.keep_chunk
+    keep_chunk = bus.weights.write_chunk
 
     def noted(*args: object) -> None:
         keep_chunk(*args)  # type: ignore[arg-type]
-        seen.append([part.number for part in ChunkReader(bus).parts()])
+        seen.append([part.number for part in ChunkReader(bus.weights).parts()])
 
-    monkeypatch.setattr(bus, "keep_chunk", noted)
+    monkeypatch.setattr(bus.weights, "write_chunk", noted)
     sender.send(new)
     assert seen == [[0], [0], [0]]
-    assert [part.number for part in ChunkReader(bus).parts()] == [1]
+    assert [part.number for part in ChunkReader(bus.weights).parts()] == [1]
 
 
 def test_only_what_is_offered_takes_memory_and_what_a_killed_trainer_left_goes(bus: Bus) -> None:
@@ -97,12 +97,15 @@ def test_only_what_is_offered_takes_memory_and_what_a_killed_trainer_left_goes(b
     assert chunk_keys(bus) == {f"000001-{second.digest[:16]}-full"}
     dying = outlet(bus)
     dying.put(
-        ChunkReader(bus).parts()[0].__class__(2, third.digest, third.data.size, ""), third.data
+        ChunkReader(bus.weights).parts()[0].__class__(2, third.digest, third.data.size, ""),
+        third.data,
     )  # and is killed before it offers them
     assert len(chunk_keys(bus)) == 2
     outlet(bus)
     assert chunk_keys(bus) == {f"000001-{second.digest[:16]}-full"}
-    assert {place.decode() for place in bus._db.smembers(bus.keys.weight_places)} == chunk_keys(bus)
+    assert {
+        place.decode() for place in bus.connection.client.smembers(bus.keys.weight_places)
+    } == chunk_keys(bus)
 
 
 def test_weights_that_are_removed_while_they_are_read_are_not_loaded_and_the_newest_are(
@@ -111,9 +114,9 @@ def test_weights_that_are_removed_while_they_are_read_are_not_loaded_and_the_new
     old = policy_of(0, 2.5)
     new = policy_of(1, 2.5)
     sender = PolicySender(outlet(bus), None)
-    reader = PolicyFetcher(ChunkReader(bus), deltas=False)
+    reader = PolicyFetcher(ChunkReader(bus.weights), deltas=False)
     sender.send(old)
-    weight_chunk = bus.weight_chunk
+    weight_chunk = bus.weights.read_chunk
     asked = []
 
     def replaced_meanwhile(place: str, index: int) -> bytes | None:
@@ -122,7 +125,7 @@ def test_weights_that_are_removed_while_they_are_read_are_not_loaded_and_the_new
             sender.send(new)
         return weight_chunk(place, index)
 
-    monkeypatch.setattr(bus, "weight_chunk", replaced_meanwhile)
+    monkeypatch.setattr(bus.weights, "read_chunk", replaced_meanwhile)
     with pytest.raises(WeightsError, match="version 0 was removed from Redis while it was read"):
         reader.fetch(announced(old))
     assert np.array_equal(reader.fetch(announced(new)).data, new.data)
@@ -131,13 +134,13 @@ def test_weights_that_are_removed_while_they_are_read_are_not_loaded_and_the_new
 def test_a_trainer_that_was_replaced_writes_no_weights(bus: Bus, redis_url: str) -> None:
     old = PolicySender(outlet(bus), None)
     old.send(policy_of(0, 0.1))
-    bus._db.delete(bus.keys.lease)
+    bus.connection.client.delete(bus.keys.lease)
     other = Bus.connect(redis_url, bus.run, consumer="other", block_s=0.2, connect_timeout_s=5)
     newer = PolicySender(outlet(other), None)
     with pytest.raises(LeaseLost):
         old.send(policy_of(1, 0.1))
     newer.send(policy_of(2, 0.1))
-    assert [part.number for part in ChunkReader(bus).parts()] == [2]
+    assert [part.number for part in ChunkReader(bus.weights).parts()] == [2]
     other.close()
 
 
@@ -154,17 +157,17 @@ def test_the_old_weights_go_first_where_both_have_no_room(
     sender = PolicySender(outlet(small, share=0.5), None)
     sender.send(policy_of(0, 20))
     seen = []
-    keep_chunk = small.keep_chunk
+    keep_chunk = small.weights.write_chunk
 
     def noted(*args: object) -> None:
-        seen.append([part.number for part in ChunkReader(small).parts()])
+        seen.append([part.number for part in ChunkReader(small.weights).parts()])
         keep_chunk(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(small, "keep_chunk", noted)
+    monkeypatch.setattr(small.weights, "write_chunk", noted)
     sender.send(policy_of(1, 20))
     assert seen[0] == []
-    assert [part.number for part in ChunkReader(small).parts()] == [1]
-    assert small.memory().used_bytes < 0.5 * (SMALL_MB << 20)
+    assert [part.number for part in ChunkReader(small.weights).parts()] == [1]
+    assert small.weights.memory().used_bytes < 0.5 * (SMALL_MB << 20)
 
 
 def test_over_many_versions_weights_stay_within_their_share(
@@ -176,10 +179,10 @@ def test_over_many_versions_weights_stay_within_their_share(
     most = 0
     for policy in course(40, rate=3e-3):
         sender.send(policy)
-        held = sum(part.size_bytes for part in ChunkReader(small).parts())
+        held = sum(part.size_bytes for part in ChunkReader(small.weights).parts())
         stored = sum(
-            small._db.memory_usage(key, samples=0)
-            for key in small._db.keys(f"{{onstream:{small.run}}}:weights:0*")
+            small.connection.client.memory_usage(key, samples=0)
+            for key in small.connection.client.keys(f"{{onstream:{small.run}}}:weights:0*")
         )
         most = max(most, held)
         assert stored < 1.3 * held + 4096
@@ -194,7 +197,7 @@ def test_a_delta_that_has_no_room_beside_its_full_set_is_not_sent(small: Bus) ->
         sent = sender.send(policy)
         assert sent.update_bytes == policy.data.size
         assert np.array_equal(
-            PolicyFetcher(ChunkReader(small), deltas=True).fetch(announced(policy)).data,
+            PolicyFetcher(ChunkReader(small.weights), deltas=True).fetch(announced(policy)).data,
             policy.data,
         )
 
@@ -203,22 +206,22 @@ def test_a_redis_that_the_records_have_filled_is_waited_for_and_then_told_about(
     sender = PolicySender(outlet(small, share=0.5, patience_s=0.3), None)
     for index in range(SMALL_MB):
         try:
-            small._db.set(f"filler-{index}", b"x" * (1 << 20))
+            small.connection.client.set(f"filler-{index}", b"x" * (1 << 20))
         except Exception:
             break
     with pytest.raises(
         UserError, match=r"Redis stayed full for 0.3 s while policy version 0 was written"
     ):
         sender.send(policy_of(0, 8))
-    small._db.delete(*small._db.keys("filler-*"))
+    small.connection.client.delete(*small.connection.client.keys("filler-*"))
     sender.send(policy_of(0, 8))
-    assert [part.number for part in ChunkReader(small).parts()] == [0]
+    assert [part.number for part in ChunkReader(small.weights).parts()] == [0]
 
 
 def test_the_run_directory_has_no_part_in_it(bus: Bus, tmp_path: Path) -> None:
     policies = list(course(3))
     sender = PolicySender(outlet(bus), 10)
-    reader = PolicyFetcher(ChunkReader(bus), deltas=True)
+    reader = PolicyFetcher(ChunkReader(bus.weights), deltas=True)
     for policy in policies:
         sender.send(policy)
         assert reader.fetch(announced(policy)).digest == policy.digest

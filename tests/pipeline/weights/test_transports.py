@@ -205,21 +205,21 @@ def store(transport: Transport, place: str, data: bytes) -> None:
     if transport.name == "filesystem":
         (transport.run_dir / place).write_bytes(data)
     else:
-        transport.bus._ask("HSET", transport.bus.keys.weight_chunks(place), 0, data)
+        transport.bus.connection.ask("HSET", transport.bus.keys.weight_chunks(place), 0, data)
 
 
 READER = """
 import sys
 from pathlib import Path
 from onstream.pipeline.records import PolicyVersion
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.weights import DirectoryReader, PolicyFetcher
 from onstream.pipeline.weights.redis_store import ChunkReader
 
 name, run_dir, url, run = sys.argv[1:]
 bus = Bus.connect(url, run, consumer="killed", block_s=0.2, connect_timeout_s=5)
 reader = PolicyFetcher(
-    ChunkReader(bus) if name == "redis" else DirectoryReader(Path(run_dir)), deltas=True
+    ChunkReader(bus.weights) if name == "redis" else DirectoryReader(Path(run_dir)), deltas=True
 )
 for line in sys.stdin:
     number, digest = line.split()

@@ -23,7 +23,7 @@ from onstream.pipeline.records import (
     logprobs_array,
     mask_array,
 )
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome
 from onstream.pipeline.tasks import load_task
 from onstream.settings.root import Settings
@@ -312,7 +312,7 @@ def test_a_budget_is_the_whole_runs(make: Callable[..., ChatGenerator], bus: Bus
             [delivery(number) for number in range(1, 5)],
         )
         for name in (bus.consumer, "another"):
-            bus.consumer = name
+            bus.connection.consumer = name
             restarted = make(url, client={"max_tokens_per_run": 10})
             assert restarted.handle([delivery(5)]) == [], "a restart brings no new budget"
             assert (restarted.room, restarted.busy) == (0, False)
@@ -340,7 +340,7 @@ def test_a_status_about_the_endpoint_is_waited_out_and_told(
 def test_a_generator_of_a_run_that_had_completions_waits_for_its_endpoint(
     make: Callable[..., ChatGenerator], bus: Bus
 ) -> None:
-    bus.mark_ready("generate")
+    bus.state.mark_ready("generate")
     stage = make("http://127.0.0.1:1/v1")
     assert stage.stats.detail.startswith(
         "waiting for the teacher: http://127.0.0.1:1/v1: ConnectError"
@@ -370,12 +370,12 @@ def test_in_the_loop_no_policy_version_is_waited_for(
         stage = make(url)
         settings = stage._settings
         worker = Worker(stage, bus, settings.delivery, block_s=0.01)
-        lease = bus.acquire_lease(5)
+        lease = bus.lease.acquire(5)
         tickets = [_ticket(number) for number in range(1, 5)]
-        assert bus.issue(lease, 0, tickets, 100)
-        while bus.backlog()["verify"] != 4:
+        assert bus.lease.issue(lease, 0, tickets, 100)
+        while bus.state.backlog()["verify"] != 4:
             worker.turn()
-    rollouts = [decode_work(entry.payload) for entry in bus.read("verify", 10)]
+    rollouts = [decode_work(entry.payload) for entry in bus.streams.read("verify", 10)]
     assert [record.number for record in rollouts] == [1, 2, 3, 4]
     assert all(
         isinstance(record, Rollout) and record.timings[-1].stage == "generate"

@@ -27,7 +27,7 @@ from onstream.pipeline.records import (
     logprobs_array,
     mask_array,
 )
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery
 from onstream.pipeline.tasks import load_task
 from onstream.pipeline.weights import publish
@@ -327,17 +327,17 @@ def test_through_real_streams_every_ticket_arrives_at_the_next_stage(
     bus: Bus, student_dir: Path, tmp_path: Path, announced: Announced
 ) -> None:
     settings = settings_of(student_dir, tmp_path)
-    lease = bus.acquire_lease(30)
-    bus.announce(lease, announced.publish(0))
-    assert bus.issue(lease, 0, [ticket(number) for number in range(1, 41)], 1000)
+    lease = bus.lease.acquire(30)
+    bus.lease.announce(lease, announced.publish(0))
+    assert bus.lease.issue(lease, 0, [ticket(number) for number in range(1, 41)], 1000)
     stage = Generator(settings, bus)
     worker = Worker(stage, bus, settings.delivery, 0.2)
     stage.setup()
-    while len(bus.numbers("verify")) < 40:
+    while len(bus.state.numbers("verify")) < 40:
         worker.turn()
-    assert sorted(bus.numbers("verify")) == list(range(1, 41))
-    assert bus.numbers("generate") == []
-    first = decode_work(bus.read("verify", 1)[0].payload)
+    assert sorted(bus.state.numbers("verify")) == list(range(1, 41))
+    assert bus.state.numbers("generate") == []
+    first = decode_work(bus.streams.read("verify", 1)[0].payload)
     assert isinstance(first, Rollout)
     assert (first.route, [timing.stage for timing in first.timings]) == (ROUTE, ["generate"])
 

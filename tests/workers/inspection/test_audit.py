@@ -8,26 +8,30 @@ from pathlib import Path
 import pytest
 
 from onstream.pipeline.records import StageName, Ticket, Tombstone, encode
-from onstream.pipeline.redis.streams import Bus, Move, Out
+from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.run_files.ledger import Ledger, Settled
 from onstream.workers.inspection.audit import DROPPED, audit, counted
 
 
 def issue(bus: Bus, count: int) -> None:
-    lease = bus.lease or bus.acquire_lease(30)
-    before = bus.issued()
+    lease = bus.lease.current or bus.lease.acquire(30)
+    before = bus.state.issued()
     tickets = [Ticket(before + number, 0, 1, 0, 0, 0, ["train"]) for number in range(1, count + 1)]
-    assert bus.issue(lease, before, tickets, 1000)
+    assert bus.lease.issue(lease, before, tickets, 1000)
 
 
 def move(bus: Bus, stage: StageName, numbers: Sequence[int], *to: str) -> None:
     """Move the entries of `numbers` from `stage` to all of `to`; to nowhere, they are gone."""
-    waiting = {entry.number: entry for entry in [*bus.pending(stage), *bus.read(stage, 1000)]}
+    waiting = {
+        entry.number: entry
+        for entry in [*bus.streams.pending(stage), *bus.streams.read(stage, 1000)]
+    }
     moves = []
     for number in numbers:
         outs = [Out(target, number, encode(Tombstone(number, stage, "test"))) for target in to]  # type: ignore[arg-type]
         moves.append(Move(waiting[number].id, outs))
-    assert all(bus.settle(stage, moves))
+    assert all(bus.streams.move(stage, moves))
 
 
 def uids(bus: Bus, *numbers: int) -> list[str]:
@@ -104,7 +108,7 @@ def test_a_record_that_moves_while_the_streams_are_read_counts_once(
     bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     issue(bus, 2)
-    read = bus.numbers
+    read = bus.state.numbers
 
     def read_then_move(stage: StageName) -> list[int]:
         found = read(stage)
@@ -112,7 +116,7 @@ def test_a_record_that_moves_while_the_streams_are_read_counts_once(
             move(bus, "generate", found, "verify")
         return found
 
-    monkeypatch.setattr(bus, "numbers", read_then_move)
+    monkeypatch.setattr(bus.state, "numbers", read_then_move)
     found = audit(tmp_path, bus)
     assert found["in_flight"] == uids(bus, 1, 2)
     assert (found["lost"], found["duplicated"]) == ([], [])
@@ -122,9 +126,9 @@ def test_what_is_issued_while_it_reads_belongs_to_the_next_audit(
     bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     issue(bus, 1)
-    before = bus.issued()
+    before = bus.state.issued()
     issue(bus, 1)
-    monkeypatch.setattr(bus, "issued", lambda: before)
+    monkeypatch.setattr(bus.state, "issued", lambda: before)
     assert audit(tmp_path, bus)["issued"] == uids(bus, 1)
 
 

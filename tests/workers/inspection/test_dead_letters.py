@@ -20,8 +20,8 @@ from onstream.pipeline.records import (
     logprobs_bytes,
     mask_bytes,
 )
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import FILE, spill_dead
-from onstream.pipeline.redis.streams import Bus
 from onstream.workers.inspection.dead_letters import ask, dead, show
 
 SAMPLE = Sample(
@@ -41,11 +41,13 @@ def bury(
         "deliveries": 4,
         "worker": "w",
     }
-    bus._ask("XADD", bus.keys.dead, "*", *(part for pair in fields.items() for part in pair))
+    bus.connection.ask(
+        "XADD", bus.keys.dead, "*", *(part for pair in fields.items() for part in pair)
+    )
 
 
 def wishes(bus: Bus) -> list[tuple[str, int]]:
-    return [(request.wish, request.number) for request in bus.requests()]
+    return [(request.wish, request.number) for request in bus.requests.waiting()]
 
 
 def test_letters_are_grouped_by_stage_and_by_reason_but_for_its_numbers(

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 from onstream.pipeline.errors import Exit
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.keys import Keys
-from onstream.pipeline.redis.streams import Bus
 from onstream.pipeline.stage import Stats
 from onstream.settings.root import Settings
 from onstream.workers.inspection.health import health
@@ -52,16 +52,16 @@ def checks(settings: Settings, slot: str | None = None) -> tuple[Exit, Exit]:
 def test_a_worker_is_ready_while_it_takes_records_and_lives_until_it_fails(
     worker: Bus, settings: Settings, state: str, ready: Exit, live: Exit
 ) -> None:
-    worker.heartbeat("verify", Stats(), state=state)
+    worker.state.write_heartbeat("verify", Stats(), state=state)
     assert checks(settings) == checks(settings, "0") == (ready, live)
 
 
 def test_a_worker_that_was_not_heard_of_lately_is_neither(worker: Bus, settings: Settings) -> None:
     assert checks(settings) == (Exit.FAILED, Exit.FAILED)
-    worker.heartbeat("verify", Stats())
-    [beat] = worker._db.hvals(Keys(worker.run).workers)
+    worker.state.write_heartbeat("verify", Stats())
+    [beat] = worker.connection.client.hvals(Keys(worker.run).workers)
     stamp, _, rest = beat.partition(b" ")
-    worker._db.hset(
+    worker.connection.client.hset(
         Keys(worker.run).workers, worker.consumer, str(float(stamp) - 31).encode() + b" " + rest
     )
     assert checks(settings) == (Exit.FAILED, Exit.FAILED)
@@ -70,11 +70,11 @@ def test_a_worker_that_was_not_heard_of_lately_is_neither(worker: Bus, settings:
 def test_workers_of_other_kinds_hosts_and_slots_do_not_count(
     worker: Bus, settings: Settings
 ) -> None:
-    worker.heartbeat("verify", Stats())
+    worker.state.write_heartbeat("verify", Stats())
     assert health("generator", settings, live=True).exit is Exit.FAILED
     assert checks(settings, "1") == (Exit.FAILED, Exit.FAILED)
-    beat = worker._db.hget(Keys(worker.run).workers, worker.consumer)
-    worker._db.hset(
+    beat = worker.connection.client.hget(Keys(worker.run).workers, worker.consumer)
+    worker.connection.client.hset(
         Keys(worker.run).workers,
         worker.consumer,
         beat.replace(f'"host":"{HOST}"'.encode(), b'"host":"elsewhere"'),
@@ -92,7 +92,7 @@ def test_without_redis_a_worker_is_not_ready_but_a_restart_would_not_mend_that(
 
 
 def test_the_command_exits_by_it_and_loads_nothing_heavy(worker: Bus, redis_url: str) -> None:
-    worker.heartbeat("verify", Stats(detail="scores answers"))
+    worker.state.write_heartbeat("verify", Stats(detail="scores answers"))
     command = ["health", "verifier", "--set", f"run.name={worker.run}"]
     environ = {**os.environ, "ONSTREAM_REDIS__URL": redis_url}
     done = subprocess.run(

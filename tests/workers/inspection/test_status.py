@@ -13,9 +13,10 @@ from rich.console import Console
 from onstream.pipeline import telemetry
 from onstream.pipeline.records import PolicyVersion, StageName, Ticket
 from onstream.pipeline.redis.access import opened, running_server
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.image_store import Hold
 from onstream.pipeline.redis.run_state import VERSION
-from onstream.pipeline.redis.streams import Bus, Move, Out
+from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Stats
 from onstream.settings.load import load_settings
 from onstream.settings.plan import make_plan
@@ -36,15 +37,17 @@ def test_a_run_that_nobody_started_waits_for_a_trainer(bus: Bus) -> None:
 
 
 def test_status_tells_backlog_hands_heartbeats_versions_and_what_is_waited_for(bus: Bus) -> None:
-    lease = bus.acquire_lease(30)
-    bus.write_plan(
+    lease = bus.lease.acquire(30)
+    bus.lease.write_plan(
         lease, make_plan(load_settings(overrides=[f"run.name={bus.run}"], environ={})).encode()
     )
-    bus.announce(lease, PolicyVersion(number=3, digest="d", path="policies/000003", size_bytes=1))
-    assert bus.issue(lease, 0, [ticket(1), ticket(2)], max_backlog=10)
-    bus.mark_ready("train")
-    assert len(bus.read("generate", 1)) == 1
-    bus.heartbeat("train", Stats(done=5, detail="trains step 4"))
+    bus.lease.announce(
+        lease, PolicyVersion(number=3, digest="d", path="policies/000003", size_bytes=1)
+    )
+    assert bus.lease.issue(lease, 0, [ticket(1), ticket(2)], max_backlog=10)
+    bus.state.mark_ready("train")
+    assert len(bus.streams.read("generate", 1)) == 1
+    bus.state.write_heartbeat("train", Stats(done=5, detail="trains step 4"))
     state = status(bus)
     assert (state["route"], state["policy_version"], state["issued"], state["finished"]) == (
         ["generate", "verify", "train"],
@@ -74,11 +77,11 @@ def test_status_tells_backlog_hands_heartbeats_versions_and_what_is_waited_for(b
 
 
 def test_status_tells_what_images_take(bus: Bus) -> None:
-    assert bus.issue(bus.acquire_lease(30), 0, [ticket(1)], max_backlog=10)
-    (entry,) = bus.read("generate", 1)
+    assert bus.lease.issue(bus.lease.acquire(30), 0, [ticket(1)], max_backlog=10)
+    (entry,) = bus.streams.read("generate", 1)
     console = Console(file=io.StringIO(), width=200)
     show(status(bus), console)
-    bus.hold_images(
+    bus.images.hold(
         "generate", [Hold(entry.id, 1, {"a": b"x" * 1_500_000, "b": b"y" * 600_000})], patience_s=1
     )
     state = status(bus)
@@ -89,14 +92,19 @@ def test_status_tells_what_images_take(bus: Bus) -> None:
 
 
 def test_status_tells_who_is_gone_with_what_in_hand_and_what_went_wrong_last(bus: Bus) -> None:
-    assert bus.issue(bus.acquire_lease(30), 0, [ticket(1), ticket(2)], max_backlog=10)
-    assert len(bus.read("generate", 1)) == 1
+    assert bus.lease.issue(bus.lease.acquire(30), 0, [ticket(1), ticket(2)], max_backlog=10)
+    assert len(bus.streams.read("generate", 1)) == 1
     telemetry.configure("generate", "tester", bus.run, LogSettings())
     telemetry.get_logger().error("the engine failed", error="no memory")
-    bus.heartbeat("generate", Stats(detail="see its last error"), state="failed")
-    bus.settle(
+    bus.state.write_heartbeat("generate", Stats(detail="see its last error"), state="failed")
+    bus.streams.move(
         "generate",
-        [Move(bus.pending("generate")[0].id, [Out("dead", 1, b"x", "handed out too often", 4)])],
+        [
+            Move(
+                bus.streams.pending("generate")[0].id,
+                [Out("dead", 1, b"x", "handed out too often", 4)],
+            )
+        ],
     )
     state = status(bus)
     assert state["workers"] == []
@@ -131,7 +139,7 @@ def test_the_command_finds_a_run_that_stands_still_by_its_directory_and_starts_i
     try:
         assert running_server(settings.run_dir) == server.url
         with opened(settings, purpose="test") as bus:
-            assert bus.issue(bus.acquire_lease(30), 0, [ticket(1)], max_backlog=10)
+            assert bus.lease.issue(bus.lease.acquire(30), 0, [ticket(1)], max_backlog=10)
     finally:
         server.stop()
     assert running_server(settings.run_dir) is None

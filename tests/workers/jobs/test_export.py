@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from onstream.pipeline.errors import UserError
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.job_queue import JobQueue
-from onstream.pipeline.redis.streams import Bus
 from onstream.pipeline.weights.pins import pinned
 from onstream.settings.root import Settings
 from onstream.workers.commands.cli import cli

@@ -17,6 +17,7 @@ import pytest
 from rq import Queue
 
 import tests.workers.jobs.worker_process as misbehaving
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.job_queue import (
     JobKind,
     JobQueue,
@@ -25,7 +26,6 @@ from onstream.pipeline.redis.job_queue import (
     current_function,
     queue_name,
 )
-from onstream.pipeline.redis.streams import Bus
 from onstream.pipeline.weights.pins import pinned
 from onstream.settings.root import Settings
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
@@ -182,14 +182,14 @@ def test_a_worker_ends_by_itself_when_the_run_has_and_nothing_is_left_to_do(
     jobs: JobQueue, start: Start, bus: Bus
 ) -> None:
     ask(jobs, "answer", 1)
-    bus.finish(bus.acquire_lease(30))
+    bus.lease.finish(bus.lease.acquire(30))
     assert start().wait(25) == 0
     assert ended(jobs, "answer").status == "finished"
 
 
 def test_it_says_in_heartbeats_that_it_lives(jobs: JobQueue, start: Start, bus: Bus) -> None:
     start()
-    [state] = until(bus.workers)
+    [state] = until(bus.state.workers)
     assert (state.stage, state.detail) == ("jobs", "waits for jobs")
 
 
@@ -242,7 +242,9 @@ def test_a_sweep_runs_once_an_interval_and_tells_of_dead_letters(
         "deliveries": 4,
         "worker": "w",
     }
-    bus._ask("XADD", bus.keys.dead, "*", *(part for pair in fields.items() for part in pair))
+    bus.connection.ask(
+        "XADD", bus.keys.dead, "*", *(part for pair in fields.items() for part in pair)
+    )
     for _ in range(2):
         start(jobs={"sweep_interval": 86400, "time_limit": 20})
     row = ended(jobs, "sweep")
@@ -269,7 +271,7 @@ def test_pruning_leaves_the_directories_to_a_trainer_that_is_at_work(
     jobs: JobQueue, start: Start, bus: Bus, settings: Settings
 ) -> None:
     (settings.run_dir / "policies" / "000001").mkdir(parents=True)
-    lease = bus.acquire_lease(60)
+    lease = bus.lease.acquire(60)
     jobs.ask("prune", "now")
     start(jobs={"time_limit": 20})
     assert ended(jobs, "prune").result == {"pins": [], "policies": [], "left_to": lease.holder}
@@ -309,16 +311,16 @@ def test_a_worker_waits_while_redis_is_full_and_does_its_jobs_when_there_is_room
         subprocess.Popen(command) as worker,
     ):
         try:
-            until(lambda: [beat for beat in bus.workers() if beat.stage == "jobs"])
-            bus._ask("CONFIG", "SET", "maxmemory", 1)
+            until(lambda: [beat for beat in bus.state.workers() if beat.stage == "jobs"])
+            bus.connection.ask("CONFIG", "SET", "maxmemory", 1)
             until(
                 lambda: [
                     beat
-                    for beat in bus.workers()
+                    for beat in bus.state.workers()
                     if beat.detail == "waits for room in Redis, which is full"
                 ]
             )
-            bus._ask("CONFIG", "SET", "maxmemory", 64 << 20)
+            bus.connection.ask("CONFIG", "SET", "maxmemory", 64 << 20)
             assert ask(jobs, "answer", 7)
             assert ended(jobs, "answer").status == "finished"
             worker.terminate()

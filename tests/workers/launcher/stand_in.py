@@ -22,7 +22,8 @@ from pathlib import Path
 
 import click
 
-from onstream.pipeline.redis.streams import Bus, Lease, LeaseHeld
+from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.trainer_lease import Lease, LeaseHeld
 from onstream.pipeline.stage import Stats
 from onstream.settings.load import load_settings
 from onstream.settings.plan import make_plan
@@ -57,15 +58,15 @@ def worker(
         connect_timeout_s=5,
     )
     obey(settings.run_dir / stage)
-    bus.mark_ready(stage)
-    bus.heartbeat(stage, Stats())
+    bus.state.mark_ready(stage)
+    bus.state.write_heartbeat(stage, Stats())
     external = settings.orchestrator.teacher_model
     client = external.client if external else None
     asked = settings.inference.client if stage == "generate" else client
     (settings.run_dir / f"{stage}.up").write_text(" ".join(asked.base_url) if asked else "")
     if stage == "train":
         train(settings, bus)
-    wait_until(bus.finished)
+    wait_until(bus.state.finished)
 
 
 def served(files: tuple[Path, ...], overrides: tuple[str, ...], port: int) -> None:
@@ -102,7 +103,7 @@ class Healthy(BaseHTTPRequestHandler):
 def train(settings: Settings, bus: Bus) -> None:
     """Take the steps that are missing, then end the run."""
     lease = take_lease(bus)
-    bus.write_plan(lease, make_plan(settings).encode())
+    bus.lease.write_plan(lease, make_plan(settings).encode())
     metrics = settings.run_dir / "metrics.jsonl"
     done = metrics.read_text().count("\n") if metrics.exists() else 0
     with metrics.open("a") as file:
@@ -120,14 +121,14 @@ def train(settings: Settings, bus: Bus) -> None:
             file.flush()
             if step == 3:
                 wait_until(lambda: not (settings.run_dir / "train").exists())
-    bus.finish(lease)
+    bus.lease.finish(lease)
 
 
 def take_lease(bus: Bus) -> Lease:
     """The trainer's lease, as soon as that of a dead one has run out."""
     while True:
         try:
-            return bus.acquire_lease(1)
+            return bus.lease.acquire(1)
         except LeaseHeld:
             time.sleep(0.05)
 

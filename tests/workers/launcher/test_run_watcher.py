@@ -12,7 +12,7 @@ import pytest
 from redis.exceptions import ConnectionError
 
 from onstream.pipeline.records import PolicyVersion, Ticket
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Stats
 from onstream.workers.launcher.run_watcher import MetricsTail, Snapshot, Watcher, take, waits
 
@@ -74,15 +74,17 @@ def test_a_file_that_a_resume_cut_back_is_read_again(tmp_path: Path) -> None:
 
 
 def test_a_snapshot_holds_what_redis_says(bus: Bus) -> None:
-    lease = bus.acquire_lease(5)
+    lease = bus.lease.acquire(5)
     ticket = Ticket(
         number=1, group=0, group_size=1, index=0, seed=0, min_policy_version=0, route=["train"]
     )
-    bus.issue(lease, 0, [ticket], 100)
-    bus.announce(lease, PolicyVersion(number=3, digest="d", path="policies/000003", size_bytes=1))
-    bus.mark_ready("generate")
-    bus.heartbeat("generate", Stats(detail="loading the weights"), state="starting")
-    snapshot = take(bus)
+    bus.lease.issue(lease, 0, [ticket], 100)
+    bus.lease.announce(
+        lease, PolicyVersion(number=3, digest="d", path="policies/000003", size_bytes=1)
+    )
+    bus.state.mark_ready("generate")
+    bus.state.write_heartbeat("generate", Stats(detail="loading the weights"), state="starting")
+    snapshot = take(bus.state)
     assert snapshot.ready == {"generate"}
     assert snapshot.backlog == {"generate": 1, "verify": 0, "score": 0, "train": 0}
     assert snapshot.version == 3
@@ -93,9 +95,9 @@ def test_a_snapshot_holds_what_redis_says(bus: Bus) -> None:
 
 
 def test_the_end_of_a_run_is_known_only_from_what_was_seen_later(bus: Bus) -> None:
-    watcher = Watcher(bus, interval_s=0.01)
+    watcher = Watcher(bus.state, interval_s=0.01)
     assert watcher.finished(time.monotonic()) is None
-    bus.finish(bus.acquire_lease(5))
+    bus.lease.finish(bus.lease.acquire(5))
     watcher.start()
     since = time.monotonic()
     while watcher.finished(since) is None:
@@ -119,7 +121,7 @@ class Away:
             self.asked_again.set()
         raise ConnectionError("connection refused")
 
-    ready = finished = newest_policy = backlog = pending_counts = workers
+    ready_stages = finished = newest_policy = backlog = pending_counts = workers
 
 
 def test_a_redis_that_is_away_is_said_and_asked_again() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Stats
 from onstream.workers.launcher.shutdown import wait_until_alone
 
 
 def test_it_waits_for_a_worker_that_was_heard_of_and_says_so(bus: Bus) -> None:
-    bus.heartbeat("verify", Stats())
+    bus.state.write_heartbeat("verify", Stats())
     said: list[str] = []
     heard = threading.Event()
 
@@ -20,18 +20,18 @@ def test_it_waits_for_a_worker_that_was_heard_of_and_says_so(bus: Bus) -> None:
 
     waiting = threading.Thread(
         target=wait_until_alone,
-        args=(bus, say, lambda: False),
+        args=(bus.state, say, lambda: False),
         kwargs={"alone_s": 0.3, "still_here_s": 0.1},
     )
     waiting.start()
     assert heard.wait(5)
     assert waiting.is_alive()
     assert said[0] == "the run has ended; waiting for tester to leave"
-    bus.leave()
+    bus.state.remove_heartbeat()
     waiting.join(5)
     assert not waiting.is_alive()
 
 
 def test_it_ends_when_told_to(bus: Bus) -> None:
-    bus.heartbeat("verify", Stats())
-    wait_until_alone(bus, print, lambda: True)
+    bus.state.write_heartbeat("verify", Stats())
+    wait_until_alone(bus.state, print, lambda: True)

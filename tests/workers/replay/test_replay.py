@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from onstream.pipeline.errors import Exit, UserError
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.run_files import recording
 from onstream.pipeline.run_files.recording import Opened, Recorded, Recorder, Stepped, frames
 from onstream.workers.replay.replay import replay

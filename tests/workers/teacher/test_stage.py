@@ -24,7 +24,8 @@ from onstream.pipeline.records import (
     logprobs_bytes,
     mask_bytes,
 )
-from onstream.pipeline.redis.streams import Bus, Move, Out
+from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Delivery, Outcome
 from onstream.settings.root import Settings
 from onstream.settings.run import DeliverySettings
@@ -237,8 +238,8 @@ def test_a_teacher_that_is_not_there_is_refused_by_name(model_dir: Path) -> None
 def test_on_the_streams_a_scored_rollout_goes_to_the_trainer_and_one_too_long_becomes_a_tombstone(
     bus: Bus,
 ) -> None:
-    lease = bus.acquire_lease(5)
-    bus.issue(
+    lease = bus.lease.acquire(5)
+    bus.lease.issue(
         lease,
         0,
         [Ticket(number, 0, 8, 0, 0, 0, ["score", "train"]) for number in (1, 2)],
@@ -247,15 +248,15 @@ def test_on_the_streams_a_scored_rollout_goes_to_the_trainer_and_one_too_long_be
     written = [rollout(1), rollout(2, completion=[20] * 63)]
     moves = [
         Move(entry.id, [Out("score", r.number, encode(r))])
-        for entry, r in zip(bus.read("generate", 2), written, strict=True)
+        for entry, r in zip(bus.streams.read("generate", 2), written, strict=True)
     ]
-    assert bus.settle("generate", moves) == [True, True]
+    assert bus.streams.move("generate", moves) == [True, True]
     worker = Worker(stage_with(Recorder()), bus, DeliverySettings(), block_s=0.2)
-    while bus.backlog()["score"]:
+    while bus.state.backlog()["score"]:
         worker.turn()
     arrived = {
         record.number: record
-        for record in (decode_work(entry.payload) for entry in bus.read("train", 10))
+        for record in (decode_work(entry.payload) for entry in bus.streams.read("train", 10))
     }
     alive = arrived[1]
     dead = arrived[2]
@@ -272,4 +273,4 @@ def test_on_the_streams_a_scored_rollout_goes_to_the_trainer_and_one_too_long_be
         and dead.stage == "score"
         and "longer than the teacher's context" in dead.reason
     )
-    assert bus.dead_numbers() == [2]
+    assert bus.state.dead_numbers() == [2]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from tests.tiny import write_tiny
 from tests.workers.trainer.driver import Run
 

@@ -26,7 +26,8 @@ from onstream.pipeline.records import (
     logprobs_bytes,
     mask_bytes,
 )
-from onstream.pipeline.redis.streams import Bus, Move, Out
+from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.streams import Move, Out
 from onstream.settings.root import Settings
 from onstream.workers.inspection.audit import audit, counted
 from onstream.workers.trainer.stage import Trainer
@@ -136,7 +137,7 @@ class Run:
 
     def ready(self) -> None:
         for stage in ("generate", "verify"):
-            self.bus.mark_ready(stage)
+            self.bus.state.mark_ready(stage)
 
     def turn(self, times: int = 1) -> None:
         for _ in range(times):
@@ -144,19 +145,22 @@ class Run:
 
     def tickets(self, count: int = 10_000) -> list[Any]:
         """Entries of the tickets that nobody took yet, with their tickets."""
-        return [(entry, decode_work(entry.payload)) for entry in self.bus.read("generate", count)]
+        return [
+            (entry, decode_work(entry.payload))
+            for entry in self.bus.streams.read("generate", count)
+        ]
 
     def answer(self, make: Answer = rollout, count: int = 10_000) -> int:
         """Answer tickets with what `make` says, in their order, written by the newest policy;
         returns how many.
         """
-        policy = self.bus.newest_policy()
+        policy = self.bus.state.newest_policy()
         assert policy is not None
         moves = []
         for entry, ticket in self.tickets(count):
             record = make(ticket, policy.number)
             moves.append(Move(entry.id, [Out("train", ticket.number, encode(record))]))
-        self.bus.settle("generate", moves)
+        self.bus.streams.move("generate", moves)
         return len(moves)
 
     def until(self, step: int, make: Answer = rollout) -> None:
@@ -174,7 +178,7 @@ class Run:
         """Answer and train until the run has ended."""
         self.until(self.trainer.max_steps, make)
         self.turn(2)
-        assert self.bus.finished()
+        assert self.bus.state.finished()
 
     def rows(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.trainer.run_dir / name).read_text().splitlines()]
@@ -183,7 +187,7 @@ class Run:
         return sorted(path.name for path in (self.trainer.run_dir / "checkpoints").glob("*"))
 
     def announced(self) -> list[int]:
-        return [policy.number for _, policy in self.bus.announcements()]
+        return [policy.number for _, policy in self.bus.state.announcements()]
 
     def counts(self) -> dict[str, int]:
         """Sizes of the audit's sets, those that are not empty."""
@@ -196,5 +200,5 @@ class Run:
 
     def lose_redis(self) -> None:
         """Every key of the run is gone, as after a restart without data."""
-        db = self.bus._db
+        db = self.bus.connection.client
         db.delete(*db.keys(f"{{onstream:{self.bus.run}}}:*"))

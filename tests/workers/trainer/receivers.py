@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Stats
 from onstream.workers.generator.nccl_receiver import READING, READY, TransferReceiver
 from tests.forkserver import context
@@ -52,9 +52,9 @@ def generator(url: str, run: str, name: str, gpus: int, ends: Sequence[str], joi
     ranks it is given.
     """
     bus = Bus.connect(url, run, consumer=name, block_s=0.2, connect_timeout_s=5)
-    bus.heartbeat("generate", Stats())
+    bus.state.write_heartbeat("generate", Stats())
     engine = SaysSo(gpus, ends)
-    receiver = TransferReceiver(bus, engine, patience_s=5)
+    receiver = TransferReceiver(bus.transfer, engine, patience_s=5)
     joined.put((name, "up"))
     told = 0
     while True:
@@ -62,7 +62,7 @@ def generator(url: str, run: str, name: str, gpus: int, ends: Sequence[str], joi
         for rank in engine.joined[told:]:
             joined.put((name, rank))
         told = len(engine.joined)
-        bus.server_time()
+        bus.connection.server_time()
 
 
 def start(

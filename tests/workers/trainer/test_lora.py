@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.loading import ADAPTER_CONFIG, base_of
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.settings.trainer import TrainerSettings
 from onstream.workers.trainer.batches.train_sample import TrainSample
 from onstream.workers.trainer.learner import Learner
@@ -138,7 +138,7 @@ def test_a_killed_trainer_goes_on_from_the_adapters_checkpoint_to_the_same_bits(
     assert job.start().step == 2
     for one in (undisturbed, job):
         one.to_the_end()
-    ends = [bus.newest_policy() for bus in (twin, job.bus)]
+    ends = [bus.state.newest_policy() for bus in (twin, job.bus)]
     assert ends[0] is not None and ends[1] is not None and ends[0].digest == ends[1].digest
     undisturbed.close_files()
     twin.close()

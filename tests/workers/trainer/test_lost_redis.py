@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from onstream.pipeline.redis.streams import Bus, LeaseLost
+from onstream.pipeline.errors import LeaseLost
+from onstream.pipeline.redis.bus import Bus
 from onstream.settings.stages import StageName
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from tests.redis_servers import Pair
@@ -36,7 +37,7 @@ def own(server: EmbeddedRedis, run_name: str) -> Iterator[Bus]:
 
 def beat(job: Run) -> None:
     """What the trainer's second thread does every second, and what a worker's heartbeat brings."""
-    job.bus.keep_lease(job.trainer.lease)
+    job.bus.lease.renew_from_heartbeat(job.trainer.lease)
     job.ready()
 
 
@@ -50,7 +51,7 @@ def test_a_trainer_whose_redis_is_emptied_under_it_asks_again_for_what_is_lost_a
     job.turn()
     epoch = job.trainer.lease.epoch
     held = len(list(job.trainer.training.batches.held()))
-    issued = bus.issued()
+    issued = bus.state.issued()
     job.lose_redis()
     beat(job)
     job.turn(3)
@@ -61,10 +62,10 @@ def test_a_trainer_whose_redis_is_emptied_under_it_asks_again_for_what_is_lost_a
         and f"count={lost}" in said
         and lost > 0
     )
-    assert job.trainer.lease.epoch == epoch + 1 and bus.issued() >= issued
-    policy = bus.newest_policy()
+    assert job.trainer.lease.epoch == epoch + 1 and bus.state.issued() >= issued
+    policy = bus.state.newest_policy()
     assert (
-        policy is not None and policy.number == 3 and bus.read_plan() == job.trainer.plan.encode()
+        policy is not None and policy.number == 3 and bus.state.plan() == job.trainer.plan.encode()
     )
     job.to_the_end()
     assert job.counts() == {"issued": 48, "trained": 48}
@@ -86,7 +87,7 @@ def test_a_loss_in_the_middle_of_a_step_is_met_by_the_call_that_finds_it(
     job.trainer.publisher.publish = lose_first  # type: ignore[method-assign, assignment]
     job.until(3)
     job.trainer.publisher.publish = publish  # type: ignore[method-assign]
-    assert bus.shaken
+    assert bus.lease.may_have_lost_data
     job.ready()
     job.to_the_end()
     assert job.counts() == {"issued": 48, "trained": 48}
@@ -103,8 +104,8 @@ def test_an_older_trainer_does_not_come_back_to_power_when_redis_has_forgotten_w
     job.start()
     job.lose_redis()
     with pytest.raises(LeaseLost, match="which was followed by 2"):
-        bus.renew_lease(older.lease)
-    bus.create_groups()
+        bus.lease.renew(older.lease)
+    bus.connection.create_groups()
     with pytest.raises(LeaseLost):
         stopped.turn()
     beat(job)
@@ -130,13 +131,13 @@ def test_a_restart_on_the_same_data_is_looked_into_and_costs_nothing(
     job.ready()
     job.until(3)
     beat(job)
-    assert not own.shaken
+    assert not own.lease.may_have_lost_data
     subprocess.run(["kill", "-9", str(server.pid)], check=True)
     while server.alive:
         pass
     server.start()
     beat(job)
-    assert own.shaken
+    assert own.lease.may_have_lost_data
     job.turn()
     said = capsys.readouterr().out
     assert "looking what it has lost" in said and "issuing them again" not in said
@@ -157,16 +158,16 @@ def test_what_a_replica_had_not_got_when_it_took_over_is_asked_for_again(
         job.until(4)
         job.answer(count=3)
         job.turn()
-        issued = bus.issued()
-        policy = bus.newest_policy()
+        issued = bus.state.issued()
+        policy = bus.state.newest_policy()
         epoch = job.trainer.lease.epoch
         pair.fail_over()
-        assert bus.issued() < issued, "the replica lags"
+        assert bus.state.issued() < issued, "the replica lags"
         beat(job)
         job.turn(3)
         assert (
-            bus.issued() >= issued
-            and bus.newest_policy() == policy
+            bus.state.issued() >= issued
+            and bus.state.newest_policy() == policy
             and job.trainer.lease.epoch == epoch
         )
         job.to_the_end()
@@ -181,23 +182,23 @@ def test_while_redis_is_full_no_tickets_are_issued_and_the_trainer_acknowledges_
     job = Run(own, model, tmp_path, checkpoint__interval=1000)
     job.ready()
     job.until(2)
-    own._ask("CONFIG", "SET", "maxmemory", 1)
+    own.connection.ask("CONFIG", "SET", "maxmemory", 1)
     full_at = job.trainer.step
     while job.answer():
         job.turn(3)
-    issued = own.issued()
+    issued = own.state.issued()
     job.turn(10)
-    assert own.full and own.issued() == issued
+    assert own.lease.full and own.state.issued() == issued
     assert job.trainer.stats.detail == "waits for room for tickets: Redis is full"
     assert capsys.readouterr().out.count("redis is full; no tickets") == 1
     assert job.trainer.step > full_at, "what was under way is trained"
-    assert job.checkpoints() and own.numbers("train") == [], (
+    assert job.checkpoints() and own.state.numbers("train") == [], (
         "what is settled is acknowledged, to free memory"
     )
     for stage in ("generate", "verify"):
         fresh: StageName = stage
-        own.mark_ready(fresh)  # a worker that starts on a full Redis says so too
-    own._ask("CONFIG", "SET", "maxmemory", 64 << 20)
+        own.state.mark_ready(fresh)  # a worker that starts on a full Redis says so too
+    own.connection.ask("CONFIG", "SET", "maxmemory", 64 << 20)
     job.to_the_end()
     assert job.counts() == {"issued": 48, "trained": 48}
     job.close_files()

@@ -62,7 +62,7 @@ def test_pure_distillation_waits_for_no_verifier_and_its_metrics_have_no_reward(
 ) -> None:
     job = run(**DISTILL, trainer__max_steps=2)
     for stage in ("generate", "score"):
-        job.bus.mark_ready(stage)  # type: ignore[arg-type]
+        job.bus.state.mark_ready(stage)  # type: ignore[arg-type]
     job.to_the_end(unrewarded)
     for row in job.rows():
         assert (row["reward"], row["reward_std"], row["unscored"]) == (None, None, 0)
@@ -75,7 +75,7 @@ def test_pure_distillation_waits_for_no_verifier_and_its_metrics_have_no_reward(
 def test_pure_distillation_trains_rollouts_and_not_groups(run: Callable[..., Run]) -> None:
     job = run(**DISTILL, trainer__max_steps=1, orchestrator__max_off_policy_steps=1)
     for stage in ("generate", "score"):
-        job.bus.mark_ready(stage)  # type: ignore[arg-type]
+        job.bus.state.mark_ready(stage)  # type: ignore[arg-type]
     job.turn()
     tickets = job.tickets()
     assert {tuple(ticket.route) for _, ticket in tickets} == {("score", "train")}
@@ -99,7 +99,7 @@ def test_the_mixed_objective_has_both_terms(run: Callable[..., Run]) -> None:
         **TEACHER, deployment__stages=["generate", "verify", "score", "train"], trainer__max_steps=1
     )
     for stage in ("generate", "verify", "score"):
-        job.bus.mark_ready(stage)  # type: ignore[arg-type]
+        job.bus.state.mark_ready(stage)  # type: ignore[arg-type]
     job.to_the_end(scored)
     [row] = job.rows()
     assert job.trainer.plan.route == ("verify", "score", "train")
@@ -135,7 +135,7 @@ def test_hard_distillation_without_verification_goes_straight_to_the_trainer(
     run: Callable[..., Run],
 ) -> None:
     job = run(**HARD, orchestrator__verification__enabled=False, trainer__max_steps=1)
-    job.bus.mark_ready("generate")
+    job.bus.state.mark_ready("generate")
     job.to_the_end(lambda ticket, version: written_by_a_teacher(ticket, version, reward=None))
     [row] = job.rows()
     assert (job.trainer.plan.route, row["reward"], row["rollouts"]) == (("train",), None, 8)

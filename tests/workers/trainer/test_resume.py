@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
-from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.errors import Exit, LeaseLost, UserError
 from onstream.pipeline.records import Rollout, Ticket, Tombstone, encode
-from onstream.pipeline.redis.streams import Bus, LeaseHeld, LeaseLost, Move, Out
+from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.streams import Move, Out
+from onstream.pipeline.redis.trainer_lease import LeaseHeld
 from onstream.workers.trainer.durability import checkpointing
 from tests.workers.trainer.driver import Run, dead, rollout
 
@@ -30,7 +32,7 @@ def undisturbed(redis_url: str, run_name: str, model: Path, tmp_path: Path) -> I
     job = Run(bus, model, tmp_path)
     job.ready()
     job.to_the_end()
-    policy = bus.newest_policy()
+    policy = bus.state.newest_policy()
     assert policy is not None
     yield policy.digest
     job.close_files()
@@ -38,7 +40,7 @@ def undisturbed(redis_url: str, run_name: str, model: Path, tmp_path: Path) -> I
 
 
 def digest(bus: Bus) -> str:
-    policy = bus.newest_policy()
+    policy = bus.state.newest_policy()
     assert policy is not None
     return policy.digest
 
@@ -50,10 +52,10 @@ def test_a_killed_trainer_goes_on_to_the_same_bits_and_announces_no_version_twic
     job = run()
     job.ready()
     job.until(killed_at)
-    issued = bus.issued()
+    issued = bus.state.issued()
     trainer = job.start()
     assert trainer.step == killed_at - killed_at % 2
-    assert bus.issued() == issued
+    assert bus.state.issued() == issued
     job.to_the_end()
     assert digest(bus) == undisturbed
     assert job.announced() == [0, 1, 2, 3, 4, 5, 6]
@@ -82,7 +84,8 @@ def test_a_kill_between_the_announcement_and_the_metrics_is_made_good(
 
 def digest_of(job: Run, number: int) -> str | None:
     return next(
-        (policy.digest for _, policy in job.bus.announcements() if policy.number == number), None
+        (policy.digest for _, policy in job.bus.state.announcements() if policy.number == number),
+        None,
     )
 
 
@@ -99,12 +102,12 @@ def test_a_kill_between_the_checkpoint_and_its_acknowledgements_repeats_neither(
         job.until(4)
         job.turn()
     assert job.checkpoints() == ["step-000002", "step-000004"]
-    assert 1 in bus.numbers("train")
+    assert 1 in bus.state.numbers("train")
     job.start()
-    while 1 in bus.numbers("train"):
+    while 1 in bus.state.numbers("train"):
         job.turn()
     assert set(range(17, 33)) <= set(
-        bus.numbers("train")
+        bus.state.numbers("train")
     )  # settled by the newest checkpoint: kept until the next
     job.to_the_end()
     assert digest(bus) == undisturbed
@@ -142,7 +145,7 @@ def test_a_torn_checkpoint_is_said_aloud_and_the_one_before_it_used(
     assert trainer.step == 2
     said = capsys.readouterr().out
     assert "checkpoint is torn" in said and "model.safetensors does not have the digest" in said
-    assert bus.issued() == 48 and "issuing them again" not in said
+    assert bus.state.issued() == 48 and "issuing them again" not in said
     job.to_the_end()
     assert digest(bus) == undisturbed
     assert job.checkpoints() == ["step-000004", "step-000006", "torn-step-000004"]
@@ -175,13 +178,13 @@ def test_an_empty_redis_is_filled_again_from_the_checkpoint(
     job.until(4)
     job.turn()
     job.lose_redis()
-    bus.create_groups()
+    bus.connection.create_groups()
     job.start()
     assert "redis lost data" in capsys.readouterr().out
-    assert bus.issued() == 48
+    assert bus.state.issued() == 48
     job.ready()
     job.turn(20)
-    assert sorted(bus.numbers("generate")) == list(range(33, 49))
+    assert sorted(bus.state.numbers("generate")) == list(range(33, 49))
     job.to_the_end()
     assert job.counts() == {"issued": 48, "trained": 48}
 
@@ -191,10 +194,10 @@ def test_a_number_lost_in_the_middle_of_a_step_is_issued_again_as_it_was(
 ) -> None:
     job = run()
     job.ready()
-    while not bus.issued():
+    while not bus.state.issued():
         job.turn()
     ((entry, ticket),) = job.tickets(count=1)
-    bus.settle("generate", [Move(entry.id, [])])
+    bus.streams.move("generate", [Move(entry.id, [])])
     job.start()
     job.turn(10)
     again = [found for _, found in job.tickets() if found.number == 1]
@@ -206,10 +209,12 @@ def test_a_dead_letter_whose_tombstone_went_with_a_lost_checkpoint_stays_dead(
 ) -> None:
     job = run(trainer__max_steps=2)
     job.ready()
-    while not bus.issued():
+    while not bus.state.issued():
         job.turn()
     ((entry, ticket),) = job.tickets(count=1)
-    bus.settle("generate", [Move(entry.id, [Out("dead", 1, encode(ticket), "the test killed it")])])
+    bus.streams.move(
+        "generate", [Move(entry.id, [Out("dead", 1, encode(ticket), "the test killed it")])]
+    )
     job.start()
     job.to_the_end()
     assert job.counts() == {"issued": 16, "trained": 15, "dead": 1}
@@ -221,10 +226,10 @@ def test_a_drain_checkpoints_at_any_step_and_gives_nothing_back(
     job = run(checkpoint__interval=1000)
     job.ready()
     job.until(3)
-    pending = bus.pending_counts()["train"]
+    pending = bus.state.pending_counts()["train"]
     job.trainer.close(finished=False)
     assert job.checkpoints() == ["step-000003"]
-    assert bus.pending_counts()["train"] == pending >= 24
+    assert bus.state.pending_counts()["train"] == pending >= 24
     assert job.start().step == 3
     job.to_the_end()
     assert digest(bus) == undisturbed
@@ -244,10 +249,10 @@ def test_a_finished_run_goes_on_when_max_steps_is_raised_and_the_change_is_recor
     job.to_the_end()
     job.start(trainer__max_steps=4)
     job.turn()
-    assert bus.finished()
+    assert bus.state.finished()
     assert job.checkpoints() == ["step-000002", "step-000004"]
     job.start(trainer__max_steps=6)
-    assert not bus.finished()
+    assert not bus.state.finished()
     (change,) = job.rows("changes.jsonl")
     assert {name: change[name] for name in ("step", "name", "from", "to")} == {
         "step": 4,
@@ -315,7 +320,7 @@ def test_a_revived_trainer_beside_its_successor_writes_nothing(
     while job.trainer.step < 2:
         job.answer(count=8)
         job.turn()
-    policy = bus.newest_policy()
+    policy = bus.state.newest_policy()
     rows = job.rows()
     ledger = job.rows("trained.jsonl")
     with pytest.raises(LeaseLost):
@@ -325,7 +330,11 @@ def test_a_revived_trainer_beside_its_successor_writes_nothing(
     assert old.step == 1
     with pytest.raises(LeaseLost):
         old.close(finished=False)
-    assert (bus.newest_policy(), job.rows(), job.rows("trained.jsonl")) == (policy, rows, ledger)
+    assert (bus.state.newest_policy(), job.rows(), job.rows("trained.jsonl")) == (
+        policy,
+        rows,
+        ledger,
+    )
     job.to_the_end()
     assert job.counts() == {"issued": 48, "trained": 48}
 

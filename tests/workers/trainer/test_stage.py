@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from onstream.pipeline.errors import Exit
 from onstream.pipeline.loop import run_worker
 from onstream.pipeline.records import Rollout, Ticket, Tombstone, decode_work, encode
-from onstream.pipeline.redis.streams import Bus, Move, Out
+from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.streams import Move, Out
 from onstream.workers.trainer.stage import Trainer
 from tests.workers.trainer.driver import Run, dead, rollout
 
@@ -31,28 +32,28 @@ def test_a_fresh_run_has_a_plan_and_the_student_as_version_0_before_any_ticket(
     run: Callable[..., Run], bus: Bus
 ) -> None:
     job = run()
-    plan = bus.read_plan()
+    plan = bus.state.plan()
     assert plan is not None and plan == (job.trainer.run_dir / "plan.json").read_bytes()
-    policy = bus.newest_policy()
+    policy = bus.state.newest_policy()
     assert policy is not None and policy.number == 0
     assert (
         AutoModelForCausalLM.from_pretrained(job.trainer.run_dir / policy.path).config.vocab_size
         == 48
     )
-    assert bus.issued() == 0
+    assert bus.state.issued() == 0
 
 
 def test_the_first_ticket_waits_for_every_stage_of_the_route_and_says_so(
     run: Callable[..., Run], bus: Bus
 ) -> None:
     job = run()
-    bus.mark_ready("generate")
+    bus.state.mark_ready("generate")
     job.turn()
-    assert (bus.issued(), job.trainer.stats.detail) == (0, "waits for verify: not ready yet")
-    bus.mark_ready("verify")
-    while not bus.issued():
+    assert (bus.state.issued(), job.trainer.stats.detail) == (0, "waits for verify: not ready yet")
+    bus.state.mark_ready("verify")
+    while not bus.state.issued():
         job.turn()
-    assert bus.issued() == 16
+    assert bus.state.issued() == 16
     assert job.trainer.stats.detail == "step 1 of 6; 0 rollouts of 0 open groups to come"
 
 
@@ -62,7 +63,7 @@ def test_a_step_publishes_a_version_and_writes_every_metric(
     job = run()
     job.ready()
     job.until(1)
-    policy = bus.newest_policy()
+    policy = bus.state.newest_policy()
     assert policy is not None and policy.number == 1
     (row,) = job.rows()
     assert set(NAMES.split()) <= set(row)
@@ -76,7 +77,7 @@ def test_a_step_publishes_a_version_and_writes_every_metric(
     assert row["queue_verify_s"] == pytest.approx(0.5, abs=1e-3)
     assert row["latency_score_s"] is None
     assert 1.0 <= row["queue_train_s"] < 10
-    assert bus.issued() == 24  # the window moved on by a batch
+    assert bus.state.issued() == 24  # the window moved on by a batch
     sample = job.rows("samples.jsonl")[0]
     assert (sample["uid"], sample["completions"], sample["policy_versions"]) == (
         f"{bus.run}/1",
@@ -107,13 +108,13 @@ def test_entries_are_acknowledged_by_the_checkpoint_after_the_one_that_settled_t
     job.ready()
     job.until(2)
     assert job.checkpoints() == ["step-000002"]
-    assert set(range(1, 17)) <= set(bus.numbers("train"))
+    assert set(range(1, 17)) <= set(bus.state.numbers("train"))
     job.until(4)
     assert job.checkpoints() == ["step-000002", "step-000004"]
-    assert min(bus.numbers("train")) == 17
+    assert min(bus.state.numbers("train")) == 17
     job.to_the_end()
     assert job.checkpoints() == ["step-000004", "step-000006"]
-    assert bus.numbers("train") == list(range(33, 49))
+    assert bus.state.numbers("train") == list(range(33, 49))
 
 
 def test_a_dead_member_leaves_its_group_and_a_dead_group_is_replaced(
@@ -185,7 +186,7 @@ def test_single_rollouts_are_the_unit_where_no_reward_has_a_baseline(
         deployment__stages=["generate", "score", "train"],
         trainer__max_steps=2,
     )
-    job.bus.mark_ready("score")
+    job.bus.state.mark_ready("score")
     job.ready()
     job.to_the_end(make)
     assert [row["rollouts"] for row in job.rows()] == [8, 8]
@@ -216,14 +217,14 @@ def test_a_rollout_that_no_step_can_take_counts_as_dead_and_stops_nothing(
 def test_a_number_that_comes_twice_is_trained_once(run: Callable[..., Run], bus: Bus) -> None:
     job = run(trainer__max_steps=1)
     job.ready()
-    while not bus.issued():
+    while not bus.state.issued():
         job.turn()
     taken = job.tickets()
     twice = [
         Move(entry.id, [Out("train", ticket.number, encode(rollout(ticket, 0)))] * 2)
         for entry, ticket in taken
     ]
-    bus.settle("generate", twice)
+    bus.streams.move("generate", twice)
     job.turn(4)
     assert job.rows()[0]["rollouts"] == 8
     assert job.counts() == {"issued": 8, "trained": 8}
@@ -246,17 +247,19 @@ def test_a_checkpoint_is_taken_early_when_much_waits_for_it(
 def test_tickets_wait_for_the_backlog(run: Callable[..., Run], bus: Bus) -> None:
     job = run(orchestrator__max_backlog=7)
     job.ready()
-    while not bus.issued():
+    while not bus.state.issued():
         job.turn()
-    assert bus.issued() == 16  # the gate was open: it looks at what is there, not at what it adds
+    assert (
+        bus.state.issued() == 16
+    )  # the gate was open: it looks at what is there, not at what it adds
     job.answer(count=8)
     job.turn(3)
-    assert (job.trainer.step, bus.issued()) == (1, 16)
+    assert (job.trainer.step, bus.state.issued()) == (1, 16)
     assert "orchestrator.max_backlog" in job.trainer.stats.detail
     job.answer()
-    while bus.issued() == 16:
+    while bus.state.issued() == 16:
         job.turn()
-    assert bus.issued() == 32
+    assert bus.state.issued() == 32
 
 
 def test_no_steps_at_all_still_leave_a_checkpoint_and_an_end(
@@ -264,9 +267,9 @@ def test_no_steps_at_all_still_leave_a_checkpoint_and_an_end(
 ) -> None:
     job = run(trainer__max_steps=0)
     job.turn(2)
-    assert bus.finished()
+    assert bus.state.finished()
     assert job.checkpoints() == ["step-000000"]
-    assert bus.issued() == 0
+    assert bus.state.issued() == 0
 
 
 def test_what_the_state_file_says_is_complete(run: Callable[..., Run], bus: Bus) -> None:
@@ -292,11 +295,11 @@ def test_the_worker_loop_runs_it_to_its_end_and_frees_the_lease(
     other = Bus.connect(redis_url, bus.run, consumer="generator", block_s=0.2, connect_timeout_s=5)
 
     def generate() -> None:
-        while not other.finished():
+        while not other.state.finished():
             moves = []
-            newest = other.newest_policy()
+            newest = other.state.newest_policy()
             assert newest is not None
-            for entry in other.read("generate", 8, block_s=0.05):
+            for entry in other.streams.read("generate", 8, block_s=0.05):
                 ticket = decode_work(entry.payload)
                 assert isinstance(ticket, Ticket)
                 moves.append(
@@ -305,7 +308,7 @@ def test_the_worker_loop_runs_it_to_its_end_and_frees_the_lease(
                         [Out("train", entry.number, encode(rollout(ticket, newest.number)))],
                     )
                 )
-            other.settle("generate", moves)
+            other.streams.move("generate", moves)
 
     generator = threading.Thread(target=generate)
     generator.start()
@@ -317,7 +320,7 @@ def test_the_worker_loop_runs_it_to_its_end_and_frees_the_lease(
     finally:
         generator.join()
         other.close()
-    assert bus.lease is None
+    assert bus.lease.current is None
     counts = job.counts()
     assert counts["trained"] == 48
     assert "lost" not in counts and "duplicated" not in counts

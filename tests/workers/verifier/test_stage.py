@@ -12,7 +12,7 @@ import pytest
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.loop import Worker
 from onstream.pipeline.records import Rollout, Sample, decode_work, encode
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.settings.root import Settings
 from onstream.settings.run import DeliverySettings
 from onstream.workers.verifier.stage import Verifier
@@ -54,10 +54,12 @@ def verify(bus: Bus) -> Iterator[Any]:
         workers.append(worker_of(bus, **task))
         workers[-1].stage.setup()
         for each in rollouts:
-            bus._ask("XADD", bus.keys.stream("verify"), "*", "n", each.number, "b", encode(each))
-        while bus.backlog()["verify"]:
+            bus.connection.ask(
+                "XADD", bus.keys.stream("verify"), "*", "n", each.number, "b", encode(each)
+            )
+        while bus.state.backlog()["verify"]:
             workers[-1].turn()
-        scored = [decode_work(entry.payload) for entry in bus.read("score", 100)]
+        scored = [decode_work(entry.payload) for entry in bus.streams.read("score", 100)]
         return {record.number: record for record in scored if isinstance(record, Rollout)}
 
     yield run
@@ -113,7 +115,7 @@ def test_the_heartbeat_counts_each_kind_of_trouble(bus: Bus) -> None:
     worker = worker_of(bus, scorer=MISBEHAVING)
     worker.stage.setup()
     for number in (1, 2, 3):
-        bus._ask(
+        bus.connection.ask(
             "XADD",
             bus.keys.stream("verify"),
             "*",
@@ -122,7 +124,7 @@ def test_the_heartbeat_counts_each_kind_of_trouble(bus: Bus) -> None:
             "b",
             encode(rollout(number, do="raise_error")),
         )
-    while bus.backlog()["verify"]:
+    while bus.state.backlog()["verify"]:
         worker.turn()
     worker.stage.close(finished=False)
     assert worker.life.stats.numbers == {

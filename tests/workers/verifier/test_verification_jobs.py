@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from onstream.pipeline.records import Rollout, Tombstone, decode_work, encode
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.job_queue import JobQueue
-from onstream.pipeline.redis.streams import Bus
 from onstream.settings.root import Settings
 from onstream.workers.jobs.process_tree import descendants
 from onstream.workers.verifier.verification_jobs import verify_entry
@@ -74,7 +74,7 @@ class Site:
 
     def put(self, number: int, **info: Any) -> None:
         """A rollout for the verifiers."""
-        self.bus._ask(
+        self.bus.connection.ask(
             "XADD",
             self.bus.keys.stream("verify"),
             "*",
@@ -90,9 +90,9 @@ class Site:
 
     def scored(self, count: int) -> dict[int, Rollout]:
         """What went on, by number, once it is `count`."""
-        until(lambda: len(self.bus.numbers("score")) >= count)
-        records = [decode_work(entry.payload) for entry in self.bus.read("score", 100)]
-        assert self.bus.backlog()["verify"] == 0
+        until(lambda: len(self.bus.state.numbers("score")) >= count)
+        records = [decode_work(entry.payload) for entry in self.bus.streams.read("score", 100)]
+        assert self.bus.state.backlog()["verify"] == 0
         return {record.number: record for record in records if isinstance(record, Rollout)}
 
 
@@ -165,9 +165,9 @@ def test_the_lease_is_kept_while_the_job_is_under_way(site: Site) -> None:
     site.put_slow(1)
     until(site.begun.exists)
     site.verifier("second", settings)
-    until(lambda: len(site.bus.workers()) == 3)
+    until(lambda: len(site.bus.state.workers()) == 3)
     time.sleep(2 * LEASE_S)  # the second would have claimed it by now
-    [row] = site.bus.all_pending_rows("verify")
+    [row] = site.bus.streams.all_pending_rows("verify")
     assert (row.consumer, row.deliveries) == ("first", 1)
     site.go_on.touch()
     assert site.scored(1)[1].reward == 1.0
@@ -184,7 +184,7 @@ def test_the_work_of_a_killed_work_horse_is_done_by_the_next_try(site: Site) -> 
     until(site.begun.exists)
     site.go_on.touch()
     assert site.scored(1)[1].reward == 1.0
-    assert site.bus.dead_count() == 0
+    assert site.bus.state.dead_count() == 0
 
 
 def test_a_verifier_that_is_killed_meanwhile_costs_nothing(site: Site) -> None:
@@ -196,12 +196,14 @@ def test_a_verifier_that_is_killed_meanwhile_costs_nothing(site: Site) -> None:
     first.kill()
     first.join()
     site.verifier("second", settings)
-    until(lambda: [row.consumer for row in site.bus.all_pending_rows("verify")] == ["second"])
+    until(
+        lambda: [row.consumer for row in site.bus.streams.all_pending_rows("verify")] == ["second"]
+    )
     site.go_on.touch()
     assert site.scored(1)[1].reward == 1.0
     with JobQueue(site.url, site.bus.run, settings.jobs) as jobs:
         assert [row.tries for row in jobs.rows()] == [1]
-    assert (site.bus.numbers("score"), site.bus.dead_count()) == ([1], 0)
+    assert (site.bus.state.numbers("score"), site.bus.state.dead_count()) == ([1], 0)
 
 
 def test_what_fails_as_a_job_for_good_is_a_dead_letter(site: Site) -> None:
@@ -211,19 +213,19 @@ def test_what_fails_as_a_job_for_good_is_a_dead_letter(site: Site) -> None:
     site.put_slow(1)
     until(site.begun.exists)
     os.kill(min(descendants(worker.pid)), signal.SIGKILL)
-    [letter] = until(site.bus.dead_letters)
+    [letter] = until(site.bus.state.dead_letters)
     assert (letter.number, letter.stage) == (1, "verify")
     assert (
         letter.reason.startswith("its verification failed as a job: ")
         and "signal 9" in letter.reason
     )
-    tombstone = decode_work(site.bus.read("train", 1)[0].payload)
+    tombstone = decode_work(site.bus.streams.read("train", 1)[0].payload)
     assert isinstance(tombstone, Tombstone) and tombstone.number == 1
 
 
 def test_a_job_that_comes_late_finds_the_entry_gone(site: Site) -> None:
     site.put(1)
-    [entry] = site.bus.read("verify", 1)
+    [entry] = site.bus.streams.read("verify", 1)
     settings = site.settings()
     assert verify_entry(settings, site.bus, entry.id.decode()) == {
         "moved": True,
@@ -231,11 +233,11 @@ def test_a_job_that_comes_late_finds_the_entry_gone(site: Site) -> None:
         "reward": 1.0,
     }
     assert verify_entry(settings, site.bus, entry.id.decode()) == {"moved": False}
-    assert site.bus.numbers("score") == [1]
+    assert site.bus.state.numbers("score") == [1]
 
 
 def test_a_verifier_says_when_no_jobs_worker_takes_what_it_has(site: Site) -> None:
     site.verifier("first", site.settings())
     site.put(1)
-    [state] = until(lambda: [state for state in site.bus.workers() if state.detail])
+    [state] = until(lambda: [state for state in site.bus.state.workers() if state.detail])
     assert state.detail == "1 verifications wait for a jobs worker (onstream worker jobs)"

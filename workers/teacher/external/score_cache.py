@@ -17,10 +17,10 @@ from onstream.workers.teacher.scorer import ScoreRequest, Scores
 class ScoreCacheStore(Protocol):
     """What the cache asks of the bus."""
 
-    def recall_scores(self, digests: Sequence[bytes]) -> list[bytes | None]: ...
-    def keep_scores(self, scores: Sequence[tuple[bytes, bytes]], most: int) -> None: ...
-    def probed_teacher(self, name: bytes) -> bytes | None: ...
-    def note_teacher(self, name: bytes, probed: bytes) -> None: ...
+    def recall(self, digests: Sequence[bytes]) -> list[bytes | None]: ...
+    def keep(self, scores: Sequence[tuple[bytes, bytes]], most: int) -> None: ...
+    def teacher_check(self, name: bytes) -> bytes | None: ...
+    def note_teacher_check(self, name: bytes, checked: bytes) -> None: ...
 
 
 class _CachedScores(msgspec.Struct, array_like=True):
@@ -55,23 +55,23 @@ class ScoreCache:
         self._top_k = top_k
         if most:
             name = _digest(teacher.encode(), ids_bytes(probe.completion_ids))
-            noted = shelf.probed_teacher(name)
+            noted = shelf.teacher_check(name)
             if noted is None or distance(logprobs_array(noted), reference) > SAME_NATS:
                 noted = logprobs_bytes(reference)
-                shelf.note_teacher(name, noted)
+                shelf.note_teacher_check(name, noted)
             self._teacher = _digest(name, noted)
 
     def find(self, requests: Sequence[ScoreRequest]) -> list[Scores | None]:
         """The scores that each of `requests` was given before, or None."""
         if not self._most:
             return [None] * len(requests)
-        kept = self._shelf.recall_scores([self._key(request) for request in requests])
+        kept = self._shelf.recall([self._key(request) for request in requests])
         return [None if value is None else self._scores(value) for value in kept]
 
     def keep(self, scored: Sequence[tuple[ScoreRequest, Scores]]) -> None:
         """Keep scores for later."""
         if self._most:
-            self._shelf.keep_scores(
+            self._shelf.keep(
                 [(self._key(request), _value(scores)) for request, scores in scored], self._most
             )
 

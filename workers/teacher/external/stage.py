@@ -19,7 +19,7 @@ from onstream.pipeline.http import (
 )
 from onstream.pipeline.models.tokenizer import has_vision, load_configs
 from onstream.pipeline.records import Sample, StageName
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.settings.root import Settings
 from onstream.workers.teacher.external.endpoint import TeacherEndpoint
@@ -116,7 +116,7 @@ class ExternalTeacher:
             conclusive=True,
         )
         self._budget = TokenBudget(
-            self._bus,
+            self._bus.scores,
             self.name,
             teacher.client.max_tokens_per_run,
             f"{SECTION}.client.max_tokens_per_run",
@@ -124,7 +124,7 @@ class ExternalTeacher:
         try:
             # A run that was scored before waits for its teacher; one that begins is told of a wrong
             # address at once.
-            self._background.run(self._pool.open(patient="score" in self._bus.ready()))
+            self._background.run(self._pool.open(patient="score" in self._bus.state.ready_stages()))
         except BaseException:
             self._background.stop(self._pool.close)
             raise
@@ -175,7 +175,7 @@ class ExternalTeacher:
             return None
         from onstream.workers.teacher.external.request_images import RequestImages  # imports torch
 
-        return RequestImages(self._settings, config, self._bus.images)
+        return RequestImages(self._settings, config, self._bus.images.read)
 
     def _objection(self, delivery: Delivery) -> str | None:
         name = self._teacher.model.name
@@ -217,7 +217,7 @@ class ExternalTeacher:
     def _known(self, requests: Sequence[ScoreRequest]) -> Sequence[Scores | None]:
         if self._cache is None and self._check_endpoint.reference is not None:
             self._cache = ScoreCache(
-                self._bus,
+                self._bus.scores,
                 self._settings.orchestrator.score_cache,
                 teacher=self._teacher.model.name,
                 top_k=self._top_k,

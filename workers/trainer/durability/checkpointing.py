@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onstream.pipeline.records import PolicyVersion
-from onstream.pipeline.redis.streams import Bus, Lease
+from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.trainer_lease import Lease
 from onstream.pipeline.run_files.ledger import Ledger
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.trainer import CheckpointSettings
@@ -126,7 +127,7 @@ class Checkpointing:
             LeaseLost: another trainer took over.
         """
         if entries := self.acknowledgements.releasable():
-            self._bus.acknowledge(self._lease, entries)
+            self._bus.lease.acknowledge(self._lease, entries)
             self.acknowledgements.released(entries)
 
     def _cut_ledger(self, size_bytes: int) -> int:
@@ -155,7 +156,7 @@ class Checkpointing:
         In this order: a kill between the two leaves ledger lines that no checkpoint knows, and the
         next trainer cuts them off. The other way round their fates would be missing for good.
         """
-        with self._bus.writing(self._lease):
+        with self._bus.lease.writing(self._lease):
             self._ledger.cut(self._ledger_bytes)  # an attempt that failed may have left its lines
             ledger_bytes = self._ledger.append(self.acknowledgements.unsaved_lines)
         state = TrainerState(
@@ -174,13 +175,13 @@ class Checkpointing:
         # The model takes its time. Only the rename is fenced: a trainer whose lease has passed to
         # another one meanwhile must not put its checkpoint among the successor's.
         checkpoint.save(
-            self._directory, state, write_files, fence=lambda: self._bus.writing(self._lease)
+            self._directory, state, write_files, fence=lambda: self._bus.lease.writing(self._lease)
         )
         return ledger_bytes
 
     def _prune(self, *, recorded: bool) -> None:
         """Remove old checkpoints. A recorded run's keep their optimizer: a replay starts there."""
-        with self._bus.writing(self._lease):
+        with self._bus.lease.writing(self._lease):
             checkpoint.prune(
                 self._directory,
                 self._settings.keep,
@@ -190,7 +191,7 @@ class Checkpointing:
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
-        with self._bus.writing(self._lease):
+        with self._bus.lease.writing(self._lease):
             self._ledger.cut(self._ledger_bytes)
         pause_s = min(2.0**self._failures / 2, LONGEST_RETRY_S)
         log.error(

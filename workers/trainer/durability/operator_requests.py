@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from onstream.pipeline.records import Ticket
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import FILE, forget_spilled, spill_dead
-from onstream.pipeline.redis.operator_requests import Request
-from onstream.pipeline.redis.streams import Bus, Lease
+from onstream.pipeline.redis.operator_requests import OperatorRequest
+from onstream.pipeline.redis.trainer_lease import Lease
 from onstream.pipeline.telemetry import get_logger
 from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
 from onstream.workers.trainer.issuer import Issuer
@@ -43,17 +44,17 @@ class OperatorRequestHandler:
         self._dead_file = run_dir / FILE
         self._acknowledgements = acknowledgements
         self._issuer = issuer
-        self._requeues: dict[int, list[Request]] = {}  # by the group of the dead
+        self._requeues: dict[int, list[OperatorRequest]] = {}  # by the group of the dead
         self._purges: list[
-            Request
+            OperatorRequest
         ] = []  # in the acknowledgements, and not yet in a durable checkpoint
         self._taken: set[bytes] = set()
         self._next_look = 0.0
 
     def take_up_requeued(self) -> None:
         """Bring together what the checkpoint and Redis know of numbers that were asked for anew."""
-        known = self._bus.requeued()
-        self._bus.keep_requeued(
+        known = self._bus.requests.requeued()
+        self._bus.requests.restore_requeued(
             self._lease,
             {new: dead for new, dead in self._issuer.requeued.items() if new not in known},
         )
@@ -69,8 +70,8 @@ class OperatorRequestHandler:
             return
         self._next_look = time.monotonic() + POLL_S
         refused = []
-        issued = self._bus.issued()
-        requests = list(self._bus.requests())
+        issued = self._bus.state.issued()
+        requests = list(self._bus.requests.waiting())
         self._taken.intersection_update(request.id for request in requests)
         for request in requests:
             waits = (
@@ -87,9 +88,9 @@ class OperatorRequestHandler:
                     reason=reason,
                 )
                 refused.append(request)
-        self._bus.close_requests(self._lease, refused)
+        self._bus.requests.close(self._lease, refused)
 
-    def _take(self, request: Request, step: int) -> str | None:
+    def _take(self, request: OperatorRequest, step: int) -> str | None:
         """Take a request in hand, or say why not."""
         if request.wish == "purge" and request.letter:
             if self._acknowledgements.settled.is_dead(request.number):
@@ -128,7 +129,9 @@ class OperatorRequestHandler:
             }
             issuer = replace(self._issuer, requeued={**self._issuer.requeued, **named})
             again = [issuer.ticket(place.number, place.min_policy_version) for place in places]
-            if not self._bus.issue_requeued(self._lease, issued + at, again, max_backlog, served):
+            if not self._bus.requests.issue_requeued(
+                self._lease, issued + at, again, max_backlog, served
+            ):
                 break
             self._issuer.requeued.update(named)
             del self._requeues[group]
@@ -145,7 +148,7 @@ class OperatorRequestHandler:
         """
         if self._purges:
             forget_spilled(self._dead_file, {request.letter for request in self._purges})
-            self._bus.close_requests(self._lease, self._purges, with_letters=True)
+            self._bus.requests.close(self._lease, self._purges, with_letters=True)
             log.info(
                 "dead letters purged", numbers=sorted(request.number for request in self._purges)
             )

@@ -10,9 +10,10 @@ from pathlib import Path
 import structlog
 
 from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import dead_numbers
-from onstream.pipeline.redis.streams import STAGES, Bus, Lease
-from onstream.pipeline.redis.trainer_lease import while_it_may_expire
+from onstream.pipeline.redis.keys import STAGES
+from onstream.pipeline.redis.trainer_lease import Lease, while_it_may_expire
 from onstream.pipeline.run_files.json_lines import JsonLines
 from onstream.pipeline.run_files.ledger import RangeSet
 from onstream.pipeline.run_files.ownership import Ownership
@@ -35,7 +36,7 @@ def become_trainer(bus: Bus, ttl_s: float, files: Ownership) -> Lease:
         LeaseHeld: another trainer renews it.
         LeaseLost: another trainer was faster to claim the files.
     """
-    return while_it_may_expire(lambda: bus.acquire_lease(ttl_s, files), ttl_s)
+    return while_it_may_expire(lambda: bus.lease.acquire(ttl_s, files), ttl_s)
 
 
 def agree_on_plan(
@@ -56,7 +57,7 @@ def agree_on_plan(
         refuse_differences(ours, theirs)
         _refuse_route(bus, ours, theirs, state)
         _record_changes(run_dir, ours, theirs, state.step if state else 0)
-    bus.write_plan(lease, ours.encode())
+    bus.lease.write_plan(lease, ours.encode())
     fresh = run_dir / f"{PLAN}.new"
     fresh.write_bytes(ours.encode())
     fresh.rename(run_dir / PLAN)
@@ -71,7 +72,7 @@ def lost_numbers(bus: Bus, known: RangeSet, issued: int, run_dir: Path) -> Range
     """
     known = known.copy()
     for stage in STAGES:
-        for number in bus.numbers(stage):
+        for number in bus.state.numbers(stage):
             known.add(number)
     for number in dead_numbers(bus, run_dir):
         known.add(number)
@@ -84,11 +85,11 @@ def unsettled_dead(bus: Bus, known: RangeSet, run_dir: Path) -> list[int]:
     """
     # Before the streams: whoever dies in between has its tombstone in them.
     dead = {number for number in dead_numbers(bus, run_dir) if number > 0 and number not in known}
-    return sorted(dead.difference(*(bus.numbers(stage) for stage in STAGES))) if dead else []
+    return sorted(dead.difference(*(bus.state.numbers(stage) for stage in STAGES))) if dead else []
 
 
 def _plan_of_the_run(bus: Bus, run_dir: Path) -> Plan | None:
-    stored = bus.read_plan()
+    stored = bus.state.plan()
     if stored is None and (run_dir / PLAN).exists():
         stored = (run_dir / PLAN).read_bytes()
     return None if stored is None else Plan.decode(stored)
@@ -117,7 +118,7 @@ def _refuse_route(bus: Bus, ours: Plan, theirs: Plan, state: TrainerState | None
         return
     settled = SettledNumbers(state.settled if state else None)
     in_flight = len(
-        {number for stage in STAGES for number in bus.numbers(stage) if number not in settled}
+        {number for stage in STAGES for number in bus.state.numbers(stage) if number not in settled}
     )
     raise UserError(
         f"rollouts would go by {' → '.join(ours.route)}; run {theirs.run!r} has {in_flight} in flight by {' → '.join(theirs.route)}",

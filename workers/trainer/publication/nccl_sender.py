@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from onstream.pipeline.run_files.ownership import LeaseLost
+from onstream.pipeline.errors import LeaseLost
 from onstream.pipeline.telemetry import get_logger
 from onstream.pipeline.weights import LoadedPolicy, WeightsError
 from onstream.pipeline.weights.nccl_transfer import PolicyHeader, TransferCoordinator

@@ -12,7 +12,8 @@ from msgspec.structs import replace
 from onstream.pipeline import weights
 from onstream.pipeline.records import PolicyVersion, Probe
 from onstream.pipeline.redis.access import redis_url
-from onstream.pipeline.redis.streams import Bus, Lease
+from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.trainer_lease import Lease
 from onstream.pipeline.weights import (
     DirectoryWriter,
     LoadedPolicy,
@@ -69,7 +70,7 @@ class Publisher:
         )
         self.sent = SendResult(0, None)
         self._announced: dict[int, str] = {}
-        for _, policy in bus.announcements():
+        for _, policy in bus.state.announcements():
             self._remember(policy)
 
     def publish(
@@ -96,7 +97,7 @@ class Publisher:
                 self._run_dir, number, policy.digest, policy.data, self._model_files
             )
         if not known:
-            self._bus.announce(self._lease, announced)
+            self._bus.lease.announce(self._lease, announced)
             self._remember(announced)
         kept = {0, number, max(self._announced), *pinned(self._run_dir)}
         weights.prune(self._run_dir, self._settings.checkpoint.keep_policies, kept)
@@ -110,19 +111,22 @@ class Publisher:
             LeaseLost: another trainer took over.
             UserError: Redis has no room for it.
         """
-        newest = self._bus.newest_policy()
+        newest = self._bus.state.newest_policy()
         if newest is not None and newest.number >= policy.number:
             return
         if not self._sender.offers(VersionId(policy.number, policy.digest)):
             self._give(LoadedPolicy.of(policy.number, state()), whole=True)
-        self._bus.announce(self._lease, policy)
+        self._bus.lease.announce(self._lease, policy)
 
     @property
     def wanted(self) -> bool:
         """Whether a generator wants the newest version as a file, since it was not there when that
         went from GPU to GPU.
         """
-        return self._unwritten is not None and self._bus.wanted_weights() == self._unwritten.digest
+        return (
+            self._unwritten is not None
+            and self._bus.transfer.requested_file() == self._unwritten.digest
+        )
 
     def supply(self) -> None:
         """Write it.
@@ -156,7 +160,7 @@ class Publisher:
         if self._on_disk:
             return DirectoryWriter(self._run_dir, self._model_files)
         return ChunkWriter(
-            self._bus,
+            self._bus.weights,
             self._lease,
             self._settings.weights.max_share,
             self._settings.redis.connect_timeout,
@@ -203,7 +207,7 @@ def transfer_of(bus: Bus, lease: Lease, settings: Settings) -> Transfer | None:
         raise SettingsError([vllm_missing("weights.transport")])
     patience_s = settings.weights.patience
     return Transfer(
-        TransferCoordinator(bus, lease, patience_s),
+        TransferCoordinator(bus.transfer, lease, patience_s),
         address_towards(redis_url(settings)),
         patience_s,
     )

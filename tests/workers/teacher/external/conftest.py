@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from onstream.pipeline.records import Rollout, Sample, ids_bytes, logprobs_bytes, mask_bytes
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome
 from onstream.settings.root import Settings
 from onstream.workers.teacher.external import ExternalTeacher

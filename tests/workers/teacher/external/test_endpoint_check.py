@@ -236,7 +236,7 @@ def test_one_endpoint_that_answers_is_enough_to_begin(
 def test_a_worker_of_a_run_that_was_scored_before_waits_for_its_teacher(
     bus: Any, configure: Configure, stages: Stages
 ) -> None:
-    bus.mark_ready("score")
+    bus.state.mark_ready("score")
     stage = stages(configure(TableTeacher(port=1)))
     assert stage.stats.detail.startswith(
         "waiting for the teacher: http://127.0.0.1:1/v1: ConnectError"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from onstream.pipeline.http import RequestRefused
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.workers.teacher.external.endpoint import TeacherEndpoint
 from onstream.workers.teacher.external.protocols import VARIANTS, TeacherProtocol, VllmGenerate
 from onstream.workers.teacher.external.score_cache import ScoreCache
@@ -30,7 +30,12 @@ SHOWS = ScoreRequest(
 
 def test_the_same_tokens_of_another_picture_were_not_scored_before(bus: Bus) -> None:
     cache = ScoreCache(
-        bus, 10, teacher="teacher", top_k=0, probe=SHOWS, reference=np.zeros(2, dtype=np.float32)
+        bus.scores,
+        10,
+        teacher="teacher",
+        top_k=0,
+        probe=SHOWS,
+        reference=np.zeros(2, dtype=np.float32),
     )
     cache.keep([(SHOWS, Scores(np.array([-1.0, -2.0], dtype=np.float32)))])
     found = cache.find(

@@ -8,7 +8,8 @@ import pytest
 
 from onstream.pipeline.loop import Worker
 from onstream.pipeline.records import Rollout, decode_work, encode, ids_array, logprobs_array
-from onstream.pipeline.redis.streams import Bus, Move, Out
+from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Outcome
 from onstream.settings.run import DeliverySettings
 from onstream.workers.teacher.external.stage import CACHED
@@ -265,7 +266,7 @@ def test_past_its_budget_of_tokens_the_worker_takes_no_more_and_says_so(
     )
     assert (stage.room, stage.busy) == (0, False)
     for name in (bus.consumer, "another"):
-        bus.consumer = name
+        bus.connection.consumer = name
         restarted = stages(settings)
         assert restarted.handle(delivered(rollout(5))) == [], "a restart brings no new budget"
         assert restarted.room == 0 and restarted.stats.detail.startswith(
@@ -310,37 +311,37 @@ def test_under_the_loop_a_server_that_is_killed_in_the_middle_costs_nothing(
     server.delay_s = 0.01
     feed(bus, range(1, 41))
     worker = Worker(stage, bus, DeliverySettings(), block_s=0.05)
-    while bus.backlog()["train"] < 10:
+    while bus.state.backlog()["train"] < 10:
         worker.turn()
     server.stop()
     while not stage.stats.detail.startswith("waiting for the teacher"):
         worker.turn()
-    waiting = bus.backlog()
+    waiting = bus.state.backlog()
     assert waiting["score"] + waiting["train"] == 40 and waiting["train"] < 40
     for _ in range(20):
         worker.turn()
-    assert bus.backlog() == waiting, "it takes no more and drops nothing"
+    assert bus.state.backlog() == waiting, "it takes no more and drops nothing"
     server.start()
-    while bus.backlog()["train"] < 40:
+    while bus.state.backlog()["train"] < 40:
         worker.turn()
-    done = [decode_work(entry.payload) for entry in bus.read("train", 64)]
+    done = [decode_work(entry.payload) for entry in bus.streams.read("train", 64)]
     assert sorted(record.number for record in done) == list(range(1, 41))
     assert all(
         isinstance(record, Rollout) and record.scored_by == server.base_url for record in done
     )
-    assert bus.dead_numbers() == []
+    assert bus.state.dead_numbers() == []
 
 
 def feed(bus: Bus, numbers: range) -> None:
     """Put rollouts into the stream of the teacher, by way of tickets."""
     from onstream.pipeline.records import Ticket
 
-    lease = bus.acquire_lease(30)
-    bus.issue(
+    lease = bus.lease.acquire(30)
+    bus.lease.issue(
         lease, 0, [Ticket(number, 0, 8, 0, 0, 0, ["score", "train"]) for number in numbers], 1000
     )
-    entries = bus.read("generate", len(numbers))
-    bus.settle(
+    entries = bus.streams.read("generate", len(numbers))
+    bus.streams.move(
         "generate",
         [
             Move(entry.id, [Out("score", entry.number, encode(rollout(entry.number)))])

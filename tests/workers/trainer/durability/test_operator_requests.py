@@ -17,7 +17,7 @@ DEAD = {3, 10}
 
 def give_up(run: Run, numbers: set[int]) -> None:
     """A worker answers every waiting ticket, and gives up those of `numbers`."""
-    policy = run.bus.newest_policy()
+    policy = run.bus.state.newest_policy()
     assert policy is not None
     moves = []
     for entry, ticket in run.tickets():
@@ -29,7 +29,7 @@ def give_up(run: Run, numbers: set[int]) -> None:
                 Out("train", ticket.number, encode(tombstone)),
             ]
         moves.append(Move(entry.id, outs))
-    run.bus.settle("generate", moves)
+    run.bus.streams.move("generate", moves)
 
 
 def start(run: RunMaker, **changes: object) -> Run:
@@ -52,9 +52,9 @@ def test_a_requeue_issues_one_group_under_new_numbers_that_asks_the_same_and_nam
     run: RunMaker,
 ) -> None:
     started = start(run)
-    started.bus.leave_request("requeue", 3)
+    started.bus.requests.add("requeue", 3)
     look_again(started)
-    policy = started.bus.newest_policy()
+    policy = started.bus.state.newest_policy()
     asked: list[Ticket] = []
 
     def keep(ticket: Ticket, version: int) -> Rollout | Tombstone:
@@ -66,8 +66,8 @@ def test_a_requeue_issues_one_group_under_new_numbers_that_asks_the_same_and_nam
     group = [ticket for ticket in asked if ticket.index == 0]
     assert [ticket.requeued_from for ticket in group] == [3, None, None, None]
     assert group[0].number > 8
-    assert list(started.bus.requests()) == []
-    assert started.bus.requeued() == {group[0].number: 3}
+    assert list(started.bus.requests.waiting()) == []
+    assert started.bus.requests.requeued() == {group[0].number: 3}
     assert started.counts()["dead"] == 2  # number 3 stays dead
 
 
@@ -78,11 +78,11 @@ def test_two_dead_of_one_group_are_asked_for_in_one_new_group(run: RunMaker) -> 
     give_up(started, {2, 3})
     started.turn(3)
     for number in (2, 3):
-        started.bus.leave_request("requeue", number)
+        started.bus.requests.add("requeue", number)
     look_again(started)
     started.answer()
     started.turn(3)
-    new = started.bus.requeued()
+    new = started.bus.requests.requeued()
     assert sorted(new.values()) == [2, 3]
     assert len({(number - 1) // 4 for number in new}) == 1
 
@@ -90,50 +90,50 @@ def test_two_dead_of_one_group_are_asked_for_in_one_new_group(run: RunMaker) -> 
 def test_a_requeue_asked_twice_is_served_once(run: RunMaker) -> None:
     started = start(run)
     for _ in range(2):
-        started.bus.leave_request("requeue", 3)
+        started.bus.requests.add("requeue", 3)
     look_again(started)
     started.to_the_end()
-    started.bus.leave_request("requeue", 3)
+    started.bus.requests.add("requeue", 3)
     look_again(started)
-    assert list(started.bus.requeued().values()) == [3]
-    assert list(started.bus.requests()) == []
+    assert list(started.bus.requests.requeued().values()) == [3]
+    assert list(started.bus.requests.waiting()) == []
 
 
 def test_a_rollout_that_lives_is_not_asked_for_anew(run: RunMaker) -> None:
     started = start(run)
-    started.bus.leave_request("requeue", 1)
+    started.bus.requests.add("requeue", 1)
     look_again(started)
-    assert list(started.bus.requests()) == []
+    assert list(started.bus.requests.waiting()) == []
     started.to_the_end()
-    assert started.bus.requeued() == {}
+    assert started.bus.requests.requeued() == {}
 
 
 def test_a_request_for_a_number_that_has_not_settled_waits_for_it(run: RunMaker) -> None:
     started = run()
     started.ready()
     started.turn()
-    started.bus.leave_request("requeue", 3)
+    started.bus.requests.add("requeue", 3)
     look_again(started)
-    assert len(list(started.bus.requests())) == 1
+    assert len(list(started.bus.requests.waiting())) == 1
     give_up(started, {3})
     started.turn(3)
     look_again(started)
     started.to_the_end()
-    assert list(started.bus.requeued().values()) == [3]
+    assert list(started.bus.requests.requeued().values()) == [3]
 
 
 def test_lost_tickets_of_a_requeue_are_issued_again_as_they_were(run: RunMaker) -> None:
     started = start(run)
-    started.bus.leave_request("requeue", 3)
+    started.bus.requests.add("requeue", 3)
     look_again(started)
     started.until(4)
     started.turn()
-    [(new, dead)] = started.bus.requeued().items()
+    [(new, dead)] = started.bus.requests.requeued().items()
     assert started.checkpoints()
     started.lose_redis()
-    started.bus.create_groups()
+    started.bus.connection.create_groups()
     started.start()
-    assert started.bus.requeued() == {new: dead}
+    assert started.bus.requests.requeued() == {new: dead}
     assert started.trainer.issuer.ticket(new, 0).requeued_from == 3
     assert started.trainer.issuer.ticket(new + 1, 0).index == 0
 
@@ -145,12 +145,12 @@ def test_a_purge_deletes_the_letter_once_a_checkpoint_counts_the_number_as_purge
     [letter] = [
         letter for letter in all_letters(started.bus, started.trainer.run_dir) if letter.number == 3
     ]
-    started.bus.leave_request("purge", 3, letter.entry_id)
+    started.bus.requests.add("purge", 3, letter.entry_id)
     look_again(started)
     assert dead_numbers(started.bus, started.trainer.run_dir) == DEAD
     started.to_the_end()
     assert dead_numbers(started.bus, started.trainer.run_dir) == {10}
-    assert list(started.bus.requests()) == []
+    assert list(started.bus.requests.waiting()) == []
     assert started.counts() == {"issued": 48, "trained": 46, "dropped": 1, "dead": 1}
 
 
@@ -159,7 +159,7 @@ def test_a_trainer_killed_between_a_purge_and_its_checkpoint_does_it_again(run: 
     [letter] = [
         letter for letter in all_letters(started.bus, started.trainer.run_dir) if letter.number == 3
     ]
-    started.bus.leave_request("purge", 3, letter.entry_id)
+    started.bus.requests.add("purge", 3, letter.entry_id)
     look_again(started)
     started.start()
     started.turn()
@@ -177,7 +177,7 @@ def test_dead_letters_over_the_bound_spill_at_a_checkpoint_and_the_audit_counts_
     started.until(2)
     started.turn()
     path = started.trainer.run_dir / "dead.jsonl"
-    assert started.bus.dead_numbers() == [10]
+    assert started.bus.state.dead_numbers() == [10]
     assert spilled_numbers(path) == [3]
     assert started.counts()["dead"] == 2
 
@@ -190,7 +190,7 @@ def test_a_spilled_letter_is_purged_from_its_file(run: RunMaker) -> None:
     [letter] = [
         letter for letter in all_letters(started.bus, started.trainer.run_dir) if letter.number == 3
     ]
-    started.bus.leave_request("purge", 3, letter.entry_id)
+    started.bus.requests.add("purge", 3, letter.entry_id)
     look_again(started)
     started.to_the_end()
     assert spilled_numbers(path) == []
@@ -199,10 +199,10 @@ def test_a_spilled_letter_is_purged_from_its_file(run: RunMaker) -> None:
 
 def test_an_entry_that_is_no_request_is_refused_and_removed(run: RunMaker) -> None:
     started = start(run)
-    started.bus._ask("XADD", started.bus.keys.requests, "*", "do", "explode", "n", "3")
-    started.bus._ask("XADD", started.bus.keys.requests, "*", "words", "none")
+    started.bus.connection.ask("XADD", started.bus.keys.requests, "*", "do", "explode", "n", "3")
+    started.bus.connection.ask("XADD", started.bus.keys.requests, "*", "words", "none")
     look_again(started)
-    assert list(started.bus.requests()) == []
+    assert list(started.bus.requests.waiting()) == []
 
 
 def test_a_purge_of_a_run_that_has_ended_is_served_when_it_is_taken_up_again(run: RunMaker) -> None:
@@ -211,7 +211,7 @@ def test_a_purge_of_a_run_that_has_ended_is_served_when_it_is_taken_up_again(run
     [letter] = [
         letter for letter in all_letters(started.bus, started.trainer.run_dir) if letter.number == 3
     ]
-    started.bus.leave_request("purge", 3, letter.entry_id)
+    started.bus.requests.add("purge", 3, letter.entry_id)
     started.start()
     started.trainer.close(finished=True)
     assert dead_numbers(started.bus, started.trainer.run_dir) == {10}

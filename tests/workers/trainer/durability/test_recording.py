@@ -13,7 +13,7 @@ import pytest
 
 from onstream.pipeline.errors import Exit
 from onstream.pipeline.records import Rollout, Ticket, Tombstone, logprobs_bytes
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.run_files import recording
 from onstream.pipeline.run_files.recording import Opened, Recorded, Stepped, frames
 from onstream.workers.replay.replay import replay
@@ -23,7 +23,7 @@ EQUAL = "the weights after each of them equal the recorded ones, bit for bit; so
 
 
 def digest(bus: Bus) -> str:
-    policy = bus.newest_policy()
+    policy = bus.state.newest_policy()
     assert policy is not None
     return policy.digest
 
@@ -206,7 +206,7 @@ def test_what_comes_again_in_other_words_counts_as_the_run_took_it(
     job.turn()
     job.trainer.close(finished=False)
     job.lose_redis()
-    bus.create_groups()
+    bus.connection.create_groups()
     job.start()
     job.ready()
     job.to_the_end(otherwise)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Stats
 from onstream.pipeline.weights import LoadedPolicy, WeightsError, announced
 from onstream.pipeline.weights.nccl_transfer import PolicyHeader, TransferCoordinator
@@ -86,7 +86,10 @@ def transfer(bus: Bus, opened: list[NoBroadcast]) -> Transfer:
         return opened[-1]
 
     return Transfer(
-        TransferCoordinator(bus, bus.acquire_lease(60), PATIENCE_S), "127.0.0.1", PATIENCE_S, opens
+        TransferCoordinator(bus.transfer, bus.lease.acquire(60), PATIENCE_S),
+        "127.0.0.1",
+        PATIENCE_S,
+        opens,
     )
 
 
@@ -144,7 +147,7 @@ def test_a_generator_that_is_killed_costs_one_patience_and_then_the_others_go_on
     generators.kill("a")
     assert not transfer.send(policy(2))
     assert opened[0].closed
-    bus._db.hdel(bus.keys.workers, "a")  # as its heartbeat ages
+    bus.connection.client.hdel(bus.keys.workers, "a")  # as its heartbeat ages
     assert transfer.send(policy(3))
     assert generators.ranks(1) == {"b": 1}
 
@@ -156,14 +159,16 @@ class Here:
         self.bus = bus
         self.now = 0.0
         self.calls = 0
-        bus.heartbeat("generate", Stats())
-        self.lease = bus.acquire_lease(60)
+        bus.state.write_heartbeat("generate", Stats())
+        self.lease = bus.lease.acquire(60)
         self.engine = SaysSo(1, ends)
-        self.receiver = TransferReceiver(bus, self.engine, PATIENCE_S, clock=lambda: self.now)
+        self.receiver = TransferReceiver(
+            bus.transfer, self.engine, PATIENCE_S, clock=lambda: self.now
+        )
 
     def call(self, sent: LoadedPolicy) -> Callable[[], None]:
         """Ask for `sent`; the receiver looks twice; returns what waits for the answer."""
-        caller = TransferCoordinator(self.bus, self.lease, patience_s=0)
+        caller = TransferCoordinator(self.bus.transfer, self.lease, patience_s=0)
         with pytest.raises(WeightsError, match="tester did not answer"):
             caller.call("receive", {"tester": 1}, update_info(), PolicyHeader.of(sent))
         return self.receiver.look
@@ -206,17 +211,17 @@ def test_another_models_weights_are_refused_before_they_are_received(bus: Bus) -
 
 def test_a_redis_that_forgot_the_receivers_is_told_again(bus: Bus) -> None:
     here = Here(bus)
-    bus._db.delete(bus.keys.receivers)
+    bus.connection.client.delete(bus.keys.receivers)
     here.receiver.look()
-    assert bus.receivers() == {}
+    assert bus.transfer.receivers() == {}
     here.now = SIGN_S
     here.receiver.look()
-    assert bus.receivers() == {"tester": 1}
+    assert bus.transfer.receivers() == {"tester": 1}
 
 
 def test_a_call_from_before_a_generator_started_is_not_its_own(bus: Bus) -> None:
     first = Here(bus)
     first.call(policy(3))
     second = SaysSo(1)
-    TransferReceiver(bus, second, PATIENCE_S).look()
+    TransferReceiver(bus.transfer, second, PATIENCE_S).look()
     assert second.asked == []

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from onstream.pipeline.records import Probe, ids_array, logprobs_array
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.settings.inference import InferenceSettings
 from onstream.settings.trainer import TrainerSettings
 from onstream.workers.trainer.batches.train_sample import TrainSample
@@ -111,7 +111,7 @@ def test_every_version_is_announced_with_its_probe_unless_the_guard_is_off(
     job = run(inference__guard__interval=interval)
     job.ready()
     job.until(2)
-    probes = [policy.probe for _, policy in bus.announcements()]
+    probes = [policy.probe for _, policy in bus.state.announcements()]
     assert len(probes) == 3
     if interval:
         assert all(probe is not None and len(probe.prompts) == PROMPTS for probe in probes)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import onstream.pipeline.weights.redis_store
-from onstream.pipeline.redis.streams import Bus
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.weights import (
     DirectoryReader,
     LoadedPolicy,
@@ -32,7 +32,7 @@ CHANGES = {
 
 def shelf(job: Run) -> StoreReader:
     return (
-        ChunkReader(job.bus)
+        ChunkReader(job.bus.weights)
         if job.settings().weights.transport == "redis"
         else DirectoryReader(job.trainer.run_dir)
     )
@@ -54,7 +54,7 @@ def test_a_step_says_how_many_bytes_it_published_and_what_share_of_the_weights_c
 ) -> None:
     job.to_the_end()
     rows = job.rows()
-    full = job.bus.newest_policy().size_bytes  # type: ignore[union-attr]
+    full = job.bus.state.newest_policy().size_bytes  # type: ignore[union-attr]
     assert all(0 < row["publish_bytes"] < full for row in rows)
     assert all(0 < row["delta_share"] < 0.5 for row in rows)
 
@@ -65,7 +65,7 @@ def test_every_version_can_be_had_by_a_reader_that_keeps_up_and_the_newest_by_on
     steady = PolicyFetcher(shelf(job), deltas=True)
     for step in range(7):
         job.until(step)
-        policy = job.bus.newest_policy()
+        policy = job.bus.state.newest_policy()
         assert policy is not None and policy.number == step
         for reader in (steady, PolicyFetcher(shelf(job), deltas=True)):
             assert reader.fetch(policy).digest == policy.digest
@@ -83,19 +83,19 @@ def test_a_killed_trainer_replays_without_publishing_anew_and_goes_on_where_it_w
     job.until(killed_at)
     before = {part.place for part in shelf(job).parts()}
     rows = job.rows()
-    newest = job.bus.newest_policy()
+    newest = job.bus.state.newest_policy()
     assert newest is not None
     job.start()
     assert {part.place for part in shelf(job).parts()} == before
     job.until(killed_at)
     assert {part.place for part in shelf(job).parts()} == before
-    assert job.bus.newest_policy() == newest
+    assert job.bus.state.newest_policy() == newest
     assert job.rows()[-1]["publish_bytes"] == 0
     assert [row["delta_share"] for row in job.rows()] == [row["delta_share"] for row in rows]
     reader = PolicyFetcher(shelf(job), deltas=True)
     reader.fetch(newest)
     job.to_the_end()
-    policy = job.bus.newest_policy()
+    policy = job.bus.state.newest_policy()
     assert policy is not None
     assert reader.fetch(policy).digest == policy.digest
     assert job.announced() == list(range(7))
@@ -108,13 +108,16 @@ def test_weights_that_redis_lost_with_everything_else_are_published_again(
     job.ready()
     job.until(5)
     job.lose_redis()
-    policy = job.bus.newest_policy()
+    policy = job.bus.state.newest_policy()
     assert policy is None
-    job.bus.create_groups()
+    job.bus.connection.create_groups()
     job.start()
-    policy = job.bus.newest_policy()
+    policy = job.bus.state.newest_policy()
     assert policy is not None and policy.number == 4
-    assert PolicyFetcher(ChunkReader(job.bus), deltas=True).fetch(policy).digest == policy.digest
+    assert (
+        PolicyFetcher(ChunkReader(job.bus.weights), deltas=True).fetch(policy).digest
+        == policy.digest
+    )
 
 
 def test_weights_that_redis_lost_under_a_trainer_at_work_are_given_again(
@@ -124,12 +127,17 @@ def test_weights_that_redis_lost_under_a_trainer_at_work_are_given_again(
     job.ready()
     job.until(3)
     job.lose_redis()
-    job.bus.keep_lease(job.trainer.lease)  # as the trainer's second thread does every second
+    job.bus.lease.renew_from_heartbeat(
+        job.trainer.lease
+    )  # as the trainer's second thread does every second
     job.ready()
     job.turn(2)
-    policy = job.bus.newest_policy()
+    policy = job.bus.state.newest_policy()
     assert policy is not None and policy.number == 3
-    assert PolicyFetcher(ChunkReader(job.bus), deltas=True).fetch(policy).digest == policy.digest
+    assert (
+        PolicyFetcher(ChunkReader(job.bus.weights), deltas=True).fetch(policy).digest
+        == policy.digest
+    )
     job.to_the_end()
 
 
@@ -140,7 +148,7 @@ def test_weights_that_redis_lost_while_they_were_written_are_written_again(
     job = run(weights__transport="redis", **CHANGES | {"weights__delta": False})
     job.ready()
     job.until(2)
-    keep_chunk = job.bus.keep_chunk
+    keep_chunk = job.bus.weights.write_chunk
     kept = []
 
     def lose_the_third(*args: Any) -> None:
@@ -149,12 +157,15 @@ def test_weights_that_redis_lost_while_they_were_written_are_written_again(
             job.lose_redis()
         keep_chunk(*args)
 
-    monkeypatch.setattr(job.bus, "keep_chunk", lose_the_third)
+    monkeypatch.setattr(job.bus.weights, "write_chunk", lose_the_third)
     job.until(3)
     assert kept.count(0) == 2
-    policy = job.bus.newest_policy()
+    policy = job.bus.state.newest_policy()
     assert policy is not None and policy.number == 3
-    assert PolicyFetcher(ChunkReader(job.bus), deltas=True).fetch(policy).digest == policy.digest
+    assert (
+        PolicyFetcher(ChunkReader(job.bus.weights), deltas=True).fetch(policy).digest
+        == policy.digest
+    )
     job.ready()
     job.to_the_end()
 
@@ -163,7 +174,7 @@ def test_a_missing_version_is_named_with_the_place_where_it_should_be(
     bus: Bus, run: Callable[..., Run], tmp_path: Path
 ) -> None:
     job = run(weights__transport="redis", **CHANGES)
-    policy: Any = job.bus.newest_policy()
+    policy: Any = job.bus.state.newest_policy()
     with pytest.raises(
         WeightsError, match=r"no weights of version 0, digest [0-9a-f]{12}, in .*elsewhere"
     ):
@@ -202,7 +213,7 @@ def direct(run: Callable[..., Run], sends: Sends) -> Run:
 
 
 def readable(job: Run) -> bool:
-    policy = job.bus.newest_policy()
+    policy = job.bus.state.newest_policy()
     assert policy is not None
     try:
         return (
@@ -233,11 +244,11 @@ def test_a_version_whose_transfer_failed_is_a_file_when_it_is_announced(
 
 def test_a_generator_that_missed_the_newest_version_gets_it_as_a_file(direct: Run) -> None:
     direct.until(3)
-    policy = direct.bus.newest_policy()
+    policy = direct.bus.state.newest_policy()
     assert policy is not None and not readable(direct)
     direct.turn()
     assert not readable(direct)
-    direct.bus.want_weights(policy.digest)
+    direct.bus.transfer.request_file(policy.digest)
     direct.turn()
     assert readable(direct)
 
