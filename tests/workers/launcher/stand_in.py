@@ -29,7 +29,7 @@ from onstream.settings.load import load_settings
 from onstream.settings.plan import make_plan
 from onstream.settings.root import Settings
 from onstream.settings.stages import STAGE_OF, WorkerKind
-from onstream.workers.commands.cli import sources
+from onstream.workers.commands.options import settings_sources
 
 
 @click.group()
@@ -39,7 +39,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("kind")
-@sources
+@settings_sources
 @click.option("--slot", required=True)
 def worker(
     kind: WorkerKind, files: tuple[Path, ...], overrides: tuple[str, ...], slot: str
@@ -82,7 +82,7 @@ def served(files: tuple[Path, ...], overrides: tuple[str, ...], port: int) -> No
 
 
 for command in ("teacher-server", "student-server"):
-    cli.command(command)(sources(click.option("--port", type=int, required=True)(served)))
+    cli.command(command)(settings_sources(click.option("--port", type=int, required=True)(served)))
 
 
 class Server(HTTPServer):

@@ -1,0 +1,33 @@
+"""`onstream audit`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from onstream.pipeline.errors import Exit
+from onstream.workers.commands.options import with_run_settings
+
+if TYPE_CHECKING:
+    from onstream.settings.root import Settings
+
+
+@click.command()
+@with_run_settings
+@click.option(
+    "--uids", is_flag=True, help="Print the rollouts themselves, not only how many there are."
+)
+def audit(settings: Settings, uids: bool) -> Exit:
+    """Print as JSON what became of every rollout.
+
+    Exits with 1 if any is lost or duplicated.
+    """
+    from onstream.pipeline.redis.access import opened
+    from onstream.workers.inspection.audit import audit, counted
+
+    with opened(settings, purpose="audit") as bus:
+        found = audit(settings.run_dir, bus)
+    click.echo(json.dumps(found if uids else counted(found), indent=2))
+    return Exit.FAILED if found["lost"] or found["duplicated"] else Exit.OK

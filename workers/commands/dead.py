@@ -1,0 +1,111 @@
+"""`onstream dead`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from onstream.workers.commands.options import Command, as_json_option, with_run_settings
+
+if TYPE_CHECKING:
+    from onstream.pipeline.redis.operator_requests import Wish
+    from onstream.settings.root import Settings
+
+NUMBERS_SHOWN = 20
+
+
+@click.group()
+def dead() -> None:
+    """List, show, requeue or purge rollouts that were given up."""
+
+
+@dead.command("list")
+@with_run_settings
+@as_json_option
+def list_letters(settings: Settings, as_json: bool) -> None:
+    """List the dead letters by reason."""
+    from rich.console import Console
+
+    from onstream.pipeline.redis.access import opened
+    from onstream.workers.inspection.dead_letters import dead, show_list
+
+    with opened(settings, purpose="dead") as bus:
+        found = dead(bus, settings.run_dir)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        show_list(found, Console())
+
+
+@dead.command("show")
+@with_run_settings
+@click.argument("number")
+def show_letter(settings: Settings, number: str) -> None:
+    """Print the dead letter of rollout NUMBER (such as 17) as JSON.
+
+    It has the record that failed in it.
+    """
+    from onstream.pipeline.redis.access import opened
+    from onstream.workers.inspection.dead_letters import show
+
+    with opened(settings, purpose="dead") as bus:
+        click.echo(json.dumps(show(bus, settings.run_dir, number), indent=2))
+
+
+def letter_selection(command: Command) -> Command:
+    """Give `command` the ways to say which dead letters: `numbers`, `reason`, `everything`."""
+    numbers = click.argument("numbers", nargs=-1)
+    reason = click.option(
+        "--reason", metavar="TEXT", help="Those with this reason, or with TEXT in it."
+    )
+    everything = click.option("--all", "everything", is_flag=True, help="Every dead letter.")
+    return numbers(reason(everything(command)))
+
+
+@dead.command("requeue")
+@with_run_settings
+@letter_selection
+def requeue_letters(
+    settings: Settings, numbers: tuple[str, ...], reason: str | None, everything: bool
+) -> None:
+    """Ask the trainer for new rollouts in place of dead ones.
+
+    The dead ones stay dead.
+    """
+    _ask_trainer("requeue", settings, numbers, reason, everything)
+
+
+@dead.command("purge")
+@with_run_settings
+@letter_selection
+def purge_letters(
+    settings: Settings, numbers: tuple[str, ...], reason: str | None, everything: bool
+) -> None:
+    """Ask the trainer to delete dead letters.
+
+    The audit then counts their rollouts as dropped.purged.
+    """
+    _ask_trainer("purge", settings, numbers, reason, everything)
+
+
+def _ask_trainer(
+    wish: Wish,
+    settings: Settings,
+    numbers: tuple[str, ...],
+    reason: str | None,
+    everything: bool,
+) -> None:
+    from onstream.pipeline.redis.access import opened
+    from onstream.workers.inspection.dead_letters import ask
+
+    with opened(settings, purpose="dead") as bus:
+        asked = ask(bus, settings.run_dir, wish, numbers, reason, everything=everything)
+        at_work = any(worker.stage == "train" for worker in bus.state.workers())
+    shown = asked[:NUMBERS_SHOWN]
+    if len(asked) > len(shown):
+        shown.append("…")
+    click.echo(f"asked the trainer to {wish} {len(asked)}: {', '.join(shown)}")
+    if not at_work:
+        click.echo("no trainer is at work on this run: it does so when the run is resumed")
