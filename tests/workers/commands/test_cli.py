@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
-SNIPPETS = sorted((Path(__file__).parent.parent / "seed_page").glob("*.toml"))
+from onstream.workers.commands.cli import cli
+
+SNIPPETS = sorted((Path(__file__).parents[2] / "seed_page").glob("*.toml"))
+assert SNIPPETS
+
+
+def all_commands() -> Iterator[list[str]]:
+    """The words of every command: those of the group itself are none."""
+    yield []
+    for name, command in cli.commands.items():
+        yield [name]
+        if isinstance(command, click.Group):
+            yield from ([name, inner] for inner in command.commands)
 
 
 def onstream(
@@ -48,8 +62,16 @@ def test_parsing_and_checking_import_no_torch(arguments: list[str]) -> None:
     assert not loaded & {"torch", "transformers", "matplotlib", "numpy"}
 
 
-def test_help_does_not_even_load_the_settings() -> None:
-    assert not imported_by("--help") & {"pydantic", "rich", "redis", "msgspec"}
+@pytest.mark.parametrize("command", list(all_commands()), ids=" ".join)
+def test_help_does_not_even_load_the_settings(command: list[str]) -> None:
+    heavy = {"pydantic", "rich", "redis", "msgspec", "numpy", "torch", "transformers"}
+    assert not imported_by(*command, "--help") & heavy
+
+
+def test_the_list_of_commands_has_their_summaries_whole_at_80_columns() -> None:
+    for group in ([], ["dead"], ["jobs"], ["models"]):
+        listed = onstream(*group, "--help", environ={"COLUMNS": "80"}).stdout
+        assert "..." not in listed.split("Commands:")[1]
 
 
 def test_check_without_a_file_is_clean_reward_only_training_of_the_default_student() -> None:
