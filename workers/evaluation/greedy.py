@@ -1,5 +1,6 @@
-"""Greedy evaluation of a model on the task's held-out problems, with the generator's engine and the
-verifier's children.
+"""Greedy evaluation of a model on the task's held-out problems.
+
+It uses the generator's engine and the verifier's scorer processes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.images import ImageError
-from onstream.pipeline.tasks import Problem, load_task
+from onstream.pipeline.tasks import Problem, Task, load_task
 from onstream.pipeline.tasks.swapped_images import swapped_problems
 from onstream.settings.root import Settings
 from onstream.workers.generator.engines.base import GenerationRequest, Sampling
@@ -28,13 +29,13 @@ GREEDY = Sampling(temperature=0)
 
 
 def evaluate(model_dir: Path, settings: Settings) -> dict[str, Any]:
-    """The likeliest answer of the model in `model_dir` to each held-out problem, scored.
+    """Answer each held-out problem with the model in `model_dir`, greedily, and score the answers.
 
     Returns:
         `exact`, the share of problems with a reward of 1 or more; `reward`, the mean of those that
         were scored (None if none was); `samples`, the number of problems; `unscored`, how many the
-        scorer itself failed on; `seconds`. With `eval.swap_images` also `exact_swapped`, the share
-        of those `samples_swapped` problems that are answered right though another problem's images
+        scorer itself failed on; `seconds`. With `eval.swap_images` also `exact_swapped`: the share
+        of `samples_swapped` problems that are answered right although the images of another problem
         are shown.
 
     Raises:
@@ -43,46 +44,59 @@ def evaluate(model_dir: Path, settings: Settings) -> dict[str, Any]:
     """
     started = time.monotonic()
     task = load_task(settings)
+    own = _held_out(task)
+    swapped = _with_images_swapped(task) if settings.eval.swap_images else {}
+    problems = own | swapped
+    student = load_student(model_dir, settings)
+    answers = _answers(student, problems, settings.inference.sampling.max_completion)
+    verdicts = _verdicts(settings, list(problems.values()), answers)
+    result = _summary(verdicts[: len(own)])
+    if swapped:
+        result["exact_swapped"] = _exact(verdicts[len(own) :])
+        result["samples_swapped"] = len(swapped)
+    result["seconds"] = time.monotonic() - started
+    return result
+
+
+def _held_out(task: Task) -> dict[str, Problem]:
+    """The held-out problems of `task`, by their names in messages."""
     if task.held_out_size == 0:
         raise UserError(
             "there are no held-out problems",
             expected="at least one",
             next_step="Set `eval.samples` above 0.",
         )
-    own = {f"held-out problem {index}": task.held_out(index) for index in range(task.held_out_size)}
-    swapped = swapped_problems(task) if settings.eval.swap_images else {}
-    others = {
-        f"held-out problem {index} with another one's images": problem
-        for index, problem in swapped.items()
-    }
-    asked = own | others
-    answers = _answers(
-        load_student(model_dir, settings), asked, settings.inference.sampling.max_completion
-    )
-    verdicts = _verdicts(settings, list(asked.values()), answers)
-    rewards = [verdict.reward for verdict in verdicts[: len(own)] if verdict.reward is not None]
     return {
-        "exact": _exact(verdicts[: len(own)]),
+        f"held-out problem {index}": task.held_out(index) for index in range(task.held_out_size)
+    }
+
+
+def _with_images_swapped(task: Task) -> dict[str, Problem]:
+    """Held-out problems that show the images of another one, by their names in messages."""
+    return {
+        f"held-out problem {index} with another one's images": problem
+        for index, problem in swapped_problems(task).items()
+    }
+
+
+def _summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    rewards = [verdict.reward for verdict in verdicts if verdict.reward is not None]
+    return {
+        "exact": _exact(verdicts),
         "reward": sum(rewards) / len(rewards) if rewards else None,
-        "samples": len(own),
-        "unscored": len(own) - len(rewards),
-        **(
-            {"exact_swapped": _exact(verdicts[len(own) :]), "samples_swapped": len(others)}
-            if others
-            else {}
-        ),
-        "seconds": time.monotonic() - started,
+        "samples": len(verdicts),
+        "unscored": len(verdicts) - len(rewards),
     }
 
 
 def _exact(verdicts: Sequence[Verdict]) -> float:
-    return sum(
-        verdict.reward is not None and verdict.reward >= EXACT for verdict in verdicts
-    ) / len(verdicts)
+    """The share of `verdicts` with a reward of 1 or more; one without a reward is not exact."""
+    exact = [verdict.reward is not None and verdict.reward >= EXACT for verdict in verdicts]
+    return sum(exact) / len(exact)
 
 
 def _answers(student: Student, problems: Mapping[str, Problem], max_completion: int) -> list[str]:
-    """The likeliest answer to each of `problems`, which are named for messages, in their order."""
+    """The greedy answer to each of `problems`, in their order."""
     requests = []
     for key, (name, problem) in enumerate(problems.items()):
         try:
@@ -109,17 +123,18 @@ def _answers(student: Student, problems: Mapping[str, Problem], max_completion: 
 def _verdicts(
     settings: Settings, problems: Sequence[Problem], answers: Sequence[str]
 ) -> list[Verdict]:
-    """Scores in killable children, as in the run: a scorer that hangs costs its problem, not the
-    evaluation.
+    """Score in processes that can be killed, as in the run.
+
+    A scorer that hangs costs its problem, not the evaluation.
     """
-    children = ScorerPool(settings)
-    children.start()
+    scorers = ScorerPool(settings)
+    scorers.start()
     try:
         for key, (problem, answer) in enumerate(zip(problems, answers, strict=True)):
-            children.submit(key, answer, problem.info)
+            scorers.submit(key, answer, problem.info)
         verdicts: dict[int, Verdict] = {}
         while len(verdicts) < len(answers):
-            verdicts.update(children.collect(WAIT_S))
+            verdicts.update(scorers.collect(WAIT_S))
     finally:
-        children.close()
+        scorers.close()
     return [verdicts[key] for key in range(len(answers))]

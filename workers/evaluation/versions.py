@@ -14,8 +14,7 @@ from onstream.workers.trainer.durability import checkpoint
 
 
 def evaluate_version(settings: Settings, version: int | None) -> dict[str, Any]:
-    """Evaluate `version` (by default the newest on disk) and append the result to the run's
-    evals.jsonl.
+    """Evaluate `version` (None: the newest on disk) and append the result to `evals.jsonl`.
 
     Raises:
         UserError: the run has no such version, or its model cannot be loaded.
@@ -34,20 +33,24 @@ def evaluate_version(settings: Settings, version: int | None) -> dict[str, Any]:
 
 
 def find_version(settings: Settings, version: int | None) -> tuple[Path, int]:
-    """Where the weights of `version` (None: the newest) lie: published, in a checkpoint, or, for 0,
-    the starting student's.
+    """The directory that holds the weights of `version` (None: the newest on disk), and its number.
+
+    They lie among the published policies, in a checkpoint or, for version 0, where the starting
+    student is.
 
     Raises:
-        UserError: nowhere.
+        UserError: the run keeps no such version.
     """
     kept = checkpoint.by_step(settings.run_dir / checkpoint.FOLDER)
     kept |= {int(path.name): path for path in (settings.run_dir / "policies").glob("[0-9]*")}
     kept.setdefault(0, Path(settings.model.name))
-    wanted = max(kept) if version is None else version
-    if wanted not in kept:
+    if version is None:
+        version = max(kept)
+    if version not in kept:
         raise UserError(
-            f"policy version {wanted} of {settings.run_dir}",
+            f"policy version {version} of {settings.run_dir}",
             expected=f"one that is kept: {', '.join(map(str, sorted(kept)))}",
-            next_step="Choose one of those; checkpoint.keep_policies and checkpoint.keep_every say which are kept.",
+            next_step="Choose one of those. checkpoint.keep_policies and checkpoint.keep_every "
+            "say how many are kept.",
         )
-    return kept[wanted], wanted
+    return kept[version], version
