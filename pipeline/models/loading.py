@@ -53,14 +53,9 @@ def limit_gpu_memory(share: float) -> None:
     torch.cuda.set_per_process_memory_fraction(share)
 
 
-def load_model(
-    name: str | Path, *, dtype: torch.dtype, device: torch.device, attention: str | None = None
-) -> PreTrainedModel:
+def load_model(name: str | Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """A causal language model in evaluation mode, every weight of it read from the files; one that
     reads images too.
-
-    `attention` names an attention implementation of transformers, or one registered with it; sdpa
-    by default.
 
     Raises:
         UserError: there is no such model, it is no causal language model, or its files lack
@@ -73,7 +68,7 @@ def load_model(
         loaded: tuple[PreTrainedModel, dict[str, Any]] = family.from_pretrained(
             name,
             dtype=dtype,
-            attn_implementation=attention or "sdpa",
+            attn_implementation="sdpa",
             output_loading_info=True,
             **where,
         )

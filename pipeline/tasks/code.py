@@ -13,8 +13,6 @@ from onstream.pipeline.tasks.sandbox import NEEDED, Result, Sandbox, SandboxErro
 from onstream.pipeline.tasks.scorers import Score, Scorer, answer_text
 from onstream.settings.root import Settings
 
-CODE = "code"
-"""The value of `task.scorer` that stands for this scorer."""
 _FENCE = re.compile(
     r"```[ \t]*(?:python|py|python3)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE
 )

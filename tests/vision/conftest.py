@@ -6,7 +6,7 @@ import io
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from onstream.pipeline.images.vision import Vision, load_vision
 from onstream.pipeline.models.image_features import ImageFeatures
 from onstream.pipeline.models.loading import load_model
 from onstream.workers.tiny_models.fresh import Shape
-from onstream.workers.tiny_models.vlm_families import FAMILIES, Family, write_fresh_vlm
+from onstream.workers.tiny_models.vlm_families import Family, write_fresh_vlm
 
 torch.set_num_threads(1)
 
@@ -40,7 +40,7 @@ class Tiny:
         return {picture.digest: self.vision.features(picture) for picture in pictures}
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+@pytest.fixture(scope="session", params=get_args(Family))
 def directory(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Family, Path]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ from onstream.workers.generator.engines.base import Completion
 from onstream.workers.generator.engines.vllm.images import input_of
 from onstream.workers.generator.engines.vllm.request import VllmRequest
 from onstream.workers.generator.student import Student, open_student
-from onstream.workers.tiny_models.vlm_families import FAMILIES, Family
+from onstream.workers.tiny_models.vlm_families import Family
 from tests.vision.conftest import Tiny, noise, write_tiny
 from tests.vision.test_engine import gap, requests
 from tests.vllm.conftest import on_vllm
@@ -37,7 +37,7 @@ NUMBERS = count(1)
 """Version numbers that no other test of the session has used."""
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=get_args(Family))
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return tiny_of(request.param, tmp_path_factory.mktemp(request.param))
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -32,7 +32,6 @@ from onstream.workers.tiny_models.character_tokenizer import (
 from onstream.workers.tiny_models.fresh import Shape
 
 Family = Literal["qwen2.5-vl", "qwen3-vl", "llava"]
-FAMILIES: tuple[Family, ...] = get_args(Family)
 
 PATCH = 8
 """Side of a patch in pixels. Four patches make a token in the Qwen families, one in LLaVA's."""

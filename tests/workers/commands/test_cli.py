@@ -6,11 +6,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
 
 from onstream.workers.commands.cli import cli
+from onstream.workers.commands.models import make
 
 SNIPPETS = sorted((Path(__file__).parents[2] / "seed_page").glob("*.toml"))
 assert SNIPPETS
@@ -172,3 +174,10 @@ def test_a_worker_whose_redis_is_down_exits_5() -> None:
     )
     assert done.returncode == 5
     assert "no answer from Redis at unix:///nowhere.sock" in done.stderr
+
+
+def test_models_make_offers_every_family() -> None:
+    from onstream.workers.tiny_models.vlm_families import Family  # brings torch
+
+    [option] = [option for option in make.params if option.name == "family"]
+    assert set(option.type.to_info_dict()["choices"]) == set(get_args(Family))
