@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from onstream.pipeline.redis.operator_requests import Wish
     from onstream.settings.root import Settings
 
-NUMBERS_SHOWN = 20
+ROLLOUTS_SHOWN = 20
 
 
 @click.group()
@@ -29,14 +29,14 @@ def list_letters(settings: Settings, as_json: bool) -> None:
     from rich.console import Console
 
     from onstream.pipeline.redis.access import opened
-    from onstream.workers.inspection.dead_letters import dead, show_list
+    from onstream.workers.inspection.dead_letters import dead_by_reason, show_reasons
 
     with opened(settings, purpose="dead") as bus:
-        found = dead(bus, settings.run_dir)
+        found = dead_by_reason(bus, settings.run_dir)
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
-        show_list(found, Console())
+        show_reasons(found, Console())
 
 
 @dead.command("show")
@@ -48,10 +48,10 @@ def show_letter(settings: Settings, number: str) -> None:
     It has the record that failed in it.
     """
     from onstream.pipeline.redis.access import opened
-    from onstream.workers.inspection.dead_letters import show
+    from onstream.workers.inspection.dead_letters import letters_of
 
     with opened(settings, purpose="dead") as bus:
-        click.echo(json.dumps(show(bus, settings.run_dir, number), indent=2))
+        click.echo(json.dumps(letters_of(bus, settings.run_dir, number), indent=2))
 
 
 def letter_selection(command: Command) -> Command:
@@ -74,7 +74,7 @@ def requeue_letters(
 
     The dead ones stay dead.
     """
-    _ask_trainer("requeue", settings, numbers, reason, everything)
+    _ask("requeue", settings, numbers, reason, everything)
 
 
 @dead.command("purge")
@@ -87,10 +87,10 @@ def purge_letters(
 
     The audit then counts their rollouts as dropped.purged.
     """
-    _ask_trainer("purge", settings, numbers, reason, everything)
+    _ask("purge", settings, numbers, reason, everything)
 
 
-def _ask_trainer(
+def _ask(
     wish: Wish,
     settings: Settings,
     numbers: tuple[str, ...],
@@ -98,12 +98,12 @@ def _ask_trainer(
     everything: bool,
 ) -> None:
     from onstream.pipeline.redis.access import opened
-    from onstream.workers.inspection.dead_letters import ask
+    from onstream.workers.inspection.dead_letters import ask_trainer
 
     with opened(settings, purpose="dead") as bus:
-        asked = ask(bus, settings.run_dir, wish, numbers, reason, everything=everything)
+        asked = ask_trainer(bus, settings.run_dir, wish, numbers, reason, everything=everything)
         at_work = any(worker.stage == "train" for worker in bus.state.workers())
-    shown = asked[:NUMBERS_SHOWN]
+    shown = asked[:ROLLOUTS_SHOWN]
     if len(asked) > len(shown):
         shown.append("…")
     click.echo(f"asked the trainer to {wish} {len(asked)}: {', '.join(shown)}")

@@ -1,11 +1,9 @@
-"""`onstream dead`: the rollouts of a run that were given up, why, and what an operator asks the
-trainer to do about them.
-"""
+"""`onstream dead`: the rollouts of a run that were given up, and what operators ask about them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from onstream.pipeline.redis.dead_letters import all_letters
 from onstream.pipeline.redis.operator_requests import Wish
 from onstream.pipeline.redis.run_state import DeadLetter
 
-NUMBERS_SHOWN = 8
+ROLLOUTS_SHOWN = 8
 BYTES_SHOWN = 256
 _DIGITS = re.compile(r"\d+")
 _ARRAYS: dict[str, Callable[[bytes], Any]] = {
@@ -45,175 +43,163 @@ _ARRAYS: dict[str, Callable[[bytes], Any]] = {
 }
 
 
-def dead(bus: Bus, run_dir: Path) -> dict[str, Any]:
-    """The dead letters of a run by stage and reason, as JSON data. Reasons that differ in numbers
-    alone are one.
+def dead_by_reason(bus: Bus, run_dir: Path) -> dict[str, Any]:
+    """The dead letters of a run by stage and reason, as JSON data.
 
-    `requeued` gives, by dead uid, the uid asked for in its place. `requests` counts what the
-    trainer has not served yet.
+    Reasons that differ in numbers alone are one. `requeued` gives, by dead rollout, the one that
+    was asked for in its place. `requests` counts what the trainer has not done yet.
     """
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for letter in all_letters(bus, run_dir):
-        group = groups.setdefault((letter.stage, kind_of(letter.reason)), _group(letter))
-        group["count"] += 1
-        group["uids"].append(f"{bus.run}/{letter.number}")
+        key = (letter.stage, without_numbers(letter.reason))
+        if key not in groups:
+            groups[key] = {"stage": letter.stage, "reason": letter.reason, "count": 0, "uids": []}
+        groups[key]["count"] += 1
+        groups[key]["uids"].append(f"{bus.run}/{letter.number}")
     requeued = {
         f"{bus.run}/{old}": f"{bus.run}/{new}"
         for new, old in sorted(bus.requests.requeued().items())
     }
-    rows = sorted(groups.values(), key=lambda group: -int(group["count"]))
     return {
         "run": bus.run,
-        "reasons": rows,
+        "reasons": sorted(groups.values(), key=lambda group: -int(group["count"])),
         "requeued": requeued,
         "requests": sum(1 for _ in bus.requests.waiting()),
     }
 
 
-def kind_of(reason: str) -> str:
+def without_numbers(reason: str) -> str:
     """`reason` without what differs from one record to the next.
 
-    >>> kind_of("a prompt of 900 tokens; the context has 512")
+    >>> without_numbers("a prompt of 900 tokens; the context has 512")
     'a prompt of # tokens; the context has #'
     """
     return _DIGITS.sub("#", reason)
 
 
-def show_list(found: dict[str, Any], console: Console) -> None:
-    """Print what `dead` returned, for people."""
+def show_reasons(found: dict[str, Any], console: Console) -> None:
+    """Print what `dead_by_reason` returned, for people."""
     total = sum(group["count"] for group in found["reasons"])
-    console.print(
-        Text(
-            f"run {found['run']}: {total} dead letters; {found['requests']} requests wait for the trainer"
-        ),
-        soft_wrap=True,
-    )
-    table = Table("letters", "stage", "reason", "uids", box=None, pad_edge=False)
+    requests = f"{found['requests']} requests wait for the trainer"
+    heading = f"run {found['run']}: {total} dead letters; {requests}"
+    console.print(Text(heading), soft_wrap=True)
+    table = Table("letters", "stage", "reason", "rollouts", box=None, pad_edge=False)
     for group in found["reasons"]:
-        uids = [
-            f"{uid} (now {found['requeued'][uid]})" if uid in found["requeued"] else uid
-            for uid in group["uids"][:NUMBERS_SHOWN]
-        ]
-        more = ["…"] if group["count"] > NUMBERS_SHOWN else []
-        table.add_row(
-            *(
-                Text(str(cell))
-                for cell in (
-                    group["count"],
-                    group["stage"],
-                    group["reason"],
-                    ", ".join(uids + more),
-                )
-            )
-        )
+        rollouts = _rollouts(group["uids"], found["requeued"])
+        cells = (str(group["count"]), group["stage"], group["reason"], rollouts)
+        table.add_row(*(Text(cell) for cell in cells))
     console.print(table)
 
 
-def show(bus: Bus, run_dir: Path, uid: str) -> list[dict[str, Any]]:
-    """Everything about the dead letters of `uid` as JSON data: why, where, and the record itself.
+def _rollouts(uids: Sequence[str], requeued: Mapping[str, str]) -> str:
+    shown = []
+    for uid in uids[:ROLLOUTS_SHOWN]:
+        shown.append(f"{uid} (now {requeued[uid]})" if uid in requeued else uid)
+    if len(uids) > ROLLOUTS_SHOWN:
+        shown.append("…")
+    return ", ".join(shown)
+
+
+def letters_of(bus: Bus, run_dir: Path, rollout: str) -> list[dict[str, Any]]:
+    """The dead letters of a rollout, `17` or `run/17`, as JSON data with the record in them.
 
     Raises:
         UserError: it has none.
     """
-    number = number_of(bus.run, uid)
-    found = [
-        _readable(bus.run, letter)
-        for letter in all_letters(bus, run_dir)
-        if letter.number == number
-    ]
-    if not found:
-        raise _no_letter(bus, uid)
-    return found
+    number = number_of(bus.run, rollout)
+    letters = [letter for letter in all_letters(bus, run_dir) if letter.number == number]
+    if not letters:
+        raise _no_letter(bus, rollout)
+    return [_readable(bus.run, letter) for letter in letters]
 
 
-def ask(
+def ask_trainer(
     bus: Bus,
     run_dir: Path,
     wish: Wish,
-    uids: Sequence[str],
+    rollouts: Sequence[str],
     reason: str | None,
     *,
     everything: bool,
 ) -> list[str]:
-    """Ask the trainer to requeue or purge dead letters: those of `uids`, of a `reason` (or a part
-    of one), or all.
+    """Ask the trainer to requeue or purge dead letters.
 
-    Returns the uids it was asked for.
+    They are those of `rollouts` (`17` or `run/17`), of a `reason` or a part of one, or all. Returns
+    the rollouts that the trainer is asked for, as `run/17`.
 
     Raises:
-        UserError: nothing was chosen, or there is no such dead letter.
+        UserError: not exactly one way to choose is used, or there is no such dead letter.
     """
-    if bool(uids) + bool(reason) + everything != 1:
-        raise UserError(
-            f"{len(uids)} uids, {'a' if reason else 'no'} --reason, {'' if everything else 'no '}--all",
-            expected="one way to say which dead letters are meant",
-            next_step="Give uids such as 17, or --reason TEXT, or --all.",
-        )
-    numbers = {number_of(bus.run, uid): uid for uid in uids}
-    letters = list(_chosen(all_letters(bus, run_dir), numbers, reason, everything=everything))
-    if missing := [
-        uid
-        for number, uid in numbers.items()
-        if number not in {letter.number for letter in letters}
-    ]:
+    _require_one_choice(rollouts, reason, everything)
+    numbers = {number_of(bus.run, rollout): rollout for rollout in rollouts}
+    letters = [
+        replace(letter, payload=b"")  # ten thousand payloads would take a lot of memory
+        for letter in all_letters(bus, run_dir)
+        if everything or letter.number in numbers or _has_reason(letter, reason)
+    ]
+    found = {letter.number for letter in letters}
+    if missing := [rollout for number, rollout in numbers.items() if number not in found]:
         raise _no_letter(bus, ", ".join(missing))
     if wish == "requeue":
-        letters = [
-            letter
-            for letter in {letter.number: letter for letter in letters}.values()
-            if letter.number > 0
-        ]
+        letters = _once_each(letters)
     for letter in letters:
         bus.requests.add(wish, letter.number, letter.entry_id)
     return [f"{bus.run}/{letter.number}" for letter in letters]
 
 
-def number_of(run: str, uid: str) -> int:
-    """The number in a uid, written `run/17` or `17`.
+def number_of(run: str, rollout: str) -> int:
+    """The number of a rollout that is written `17` or `run/17`.
 
     Raises:
-        UserError: it is none of this run.
+        UserError: it is not a rollout of this run.
     """
-    text = uid.removeprefix(f"{run}/")
+    text = rollout.removeprefix(f"{run}/")
     if not text.isdigit():
         raise UserError(
-            f"uid {uid!r}",
-            expected=f"a uid of run {run}",
-            next_step=f"Write it as {run}/17, or as 17.",
+            f"rollout {rollout!r}",
+            expected=f"the number of a rollout of run {run}",
+            next_step=f"Write it as 17, or as {run}/17.",
         )
     return int(text)
 
 
-def _group(letter: DeadLetter) -> dict[str, Any]:
-    return {"stage": letter.stage, "reason": letter.reason, "count": 0, "uids": []}
-
-
-def _chosen(
-    letters: Iterable[DeadLetter], numbers: Iterable[int], reason: str | None, *, everything: bool
-) -> Iterator[DeadLetter]:
-    wanted = set(numbers)
-    for letter in letters:
-        by_reason = reason is not None and (
-            reason in letter.reason or kind_of(reason) == kind_of(letter.reason)
+def _require_one_choice(rollouts: Sequence[str], reason: str | None, everything: bool) -> None:
+    given = []
+    if rollouts:
+        given.append(f"{len(rollouts)} numbers")
+    if reason:
+        given.append("--reason")
+    if everything:
+        given.append("--all")
+    if len(given) != 1:
+        raise UserError(
+            " and ".join(given) or "no dead letters chosen",
+            expected="one way to say which dead letters are meant",
+            next_step="Give numbers such as 17, or --reason TEXT, or --all.",
         )
-        if everything or letter.number in wanted or by_reason:
-            yield replace(letter, payload=b"")  # ten thousand payloads would take a lot of memory
+
+
+def _has_reason(letter: DeadLetter, reason: str | None) -> bool:
+    if reason is None:
+        return False
+    return reason in letter.reason or without_numbers(reason) == without_numbers(letter.reason)
+
+
+def _once_each(letters: Iterable[DeadLetter]) -> list[DeadLetter]:
+    """The last letter of each rollout. Bytes that nobody could read are no rollout: number 0."""
+    last = {letter.number: letter for letter in letters}
+    return [letter for letter in last.values() if letter.number > 0]
 
 
 def _readable(run: str, letter: DeadLetter) -> dict[str, Any]:
-    entry = letter.entry_id.decode()
-    died_s = int(entry.partition("-")[0]) / 1000  # Redis numbers entries by its clock
-    head = {
+    return {
         "uid": f"{run}/{letter.number}",
         "stage": letter.stage,
         "reason": letter.reason,
         "deliveries": letter.deliveries,
-    }
-    return {
-        **head,
         "worker": letter.worker,
-        "died": died_s,
-        "entry": entry,
+        "died": letter.time,
+        "entry": letter.entry_id.decode(),
         "bytes": len(letter.payload),
         **_record(letter.payload),
     }
@@ -224,11 +210,8 @@ def _record(payload: bytes) -> dict[str, Any]:
     try:
         record = decode_work(payload)
     except RecordError as error:
-        return {
-            "record": None,
-            "problem": str(error),
-            "first_bytes": payload[:BYTES_SHOWN].hex(" "),
-        }
+        first_bytes = payload[:BYTES_SHOWN].hex(" ")
+        return {"record": None, "problem": str(error), "first_bytes": first_bytes}
     fields = {name: getattr(record, name) for name in record.__struct_fields__}
     if isinstance(record, Rollout):
         fields["samples"] = [_sample(sample) for sample in record.samples]
@@ -237,17 +220,15 @@ def _record(payload: bytes) -> dict[str, Any]:
 
 def _sample(sample: Sample) -> dict[str, Any]:
     fields = {name: getattr(sample, name) for name in sample.__struct_fields__}
-    arrays = {
-        name: read(fields[name]).tolist()
-        for name, read in _ARRAYS.items()
-        if fields[name] is not None
-    }
-    return {**fields, **arrays}
+    for name, read in _ARRAYS.items():
+        if fields[name] is not None:
+            fields[name] = read(fields[name]).tolist()
+    return fields
 
 
-def _no_letter(bus: Bus, uids: str) -> UserError:
+def _no_letter(bus: Bus, rollouts: str) -> UserError:
     return UserError(
-        f"no dead letter of {uids} in run {bus.run}",
-        expected="the uid of one",
+        f"no dead letter of {rollouts} in run {bus.run}",
+        expected="the number of a rollout that has one",
         next_step="`onstream dead list` shows which there are.",
     )

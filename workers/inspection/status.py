@@ -1,43 +1,60 @@
-"""`onstream status`: who works on a run and what each holds, what waits where and for how long, and
-what went wrong last.
-"""
+"""`onstream status`: who works on a run, what waits where, and what went wrong last."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from onstream.pipeline.records import StageName
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.keys import STAGES
-from onstream.pipeline.redis.run_state import VERSION, WorkerState
+from onstream.pipeline.redis.run_state import VERSION, PendingSummary, WorkerState
 from onstream.settings.plan import Plan
 from onstream.settings.stages import KINDS_OF
-from onstream.workers.launcher.run_watcher import take, waits
+from onstream.workers.inspection.run_snapshot import RunSnapshot, take_snapshot, waits
+
+COPIED = (
+    "worker",
+    "stage",
+    "host",
+    "pid",
+    "state",
+    "version",
+    "in_hand",
+    "done",
+    "dead",
+    "detail",
+    "numbers",
+    "alive",
+)
+"""What is shown of a worker's heartbeat as it is."""
+NO_PLAN = "the run has no plan yet: no trainer has started"
 
 
 def status(bus: Bus) -> dict[str, Any]:
-    """The state of the run now, as JSON data. `waits` are sentences; `backlog` counts records
-    waiting or in hand.
+    """The state of the run now, as JSON data.
+
+    `backlog` counts the records of a stage that wait or are in hand. `waits` has sentences: what
+    the run waits for.
     """
     data = bus.state.plan()
-    policy = bus.state.newest_policy()
-    snapshot = take(bus.state)
     plan = Plan.decode(data) if data else None
     route = list(plan.streams) if plan else list(STAGES)
-    kinds = {stage: plan.kinds(stage) for stage in plan.streams} if plan else KINDS_OF
-    held = {stage: bus.state.pending_summary(stage) for stage in STAGES}
-    holds = sum((Counter(held[stage].by_worker) for stage in STAGES), Counter[str]())
+    policy = bus.state.newest_policy()
+    snapshot = take_snapshot(bus.state)
+    pending = {stage: bus.state.pending_summary(stage) for stage in STAGES}
     images, image_bytes = bus.images.count()
-    heard_of = [_worker(worker, holds[worker.worker]) for worker in bus.state.last_heartbeats()]
+    workers = _workers(bus, pending)
     return {
         "run": bus.run,
         "version": VERSION,
-        "started": data is not None,
+        "started": plan is not None,
         "finished": snapshot.finished,
         "route": route,
         "policy_version": policy.number if policy else None,
@@ -45,21 +62,21 @@ def status(bus: Bus) -> dict[str, Any]:
         "dead": bus.state.dead_count(),
         "images": {"held": images, "bytes": image_bytes},
         "stages": {
-            stage: {
-                "ready": stage in snapshot.ready,
-                "backlog": snapshot.backlog[stage],
-                "in_hand": held[stage].count,
-                "oldest_in_hand_s": held[stage].oldest_s,
-            }
-            for stage in STAGES
-            if stage in route
+            stage: _stage(stage, snapshot, pending[stage]) for stage in STAGES if stage in route
         },
-        "workers": [worker for worker in heard_of if worker["alive"]],
-        "gone": [worker for worker in heard_of if not worker["alive"]],
+        "workers": [worker for worker in workers if worker["alive"]],
+        "gone": [worker for worker in workers if not worker["alive"]],
         "last_dead": _last_dead(bus),
-        "waits": []
-        if snapshot.finished
-        else _waits(data is not None, waits(snapshot, route, {}, kinds)),
+        "waits": _waits(snapshot, plan),
+    }
+
+
+def _stage(stage: StageName, snapshot: RunSnapshot, pending: PendingSummary) -> dict[str, Any]:
+    return {
+        "ready": stage in snapshot.ready,
+        "backlog": snapshot.backlog[stage],
+        "in_hand": pending.count,
+        "oldest_in_hand_s": pending.oldest_s,
     }
 
 
@@ -75,115 +92,127 @@ def _last_dead(bus: Bus) -> dict[str, Any] | None:
     }
 
 
-def _waits(started: bool, found: list[str]) -> list[str]:
-    return found if started else ["the run has no plan yet: no trainer has started", *found]
+def _waits(snapshot: RunSnapshot, plan: Plan | None) -> list[str]:
+    if snapshot.finished:
+        return []
+    if plan is None:
+        return [NO_PLAN, *waits(snapshot, STAGES, {}, KINDS_OF)]
+    kinds = {stage: plan.kinds(stage) for stage in plan.streams}
+    return waits(snapshot, plan.streams, {}, kinds)
+
+
+def _workers(bus: Bus, pending: Mapping[StageName, PendingSummary]) -> list[dict[str, Any]]:
+    holds = Counter[str]()
+    for summary in pending.values():
+        holds.update(summary.by_worker)
+    return [_worker(worker, holds[worker.worker]) for worker in bus.state.last_heartbeats()]
 
 
 def _worker(state: WorkerState, holds: int) -> dict[str, Any]:
-    """A worker as JSON data. `holds` counts what Redis has pending with it, `in_hand` what it said
-    itself.
+    """A worker as JSON data.
+
+    `holds` counts the entries that Redis says are pending with it, `in_hand` those that the worker
+    says it has.
     """
-    names = (
-        "worker",
-        "stage",
-        "host",
-        "pid",
-        "state",
-        "version",
-        "in_hand",
-        "done",
-        "dead",
-        "detail",
-        "numbers",
-        "alive",
-    )
-    return {name: getattr(state, name) for name in names} | {
-        "holds": holds,
-        "heartbeat_age_s": round(state.age_s, 1),
-        "error": state.error or None,
-        "error_age_s": round(time.time() - state.error_time, 1) if state.error else None,
-    }
+    worker = {name: getattr(state, name) for name in COPIED}
+    worker["holds"] = holds
+    worker["heartbeat_age_s"] = round(state.age_s, 1)
+    worker["error"] = state.error or None
+    worker["error_age_s"] = round(time.time() - state.error_time, 1) if state.error else None
+    return worker
 
 
 def show(state: dict[str, Any], console: Console) -> None:
     """Print what `status` returned, for people."""
-    where = "finished" if state["finished"] else "running" if state["started"] else "not started"
-    version = state["policy_version"]
-    _say(
-        console,
-        f"run {state['run']}: {where}, policy version {'none' if version is None else version}",
-    )
-    _say(
-        console,
-        f"route {' → '.join(state['route'])}; {state['issued']} rollouts issued, {state['dead']} dead letters",
-    )
-    if (images := state["images"])["held"]:
-        _say(console, f"{images['held']} images held, {images['bytes'] / 1e6:.1f} MB")
-    _say(console, "")
-    stages = [
-        [
-            name,
-            "yes" if row["ready"] else "no",
-            row["backlog"],
-            row["in_hand"],
-            _seconds(row["oldest_in_hand_s"]),
-        ]
-        for name, row in state["stages"].items()
-    ]
-    console.print(_table(["stage", "ready", "backlog", "in hand", "oldest in hand"], stages))
-    console.print(
-        _table(
-            ["worker", "state", "last heard", "holds", "policy", "done", "detail"],
-            [_row(row) for row in state["workers"]],
-        )
-    )
-    for sentence in (*_troubles(state), *(f"waits: {sentence}" for sentence in state["waits"])):
+    for sentence in _heading(state):
         _say(console, sentence)
+    _say(console, "")
+    console.print(_stage_table(state["stages"]))
+    console.print(_worker_table(state["workers"]))
+    for sentence in _problems(state):
+        _say(console, sentence)
+    for sentence in state["waits"]:
+        _say(console, f"waits: {sentence}")
 
 
-def _row(worker: dict[str, Any]) -> list[Any]:
-    policy = worker["numbers"].get("policy_version")
-    names = (
-        worker["worker"],
-        worker["state"],
-        _seconds(worker["heartbeat_age_s"]),
-        worker["holds"],
-    )
-    return [*names, "" if policy is None else int(policy), worker["done"], worker["detail"]]
+def _heading(state: dict[str, Any]) -> Iterator[str]:
+    phase = "running" if state["started"] else "not started"
+    if state["finished"]:
+        phase = "finished"
+    version = state["policy_version"]
+    if version is None:
+        version = "none"
+    yield f"run {state['run']}: {phase}, policy version {version}"
+    counts = f"{state['issued']} rollouts issued, {state['dead']} dead letters"
+    yield f"route {' → '.join(state['route'])}; {counts}"
+    images = state["images"]
+    if images["held"]:
+        yield f"{images['held']} images held, {images['bytes'] / 1e6:.1f} MB"
 
 
-def _troubles(state: dict[str, Any]) -> list[str]:
+def _stage_table(stages: dict[str, Any]) -> Table:
+    table = _table("stage", "ready", "backlog", "in hand", "oldest in hand")
+    for name, row in stages.items():
+        ready = "yes" if row["ready"] else "no"
+        oldest = row["oldest_in_hand_s"]
+        _add_row(table, name, ready, row["backlog"], row["in_hand"], _seconds(oldest))
+    return table
+
+
+def _worker_table(workers: Sequence[dict[str, Any]]) -> Table:
+    table = _table("worker", "state", "last heard", "holds", "policy", "done", "detail")
+    for row in workers:
+        policy = row["numbers"].get("policy_version")
+        _add_row(
+            table,
+            row["worker"],
+            row["state"],
+            _seconds(row["heartbeat_age_s"]),
+            row["holds"],
+            "" if policy is None else int(policy),
+            row["done"],
+            row["detail"],
+        )
+    return table
+
+
+def _problems(state: dict[str, Any]) -> Iterator[str]:
     """What went wrong last, a sentence each."""
-    found = [
-        f"gone: {worker['worker']}, {worker['state']}, last heard of {_seconds(worker['heartbeat_age_s'])} ago, holds {worker['holds']}"
-        f"{'; ' + worker['detail'] if worker['detail'] else ''}"
-        for worker in state["gone"]
-    ]
-    wrong = [worker for worker in (*state["workers"], *state["gone"]) if worker["error"]]
-    found += [
-        f"last error of {worker['worker']}, {_seconds(worker['error_age_s'])} ago: {worker['error']}"
-        for worker in sorted(wrong, key=lambda worker: worker["error_age_s"])
-    ]
+    for worker in state["gone"]:
+        yield _gone(worker)
+    failed = [worker for worker in (*state["workers"], *state["gone"]) if worker["error"]]
+    for worker in sorted(failed, key=lambda worker: worker["error_age_s"]):
+        age = _seconds(worker["error_age_s"])
+        yield f"last error of {worker['worker']}, {age} ago: {worker['error']}"
     if (dead := state["last_dead"]) is not None:
-        found.append(
-            f"last dead letter, {_seconds(dead['age_s'])} ago: {dead['number']} at {dead['stage']}: {dead['reason']}"
-        )
-    if others := {worker["version"] for worker in state["workers"]} - {state["version"]}:
-        found.append(
-            f"workers of another version of Onstream than {state['version']}: {', '.join(sorted(others))}"
-        )
-    return found
+        letter = f"{dead['number']} at {dead['stage']}: {dead['reason']}"
+        yield f"last dead letter, {_seconds(dead['age_s'])} ago: {letter}"
+    others = {worker["version"] for worker in state["workers"]} - {state["version"]}
+    if others:
+        versions = ", ".join(sorted(others))
+        yield f"workers of another version of Onstream than {state['version']}: {versions}"
+
+
+def _gone(worker: dict[str, Any]) -> str:
+    age = _seconds(worker["heartbeat_age_s"])
+    sentence = f"gone: {worker['worker']}, {worker['state']}, last heard of {age} ago"
+    sentence += f", holds {worker['holds']}"
+    if worker["detail"]:
+        sentence += f"; {worker['detail']}"
+    return sentence
 
 
 def _seconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds:.1f} s"
 
 
-def _table(head: list[str], rows: list[list[Any]]) -> Table:
-    table = Table(*head, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    return table
+def _table(*columns: str) -> Table:
+    return Table(*columns, box=None, pad_edge=False)
+
+
+def _add_row(table: Table, *cells: Any) -> None:
+    # As Text: rich would read markup in square brackets, which details and reasons may have.
+    table.add_row(*(Text(str(cell)) for cell in cells))
 
 
 def _say(console: Console, sentence: str) -> None:

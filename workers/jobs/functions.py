@@ -30,7 +30,7 @@ from onstream.pipeline.telemetry import get_logger
 from onstream.pipeline.weights.pins import pinned, pins, unpin
 from onstream.settings.plan import Plan, make_plan, refuse_differences
 from onstream.settings.root import Settings
-from onstream.workers.inspection.dead_letters import kind_of
+from onstream.workers.inspection.dead_letters import without_numbers
 from onstream.workers.jobs.export import run_upload, write_export
 from onstream.workers.launcher.report import read_rows
 
@@ -145,7 +145,9 @@ def sweep() -> dict[str, Any]:
             bus.streams.bury(stage, settings.delivery.lease * DEAD_AFTER_LEASES)
             for stage in WORKING
         )
-        dead = Counter(kind_of(letter.reason) for letter in all_letters(bus, settings.run_dir))
+        dead = Counter(
+            without_numbers(letter.reason) for letter in all_letters(bus, settings.run_dir)
+        )
         backlog: dict[str, int] = {
             stage: count for stage, count in bus.state.backlog().items() if count
         }

@@ -26,13 +26,14 @@ from onstream.settings.root import Settings
 from onstream.settings.stages import START_ORDER, WORK_STAGES, StageName, WorkerKind
 from onstream.settings.text import toml_text
 from onstream.workers.inspection.audit import audit
+from onstream.workers.inspection.run_snapshot import RunSnapshot, waits
 from onstream.workers.launcher import preflight, report
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from onstream.workers.launcher.environment import environment
 from onstream.workers.launcher.model_servers import KINDS as SERVER_KINDS
 from onstream.workers.launcher.model_servers import Servers, serve
 from onstream.workers.launcher.progress import Display, StageView, View, result_table
-from onstream.workers.launcher.run_watcher import MetricsTail, Snapshot, Watcher, waits
+from onstream.workers.launcher.run_watcher import MetricsTail, Watcher
 from onstream.workers.launcher.shutdown import wait_until_alone
 from onstream.workers.launcher.single_launcher import only_launcher
 from onstream.workers.launcher.supervisor import (
@@ -443,7 +444,7 @@ class Launch:
         }
 
 
-def _waiting(snapshot: Snapshot, stage: StageName) -> int:
+def _waiting(snapshot: RunSnapshot, stage: StageName) -> int:
     """Records that wait for a worker of `stage`."""
     waiting = snapshot.backlog.get(stage, 0)
     if stage in WORK_STAGES:

@@ -22,7 +22,7 @@ from onstream.pipeline.records import (
 )
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import FILE, spill_dead
-from onstream.workers.inspection.dead_letters import ask, dead, show
+from onstream.workers.inspection.dead_letters import ask_trainer, dead_by_reason, letters_of
 
 SAMPLE = Sample(
     ids_bytes([1, 2]), ids_bytes([3]), mask_bytes([1]), logprobs_bytes([-0.5]), [], "words"
@@ -56,7 +56,7 @@ def test_letters_are_grouped_by_stage_and_by_reason_but_for_its_numbers(
     for number, reason in ((1, "4 times in vain"), (2, "5 times in vain"), (3, "too long")):
         bury(bus, number, reason)
     bury(bus, 4, "too long", stage="generate")
-    found = dead(bus, tmp_path)
+    found = dead_by_reason(bus, tmp_path)
     assert [(group["stage"], group["reason"], group["uids"]) for group in found["reasons"]] == [
         ("verify", "4 times in vain", [f"{bus.run}/1", f"{bus.run}/2"]),
         ("verify", "too long", [f"{bus.run}/3"]),
@@ -68,7 +68,7 @@ def test_spilled_letters_are_listed_with_those_in_redis(bus: Bus, tmp_path: Path
     for number in range(1, 6):
         bury(bus, number, "gave up")
     spill_dead(bus, tmp_path / FILE, keep=2)
-    [group] = dead(bus, tmp_path)["reasons"]
+    [group] = dead_by_reason(bus, tmp_path)["reasons"]
     assert sorted(group["uids"]) == [f"{bus.run}/{number}" for number in range(1, 6)]
 
 
@@ -86,7 +86,7 @@ def test_the_failing_record_is_readable_its_arrays_as_numbers(bus: Bus, tmp_path
         ["verify", "train"],
     )
     bury(bus, 7, "gave up", encode(rollout))
-    [letter] = show(bus, tmp_path, f"{bus.run}/7")
+    [letter] = letters_of(bus, tmp_path, f"{bus.run}/7")
     assert (letter["stage"], letter["reason"], letter["deliveries"], letter["kind"]) == (
         "verify",
         "gave up",
@@ -105,7 +105,7 @@ def test_the_failing_record_is_readable_its_arrays_as_numbers(bus: Bus, tmp_path
 
 def test_bytes_that_are_no_record_are_shown_with_the_reason(bus: Bus, tmp_path: Path) -> None:
     bury(bus, 0, "does not decode", b"\xff\x00rubbish")
-    [letter] = show(bus, tmp_path, "0")
+    [letter] = letters_of(bus, tmp_path, "0")
     assert letter["record"] is None
     assert "do not decode" in letter["problem"]
     assert letter["first_bytes"].startswith("ff 00 72")
@@ -114,16 +114,16 @@ def test_bytes_that_are_no_record_are_shown_with_the_reason(bus: Bus, tmp_path: 
 def test_letters_are_chosen_by_uid_by_reason_or_all_at_once(bus: Bus, tmp_path: Path) -> None:
     for number, reason in ((1, "4 times in vain"), (2, "5 times in vain"), (3, "too long")):
         bury(bus, number, reason)
-    assert ask(bus, tmp_path, "requeue", ["3"], None, everything=False) == [f"{bus.run}/3"]
-    ask(bus, tmp_path, "purge", [], "4 times in vain", everything=False)
+    assert ask_trainer(bus, tmp_path, "requeue", ["3"], None, everything=False) == [f"{bus.run}/3"]
+    ask_trainer(bus, tmp_path, "purge", [], "4 times in vain", everything=False)
     assert wishes(bus) == [("requeue", 3), ("purge", 1), ("purge", 2)]
-    assert len(ask(bus, tmp_path, "requeue", [], None, everything=True)) == 3
+    assert len(ask_trainer(bus, tmp_path, "requeue", [], None, everything=True)) == 3
 
 
 def test_what_has_no_number_can_be_purged_and_not_asked_for_anew(bus: Bus, tmp_path: Path) -> None:
     bury(bus, 0, "does not decode", b"rubbish")
-    assert ask(bus, tmp_path, "requeue", [], None, everything=True) == []
-    assert ask(bus, tmp_path, "purge", [], None, everything=True) == [f"{bus.run}/0"]
+    assert ask_trainer(bus, tmp_path, "requeue", [], None, everything=True) == []
+    assert ask_trainer(bus, tmp_path, "purge", [], None, everything=True) == [f"{bus.run}/0"]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_choice_of_nothing_or_of_what_is_not_there_is_refused(
 ) -> None:
     bury(bus, 1, "gave up")
     with pytest.raises(UserError):
-        ask(bus, tmp_path, "purge", uids, reason, everything=False)
+        ask_trainer(bus, tmp_path, "purge", uids, reason, everything=False)
     assert wishes(bus) == []
 
 
@@ -170,4 +170,4 @@ def test_arrays_of_every_length_read_back(bus: Bus, tmp_path: Path) -> None:
     ids = np.arange(300, dtype=np.int32)
     long = Sample(ids_bytes(ids), b"", b"", b"", [], "")
     bury(bus, 8, "gave up", encode(Rollout(8, 0, 1, 0, [], {}, [long], 1.0, "stop", ["train"])))
-    assert show(bus, tmp_path, "8")[0]["record"]["samples"][0]["prompt_ids"] == ids.tolist()
+    assert letters_of(bus, tmp_path, "8")[0]["record"]["samples"][0]["prompt_ids"] == ids.tolist()
