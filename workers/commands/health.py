@@ -33,5 +33,5 @@ def health(kind: WorkerKind, settings: Settings, live: bool, slot: str | None) -
     from onstream.workers.inspection.health import health
 
     found = health(kind, settings, live=live, slot=slot)
-    click.echo(found.words)
+    click.echo(found.message)
     return found.exit

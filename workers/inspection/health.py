@@ -1,6 +1,4 @@
-"""`onstream health`: whether the worker of this machine lives, and whether it is at work, told by
-an exit code.
-"""
+"""`onstream health`: whether a worker of this machine is alive, and whether it is at work."""
 
 from __future__ import annotations
 
@@ -16,23 +14,24 @@ from onstream.settings.root import Settings
 from onstream.settings.stages import WorkerKind
 
 PATIENCE_S = 1.0
-LIVE_S = 30.0  # a worker that waits for Redis, or whose machine is busy, may miss some heartbeats
+LIVE_S = 30.0
+"""A worker that waits for Redis, or whose machine is busy, may miss some heartbeats."""
 READY_S = 10.0
 
 
 @dataclass(frozen=True)
 class Health:
-    """What a check found: the exit code, and why in words."""
+    """The result of a check: the exit code, and why in words."""
 
     exit: Exit
-    words: str
+    message: str
 
 
 def health(kind: WorkerKind, settings: Settings, *, live: bool, slot: str | None = None) -> Health:
-    """Look at the heartbeats of the workers of `kind` on this host, or of the one in `slot`.
+    """Check the heartbeats of the workers of `kind` on this host, or of the one in `slot`.
 
     Ready: one of them has finished starting and takes records. Live: one of them was heard of
-    lately, whatever it does; where Redis does not answer, a restart would not help, so that counts
+    lately, whatever it does. Where Redis does not answer, a restart would not help, so that counts
     as live. A worker that is stuck in its work ends itself.
 
     Raises:
@@ -41,33 +40,35 @@ def health(kind: WorkerKind, settings: Settings, *, live: bool, slot: str | None
     try:
         states = _states(kind, settings, slot)
     except OUTAGE as error:
-        return Health(Exit.OK if live else Exit.UNREACHABLE, f"redis cannot be asked: {error}")
+        code = Exit.OK if live else Exit.UNREACHABLE
+        return Health(code, f"redis cannot be asked: {error}")
     if not states:
         return Health(Exit.FAILED, f"no {kind} on {socket.gethostname()} has been heard of")
+    passes = _is_live if live else _is_ready
+    code = Exit.OK if any(passes(state) for state in states) else Exit.FAILED
     newest = min(states, key=lambda state: state.age_s)
-    well = any(_lives(state) if live else _is_ready(state) for state in states)
-    return Health(
-        Exit.OK if well else Exit.FAILED,
-        f"{newest.worker}: {newest.state}, heard of {newest.age_s:.1f} s ago; {newest.detail}",
-    )
+    heard = f"heard of {newest.age_s:.1f} s ago"
+    return Health(code, f"{newest.worker}: {newest.state}, {heard}; {newest.detail}")
 
 
 def _states(kind: WorkerKind, settings: Settings, slot: str | None) -> list[WorkerState]:
-    url = redis_url(settings)
     connection = Connection(
-        url, settings.run.name, consumer="health", block_s=PATIENCE_S, connect_timeout_s=PATIENCE_S
+        redis_url(settings),
+        settings.run.name,
+        consumer="health",
+        block_s=PATIENCE_S,
+        connect_timeout_s=PATIENCE_S,
     )
     with contextlib.closing(connection):  # no Bus.connect: a check creates no streams
-        name = f"{kind}-{socket.gethostname()}-"
-        return [
-            state
-            for state in RunState(connection).last_heartbeats()
-            if state.host == socket.gethostname()
-            and (state.worker == name + slot if slot else state.worker.startswith(name))
-        ]
+        heartbeats = RunState(connection).last_heartbeats()
+    host = socket.gethostname()
+    here = [state for state in heartbeats if state.host == host]
+    if slot:
+        return [state for state in here if state.worker == f"{kind}-{host}-{slot}"]
+    return [state for state in here if state.worker.startswith(f"{kind}-{host}-")]
 
 
-def _lives(state: WorkerState) -> bool:
+def _is_live(state: WorkerState) -> bool:
     return state.age_s <= LIVE_S and state.state != "failed"
 
 
