@@ -1,4 +1,7 @@
-"""A run whose generator shares no disk with the trainer: its weights come through Redis, as deltas."""
+"""A run whose generator shares no disk with the trainer.
+
+Its weights come through Redis, as deltas.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
+EXAMPLE = "examples/reverse-text/onstream.toml"
 STEPS = 30
 
 
@@ -19,15 +23,17 @@ STEPS = 30
 def run(
     tmp_path: Path, redis_url: str, run_name: str
 ) -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """All stages but the generator in `here`, and a generator that is told of `elsewhere`."""
+    """All stages but the generator in `here`, and a generator with its run directory `elsewhere`."""
     shared = [
         f"run.name={run_name}",
         f"redis.url={redis_url}",
         f"trainer.max_steps={STEPS}",
         "weights.transport=redis",
+        "trainer.dtype=bfloat16",
+        "trainer.optim.lr=5e-4",
+        "eval.samples=128",
     ]
-    shared += ["trainer.dtype=bfloat16", "trainer.optim.lr=5e-4", "eval.samples=128"]
-    given = {
+    overrides = {
         "up": [
             *shared,
             f"run.dir={tmp_path / 'here'}",
@@ -38,14 +44,8 @@ def run(
     }
     words = {"up": ["up"], "worker": ["worker", "generator"]}
     processes = {}
-    for name, values in given.items():
-        command = [
-            sys.executable,
-            "-m",
-            "onstream",
-            *words[name],
-            "examples/reverse-text/onstream.toml",
-        ]
+    for name, values in overrides.items():
+        command = [sys.executable, "-m", "onstream", *words[name], EXAMPLE]
         command += [word for value in values for word in ("--set", value)]
         with (tmp_path / name).open("w") as output:
             processes[name] = subprocess.Popen(
@@ -76,7 +76,8 @@ def test_the_student_learns_and_nothing_of_the_run_directory_is_needed_where_it_
     assert all(0 < row["publish_bytes"] < full_bytes and 0 < row["delta_share"] < 1 for row in rows)
     report = json.loads((here / "report.json").read_text())
     print(
-        f"{report['publish_bytes']:,.0f} bytes an update, a full set has {full_bytes:,}; {report['delta_share']:.1%} of the weights changed"
+        f"{report['publish_bytes']:,.0f} bytes an update; a full set has {full_bytes:,}.",
+        f"{report['delta_share']:.1%} of the weights changed.",
     )
     assert report["steps"] == STEPS
     assert report["eval"]["after"] > report["eval"]["before"] + 0.1
