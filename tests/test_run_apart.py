@@ -23,7 +23,7 @@ STEPS = 30
 def run(
     tmp_path: Path, redis_url: str, run_name: str
 ) -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """All stages but the generator in `here`, and a generator with its run directory `elsewhere`."""
+    """All stages but the generator, in `here`, and a generator whose directory is `elsewhere`."""
     shared = [
         f"run.name={run_name}",
         f"redis.url={redis_url}",

@@ -42,8 +42,14 @@ def test_a_run_that_did_nothing_yet_is_empty(bus: Bus, tmp_path: Path) -> None:
     found = audit(tmp_path, bus)
     assert found["issued"] == found["lost"] == found["duplicated"] == []
     assert counted(found) == {
-        "issued": 0, "trained": 0, "dropped": dict.fromkeys(DROPPED, 0), "dead": 0, "in_flight": 0, "lost": 0, "duplicated": 0,
-    }  # fmt: skip
+        "issued": 0,
+        "trained": 0,
+        "dropped": dict.fromkeys(DROPPED, 0),
+        "dead": 0,
+        "in_flight": 0,
+        "lost": 0,
+        "duplicated": 0,
+    }
 
 
 def test_every_number_is_in_exactly_one_set(bus: Bus, tmp_path: Path) -> None:
@@ -76,9 +82,14 @@ def test_every_number_is_in_exactly_one_set(bus: Bus, tmp_path: Path) -> None:
         "duplicated": [],
     }
     assert counted(found) == {
-        "issued": 10, "trained": 2, "dropped": {"stale": 1, "not_verified": 1, "group_dead": 0, "purged": 0},
-        "dead": 1, "in_flight": 4, "lost": 1, "duplicated": 0,
-    }  # fmt: skip
+        "issued": 10,
+        "trained": 2,
+        "dropped": {"stale": 1, "not_verified": 1, "group_dead": 0, "purged": 0},
+        "dead": 1,
+        "in_flight": 4,
+        "lost": 1,
+        "duplicated": 0,
+    }
 
 
 def test_a_number_trained_twice_or_carried_by_two_entries_is_duplicated(

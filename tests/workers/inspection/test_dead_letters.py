@@ -14,6 +14,7 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.records import (
     Rollout,
     Sample,
+    StageName,
     Ticket,
     encode,
     ids_bytes,
@@ -32,7 +33,8 @@ SAMPLE = Sample(
 def bury(
     bus: Bus, number: int, reason: str, payload: bytes | None = None, stage: str = "verify"
 ) -> None:
-    payload = encode(Ticket(number, 0, 1, 0, 0, 0, ["train"])) if payload is None else payload
+    if payload is None:
+        payload = encode(Ticket(number, 0, 1, 0, 0, 0, ["train"]))
     fields = {
         "n": number,
         "b": payload,
@@ -41,9 +43,8 @@ def bury(
         "deliveries": 4,
         "worker": "w",
     }
-    bus.connection.ask(
-        "XADD", bus.keys.dead, "*", *(part for pair in fields.items() for part in pair)
-    )
+    words = [part for field in fields.items() for part in field]
+    bus.connection.ask("XADD", bus.keys.dead, "*", *words)
 
 
 def wishes(bus: Bus) -> list[tuple[str, int]]:
@@ -73,32 +74,20 @@ def test_spilled_letters_are_listed_with_those_in_redis(bus: Bus, tmp_path: Path
 
 
 def test_the_failing_record_is_readable_its_arrays_as_numbers(bus: Bus, tmp_path: Path) -> None:
-    rollout = Rollout(
-        7,
-        0,
-        1,
-        0,
-        [{"role": "user", "content": "say"}],
-        {"answer": "a"},
-        [SAMPLE],
-        1.0,
-        "stop",
-        ["verify", "train"],
-    )
+    messages = [{"role": "user", "content": "say"}]
+    info = {"answer": "a"}
+    route: list[StageName] = ["verify", "train"]
+    rollout = Rollout(7, 0, 1, 0, messages, info, [SAMPLE], 1.0, "stop", route)
     bury(bus, 7, "gave up", encode(rollout))
     [letter] = letters_of(bus, tmp_path, f"{bus.run}/7")
-    assert (letter["stage"], letter["reason"], letter["deliveries"], letter["kind"]) == (
-        "verify",
-        "gave up",
-        4,
-        "Rollout",
-    )
+    assert letter["stage"] == "verify"
+    assert letter["reason"] == "gave up"
+    assert letter["deliveries"] == 4
+    assert letter["kind"] == "Rollout"
     sample = letter["record"]["samples"][0]
-    assert (sample["prompt_ids"], sample["completion_ids"], sample["generator_logprobs"]) == (
-        [1, 2],
-        [3],
-        [-0.5],
-    )
+    assert sample["prompt_ids"] == [1, 2]
+    assert sample["completion_ids"] == [3]
+    assert sample["generator_logprobs"] == [-0.5]
     assert sample["teacher_logprobs"] is None
     assert json.loads(json.dumps(letter)) == letter
 
@@ -111,7 +100,7 @@ def test_bytes_that_are_no_record_are_shown_with_the_reason(bus: Bus, tmp_path: 
     assert letter["first_bytes"].startswith("ff 00 72")
 
 
-def test_letters_are_chosen_by_uid_by_reason_or_all_at_once(bus: Bus, tmp_path: Path) -> None:
+def test_letters_are_chosen_by_number_by_reason_or_all_at_once(bus: Bus, tmp_path: Path) -> None:
     for number, reason in ((1, "4 times in vain"), (2, "5 times in vain"), (3, "too long")):
         bury(bus, number, reason)
     assert ask_trainer(bus, tmp_path, "requeue", ["3"], None, everything=False) == [f"{bus.run}/3"]
@@ -127,14 +116,14 @@ def test_what_has_no_number_can_be_purged_and_not_asked_for_anew(bus: Bus, tmp_p
 
 
 @pytest.mark.parametrize(
-    "uids, reason", [([], None), (["1"], "gave up"), (["9"], None), (["other/1"], None)]
+    ("rollouts", "reason"), [([], None), (["1"], "gave up"), (["9"], None), (["other/1"], None)]
 )
 def test_a_choice_of_nothing_or_of_what_is_not_there_is_refused(
-    bus: Bus, tmp_path: Path, uids: list[str], reason: str | None
+    bus: Bus, tmp_path: Path, rollouts: list[str], reason: str | None
 ) -> None:
     bury(bus, 1, "gave up")
     with pytest.raises(UserError):
-        ask_trainer(bus, tmp_path, "purge", uids, reason, everything=False)
+        ask_trainer(bus, tmp_path, "purge", rollouts, reason, everything=False)
     assert wishes(bus) == []
 
 
@@ -148,15 +137,8 @@ def test_the_commands_print_what_they_found_and_say_that_no_trainer_is_there(
     )
 
     def onstream(*arguments: str) -> str:
-        command = [
-            sys.executable,
-            "-m",
-            "onstream",
-            "dead",
-            *arguments,
-            "--set",
-            f"redis.url={redis_url}",
-        ]
+        redis = ["--set", f"redis.url={redis_url}"]
+        command = [sys.executable, "-m", "onstream", "dead", *arguments, *redis]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     run_dir = str(tmp_path / bus.run)

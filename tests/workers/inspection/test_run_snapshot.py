@@ -60,7 +60,8 @@ def held_up(details: list[str], backlog: int = 9) -> RunSnapshot:
             ),
             {},
             [
-                "verify: 900 records wait and no worker takes them; start one with `onstream worker verifier`"
+                "verify: 900 records wait and no worker takes them; "
+                "start one with `onstream worker verifier`"
             ],
         ),
         (

@@ -49,12 +49,10 @@ def test_status_tells_backlog_hands_heartbeats_versions_and_what_is_waited_for(b
     assert len(bus.streams.read("generate", 1)) == 1
     bus.state.write_heartbeat("train", Stats(done=5, detail="trains step 4"))
     state = status(bus)
-    assert (state["route"], state["policy_version"], state["issued"], state["finished"]) == (
-        ["generate", "verify", "train"],
-        3,
-        2,
-        False,
-    )
+    assert state["route"] == ["generate", "verify", "train"]
+    assert state["policy_version"] == 3
+    assert state["issued"] == 2
+    assert not state["finished"]
     oldest_s = state["stages"]["generate"].pop("oldest_in_hand_s")
     assert 0 < oldest_s < 10
     assert state["stages"]["generate"] == {"ready": False, "backlog": 2, "in_hand": 1}
@@ -65,14 +63,14 @@ def test_status_tells_backlog_hands_heartbeats_versions_and_what_is_waited_for(b
         "oldest_in_hand_s": None,
     }
     [worker] = state["workers"]
-    assert (worker["worker"], worker["stage"], worker["done"], worker["detail"]) == (
-        "tester",
-        "train",
-        5,
-        "trains step 4",
-    )
-    assert (worker["holds"], worker["version"], state["version"]) == (1, VERSION, VERSION)
-    assert (state["gone"], state["last_dead"]) == ([], None)
+    assert worker["worker"] == "tester"
+    assert worker["stage"] == "train"
+    assert worker["done"] == 5
+    assert worker["detail"] == "trains step 4"
+    assert worker["holds"] == 1
+    assert worker["version"] == state["version"] == VERSION
+    assert state["gone"] == []
+    assert state["last_dead"] is None
     assert any("generate" in sentence for sentence in state["waits"])
 
 
@@ -81,9 +79,8 @@ def test_status_tells_what_images_take(bus: Bus) -> None:
     (entry,) = bus.streams.read("generate", 1)
     console = Console(file=io.StringIO(), width=200)
     show(status(bus), console)
-    bus.images.hold(
-        "generate", [Hold(entry.id, 1, {"a": b"x" * 1_500_000, "b": b"y" * 600_000})], patience_s=1
-    )
+    images = {"a": b"x" * 1_500_000, "b": b"y" * 600_000}
+    bus.images.hold("generate", [Hold(entry.id, 1, images)], patience_s=1)
     state = status(bus)
     assert state["images"] == {"held": 2, "bytes": 2_100_000}
     assert "images held" not in console.file.getvalue()
@@ -97,40 +94,28 @@ def test_status_tells_who_is_gone_with_what_in_hand_and_what_went_wrong_last(bus
     telemetry.configure("generate", "tester", bus.run, LogSettings())
     telemetry.get_logger().error("the engine failed", error="no memory")
     bus.state.write_heartbeat("generate", Stats(detail="see its last error"), state="failed")
-    bus.streams.move(
-        "generate",
-        [
-            Move(
-                bus.streams.pending("generate")[0].id,
-                [Out("dead", 1, b"x", "handed out too often", 4)],
-            )
-        ],
-    )
+    [entry] = bus.streams.pending("generate")
+    letter = Out("dead", 1, b"x", "handed out too often", 4)
+    bus.streams.move("generate", [Move(entry.id, [letter])])
     state = status(bus)
     assert state["workers"] == []
     [gone] = state["gone"]
-    assert (gone["worker"], gone["state"], gone["holds"], gone["error"]) == (
-        "tester",
-        "failed",
-        0,
-        "the engine failed: no memory",
-    )
-    assert {name: state["last_dead"][name] for name in ("number", "stage", "reason")} == {
-        "number": 1,
-        "stage": "generate",
-        "reason": "handed out too often",
-    }
+    assert gone["worker"] == "tester"
+    assert gone["state"] == "failed"
+    assert gone["holds"] == 0
+    assert gone["error"] == "the engine failed: no memory"
+    assert state["last_dead"]["number"] == 1
+    assert state["last_dead"]["stage"] == "generate"
+    assert state["last_dead"]["reason"] == "handed out too often"
     out = io.StringIO()
     show(state, Console(file=out, width=200))
-    assert (
-        "gone: tester, failed, last heard of 0.0 s ago, holds 0; see its last error"
-        in out.getvalue()
-    )
-    assert "ago: the engine failed: no memory" in out.getvalue()
-    assert "ago: 1 at generate: handed out too often" in out.getvalue()
+    shown = out.getvalue()
+    assert "gone: tester, failed, last heard of 0.0 s ago, holds 0; see its last error" in shown
+    assert "ago: the engine failed: no memory" in shown
+    assert "ago: 1 at generate: handed out too often" in shown
 
 
-def test_the_command_finds_a_run_that_stands_still_by_its_directory_and_starts_its_redis_for_so_long(
+def test_the_command_starts_the_redis_of_a_run_that_stands_still(
     tmp_path: Path,
 ) -> None:
     settings = load_settings(overrides=["run.name=still", f"run.dir={tmp_path}"], environ={})
@@ -144,20 +129,12 @@ def test_the_command_finds_a_run_that_stands_still_by_its_directory_and_starts_i
         server.stop()
     assert running_server(settings.run_dir) is None
     (settings.run_dir / "settings.toml").write_text('[run]\nname = "still"\n')
-    command = [
-        sys.executable,
-        "-m",
-        "onstream",
-        "status",
-        "--json",
-        str(settings.run_dir),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["issued"] == 1
-    shown = subprocess.run(
-        [part for part in command if part != "--json"], capture_output=True, text=True, check=True
-    )
-    assert (
-        "run still: not started" in shown.stdout
-        and "waits: the run has no plan yet" in shown.stdout
-    )
+    command = [sys.executable, "-m", "onstream", "status", str(settings.run_dir)]
+
+    def printed(*options: str) -> str:
+        done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+        return done.stdout
+
+    assert json.loads(printed("--json"))["issued"] == 1
+    assert "run still: not started" in printed()
+    assert "waits: the run has no plan yet" in printed()
