@@ -1,3 +1,1 @@
-"""What the trainer and the teacher share of models: loading, packing, attention over shared
-prompts, logprobs in chunks.
-"""
+"""What trainer, teacher and generator share of models: loading, packing, attention, logprobs."""

@@ -1,8 +1,8 @@
-"""Attention over packed rows: linear layers see the row as it is, attention gathers its own layout
-from it.
+"""Attention over packed rows, in which completions share their prompt.
 
-Registered with transformers under the name `onstream_shared_prefix`; the layout travels as a
-keyword argument through the model's forward to each attention layer.
+Linear layers see the row as it is; attention gathers its queries and keys from it. It is registered
+with transformers as `onstream_shared_prefix`. The layout travels as a keyword argument through the
+model's forward to each attention layer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class DeviceCall:
 
     queries: Tensor  # [b·q]
     keys: Tensor  # [b·s]
-    rows: int
+    rows: int  # b
     mask: Tensor | None  # [b or 1, 1, q, s]
 
 
@@ -35,7 +35,7 @@ class AttentionLayout:
     """How attention reads one packed row."""
 
     calls: tuple[DeviceCall, ...]
-    output_index: Tensor  # [T]
+    output_index: Tensor  # [T], each token's place in the outputs of all calls, end to end
 
 
 def layout_of(packed: PackedRow, device: torch.device) -> AttentionLayout:
@@ -48,10 +48,12 @@ def layout_of(packed: PackedRow, device: torch.device) -> AttentionLayout:
 
 def _to_device(call: AttentionCall, device: torch.device) -> DeviceCall:
     queries = torch.from_numpy(call.queries.reshape(-1)).to(device)
-    keys = (
-        queries if call.keys is call.queries else torch.from_numpy(call.keys.reshape(-1)).to(device)
-    )
-    mask = None if call.mask is None else torch.from_numpy(call.mask).to(device)[:, None]
+    keys = queries
+    if call.keys is not call.queries:
+        keys = torch.from_numpy(call.keys.reshape(-1)).to(device)
+    mask = None
+    if call.mask is not None:
+        mask = torch.from_numpy(call.mask).to(device)[:, None]
     return DeviceCall(queries, keys, len(call.queries), mask)
 
 
@@ -67,23 +69,21 @@ def shared_prefix_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one packed row, in the form transformers calls it: query [1, heads, T, D], key
-    and value [1, kv heads, T, D].
+    """Attention of one packed row, in the form in which transformers calls it.
 
-    Returns [1, T, heads, D], and no weights.
+    `query` is [1, heads, T, D], `key` and `value` are [1, kv heads, T, D]. Returns the outputs
+    [1, T, heads, D], and no attention weights.
     """
     grouped = query.shape[1] != key.shape[1]
-    rows = [_by_token(states) for states in (query, key, value)]
+    queries = _by_token(query)
+    keys = _by_token(key)
+    values = _by_token(value)
     outputs = []
     for call in layout.calls:
-        q, k, v = (
-            states.index_select(0, index).view(call.rows, -1, *states.shape[1:]).transpose(1, 2)
-            for states, index in zip(rows, (call.queries, call.keys, call.keys), strict=True)
-        )
         out = scaled_dot_product_attention(
-            q,
-            k,
-            v,
+            _gather(queries, call.queries, call.rows),
+            _gather(keys, call.keys, call.rows),
+            _gather(values, call.keys, call.rows),
             attn_mask=call.mask,
             dropout_p=dropout,
             scale=scaling,
@@ -100,8 +100,14 @@ def _by_token(states: Tensor) -> Tensor:
     return states[0].transpose(0, 1)
 
 
+def _gather(states: Tensor, places: Tensor, rows: int) -> Tensor:
+    """[T, heads, D] -> [b, heads, q or s, D], at `places` [b·q or b·s]."""
+    gathered = states.index_select(0, places)
+    return gathered.view(rows, -1, *states.shape[1:]).transpose(1, 2)
+
+
 def _no_mask(*_: Any, **__: Any) -> None:
-    """transformers builds no mask for this attention: the layout says what sees what."""
+    """No mask by transformers: the layout says which token sees which."""
 
 
 AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)

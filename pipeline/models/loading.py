@@ -1,4 +1,4 @@
-"""Loads causal language models, and says plainly why one cannot be used."""
+"""Loads causal language models, and says why one cannot be used."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ def resolve_device(setting: DeviceSetting) -> torch.device:
 
 
 def resolve_dtype(setting: DtypeSetting, device: torch.device) -> torch.dtype:
-    """The precision that a `dtype` setting means on `device`; `auto` is float32 on a CPU and
-    bfloat16 on CUDA.
+    """The precision that a `dtype` setting means on `device`.
+
+    `auto` is float32 on a CPU and bfloat16 on CUDA.
     """
     if setting == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -54,8 +55,7 @@ def limit_gpu_memory(share: float) -> None:
 
 
 def load_model(name: str | Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A causal language model in evaluation mode, every weight of it read from the files; one that
-    reads images too.
+    """A causal language model in evaluation mode, with or without a vision tower.
 
     Raises:
         UserError: there is no such model, it is no causal language model, or its files lack
@@ -75,13 +75,12 @@ def load_model(name: str | Path, *, dtype: torch.dtype, device: torch.device) ->
         return loaded
 
     model, info = cached_first(name, "model", load)
-    if missing := sorted(
-        info["missing_keys"]
-    ):  # transformers would leave them random, with a warning
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers leaves such weights random, with no more than a warning
         raise UserError(
             f"the files of model {name} lack {len(missing)} of its weights, {missing[0]} first",
             expected="every weight that config.json asks for",
-            next_step="Check that config.json belongs to these weights, and that the download is whole.",
+            next_step="Check that config.json is of these weights, and that no file is missing.",
         )
     return model.to(device).eval()
 
@@ -96,9 +95,7 @@ def base_of(model: str | Path) -> str | None:
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
-    """The configuration of the language model, which is the whole model's own where it reads no
-    images.
-    """
+    """The configuration of the language model: a part of the whole's where it reads images."""
     config: PretrainedConfig = model.config.get_text_config()
     return config
 

@@ -1,6 +1,4 @@
-"""Hidden states of packed rows, and logprobs of given tokens without a [tokens, vocabulary] tensor
-of more than one chunk.
-"""
+"""Hidden states of packed rows, and logprobs of given tokens, a chunk of positions at a time."""
 
 from __future__ import annotations
 
@@ -27,9 +25,7 @@ NO_IMAGES: Features = {}
 
 @dataclass(frozen=True)
 class TopLogprobs:
-    """The k likeliest tokens of N positions and the rest of the vocabulary as one tail. Float32,
-    nats.
-    """
+    """The k likeliest tokens of N positions, and all others together as a tail. Float32, nats."""
 
     ids: Tensor  # [N, k], likeliest first
     logprobs: Tensor  # [N, k]
@@ -38,7 +34,7 @@ class TopLogprobs:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """What the model says of N tokens. Float32, nats."""
+    """The logprobs and entropies of N positions. Float32, nats."""
 
     sampled: Tensor  # [N], logprobs of the targets
     entropy: Tensor  # [N]
@@ -48,19 +44,18 @@ class TokenLogprobs:
 def hidden_states(
     model: PreTrainedModel, packed: PackedRow, features: Features = NO_IMAGES
 ) -> Tensor:
-    """The last hidden states that predict the packed targets: [N, H], in the order of
-    `packed.targets`.
+    """The last hidden states [N, H] that predict `packed.targets`, in their order.
 
-    Shared prompts, and the images in them, are computed once where `probe.prepare` switched the
-    model to it; other models take one padded row a sequence. `features` holds the images that the
-    prompts show.
+    Shared prompts, and the images in them, are computed once where `prompt_sharing.prepare` has
+    switched the model to it. Other models take one padded row a sequence. `features` holds the
+    images that the prompts show.
     """
     if text_config(model)._attn_implementation != SHARED_PREFIX:
         return _padded_hidden_states(model, packed, features)
     row: Tensor = model.base_model(
         input_ids=torch.from_numpy(packed.input_ids).to(model.device)[None],
         position_ids=packed_positions(model, packed, features),
-        use_cache=False,  # at its default a packed row is wrong by nats, silently
+        use_cache=False,  # with a cache, packed rows are silently wrong, by nats
         layout=layout_of(packed, model.device),
         **image_tensors(model, packed.groups, features),
     ).last_hidden_state[0]
@@ -68,8 +63,9 @@ def hidden_states(
 
 
 def _padded_hidden_states(model: PreTrainedModel, packed: PackedRow, features: Features) -> Tensor:
-    """Rows padded on the right and no mask: the model is causal, so nothing that is read sees the
-    padding.
+    """The same from rows padded on the right.
+
+    There is no mask: the model is causal, so no position that is read sees the padding.
     """
     sequences = [(group, completion) for group in packed.groups for completion in group.completions]
     rows = [
@@ -105,14 +101,15 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Float32 logits [n, V] of `hidden` [n, H], multiplied in the precision of `hidden`."""
-    return nn.functional.linear(
-        hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-    ).float()
+    if bias is not None:
+        bias = bias.to(hidden.dtype)
+    return nn.functional.linear(hidden, weight.to(hidden.dtype), bias).float()
 
 
 def entropy_of(probabilities: Tensor, logits: Tensor, normaliser: Tensor) -> Tensor:
-    """Entropy [n] of softmax(logits [n, V]), given it and its logsumexp [n], without another [n, V]
-    tensor.
+    """Entropy [n] of softmax(logits), without another [n, V] tensor.
+
+    `probabilities` [n, V] are that softmax, `normaliser` [n] is the logsumexp of `logits` [n, V].
     """
     return normaliser - torch.bmm(probabilities[:, None, :], logits[:, :, None])[:, 0, 0]
 
@@ -127,24 +124,22 @@ def token_logprobs(
     top_k: int = 0,
     chunk: int = 1024,
 ) -> TokenLogprobs:
-    """Logprobs of `targets` [N] given `hidden` [N, H], at `temperature`, with at most [chunk, V]
-    logits at once.
+    """Logprobs of `targets` [N] given `hidden` [N, H], at `temperature`.
 
-    With `top_k` = k > 0 also the k likeliest tokens of each position and the logprob of all others
-    together, the tail, taken from all logits: one less the sum of the k would come to 0 where the
-    model is confident.
+    At most [chunk, V] logits exist at once. With `top_k` = k > 0 there are also the k likeliest
+    tokens of each position and the tail: the logprob of all others together. The tail is summed
+    over the other logits, since 1 − Σ of the k would round to 0 where the model is confident.
 
     Raises:
         ValueError: `top_k` leaves no tail.
     """
     if top_k >= head.out_features:
         raise ValueError(
-            f"top_k is {top_k}; expected less than the vocabulary of {head.out_features}, so that a tail remains"
+            f"top_k is {top_k}; expected less than the vocabulary of {head.out_features}, "
+            "so that a tail remains"
         )
-    parts = [
-        _chunk_logprobs(*part, head, temperature, top_k)
-        for part in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
-    ]
+    chunks = zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
+    parts = [_chunk_logprobs(*part, head, temperature, top_k) for part in chunks]
     sampled, entropy, *top = (torch.cat(column) for column in zip(*parts, strict=True))
     return TokenLogprobs(sampled, entropy, TopLogprobs(*top) if top else None)
 
@@ -152,6 +147,7 @@ def token_logprobs(
 def _chunk_logprobs(
     hidden: Tensor, targets: Tensor, head: nn.Linear, temperature: float, top_k: int
 ) -> tuple[Tensor, ...]:
+    """Sampled [n] and entropy [n]; with `top_k` also ids [n, k], logprobs [n, k] and tail [n]."""
     logits = head_logits(hidden, head.weight, head.bias)
     if temperature != 1.0:
         logits /= temperature

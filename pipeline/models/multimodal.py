@@ -1,5 +1,4 @@
-"""Rows that show images: the tensors of their images in order, and the positions that the family
-gives them.
+"""Rows that show images: the tensors of their images, and the positions of their tokens.
 
 Families with multimodal rotary positions (Qwen-VL) place the tokens of an image by time, height and
 width, and go on after it where its largest side ends. The others count tokens.
@@ -19,14 +18,15 @@ from onstream.pipeline.models.image_features import ImageFeatures, joined
 from onstream.pipeline.models.packing import PackedRow, PrefixGroup
 
 Features = Mapping[str, ImageFeatures]
-"""What a model's processor made of images, by the names that prompts show them under."""
+"""Images as a model reads them, by the names that prompts have for them."""
 
 
 def image_tensors(
     model: PreTrainedModel, groups: Sequence[PrefixGroup], features: Features
 ) -> dict[str, Tensor]:
-    """What `model` is to be given of the images that `groups` show, in the order in which they are
-    shown. Empty where there are none.
+    """The tensors that `model` needs of the images that `groups` show, in the order shown.
+
+    Empty where they show none.
     """
     return tensors_for(model, [features[name] for group in groups for name in group.images])
 
@@ -40,31 +40,25 @@ def tensors_for(model: PreTrainedModel, images: Sequence[ImageFeatures]) -> dict
 
 
 def packed_positions(model: PreTrainedModel, packed: PackedRow, features: Features) -> Tensor:
-    """Positions of a packed row: [1, T], or [3, 1, T] where a family with multimodal positions
-    shows images.
-    """
+    """Positions of a packed row: [1, T], or [3, 1, T] with images in a family that places them."""
     if not has_spatial_positions(model) or not any(group.images for group in packed.groups):
         return torch.from_numpy(packed.position_ids).to(model.device)[None]
     parts = []
     for group in packed.groups:
-        prompt = prompt_positions(
-            model, group.prompt_ids, [features[name] for name in group.images]
-        )
-        after = int(prompt.max()) + 1
-        parts += [
-            prompt,
-            *(
-                (after + torch.arange(len(completion) - 1)).expand(3, -1)
-                for completion in group.completions
-            ),
-        ]
+        images = [features[name] for name in group.images]
+        prompt = prompt_positions(model, group.prompt_ids, images)
+        parts.append(prompt)
+        # An image takes fewer positions than tokens, so completions do not start at P.
+        start = int(prompt.max()) + 1
+        for completion in group.completions:
+            parts.append((start + torch.arange(len(completion) - 1)).expand(3, -1))
     return torch.cat(parts, dim=1).to(model.device)[:, None]
 
 
 def prompt_positions(
     model: PreTrainedModel, prompt_ids: npt.NDArray[np.integer], images: Sequence[ImageFeatures]
 ) -> Tensor:
-    """Positions [3, P] of a prompt's tokens in time, height and width, by the model's own rule."""
+    """Positions [3, P] of a prompt's tokens: time, height and width, by the model's own rule."""
     ids = torch.from_numpy(prompt_ids)[None].long()
     if not images:
         return torch.arange(ids.shape[1]).expand(3, -1)
@@ -78,8 +72,9 @@ def prompt_positions(
 def padded_inputs(
     model: PreTrainedModel, input_ids: Tensor, groups: Sequence[PrefixGroup], features: Features
 ) -> dict[str, Tensor]:
-    """What `model` is to be given beside `input_ids` [rows, S], a row for each of `groups`, so that
-    it finds the positions itself.
+    """What `model` needs beside `input_ids` [rows, S] to find the positions itself.
+
+    Each row is one of `groups`.
     """
     tensors = image_tensors(model, groups, features)
     if tensors and has_spatial_positions(model):
@@ -88,9 +83,7 @@ def padded_inputs(
 
 
 def token_kinds(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """1 for the tokens of an image, 0 for others, as the families with multimodal positions name
-    them.
-    """
+    """1 for the tokens of an image, 0 for others; in the shape of `input_ids`."""
     image: int = model.config.image_token_id
     return (input_ids == image).int()
 

@@ -1,5 +1,4 @@
-"""Packs prompts and their completions into rows whose shared prompts are computed once. Numbers
-only: numpy, no IO.
+"""Packs prompts and completions into rows whose shared prompts are computed once. Pure numpy.
 
 A packed row holds T tokens: for each prompt its P tokens, then every completion of it without its
 last token, which predicts nothing. Positions restart after the prompt in each completion. Linear
@@ -19,8 +18,9 @@ Ids = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 DENSE_ROW_TOKENS = 256
-"""Up to this length a prompt and its completions attend as one row under a mask: its square costs
-less than further calls (measured).
+"""Up to this length a prompt and its completions attend as one row under a mask.
+
+The square of a short row costs less than further calls (measured).
 """
 BRANCH_SHARE = 0.25
 """Completions that attend in one row are together at most this share of their prompt's length."""
@@ -30,11 +30,10 @@ ROW_PADDING = 0.25
 
 @dataclass(frozen=True)
 class PrefixGroup:
-    """One prompt and the completions that share it. `sequences` says which sequence of the caller
-    each completion is.
+    """One prompt and the completions that share it.
 
-    `images` names the images that the prompt shows, in order: two prompts of equal ids may show
-    different ones.
+    `sequences` says which of the caller's sequences each completion is. `images` names the images
+    that the prompt shows, in order: prompts with equal ids may show different ones.
     """
 
     prompt_ids: Ids  # [P], P ≥ 1
@@ -50,11 +49,10 @@ class PrefixGroup:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call of scaled dot product attention: b rows of queries and of keys, as places in the
-    packed row.
+    """One call of scaled dot product attention: b rows of queries and of keys.
 
-    Padding repeats the row's first place: as a key it is masked, as a query nothing reads it.
-    Without a `mask` the call is causal: query i sees the keys up to i.
+    Both are places in the packed row. Padding repeats the row's first place: as a key it is masked,
+    as a query nothing reads it. Without a `mask` the call is causal: query i sees the keys up to i.
     """
 
     queries: Ids  # [b, q]
@@ -64,8 +62,7 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One forward pass: T tokens that predict the N completion tokens of `sequences`, one after the
-    other.
+    """One forward pass: T tokens that predict the N completion tokens of S sequences in turn.
 
     Example: the prompt [5, 6] with the completions [7, 8, 9] and [4] has T = 4 and N = 4::
 
@@ -83,9 +80,7 @@ class PackedRow:
     lengths: tuple[int, ...]  # [S], completion tokens; they sum to N
     groups: tuple[PrefixGroup, ...] = field(repr=False)
     calls: tuple[AttentionCall, ...] = field(repr=False)
-    output_index: Ids = field(
-        repr=False
-    )  # [T], where each token's output is in the calls' outputs, laid end to end
+    output_index: Ids = field(repr=False)  # [T], its place in the calls' outputs, end to end
 
 
 def share_prompts(
@@ -93,33 +88,31 @@ def share_prompts(
     completions: Sequence[npt.ArrayLike],
     images: Sequence[tuple[str, ...]] | None = None,
 ) -> list[PrefixGroup]:
-    """Groups the sequences that have equal prompts, in the order in which their prompts first come.
+    """Groups of the sequences that have equal prompts, in the order of their first members.
 
-    `images` names those that each prompt shows; None: no prompt shows any.
+    `images` names the images that each prompt shows; None: no prompt shows any.
 
     Raises:
         ValueError: a prompt or a completion is empty.
     """
-    members: dict[tuple[bytes, tuple[str, ...]], tuple[Ids, list[Ids], list[int]]] = {}
     shown = images if images is not None else [()] * len(prompts)
+    prompt_ids = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
+    completion_ids = [np.asarray(completion, dtype=np.int64) for completion in completions]
+    members: dict[tuple[bytes, tuple[str, ...]], list[int]] = {}
     for sequence, (prompt, completion, own) in enumerate(
-        zip(prompts, completions, shown, strict=True)
+        zip(prompt_ids, completion_ids, shown, strict=True)
     ):
-        prompt_ids = np.asarray(prompt, dtype=np.int64)
-        completion_ids = np.asarray(completion, dtype=np.int64)
-        if not len(prompt_ids) or not len(completion_ids):
+        if not len(prompt) or not len(completion):
             raise ValueError(
-                f"sequence {sequence} has {len(prompt_ids)} prompt and {len(completion_ids)} completion tokens; expected ≥ 1 of each"
+                f"sequence {sequence} has {len(prompt)} prompt and {len(completion)} completion "
+                "tokens; expected ≥ 1 of each"
             )
-        _, grouped, sequences = members.setdefault(
-            (prompt_ids.tobytes(), own), (prompt_ids, [], [])
-        )
-        grouped.append(completion_ids)
-        sequences.append(sequence)
-    return [
-        PrefixGroup(prompt_ids, tuple(grouped), tuple(sequences), own)
-        for (_, own), (prompt_ids, grouped, sequences) in members.items()
-    ]
+        members.setdefault((prompt.tobytes(), own), []).append(sequence)
+    groups = []
+    for (_, own), sequences in members.items():
+        grouped = tuple(completion_ids[sequence] for sequence in sequences)
+        groups.append(PrefixGroup(prompt_ids[sequences[0]], grouped, tuple(sequences), own))
+    return groups
 
 
 def single_rows(
@@ -127,8 +120,9 @@ def single_rows(
     completions: Sequence[npt.ArrayLike],
     images: Sequence[tuple[str, ...]] | None = None,
 ) -> list[PrefixGroup]:
-    """Every sequence with its own prompt, longest first: for models that take padded rows, which
-    then pad each other little.
+    """Every sequence with a prompt of its own, longest first, for models that take padded rows.
+
+    In this order, rows of similar length are padded together.
 
     Raises:
         ValueError: a prompt or a completion is empty.
@@ -143,9 +137,9 @@ def single_rows(
 
 
 def pack(groups: Sequence[PrefixGroup], max_tokens: int) -> list[PackedRow]:
-    """Packs groups, in order, into rows of at most `max_tokens`.
+    """Rows of at most `max_tokens` tokens, filled with `groups` in order.
 
-    A group over the budget is split, its prompt repeated; a single sequence over the budget has a
+    A group that is longer is split, and its prompt repeated. A single sequence that is longer has a
     row of its own.
     """
     rows: list[list[PrefixGroup]] = []
@@ -160,7 +154,7 @@ def pack(groups: Sequence[PrefixGroup], max_tokens: int) -> list[PackedRow]:
 
 
 def _split(group: PrefixGroup, max_tokens: int) -> Iterator[PrefixGroup]:
-    """Parts of `group` within the budget, as far as whole completions allow."""
+    """Parts of `group` of at most `max_tokens`, as far as whole completions allow."""
     start = 0
     used = len(group.prompt_ids)
     for index, completion in enumerate(group.completions):
@@ -179,10 +173,8 @@ def _part(group: PrefixGroup, start: int, end: int) -> PrefixGroup:
 
 
 @dataclass(frozen=True)
-class _Placed:
-    """A group's places in the packed row: its prompt's, and those of each completion without its
-    last token.
-    """
+class _GroupPlaces:
+    """Places in the packed row: of a prompt, and of each completion without its last token."""
 
     prompt: Ids
     completions: tuple[Ids, ...]
@@ -198,7 +190,7 @@ class _Placed:
         return np.repeat(np.arange(len(lengths)), lengths)
 
 
-def _place(groups: Sequence[PrefixGroup]) -> list[_Placed]:
+def _place(groups: Sequence[PrefixGroup]) -> list[_GroupPlaces]:
     placed = []
     at = 0
     for group in groups:
@@ -206,7 +198,7 @@ def _place(groups: Sequence[PrefixGroup]) -> list[_Placed]:
             [len(group.prompt_ids), *(len(completion) - 1 for completion in group.completions)]
         )
         pieces = [np.arange(start, end) for start, end in zip([at, *ends[:-1]], ends, strict=True)]
-        placed.append(_Placed(pieces[0], tuple(pieces[1:])))
+        placed.append(_GroupPlaces(pieces[0], tuple(pieces[1:])))
         at = int(ends[-1])
     return placed
 
@@ -217,13 +209,14 @@ def _lay_out(groups: Sequence[PrefixGroup]) -> PackedRow:
     positions = []
     predicted_at = []
     for group, places in zip(groups, placed, strict=True):
-        inputs += [group.prompt_ids, *(completion[:-1] for completion in group.completions)]
         prompt_tokens = len(group.prompt_ids)
-        positions += [
-            np.arange(prompt_tokens),
-            *(prompt_tokens + np.arange(len(own)) for own in places.completions),
-        ]
-        predicted_at += [np.concatenate((places.prompt[-1:], own)) for own in places.completions]
+        inputs.append(group.prompt_ids)
+        positions.append(np.arange(prompt_tokens))
+        for completion, own in zip(group.completions, places.completions, strict=True):
+            inputs.append(completion[:-1])
+            positions.append(prompt_tokens + np.arange(len(own)))
+            # The prompt's last token predicts the completion's first.
+            predicted_at.append(np.concatenate((places.prompt[-1:], own)))
     calls = _plan_attention(placed)
     completions = [completion for group in groups for completion in group.completions]
     return PackedRow(
@@ -247,9 +240,11 @@ def _output_index(calls: Sequence[AttentionCall], tokens: int) -> Ids:
     return index
 
 
-def _plan_attention(placed: Sequence[_Placed]) -> tuple[AttentionCall, ...]:
-    """Plain rows in causal calls, short groups as masked rows, and long groups as one prompt and a
-    call for its completions.
+def _plan_attention(placed: Sequence[_GroupPlaces]) -> tuple[AttentionCall, ...]:
+    """The cheapest calls for each group.
+
+    Groups of one are causal rows, short groups are masked rows, and a long group is its prompt in
+    one call and its completions in another.
     """
     plain = [one for one in placed if len(one.completions) == 1]
     shared = [one for one in placed if len(one.completions) > 1]
@@ -262,9 +257,9 @@ def _plan_attention(placed: Sequence[_Placed]) -> tuple[AttentionCall, ...]:
     return tuple(calls)
 
 
-def _alike(placed: Sequence[_Placed]) -> Iterator[list[_Placed]]:
-    """Batches of rows of similar length, longest first."""
-    batch: list[_Placed] = []
+def _alike(placed: Sequence[_GroupPlaces]) -> Iterator[list[_GroupPlaces]]:
+    """Groups of similar length together, longest first."""
+    batch: list[_GroupPlaces] = []
     for one in sorted(placed, key=lambda one: -len(one.row)):
         if batch and len(one.row) < (1 - ROW_PADDING) * len(batch[0].row):
             yield batch
@@ -275,7 +270,7 @@ def _alike(placed: Sequence[_Placed]) -> Iterator[list[_Placed]]:
 
 
 def _pad(rows: Sequence[Ids]) -> Ids:
-    """[b, longest], each row filled up with its first entry."""
+    """[b, longest], each row filled up on the right with its first entry."""
     width = max(map(len, rows))
     return np.stack([np.concatenate((row, np.full(width - len(row), row[0]))) for row in rows])
 
@@ -285,14 +280,15 @@ def _causal_rows(rows: Sequence[Ids]) -> AttentionCall:
     return AttentionCall(index, index, None)
 
 
-def _masked_rows(batch: Sequence[_Placed]) -> AttentionCall:
+def _masked_rows(batch: Sequence[_GroupPlaces]) -> AttentionCall:
     index = _pad([one.row for one in batch])
     return AttentionCall(index, index, _visible(batch, width=index.shape[1], first=0))
 
 
-def _visible(batch: Sequence[_Placed], *, width: int, first: int) -> Bools:
-    """[b, width − first, width]: what the tokens of each row from `first` on see of it: the prompt,
-    and their own completion's past.
+def _visible(batch: Sequence[_GroupPlaces], *, width: int, first: int) -> Bools:
+    """[b, width − first, width]: what each row's tokens from `first` on see.
+
+    A token sees the prompt, and the past of its own completion.
     """
     branch = np.full((len(batch), width), -1)
     for row, one in enumerate(batch):
@@ -304,25 +300,22 @@ def _visible(batch: Sequence[_Placed], *, width: int, first: int) -> Bools:
     return seen
 
 
-def _prompt_and_branches(one: _Placed) -> list[AttentionCall]:
+def _prompt_and_branches(one: _GroupPlaces) -> list[AttentionCall]:
     """The prompt alone, then rows of completions that have it before them as keys.
 
-    Several completions in one row mean fewer copies of the prompt's keys, for a few scores among
-    siblings that the mask throws away: with long prompts a good bargain.
+    Several completions in one row need fewer copies of the prompt's keys. They cost a few scores
+    between completions, which the mask discards: little, where the prompt is long.
     """
-    calls = [_causal_rows([one.prompt])]
+    prompt_call = _causal_rows([one.prompt])
     own = [completion for completion in one.completions if len(completion)]
-    if own:
-        at_once = max(1, int(BRANCH_SHARE * len(one.prompt) / max(map(len, own))))
-        rows = [
-            _Placed(one.prompt, tuple(own[start : start + at_once]))
-            for start in range(0, len(own), at_once)
-        ]
-        index = _pad([row.row for row in rows])
-        first = len(one.prompt)
-        calls.append(
-            AttentionCall(
-                index[:, first:], index, _visible(rows, width=index.shape[1], first=first)
-            )
-        )
-    return calls
+    if not own:
+        return [prompt_call]
+    at_once = max(1, int(BRANCH_SHARE * len(one.prompt) / max(map(len, own))))
+    rows = [
+        _GroupPlaces(one.prompt, tuple(own[start : start + at_once]))
+        for start in range(0, len(own), at_once)
+    ]
+    index = _pad([row.row for row in rows])
+    first = len(one.prompt)
+    mask = _visible(rows, width=index.shape[1], first=first)
+    return [prompt_call, AttentionCall(index[:, first:], index, mask)]

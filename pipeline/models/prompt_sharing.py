@@ -1,6 +1,4 @@
-"""Finds out by trying whether a model's code can serve shared prompts and a head computed in
-chunks.
-"""
+"""Tries out whether a model's code allows shared prompts, and a head computed in chunks."""
 
 from __future__ import annotations
 
@@ -16,31 +14,29 @@ from onstream.pipeline.models.logprobs import head_logits, head_of, hidden_state
 from onstream.pipeline.models.packing import PackedRow, pack, share_prompts
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
-"""Largest difference accepted, relative to the largest value: what is wrong is off by its own size.
-"""
+"""Largest difference accepted, relative to the largest value. Wrong results are off by far more."""
 
 
 def prepare(model: PreTrainedModel) -> str | None:
-    """Checks the model's head, and switches it to computing shared prompts once where that gives
-    what single rows give.
+    """Check the model's head, and let it compute shared prompts once if its results stay the same.
 
-    Returns None when shared prompts are on; otherwise the reason why not: `hidden_states` then
+    Returns None when shared prompts are on, otherwise the reason why not. `hidden_states` then
     takes padded rows, which are as right and slower.
 
     Raises:
         UserError: its logits are scaled, capped or otherwise more than its last hidden states times
             its output layer.
     """
-    probe = _probe(text_config(model).vocab_size)
-    _check_head(model, probe)
+    row = _trial_row(text_config(model).vocab_size)
+    _check_head(model, row)
     before = text_config(model)._attn_implementation
-    reason = _windowed(model) or _differs(model, probe)
+    reason = _limited_attention(model) or _difference(model, row)
     if reason:
         set_text_attention(model, before)
     return reason
 
 
-def _probe(vocabulary: int) -> PackedRow:
+def _trial_row(vocabulary: int) -> PackedRow:
     ids = np.random.default_rng(0).integers(0, vocabulary, 32)
     prompts = [ids[:7], ids[:7], ids[:7], ids[8:13]]
     completions = [ids[13:18], ids[18:20], ids[20:21], ids[21:28]]
@@ -48,32 +44,29 @@ def _probe(vocabulary: int) -> PackedRow:
 
 
 @torch.no_grad()
-def _check_head(model: PreTrainedModel, probe: PackedRow) -> None:
-    group = probe.groups[0]
-    row = torch.from_numpy(np.concatenate((group.prompt_ids, group.completions[0]))).to(
-        model.device
-    )[None]
+def _check_head(model: PreTrainedModel, row: PackedRow) -> None:
+    group = row.groups[0]
+    sequence = torch.from_numpy(np.concatenate((group.prompt_ids, group.completions[0])))
+    input_ids = sequence.to(model.device)[None]
     head = head_of(model)
-    wanted = model(input_ids=row, use_cache=False).logits[0].float()
-    got = head_logits(
-        model.base_model(input_ids=row, use_cache=False).last_hidden_state[0],
-        head.weight,
-        head.bias,
-    )
-    capped = getattr(
-        text_config(model), "final_logit_softcapping", None
-    )  # a probe's small logits would not show it
-    if capped or not _agree(got, wanted, model.dtype):
+    expected = model(input_ids=input_ids, use_cache=False).logits[0].float()
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0]
+    found = head_logits(hidden, head.weight, head.bias)
+    # The small logits of random tokens would not show a cap, so it is read from the configuration.
+    capped = getattr(text_config(model), "final_logit_softcapping", None)
+    if capped or not _agree(found, expected, model.dtype):
+        name = f"{model.config.name_or_path} ({model.config.model_type})"
         raise UserError(
-            f"the logits of {model.config.name_or_path} ({model.config.model_type}) are not a plain projection of its hidden states",
+            f"the logits of {name} are not a plain projection of its hidden states",
             expected="a model without logit scaling or soft-capping",
             next_step="Use a model of another family, such as Qwen, Llama or Mistral.",
         )
 
 
-def _windowed(model: PreTrainedModel) -> str | None:
-    """The reason where some layers' attention is not plain over the whole past, which a short probe
-    would not show.
+def _limited_attention(model: PreTrainedModel) -> str | None:
+    """The reason where some layers' attention is capped or does not see the whole past.
+
+    A short row would not show it.
     """
     config = text_config(model)
     if getattr(config, "attn_logit_softcapping", None):
@@ -86,22 +79,21 @@ def _windowed(model: PreTrainedModel) -> str | None:
 
 
 @torch.no_grad()
-def _differs(model: PreTrainedModel, probe: PackedRow) -> str | None:
-    """The reason where shared prompts do not give the hidden states that single rows give. Leaves
-    the model switched.
+def _difference(model: PreTrainedModel, row: PackedRow) -> str | None:
+    """The reason where shared prompts do not give the hidden states that single rows give.
+
+    Leaves the model switched to shared prompts.
     """
-    wanted = hidden_states(model, probe)
+    expected = hidden_states(model, row)
     try:
         set_text_attention(model, SHARED_PREFIX)
-        got = hidden_states(model, probe)
+        found = hidden_states(model, row)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         return f"its code takes no attention function: {' '.join(str(error).split())[:200]}"
-    return (
-        None
-        if _agree(got, wanted, model.dtype)
-        else f"its hidden states would differ by up to {(got - wanted).abs().max():.2g}"
-    )
+    if _agree(found, expected, model.dtype):
+        return None
+    return f"its hidden states would differ by up to {(found - expected).abs().max():.2g}"
 
 
-def _agree(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
-    return bool((got - wanted).abs().max() <= _TOLERANCE[dtype] * wanted.abs().max())
+def _agree(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    return bool((found - expected).abs().max() <= _TOLERANCE[dtype] * expected.abs().max())

@@ -1,4 +1,4 @@
-"""Loads what a model has beside its weights, its tokenizer and its configuration. Needs no torch."""
+"""Loads a model's tokenizer and configuration. Needs no torch."""
 
 from __future__ import annotations
 
@@ -37,20 +37,23 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(
             f"the tokenizer of {name} has no chat template",
             expected="a chat_template in tokenizer_config.json, or chat_template.jinja beside it",
-            next_step="Use the instruction-tuned variant of the model, or add a chat_template.jinja to its directory.",
+            next_step="Use the instruction-tuned variant of the model, or add a "
+            "chat_template.jinja to its directory.",
         )
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {name} has no end-of-sequence token",
             expected="eos_token in tokenizer_config.json",
-            next_step="Name the token that ends a turn as eos_token; without it no completion can stop.",
+            next_step="Name the token that ends a turn as eos_token: without it no completion can "
+            "stop.",
         )
     return tokenizer
 
 
 def load_configs(name: str | Path) -> tuple[PretrainedConfig, GenerationConfig]:
-    """A model's configuration and generation configuration, without its weights; the latter is
-    empty where the model has none.
+    """A model's configuration and its generation configuration.
+
+    The latter is empty where the model has none.
 
     Raises:
         UserError: there is no such model.
@@ -66,8 +69,12 @@ def load_configs(name: str | Path) -> tuple[PretrainedConfig, GenerationConfig]:
 
 
 def cached_first(name: str | Path, what: str, load: Callable[..., Loaded]) -> Loaded:
-    """`load` from a directory or the local cache, and only then from the hub, so that what is here
-    needs no network.
+    """`load` from a directory or the local cache, and only then from the hub.
+
+    So what is on this machine needs no network.
+
+    Raises:
+        UserError: there is no such model, or the hub does not give it.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -91,7 +98,8 @@ def _not_usable(name: str, what: str, reason: Exception) -> UserError:
     return UserError(
         f"cannot load a {what} from {name}: {words}",
         expected="a directory in Hugging Face form, or the id of a public model",
-        next_step="Check the spelling and the directory; a gated or private model needs `hf auth login` first.",
+        next_step="Check the name or the directory; a gated or private model needs "
+        "`hf auth login` first.",
     )
 
 

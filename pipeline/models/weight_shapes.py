@@ -1,4 +1,4 @@
-"""Whether weights are those of a model: told by names and shapes, before anything is loaded."""
+"""Compares weights with a model by names and shapes, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class WeightShapes:
-    """What the weights of `model` have to hold: of each set of names that share one tensor (a tied
-    head), one at least.
+    """The names and shapes that weights must have to be those of `model`.
+
+    Several names may share one tensor, as with a tied head: then one of them is enough.
     """
 
     model: str
-    tensors: tuple[tuple[tuple[str, ...], Shape], ...]
+    tensors: tuple[tuple[tuple[str, ...], Shape], ...]  # names that share a tensor, its shape
 
     @classmethod
     def of(cls, model: Any) -> WeightShapes:
-        """Those of a transformers model, which may be on the device `meta`."""
+        """The shapes of a transformers model, which may be on the device `meta`."""
         names: dict[int, list[str]] = {}
         shapes: dict[int, Shape] = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -37,20 +38,16 @@ class WeightShapes:
         )
 
     def misfit(self, given: Mapping[str, Shape]) -> str:
-        """Why weights with the names and shapes `given` are not this model's; nothing where they
-        are.
-        """
-        missing = [
-            shared[0] for shared, _ in self.tensors if not any(name in given for name in shared)
-        ]
-        named = [
-            (name, shape) for shared, shape in self.tensors for name in shared if name in given
-        ]
-        wrong = [
-            f"{name} {list(given[name])}, not {list(shape)}"
-            for name, shape in named
-            if tuple(given[name]) != shape
-        ]
+        """Why weights with the names and shapes `given` are not this model's, or an empty text."""
+        missing = []
+        wrong = []
+        for shared, shape in self.tensors:
+            present = [name for name in shared if name in given]
+            if not present:
+                missing.append(shared[0])
+            for name in present:
+                if tuple(given[name]) != shape:
+                    wrong.append(f"{name} {list(given[name])}, not {list(shape)}")
         if not missing and not wrong:
             return ""
         return (
@@ -59,10 +56,7 @@ class WeightShapes:
 
 
 def shapes_of(config: PretrainedConfig) -> WeightShapes:
-    """Those of the causal language model that `config` describes, without its weights."""
+    """The shapes of the causal language model that `config` describes; loads no weights."""
+    family = AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
     with torch.device("meta"):
-        return WeightShapes.of(
-            (
-                AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
-            ).from_config(config)
-        )
+        return WeightShapes.of(family.from_config(config))
