@@ -1,13 +1,15 @@
-"""Is it the teacher that teaches? The example's result beside a shuffled teacher and a constant
-negative advantage.
+"""Is it the teacher that teaches? The example's result beside those of three controls.
 
     OMP_NUM_THREADS=1 python benchmarks/controls.py [--steps 80] [--seed 0] [--example reverse-text]
 
-A plain synchronous loop of the project's own engine, scorer and learner, so that what the student
-is told can be exchanged: `teacher` is the real thing; `shuffled` gives each rollout the teacher's
-scores of another one's tokens; `constant` has no teacher and an advantage of −1 for every token
-(which has been seen to look like a teacher); `itself` is the student as its own teacher, whose
-first step must show a reverse KL and a gradient of zero.
+A plain synchronous loop of the project's own engine, scorer and learner, in which the teacher can
+be exchanged:
+
+- `teacher`: the example as it is;
+- `shuffled`: each rollout gets the teacher's scores of another rollout;
+- `constant`: no teacher, and an advantage of −1 for every token, which can look like a teacher;
+- `itself`: the student as its own teacher. The reverse KL and the gradient of its first step must
+  be zero.
 """
 
 from __future__ import annotations
@@ -35,6 +37,12 @@ from onstream.workers.teacher.scorer import ScoreRequest, Scores
 from onstream.workers.trainer.batches.train_sample import TrainSample
 from onstream.workers.trainer.learner import Learner
 
+SCORES = (
+    "teacher_logprobs",
+    "teacher_top_ids",
+    "teacher_top_logprobs",
+    "teacher_tail_logprobs",
+)
 WIDTH = 140  # characters; a file has no width of its own
 CONTROLS = {
     "teacher": [],
@@ -55,9 +63,9 @@ def main() -> None:
     options.add_argument("--example", default="reverse-text", help="a directory of examples/")
     options.add_argument("--steps", type=int, default=80)
     options.add_argument("--seed", type=int, default=0)
-    asked = options.parse_args()
+    arguments = options.parse_args()
     table = Table(
-        "told by",
+        "control",
         "exact before",
         "exact after",
         "teacher_kl, step 1",
@@ -66,20 +74,21 @@ def main() -> None:
     )
     for control, given in CONTROLS.items():
         settings = load_settings(
-            [Path("examples") / asked.example / "onstream.toml"], [f"run.seed={asked.seed}", *given]
+            [Path("examples") / arguments.example / "onstream.toml"],
+            [f"run.seed={arguments.seed}", *given],
         )
+        steps = arguments.steps
         if control == "itself":
-            settings = settings.model_copy(
-                update={"teacher_inference": type(settings.teacher_inference)()}
-            )
-        table.add_row(
-            control, *Loop(control, settings).run(1 if control == "itself" else asked.steps)
-        )
+            steps = 1
+            # Without a model of its own, the teacher is the student's starting model.
+            no_model = type(settings.teacher_inference)()
+            settings = settings.model_copy(update={"teacher_inference": no_model})
+        table.add_row(control, *Loop(control, settings).run(steps))
         Console(width=WIDTH).print(table)
 
 
 class Loop:
-    """Generate, score, learn, again: one step after the other, in one process."""
+    """Generate, score and learn, one step after the other, in one process."""
 
     def __init__(self, control: str, settings: Settings) -> None:
         self.control = control
@@ -116,11 +125,11 @@ class Loop:
         while self.engine.active:
             completions += self.engine.step()
         completions.sort(key=lambda completion: completion.key)
-        scored = [
+        to_score = [
             ScoreRequest(requests[completion.key].prompt_ids, completion.token_ids)
             for completion in completions
         ]
-        scores = self.scorer.score(scored, top_k=self.settings.trainer.loss.teacher_top_k)
+        scores = self.scorer.score(to_score, top_k=self.settings.trainer.loss.teacher_top_k)
         samples = [
             self.sample(requests[c.key], c, s) for c, s in zip(completions, scores, strict=True)
         ]
@@ -131,24 +140,22 @@ class Loop:
         return metrics
 
     def requests(self, number: int) -> dict[int, GenerationRequest]:
-        """The step's requests by their key: as many problems as it has groups, each asked once a
-        member.
-        """
+        """The step's requests by key: a problem for each group, and a request for each member."""
         size = self.settings.orchestrator.group_size
         groups = self.settings.orchestrator.batch_size // size
-        made = {}
+        requests = {}
         for group in range(number * groups, (number + 1) * groups):
             prompt_ids = self.student.prompt_ids(self.task.train(group).messages)
             for key in range(group * size, (group + 1) * size):
                 seed = key * 7919 + self.settings.run.seed
-                made[key] = GenerationRequest(
+                requests[key] = GenerationRequest(
                     key,
                     prompt_ids,
                     self.settings.inference.sampling.max_completion,
                     seed,
                     Sampling(),
                 )
-        return made
+        return requests
 
     def sample(
         self, request: GenerationRequest, completion: Completion, scores: Scores
@@ -168,22 +175,14 @@ class Loop:
         )
 
     def shuffled(self, samples: Sequence[TrainSample]) -> list[TrainSample]:
-        """Every sample with the scores of another, position by position, repeated or cut to its
-        length.
-        """
-        made = []
-        for sample, other in zip(samples, self.random.permutation(len(samples)), strict=True):
-            rows = np.arange(len(sample.completion_ids)) % len(samples[other].completion_ids)
-            names = (
-                "teacher_logprobs",
-                "teacher_top_ids",
-                "teacher_top_logprobs",
-                "teacher_tail_logprobs",
-            )
-            made.append(
-                replace(sample, **{name: getattr(samples[other], name)[rows] for name in names})
-            )
-        return made
+        """Every sample with the scores of another, repeated or cut to its length."""
+        shuffled = []
+        for sample, place in zip(samples, self.random.permutation(len(samples)), strict=True):
+            other = samples[place]
+            positions = np.arange(len(sample.completion_ids)) % len(other.completion_ids)
+            scores = {name: getattr(other, name)[positions] for name in SCORES}
+            shuffled.append(replace(sample, **scores))
+        return shuffled
 
 
 if __name__ == "__main__":

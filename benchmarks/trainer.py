@@ -3,19 +3,18 @@
     python benchmarks/trainer.py
 
 Three ways take the same step, forward, backward and AdamW, on the same rollouts in groups of 8,
-each in its own process on one thread:
+each in a process of its own, on one thread:
 
-- the learner, computing a group's prompt once, with the top-k form of the objective and all of a
-  step's metrics;
-- the same learner on one padded row a rollout, as it takes models whose code cannot share prompts;
+- the learner, which computes a group's prompt once, with the top-k form of `rl` and all metrics;
+- the same learner on one padded row a rollout, as it is for models whose code cannot share prompts;
 - padded batches of 32 under the usual attention mask, all logits, a bare policy gradient: what a
-  transformers user would write.
+  user of transformers would write.
 
 Mix A is the example's: prompts of about 33 tokens, completions of about 8, the example student's
-shape. Mix B is long: prompts of 500, completions of 200, hidden 256 × 4 layers, of which one step
-is two groups. Rates are per CPU second of the process, so that a busy machine disturbs them less;
-tokens are those of all rollouts, prompts counted once a rollout, whether or not they were computed
-so often. Memory is the peak above what the process held before its first step (Linux only).
+shape. Mix B is long: prompts of 500, completions of 200, hidden 256 × 4 layers, two groups a step.
+Rates are per CPU second of the process, so that a busy machine disturbs them less. Tokens are those
+of all rollouts, each with its prompt, however often that was computed. Memory is the peak above
+what the process held before its first step (Linux only).
 """
 
 from __future__ import annotations
@@ -25,11 +24,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 import torch
 from rich.console import Console
@@ -38,7 +39,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from onstream.settings.losses import RlLoss
 from onstream.settings.trainer import OptimSettings, TrainerSettings
-from onstream.workers.tiny_models.fresh import Shape, write_fresh
+from onstream.workers.tiny_models.fresh import ModelShape, write_fresh
 from onstream.workers.tiny_models.recipes import RECIPES
 from onstream.workers.trainer.learner import Learner, TrainSample
 
@@ -55,7 +56,7 @@ class Mix:
     """What a step is made of; lengths are bounds, both included."""
 
     name: str
-    shape: Shape
+    shape: ModelShape
     groups: int
     prompt: tuple[int, int]
     completion: tuple[int, int]
@@ -65,7 +66,7 @@ MIXES = (
     Mix("A", RECIPES["student"].shape, 16, (30, 36), (5, 11)),
     Mix(
         "B",
-        Shape(hidden=256, layers=4, intermediate=768, heads=8, key_value_heads=4),
+        ModelShape(hidden=256, layers=4, intermediate=768, heads=8, key_value_heads=4),
         2,
         (500, 500),
         (150, 250),
@@ -74,7 +75,7 @@ MIXES = (
 
 
 @dataclass(frozen=True)
-class Measured:
+class StepTiming:
     """One way on one mix."""
 
     steps_per_s: float
@@ -94,7 +95,7 @@ def main() -> None:
         Console().print(table(mix, found))
 
 
-def table(mix: Mix, found: dict[Way, Measured]) -> Table:
+def table(mix: Mix, found: dict[Way, StepTiming]) -> Table:
     """A line for each way."""
     rollouts = mix.groups * GROUP_SIZE
     tokens = sum(len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples(mix))
@@ -125,38 +126,39 @@ def table(mix: Mix, found: dict[Way, Measured]) -> Table:
 
 
 def samples(mix: Mix) -> list[TrainSample]:
-    """Random rollouts with what a teacher would have said of them."""
+    """Random rollouts with a teacher's logprobs."""
     random = np.random.default_rng(0)
-    made = []
+    drawn = []
     for group in range(mix.groups):
-        prompt = random.integers(0, 100, random.integers(mix.prompt[0], mix.prompt[1] + 1)).astype(
-            np.int32
-        )
+        prompt_tokens = random.integers(mix.prompt[0], mix.prompt[1] + 1)
+        prompt = random.integers(0, 100, prompt_tokens).astype(np.int32)
         for _ in range(GROUP_SIZE):
             tokens = int(random.integers(mix.completion[0], mix.completion[1] + 1))
-            bins = np.log(-np.sort(-random.dirichlet(np.ones(TOP_K + 1), tokens))).astype(
-                np.float32
-            )
-            made.append(
-                TrainSample(
-                    prompt_ids=prompt,
-                    completion_ids=random.integers(0, 100, tokens).astype(np.int32),
-                    loss_mask=np.ones(tokens, dtype=np.uint8),
-                    generator_logprobs=np.full(tokens, -4.8, dtype=np.float32),
-                    teacher_logprobs=bins[:, 0],
-                    teacher_top_ids=np.stack(
-                        [random.permutation(100)[:TOP_K] for _ in range(tokens)]
-                    ).astype(np.int32),
-                    teacher_top_logprobs=bins[:, :TOP_K],
-                    teacher_tail_logprobs=bins[:, TOP_K],
-                    advantage=float(random.normal()),
-                    group=group,
-                )
-            )
-    return made
+            drawn.append(sample(random, prompt, tokens, group))
+    return drawn
 
 
-def measure(mix: Mix, way: Way, model: Path) -> Measured:
+def sample(
+    random: np.random.Generator, prompt: npt.NDArray[np.int32], tokens: int, group: int
+) -> TrainSample:
+    """A random completion of `tokens`, with the logprobs of TOP_K tokens and a tail."""
+    bins = np.log(-np.sort(-random.dirichlet(np.ones(TOP_K + 1), tokens))).astype(np.float32)
+    top_ids = [random.permutation(100)[:TOP_K] for _ in range(tokens)]
+    return TrainSample(
+        prompt_ids=prompt,
+        completion_ids=random.integers(0, 100, tokens).astype(np.int32),
+        loss_mask=np.ones(tokens, dtype=np.uint8),
+        generator_logprobs=np.full(tokens, -4.8, dtype=np.float32),
+        teacher_logprobs=bins[:, 0],
+        teacher_top_ids=np.stack(top_ids).astype(np.int32),
+        teacher_top_logprobs=bins[:, :TOP_K],
+        teacher_tail_logprobs=bins[:, TOP_K],
+        advantage=float(random.normal()),
+        group=group,
+    )
+
+
+def measure(mix: Mix, way: Way, model: Path) -> StepTiming:
     """Steps a CPU second after one unmeasured step, and the memory that it took."""
     torch.set_num_threads(1)  # a second one would spin while it waits, and count as work
     settings = TrainerSettings(
@@ -164,7 +166,7 @@ def measure(mix: Mix, way: Way, model: Path) -> Measured:
     )
     learner = Learner(model, settings, torch.device("cpu"))
     batch = samples(mix)
-    step: Callable[[], object] = lambda: learner.step(batch, 1000)  # noqa: E731 - two of the three ways are this one
+    step: Callable[[], object] = partial(learner.step, batch, 1000)
     if way != "shared prompts":
         learner.model.set_attn_implementation("sdpa")
         learner.padded_because = "this is the way without"
@@ -180,7 +182,9 @@ def measure(mix: Mix, way: Way, model: Path) -> Measured:
     while steps < 3 or time.process_time() - cpu < SECONDS:
         step()
         steps += 1
-    return Measured(steps / (time.process_time() - cpu), (time.perf_counter() - wall) / steps, peak)
+    return StepTiming(
+        steps / (time.process_time() - cpu), (time.perf_counter() - wall) / steps, peak
+    )
 
 
 def plain_step(learner: Learner, batch: Sequence[TrainSample]) -> Callable[[], None]:
@@ -215,7 +219,7 @@ def plain_step(learner: Learner, batch: Sequence[TrainSample]) -> Callable[[], N
 
 
 def reset_peak() -> None:
-    """Lets the kernel count this process's peak memory anew."""
+    """Make the kernel count this process's peak memory from here on."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

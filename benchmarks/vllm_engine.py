@@ -35,7 +35,7 @@ from onstream.settings.root import Settings
 from onstream.workers.generator.engines.base import Engine, GenerationRequest
 from onstream.workers.generator.student import load_student, open_student
 from onstream.workers.teacher.local_setup import load_local
-from onstream.workers.tiny_models.fresh import Shape, write_fresh
+from onstream.workers.tiny_models.fresh import ModelShape, write_fresh
 
 KINDS = {"short": ((24, 33), (5, 12)), "long": ((100, 161), (64, 193))}
 SWEPT_BATCHES = (16, 64, 128, 256)
@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="also try sizes: eight more starts")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    shape = Shape(
+    shape = ModelShape(
         hidden=options.hidden, layers=options.layers, intermediate=options.hidden * 10 // 3
     )
     with tempfile.TemporaryDirectory() as scratch:

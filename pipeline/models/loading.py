@@ -34,7 +34,8 @@ def resolve_device(setting: DeviceSetting) -> torch.device:
         raise UserError(
             'deployment.device = "cuda", but torch finds no CUDA device',
             expected="a visible GPU and a CUDA build of torch",
-            next_step='Set deployment.device = "cpu", or check nvidia-smi and CUDA_VISIBLE_DEVICES.',
+            next_step='Set deployment.device = "cpu", or look at nvidia-smi and '
+            "CUDA_VISIBLE_DEVICES.",
         )
     return torch.device("cuda" if found and setting != "cpu" else "cpu")
 

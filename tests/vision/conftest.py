@@ -18,12 +18,12 @@ from onstream.pipeline.images import ImageFile
 from onstream.pipeline.images.vision import Vision, load_vision
 from onstream.pipeline.models.image_features import ImageFeatures
 from onstream.pipeline.models.loading import load_model
-from onstream.workers.tiny_models.fresh import Shape
-from onstream.workers.tiny_models.vlm_families import Family, write_fresh_vlm
+from onstream.workers.tiny_models.fresh import ModelShape
+from onstream.workers.tiny_models.vlm_families import VlmFamily, write_fresh_vlm
 
 torch.set_num_threads(1)
 
-SHAPE = Shape(hidden=64, layers=2, intermediate=128, heads=2, key_value_heads=1)
+SHAPE = ModelShape(hidden=64, layers=2, intermediate=128, heads=2, key_value_heads=1)
 SPREAD = 5.0  # wide enough that attention, and the images, matter to the logprobs
 
 
@@ -31,7 +31,7 @@ SPREAD = 5.0  # wide enough that attention, and the images, matter to the logpro
 class Tiny:
     """A model, what it makes of images, and where it lies."""
 
-    family: Family
+    family: VlmFamily
     directory: Path
     model: PreTrainedModel
     vision: Vision
@@ -40,12 +40,12 @@ class Tiny:
         return {picture.digest: self.vision.features(picture) for picture in pictures}
 
 
-@pytest.fixture(scope="session", params=get_args(Family))
+@pytest.fixture(scope="session", params=get_args(VlmFamily))
 def directory(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Family, Path]:
+) -> tuple[VlmFamily, Path]:
     """A model of the family on disk, with weights wide enough to matter."""
-    family: Family = request.param
+    family: VlmFamily = request.param
     if family != "llava" and find_spec("torchvision") is None:
         pytest.skip(
             "the processors of the Qwen families need torchvision: `make test` has it, and tests/vision/__init__.py says how"
@@ -54,7 +54,7 @@ def directory(
     return family, made
 
 
-def write_tiny(directory: Path, family: Family) -> Path:
+def write_tiny(directory: Path, family: VlmFamily) -> Path:
     """A model of the family in `directory`, with weights wide enough to matter."""
     write_fresh_vlm(directory, family, SHAPE, seed=0)
     model = load_model(directory, dtype=torch.float32, device=torch.device("cpu"))
@@ -66,7 +66,7 @@ def write_tiny(directory: Path, family: Family) -> Path:
 
 
 @pytest.fixture
-def tiny(directory: tuple[Family, Path]) -> Tiny:
+def tiny(directory: tuple[VlmFamily, Path]) -> Tiny:
     """The family's model, fresh from disk."""
     family, path = directory
     return Tiny(

@@ -11,7 +11,7 @@ import pytest
 
 from onstream.settings.root import Settings
 from onstream.workers.generator.student import Student, open_student
-from onstream.workers.tiny_models.fresh import Shape, write_fresh
+from onstream.workers.tiny_models.fresh import ModelShape, write_fresh
 from tests.vllm.server import VllmServer
 
 HERE = Path(__file__).parent
@@ -47,7 +47,7 @@ def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher whose weights are wide enough that its distributions are not flat."""
     return write_fresh(
         tmp_path_factory.mktemp("teacher"),
-        Shape(hidden=64, layers=2, intermediate=128),
+        ModelShape(hidden=64, layers=2, intermediate=128),
         seed=7,
         initializer_range=0.3,
     )
@@ -58,7 +58,7 @@ def student_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student of the same vocabulary."""
     return write_fresh(
         tmp_path_factory.mktemp("student"),
-        Shape(hidden=64, layers=2, intermediate=128),
+        ModelShape(hidden=64, layers=2, intermediate=128),
         seed=8,
         initializer_range=0.3,
     )

@@ -19,7 +19,7 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.weights import LoadedPolicy, WeightsError
 from onstream.workers.generator.engines.base import Completion, GenerationRequest, Sampling
 from onstream.workers.generator.student import Student, open_student
-from onstream.workers.tiny_models.fresh import Shape, write_fresh
+from onstream.workers.tiny_models.fresh import ModelShape, write_fresh
 from tests.vllm.conftest import on_vllm
 from tests.vllm.reference import CLOSE_NATS, gaps, model_of, policy_of
 
@@ -251,7 +251,9 @@ def test_weights_that_cannot_be_used_change_nothing_and_are_told(
     gone.file().unlink()
     with pytest.raises(WeightsError, match="cannot be read"):
         engine.load(gone)
-    narrow = model_of(write_fresh(tmp_path, Shape(hidden=32, layers=2, intermediate=64), seed=1))
+    narrow = model_of(
+        write_fresh(tmp_path, ModelShape(hidden=32, layers=2, intermediate=64), seed=1)
+    )
     with pytest.raises(
         WeightsError, match=r"of another shape .*embed_tokens.weight \[128, 32\], not \[128, 64\]"
     ):
@@ -318,7 +320,9 @@ def test_a_model_or_an_argument_that_vllm_does_not_take_is_told_in_words(
         UserError, match=r"vLLM did not start with .*vLLM's own lines above say why"
     ):
         open_student(on_vllm(student_dir, extra_args={"num_gpu_blocks_override": 1}))
-    odd = write_fresh(tmp_path, Shape(hidden=48, layers=1, intermediate=64, head_dim=24), seed=1)
+    odd = write_fresh(
+        tmp_path, ModelShape(hidden=48, layers=1, intermediate=64, head_dim=24), seed=1
+    )
     with pytest.raises(
         UserError, match=r"vLLM did not start with .*vLLM's own lines above say why"
     ):

@@ -20,7 +20,7 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.settings.root import Settings
 from onstream.settings.run import DeliverySettings
 from onstream.workers.teacher.external import ExternalTeacher
-from onstream.workers.tiny_models.fresh import Shape, write_fresh
+from onstream.workers.tiny_models.fresh import ModelShape, write_fresh
 from tests.vllm.server import VllmServer
 from tests.workers.teacher.external.conftest import delivered, rollout, work
 from tests.workers.teacher.external.test_stage import feed
@@ -167,7 +167,7 @@ def test_more_likeliest_tokens_than_the_server_gives_are_refused_with_its_limit(
 def test_a_student_of_another_vocabulary_is_refused(
     server: VllmServer, bus: Bus, tmp_path: Path
 ) -> None:
-    student = write_fresh(tmp_path, Shape(hidden=32, layers=1, intermediate=64), seed=1)
+    student = write_fresh(tmp_path, ModelShape(hidden=32, layers=1, intermediate=64), seed=1)
     file = student / "tokenizer.json"
     file.write_text(
         file.read_text().replace('"a":', '"A-B":').replace('"b":', '"a":').replace('"A-B":', '"b":')
@@ -176,7 +176,7 @@ def test_a_student_of_another_vocabulary_is_refused(
 
 
 def test_another_chat_template_is_refused(server: VllmServer, bus: Bus, tmp_path: Path) -> None:
-    student = write_fresh(tmp_path, Shape(hidden=32, layers=1, intermediate=64), seed=1)
+    student = write_fresh(tmp_path, ModelShape(hidden=32, layers=1, intermediate=64), seed=1)
     (student / "chat_template.jinja").write_text(
         "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     )

@@ -25,7 +25,7 @@ from onstream.workers.generator.engines.base import Completion
 from onstream.workers.generator.engines.vllm.images import input_of
 from onstream.workers.generator.engines.vllm.request import VllmRequest
 from onstream.workers.generator.student import Student, open_student
-from onstream.workers.tiny_models.vlm_families import Family
+from onstream.workers.tiny_models.vlm_families import VlmFamily
 from tests.vision.conftest import Tiny, noise, write_tiny
 from tests.vision.test_engine import gap, requests
 from tests.vllm.conftest import on_vllm
@@ -37,12 +37,12 @@ NUMBERS = count(1)
 """Version numbers that no other test of the session has used."""
 
 
-@pytest.fixture(scope="module", params=get_args(Family))
+@pytest.fixture(scope="module", params=get_args(VlmFamily))
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return tiny_of(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def tiny_of(family: Family, directory: Path) -> Tiny:
+def tiny_of(family: VlmFamily, directory: Path) -> Tiny:
     """A model of `family` in `directory`."""
     if find_spec("torchvision") is None:
         pytest.skip("vLLM reads images with torchvision: `make test-vllm` has it")

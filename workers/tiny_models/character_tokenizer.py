@@ -1,4 +1,4 @@
-"""A character tokenizer of 128 entries, for models small enough to be made and trained on a laptop."""
+"""A character tokenizer of 128 entries, for models small enough to be trained on a laptop."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ CHAT_TEMPLATE = (
 IMAGES_TEMPLATE = CHAT_TEMPLATE.replace(
     "{{ '<|im_start|><|' + message['role'] + '|>' + message['content'] + '<|im_end|>' }}",
     "{{ '<|im_start|><|' + message['role'] + '|>' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    f"{{% if part['type'] in ('image', 'image_url') %}}{IMAGE_START}{IMAGE}{IMAGE_END}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    f"{{% if part['type'] in ('image', 'image_url') %}}{IMAGE_START}{IMAGE}{IMAGE_END}"
+    "{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}"
     "{{ '<|im_end|>' }}",
 )
@@ -45,21 +47,17 @@ RESPONSE_TEMPLATE = {
     "start_anchor": f"{START}<|assistant|>",
     "fields": {"content": {"close": END, "content": "text"}},
 }
-"""Where an answer begins and ends, for `transformers serve`, which would take the markers of the
-Qwen3 family for granted.
+"""Where an answer begins and ends, for `transformers serve`.
+
+It would otherwise look for the markers of the Qwen3 family.
 """
 
 
 def special_tokens(*, images: bool = False) -> list[str]:
     """The named special tokens, then as many reserved ones as fill the vocabulary."""
-    named = [
-        PAD,
-        UNKNOWN,
-        START,
-        END,
-        *ROLES,
-        *((IMAGE_START, IMAGE, IMAGE_END, VIDEO) if images else ()),
-    ]
+    named = [PAD, UNKNOWN, START, END, *ROLES]
+    if images:
+        named += [IMAGE_START, IMAGE, IMAGE_END, VIDEO]
     reserved = VOCABULARY_SIZE - len(named) - len(characters())
     return named + [f"<|reserved_{number}|>" for number in range(reserved)]
 
@@ -70,11 +68,10 @@ def characters() -> list[str]:
 
 
 def character_tokenizer(*, images: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer: one token a character; EOS is the token that ends a turn. With `images` its
-    template shows images.
+    """The tokenizer: one token a character; EOS is the token that ends a turn.
 
-    Characters outside printable ASCII become `<|unk|>`. `AutoTokenizer` and vLLM load what it
-    saves.
+    With `images` its template shows images. Characters outside printable ASCII become `<|unk|>`.
+    `AutoTokenizer` and vLLM load what it saves.
 
     >>> character_tokenizer()("abc").input_ids
     [98, 99, 100]

@@ -17,7 +17,7 @@ from onstream.workers.tiny_models.character_tokenizer import (
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """A Qwen3 model with tied embeddings. Heads of 32 are a size that vLLM's CPU kernels take."""
 
     hidden: int
@@ -29,9 +29,12 @@ class Shape:
 
 
 def write_fresh(
-    directory: Path, shape: Shape, seed: int, *, initializer_range: float = 0.02
+    directory: Path, shape: ModelShape, seed: int, *, initializer_range: float = 0.02
 ) -> Path:
-    """Writes a float32 model of `shape`, drawn by `seed`, with its tokenizer; returns `directory`."""
+    """Write a float32 model of `shape` with its tokenizer; returns `directory`.
+
+    The weights are drawn by `seed`.
+    """
     transformers_logging.disable_progress_bar()
     tokenizer = character_tokenizer()
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}

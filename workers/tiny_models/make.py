@@ -1,5 +1,6 @@
-"""Makes a small teacher and a weaker student for a task, by supervised training on its ground truth
-with the project's own trainer.
+"""Makes a small teacher and a weaker student for a task, with the project's own trainer.
+
+Both are trained on the ground truth of the task's problems.
 """
 
 from __future__ import annotations
@@ -32,60 +33,54 @@ from onstream.workers.evaluation.greedy import evaluate
 from onstream.workers.tiny_models.character_tokenizer import CONTEXT_TOKENS, character_tokenizer
 from onstream.workers.tiny_models.fresh import write_fresh
 from onstream.workers.tiny_models.recipes import Recipe, Role, recipe_of
-from onstream.workers.tiny_models.vlm_families import Family, write_fresh_vlm
+from onstream.workers.tiny_models.vlm_families import VlmFamily, write_fresh_vlm
 from onstream.workers.trainer.learner import Learner, TrainSample
 
 
 @dataclass(frozen=True)
-class Made:
-    """A model that was made: where it lies, its greedy exact-match share on held-out problems, and
-    what it took.
-    """
+class TinyModel:
+    """A model that was made, and what it took."""
 
     role: Role
     directory: Path
-    exact: float
+    exact: float  # the greedy exact-match share on held-out problems
     parameters: int
     steps: int
     seconds: float
 
 
 def make(
-    task: str, out: Path, seed: int = 0, only: Role | None = None, family: Family = "llava"
-) -> list[Made]:
-    """Makes `out/teacher` and `out/student`, or `only` one of them: bfloat16 Hugging Face
-    directories.
+    task: str, out: Path, seed: int = 0, only: Role | None = None, family: VlmFamily = "llava"
+) -> list[TinyModel]:
+    """Make `out/teacher` and `out/student`, or `only` one of them, in bfloat16.
 
-    `family` is that of models that read images, for a task that shows some.
+    For a task that shows images, the models are vision-language models of `family`.
 
     Raises:
         UserError: the task is unknown or its problems carry no answer to train on; or a model
             missed its goal.
     """
     roles: list[Role] = [only] if only else ["teacher", "student"]
-    return [_Maker(task, role, seed, family).run(out / role) for role in roles]
+    return [_TinyModelTraining(task, role, seed, family).run(out / role) for role in roles]
 
 
-class _Maker:
-    """Makes one model, in rounds of training that `recipes` describes."""
+class _TinyModelTraining:
+    """The making of one model, in rounds of training as its recipe says."""
 
-    def __init__(self, task: str, role: Role, seed: int, family: Family) -> None:
+    def __init__(self, task: str, role: Role, seed: int, family: VlmFamily) -> None:
         self.role = role
         self.recipe = recipe_of(task, role)
         self.seed = seed
         self.family = family
-        self.shows_images = bool(
-            image_urls(
-                load_task(Settings.model_validate({"task": {"name": task}})).train(0).messages
-            )
-        )
+        first_problem = load_task(Settings.model_validate({"task": {"name": task}})).train(0)
+        self.shows_images = bool(image_urls(first_problem.messages))
         self.tokenizer = character_tokenizer(images=self.shows_images)
         self.settings = _settings(task, self.recipe, seed, self.tokenizer)
         self.task = load_task(self.settings)
         self.log = get_logger().bind(task=task, model=role)
         self.steps = 0
 
-    def run(self, directory: Path) -> Made:
+    def run(self, directory: Path) -> TinyModel:
         """Train until the recipe's goal is met, and save the model to `directory`.
 
         Raises:
@@ -95,16 +90,15 @@ class _Maker:
         with tempfile.TemporaryDirectory(prefix="onstream-make-") as scratch:
             share = self._rounds(Path(scratch))
             shutil.copytree(Path(scratch) / "rounded", directory, dirs_exist_ok=True)
-        (directory / "model.safetensors").chmod(
-            0o644
-        )  # safetensors writes for its owner alone; the pair is made to be shared
-        made = Made(
-            self.role,
-            directory,
-            share,
-            _parameters(directory),
-            self.steps,
-            time.monotonic() - started,
+        # safetensors writes files that only their owner reads; the pair is made to be shared.
+        (directory / "model.safetensors").chmod(0o644)
+        made = TinyModel(
+            role=self.role,
+            directory=directory,
+            exact=share,
+            parameters=_parameters(directory),
+            steps=self.steps,
+            seconds=time.monotonic() - started,
         )
         self.log.info(
             "made",
@@ -116,8 +110,9 @@ class _Maker:
         return made
 
     def _rounds(self, scratch: Path) -> float:
+        """Rounds until the goal is met; returns the exact-match share of `scratch/rounded`."""
         recipe = self.recipe
-        lr = self.recipe.lr
+        lr = recipe.lr
         start = self._fresh(scratch / "fresh")
         for number in range(recipe.max_rounds):
             share = self._round(start, lr, number, scratch)
@@ -128,10 +123,12 @@ class _Maker:
                 lr = lr / 2
             else:
                 start = scratch / "trained"
+        task = self.settings.task.name
         raise UserError(
-            f"the {self.role} answers {share:.1%} of the held-out problems of {self.settings.task.name} after {self.steps} steps",
+            f"the {self.role} answers {share:.1%} of the held-out problems of {task} "
+            f"after {self.steps} steps",
             expected=f"{recipe.least:.1%} to {recipe.most:.1%}",
-            next_step="Try another --seed, or change its numbers in workers/tiny_models/recipes.py.",
+            next_step="Try another --seed, or change the recipe in workers/tiny_models/recipes.py.",
         )
 
     def _fresh(self, directory: Path) -> Path:
@@ -140,7 +137,7 @@ class _Maker:
         return write_fresh(directory, self.recipe.shape, self.seed)
 
     def _round(self, start: Path, lr: float, number: int, scratch: Path) -> float:
-        """One round of training from the weights in `start`; returns the share at its last probe."""
+        """One round of training from the weights in `start`; returns the last share measured."""
         recipe = self.recipe
         learner = Learner(start, _trainer_settings(recipe, lr), torch.device("cpu"))
         share = 0.0
@@ -149,10 +146,11 @@ class _Maker:
             samples, features = self._batch(builder)
             metrics = learner.step(samples, recipe.round_steps, features=features)
             self.steps += 1
-            apart = recipe.probe_steps if share < recipe.least / 2 else recipe.fine_probe_steps
-            if step % apart and step < recipe.round_steps:
+            near = share >= recipe.least / 2
+            interval = recipe.fine_eval_interval if near else recipe.eval_interval
+            if step % interval and step < recipe.round_steps:
                 continue
-            share = self._probe(learner, scratch)
+            share = self._exact_share(learner, scratch)
             self.log.info(
                 "training",
                 round=number + 1,
@@ -167,25 +165,23 @@ class _Maker:
     def _batch(self, builder: PromptBuilder) -> tuple[list[TrainSample], dict[str, ImageFeatures]]:
         """The next samples, and the images that they show."""
         first = self.steps * self.recipe.batch_size
-        made = [
-            self._sample(index, builder) for index in range(first, first + self.recipe.batch_size)
-        ]
-        features = {image.file.digest: image.features for _, images in made for image in images}
-        samples = with_mistakes(
-            [sample for sample, _ in made],
-            self.recipe.mistakes,
-            np.random.default_rng([self.seed, self.steps]),
-        )
-        return samples, features
+        samples = []
+        features = {}
+        for index in range(first, first + self.recipe.batch_size):
+            sample, images = self._sample(index, builder)
+            samples.append(sample)
+            features.update({image.file.digest: image.features for image in images})
+        random = np.random.default_rng([self.seed, self.steps])
+        return with_mistakes(samples, self.recipe.mistakes, random), features
 
     def _sample(
         self, index: int, builder: PromptBuilder
     ) -> tuple[TrainSample, tuple[PromptImage, ...]]:
+        """The problem `index` with its right answer, and the images that it shows."""
         problem = self.task.train(index)
         messages = self.task.train(index + 1).messages if self.recipe.blind else problem.messages
-        prompt = builder.build(
-            render_prompt(self.tokenizer, messages), messages, builder.images_of(messages)
-        )
+        text = render_prompt(self.tokenizer, messages)
+        prompt = builder.build(text, messages, builder.images_of(messages))
         completion = [*self.tokenizer(_answer(problem)).input_ids, self.tokenizer.eos_token_id]
         length = len(completion)
         sample = TrainSample(
@@ -198,22 +194,22 @@ class _Maker:
         )
         return sample, prompt.images
 
-    def _probe(self, learner: Learner, scratch: Path) -> float:
+    def _exact_share(self, learner: Learner, scratch: Path) -> float:
         """The greedy exact-match share of the model as it would be saved: rounded to bfloat16."""
         learner.save_model(scratch / "trained")
-        _round_to_bfloat16(
-            scratch / "trained", scratch / "rounded", learner.vision or self.tokenizer
-        )
+        # The learner's tokenizer was loaded, and would save the path that it was loaded from.
+        reader = learner.vision or self.tokenizer
+        _round_to_bfloat16(scratch / "trained", scratch / "rounded", reader)
         return float(evaluate(scratch / "rounded", self.settings)["exact"])
 
 
 def with_mistakes(
     samples: Sequence[TrainSample], mean: float, random: np.random.Generator
 ) -> list[TrainSample]:
-    """`samples` with tokens of their completions, the last one apart, replaced by those of other
-    answers and left out of the loss.
+    """`samples` with some completion tokens replaced by those of other answers.
 
-    The share of a sample is uniform between 0 and 2 · `mean`.
+    The replaced tokens are left out of the loss. The last token of a completion stays. The share
+    that is replaced is drawn for each sample, uniformly from 0 to 2 · `mean`.
     """
     answers = np.concatenate([sample.completion_ids[:-1] for sample in samples])
     made = []
@@ -238,22 +234,19 @@ def _trainer_settings(recipe: Recipe, lr: float) -> TrainerSettings:
 
 
 def _settings(task: str, recipe: Recipe, seed: int, tokenizer: PreTrainedTokenizerBase) -> Settings:
-    """Settings of an evaluation whose completions have room for twice the longest answer that
-    training shows.
-    """
-    asked: dict[str, Any] = {
+    """Settings of an evaluation, with room for twice the longest answer that training shows."""
+    values: dict[str, Any] = {
         "run": {"seed": seed},
         "task": {"name": task},
-        "eval": {"samples": recipe.probe_samples},
+        "eval": {"samples": recipe.eval_samples},
         "deployment": {"device": "cpu"},
     }
-    known = load_task(Settings.model_validate(asked))
-    longest = max(
-        len(tokenizer(_answer(known.train(index))).input_ids)
-        for index in range(recipe.probe_samples)
-    )
-    asked["inference"] = {"sampling": {"max_completion": min(2 * longest + 1, CONTEXT_TOKENS // 2)}}
-    return Settings.model_validate(asked)
+    problems = load_task(Settings.model_validate(values))
+    answers = [_answer(problems.train(index)) for index in range(recipe.eval_samples)]
+    longest = max(len(tokenizer(answer).input_ids) for answer in answers)
+    room = min(2 * longest + 1, CONTEXT_TOKENS // 2)
+    values["inference"] = {"sampling": {"max_completion": room}}
+    return Settings.model_validate(values)
 
 
 def _answer(problem: Problem) -> str:
@@ -262,7 +255,8 @@ def _answer(problem: Problem) -> str:
         raise UserError(
             f"a problem of this task has the answer {answer!r}",
             expected="a text in `answer`, the ground truth to train on",
-            next_step="Choose a task whose problems carry their answers, such as reverse-text, alphabet-sort or arithmetic.",
+            next_step="Choose a task whose problems carry their answers, such as reverse-text, "
+            "alphabet-sort or arithmetic.",
         )
     return answer
 
@@ -275,9 +269,7 @@ def _round_to_bfloat16(
     if isinstance(reader, Vision):
         reader.save(target)
     else:
-        reader.save_pretrained(
-            target
-        )  # not the learner's: one that was loaded would also save where from
+        reader.save_pretrained(target)
 
 
 def _parameters(directory: Path) -> int:

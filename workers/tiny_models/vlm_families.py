@@ -1,6 +1,4 @@
-"""Tiny vision-language models with random weights, one of each family that the tests and the
-example train.
-"""
+"""Tiny vision-language models with random weights, of the families that tests and example train."""
 
 from __future__ import annotations
 
@@ -29,9 +27,9 @@ from onstream.workers.tiny_models.character_tokenizer import (
     VOCABULARY_SIZE,
     character_tokenizer,
 )
-from onstream.workers.tiny_models.fresh import Shape
+from onstream.workers.tiny_models.fresh import ModelShape
 
-Family = Literal["qwen2.5-vl", "qwen3-vl", "llava"]
+VlmFamily = Literal["qwen2.5-vl", "qwen3-vl", "llava"]
 
 PATCH = 8
 """Side of a patch in pixels. Four patches make a token in the Qwen families, one in LLaVA's."""
@@ -39,11 +37,11 @@ SIDE = 32
 """Side of the pictures in pixels."""
 
 
-def write_fresh_vlm(directory: Path, family: Family, shape: Shape, seed: int) -> Path:
-    """Writes a float32 model of `family`, drawn by `seed`, with its processor and tokenizer;
-    returns `directory`.
+def write_fresh_vlm(directory: Path, family: VlmFamily, shape: ModelShape, seed: int) -> Path:
+    """Write a float32 model of `family` with its processor and tokenizer; returns `directory`.
 
-    The vision tower is as wide as the language model, and two layers deep.
+    The weights are drawn by `seed`. The vision tower is as wide as the language model, and two
+    layers deep.
     """
     transformers_logging.disable_progress_bar()
     tokenizer = character_tokenizer(images=True)
@@ -57,7 +55,7 @@ def write_fresh_vlm(directory: Path, family: Family, shape: Shape, seed: int) ->
     return directory
 
 
-def _text(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def _text(shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     return {
         "vocab_size": VOCABULARY_SIZE,
         "hidden_size": shape.hidden,
@@ -84,7 +82,7 @@ def _ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     return {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
 
 
-def _qwen2_5(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> tuple[PretrainedConfig, Any]:
+def _qwen2_5(shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> tuple[PretrainedConfig, Any]:
     from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
 
     tower = {"window_size": 4 * PATCH, "fullatt_block_indexes": [0, 1]}
@@ -92,7 +90,7 @@ def _qwen2_5(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> tuple[Pretrain
     return config, _qwen_processor(Qwen2_5_VLProcessor, Qwen2VLVideoProcessor, tokenizer)
 
 
-def _qwen3(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> tuple[PretrainedConfig, Any]:
+def _qwen3(shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> tuple[PretrainedConfig, Any]:
     from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
 
     tower = {"num_position_embeddings": (SIDE // PATCH) ** 2, "deepstack_visual_indexes": [0]}
@@ -103,23 +101,23 @@ def _qwen3(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> tuple[Pretrained
 def _qwen(
     config: type[PretrainedConfig],
     tower: dict[str, Any],
-    shape: Shape,
+    shape: ModelShape,
     tokenizer: PreTrainedTokenizerFast,
     *,
     interleaved: bool,
 ) -> PretrainedConfig:
-    """A model whose rotary frequencies are shared out among time, height and width: `interleaved`,
-    or in sections.
+    """A Qwen model whose rotary frequencies are divided among time, height and width.
 
-    transformers reads neither from here, each family having its own way; vLLM does. `tower`: what
-    its vision tower has of its own.
+    They are divided `interleaved`, or in sections. vLLM reads which from the configuration;
+    transformers has it in each family's code. `tower` holds what this family's vision tower adds.
     """
     hidden = shape.hidden
     frequencies = shape.head_dim // 2
     in_space = frequencies * 3 // 8
     sections = [frequencies - 2 * in_space, in_space, in_space]
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": sections}
-    rope |= {"mrope_interleaved": True} if interleaved else {}
+    if interleaved:
+        rope["mrope_interleaved"] = True
     width = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "out_hidden_size": hidden}
     vision = {"depth": 2, "num_heads": 2, "patch_size": PATCH, **width}
     text = _text(shape, tokenizer) | {"rope_parameters": rope}
@@ -142,7 +140,7 @@ def _qwen_processor(
     )
 
 
-def _llava(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> tuple[PretrainedConfig, Any]:
+def _llava(shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> tuple[PretrainedConfig, Any]:
     from transformers import CLIPImageProcessor, LlavaProcessor
 
     config = LlavaConfig(
@@ -176,7 +174,9 @@ def _llava(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> tuple[Pretrained
     return config, processor
 
 
-_MAKERS: dict[Family, Callable[[Shape, PreTrainedTokenizerFast], tuple[PretrainedConfig, Any]]] = {
+_MAKERS: dict[
+    VlmFamily, Callable[[ModelShape, PreTrainedTokenizerFast], tuple[PretrainedConfig, Any]]
+] = {
     "qwen2.5-vl": _qwen2_5,
     "qwen3-vl": _qwen3,
     "llava": _llava,

@@ -1,4 +1,4 @@
-"""PackedRow rows: what goes where, and what sees what."""
+"""Packed rows: what goes where, and which token sees which."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from tests.tiny import sequences
 
 
 def visible(packed: PackedRow) -> np.ndarray:
-    """[T, T]: whether the token in the row sees the other one, read back from the attention calls."""
+    """[T, T]: whether a token sees another one, read back from the attention calls."""
     seen = np.zeros((len(packed.input_ids),) * 2, dtype=bool)
     place = 0
     for call in packed.calls:
         for row in range(len(call.queries)):
-            mask = (
-                np.tri(call.queries.shape[1], dtype=bool)
-                if call.mask is None
-                else call.mask[row % len(call.mask)]
-            )
+            mask = np.tri(call.queries.shape[1], dtype=bool)
+            if call.mask is not None:
+                mask = call.mask[row % len(call.mask)]
             for query, keys in zip(call.queries[row], mask, strict=True):
                 if packed.output_index[query] == place:
                     seen[query, call.keys[row][keys]] = True

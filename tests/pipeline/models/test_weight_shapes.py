@@ -24,9 +24,9 @@ def test_a_models_own_weights_fit_with_and_without_its_tied_head() -> None:
     del given["lm_head.weight"]
     assert own.misfit(given) == ""
     del given["model.embed_tokens.weight"]
-    assert (
-        own.misfit(given)
-        == "weights do not fit Qwen3ForCausalLM: missing ['model.embed_tokens.weight'], of another shape []"
+    assert own.misfit(given) == (
+        "weights do not fit Qwen3ForCausalLM: missing ['model.embed_tokens.weight'], "
+        "of another shape []"
     )
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from onstream.workers.tiny_models.fresh import Shape, write_fresh
+from onstream.workers.tiny_models.fresh import ModelShape, write_fresh
 
 
 @pytest.fixture(scope="session")
@@ -12,7 +12,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model with weights wide enough that its distributions are not flat."""
     return write_fresh(
         tmp_path_factory.mktemp("teacher"),
-        Shape(hidden=64, layers=2, intermediate=128),
+        ModelShape(hidden=64, layers=2, intermediate=128),
         seed=7,
         initializer_range=0.3,
     )

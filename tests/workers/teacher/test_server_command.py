@@ -13,7 +13,7 @@ from onstream.settings.load import load_settings
 from onstream.settings.root import Settings
 from onstream.workers.teacher import server_command
 from onstream.workers.teacher.server_command import arguments, context_tokens, serve
-from onstream.workers.tiny_models.fresh import Shape, write_fresh
+from onstream.workers.tiny_models.fresh import ModelShape, write_fresh
 
 TAU = "trainer.loss.teacher_tau=1"
 
@@ -113,7 +113,7 @@ def test_its_context_holds_the_longest_sample_twice_and_no_more_than_the_teacher
 def test_a_teacher_of_another_vocabulary_is_refused_before_the_server_loads_it(
     model_dir: Path, tmp_path: Path
 ) -> None:
-    other = write_fresh(tmp_path, Shape(hidden=32, layers=1, intermediate=64), seed=1)
+    other = write_fresh(tmp_path, ModelShape(hidden=32, layers=1, intermediate=64), seed=1)
     file = other / "tokenizer.json"
     file.write_text(
         file.read_text().replace('"a":', '"A-B":').replace('"b":', '"a":').replace('"A-B":', '"b":')

@@ -32,7 +32,7 @@ from onstream.settings.run import DeliverySettings
 from onstream.workers.teacher.local_setup import load_local
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
 from onstream.workers.teacher.stage import ROOM, Teacher
-from onstream.workers.tiny_models.fresh import Shape, write_fresh
+from onstream.workers.tiny_models.fresh import ModelShape, write_fresh
 
 BUS: Any = SimpleNamespace(images=no_images)  # the stage itself moves nothing
 
@@ -211,7 +211,9 @@ def test_the_local_teacher_scores_a_sample_exactly_as_long_as_its_context(model_
 def test_a_teacher_of_another_vocabulary_is_refused_at_setup(
     model_dir: Path, tmp_path: Path
 ) -> None:
-    other = write_fresh(tmp_path / "other", Shape(hidden=32, layers=1, intermediate=32), seed=0)
+    other = write_fresh(
+        tmp_path / "other", ModelShape(hidden=32, layers=1, intermediate=32), seed=0
+    )
     text = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(text.replace("<|reserved_0|>", "<|renamed|>"))
     settings = {

@@ -39,9 +39,10 @@ def test_a_character_outside_ascii_is_unknown_and_not_dropped() -> None:
 def test_a_conversation_has_two_tokens_before_each_turn_and_one_after() -> None:
     tokenizer = character_tokenizer()
     text = tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True)
-    assert (
-        text
-        == "<|im_start|><|system|>Be brief.<|im_end|><|im_start|><|user|>Reverse: ab\ncd<|im_end|><|im_start|><|assistant|>"
+    assert text == (
+        "<|im_start|><|system|>Be brief.<|im_end|>"
+        "<|im_start|><|user|>Reverse: ab\ncd<|im_end|>"
+        "<|im_start|><|assistant|>"
     )
     assert len(tokenizer(text).input_ids) == 3 + len("Be brief.") + 3 + len("Reverse: ab\ncd") + 2
 

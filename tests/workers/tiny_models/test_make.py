@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onstream.pipeline.errors import UserError
 from onstream.workers.tiny_models import make as make_module
-from onstream.workers.tiny_models.fresh import Shape
+from onstream.workers.tiny_models.fresh import ModelShape
 from onstream.workers.tiny_models.make import make, with_mistakes
 from onstream.workers.tiny_models.recipes import RECIPES
 from onstream.workers.trainer.learner import TrainSample
 
-TINY = Shape(hidden=32, layers=1, intermediate=32)
+TINY = ModelShape(hidden=32, layers=1, intermediate=32)
 
 
 def sample(completion: list[int]) -> TrainSample:
@@ -33,7 +33,7 @@ def with_recipe(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
         RECIPES["student"],
         shape=TINY,
         round_steps=2,
-        probe_samples=8,
+        eval_samples=8,
         batch_size=4,
         warmup_steps=0,
         **changes,
@@ -81,7 +81,7 @@ def test_a_goal_that_is_not_met_is_an_error_that_says_how_far_it_came(
 def test_a_jump_past_the_goal_starts_again_at_half_the_learning_rate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_recipe(monkeypatch, least=0.5, most=0.6, probe_steps=1, fine_probe_steps=1)
+    with_recipe(monkeypatch, least=0.5, most=0.6, eval_interval=1, fine_eval_interval=1)
     shares = iter([0.9, 0.2, 0.55])
     rates = []
     monkeypatch.setattr(
