@@ -106,22 +106,14 @@ class RunState:
         payload = self._connection.ask("GET", self._keys.policy)
         return None if payload is None else decode_policy(payload)
 
-    def announcements(
-        self, after_id: bytes = b"0", block_s: float = 0
-    ) -> list[tuple[bytes, PolicyVersion]]:
-        """Policy versions announced after the entry `after_id`, waiting up to `block_s` for one.
-        For the main thread alone.
+    def announced_policies(self) -> list[PolicyVersion]:
+        """Every policy version that was announced, in order.
 
         Raises:
             RecordError: one was announced by another version of this program.
         """
-        wait = ["BLOCK", max(1, round(block_s * 1000))] if block_s > 0 else []
-        reply = self._connection.block("XREAD", *wait, "STREAMS", self._keys.policies, after_id)
-        return [
-            (entry_id, decode_policy(fields[b"b"]))
-            for _, entries in reply or []
-            for entry_id, fields in entries
-        ]
+        entries = self._connection.ask("XRANGE", self._keys.policies, "-", "+")
+        return [decode_policy(fields[b"b"]) for _, fields in entries]
 
     def mark_ready(self, stage: StageName) -> None:
         """Say that a worker of `stage` has been ready once."""

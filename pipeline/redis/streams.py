@@ -125,15 +125,6 @@ class Streams:
         found = self._connection.ask("XRANGE", self._keys.stream(stage), entry_id, entry_id)
         return next((_entry(found_id, fields, 0) for found_id, fields in found), None)
 
-    def pending(self, stage: StageName, after: bytes = b"0", count: int = 256) -> list[Entry]:
-        """Up to `count` entries that are pending with this worker, in order, after the entry
-        `after`. Counts as a delivery.
-        """
-        return self.claim(
-            stage,
-            self.pending_rows(stage, after=after, count=count, consumer=self._connection.consumer),
-        )
-
     def pending_rows(
         self,
         stage: StageName,

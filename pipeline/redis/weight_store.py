@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection
 from onstream.pipeline.redis.trainer_lease import Lease, TrainerLease
-
-
-@dataclass(frozen=True)
-class RedisMemory:
-    """Bytes that a Redis uses, and may use; no bound where `most_bytes` is 0."""
-
-    used_bytes: int
-    most_bytes: int
 
 
 class WeightStore:
@@ -28,10 +19,10 @@ class WeightStore:
         self._keys = connection.keys
         self._lease = lease
 
-    def memory(self) -> RedisMemory:
-        """How full the server is."""
+    def max_memory_bytes(self) -> int:
+        """The bytes that Redis may use; 0 if it has no limit."""
         info = self._connection.patiently(lambda: self._connection.client.info("memory"))
-        return RedisMemory(int(info["used_memory"]), int(info["maxmemory"]))
+        return int(info["maxmemory"])
 
     def parts(self) -> dict[str, bytes]:
         """The parts that are whole, as the trainer described them, by place."""

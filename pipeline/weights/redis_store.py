@@ -90,7 +90,7 @@ class ChunkWriter(ChunkReader):
         return self._budget() - sum(part.size_bytes for part in self.parts())
 
     def _budget(self) -> float:
-        return self._share * self._store.memory().most_bytes or math.inf
+        return self._share * self._store.max_memory_bytes() or math.inf
 
     def put(self, part: WeightPart, data: Bytes) -> WeightPart:
         """Write the chunks of `part`. Readers do not see it before `keep`.

@@ -22,6 +22,7 @@ from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Delivery, Outcome
 from onstream.settings.run import DeliverySettings
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
+from tests.entries import claim_pending
 from tests.pipeline.stages import Passing, rollout, ticket
 
 LASTING = DeliverySettings(lease=5.0, max_deliveries=3, drain=2.0)
@@ -251,7 +252,7 @@ def test_a_record_handed_out_too_often_is_a_dead_letter(bus: Bus, second_bus: Bu
     issue(bus, 1)
     second_bus.streams.read("generate", 1)
     for _ in range(2):
-        second_bus.streams.pending("generate")
+        claim_pending(second_bus, "generate")
     assert second_bus.streams.pending_rows("generate")[0].deliveries == LASTING.max_deliveries
     stop_when(lambda: second_bus.state.backlog()["train"] == 1)
 
@@ -268,7 +269,7 @@ def test_a_record_handed_out_too_often_is_a_dead_letter(bus: Bus, second_bus: Bu
 def test_a_suspect_is_taken_alone(bus: Bus, second_bus: Bus) -> None:
     issue(bus, 4)
     first = second_bus.streams.read("generate", 4)
-    second_bus.streams.pending("generate", count=2)  # the first two were handed out twice
+    claim_pending(second_bus, "generate", count=2)  # the first two were handed out twice
     slices: list[list[int]] = []
     stop_when(lambda: second_bus.state.backlog()["verify"] == 4)
 

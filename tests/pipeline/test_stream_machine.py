@@ -27,6 +27,7 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Entry, Move, Out
 from onstream.pipeline.run_files.ledger import Ledger, Settled
 from onstream.workers.inspection.audit import audit, counted
+from tests.entries import claim_pending
 from tests.pipeline.stages import rollout, ticket
 
 WORKERS: dict[str, StageName] = {
@@ -124,7 +125,7 @@ class Streams(RuleBasedStateMachine):
     @rule(name=workers)
     def take_up_what_is_mine(self, name: str) -> None:
         """What the one of the same name had before it."""
-        self.hands[name] = self.buses[name].streams.pending(WORKERS[name])
+        self.hands[name] = claim_pending(self.buses[name], WORKERS[name])
 
     @rule(name=workers)
     def reap(self, name: str) -> None:

@@ -12,6 +12,7 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.run_files.ledger import Ledger, Settled
 from onstream.workers.inspection.audit import DROPPED, audit, counted
+from tests.entries import claim_pending
 
 
 def issue(bus: Bus, count: int) -> None:
@@ -25,7 +26,7 @@ def move(bus: Bus, stage: StageName, numbers: Sequence[int], *to: str) -> None:
     """Move the entries of `numbers` from `stage` to all of `to`; to nowhere, they are gone."""
     waiting = {
         entry.number: entry
-        for entry in [*bus.streams.pending(stage), *bus.streams.read(stage, 1000)]
+        for entry in [*claim_pending(bus, stage), *bus.streams.read(stage, 1000)]
     }
     moves = []
     for number in numbers:

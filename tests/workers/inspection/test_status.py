@@ -23,6 +23,7 @@ from onstream.settings.plan import make_plan
 from onstream.settings.run import LogSettings
 from onstream.workers.inspection.status import show, status
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
+from tests.entries import claim_pending
 
 
 def ticket(number: int) -> Ticket:
@@ -94,7 +95,7 @@ def test_status_tells_who_is_gone_with_what_in_hand_and_what_went_wrong_last(bus
     telemetry.configure("generate", "tester", bus.run, LogSettings())
     telemetry.get_logger().error("the engine failed", error="no memory")
     bus.state.write_heartbeat("generate", Stats(detail="see its last error"), state="failed")
-    [entry] = bus.streams.pending("generate")
+    [entry] = claim_pending(bus, "generate")
     letter = Out("dead", 1, b"x", "handed out too often", 4)
     bus.streams.move("generate", [Move(entry.id, [letter])])
     state = status(bus)

@@ -187,7 +187,7 @@ class Run:
         return sorted(path.name for path in (self.trainer.run_dir / "checkpoints").glob("*"))
 
     def announced(self) -> list[int]:
-        return [policy.number for _, policy in self.bus.state.announcements()]
+        return [policy.number for policy in self.bus.state.announced_policies()]
 
     def counts(self) -> dict[str, int]:
         """Sizes of the audit's sets, those that are not empty."""

@@ -84,7 +84,7 @@ def test_a_kill_between_the_announcement_and_the_metrics_is_made_good(
 
 def digest_of(job: Run, number: int) -> str | None:
     return next(
-        (policy.digest for _, policy in job.bus.state.announcements() if policy.number == number),
+        (policy.digest for policy in job.bus.state.announced_policies() if policy.number == number),
         None,
     )
 

@@ -70,7 +70,7 @@ class Publisher:
         )
         self.sent = SendResult(0, None)
         self._announced: dict[int, str] = {}
-        for _, policy in bus.state.announcements():
+        for policy in bus.state.announced_policies():
             self._remember(policy)
 
     def publish(

@@ -111,7 +111,7 @@ def test_every_version_is_announced_with_its_probe_unless_the_guard_is_off(
     job = run(inference__guard__interval=interval)
     job.ready()
     job.until(2)
-    probes = [policy.probe for _, policy in bus.state.announcements()]
+    probes = [policy.probe for policy in bus.state.announced_policies()]
     assert len(probes) == 3
     if interval:
         assert all(probe is not None and len(probe.prompts) == PROMPTS for probe in probes)
