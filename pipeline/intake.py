@@ -112,7 +112,9 @@ class Intake:
             ):
                 return rows
         self._min_idle_s = self._delivery.lease
-        self._bus.streams.bury(self._life.stage, max(GHOST_S, 4 * self._delivery.lease))
+        self._bus.streams.forget_dead_consumers(
+            self._life.stage, max(GHOST_S, 4 * self._delivery.lease)
+        )
         return self._bus.streams.pending_rows(
             self._life.stage, count=SCAN_AT_ONCE, min_idle_s=self._min_idle_s
         )

@@ -161,7 +161,7 @@ def call_of(arguments: list[bytes]) -> str:
         sha = arguments[1].decode() if name == "EVALSHA" else hashlib.sha1(arguments[1]).hexdigest()
         name = SCRIPTS[sha]
         keys = arguments[3 : 3 + int(arguments[2])]
-        return f"{name} {_short(keys[-1])}" if name in ("SET_KEY", "CLEAR_KEY") else name
+        return f"{name} {_short(keys[-1])}" if name in ("SET_KEY", "DELETE_KEY") else name
     if name == "CLIENT":
         return f"CLIENT {arguments[1].decode().upper()}"
     if name in ("SADD", "EXISTS", "GET"):

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from onstream.pipeline.records import Ticket, encode
+from onstream.pipeline.records import Ticket
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection
-from onstream.pipeline.redis.keys import WORKING
 from onstream.pipeline.redis.trainer_lease import Lease, TrainerLease
 
 Wish = Literal["requeue", "purge"]
@@ -86,31 +85,18 @@ class OperatorRequests:
         max_backlog: int,
         served: Sequence[OperatorRequest],
     ) -> bool:
-        """Issue `tickets` as `issue` does; those that name a dead number serve the request for it
+        """Issue `tickets` as `TrainerLease.issue` does; those that name a dead number serve the request for it
         in `served`.
 
-        Returns False, with nothing issued or served, where `issue` would.
+        Returns False, with nothing issued or served, where that would.
 
         Raises:
             LeaseLost: another trainer took over.
             ValueError: another count was issued.
         """
         new = {ticket.requeued_from: ticket.number for ticket in tickets}
-        named = [
-            value
-            for request in served
-            for value in (request.id, new[request.number], request.number)
-        ]
-        payloads = [value for ticket in tickets for value in (ticket.number, encode(ticket))]
-        keys = [
-            self._keys.issued,
-            self._keys.stream("generate"),
-            self._keys.requests,
-            self._keys.requeued,
-            *self._keys.streams(WORKING),
-        ]
-        args: list[Any] = [expected_issued, max_backlog, len(served), *named, *payloads]
-        return self._lease.issue_with(scripts.ISSUE_REQUEUED, lease, keys, args)
+        named = [(request.id, new[request.number], request.number) for request in served]
+        return self._lease.issue(lease, expected_issued, tickets, max_backlog, named)
 
     def close(
         self, lease: Lease, requests: Iterable[OperatorRequest], *, with_letters: bool = False

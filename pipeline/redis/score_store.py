@@ -86,6 +86,6 @@ class ScoreStore:
         """
         return int(
             self._connection.run_script(
-                scripts.SPENT, [self._keys.spent(stage)], [self._connection.consumer, tokens]
+                scripts.REPORT_SPENT, [self._keys.spent(stage)], [self._connection.consumer, tokens]
             )
         )

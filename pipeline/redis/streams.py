@@ -282,12 +282,16 @@ class Streams:
             )
         )
 
-    def bury(self, stage: StageName, idle_s: float) -> int:
+    def forget_dead_consumers(self, stage: StageName, idle_s: float) -> int:
         """Forget the consumers of dead workers: those with nothing pending, not heard of for
         `idle_s`.
         """
         keys = [self._keys.stream(stage), self._keys.workers]
-        return int(self._connection.run_script(scripts.BURY, keys, [GROUP, round(idle_s * 1000)]))
+        return int(
+            self._connection.run_script(
+                scripts.FORGET_DEAD_CONSUMERS, keys, [GROUP, round(idle_s * 1000)]
+            )
+        )
 
 
 def hop_batches(moves: Sequence[Move]) -> Iterator[list[Move]]:

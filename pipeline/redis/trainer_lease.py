@@ -164,30 +164,44 @@ class TrainerLease:
             log.warning("redis has lost the lease that was to be released", epoch=lease.epoch)
 
     def issue(
-        self, lease: Lease, expected_issued: int, tickets: Sequence[Ticket], max_backlog: int
+        self,
+        lease: Lease,
+        expected_issued: int,
+        tickets: Sequence[Ticket],
+        max_backlog: int,
+        served: Sequence[tuple[bytes, int, int]] = (),
     ) -> bool:
         """Issue `tickets`, numbered from `expected_issued` + 1, all or none; the same call may be
         repeated.
 
+        `served` are the operator requests that go with them: id, new number and dead number of
+        each.
+
         Returns False, with nothing issued, while a working stream holds more than `max_backlog`
-        records, or Redis is `full`, or it has forgotten tickets before these and is `may_have_lost_data`.
+        records, or Redis is `full`, or it has forgotten tickets before these (then
+        `may_have_lost_data` is set).
 
         Raises:
             LeaseLost: another trainer took over.
             ValueError: the numbers do not follow on `expected_issued`, or another count was issued.
         """
-        if [ticket.number for ticket in tickets] != list(
-            range(expected_issued + 1, expected_issued + 1 + len(tickets))
-        ):
+        numbers = [ticket.number for ticket in tickets]
+        if numbers != list(range(expected_issued + 1, expected_issued + 1 + len(tickets))):
             raise ValueError(
-                f"tickets of numbers {[t.number for t in tickets][:4]}… do not follow on {expected_issued}"
+                f"tickets of numbers {numbers[:4]}… do not follow on {expected_issued}"
             )
-        keys = [self._keys.issued, self._keys.stream("generate"), *self._keys.streams(WORKING)]
-        return self.issue_with(
-            scripts.ISSUE, lease, keys, [expected_issued, max_backlog, *_numbered(tickets)]
-        )
+        keys = [
+            self._keys.issued,
+            self._keys.stream("generate"),
+            self._keys.requests,
+            self._keys.requeued,
+            *self._keys.streams(WORKING),
+        ]
+        args = [expected_issued, max_backlog, len(served)]
+        requests = [value for request in served for value in request]
+        return self._issue(scripts.ISSUE, lease, keys, [*args, *requests, *_numbered(tickets)])
 
-    def issue_with(
+    def _issue(
         self, script: scripts.Script, lease: Lease, keys: Sequence[str], args: Sequence[Any]
     ) -> bool:
         """Whether the tickets in `args` stand issued. Nothing is issued while Redis is full, nor
@@ -215,7 +229,7 @@ class TrainerLease:
             LeaseLost: another trainer took over.
         """
         keys = [self._keys.reissued, self._keys.stream("generate")]
-        return self.issue_with(scripts.REISSUE, lease, keys, [token, *_numbered(tickets)])
+        return self._issue(scripts.REISSUE, lease, keys, [token, *_numbered(tickets)])
 
     def set_issued(self, lease: Lease, count: int) -> int:
         """Raise the count of issued tickets to `count`, where it is lower (Redis lost its data);
@@ -273,7 +287,7 @@ class TrainerLease:
         Raises:
             LeaseLost: another trainer took over.
         """
-        self.fenced(scripts.CLEAR_KEY, lease, [self._keys.finished], [])
+        self.fenced(scripts.DELETE_KEY, lease, [self._keys.finished], [])
 
     def write_plan(self, lease: Lease, plan: bytes) -> None:
         """Write the run's plan.

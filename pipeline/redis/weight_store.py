@@ -48,7 +48,7 @@ class WeightStore:
             redis.OutOfMemoryError: Redis is full.
         """
         self._lease.fenced(
-            scripts.KEEP_CHUNK,
+            scripts.WRITE_CHUNK,
             lease,
             [self._keys.weight_places, self._keys.weight_chunks(place)],
             [place, index, chunk],

@@ -54,7 +54,7 @@ POINTS = {
     "taking-up-what-it-had-before": Point("XCLAIM", pending=VICTIM),
     "looking-for-what-nobody-renews": Point("XPENDING idle", pending=DEAD),
     "claiming-what-nobody-renews": Point("XCLAIM", pending=DEAD),
-    "forgetting-dead-workers": Point("BURY", keeps=True),
+    "forgetting-dead-workers": Point("FORGET_DEAD_CONSUMERS", keeps=True),
     "reading": Point("XREADGROUP"),
     "renewing": Point("RENEW", keeps=True),
     "heartbeat": Point("HEARTBEAT", keeps=True),

@@ -152,7 +152,7 @@ class Streams(RuleBasedStateMachine):
     @rule(name=workers)
     def bury(self, name: str) -> None:
         """Forget consumers, however lately they were heard of."""
-        self.buses[name].streams.bury(WORKERS[name], -1)
+        self.buses[name].streams.forget_dead_consumers(WORKERS[name], -1)
 
     @rule(count=st.integers(1, 8))
     def train(self, count: int) -> None:

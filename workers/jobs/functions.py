@@ -142,7 +142,7 @@ def sweep() -> dict[str, Any]:
     settings = _context().settings
     with _bus() as bus:
         buried = sum(
-            bus.streams.bury(stage, settings.delivery.lease * DEAD_AFTER_LEASES)
+            bus.streams.forget_dead_consumers(stage, settings.delivery.lease * DEAD_AFTER_LEASES)
             for stage in WORKING
         )
         dead = Counter(

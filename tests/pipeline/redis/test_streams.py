@@ -315,7 +315,7 @@ def test_only_consumers_without_entries_are_buried(bus: Bus, other: Bus, lease: 
     assert len(other.streams.read("generate", 1)) == 1
     (mine,) = bus.streams.read("generate", 1)
     bus.streams.move("generate", [Move(mine.id, [])])
-    assert bus.streams.bury("generate", idle_s=-1) == 1
+    assert bus.streams.forget_dead_consumers("generate", idle_s=-1) == 1
     assert [row.consumer for row in bus.streams.pending_rows("generate")] == ["other"]
 
 
