@@ -148,6 +148,19 @@ def test_a_loss(tmp_path: Path) -> None:
     assert all(0 <= step["custom_clipped"] <= 1 and step["teacher_kl"] > 0 for step in steps)
 
 
+def test_a_stage(tmp_path: Path) -> None:
+    example = Example("A stage", tmp_path)
+
+    example.run(example.section.commands[0])
+
+    steps = example.metrics("reverse-text")
+    assert len(steps) == 3
+    assert all(step["latency_shape_s"] > 0 for step in steps)
+    assert '"length":-0.0' in (tmp_path / "runs/reverse-text/samples.jsonl").read_text()
+    logs = {file.name for file in (tmp_path / "runs/reverse-text/logs").iterdir()}
+    assert {"shaper-0.log", "shaper-1.log"} <= logs
+
+
 def test_a_setting(tmp_path: Path) -> None:
     example = Example("A setting", tmp_path)
     up, docs = example.section.commands
