@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from onstream.settings.fields import known
-from onstream.settings.unknown import variable_of
+from onstream.settings.problems import variable_of
 
 ROOT = Path(__file__).parent.parent
 COMPOSE = ROOT / "compose.yaml"

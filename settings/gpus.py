@@ -6,77 +6,76 @@ from collections.abc import Mapping, Sequence
 
 from onstream.settings.engines import student_engine
 from onstream.settings.plan import Plan
-from onstream.settings.problem import Problem
+from onstream.settings.problems import SettingsProblem
 from onstream.settings.root import Settings
 from onstream.settings.stages import COMPUTING, WorkerKind
-from onstream.settings.text import shown
+from onstream.settings.toml import shown
 
 Place = tuple[WorkerKind, int]
-"""A worker that this deployment starts: the index-th of its kind. Where a model is spread over
-GPUs, each of its parts is one.
-"""
+"""The index-th worker of a kind that this deployment starts. Where a model is spread over GPUs,
+each of its parts is one."""
 
-SPLIT: dict[str, WorkerKind] = {"teacher": "teacher", "student": "generator"}
-"""The models that vLLM may spread over GPUs, and who runs them."""
+SPREAD: dict[str, WorkerKind] = {"teacher": "teacher", "student": "generator"}
+"""The models that vLLM may spread over GPUs, and the kind that runs each."""
+
+ROUNDING = 1e-9
+"""Shares such as 0.1 and 0.7 do not add up exactly."""
 
 
-def gpu_problems(settings: Settings, plan: Plan, gpus: Sequence[str]) -> list[Problem]:
-    """Why the workers that this deployment starts cannot have `gpus`, where it says how many it
-    needs; empty where they can.
+def gpu_problems(settings: Settings, plan: Plan, gpus: Sequence[str]) -> list[SettingsProblem]:
+    """Why the workers that this deployment starts cannot have `gpus`; empty where they can.
+
+    Nothing is wrong where no setting says how many GPUs are needed: then they share what there is.
     """
     deployment = settings.deployment
-    stated = (
+    says_how_many = (
         deployment.num_teacher_gpus is not None
         or plan.teacher_server
         or plan.student_servers
         or _parts(settings, plan, "generator") > 1
     )
-    if plan.device != "cuda" or not stated:
+    if plan.device != "cuda" or not says_how_many:
         return []
-    if settings.deployment.share_gpus and (unstated := _unstated(settings, plan)):
-        return [_without_shares(unstated)]
-    return [] if placement(settings, plan, gpus) is not None else [_too_few(settings, plan, gpus)]
+    if deployment.share_gpus and (missing := _missing_shares(settings, plan)):
+        return [_without_shares(missing)]
+    if placement(settings, plan, gpus) is None:
+        return [_too_few(settings, plan, gpus)]
+    return []
 
 
 def placement(settings: Settings, plan: Plan, gpus: Sequence[str]) -> dict[Place, str] | None:
-    """A GPU for each worker that computes on one, largest share first; None where they do not fit,
-    or compute on the CPU.
+    """A GPU for each worker that computes on one, largest share first.
 
-    The parts of one model, which `gpus_of` puts together again, have different GPUs.
+    The parts of one model get different GPUs; `gpus_of` puts them together again. None where they
+    do not fit, or compute on the CPU.
     """
     if plan.device != "cuda":
         return None
     room = dict.fromkeys(gpus, 1.0)
     placed: dict[Place, str] = {}
     for place, share in sorted(_shares(settings, plan).items(), key=lambda item: -item[1]):
-        barred = {
-            placed[other]
-            for other in placed
-            if _whole(settings, plan, other) == _whole(settings, plan, place)
-        }
-        # Shares such as 0.1 and 0.7 do not add up exactly.
-        gpu = next(
-            (gpu for gpu, free in room.items() if free >= share - 1e-9 and gpu not in barred), None
-        )
-        if gpu is None:
+        taken = gpus_of(settings, plan, placed, _model(settings, plan, place)).split(",")
+        fitting = [gpu for gpu in room if room[gpu] >= share - ROUNDING and gpu not in taken]
+        if not fitting:
             return None
-        room[gpu] -= share
-        placed[place] = gpu
+        room[fitting[0]] -= share
+        placed[place] = fitting[0]
     return placed
 
 
-def gpus_of(settings: Settings, plan: Plan, placed: Mapping[Place, str], whole: Place) -> str:
-    """The GPUs that hold the index-th model of a kind, as `CUDA_VISIBLE_DEVICES` names them;
-    nothing where it has none.
+def gpus_of(settings: Settings, plan: Plan, placed: Mapping[Place, str], model: Place) -> str:
+    """The GPUs that hold `model`, the index-th of its kind, as `CUDA_VISIBLE_DEVICES` names them.
+
+    Empty where it has none.
     """
-    return ",".join(
-        gpu for place, gpu in sorted(placed.items()) if _whole(settings, plan, place) == whole
-    )
+    parts = [place for place in sorted(placed) if _model(settings, plan, place) == model]
+    return ",".join(placed[part] for part in parts)
 
 
 def memory_share(settings: Settings, kind: WorkerKind) -> float | None:
-    """The share of its GPU's memory that a worker of `kind` may take; None where it has the GPU for
-    itself.
+    """The share of its GPU's memory that a worker of `kind` may take.
+
+    None where it has the GPU for itself.
     """
     if not settings.deployment.share_gpus or kind not in COMPUTING:
         return None
@@ -92,46 +91,46 @@ def _parts(settings: Settings, plan: Plan, kind: WorkerKind) -> int:
     return 1
 
 
-def _whole(settings: Settings, plan: Plan, part: Place) -> Place:
-    """The model that `part` belongs to: the how-manieth of its kind."""
+def _model(settings: Settings, plan: Plan, part: Place) -> Place:
+    """The model that `part` belongs to: its kind, and which one of it."""
     kind, index = part
     return kind, index // _parts(settings, plan, kind)
 
 
 def _computing(settings: Settings, plan: Plan) -> dict[WorkerKind, int]:
-    """Parts of models that are computed on a GPU here. A server counts as the worker that asks it,
-    which computes nothing itself.
+    """Parts of models that are computed on a GPU here, by kind.
+
+    A server counts as the worker that asks it, which computes nothing itself.
     """
-    counts: dict[WorkerKind, int] = plan.workers | ({"teacher": 1} if plan.teacher_server else {})
+    models = dict(plan.workers)
+    if plan.teacher_server:
+        models["teacher"] = 1
     if plan.rollout_teacher is not None:
-        counts["generator"] = 0
+        models["generator"] = 0
     elif student_engine(settings) == "server":
-        counts["generator"] = plan.student_servers
-    return {
-        kind: counts[kind] * _parts(settings, plan, kind) for kind in COMPUTING if counts.get(kind)
-    }
+        models["generator"] = plan.student_servers
+    kinds = [kind for kind in COMPUTING if models.get(kind)]
+    return {kind: models[kind] * _parts(settings, plan, kind) for kind in kinds}
 
 
 def _shares(settings: Settings, plan: Plan) -> dict[Place, float]:
-    counts = _computing(settings, plan)
-    return {
-        (kind, index): memory_share(settings, kind) or 1.0
-        for kind, count in counts.items()
-        for index in range(count)
-    }
+    """The share of a GPU that each part of a model takes."""
+    shares: dict[Place, float] = {}
+    for kind, count in _computing(settings, plan).items():
+        share = memory_share(settings, kind) or 1.0
+        shares |= {(kind, index): share for index in range(count)}
+    return shares
 
 
-def _unstated(settings: Settings, plan: Plan) -> list[str]:
-    kinds = _computing(settings, plan)
-    return [
-        f"deployment.gpu_memory_shares.{COMPUTING[kind]}"
-        for kind in kinds
-        if memory_share(settings, kind) is None
-    ]
+def _missing_shares(settings: Settings, plan: Plan) -> list[str]:
+    """The settings of shares that are needed and not set."""
+    computing = _computing(settings, plan)
+    kinds = [kind for kind in computing if memory_share(settings, kind) is None]
+    return [f"deployment.gpu_memory_shares.{COMPUTING[kind]}" for kind in kinds]
 
 
-def _without_shares(names: Sequence[str]) -> Problem:
-    return Problem(
+def _without_shares(names: Sequence[str]) -> SettingsProblem:
+    return SettingsProblem(
         tuple(names),
         f"deployment.share_gpus = true without {', '.join(names)}",
         "the share of a GPU's memory for each kind of worker that runs here",
@@ -139,31 +138,43 @@ def _without_shares(names: Sequence[str]) -> Problem:
     )
 
 
-def _too_few(settings: Settings, plan: Plan, gpus: Sequence[str]) -> Problem:
-    counts = _computing(settings, plan)
-    shares = _shares(settings, plan)
-    parts = [
-        f"{COMPUTING[kind]} {count}{_of_share(settings, kind)}" for kind, count in counts.items()
-    ]
-    advice = "Lower deployment.num_teacher_gpus" + (
-        " or the shares."
-        if settings.deployment.share_gpus
-        else ', or set deployment.share_gpus = true with deployment.gpu_memory_shares, or deployment.device = "cpu".'
+def _too_few(settings: Settings, plan: Plan, gpus: Sequence[str]) -> SettingsProblem:
+    computing = _computing(settings, plan)
+    needed = " + ".join(
+        f"{COMPUTING[kind]} {count}{_of_share(settings, kind)}" for kind, count in computing.items()
     )
+    total = sum(_shares(settings, plan).values())
     stated = shown(settings.deployment.num_teacher_gpus)
-    served = plan.teacher_server
-    split = [
-        f"each part of the {what}"
-        for what, kind in SPLIT.items()
-        if counts.get(kind) and _parts(settings, plan, kind) > 1
-    ]
-    return Problem(
+    return SettingsProblem(
         ("deployment.num_teacher_gpus", "deployment.share_gpus"),
-        f"{' + '.join(parts)} = {sum(shares.values()):g} GPUs (deployment.num_teacher_gpus = {stated})",
-        f"workers that fit the {len(gpus)} found here{', ' + ' and '.join(split) + ' on another one' if split else ''}",
-        advice
-        + (' teacher_inference.engine = "transformers" starts no vLLM server.' if served else ""),
+        f"{needed} = {total:g} GPUs (deployment.num_teacher_gpus = {stated})",
+        f"workers that fit the {len(gpus)} found here{_spread_models(settings, plan)}",
+        _advice(settings, plan),
     )
+
+
+def _spread_models(settings: Settings, plan: Plan) -> str:
+    """What is expected of models that are spread over GPUs, for the end of a line."""
+    computing = _computing(settings, plan)
+    spread = [
+        f"each part of the {model}"
+        for model, kind in SPREAD.items()
+        if kind in computing and _parts(settings, plan, kind) > 1
+    ]
+    return f", {' and '.join(spread)} on another one" if spread else ""
+
+
+def _advice(settings: Settings, plan: Plan) -> str:
+    if settings.deployment.share_gpus:
+        advice = "Lower deployment.num_teacher_gpus or the shares."
+    else:
+        advice = (
+            "Lower deployment.num_teacher_gpus, or set deployment.share_gpus = true with "
+            'deployment.gpu_memory_shares, or deployment.device = "cpu".'
+        )
+    if plan.teacher_server:
+        advice += ' teacher_inference.engine = "transformers" starts no vLLM server.'
+    return advice
 
 
 def _of_share(settings: Settings, kind: WorkerKind) -> str:

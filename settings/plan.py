@@ -1,5 +1,4 @@
-"""The run's plan: which stages rollouts pass, which workers and models that takes, and the settings
-all workers must share.
+"""The run's plan: the stages, workers and models that it takes, and the settings all must share.
 
 The trainer writes it once to Redis and to the run directory; every other worker compares its own
 with it.
@@ -15,13 +14,13 @@ import msgspec
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.undecodable import UNDECODABLE
 from onstream.settings.devices import device_of
-from onstream.settings.fields import known
+from onstream.settings.engines import teacher_engine
+from onstream.settings.fields import Setting, known
 from onstream.settings.retired import RETIRED, says_nothing
 from onstream.settings.root import Settings
 from onstream.settings.route import external_teacher, local_teacher, rollout_teacher, route_of
-from onstream.settings.serving import teacher_engine
-from onstream.settings.stages import FIRST, KINDS_OF, STAGE_OF, StageName, WorkerKind
-from onstream.settings.text import shown
+from onstream.settings.stages import FIRST, JOBS, KINDS_OF, STAGE_OF, StageName, WorkerKind
+from onstream.settings.toml import shown
 
 TEACHER_NAMES = ("teacher_inference.model.name", "orchestrator.teacher_model.model.name")
 
@@ -100,26 +99,16 @@ class Difference:
 def make_plan(settings: Settings) -> Plan:
     """The plan that follows from `settings`."""
     route = route_of(settings)
-    shared = {
-        name: setting
-        for name, setting in known().items()
-        if setting.scope.kind == "run" and (setting.applies(settings) or not setting.types)
-    }
+    shared = [setting for setting in known().values() if _is_shared(setting, settings)]
+    values = {setting.name: setting.value(settings) for setting in shared}
     local = local_teacher(settings)
     external = external_teacher(settings)
-    values = {name: setting.value(settings) for name, setting in shared.items()}
     if local or external:
         # One teacher, wherever it runs: a worker may join with endpoints of its own, or with a
         # model of its own.
         values |= dict.fromkeys(TEACHER_NAMES, external or local)
-    served = (
-        local is not None
-        and teacher_engine(settings) == "vllm"
-        and "teacher" not in settings.deployment.started_elsewhere
-    )
-    workers = _workers(
-        settings, route, local=local is not None, served=served, external=external is not None
-    )
+    workers = _workers(settings, route)
+    teacher_server = _serves_teacher(settings) and workers["teacher-external"] > 0
     return Plan(
         run=settings.run.name,
         route=route,
@@ -130,24 +119,21 @@ def make_plan(settings: Settings) -> Plan:
         rollout_teacher=rollout_teacher(settings),
         device=device_of(settings.deployment),
         run_settings=values,
-        changeable=tuple(name for name, setting in shared.items() if setting.scope.changeable),
-        teacher_server=_server_gpus(settings) if served and workers["teacher-external"] else 0,
-        student_servers=_student_servers(settings)
-        if workers["generator"] and rollout_teacher(settings) is None
-        else 0,
+        changeable=tuple(setting.name for setting in shared if setting.scope.changeable),
+        teacher_server=_server_gpus(settings) if teacher_server else 0,
+        student_servers=_student_servers(settings) if workers["generator"] else 0,
     )
 
 
+def _is_shared(setting: Setting, settings: Settings) -> bool:
+    """Whether all workers must agree on `setting`: of scope `run`, and one that the loss has."""
+    return setting.scope.kind == "run" and (setting.applies(settings) or not setting.types)
+
+
 def differences(ours: Plan, theirs: Plan) -> list[Difference]:
-    """The `run` settings whose values differ, changeable ones included, in the order of the
-    sections.
-    """
-    names = [
-        *ours.run_settings,
-        *(name for name in theirs.run_settings if name not in ours.run_settings),
-    ]
+    """The `run` settings whose values differ, changeable ones included, in the plans' order."""
     found = []
-    for name in names:
+    for name in dict.fromkeys([*ours.run_settings, *theirs.run_settings]):
         here = ours.run_settings.get(name)
         there = theirs.run_settings.get(name)
         gone = says_nothing(name, there) or _of_another_type(name, ours, theirs)
@@ -189,59 +175,70 @@ def refuse_differences(ours: Plan, theirs: Plan) -> None:
     )
 
 
-def _server_gpus(settings: Settings) -> int:
-    """GPUs of the teacher's server; on a CPU it is one process group, whatever the number of
-    teacher processes would be.
-    """
+def _serves_teacher(settings: Settings) -> bool:
+    """Whether a vLLM server is started here for the teacher, instead of workers with its model."""
     return (
-        (settings.deployment.num_teacher_gpus or 1)
-        if device_of(settings.deployment) == "cuda"
-        else 1
+        local_teacher(settings) is not None
+        and teacher_engine(settings) == "vllm"
+        and "teacher" not in settings.deployment.started_elsewhere
     )
+
+
+def _server_gpus(settings: Settings) -> int:
+    """GPUs of the teacher's server; 1 on a CPU, where it is one process group."""
+    if device_of(settings.deployment) == "cpu":
+        return 1
+    return settings.deployment.num_teacher_gpus or 1
 
 
 def _student_servers(settings: Settings) -> int:
-    """vLLM servers that the engine `server` needs to be started here; 0 where it has addresses, or
-    is not the one that was asked for.
+    """vLLM servers that have to be started here for the engine `server`; 0 where it has addresses,
+    or is not the one that was asked for.
     """
     inference = settings.inference
-    if inference.engine != "server" or inference.client.base_url:
+    here = inference.engine == "server" and not inference.client.base_url
+    if not here or rollout_teacher(settings) is not None:
         return 0
-    each = (
-        inference.tensor_parallel_size * inference.data_parallel_size
-        if device_of(settings.deployment) == "cuda"
-        else 1
-    )
+    each = 1
+    if device_of(settings.deployment) == "cuda":
+        each = inference.tensor_parallel_size * inference.data_parallel_size
     return (settings.deployment.num_infer_gpus or each) // each
 
 
-def _workers(
-    settings: Settings, route: tuple[StageName, ...], *, local: bool, served: bool, external: bool
-) -> dict[WorkerKind, int]:
-    """Worker processes per kind that this deployment starts."""
+def _workers(settings: Settings, route: tuple[StageName, ...]) -> dict[WorkerKind, int]:
+    """Worker processes per kind that this deployment starts, 0 for those that others start."""
     deployment = settings.deployment
-    counts: dict[WorkerKind, int] = {}
-    for kind in (kind for stage in (FIRST, *route) for kind in KINDS_OF[stage]):
-        count = deployment.workers.of(kind)
-        if kind == "teacher" and not local:
-            continue
-        if kind == "teacher-external" and not (external or served):
-            continue
-        counts[kind] = deployment.num_teacher_gpus or 1 if count is None else count
-    if served:
-        counts["teacher"] = 0
-        # The last of those that ask endpoints asks the server that is started here.
-        counts["teacher-external"] = (counts["teacher-external"] if external else 0) + 1
     here = deployment.stages or (FIRST, *route)
-    workers = {
-        kind: count if STAGE_OF[kind] in here and kind not in deployment.started_elsewhere else 0
-        for kind, count in counts.items()
-    }
+    workers: dict[WorkerKind, int] = {}
+    for stage in (FIRST, *route):
+        for kind in KINDS_OF[stage]:
+            count = _count(settings, kind)
+            if count is not None:
+                started_here = stage in here and kind not in deployment.started_elsewhere
+                workers[kind] = count if started_here else 0
     evaluates = bool(settings.eval.interval and settings.eval.samples)
     verifies = "verifier" in workers and settings.orchestrator.verification.in_jobs != "never"
     if evaluates or verifies:
         # Beside whoever asks for them: the trainer, or the verifiers.
-        asked_here = (evaluates and "train" in here) or (verifies and workers["verifier"])
-        started_here = asked_here and "jobs" not in deployment.started_elsewhere
-        workers["jobs"] = (deployment.workers.of("jobs") or 0) if started_here else 0
+        asked_here = (evaluates and "train" in here) or (verifies and workers["verifier"] > 0)
+        started_here = asked_here and JOBS.kind not in deployment.started_elsewhere
+        workers[JOBS.kind] = (_count(settings, JOBS.kind) or 0) if started_here else 0
     return workers
+
+
+def _count(settings: Settings, kind: WorkerKind) -> int | None:
+    """How many workers of `kind` a run with these settings has; None where it has no use for any."""
+    served = _serves_teacher(settings)
+    external = external_teacher(settings) is not None
+    count = settings.deployment.workers.of(kind)
+    if kind == "teacher":
+        if local_teacher(settings) is None:
+            return None
+        if served:
+            return 0
+    if kind == "teacher-external":
+        if not (external or served):
+            return None
+        # The last of them asks the server that is started here.
+        return (count or 0) * external + served
+    return settings.deployment.num_teacher_gpus or 1 if count is None else count

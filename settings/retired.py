@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from onstream.settings.fields import known
+
 
 @dataclass(frozen=True)
 class RetiredSetting:
@@ -58,3 +60,21 @@ def _still_said(values: dict[str, Any], section: str) -> Iterator[tuple[str, Any
             value = without_retired(value, f"{name}.")
         if not says_nothing(name, value):
             yield key, value
+
+
+def without_other_types(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` less the settings, at their defaults, that a section of its `type` does not have.
+
+    The settings files of earlier runs hold those of `rl` beside `trainer.loss.type = "sft"`.
+    """
+    for setting in known().values():
+        *path, last = setting.name.split(".")
+        section: Any = values
+        for part in path:
+            section = section.get(part) if isinstance(section, dict) else None
+        if not setting.types or not isinstance(section, dict) or last not in section:
+            continue
+        other = section.get("type", setting.types[0]) not in setting.types
+        if other and section[last] == setting.default:
+            del section[last]
+    return values

@@ -19,8 +19,8 @@ from onstream.pipeline.redis.keys import GROUP, Keys
 from onstream.settings.deployment import count_name
 from onstream.settings.fields import known
 from onstream.settings.load import load_settings
+from onstream.settings.problems import variable_of
 from onstream.settings.stages import STAGE_OF
-from onstream.settings.unknown import variable_of
 
 ROOT = Path(__file__).parents[2]
 COMPOSE_FILES = [*sorted(ROOT.glob("compose*.yaml")), ROOT / "deploy/stack.yaml"]

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import pytest
 
-from onstream.settings import serving
+from onstream.settings import engines
 
 
 @pytest.fixture(autouse=True)
 def without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(serving, "vllm_importable", lambda: False)
+    monkeypatch.setattr(engines, "vllm_importable", lambda: False)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from onstream.settings.load import load_settings, resolve
-from onstream.settings.problem import SettingsError
-from onstream.settings.text import toml_text
+from onstream.settings.problems import SettingsError
+from onstream.settings.toml import toml_text
 
 
 def write(path: Path, text: str) -> Path:

@@ -9,7 +9,7 @@ import pytest
 from onstream.settings.load import load_settings, resolve
 from onstream.settings.redis import address
 from onstream.settings.root import Settings
-from onstream.settings.text import toml_text
+from onstream.settings.toml import toml_text
 
 URL = {"ONSTREAM_REDIS__URL": "redis://redis:6379/0"}
 

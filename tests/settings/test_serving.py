@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from onstream.settings import serving
+from onstream.settings import engines
 from onstream.settings.check import report
-from onstream.settings.engines import engine_problems
+from onstream.settings.engines import teacher_engine, vllm_importable
 from onstream.settings.gpus import gpu_problems, placement
 from onstream.settings.load import load_settings, resolve
 from onstream.settings.plan import Plan, make_plan, refuse_differences
 from onstream.settings.rules import problems_of
-from onstream.settings.serving import teacher_engine, vllm_importable
+from onstream.settings.rules.engines import engine_problems
 
 CUDA = "deployment.device=cuda"
 SERVED = ("trainer.loss.teacher_tau=0.5", "teacher_inference.engine=vllm")
@@ -43,7 +43,7 @@ def plan(*overrides: str) -> Plan:
 def test_vllm_serves_where_it_is_asked_for_or_installed_beside_a_gpu(
     monkeypatch: pytest.MonkeyPatch, installed: bool, overrides: list[str], engine: str
 ) -> None:
-    monkeypatch.setattr(serving, "vllm_importable", lambda: installed)
+    monkeypatch.setattr(engines, "vllm_importable", lambda: installed)
     assert teacher_engine(load_settings(overrides=overrides, environ={})) == engine
 
 
@@ -149,7 +149,7 @@ def test_vllm_that_is_asked_for_and_missing_is_refused_before_anything_starts(
     assert "Qwen/Qwen3-0.6B beside the run by a vLLM server\n" in printed.getvalue()
     assert 'teacher_inference.engine = "vllm", which is not installed here' in printed.getvalue()
     assert "pip install 'onstream[vllm]'" in printed.getvalue()
-    monkeypatch.setattr(serving, "vllm_importable", lambda: True)
+    monkeypatch.setattr(engines, "vllm_importable", lambda: True)
     settings = load_settings(overrides=[*SERVED, TWO], environ={})
     assert engine_problems(settings, make_plan(settings)) == []
 

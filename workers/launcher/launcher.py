@@ -24,7 +24,7 @@ from onstream.settings.plan import Plan, make_plan
 from onstream.settings.redis import address
 from onstream.settings.root import Settings
 from onstream.settings.stages import START_ORDER, WORK_STAGES, StageName, WorkerKind
-from onstream.settings.text import toml_text
+from onstream.settings.toml import toml_text
 from onstream.workers.inspection.audit import audit
 from onstream.workers.inspection.run_snapshot import RunSnapshot, waits
 from onstream.workers.launcher import preflight, report

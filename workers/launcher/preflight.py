@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from onstream.pipeline.errors import Exit, UserError
-from onstream.settings.engines import engine_problems
 from onstream.settings.gpus import gpu_problems
 from onstream.settings.plan import Plan, refuse_differences
-from onstream.settings.problem import SettingsError
+from onstream.settings.problems import SettingsError
 from onstream.settings.root import Settings
+from onstream.settings.rules.engines import engine_problems
 from onstream.settings.stages import SWITCHES
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")

@@ -20,7 +20,7 @@ from onstream.pipeline.run_files.recording import Opened, RecordingError
 from onstream.settings.fields import known
 from onstream.settings.load import load_settings
 from onstream.settings.root import Settings
-from onstream.settings.text import shown, toml_text
+from onstream.settings.toml import shown, toml_text
 from onstream.workers.launcher.report import read_rows
 from onstream.workers.replay.recorded_run import RecordedRun, ReplayStart, run_dir_of
 from onstream.workers.replay.result import ReplayResult

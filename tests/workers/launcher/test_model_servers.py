@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from onstream.pipeline.errors import Exit
-from onstream.settings import serving
+from onstream.settings import engines
 from onstream.settings.load import load_settings
 from onstream.settings.plan import differences, make_plan
 from onstream.workers.launcher import launcher
@@ -46,7 +46,7 @@ TWO_STUDENTS = (
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setattr(launcher, "COMMAND", "tests.workers.launcher.stand_in")
-    monkeypatch.setattr(serving, "vllm_importable", lambda: True)
+    monkeypatch.setattr(engines, "vllm_importable", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     made = Run(tmp_path)
     made.orders("train", "hold")

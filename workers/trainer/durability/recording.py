@@ -20,7 +20,7 @@ from onstream.pipeline.run_files.recording import Opened, Recorder, Stepped
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.fields import known
 from onstream.settings.root import Settings
-from onstream.settings.text import toml_text
+from onstream.settings.toml import toml_text
 from onstream.workers.trainer.durability.checkpoint import (
     STATE,
     Checkpoint,

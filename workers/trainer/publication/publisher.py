@@ -25,10 +25,10 @@ from onstream.pipeline.weights import (
 from onstream.pipeline.weights.nccl_transfer import TransferCoordinator
 from onstream.pipeline.weights.pins import pinned
 from onstream.pipeline.weights.redis_store import ChunkWriter
-from onstream.settings import serving
-from onstream.settings.engines import vllm_missing
-from onstream.settings.problem import SettingsError
+from onstream.settings import engines
+from onstream.settings.problems import SettingsError
 from onstream.settings.root import Settings
+from onstream.settings.rules.engines import vllm_missing
 from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.publication.nccl_sender import Transfer, address_towards
 
@@ -203,7 +203,7 @@ def transfer_of(bus: Bus, lease: Lease, settings: Settings) -> Transfer | None:
     """
     if settings.weights.transport != "nccl":
         return None
-    if not serving.vllm_importable():
+    if not engines.vllm_importable():
         raise SettingsError([vllm_missing("weights.transport")])
     patience_s = settings.weights.patience
     return Transfer(

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onstream.pipeline.errors import UserError
-from onstream.settings import serving
+from onstream.settings import engines
 from onstream.settings.devices import device_of
-from onstream.settings.engines import vllm_environment, vllm_missing
+from onstream.settings.engines import vllm_environment
 from onstream.settings.gpus import memory_share
-from onstream.settings.problem import SettingsError
+from onstream.settings.problems import SettingsError
 from onstream.settings.root import Settings
+from onstream.settings.rules.engines import vllm_missing
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -125,7 +126,7 @@ def _prepare(settings: Settings) -> None:
     """Set the environment that vLLM reads when it is imported and its processes inherit; what it
     says already stays.
     """
-    if not serving.vllm_importable():
+    if not engines.vllm_importable():
         raise SettingsError([vllm_missing("inference.engine")])
     device = device_of(settings.deployment)
     variables = (

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from onstream.pipeline.errors import UserError
-from onstream.settings import serving
-from onstream.settings.problem import SettingsError
+from onstream.settings import engines
+from onstream.settings.problems import SettingsError
 from onstream.settings.root import Settings
 from onstream.workers.generator import student
 from onstream.workers.generator.engines.transformers.engine import TransformersEngine
@@ -34,7 +34,7 @@ def settings_of(student_dir: Path | str, device: str = "cpu", **inference: Any) 
 def test_a_generator_that_is_to_use_vllm_where_it_is_not_installed_says_how_to_install_it(
     student_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving, "vllm_importable", lambda: False)
+    monkeypatch.setattr(engines, "vllm_importable", lambda: False)
     with pytest.raises(
         SettingsError,
         match=r'inference.engine = "vllm", which is not installed here.*pip install .onstream\[vllm\]',
@@ -45,7 +45,7 @@ def test_a_generator_that_is_to_use_vllm_where_it_is_not_installed_says_how_to_i
 def test_on_a_cpu_the_engine_is_transformers_unless_vllm_is_asked_for(
     student_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving, "vllm_importable", lambda: True)
+    monkeypatch.setattr(engines, "vllm_importable", lambda: True)
     opened = open_student(settings_of(student_dir, engine="auto", max_batch=4))
     assert isinstance(opened.engine, TransformersEngine)
 

@@ -1,19 +1,56 @@
-"""Words for a value that does not validate, and the nearest known name for a key that does not
-exist.
-"""
+"""What is wrong with settings: problems, all told at once, in words that say what to do."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, get_args
 
+from onstream.pipeline.errors import Exit, UserError
 from onstream.settings.fields import HIDDEN, Setting, known, plain_location, sections
-from onstream.settings.problem import Problem
 from onstream.settings.retired import RETIRED
-from onstream.settings.text import shown
+from onstream.settings.root import Settings
+from onstream.settings.toml import shown
 
 PREFIX = "ONSTREAM_"
+
+
+@dataclass(frozen=True)
+class SettingsProblem:
+    """One thing to mend. `names` are the settings it concerns, `got` says which value came from
+    where.
+    """
+
+    names: tuple[str, ...]
+    got: str
+    expected: str
+    next_step: str
+
+    def __str__(self) -> str:
+        return f"{self.got}; expected {self.expected}. {self.next_step}"
+
+
+class SettingsError(UserError):
+    """Every problem of the settings at once, one to a line."""
+
+    def __init__(self, problems: Sequence[SettingsProblem]) -> None:
+        self.problems = tuple(problems)
+        first = self.problems[0]
+        super().__init__(
+            first.got, expected=first.expected, next_step=first.next_step, exit=Exit.USAGE
+        )
+
+    def __str__(self) -> str:
+        return "\n".join(str(problem) for problem in self.problems)
+
+
+def problem_with(
+    settings: Settings, names: list[str], expected: str, next_step: str
+) -> SettingsProblem:
+    """The problem of the settings `names`, with their values."""
+    values = " with ".join(f"{name} = {shown(known()[name].value(settings))}" for name in names)
+    return SettingsProblem(tuple(names), values, expected, next_step)
 
 
 def nearest(name: str) -> str | None:
@@ -26,7 +63,7 @@ def nearest(name: str) -> str | None:
     return next(iter(get_close_matches(name, names, n=1, cutoff=0.6)), None)
 
 
-def unknown_key(name: str, origin: str) -> Problem:
+def unknown_key(name: str, origin: str) -> SettingsProblem:
     """The problem of a key that no section has, whatever its source."""
     near = nearest(name)
     if origin.upper().startswith(PREFIX):
@@ -38,10 +75,10 @@ def unknown_key(name: str, origin: str) -> Problem:
     if retired is not None:
         got = got.replace("unknown", "retired", 1)
     next_step = _advice(near) if retired is None else retired.next_step
-    return Problem((name,), got, "the name of a setting", next_step)
+    return SettingsProblem((name,), got, "the name of a setting", next_step)
 
 
-def unknown_variable(variable: str) -> Problem:
+def unknown_variable(variable: str) -> SettingsProblem:
     """The problem of an `ONSTREAM_` variable that belongs to no section."""
     return unknown_key(variable[len(PREFIX) :].lower().replace("__", "."), variable)
 
@@ -58,7 +95,7 @@ def variable_of(name: str) -> str:
     return PREFIX + name.upper().replace(".", "__")
 
 
-def field_problem(detail: Mapping[str, Any], origins: Mapping[str, str]) -> Problem:
+def field_problem(detail: Mapping[str, Any], origins: Mapping[str, str]) -> SettingsProblem:
     """The problem of one pydantic error `detail`, told with where the value came from."""
     location = detail["loc"]
     name = ".".join(str(part) for part in location if isinstance(part, str))
@@ -77,7 +114,7 @@ def field_problem(detail: Mapping[str, Any], origins: Mapping[str, str]) -> Prob
     )
     item = "".join(f"[{part}]" for part in location if isinstance(part, int))
     got = f"{name}{item} = {value}{_from(origin)}"
-    return Problem(
+    return SettingsProblem(
         (name,),
         got,
         _expected(detail),
@@ -85,12 +122,12 @@ def field_problem(detail: Mapping[str, Any], origins: Mapping[str, str]) -> Prob
     )
 
 
-def _of_another_type(setting: Setting, detail: Mapping[str, Any], origin: str) -> Problem:
+def _of_another_type(setting: Setting, detail: Mapping[str, Any], origin: str) -> SettingsProblem:
     """The problem of a setting that its section has with other values of `type` alone."""
     kind = setting.name.rpartition(".")[0] + ".type"
     value = _value_text(detail["input"], spelled=origin.startswith(("--set", PREFIX)))
     types = " or ".join(f'"{name}"' for name in setting.types)
-    return Problem(
+    return SettingsProblem(
         (setting.name, kind),
         f"{kind} = {shown(detail['given_type'])} with {setting.name} = {value}{_from(origin)}",
         f"{setting.name} only where {kind} is {types}",
@@ -98,11 +135,11 @@ def _of_another_type(setting: Setting, detail: Mapping[str, Any], origin: str) -
     )
 
 
-def _missing(name: str, section: Any, setting: Setting | None) -> Problem:
+def _missing(name: str, section: Any, setting: Setting | None) -> SettingsProblem:
     """The problem of a setting that has no default."""
     beside = name.rpartition(".")[0] + ".type"
     given = f"{beside} = {shown(section['type'])}" if "type" in section else "a section"
-    return Problem(
+    return SettingsProblem(
         (name,),
         f"{given} without {name}",
         setting.type if setting else "a value",

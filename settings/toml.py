@@ -1,6 +1,4 @@
-"""Settings as TOML text. Python reads TOML but does not write it; what settings need of it is
-small.
-"""
+"""Settings as TOML text: Python reads TOML but does not write it."""
 
 from __future__ import annotations
 
@@ -23,32 +21,28 @@ def toml_value(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(toml_value(item) for item in value)}]"
     if isinstance(value, dict):
-        return (
-            "{"
-            + ", ".join(
-                f"{_key(key)} = {toml_value(item)}"
-                for key, item in value.items()
-                if item is not None
-            )
-            + "}"
-        )
+        given = {key: item for key, item in value.items() if item is not None}
+        pairs = [f"{_key(key)} = {toml_value(item)}" for key, item in given.items()]
+        return "{" + ", ".join(pairs) + "}"
     return repr(value) if isinstance(value, float) else json.dumps(value)
 
 
 def toml_text(settings: Settings) -> str:
-    """All of `settings` as a TOML file that loads again. Secrets read `***`, which loads as unset."""
-    lines = [
-        "# Resolved settings of the run. Secrets are hidden: give them again by the environment."
-    ]
+    """All of `settings` as a TOML file that loads again.
+
+    Secrets read `***`, which loads as unset.
+    """
+    head = "# Resolved settings of the run. Secrets are hidden: give them again by the environment."
+    lines = [head]
     section = None
     for name, setting in known().items():
         value = setting.value(settings)
         if value is None:
             continue
-        head, _, key = name.rpartition(".")
-        if head != section:
-            lines += ["", f"[{head}]"]
-            section = head
+        table, _, key = name.rpartition(".")
+        if table != section:
+            lines += ["", f"[{table}]"]
+            section = table
         lines.append(f"{key} = {toml_value(value)}")
     return "\n".join(lines) + "\n"
 
@@ -61,8 +55,5 @@ def shown(value: Any) -> str:
 
 
 def _key(key: str) -> str:
-    return (
-        key
-        if key and all(letter.isascii() and (letter.isalnum() or letter in "-_") for letter in key)
-        else toml_value(key)
-    )
+    bare = all(letter.isascii() and (letter.isalnum() or letter in "-_") for letter in key)
+    return key if key and bare else toml_value(key)

@@ -1,0 +1,79 @@
+"""Rules between the settings of a deployment: its stages, its workers and its Redis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+from onstream.settings.plan import make_plan
+from onstream.settings.problems import SettingsProblem, problem_with
+from onstream.settings.redis import TLS
+from onstream.settings.root import Settings
+from onstream.settings.route import route_of
+
+
+def stages_once(settings: Settings) -> Iterator[SettingsProblem]:
+    """Each stage is named once."""
+    stages = settings.deployment.stages or ()
+    if len(set(stages)) < len(stages):
+        yield problem_with(
+            settings,
+            ["deployment.stages"],
+            "each stage once",
+            "deployment.workers says how many workers there are.",
+        )
+
+
+def redis_login(settings: Settings) -> Iterator[SettingsProblem]:
+    """Passwords and certificates of Redis fit its address."""
+    redis = settings.redis
+    url = urlsplit(redis.url.get_secret_value()) if redis.url is not None else urlsplit("")
+    if redis.password is not None and (redis.url is None or url.password is not None):
+        yield problem_with(
+            settings,
+            ["redis.password", "redis.url"],
+            "one password, and an address to use it at",
+            "Set redis.url without one.",
+        )
+    given = [f"redis.{name}" for name in TLS if getattr(redis, name) is not None]
+    if given and url.scheme != "rediss":
+        yield problem_with(
+            settings,
+            ["redis.url", *given],
+            "rediss://, which is TLS",
+            f"Set redis.url to that, or leave {given[0]} out.",
+        )
+    if (redis.tls_cert is None) != (redis.tls_key is None):
+        yield problem_with(
+            settings,
+            ["redis.tls_cert", "redis.tls_key"],
+            "a certificate and its key, or neither",
+            "Set both.",
+        )
+
+
+def deployment_warnings(settings: Settings) -> Iterator[str]:
+    """Workers that the run waits for, or that no rollout passes."""
+    plan = make_plan(settings)
+    elsewhere = settings.deployment.count_elsewhere
+    for stage in plan.streams:
+        kinds = plan.kinds(stage)
+        if not any(plan.workers[kind] or elsewhere(kind) for kind in kinds):
+            yield (
+                f"No {kinds[0]} worker is started here: the run waits until one joins "
+                f"(onstream worker {kinds[0]})."
+            )
+    for stage, why in (
+        ("verify", "orchestrator.verification.enabled = false"),
+        ("score", f'trainer.loss.type = "{settings.trainer.loss.type}"'),
+    ):
+        if stage in (settings.deployment.stages or ()) and stage not in route_of(settings):
+            yield f"deployment.stages names {stage}, but {why}: no {stage} worker runs."
+    if plan.workers.get("jobs") == 0 and not elsewhere("jobs"):
+        yield (
+            "No jobs worker is started here: evaluations and verifications in jobs wait until one "
+            "joins (onstream worker jobs)."
+        )
+
+
+DEPLOYMENT_RULES = (stages_once, redis_login)
