@@ -39,7 +39,7 @@ from onstream.pipeline.records import (
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Delivery, Outcome
-from onstream.settings.run import DeliverySettings
+from onstream.settings.sections.run import DeliverySettings
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 
 TARGET_PER_S = 5000

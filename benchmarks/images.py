@@ -33,7 +33,7 @@ from onstream.pipeline.redis.image_store import Hold
 from onstream.pipeline.redis.keys import Keys
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Delivery, Outcome
-from onstream.settings.run import DeliverySettings
+from onstream.settings.sections.run import DeliverySettings
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 
 GROUP = 16

@@ -37,8 +37,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.utils.rnn import pad_sequence
 
-from onstream.settings.losses import RlLoss
-from onstream.settings.trainer import OptimSettings, TrainerSettings
+from onstream.settings.sections.losses import RlLoss
+from onstream.settings.sections.trainer import OptimSettings, TrainerSettings
 from onstream.workers.tiny_models.fresh import ModelShape, write_fresh
 from onstream.workers.tiny_models.recipes import RECIPES
 from onstream.workers.trainer.learner import Learner, TrainSample

@@ -18,7 +18,7 @@ from onstream.pipeline.records import StageName
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.connection import OUTAGE
 from onstream.pipeline.stage import Stats
-from onstream.settings.run import DeliverySettings
+from onstream.settings.sections.run import DeliverySettings
 
 log = structlog.get_logger(__name__)
 

@@ -11,7 +11,7 @@ import structlog
 from onstream.pipeline.heartbeat import Life
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Entry, PendingRow
-from onstream.settings.run import DeliverySettings
+from onstream.settings.sections.run import DeliverySettings
 
 log = structlog.get_logger(__name__)
 

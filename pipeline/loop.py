@@ -33,7 +33,7 @@ from onstream.pipeline.redis.connection import OUTAGE
 from onstream.pipeline.redis.run_state import FAILED
 from onstream.pipeline.redis.streams import Entry, Move, Out
 from onstream.pipeline.stage import Delivery, Outcome, Stage, Stats, complete_stage
-from onstream.settings.run import DeliverySettings
+from onstream.settings.sections.run import DeliverySettings
 from onstream.settings.stages import STAGES
 
 log = structlog.get_logger(__name__)

@@ -24,8 +24,8 @@ from onstream.pipeline.images import (
 )
 from onstream.pipeline.models.tokenizer import has_vision
 from onstream.pipeline.records import Ids
-from onstream.settings.images import ImagesSettings
 from onstream.settings.root import Settings
+from onstream.settings.sections.images import ImagesSettings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -13,7 +13,7 @@ from typing import TextIO
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from onstream.settings.run import LogSettings
+from onstream.settings.sections.run import LogSettings
 
 ERROR_CHARACTERS = 300
 _LEVELS = {

@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from onstream.pipeline.errors import Exit
-from onstream.settings.client import EndpointSettings
 from onstream.settings.devices import gpus_found
 from onstream.settings.fields import known
 from onstream.settings.gpus import gpu_problems
@@ -18,6 +17,7 @@ from onstream.settings.problems import SettingsProblem
 from onstream.settings.root import Settings
 from onstream.settings.rules import warnings_of
 from onstream.settings.rules.engines import engine_problems
+from onstream.settings.sections.client import EndpointSettings
 from onstream.settings.toml import shown
 
 

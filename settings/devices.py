@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from onstream.settings.deployment import DeploymentSettings
+from onstream.settings.sections.deployment import DeploymentSettings
 
 
 def device_of(deployment: DeploymentSettings) -> Literal["cpu", "cuda"]:

@@ -15,7 +15,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 
 _HEAD = """# Settings
 
-Written by `python -m onstream.settings.docs` from the fields in `settings/`; edit those.
+Written by `python -m onstream.settings.docs` from the fields in `settings/sections/`; edit those.
 
 Sources, strongest first: the command line (`--set trainer.loss.teacher_tau=0.5`), the environment
 (`ONSTREAM_TRAINER__LOSS__TEACHER_TAU=0.5`), TOML files (several: a later one wins), the defaults. Lists and tables are

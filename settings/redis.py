@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
-from onstream.settings.run import RedisSettings
+from onstream.settings.sections.run import RedisSettings
 
 TLS = {"tls_ca": "ssl_ca_certs", "tls_cert": "ssl_certfile", "tls_key": "ssl_keyfile"}
 """The settings that go into the address's query, by the names that redis-py knows them by."""

@@ -7,21 +7,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from onstream.settings.base import Section
-from onstream.settings.deployment import DeploymentSettings
-from onstream.settings.images import ImagesSettings
-from onstream.settings.inference import InferenceSettings, TeacherInferenceSettings
-from onstream.settings.jobs import JobsSettings
-from onstream.settings.orchestrator import OrchestratorSettings
-from onstream.settings.run import (
+from onstream.settings.sections.deployment import DeploymentSettings
+from onstream.settings.sections.images import ImagesSettings
+from onstream.settings.sections.inference import InferenceSettings, TeacherInferenceSettings
+from onstream.settings.sections.jobs import JobsSettings
+from onstream.settings.sections.orchestrator import OrchestratorSettings
+from onstream.settings.sections.run import (
     DeliverySettings,
     LogSettings,
     ModelSettings,
     RedisSettings,
     RunSettings,
 )
-from onstream.settings.task import EvalSettings, TaskSettings
-from onstream.settings.trainer import CheckpointSettings, TrainerSettings
-from onstream.settings.weights import WeightsSettings
+from onstream.settings.sections.task import EvalSettings, TaskSettings
+from onstream.settings.sections.trainer import CheckpointSettings, TrainerSettings
+from onstream.settings.sections.weights import WeightsSettings
 
 
 class Settings(Section):

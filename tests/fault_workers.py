@@ -9,7 +9,7 @@ from onstream.pipeline.loop import run_worker
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome
 from onstream.settings.root import Settings
-from onstream.settings.run import DeliverySettings
+from onstream.settings.sections.run import DeliverySettings
 from onstream.workers.trainer.stage import Trainer
 from onstream.workers.verifier.stage import Verifier
 from tests.pipeline.stages import Passing

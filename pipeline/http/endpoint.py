@@ -14,7 +14,7 @@ import msgspec
 
 from onstream.pipeline.http.errors import BadReply, EndpointFault, RequestRefused
 from onstream.pipeline.undecodable import UNDECODABLE
-from onstream.settings.client import EndpointSettings
+from onstream.settings.sections.client import EndpointSettings
 
 NOT_THE_REQUESTS_FAULT = {401, 402, 403, 404, 405, 407, 408, 409, 421, 423, 425, 426, 429, 451}
 """Statuses 4xx about the caller, the address or the moment. Any other 4xx refuses the request."""

@@ -17,7 +17,7 @@ from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.http.endpoint import Endpoint, http_client
 from onstream.pipeline.http.errors import EndpointError, EndpointFault, RequestRefused
 from onstream.pipeline.telemetry import get_logger
-from onstream.settings.client import EndpointSettings
+from onstream.settings.sections.client import EndpointSettings
 
 ROUNDS = 3
 """A request is given up when all its attempts failed so many times while others were answered."""

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from onstream.settings.deployment import DeploymentSettings
 from onstream.settings.devices import device_of
 from onstream.settings.engines import vllm_environment
+from onstream.settings.sections.deployment import DeploymentSettings
 
 # The command `vllm serve` does not start from the wheel for CPUs.
 SERVER = "vllm.entrypoints.openai.api_server"

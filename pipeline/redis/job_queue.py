@@ -20,7 +20,7 @@ from rq.exceptions import DuplicateJobError
 from rq.job import Job
 
 from onstream.pipeline.weights.pins import pin, unpin
-from onstream.settings.jobs import JobsSettings
+from onstream.settings.sections.jobs import JobsSettings
 
 JobKind = Literal["evaluate", "export", "prune", "sweep", "verify"]
 FUNCTIONS: dict[str, str] = {

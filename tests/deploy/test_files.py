@@ -16,10 +16,10 @@ import yaml
 
 from deploy import generate
 from onstream.pipeline.redis.keys import GROUP, Keys
-from onstream.settings.deployment import count_name
 from onstream.settings.fields import known
 from onstream.settings.load import load_settings
 from onstream.settings.problems import variable_of
+from onstream.settings.sections.deployment import count_name
 from onstream.settings.stages import STAGE_OF
 
 ROOT = Path(__file__).parents[2]

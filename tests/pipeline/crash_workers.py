@@ -15,7 +15,7 @@ from onstream.pipeline.loop import run_worker
 from onstream.pipeline.records import StageName
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome
-from onstream.settings.run import DeliverySettings
+from onstream.settings.sections.run import DeliverySettings
 from tests.pipeline.stages import Passing, ticket
 
 LEASE_S = 0.5

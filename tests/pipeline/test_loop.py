@@ -20,7 +20,7 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.run_state import WorkerState
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Delivery, Outcome
-from onstream.settings.run import DeliverySettings
+from onstream.settings.sections.run import DeliverySettings
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from tests.entries import claim_pending
 from tests.pipeline.stages import Passing, rollout, ticket
@@ -332,7 +332,7 @@ def test_a_worker_whose_handler_hangs_ends_with_code_4_and_its_record_goes_to_an
         "import sys, time\n"
         "from onstream.pipeline.loop import run_worker\n"
         "from onstream.pipeline.redis.bus import Bus\n"
-        "from onstream.settings.run import DeliverySettings\n"
+        "from onstream.settings.sections.run import DeliverySettings\n"
         "from tests.pipeline.stages import Passing\n"
         f"bus = Bus.connect({redis_url!r}, {run_name!r}, consumer='hangs', block_s=0.1, connect_timeout_s=5)\n"
         "stage = Passing('generate', lambda new: time.sleep(60 * len(new)))\n"

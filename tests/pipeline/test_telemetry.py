@@ -9,7 +9,7 @@ import threading
 import time
 
 from onstream.pipeline import telemetry
-from onstream.settings.run import LogSettings
+from onstream.settings.sections.run import LogSettings
 
 
 def configured(**log: str) -> io.StringIO:

@@ -9,11 +9,11 @@ import pytest
 
 from onstream.settings.fields import known
 from onstream.settings.load import load_settings, resolve
-from onstream.settings.losses import CustomLoss, Loss, RlLoss, SftLoss
 from onstream.settings.plan import Plan, differences, make_plan
 from onstream.settings.rules import warnings_of
-from onstream.settings.text import toml_text
-from onstream.settings.trainer import TrainerSettings
+from onstream.settings.sections.losses import CustomLoss, Loss, RlLoss, SftLoss
+from onstream.settings.sections.trainer import TrainerSettings
+from onstream.settings.toml import toml_text
 
 HARD = [
     "orchestrator.use_token_client=false",

@@ -10,7 +10,7 @@ from onstream.pipeline.loop import TAKES
 from onstream.pipeline.records import Rollout, Ticket, Tombstone
 from onstream.pipeline.redis.keys import STAGES as STREAMS
 from onstream.pipeline.redis.keys import WORKING
-from onstream.settings.deployment import GpuMemoryShares
+from onstream.settings.sections.deployment import GpuMemoryShares
 from onstream.settings.stages import (
     COMPUTING,
     KINDS,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from onstream.settings.deployment import count_name
 from onstream.settings.load import load_settings, resolve
 from onstream.settings.plan import make_plan
 from onstream.settings.rules import warnings_of
+from onstream.settings.sections.deployment import count_name
 from onstream.settings.stages import COUNTED
 
 TAUGHT = ["teacher_inference.model.name=big", "trainer.loss.teacher_tau=1"]

@@ -20,8 +20,8 @@ from onstream.pipeline.models.logprobs import head_of, hidden_states
 from onstream.pipeline.models.packing import Ids, pack, share_prompts, single_rows
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.records import ids_array, ids_bytes
-from onstream.settings.losses import SftLoss
-from onstream.settings.trainer import OptimSettings, TrainerSettings
+from onstream.settings.sections.losses import SftLoss
+from onstream.settings.sections.trainer import OptimSettings, TrainerSettings
 from onstream.workers.tiny_models.character_tokenizer import (
     IMAGE,
     IMAGE_END,

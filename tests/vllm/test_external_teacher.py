@@ -18,7 +18,7 @@ from onstream.pipeline.models.packing import pack, share_prompts
 from onstream.pipeline.records import Rollout, Sample, decode_work, ids_array, logprobs_array
 from onstream.pipeline.redis.bus import Bus
 from onstream.settings.root import Settings
-from onstream.settings.run import DeliverySettings
+from onstream.settings.sections.run import DeliverySettings
 from onstream.workers.teacher.external import ExternalTeacher
 from onstream.workers.tiny_models.fresh import ModelShape, write_fresh
 from tests.vllm.server import VllmServer

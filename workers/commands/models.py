@@ -44,7 +44,7 @@ def make(
     Both are trained on the right answers of the task.
     """
     from onstream.pipeline import telemetry
-    from onstream.settings.run import LogSettings
+    from onstream.settings.sections.run import LogSettings
     from onstream.workers.tiny_models.make import make
 
     telemetry.configure("models", "make", task, LogSettings())

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from onstream.settings.deployment import DeploymentSettings
+from onstream.settings.sections.deployment import DeploymentSettings
 from onstream.settings.stages import COMPUTING, WorkerKind
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")

@@ -26,9 +26,9 @@ from onstream.pipeline.models.loading import load_model
 from onstream.pipeline.prompts import PromptBuilder, render_prompt
 from onstream.pipeline.tasks import Problem, load_task
 from onstream.pipeline.telemetry import get_logger
-from onstream.settings.losses import SftLoss
 from onstream.settings.root import Settings
-from onstream.settings.trainer import OptimSettings, TrainerSettings
+from onstream.settings.sections.losses import SftLoss
+from onstream.settings.sections.trainer import OptimSettings, TrainerSettings
 from onstream.workers.evaluation.greedy import evaluate
 from onstream.workers.tiny_models.character_tokenizer import CONTEXT_TOKENS, character_tokenizer
 from onstream.workers.tiny_models.fresh import write_fresh

@@ -20,7 +20,7 @@ from onstream.pipeline.models.multimodal import Features
 from onstream.pipeline.models.packing import PackedRow, pack, share_prompts, single_rows
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.models.tokenizer import has_vision, load_tokenizer
-from onstream.settings.trainer import TrainerSettings
+from onstream.settings.sections.trainer import TrainerSettings
 from onstream.workers.trainer import lora
 from onstream.workers.trainer.batches.train_sample import Ids, TrainSample, check_sample
 from onstream.workers.trainer.chunked_loss import chunked_loss

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.loading import base_of, load_model
 from onstream.pipeline.models.tokenizer import load_tokenizer
-from onstream.settings.trainer import LoraSettings
+from onstream.settings.sections.trainer import LoraSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 
 from onstream.pipeline.undecodable import UNDECODABLE
-from onstream.settings.orchestrator import OrchestratorSettings
 from onstream.settings.root import Settings
+from onstream.settings.sections.orchestrator import OrchestratorSettings
 from onstream.workers.verifier.fork_server_client import ForkServerClient
 from onstream.workers.verifier.scorer_messages import (
     Frames,

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from onstream.settings.orchestrator import SandboxSettings
+from onstream.settings.sections.orchestrator import SandboxSettings
 
 JAIL = Path(__file__).with_name("jail.py")
 NEEDED = ("user", "kill")

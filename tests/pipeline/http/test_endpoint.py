@@ -9,7 +9,7 @@ import pytest
 
 from onstream.pipeline.http import BadReply, Endpoint, EndpointFault, RequestRefused, decoded
 from onstream.pipeline.http.endpoint import MAX_RETRY_AFTER_S, addresses, http_client
-from onstream.settings.client import ClientSettings
+from onstream.settings.sections.client import ClientSettings
 from tests.faulty_server import Answer, FaultyServer, cut, drip, status
 
 

@@ -22,7 +22,7 @@ from onstream.pipeline.http import (
     endpoint_pool,
     require_model,
 )
-from onstream.settings.client import ClientSettings
+from onstream.settings.sections.client import ClientSettings
 from tests.faulty_server import Answer, Body, serving
 
 SECTION = "orchestrator.teacher_rollout_model"

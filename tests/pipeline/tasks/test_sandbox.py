@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from onstream.pipeline.tasks.sandbox import NEEDED, Sandbox, SandboxError
-from onstream.settings.orchestrator import SandboxSettings
+from onstream.settings.sections.orchestrator import SandboxSettings
 
 LIMITS = SandboxSettings(
     wall=1.5, cpu=1, memory=96, processes=6, file_size=1, scratch=4, output=10_000

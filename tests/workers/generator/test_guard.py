@@ -15,8 +15,8 @@ import torch
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.records import PolicyVersion, Probe, VersionSpan
 from onstream.pipeline.weights import LoadedPolicy
-from onstream.settings.inference import InferenceSettings
-from onstream.settings.trainer import TrainerSettings
+from onstream.settings.sections.inference import InferenceSettings
+from onstream.settings.sections.trainer import TrainerSettings
 from onstream.workers.generator.engines.base import GenerationRequest
 from onstream.workers.generator.engines.transformers.engine import TransformersEngine
 from onstream.workers.generator.guard import EXACT, Guard, compare

@@ -31,9 +31,9 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery
 from onstream.pipeline.tasks import load_task
 from onstream.pipeline.weights import publish
-from onstream.settings.inference import InferenceSettings
 from onstream.settings.root import Settings
-from onstream.settings.trainer import TrainerSettings
+from onstream.settings.sections.inference import InferenceSettings
+from onstream.settings.sections.trainer import TrainerSettings
 from onstream.workers.generator import policy_loader
 from onstream.workers.generator.guard import tolerance_of
 from onstream.workers.generator.stage import Generator

@@ -20,7 +20,7 @@ from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Stats
 from onstream.settings.load import load_settings
 from onstream.settings.plan import make_plan
-from onstream.settings.run import LogSettings
+from onstream.settings.sections.run import LogSettings
 from onstream.workers.inspection.status import show, status
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from tests.entries import claim_pending

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.loading import load_model
 from onstream.settings.root import Settings
-from onstream.settings.trainer import TrainerSettings
+from onstream.settings.sections.trainer import TrainerSettings
 from onstream.workers.jobs.export import export
 from onstream.workers.trainer.learner import Learner
 from tests.tiny import write_tiny

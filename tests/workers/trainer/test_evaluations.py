@@ -15,7 +15,7 @@ import pytest
 
 from onstream.pipeline.redis.job_queue import JobQueue
 from onstream.pipeline.weights.pins import pin, pinned, pins, unpin
-from onstream.settings.jobs import JobsSettings
+from onstream.settings.sections.jobs import JobsSettings
 from onstream.workers.launcher.report import build
 from tests.workers.trainer.driver import Run
 

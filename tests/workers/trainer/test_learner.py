@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.logprobs import head_of, hidden_states, token_logprobs
 from onstream.pipeline.models.packing import pack, share_prompts
-from onstream.settings.trainer import OptimSettings, TrainerSettings
+from onstream.settings.sections.trainer import OptimSettings, TrainerSettings
 from onstream.workers.trainer.batches.train_sample import TrainSample
 from onstream.workers.trainer.learner import Learner
 from tests.tiny import VOCABULARY, Family, sequences, write_tiny

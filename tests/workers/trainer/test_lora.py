@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.loading import ADAPTER_CONFIG, base_of
 from onstream.pipeline.redis.bus import Bus
-from onstream.settings.trainer import TrainerSettings
+from onstream.settings.sections.trainer import TrainerSettings
 from onstream.workers.trainer.batches.train_sample import TrainSample
 from onstream.workers.trainer.learner import Learner
 from tests.tiny import sequences, write_tiny

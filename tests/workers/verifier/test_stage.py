@@ -14,7 +14,7 @@ from onstream.pipeline.loop import Worker
 from onstream.pipeline.records import Rollout, Sample, decode_work, encode
 from onstream.pipeline.redis.bus import Bus
 from onstream.settings.root import Settings
-from onstream.settings.run import DeliverySettings
+from onstream.settings.sections.run import DeliverySettings
 from onstream.workers.verifier.stage import Verifier
 
 MISBEHAVING = "tests.workers.verifier.misbehaving:score"

@@ -19,7 +19,7 @@ from onstream.pipeline.http import (
 )
 from onstream.pipeline.http.served_models import key_refused
 from onstream.pipeline.records import Logprobs
-from onstream.settings.client import TeacherModelSettings
+from onstream.settings.sections.client import TeacherModelSettings
 from onstream.workers.teacher.external.endpoint import TeacherEndpoint
 from onstream.workers.teacher.external.protocols import (
     SHOWN_IMAGES,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from onstream.settings.losses import Loss
+from onstream.settings.sections.losses import Loss
 
 Ids = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]

@@ -12,7 +12,7 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.trainer_lease import Lease
 from onstream.pipeline.run_files.ledger import Ledger
 from onstream.pipeline.telemetry import get_logger
-from onstream.settings.trainer import CheckpointSettings
+from onstream.settings.sections.trainer import CheckpointSettings
 from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
 from onstream.workers.trainer.durability.checkpoint import CheckpointError, TrainerState

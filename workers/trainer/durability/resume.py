@@ -18,7 +18,7 @@ from onstream.pipeline.run_files.json_lines import JsonLines
 from onstream.pipeline.run_files.ledger import RangeSet
 from onstream.pipeline.run_files.ownership import Ownership
 from onstream.settings.plan import Plan, differences, refuse_differences
-from onstream.settings.run import RunSettings
+from onstream.settings.sections.run import RunSettings
 from onstream.workers.trainer.durability.checkpoint import TrainerState
 from onstream.workers.trainer.durability.settled_numbers import SettledNumbers
 

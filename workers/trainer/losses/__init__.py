@@ -1,14 +1,14 @@
 """The losses: what one token of a training step costs, by `trainer.loss.type`.
 
 A loss is a function of `LossInputs`, the tensors of N tokens, that returns `LossValues`. What it
-reads is declared by its settings (`onstream.settings.losses`).
+reads is declared by its settings (`onstream.settings.sections.losses`).
 """
 
 from __future__ import annotations
 
 from functools import partial
 
-from onstream.settings.losses import CustomLoss, Loss, RlLoss
+from onstream.settings.sections.losses import CustomLoss, Loss, RlLoss
 from onstream.workers.trainer.losses.custom import load_custom_loss
 from onstream.workers.trainer.losses.inputs import LossFunction, LossInputs, LossValues
 from onstream.workers.trainer.losses.rl import rl_loss

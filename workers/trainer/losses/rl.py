@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from onstream.settings.losses import RlLoss
+from onstream.settings.sections.losses import RlLoss
 from onstream.workers.trainer.losses.inputs import LossInputs, LossValues
 from onstream.workers.trainer.maths.loss import policy_loss, reverse_kl, top_k_reverse_kl
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from onstream.settings.losses import Loss
+from onstream.settings.sections.losses import Loss
 from onstream.workers.trainer.chunked_loss import TrainerLogprobs
 from onstream.workers.trainer.losses.inputs import LossFunction, LossInputs
 from onstream.workers.trainer.losses.row_tokens import RowTokens

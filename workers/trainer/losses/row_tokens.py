@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from onstream.pipeline.models.packing import PackedRow
-from onstream.settings.losses import Loss
+from onstream.settings.sections.losses import Loss
 from onstream.workers.trainer.batches.train_sample import Floats, Ids, TrainSample
 from onstream.workers.trainer.chunked_loss import TargetTokens
 from onstream.workers.trainer.maths.staleness import UNWRITTEN

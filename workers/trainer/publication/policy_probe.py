@@ -15,7 +15,7 @@ from onstream.workers.trainer import lora
 
 if TYPE_CHECKING:
     from onstream.pipeline.records import Ids
-    from onstream.settings.inference import InferenceSettings
+    from onstream.settings.sections.inference import InferenceSettings
     from onstream.workers.trainer.learner import Learner
 
 PROMPTS = 4

@@ -11,7 +11,7 @@ from onstream.pipeline.records import Rollout, decode_work, encode, ids_array, l
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Outcome
-from onstream.settings.run import DeliverySettings
+from onstream.settings.sections.run import DeliverySettings
 from onstream.workers.teacher.external.stage import CACHED
 from tests.faulty_server import Fault, cut, drip, status
 from tests.table_teacher import TableTeacher, wrong_ids

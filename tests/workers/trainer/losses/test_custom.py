@@ -11,7 +11,7 @@ import pytest
 
 from onstream.pipeline.errors import UserError
 from onstream.settings.load import load_settings
-from onstream.settings.losses import CustomLoss
+from onstream.settings.sections.losses import CustomLoss
 from onstream.workers.launcher.preflight import check_loss
 from onstream.workers.trainer.losses import loss_function
 from tests.tiny import write_tiny

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from onstream.pipeline.records import Probe, ids_array, logprobs_array
 from onstream.pipeline.redis.bus import Bus
-from onstream.settings.inference import InferenceSettings
-from onstream.settings.trainer import TrainerSettings
+from onstream.settings.sections.inference import InferenceSettings
+from onstream.settings.sections.trainer import TrainerSettings
 from onstream.workers.trainer.batches.train_sample import TrainSample
 from onstream.workers.trainer.learner import Learner
 from onstream.workers.trainer.publication.policy_probe import PROMPTS, TOP, prober

@@ -16,7 +16,7 @@ from onstream.pipeline.http import (
     require_model,
 )
 from onstream.pipeline.images.vllm_prompts import VllmPrompts
-from onstream.settings.client import StudentClientSettings
+from onstream.settings.sections.client import StudentClientSettings
 from onstream.workers.generator.engines.base import GenerationRequest
 from onstream.workers.generator.engines.server.student_server import (
     GENERATE,

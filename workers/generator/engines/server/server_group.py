@@ -22,7 +22,7 @@ from onstream.pipeline.http import (
 from onstream.pipeline.images.vllm_prompts import VllmPrompts
 from onstream.pipeline.records import FinishReason
 from onstream.pipeline.weights import LoadedPolicy
-from onstream.settings.client import StudentClientSettings
+from onstream.settings.sections.client import StudentClientSettings
 from onstream.workers.generator.engines.server.student_server import (
     OnNewWeights,
     PartialCompletion,

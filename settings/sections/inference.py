@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from onstream.settings.base import RUN, WORKER, Section, Unit
-from onstream.settings.client import StudentClientSettings
+from onstream.settings.sections.client import StudentClientSettings
 
 
 class SamplingSettings(Section):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from onstream.settings.base import CHANGEABLE, RUN, WORKER, Section, Unit
-from onstream.settings.losses import Loss, RlLoss
+from onstream.settings.sections.losses import Loss, RlLoss
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from onstream.settings.base import RUN, WORKER, Section, Unit
-from onstream.settings.client import TeacherModelSettings, TeacherRolloutModelSettings
+from onstream.settings.sections.client import TeacherModelSettings, TeacherRolloutModelSettings
 
 
 class SandboxSettings(Section):
