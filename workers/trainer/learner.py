@@ -5,6 +5,7 @@ It knows no streams, and no files but the model's own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -180,14 +181,13 @@ class Learner:
         return loss
 
     def _update(self, max_steps: int) -> dict[str, float]:
-        """Clips the gradient and lets the optimizer take it."""
+        """Clip the gradient and take the optimizer's step."""
         optim = self.trainer.optim
-        norm = float(
-            torch.nn.utils.clip_grad_norm_(
-                self.model.parameters(), optim.max_grad_norm, foreach=True
-            )
+        clipped = torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), optim.max_grad_norm, foreach=True
         )
-        if not torch.isfinite(torch.tensor(norm)):
+        norm = float(clipped)
+        if not math.isfinite(norm):
             self._optimizer.zero_grad()
             raise _diverged(self.steps + 1, norm, optim.lr)
         rate = learning_rate(
@@ -206,8 +206,7 @@ class Learner:
         return {"grad_norm": norm, "lr": rate}
 
     def state(self) -> dict[str, Any]:
-        """Steps taken, optimizer and RNG state, in tensors and plain values:
-        `torch.load(weights_only=True)` reads them back.
+        """Steps taken, optimizer and RNG state, as `torch.load(weights_only=True)` reads them.
 
         With `save_checkpoint` it is all that a checkpoint needs. The learning rate follows from the
         step and the settings.
@@ -221,9 +220,7 @@ class Learner:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continues where the `state()` of a learner with the same weights was taken; bit for bit
-        on a CPU.
-        """
+        """Go on from the `state()` of a learner with the same weights; on a CPU bit for bit."""
         self.steps = state["steps"]
         self._optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"].cpu())
@@ -231,33 +228,29 @@ class Learner:
             torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda_rng"]])
 
     def save_model(self, directory: Path) -> None:
-        """Writes Hugging Face files that transformers loads: float32 weights, an adapter merged,
-        the tokenizer and the processor.
-        """
-        self.model.save_pretrained(
-            directory, state_dict=lora.merged_state(self.model) if self._adapter else None
-        )
-        self._save_readers(directory)
+        """Write a model directory that transformers loads, in float32, with any adapter merged."""
+        merged = lora.merged_state(self.model) if self._adapter else None
+        self.model.save_pretrained(directory, state_dict=merged)
+        self._save_tokenizer(directory)
 
     def save_checkpoint(self, directory: Path) -> None:
-        """Writes what `Learner` starts from again: the model's files, or those of the adapter alone
-        with its base's name.
-        """
+        """Write what a `Learner` starts from again: the model's files, or the adapter's alone."""
         if self._adapter is None:
-            return self.save_model(directory)
-        lora.save_adapter(self._adapter, directory)
-        self._save_readers(directory)
+            self.save_model(directory)
+        else:
+            lora.save_adapter(self._adapter, directory)
+            self._save_tokenizer(directory)
 
-    def _save_readers(self, directory: Path) -> None:
+    def _save_tokenizer(self, directory: Path) -> None:
         self.tokenizer.save_pretrained(directory)
         if self.vision:
             self.vision.save(directory)
 
     def published_state(self) -> dict[str, Tensor]:
-        """The weights as generators get them: on the CPU, in the computing precision, tied weights
-        once, an adapter merged.
+        """The weights as generators get them: on the CPU, in `dtype`, any adapter merged.
 
-        In float32 on a CPU they are the live weights themselves: write them before the next step.
+        Weights that are tied are there once. In float32 on a CPU they are the live weights
+        themselves, so they have to be written before the next step.
         """
         seen: set[int] = set()
         published = {}

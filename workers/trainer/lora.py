@@ -1,10 +1,11 @@
-"""LoRA: a low-rank adapter is trained and checkpointed; what is published and exported has it
-merged into the weights.
+"""LoRA: trains a low-rank adapter instead of the weights.
+
+Checkpoints hold the adapter alone. Published and exported weights have it merged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,34 +25,18 @@ _ADAPTER = "default"
 
 
 def attach(model: PreTrainedModel, lora: LoraSettings, saved: str | Path | None) -> Any:
-    """Put an adapter into `model` in place, a new one or the one in the directory `saved`; returns
-    peft's wrapper of it.
+    """Put an adapter into `model`, in place; returns peft's wrapper of it.
 
-    A new adapter changes nothing until its first step. Only its weights require gradients.
+    It is the adapter in the directory `saved`, or a new one, which changes nothing until its first
+    step. Only its weights require gradients.
 
     Raises:
         UserError: peft is not installed, or `target_modules` names no layer, or the output layer.
     """
-    peft = _peft()
     if saved is not None:
-        wrapped = peft.PeftModel.from_pretrained(model, str(saved), is_trainable=True)
+        wrapped = _peft().PeftModel.from_pretrained(model, str(saved), is_trainable=True)
     else:
-        targets = list(lora.target_modules) if lora.target_modules else "all-linear"
-        config = peft.LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=targets,
-            bias="none",
-            task_type="CAUSAL_LM",
-        )
-        try:
-            # a trainer that starts over before its first checkpoint starts from the same adapter
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                wrapped = peft.get_peft_model(model, config)
-        except ValueError as error:
-            raise _no_such_layers(model, lora, error) from error
+        wrapped = _new_adapter(model, lora)
     if not isinstance(model.get_output_embeddings(), nn.Linear) or not isinstance(
         model.get_input_embeddings(), nn.Embedding
     ):
@@ -64,9 +49,29 @@ def attach(model: PreTrainedModel, lora: LoraSettings, saved: str | Path | None)
     return wrapped
 
 
+def _new_adapter(model: PreTrainedModel, lora: LoraSettings) -> Any:
+    peft = _peft()
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules) if lora.target_modules else "all-linear",
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        # With a fixed seed, a trainer that dies before its first checkpoint starts again from the
+        # same adapter.
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise _no_such_layers(model, lora, error) from error
+
+
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Meanwhile nothing of an adapter in `model`, if there is one, is dropped at random."""
+    """A context in which the adapter in `model`, if there is one, drops nothing at random."""
     dropouts = [
         module
         for name, module in model.named_modules()
@@ -83,8 +88,9 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights under the names of a model without an adapter, the adapter added where it sits;
-    the live model stays as it is.
+    """The weights with the adapter added, under the names of a model without one.
+
+    The live model stays as it is.
     """
     layers = _layers(model)
     merged = {}
@@ -101,12 +107,11 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
 def save_adapter(wrapped: Any, directory: Path) -> None:
     """Write the adapter's weights and configuration, which names the base model."""
     wrapped.save_pretrained(directory, save_embedding_layers=False)
-    (directory / "README.md").unlink(missing_ok=True)  # an empty form for a model card
+    (directory / "README.md").unlink(missing_ok=True)  # peft's template of a model card
 
 
 def write_merged(directory: Path, out: Path) -> None:
-    """Write the model whose adapter is in `directory` to `out`, merged in float32, with its
-    tokenizer.
+    """Write the model whose adapter is in `directory` to `out`, merged in float32.
 
     Raises:
         UserError: peft is not installed, or the base model cannot be loaded.
@@ -137,19 +142,16 @@ def _peft() -> Any:
 
 
 def _no_such_layers(model: PreTrainedModel, lora: LoraSettings, reason: object) -> UserError:
-    linear = sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear)
-        }
-    )
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    given = ", ".join(map(repr, lora.target_modules or ()))
+    words = " ".join(str(reason).split())[:200]
+    inside = ", ".join(sorted(linear - {"lm_head"}))
     return UserError(
-        f"trainer.lora.target_modules = {_named(lora.target_modules)} ({' '.join(str(reason).split())[:200]})",
-        expected=f"names of linear layers inside the model: {', '.join(name for name in linear if name != 'lm_head')}",
+        f"trainer.lora.target_modules = [{given}] ({words})",
+        expected=f"names of linear layers inside the model: {inside}",
         next_step="Name some of those, or leave trainer.lora.target_modules out for all of them.",
     )
-
-
-def _named(modules: Sequence[str] | None) -> str:
-    return "[" + ", ".join(map(repr, modules or ())) + "]"

@@ -7,11 +7,11 @@ from statistics import fmean, pstdev
 
 
 def group_advantages(rewards: Sequence[float | None], *, normalize: bool = False) -> list[float]:
-    """Each reward less the mean of those there are, [G] -> [G]; 0 where there is no reward.
+    """Each reward less the group's mean reward, [G] -> [G]; 0 where there is no reward.
 
     A group of one, or of equal rewards, has advantages of 0. With `normalize` they are divided by
-    the population standard deviation (GRPO); without it a group's weight grows with its spread (Dr.
-    GRPO, arXiv:2503.20783).
+    the population standard deviation (GRPO, arXiv:2402.03300). Without it, groups whose rewards
+    differ more weigh more (Dr. GRPO, arXiv:2503.20783).
 
     Example: [1, 0, None, 0.5] -> [0.5, -0.5, 0, 0].
     """

@@ -1,9 +1,8 @@
-"""The objective, token by token: tensors in, tensors out. Logprobs are in nats and named by who
-computed them.
+"""The formulas of the losses, token by token: tensors in, tensors out.
 
-docs/objective.md has the formulas with their signs and references. Every tensor is [N] over
-loss-mask tokens unless its shape is given; every function returns one value a token, and the caller
-sums and divides.
+docs/objective.md has them with their signs and references. Logprobs are in nats and named by who
+computed them. Every tensor is [N] over loss-mask tokens unless its shape is given. Every function
+returns one value a token; the caller sums and divides.
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ TrustRegion = Literal["signed", "symmetric", "none"]
 
 @dataclass(frozen=True)
 class PolicyTerms:
-    """The parts of the policy loss; their sum is `loss`. `keep` is 1 where the trust region keeps a
-    token.
+    """The parts of the policy loss, whose sum is `loss`.
+
+    `keep` is 1 where the trust region keeps a token, else 0.
     """
 
     reward: Tensor
@@ -39,18 +39,21 @@ class PolicyTerms:
 def reverse_kl(
     trainer_logprobs: Tensor, teacher_logprobs: Tensor, clip: float | None = None
 ) -> Tensor:
-    """trainer − teacher, both at temperature 1: the sampled-token estimate of KL(student ‖
-    teacher), within ± `clip`.
+    """trainer − teacher, both at temperature 1, within ± `clip`.
+
+    On tokens that the student sampled it estimates KL(student ‖ teacher).
     """
     difference = trainer_logprobs - teacher_logprobs
-    return difference if clip is None else difference.clamp(-clip, clip)
+    if clip is None:
+        return difference
+    return difference.clamp(-clip, clip)
 
 
 def reverse_kl_k3(reverse_kl: Tensor) -> Tensor:
-    """exp(−reverse_kl) − 1 + reverse_kl: never negative, of lower variance, and unbiased like the
-    plain estimate.
+    """exp(−reverse_kl) − 1 + reverse_kl: the estimator k3 of the same divergence.
 
-    Schulman, "Approximating KL divergence" (2020), the estimator k3.
+    It is unbiased like the plain one, of lower variance, and never negative. Schulman,
+    "Approximating KL Divergence" (2020).
     """
     return torch.expm1(-reverse_kl) + reverse_kl
 
@@ -64,12 +67,11 @@ def keep_mask(
     low: float,
     high: float,
 ) -> Tensor:
-    """1 for tokens that train, 0 for those whose probability has already moved too far; both at the
-    sampling temperature.
+    """1 for tokens that train, 0 for those whose probability has already moved too far.
 
-    `signed` drops a token that has risen by more than `high` and would be pushed up further, or
-    fallen by more than `low` and would be pushed down further; `symmetric` drops on either bound
-    whatever the sign; `none` keeps all.
+    Both logprobs are at the sampling temperature. `signed` drops a token that has risen by more
+    than `high` and would be pushed up further, or fallen by more than `low` and would be pushed
+    down further. `symmetric` drops on either bound, whatever the sign. `none` keeps all.
     """
     if trust_region == "none":
         return torch.ones_like(advantage)
@@ -94,14 +96,13 @@ def policy_loss(
     trust_high: float,
     max_log_ratio: float,
 ) -> PolicyTerms:
-    """−keep · ratio · advantage + kl_tau · log_ratio², split into what the reward, the teacher and
-    the drift contribute.
+    """−keep · ratio · advantage + kl_tau · log_ratio², in its three parts.
 
     `trainer_logprobs` carries the gradient. `reward_advantage` is adv_tau · A, `teacher_advantage`
-    is teacher_tau · (−reverse_kl); the advantage is their sum, and neither is differentiated. The
-    ratio is bounded before any masking, so that no token, kept or not, can make inf · 0.
+    is teacher_tau · (−reverse_kl). The advantage is their sum, and neither is differentiated.
     """
     log_ratio = trainer_logprobs - generator_logprobs
+    # Bounded before the mask is applied: a dropped token would otherwise make 0 · inf = NaN.
     ratio = log_ratio.clamp(max=max_log_ratio).exp()
     reward_advantage = reward_advantage.detach()
     teacher_advantage = teacher_advantage.detach()
@@ -127,11 +128,11 @@ def policy_loss(
 def top_k_reverse_kl(
     student_top: Tensor, student_tail: Tensor, teacher_top: Tensor, teacher_tail: Tensor
 ) -> Tensor:
-    """Σ s·(log s − log t) over the teacher's k likeliest tokens [N, k] and one tail bin [N], all
-    logprobs at temperature 1.
+    """Σ s·(log s − log t) over the teacher's k likeliest tokens [N, k] and one tail bin [N].
 
-    The student's logprobs carry the gradient. The tail bin makes the bins a distribution on both
-    sides, so the term is never negative and cannot shrink by pushing mass out of the k.
+    All logprobs are at temperature 1; the student's carry the gradient. The tail bin makes the bins
+    a distribution on both sides. So the term is never negative, and cannot shrink by pushing
+    probability out of the k.
     """
     student = torch.cat((student_top, student_tail[:, None]), dim=1)
     teacher = torch.cat((teacher_top, teacher_tail[:, None]), dim=1)
@@ -139,11 +140,10 @@ def top_k_reverse_kl(
 
 
 def tail_from_top(teacher_top: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """The tail's logprob log(1 − Σ exp) [N] from the top k [N, k] alone, and 1 where it had to be
-    floored.
+    """The tail's logprob log(1 − Σ exp) [N] from the top k [N, k], and 1 where it was floored.
 
-    For endpoints that give only the k: rounding brings their sum to 1 or more in many positions of
-    a confident teacher. `floor` is the least probability of the tail.
+    It is for endpoints that give only the k. Their rounded sum comes to 1 or more in many positions
+    of a confident teacher, so the tail's probability is at least `floor`.
     """
     rest = 1 - teacher_top.double().exp().sum(-1)
     floored = rest < floor

@@ -1,6 +1,4 @@
-"""The learning rate of a step. Pure, so that a resumed run, or one with another `max_steps`, needs
-no scheduler state.
-"""
+"""The learning rate of a step. Pure: a run that is resumed needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -17,10 +15,10 @@ def learning_rate(
     schedule: Literal["constant", "linear", "cosine"],
     min_ratio: float,
 ) -> float:
-    """The rate of `step`, counted from 1: a linear rise over `warmup` steps to `peak`, then flat or
-    falling to `min_ratio` · peak.
+    """The learning rate of `step`, counted from 1.
 
-    The last step, `max_steps`, has the lowest rate; later ones keep it.
+    It rises linearly over `warmup` steps to `peak`, then stays or falls to `min_ratio` · peak. Step
+    `max_steps` has the lowest rate, and later ones keep it.
     """
     if step <= warmup:
         return peak * step / warmup
