@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Final
+
+import msgspec
+
+UNDECODABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""For `except`: what msgspec raises at bytes that are not what they should be. Beside its own error,
+that of a text which is not UTF-8, and that of endless nesting.
+"""
 
 
 class Exit(IntEnum):

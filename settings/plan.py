@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from onstream.pipeline.errors import Exit, UserError
-from onstream.pipeline.undecodable import UNDECODABLE
+from onstream.pipeline.errors import UNDECODABLE, Exit, UserError
 from onstream.settings.devices import device_of
 from onstream.settings.engines import teacher_engine
 from onstream.settings.fields import Setting, known

@@ -1,12 +1,7 @@
-"""How a command reaches the Redis of a run: the configured one, or the one that `onstream up` runs
-on the run's data.
-"""
+"""Where the Redis of a run is: at the configured address, or where `onstream up` runs one."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from redis import Redis
@@ -16,7 +11,9 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.redis.bus import Bus
 from onstream.settings.redis import address
 from onstream.settings.root import Settings
-from onstream.workers.launcher.embedded_redis import ADDRESS, EmbeddedRedis
+
+EMBEDDED_ADDRESS = Path("redis/url")
+"""The file in the run directory that holds the address of the server that `onstream up` runs."""
 
 
 def redis_url(settings: Settings) -> str:
@@ -38,16 +35,16 @@ def redis_url(settings: Settings) -> str:
 
 
 def running_server(run_dir: Path) -> str | None:
-    """The URL of the embedded server that answers for the run in `run_dir`, or None."""
-    address = run_dir / "redis" / ADDRESS
-    if not address.exists():
+    """The URL of the server that `onstream up` runs for the run in `run_dir`; None if none answers."""
+    address_file = run_dir / EMBEDDED_ADDRESS
+    if not address_file.exists():
         return None
-    url = address.read_text().strip()
+    url = address_file.read_text().strip()
     client = Redis.from_url(url, socket_timeout=5)
     try:
         client.ping()
     except RedisError:
-        return None  # its launcher was killed, and the server with it
+        return None  # its launcher was killed, and the server with it; the file stayed
     finally:
         client.close()
     return url
@@ -67,30 +64,3 @@ def connect(settings: Settings, url: str, *, consumer: str) -> Bus:
         block_s=redis.block,
         connect_timeout_s=redis.connect_timeout,
     )
-
-
-@contextlib.contextmanager
-def opened(settings: Settings, *, purpose: str) -> Iterator[Bus]:
-    """A bus to look at a run with. When the run stands still, its own Redis is started on its data
-    for so long.
-
-    Raises:
-        UserError: no Redis of the run can be found or started.
-    """
-    with contextlib.ExitStack() as stack:
-        data = settings.run_dir / "redis"
-        if (
-            settings.redis.url is None
-            and running_server(settings.run_dir) is None
-            and (data / "appendonly.aof").exists()
-        ):
-            server = EmbeddedRedis(
-                data, max_memory_mb=settings.redis.max_memory, server_bin=settings.redis.server_bin
-            )
-            stack.callback(server.stop)
-            url = server.start()
-        else:
-            url = redis_url(settings)
-        bus = connect(settings, url, consumer=f"{purpose}-{os.getpid()}")
-        stack.callback(bus.close)
-        yield bus

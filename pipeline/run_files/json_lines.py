@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from onstream.pipeline.undecodable import UNDECODABLE
+from onstream.pipeline.errors import UNDECODABLE
 
 
 class JsonLines:

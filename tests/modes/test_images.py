@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from onstream.pipeline.redis.access import opened
 from onstream.settings.load import load_settings
+from onstream.workers.launcher.open_run import open_run
 from tests.modes.run import ROOT, Run
 
 PAIR = ROOT / "examples/colour-words"
@@ -45,7 +45,7 @@ def test_a_student_that_sees_learns_to_read_pictures_from_its_teacher(tmp_path: 
         0,
         rollouts,
     )
-    with opened(
+    with open_run(
         load_settings(run.files, overrides=run.sets[1::2], environ={}), purpose="test"
     ) as bus:
         unacknowledged = {

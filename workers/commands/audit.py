@@ -24,10 +24,10 @@ def audit(settings: Settings, uids: bool) -> Exit:
 
     Exits with 1 if any is lost or duplicated.
     """
-    from onstream.pipeline.redis.access import opened
     from onstream.workers.inspection.audit import audit, counted
+    from onstream.workers.launcher.open_run import open_run
 
-    with opened(settings, purpose="audit") as bus:
+    with open_run(settings, purpose="audit") as bus:
         found = audit(settings.run_dir, bus)
     click.echo(json.dumps(found if uids else counted(found), indent=2))
     return Exit.FAILED if found["lost"] or found["duplicated"] else Exit.OK

@@ -28,10 +28,10 @@ def list_letters(settings: Settings, as_json: bool) -> None:
     """List the dead letters by reason."""
     from rich.console import Console
 
-    from onstream.pipeline.redis.access import opened
     from onstream.workers.inspection.dead_letters import dead_by_reason, show_reasons
+    from onstream.workers.launcher.open_run import open_run
 
-    with opened(settings, purpose="dead") as bus:
+    with open_run(settings, purpose="dead") as bus:
         found = dead_by_reason(bus, settings.run_dir)
     if as_json:
         click.echo(json.dumps(found, indent=2))
@@ -47,10 +47,10 @@ def show_letter(settings: Settings, number: str) -> None:
 
     It has the record that failed in it.
     """
-    from onstream.pipeline.redis.access import opened
     from onstream.workers.inspection.dead_letters import letters_of
+    from onstream.workers.launcher.open_run import open_run
 
-    with opened(settings, purpose="dead") as bus:
+    with open_run(settings, purpose="dead") as bus:
         click.echo(json.dumps(letters_of(bus, settings.run_dir, number), indent=2))
 
 
@@ -97,10 +97,10 @@ def _ask(
     reason: str | None,
     everything: bool,
 ) -> None:
-    from onstream.pipeline.redis.access import opened
     from onstream.workers.inspection.dead_letters import ask_trainer
+    from onstream.workers.launcher.open_run import open_run
 
-    with opened(settings, purpose="dead") as bus:
+    with open_run(settings, purpose="dead") as bus:
         asked = ask_trainer(bus, settings.run_dir, wish, numbers, reason, everything=everything)
         at_work = any(worker.stage == "train" for worker in bus.state.workers())
     shown = asked[:ROLLOUTS_SHOWN]

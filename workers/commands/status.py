@@ -23,10 +23,10 @@ def status(settings: Settings, as_json: bool) -> None:
     """
     from rich.console import Console
 
-    from onstream.pipeline.redis.access import opened
     from onstream.workers.inspection.status import show, status
+    from onstream.workers.launcher.open_run import open_run
 
-    with opened(settings, purpose="status") as bus:
+    with open_run(settings, purpose="status") as bus:
         state = status(bus)
     if as_json:
         click.echo(json.dumps(state, indent=2))

@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.redis.access import opened
 from onstream.pipeline.redis.job_queue import JobQueue, ask_pinned
 from onstream.settings.root import Settings
 from onstream.workers.evaluation.versions import find_version
+from onstream.workers.launcher.open_run import open_run
 
 SHOWN = 120  # characters of a result
 
@@ -119,7 +119,7 @@ def _answer(new: bool, what: str) -> str:
 @contextlib.contextmanager
 def _jobs(settings: Settings) -> Iterator[JobQueue]:
     with (
-        opened(settings, purpose="jobs") as bus,
+        open_run(settings, purpose="jobs") as bus,
         JobQueue(bus.connection.url, settings.run.name, settings.jobs) as jobs,
     ):
         yield jobs

@@ -24,14 +24,12 @@ from redis.exceptions import BusyLoadingError, ConnectionError
 from redis.retry import Retry
 
 from onstream.pipeline.errors import UserError
+from onstream.pipeline.redis.access import EMBEDDED_ADDRESS
 
 START_TIMEOUT_S = 60.0  # reading a large append-only file back takes a while
 LOCK_TIMEOUT_S = 10.0
 SOCKET_PATH_BYTES = 100  # the kernel's limit is 107
 PR_SET_PDEATHSIG = 1
-ADDRESS = (
-    "url"  # the file in the data that says where a running server listens, for other terminals
-)
 
 
 def find_server(configured: Path | None) -> Path:
@@ -118,7 +116,7 @@ class EmbeddedRedis:
                 preexec_fn=_die_with_parent,
             )
         self._wait_until_up()
-        (self.data / ADDRESS).write_text(self.url)
+        (self.data / EMBEDDED_ADDRESS.name).write_text(self.url)
         return self.url
 
     def stop(self) -> None:
@@ -131,7 +129,7 @@ class EmbeddedRedis:
                 self._process.kill()
                 self._process.wait()
             self._process = None
-            (self.data / ADDRESS).unlink(missing_ok=True)
+            (self.data / EMBEDDED_ADDRESS.name).unlink(missing_ok=True)
         if self._home is not None:
             shutil.rmtree(self._home)
             self._home = None

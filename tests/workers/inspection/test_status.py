@@ -12,7 +12,7 @@ from rich.console import Console
 
 from onstream.pipeline import telemetry
 from onstream.pipeline.records import PolicyVersion, StageName, Ticket
-from onstream.pipeline.redis.access import opened, running_server
+from onstream.pipeline.redis.access import running_server
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.image_store import Hold
 from onstream.pipeline.redis.run_state import VERSION
@@ -23,6 +23,7 @@ from onstream.settings.plan import make_plan
 from onstream.settings.sections.run import LogSettings
 from onstream.workers.inspection.status import show, status
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
+from onstream.workers.launcher.open_run import open_run
 from tests.entries import claim_pending
 
 
@@ -124,7 +125,7 @@ def test_the_command_starts_the_redis_of_a_run_that_stands_still(
     server.start()
     try:
         assert running_server(settings.run_dir) == server.url
-        with opened(settings, purpose="test") as bus:
+        with open_run(settings, purpose="test") as bus:
             assert bus.lease.issue(bus.lease.acquire(30), 0, [ticket(1)], max_backlog=10)
     finally:
         server.stop()
