@@ -4,16 +4,8 @@ workers and restarts.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from onstream.pipeline.records import StageName
-
-
-class SpendingStore(Protocol):
-    """Where workers report the tokens they have spent: the bus."""
-
-    def own_spent_tokens(self, stage: StageName) -> int: ...
-    def report_spent_tokens(self, stage: StageName, tokens: int) -> int: ...
+from onstream.pipeline.redis.score_store import ScoreStore
 
 
 class TokenBudget:
@@ -24,9 +16,7 @@ class TokenBudget:
     the bound by what they have in flight. `setting` is the name of the bound, for messages.
     """
 
-    def __init__(
-        self, store: SpendingStore, stage: StageName, most: int | None, setting: str
-    ) -> None:
+    def __init__(self, store: ScoreStore, stage: StageName, most: int | None, setting: str) -> None:
         self._store = store
         self._stage = stage
         self.most = most

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol
 
 import msgspec
 import numpy as np
 
 from onstream.pipeline.records import Logprobs, ids_array, ids_bytes, logprobs_array, logprobs_bytes
+from onstream.pipeline.redis.score_store import ScoreStore
 from onstream.workers.teacher.external.endpoint_check import SAME_NATS, distance
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
-
-
-class ScoreCacheStore(Protocol):
-    """What the cache asks of the bus."""
-
-    def recall(self, digests: Sequence[bytes]) -> list[bytes | None]: ...
-    def keep(self, scores: Sequence[tuple[bytes, bytes]], most: int) -> None: ...
-    def teacher_check(self, name: bytes) -> bytes | None: ...
-    def note_teacher_check(self, name: bytes, checked: bytes) -> None: ...
 
 
 class _CachedScores(msgspec.Struct, array_like=True):
@@ -42,7 +33,7 @@ class ScoreCache:
 
     def __init__(
         self,
-        shelf: ScoreCacheStore,
+        store: ScoreStore,
         most: int,
         *,
         teacher: str,
@@ -50,28 +41,28 @@ class ScoreCache:
         probe: ScoreRequest,
         reference: Logprobs,
     ) -> None:
-        self._shelf = shelf
+        self._store = store
         self._most = most
         self._top_k = top_k
         if most:
             name = _digest(teacher.encode(), ids_bytes(probe.completion_ids))
-            noted = shelf.teacher_check(name)
+            noted = store.teacher_check(name)
             if noted is None or distance(logprobs_array(noted), reference) > SAME_NATS:
                 noted = logprobs_bytes(reference)
-                shelf.note_teacher_check(name, noted)
+                store.note_teacher_check(name, noted)
             self._teacher = _digest(name, noted)
 
     def find(self, requests: Sequence[ScoreRequest]) -> list[Scores | None]:
         """The scores that each of `requests` was given before, or None."""
         if not self._most:
             return [None] * len(requests)
-        kept = self._shelf.recall([self._key(request) for request in requests])
+        kept = self._store.recall([self._key(request) for request in requests])
         return [None if value is None else self._scores(value) for value in kept]
 
     def keep(self, scored: Sequence[tuple[ScoreRequest, Scores]]) -> None:
         """Keep scores for later."""
         if self._most:
-            self._shelf.keep(
+            self._store.keep(
                 [(self._key(request), _value(scores)) for request, scores in scored], self._most
             )
 
