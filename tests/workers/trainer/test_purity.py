@@ -17,7 +17,7 @@ OUTSIDE = {"torch", "transformers", "redis", "pydantic", "msgspec"}
 
 
 def imported_by(module: str) -> set[str]:
-    """Everything that a fresh interpreter imports with `module`: ours in full, others by package."""
+    """What a fresh interpreter imports with `module`: ours in full, others by package."""
     child = subprocess.run(
         [sys.executable, "-c", IMPORT.format(module=module)],
         capture_output=True,
