@@ -8,14 +8,12 @@ import contextlib
 import importlib
 import importlib.util
 import os
-import signal
 import socket
-import threading
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable
 
 from onstream.pipeline import telemetry
 from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.processes import StopSignals
 from onstream.pipeline.redis.access import connect, redis_url
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Stage, Stats
@@ -149,7 +147,7 @@ def wait_for_plan(kind: WorkerKind, bus: Bus, *, poll_s: float) -> Plan | None:
         UserError: the plan is of another version of Onstream.
     """
     waiting = Stats(detail="waiting for the trainer to write the run's plan")
-    with _told_to_stop() as stop:
+    with StopSignals() as stop:
         since_reminder_s = REMINDER_S
         while (data := bus.state.plan()) is None:
             if since_reminder_s >= REMINDER_S:
@@ -163,24 +161,6 @@ def wait_for_plan(kind: WorkerKind, bus: Bus, *, poll_s: float) -> Plan | None:
                 return None
             since_reminder_s += poll_s
     return Plan.decode(data)
-
-
-@contextlib.contextmanager
-def _told_to_stop() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set meanwhile: nothing is in hand yet, so there is nothing
-    to drain.
-    """
-    stop = threading.Event()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        stop.set()
-
-    former = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 def _limit_gpu_memory(kind: WorkerKind, settings: Settings) -> None:

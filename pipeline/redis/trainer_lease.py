@@ -17,6 +17,7 @@ import structlog
 from redis.exceptions import OutOfMemoryError, ResponseError
 
 from onstream.pipeline.errors import Exit, LeaseLost, UserError
+from onstream.pipeline.processes import is_gone
 from onstream.pipeline.records import PolicyVersion, Ticket, encode
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection, batched
@@ -401,12 +402,4 @@ def _is_dead(holder: str) -> bool:
     """Whether `holder` was a process of this machine that is gone."""
     _, _, place = holder.rpartition(" on ")
     host, _, pid = place.partition(" pid ")
-    if host != socket.gethostname() or not pid.isdigit():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+    return host == socket.gethostname() and pid.isdigit() and is_gone(int(pid))

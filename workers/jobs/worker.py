@@ -20,6 +20,7 @@ from rq.executions import Execution
 from rq.job import Job
 
 from onstream.pipeline.errors import Exit
+from onstream.pipeline.processes import StopSignals
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.job_queue import (
     SERIALIZER,
@@ -272,17 +273,11 @@ def _ended_by_full_redis(worker: JobsWorker, bus: Bus) -> bool:
 def _told_before_room(bus: Bus, monitor: JobsMonitor) -> bool:
     """Wait until Redis has room again. True where the worker was told to stop before that."""
     log.warning("redis is full; no jobs until it has room again")
-    told = threading.Event()
-    former = {
-        number: signal.signal(number, lambda *_: told.set())
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
     monitor.waits_for = "room in Redis, which is full"
     try:
-        while not bus.connection.has_room() and not told.wait(BEAT_S):
-            pass
+        with StopSignals() as stop:
+            while not bus.connection.has_room() and not stop.wait(BEAT_S):
+                pass
     finally:
         monitor.waits_for = JOBS
-        for number, handler in former.items():
-            signal.signal(number, handler)
-    return told.is_set()
+    return stop.requests > 0

@@ -7,16 +7,15 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
 from onstream.pipeline import telemetry
 from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.processes import StopSignals
 from onstream.pipeline.redis.bus import Bus
 from onstream.settings.devices import gpus_found
 from onstream.settings.gpus import Place, gpus_of, placement
@@ -54,27 +53,6 @@ COMMAND = "onstream"
 log = telemetry.get_logger()
 
 
-class Stop:
-    """Requests to stop, by SIGINT or SIGTERM: the first one drains, the second one hurries."""
-
-    def __init__(self) -> None:
-        self.requests = 0
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Count a signal; a handler for `signal.signal`."""
-        self.requests += 1
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the signals meanwhile."""
-        former = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
-
-
 def up(
     settings: Settings,
     files: Sequence[Path],
@@ -92,7 +70,7 @@ def up(
     _refuse_lonely_workers(settings, trains)
     preflight.check_gpus(settings, plan, gpus_found())
     preflight.check_files(settings, plan.teacher)
-    stop = Stop()
+    stop = StopSignals()  # the first one drains, the second one hurries
     with contextlib.ExitStack() as stack:
         if trains:
             stack.enter_context(only_launcher(settings.run_dir))
@@ -111,7 +89,7 @@ def up(
         if trains:
             (settings.run_dir / "settings.toml").write_text(toml_text(settings), encoding="utf-8")
         stack.enter_context(_own_log(settings))
-        stack.enter_context(stop.listening())
+        stack.enter_context(stop)
         display = stack.enter_context(
             Display(
                 settings.run.name,
@@ -141,7 +119,7 @@ class Launch:
         server: EmbeddedRedis | None,
         bus: Bus,
         display: Display,
-        stop: Stop,
+        stop: StopSignals,
     ) -> None:
         self._settings = settings
         self._plan = plan

@@ -4,7 +4,6 @@ knows no stage by name.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onstream.pipeline.errors import Exit
+from onstream.pipeline.processes import kill_group
 from onstream.workers.launcher.log_tail import last_lines
 
 HOPELESS = (Exit.USAGE, Exit.REFUSED)
@@ -236,10 +236,7 @@ class Supervisor:
         pid, status, usage = os.wait4(child.process.pid, os.WNOHANG)
         if not pid:
             return None
-        with contextlib.suppress(
-            ProcessLookupError
-        ):  # what it left behind would keep its memory and its ports
-            os.killpg(pid, signal.SIGKILL)
+        kill_group(pid)  # what it left behind would keep its memory and its ports
         code = os.waitstatus_to_exitcode(status)
         child.process.returncode = code
         child.process = None

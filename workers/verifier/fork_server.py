@@ -20,6 +20,7 @@ import traceback
 import msgspec
 
 from onstream.pipeline.errors import UserError
+from onstream.pipeline.processes import kill_group
 from onstream.pipeline.tasks import Scorer, load_scorer
 from onstream.settings.root import Settings
 from onstream.workers.verifier import scorer_process
@@ -62,7 +63,7 @@ class ForkServer:
                 self._reap()
         finally:
             for pid in self._slots:
-                _kill_group(pid)
+                kill_group(pid)
 
     def _serve(self) -> bool:
         """Wait for a message or a signal; act on a message. False when the verifier is gone."""
@@ -98,7 +99,7 @@ class ForkServer:
     def _kill(self, slot: int) -> None:
         for pid, its_slot in self._slots.items():
             if its_slot == slot:
-                _kill_group(pid)
+                kill_group(pid)
 
     def _become_scorer(self, connection: socket.socket) -> None:
         try:
@@ -119,19 +120,12 @@ class ForkServer:
         ):
             # What the child left behind is killed before the child is reaped: until then the number
             # of its group belongs to nobody else.
-            _kill_group(ended.si_pid)
+            kill_group(ended.si_pid)
             _, status = os.waitpid(ended.si_pid, 0)
             slot = self._slots.pop(ended.si_pid, None)
             if slot is not None:
                 exited = ScorerExited(slot, os.waitstatus_to_exitcode(status))
                 self._control.send(msgspec.msgpack.encode(exited))
-
-
-def _kill_group(pid: int) -> None:
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return  # it had become no group yet, or all of it is gone
 
 
 def main() -> None:

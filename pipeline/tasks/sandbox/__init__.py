@@ -8,7 +8,6 @@ not be had.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from onstream.pipeline.processes import kill_group
 from onstream.settings.sections.orchestrator import SandboxSettings
 
 JAIL = Path(__file__).with_name("jail.py")
@@ -196,8 +196,7 @@ class Sandbox:
         """Kill all that was started: with the first process where that `takes_all`, else by their
         user.
         """
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(jail.pid, signal.SIGKILL)
+        kill_group(jail.pid)
         jail.wait(END_S)
         if os.geteuid() == 0 and not takes_all:
             self._kill_user()
