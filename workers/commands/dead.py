@@ -108,4 +108,4 @@ def _ask(
         shown.append("…")
     click.echo(f"asked the trainer to {wish} {len(asked)}: {', '.join(shown)}")
     if not at_work:
-        click.echo("no trainer is at work on this run: it does so when the run is resumed")
+        click.echo("no trainer is at work: it will do so when the run is resumed")
