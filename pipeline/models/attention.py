@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from onstream.pipeline.models.packing import AttentionCall, PackedRow
+from onstream.pipeline.models.packing import AttentionCall, SharedPrefixRow
 
 SHARED_PREFIX = "onstream_shared_prefix"
 
@@ -38,7 +38,7 @@ class AttentionLayout:
     output_index: Tensor  # [T], each token's place in the outputs of all calls, end to end
 
 
-def layout_of(packed: PackedRow, device: torch.device) -> AttentionLayout:
+def layout_of(packed: SharedPrefixRow, device: torch.device) -> AttentionLayout:
     """The attention layout of `packed`, on `device`."""
     return AttentionLayout(
         tuple(_to_device(call, device) for call in packed.calls),

@@ -18,7 +18,7 @@ from onstream.pipeline.models.multimodal import (
     packed_positions,
     padded_inputs,
 )
-from onstream.pipeline.models.packing import PackedRow
+from onstream.pipeline.models.packing import SharedPrefixRow
 
 NO_IMAGES: Features = {}
 
@@ -42,7 +42,7 @@ class TokenLogprobs:
 
 
 def hidden_states(
-    model: PreTrainedModel, packed: PackedRow, features: Features = NO_IMAGES
+    model: PreTrainedModel, packed: SharedPrefixRow, features: Features = NO_IMAGES
 ) -> Tensor:
     """The last hidden states [N, H] that predict `packed.targets`, in their order.
 
@@ -62,7 +62,9 @@ def hidden_states(
     return row.index_select(0, torch.from_numpy(packed.predicted_at).to(model.device))
 
 
-def _padded_hidden_states(model: PreTrainedModel, packed: PackedRow, features: Features) -> Tensor:
+def _padded_hidden_states(
+    model: PreTrainedModel, packed: SharedPrefixRow, features: Features
+) -> Tensor:
     """The same from rows padded on the right.
 
     There is no mask: the model is causal, so no position that is read sees the padding.

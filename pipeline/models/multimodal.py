@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from onstream.pipeline.models.image_features import ImageFeatures, joined
-from onstream.pipeline.models.packing import PackedRow, PrefixGroup
+from onstream.pipeline.models.packing import PrefixGroup, SharedPrefixRow
 
 Features = Mapping[str, ImageFeatures]
 """Images as a model reads them, by the names that prompts have for them."""
@@ -39,7 +39,7 @@ def tensors_for(model: PreTrainedModel, images: Sequence[ImageFeatures]) -> dict
     }
 
 
-def packed_positions(model: PreTrainedModel, packed: PackedRow, features: Features) -> Tensor:
+def packed_positions(model: PreTrainedModel, packed: SharedPrefixRow, features: Features) -> Tensor:
     """Positions of a packed row: [1, T], or [3, 1, T] with images in a family that places them."""
     if not has_spatial_positions(model) or not any(group.images for group in packed.groups):
         return torch.from_numpy(packed.position_ids).to(model.device)[None]

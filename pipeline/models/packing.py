@@ -61,7 +61,7 @@ class AttentionCall:
 
 
 @dataclass(frozen=True)
-class PackedRow:
+class SharedPrefixRow:
     """One forward pass: T tokens that predict the N completion tokens of S sequences in turn.
 
     Example: the prompt [5, 6] with the completions [7, 8, 9] and [4] has T = 4 and N = 4::
@@ -136,7 +136,7 @@ def single_rows(
     return sorted(singles, key=lambda single: -single.tokens)
 
 
-def pack(groups: Sequence[PrefixGroup], max_tokens: int) -> list[PackedRow]:
+def pack(groups: Sequence[PrefixGroup], max_tokens: int) -> list[SharedPrefixRow]:
     """Rows of at most `max_tokens` tokens, filled with `groups` in order.
 
     A group that is longer is split, and its prompt repeated. A single sequence that is longer has a
@@ -203,7 +203,7 @@ def _place(groups: Sequence[PrefixGroup]) -> list[_GroupPlaces]:
     return placed
 
 
-def _lay_out(groups: Sequence[PrefixGroup]) -> PackedRow:
+def _lay_out(groups: Sequence[PrefixGroup]) -> SharedPrefixRow:
     placed = _place(groups)
     inputs = []
     positions = []
@@ -219,7 +219,7 @@ def _lay_out(groups: Sequence[PrefixGroup]) -> PackedRow:
             predicted_at.append(np.concatenate((places.prompt[-1:], own)))
     calls = _plan_attention(placed)
     completions = [completion for group in groups for completion in group.completions]
-    return PackedRow(
+    return SharedPrefixRow(
         input_ids=np.concatenate(inputs),
         position_ids=np.concatenate(positions),
         predicted_at=np.concatenate(predicted_at),

@@ -11,7 +11,7 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.attention import SHARED_PREFIX
 from onstream.pipeline.models.loading import set_text_attention, text_config
 from onstream.pipeline.models.logprobs import head_logits, head_of, hidden_states
-from onstream.pipeline.models.packing import PackedRow, pack, share_prompts
+from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """Largest difference accepted, relative to the largest value. Wrong results are off by far more."""
@@ -36,7 +36,7 @@ def prepare(model: PreTrainedModel) -> str | None:
     return reason
 
 
-def _trial_row(vocabulary: int) -> PackedRow:
+def _trial_row(vocabulary: int) -> SharedPrefixRow:
     ids = np.random.default_rng(0).integers(0, vocabulary, 32)
     prompts = [ids[:7], ids[:7], ids[:7], ids[8:13]]
     completions = [ids[13:18], ids[18:20], ids[20:21], ids[21:28]]
@@ -44,7 +44,7 @@ def _trial_row(vocabulary: int) -> PackedRow:
 
 
 @torch.no_grad()
-def _check_head(model: PreTrainedModel, row: PackedRow) -> None:
+def _check_head(model: PreTrainedModel, row: SharedPrefixRow) -> None:
     group = row.groups[0]
     sequence = torch.from_numpy(np.concatenate((group.prompt_ids, group.completions[0])))
     input_ids = sequence.to(model.device)[None]
@@ -79,7 +79,7 @@ def _limited_attention(model: PreTrainedModel) -> str | None:
 
 
 @torch.no_grad()
-def _difference(model: PreTrainedModel, row: PackedRow) -> str | None:
+def _difference(model: PreTrainedModel, row: SharedPrefixRow) -> str | None:
     """The reason where shared prompts do not give the hidden states that single rows give.
 
     Leaves the model switched to shared prompts.

@@ -1,4 +1,4 @@
-"""PackedRow rows with images give what the family's own code gives of one sequence at a time."""
+"""Packed rows with images give what the family's own code gives of one sequence at a time."""
 
 from __future__ import annotations
 

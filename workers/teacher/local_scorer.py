@@ -22,7 +22,7 @@ from onstream.pipeline.models.logprobs import (
     token_logprobs,
 )
 from onstream.pipeline.models.multimodal import Features
-from onstream.pipeline.models.packing import PackedRow, pack, share_prompts
+from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
 
 
@@ -99,7 +99,7 @@ class LocalScorer:
             )
         return [scores[index] for index in range(len(requests))]
 
-    def _score_row(self, packed: PackedRow, features: Features, top_k: int) -> list[Scores]:
+    def _score_row(self, packed: SharedPrefixRow, features: Features, top_k: int) -> list[Scores]:
         hidden = hidden_states(self._model, packed, features)
         targets = torch.from_numpy(packed.targets).to(hidden.device)
         k = min(top_k, self.vocabulary_size - 1)  # the tail is never empty

@@ -18,7 +18,7 @@ from onstream.pipeline.images.vision import load_vision
 from onstream.pipeline.models.loading import base_of, load_model, resolve_dtype
 from onstream.pipeline.models.logprobs import NO_IMAGES, head_of, hidden_states
 from onstream.pipeline.models.multimodal import Features
-from onstream.pipeline.models.packing import PackedRow, pack, share_prompts, single_rows
+from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts, single_rows
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.models.tokenizer import has_vision, load_tokenizer
 from onstream.settings.sections.trainer import TrainerSettings
@@ -130,7 +130,7 @@ class Learner:
             "tokens": float(tokens),
         }
 
-    def _pack_samples(self, samples: Sequence[TrainSample]) -> list[PackedRow]:
+    def _pack_samples(self, samples: Sequence[TrainSample]) -> list[SharedPrefixRow]:
         return self.pack(
             [sample.prompt_ids for sample in samples],
             [sample.completion_ids for sample in samples],
@@ -142,7 +142,7 @@ class Learner:
         prompts: Sequence[Ids],
         completions: Sequence[Ids],
         images: Sequence[tuple[str, ...]] | None = None,
-    ) -> list[PackedRow]:
+    ) -> list[SharedPrefixRow]:
         """Prompts and their completions as the rows of this model's forward passes.
 
         `images` names the images that each prompt shows; None: no prompt shows any.
@@ -150,14 +150,14 @@ class Learner:
         arrange = single_rows if self.padded_because else share_prompts
         return pack(arrange(prompts, completions, images), self.trainer.microbatch)
 
-    def hidden(self, packed: PackedRow, features: Features = NO_IMAGES) -> Tensor:
+    def hidden(self, packed: SharedPrefixRow, features: Features = NO_IMAGES) -> Tensor:
         """The last hidden states [N, H] that predict the packed targets, in `dtype`."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return hidden_states(self.model, packed, features).to(self.dtype)
 
     def _loss(
         self,
-        packed: PackedRow,
+        packed: SharedPrefixRow,
         samples: Sequence[TrainSample],
         features: Features,
         values: StepValues,

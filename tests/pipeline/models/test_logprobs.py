@@ -1,4 +1,4 @@
-"""PackedRow equals one-by-one, chunked equals naive."""
+"""SharedPrefixRow equals one-by-one, chunked equals naive."""
 
 from __future__ import annotations
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from onstream.pipeline.models import packing
-from onstream.pipeline.models.packing import PackedRow, pack, share_prompts, single_rows
+from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts, single_rows
 from tests.tiny import sequences
 
 
-def visible(packed: PackedRow) -> np.ndarray:
+def visible(packed: SharedPrefixRow) -> np.ndarray:
     """[T, T]: whether a token sees another one, read back from the attention calls."""
     seen = np.zeros((len(packed.input_ids),) * 2, dtype=bool)
     place = 0
@@ -26,7 +26,7 @@ def visible(packed: PackedRow) -> np.ndarray:
     return seen
 
 
-def expected_visible(packed: PackedRow) -> np.ndarray:
+def expected_visible(packed: SharedPrefixRow) -> np.ndarray:
     """The same, said directly: a prompt token sees the prompt up to itself, a completion's token
     also the completion up to itself.
     """

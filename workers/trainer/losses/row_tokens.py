@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from onstream.pipeline.models.packing import PackedRow
+from onstream.pipeline.models.packing import SharedPrefixRow
 from onstream.settings.sections.losses import Loss
 from onstream.workers.trainer.batches.train_sample import Floats, Ids, TrainSample
 from onstream.workers.trainer.chunked_loss import TargetTokens
@@ -33,7 +33,7 @@ class RowTokens:
 
 
 def gather_tokens(
-    packed: PackedRow, samples: Sequence[TrainSample], loss: Loss, device: torch.device
+    packed: SharedPrefixRow, samples: Sequence[TrainSample], loss: Loss, device: torch.device
 ) -> RowTokens:
     """What `loss` reads of `samples`, in the order of the row's targets."""
     row = _Row(packed, [samples[place] for place in packed.sequences], device)
@@ -54,7 +54,9 @@ def gather_tokens(
 class _Row:
     """The samples of a row in the order of its targets; makes tensors of their arrays."""
 
-    def __init__(self, packed: PackedRow, samples: list[TrainSample], device: torch.device) -> None:
+    def __init__(
+        self, packed: SharedPrefixRow, samples: list[TrainSample], device: torch.device
+    ) -> None:
         self.packed = packed
         self.samples = samples
         self.device = device
