@@ -108,7 +108,7 @@ STAGES: tuple[StageSpec, ...] = (
         "train",
         takes=("Rollout", "Tombstone"),
         workers=(
-            WorkerSpec("trainer", "onstream.workers.trainer.stage:Trainer", gpu_share="train"),
+            WorkerSpec("trainer", "onstream.workers.trainer.stage:TrainerStage", gpu_share="train"),
         ),
         is_work=False,
     ),

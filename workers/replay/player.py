@@ -124,11 +124,6 @@ class Player:
 
     def save(self) -> Path:
         """Write a checkpoint of where the replay stands; returns its directory."""
-
-        def files(directory: Path) -> None:
-            self.training.learner.save_checkpoint(directory)
-            torch.save(self.training.learner.state(), directory / checkpoint.OPTIMIZER)
-
         state = TrainerState(
             sequence=1,
             step=self.training.step,
@@ -141,7 +136,7 @@ class Player:
             dropped=dict(self.training.dropped),
         )
         return checkpoint.save(
-            self.run_dir / checkpoint.FOLDER, state, files, fence=nullcontext
+            self.run_dir / checkpoint.FOLDER, state, self.training.save, fence=nullcontext
         ).path
 
     def _advance(self) -> None:

@@ -30,7 +30,8 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.settings.root import Settings
 from onstream.workers.inspection.audit import audit, counted
-from onstream.workers.trainer.stage import Trainer
+from onstream.workers.trainer.stage import TrainerStage
+from onstream.workers.trainer.trainer import Trainer
 
 Answer = Callable[[Ticket, int], Rollout | Tombstone]
 CLOCKS = (
@@ -87,6 +88,11 @@ def dead(ticket: Ticket, version: int) -> Tombstone:
     return Tombstone(ticket.number, "verify", "the test killed it")
 
 
+def killed(*_: object) -> None:
+    """Stands where a kill comes."""
+    raise KeyboardInterrupt
+
+
 class Run:
     """One run with a trainer at work. `crash` and `start` are a kill and a new process: nothing is
     closed in between.
@@ -122,18 +128,18 @@ class Run:
     def start(self, **changes: Any) -> Trainer:
         """A new trainer process, which takes the run up."""
         settings = self.settings(**changes)
-        self.trainer = Trainer(settings, self.bus)
+        stage = TrainerStage(settings, self.bus)
+        self.worker = Worker(stage, self.bus, settings.delivery, block_s=0.01)
+        stage.setup()
+        self.trainer = stage.trainer
         self.trainers.append(self.trainer)
-        self.worker = Worker(self.trainer, self.bus, settings.delivery, block_s=0.01)
-        self.trainer.setup()
         return self.trainer
 
     def close_files(self) -> None:
         """What the kernel does for a killed process."""
         for trainer in self.trainers:
-            for name in ("metrics", "samples", "recording"):
-                if hasattr(trainer, name):
-                    getattr(trainer, name).close()
+            trainer.metrics.close()
+            trainer.recording.close()
 
     def ready(self) -> None:
         for stage in ("generate", "verify"):
@@ -176,22 +182,25 @@ class Run:
 
     def to_the_end(self, make: Answer = rollout) -> None:
         """Answer and train until the run has ended."""
-        self.until(self.trainer.max_steps, make)
+        self.until(self.trainer.training.max_steps, make)
         self.turn(2)
         assert self.bus.state.finished()
 
     def rows(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.trainer.run_dir / name).read_text().splitlines()]
+        return [
+            json.loads(line)
+            for line in (self.trainer.directory.path / name).read_text().splitlines()
+        ]
 
     def checkpoints(self) -> list[str]:
-        return sorted(path.name for path in (self.trainer.run_dir / "checkpoints").glob("*"))
+        return sorted(path.name for path in (self.trainer.directory.path / "checkpoints").glob("*"))
 
     def announced(self) -> list[int]:
         return [policy.number for policy in self.bus.state.announced_policies()]
 
     def counts(self) -> dict[str, int]:
         """Sizes of the audit's sets, those that are not empty."""
-        found = counted(audit(self.trainer.run_dir, self.bus))
+        found = counted(audit(self.trainer.directory.path, self.bus))
         return {
             name: count
             for name, count in {**found, "dropped": sum(found["dropped"].values())}.items()

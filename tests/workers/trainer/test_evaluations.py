@@ -45,7 +45,7 @@ def asked(jobs: JobQueue) -> list[str]:
 
 
 def policies(run: Run) -> set[int]:
-    return {int(path.name) for path in (run.trainer.run_dir / "policies").glob("[0-9]*")}
+    return {int(path.name) for path in (run.trainer.directory.path / "policies").glob("[0-9]*")}
 
 
 def test_every_interval_a_version_is_asked_for_and_kept_until_it_is_evaluated(
@@ -54,7 +54,7 @@ def test_every_interval_a_version_is_asked_for_and_kept_until_it_is_evaluated(
     started = start(checkpoint__keep_policies=2, trainer__max_steps=8)
     started.to_the_end()
     assert asked(jobs) == ["2", "4", "6", "8"]
-    assert pinned(started.trainer.run_dir) == {2, 4, 6, 8}
+    assert pinned(started.trainer.directory.path) == {2, 4, 6, 8}
     assert {0, 2, 4, 6, 7, 8} == policies(started)
 
 
@@ -85,7 +85,7 @@ def test_no_more_evaluations_than_may_wait_are_asked_for_but_for_the_last(
     started = start(jobs__max_waiting=1)
     started.to_the_end()
     assert asked(jobs) == ["2", "6"]
-    assert pinned(started.trainer.run_dir) == {2, 6}
+    assert pinned(started.trainer.directory.path) == {2, 6}
 
 
 def test_a_job_that_cannot_be_asked_for_costs_no_step(
@@ -99,7 +99,7 @@ def test_a_job_that_cannot_be_asked_for_costs_no_step(
     started = start()
     monkeypatch.setattr(JobQueue, "ask", full)
     started.to_the_end()
-    assert pinned(started.trainer.run_dir) == set()
+    assert pinned(started.trainer.directory.path) == set()
 
 
 def test_results_join_the_metrics_of_the_next_step_and_the_report(
@@ -107,7 +107,7 @@ def test_results_join_the_metrics_of_the_next_step_and_the_report(
 ) -> None:
     started = start()
     started.until(2)
-    with (started.trainer.run_dir / "evals.jsonl").open("a") as file:
+    with (started.trainer.directory.path / "evals.jsonl").open("a") as file:
         file.write(
             '{"version": 0, "exact": 0.25, "reward": 0.5, "samples": 4}\n{"version": 2, "exact": 0.5, "reward": 0.6, "samples": 4}\n'
         )
@@ -120,7 +120,7 @@ def test_results_join_the_metrics_of_the_next_step_and_the_report(
         if row["eval_version"] is not None
     ] == [(2, 0.5, 0.6)]
     assert rows[1]["eval_version"] is None
-    report = build(started.trainer.run_dir)
+    report = build(started.trainer.directory.path)
     assert report["evals"] == [{"version": 0, "exact": 0.25}, {"version": 2, "exact": 0.5}]
 
 
@@ -156,9 +156,9 @@ def test_a_jobs_worker_evaluates_what_was_asked_for_and_lets_go_of_it(
         "3": ("finished", 3),
         "6": ("finished", 6),
     }
-    lines = (started.trainer.run_dir / "evals.jsonl").read_text().splitlines()
+    lines = (started.trainer.directory.path / "evals.jsonl").read_text().splitlines()
     assert [json.loads(line)["version"] for line in lines] == [3, 6]
-    assert pinned(started.trainer.run_dir) == set()
+    assert pinned(started.trainer.directory.path) == set()
 
 
 def test_a_version_is_kept_as_long_as_anybody_needs_it(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_a_restart_on_the_same_data_is_looked_into_and_costs_nothing(
     assert own.lease.may_have_lost_data
     job.turn()
     said = capsys.readouterr().out
-    assert "looking what it has lost" in said and "issuing them again" not in said
+    assert "looking for what it has lost" in said and "issuing them again" not in said
     job.to_the_end()
     assert job.counts() == {"issued": 48, "trained": 48}
     job.close_files()

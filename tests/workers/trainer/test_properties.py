@@ -21,7 +21,7 @@ from onstream.settings.root import Settings
 from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
 from onstream.workers.trainer.durability.checkpoint import TrainerState
-from onstream.workers.trainer.issuer import Issuer
+from onstream.workers.trainer.ticket_planner import TicketPlanner
 from onstream.workers.trainer.training import Training
 from tests.workers.trainer.records import rollout, tombstone
 
@@ -285,7 +285,7 @@ def test_the_window_is_filled_in_whole_groups_and_never_overfilled(
     outstanding: int,
 ) -> None:
     batch = groups * group_size
-    issuer = Issuer(
+    planner = TicketPlanner(
         seed=1,
         group_size=group_size,
         batch_size=batch,
@@ -294,7 +294,7 @@ def test_the_window_is_filled_in_whole_groups_and_never_overfilled(
         route=("train",),
     )
     issued *= group_size
-    tickets = issuer.due(version=version, issued=issued, outstanding=outstanding)
+    tickets = planner.due(version=version, issued=issued, outstanding=outstanding)
     window = max(0, min(1 + ahead, max_steps - version)) * batch
     assert [ticket.number for ticket in tickets] == list(
         range(issued + 1, issued + 1 + len(tickets))
@@ -309,8 +309,8 @@ def test_the_window_is_filled_in_whole_groups_and_never_overfilled(
         ticket.min_policy_version for ticket in tickets
     )
     for ticket in tickets:
-        assert ticket == issuer.ticket(ticket.number, ticket.min_policy_version)
-        assert ticket.index == issuer.problem((ticket.number - 1) // group_size)
+        assert ticket == planner.ticket(ticket.number, ticket.min_policy_version)
+        assert ticket.index == planner.problem((ticket.number - 1) // group_size)
 
 
 names = st.sampled_from(["model.safetensors", "config.json", checkpoint.OPTIMIZER])

@@ -20,7 +20,7 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.redis.trainer_lease import LeaseHeld
 from onstream.workers.trainer.durability import checkpointing
-from tests.workers.trainer.driver import Run, dead, rollout
+from tests.workers.trainer.driver import Run, dead, killed, rollout
 
 
 @pytest.fixture
@@ -70,9 +70,7 @@ def test_a_kill_between_the_announcement_and_the_metrics_is_made_good(
     job = run()
     job.ready()
     job.until(2)
-    monkeypatch.setattr(
-        job.trainer, "_write_down", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr(job.trainer.metrics, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         job.until(3)
     assert digest_of(job, 3) is not None
@@ -95,9 +93,7 @@ def test_a_kill_between_the_checkpoint_and_its_acknowledgements_repeats_neither(
     job = run()
     job.ready()
     job.until(3)
-    monkeypatch.setattr(
-        job.trainer.checkpointing, "acknowledge", lambda: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr(job.trainer.checkpointing, "acknowledge", killed)
     with pytest.raises(KeyboardInterrupt):
         job.until(4)
         job.turn()
@@ -120,9 +116,7 @@ def test_a_kill_between_the_ledger_and_the_checkpoint_leaves_no_line_behind(
     job = run()
     job.ready()
     job.until(1)
-    monkeypatch.setattr(
-        job.trainer, "_write_files", lambda path: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr(job.trainer.training, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         job.until(2)
     assert len(job.rows("trained.jsonl")) == 16
@@ -139,7 +133,7 @@ def test_a_torn_checkpoint_is_said_aloud_and_the_one_before_it_used(
     job.ready()
     job.until(4)
     job.turn()
-    weights = job.trainer.run_dir / "checkpoints/step-000004/model.safetensors"
+    weights = job.trainer.directory.path / "checkpoints/step-000004/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     trainer = job.start()
     assert trainer.step == 2
@@ -160,7 +154,7 @@ def test_a_fall_back_by_more_than_one_issues_the_missing_numbers_again(
     job.until(6)
     job.turn()
     for name in ("step-000004", "step-000006"):
-        (job.trainer.run_dir / "checkpoints" / name / "manifest.json").unlink()
+        (job.trainer.directory.path / "checkpoints" / name / "manifest.json").unlink()
     trainer = job.start()
     assert trainer.step == 2
     said = capsys.readouterr().out
@@ -227,7 +221,7 @@ def test_a_drain_checkpoints_at_any_step_and_gives_nothing_back(
     job.ready()
     job.until(3)
     pending = bus.state.pending_counts()["train"]
-    job.trainer.close(finished=False)
+    job.trainer.close()
     assert job.checkpoints() == ["step-000003"]
     assert bus.state.pending_counts()["train"] == pending >= 24
     assert job.start().step == 3
@@ -237,7 +231,7 @@ def test_a_drain_checkpoints_at_any_step_and_gives_nothing_back(
 
 def test_a_drain_with_nothing_new_writes_no_checkpoint(run: Callable[..., Run], bus: Bus) -> None:
     job = run()
-    job.trainer.close(finished=False)
+    job.trainer.close()
     assert job.checkpoints() == []
 
 
@@ -271,7 +265,7 @@ def test_a_changed_run_setting_is_refused_by_name_with_both_values(run: Callable
     ) as refused:
         job.start(orchestrator__group_size=2)
     assert refused.value.exit == Exit.REFUSED
-    shutil.rmtree(job.trainer.run_dir / "checkpoints", ignore_errors=True)
+    shutil.rmtree(job.trainer.directory.path / "checkpoints", ignore_errors=True)
     job.lose_redis()
     with pytest.raises(UserError, match=r"run\.seed"):  # plan.json alone will do
         job.start(run__seed=6)
@@ -329,7 +323,7 @@ def test_a_revived_trainer_beside_its_successor_writes_nothing(
     old = job.trainers[0]
     assert old.step == 1
     with pytest.raises(LeaseLost):
-        old.close(finished=False)
+        old.close()
     assert (bus.state.newest_policy(), job.rows(), job.rows("trained.jsonl")) == (
         policy,
         rows,
@@ -354,8 +348,8 @@ def test_training_goes_on_when_a_checkpoint_finds_the_disk_full_and_it_is_tried_
     job = run()
     job.ready()
     job.until(3)
-    room = job.trainer._write_files
-    monkeypatch.setattr(job.trainer, "_write_files", full_disk)
+    room = job.trainer.training.save
+    monkeypatch.setattr(job.trainer.training, "save", full_disk)
     job.until(5)
     said = capsys.readouterr().out
     assert (
@@ -363,7 +357,7 @@ def test_training_goes_on_when_a_checkpoint_finds_the_disk_full_and_it_is_tried_
     )
     assert job.checkpoints() == ["step-000002"]
     assert len(job.rows("trained.jsonl")) == 16
-    monkeypatch.setattr(job.trainer, "_write_files", room)
+    monkeypatch.setattr(job.trainer.training, "save", room)
     clock.now += 60
     job.turn()
     assert job.checkpoints() == ["step-000002", "step-000005"]
@@ -377,7 +371,7 @@ def test_a_disk_that_stays_full_stops_the_trainer_with_the_reason_and_loses_noth
     clock = Clock(monkeypatch)
     job = run(trainer__max_steps=2)
     job.ready()
-    monkeypatch.setattr(job.trainer, "_write_files", full_disk)
+    monkeypatch.setattr(job.trainer.training, "save", full_disk)
     with pytest.raises(
         UserError,
         match=r"could not be written to .*No space left on device.* Free space and start again",
@@ -398,7 +392,7 @@ def test_training_waits_when_no_checkpoint_succeeds_and_unacknowledged_bytes_rea
     job = run(checkpoint__max_unacked_bytes=1 << 16, trainer__max_steps=20)
     job.ready()
     long = [{"role": "user", "content": "x" * 2000}]
-    monkeypatch.setattr(job.trainer, "_write_files", full_disk)
+    monkeypatch.setattr(job.trainer.training, "save", full_disk)
     for _ in range(40):
         job.answer(lambda ticket, version: rollout(ticket, version, messages=long), count=8)
         job.turn()
@@ -423,7 +417,7 @@ def test_a_ledger_that_went_missing_is_written_anew_from_the_checkpoint(
     job = run()
     job.ready()
     job.until(4, make)
-    (job.trainer.run_dir / "trained.jsonl").unlink()
+    (job.trainer.directory.path / "trained.jsonl").unlink()
     job.start()
     lines: list[dict[str, Any]] = job.rows("trained.jsonl")
     assert sorted(line["number"] for line in lines) == list(range(1, 33))
@@ -442,7 +436,7 @@ def test_other_weights_under_an_announced_number_are_announced_anew(
     job.until(3)
     assert job.announced() == [0, 1, 2, 3, 3]
     assert (
-        json.loads((job.trainer.run_dir / "changes.jsonl").read_text())["name"]
+        json.loads((job.trainer.directory.path / "changes.jsonl").read_text())["name"]
         == "trainer.optim.lr"
     )
     job.to_the_end()

@@ -16,7 +16,7 @@ from onstream.pipeline.loop import run_worker
 from onstream.pipeline.records import Rollout, Ticket, Tombstone, decode_work, encode
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Move, Out
-from onstream.workers.trainer.stage import Trainer
+from onstream.workers.trainer.stage import TrainerStage
 from tests.workers.trainer.driver import Run, dead, rollout
 
 NAMES = (
@@ -33,11 +33,13 @@ def test_a_fresh_run_has_a_plan_and_the_student_as_version_0_before_any_ticket(
 ) -> None:
     job = run()
     plan = bus.state.plan()
-    assert plan is not None and plan == (job.trainer.run_dir / "plan.json").read_bytes()
+    assert plan is not None and plan == (job.trainer.directory.path / "plan.json").read_bytes()
     policy = bus.state.newest_policy()
     assert policy is not None and policy.number == 0
     assert (
-        AutoModelForCausalLM.from_pretrained(job.trainer.run_dir / policy.path).config.vocab_size
+        AutoModelForCausalLM.from_pretrained(
+            job.trainer.directory.path / policy.path
+        ).config.vocab_size
         == 48
     )
     assert bus.state.issued() == 0
@@ -94,7 +96,7 @@ def test_a_run_ends_by_itself_with_a_checkpoint_that_transformers_loads_and_noth
     job.to_the_end()
     assert job.counts() == {"issued": 48, "trained": 48}
     assert [row["step"] for row in job.rows()] == [1, 2, 3, 4, 5, 6]
-    last = job.trainer.run_dir / "checkpoints/step-000006"
+    last = job.trainer.directory.path / "checkpoints/step-000006"
     trained = AutoModelForCausalLM.from_pretrained(last)
     assert {str(weight.dtype) for weight in trained.parameters()} == {"torch.float32"}
     assert AutoTokenizer.from_pretrained(last).chat_template
@@ -277,12 +279,12 @@ def test_what_the_state_file_says_is_complete(run: Callable[..., Run], bus: Bus)
     job.ready()
     job.until(4)
     state: dict[str, Any] = json.loads(
-        (job.trainer.run_dir / "checkpoints/step-000004/trainer.json").read_text()
+        (job.trainer.directory.path / "checkpoints/step-000004/trainer.json").read_text()
     )
     assert (state["sequence"], state["step"], state["issued"]) == (2, 4, 48)
     assert state["settled"] == {"trained": [[1, 32]]}
     assert state["before"] == [[1, 16]]
-    assert state["ledger_bytes"] == (job.trainer.run_dir / "trained.jsonl").stat().st_size
+    assert state["ledger_bytes"] == (job.trainer.directory.path / "trained.jsonl").stat().st_size
     assert state["totals"]["rollouts"] == 32
     assert msgspec.json.encode(state["policy"][1])
 
@@ -316,7 +318,9 @@ def test_the_worker_loop_runs_it_to_its_end_and_frees_the_lease(
         delivery__lease=2, delivery__max_handle=60, orchestrator__max_off_policy_steps=1
     )
     try:
-        assert run_worker(Trainer(settings, bus), bus, settings.delivery, block_s=0.1) == Exit.OK
+        assert (
+            run_worker(TrainerStage(settings, bus), bus, settings.delivery, block_s=0.1) == Exit.OK
+        )
     finally:
         generator.join()
         other.close()

@@ -16,7 +16,7 @@ from onstream.settings.sections.trainer import CheckpointSettings
 from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
 from onstream.workers.trainer.durability.checkpoint import CheckpointError, TrainerState
-from onstream.workers.trainer.durability.disk_errors import disk_error
+from onstream.workers.trainer.durability.run_directory import disk_error
 
 log = get_logger()
 

@@ -1,6 +1,4 @@
-"""How the trainer serves what operators ask of it: dead rollouts asked for anew, and dead letters
-purged.
-"""
+"""How the trainer serves operators: dead rollouts requeued under new numbers, dead letters purged."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from onstream.pipeline.redis.operator_requests import OperatorRequest
 from onstream.pipeline.redis.trainer_lease import Lease
 from onstream.pipeline.telemetry import get_logger
 from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
-from onstream.workers.trainer.issuer import Issuer
+from onstream.workers.trainer.ticket_planner import TicketPlanner
 
 log = get_logger()
 
@@ -24,11 +22,15 @@ POLL_S = 1.0
 
 
 class OperatorRequestHandler:
-    """The requests of one run, as its trainer sees them.
+    """The operators' requests of one run, as its trainer serves them.
 
-    A request waits until its number has settled: then it is certain to be dead. A requeue takes the
-    place of the next new group in the window. A purge deletes its letter once a checkpoint records
-    it.
+    A request waits until its number has settled: only then is it certain to be dead. A requeue
+    takes the place of the next new group in the window. A purge deletes its letter once a
+    checkpoint records it.
+
+    `planner.requeued` is changed here, and is the dictionary that the next checkpoint holds. Redis
+    has the same in a hash, written by the script that issues the tickets: a kill before the
+    checkpoint loses no requeued number.
     """
 
     def __init__(
@@ -37,50 +39,46 @@ class OperatorRequestHandler:
         lease: Lease,
         run_dir: Path,
         acknowledgements: Acknowledgements,
-        issuer: Issuer,
+        planner: TicketPlanner,
     ) -> None:
         self._bus = bus
         self._lease = lease
         self._dead_file = run_dir / FILE
         self._acknowledgements = acknowledgements
-        self._issuer = issuer
+        self._planner = planner
         self._requeues: dict[int, list[OperatorRequest]] = {}  # by the group of the dead
-        self._purges: list[
-            OperatorRequest
-        ] = []  # in the acknowledgements, and not yet in a durable checkpoint
-        self._taken: set[bytes] = set()
-        self._next_look = 0.0
+        self._purges: list[OperatorRequest] = []  # acknowledged as purged, in no checkpoint yet
+        self._accepted: set[bytes] = set()
+        self._next_poll = 0.0
 
-    def take_up_requeued(self) -> None:
-        """Bring together what the checkpoint and Redis know of numbers that were asked for anew."""
-        known = self._bus.requests.requeued()
-        self._bus.requests.restore_requeued(
-            self._lease,
-            {new: dead for new, dead in self._issuer.requeued.items() if new not in known},
-        )
-        self._issuer.requeued.update(known)
+    def restore_requeued(self) -> None:
+        """Bring together what the checkpoint and Redis know of requeued numbers.
 
-    def look(self, step: int) -> None:
-        """Take new requests in hand, now and then; `step` is the step that is being gathered.
+        Redis may have lost some, and may know of some that were requeued after the checkpoint.
+        """
+        in_redis = self._bus.requests.requeued()
+        ours = self._planner.requeued
+        missing = {new: dead for new, dead in ours.items() if new not in in_redis}
+        self._bus.requests.restore_requeued(self._lease, missing)
+        ours.update(in_redis)
+
+    def poll(self, step: int) -> None:
+        """Accept or refuse new requests, now and then; `step` is the step that is being gathered.
 
         Raises:
             LeaseLost: another trainer took over.
         """
-        if time.monotonic() < self._next_look:
+        if time.monotonic() < self._next_poll:
             return
-        self._next_look = time.monotonic() + POLL_S
-        refused = []
+        self._next_poll = time.monotonic() + POLL_S
         issued = self._bus.state.issued()
         requests = list(self._bus.requests.waiting())
-        self._taken.intersection_update(request.id for request in requests)
+        self._accepted.intersection_update(request.id for request in requests)
+        refused = []
         for request in requests:
-            waits = (
-                0 < request.number <= issued
-                and request.number not in self._acknowledgements.settled
-            )
-            if request.id in self._taken or waits:
+            if request.id in self._accepted or self._not_settled(request.number, issued):
                 continue
-            if reason := self._take(request, step):
+            if reason := self._accept(request, step):
                 log.warning(
                     "a request was refused",
                     request=request.wish,
@@ -90,71 +88,50 @@ class OperatorRequestHandler:
                 refused.append(request)
         self._bus.requests.close(self._lease, refused)
 
-    def _take(self, request: OperatorRequest, step: int) -> str | None:
-        """Take a request in hand, or say why not."""
-        if request.wish == "purge" and request.letter:
-            if self._acknowledgements.settled.is_dead(request.number):
-                self._acknowledgements.purge(request.number, step)
-            self._purges.append(request)
-        elif request.wish != "requeue":
-            return "it is neither a requeue nor the purge of a letter"
-        elif not self._acknowledgements.settled.is_dead(request.number):
-            return "the rollout is not dead"
-        elif self._asked_for_anew(request.number):
-            return "it was asked for anew before"
-        else:
-            self._requeues.setdefault((request.number - 1) // self._issuer.group_size, []).append(
-                request
-            )
-        self._taken.add(request.id)
-        return None
+    def issue_requeued(self, tickets: Sequence[Ticket], issued: int, max_backlog: int) -> int:
+        """Give the places of the first groups in `tickets` to requeued rollouts.
 
-    def _asked_for_anew(self, number: int) -> bool:
-        waiting = (request.number for requests in self._requeues.values() for request in requests)
-        return number in self._issuer.requeued.values() or number in waiting
-
-    def issue(self, tickets: Sequence[Ticket], issued: int, max_backlog: int) -> int:
-        """Give the places of the first groups in `tickets` to dead rollouts asked for anew; returns
-        how many tickets were issued so.
+        A group with a requeued number asks the problem of the dead one's group. Returns how many
+        tickets were issued so.
 
         Raises:
             LeaseLost: another trainer took over.
         """
-        size = self._issuer.group_size
-        at = 0
-        for group, served in list(self._requeues.items())[: len(tickets) // size]:
-            places = tickets[at : at + size]
-            named = {
-                place.number: request.number for place, request in zip(places, served, strict=False)
-            }
-            issuer = replace(self._issuer, requeued={**self._issuer.requeued, **named})
-            again = [issuer.ticket(place.number, place.min_policy_version) for place in places]
+        size = self._planner.group_size
+        groups = list(self._requeues.items())[: len(tickets) // size]
+        done = 0
+        for group, requests in groups:
+            places = tickets[done : done + size]
+            numbers = zip(places, requests, strict=False)  # a group may have fewer dead members
+            new_to_dead = {place.number: request.number for place, request in numbers}
+            group_tickets = self._tickets_for(places, new_to_dead)
             if not self._bus.requests.issue_requeued(
-                self._lease, issued + at, again, max_backlog, served
+                self._lease, issued + done, group_tickets, max_backlog, requests
             ):
                 break
-            self._issuer.requeued.update(named)
+            self._planner.requeued.update(new_to_dead)
             del self._requeues[group]
-            at += size
-            log.info("dead rollouts are asked for anew", new_to_dead=named, group=group)
-        return at
+            done += size
+            log.info("dead rollouts are requeued", new_to_dead=new_to_dead, group=group)
+        return done
 
-    def durable(self) -> None:
+    def checkpoint_is_durable(self) -> None:
         """A checkpoint records every purge so far: their letters may go.
 
         Raises:
             LeaseLost: another trainer took over.
             OSError: the disk is full; the letters stay, and the next checkpoint tries again.
         """
-        if self._purges:
-            forget_spilled(self._dead_file, {request.letter for request in self._purges})
-            self._bus.requests.close(self._lease, self._purges, with_letters=True)
-            log.info(
-                "dead letters purged", numbers=sorted(request.number for request in self._purges)
-            )
-            self._purges = []
+        if not self._purges:
+            return
+        # The file first: the requests are closed last, so a kill in between purges them again.
+        forget_spilled(self._dead_file, {request.letter for request in self._purges})
+        self._bus.requests.close(self._lease, self._purges, with_letters=True)
+        numbers = sorted(request.number for request in self._purges)
+        log.info("dead letters purged", numbers=numbers)
+        self._purges = []
 
-    def spill(self, keep: int) -> None:
+    def spill_dead_letters(self, keep: int) -> None:
         """Move dead letters over the bound `keep` from Redis to the run's file.
 
         Raises:
@@ -166,3 +143,37 @@ class OperatorRequestHandler:
                 letters=moved,
                 file=str(self._dead_file),
             )
+
+    def _not_settled(self, number: int, issued: int) -> bool:
+        """Whether `number` exists and may yet turn out dead or alive."""
+        return 0 < number <= issued and number not in self._acknowledgements.settled
+
+    def _accept(self, request: OperatorRequest, step: int) -> str | None:
+        """Accept a request, or say why not."""
+        if request.wish == "purge" and request.letter:
+            self._purge(request, step)
+        elif request.wish != "requeue":
+            return "it is neither a requeue nor the purge of a letter"
+        elif not self._acknowledgements.settled.is_dead(request.number):
+            return "the rollout is not dead"
+        elif self._requeued_before(request.number):
+            return "it was requeued before"
+        else:
+            group = (request.number - 1) // self._planner.group_size
+            self._requeues.setdefault(group, []).append(request)
+        self._accepted.add(request.id)
+        return None
+
+    def _purge(self, request: OperatorRequest, step: int) -> None:
+        if self._acknowledgements.settled.is_dead(request.number):
+            self._acknowledgements.purge(request.number, step)
+        self._purges.append(request)
+
+    def _requeued_before(self, number: int) -> bool:
+        waiting = (request.number for requests in self._requeues.values() for request in requests)
+        return number in self._planner.requeued.values() or number in waiting
+
+    def _tickets_for(self, places: Sequence[Ticket], new_to_dead: dict[int, int]) -> list[Ticket]:
+        requeued = {**self._planner.requeued, **new_to_dead}
+        planner = replace(self._planner, requeued=requeued)
+        return [planner.ticket(place.number, place.min_policy_version) for place in places]

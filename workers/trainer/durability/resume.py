@@ -1,6 +1,4 @@
-"""Taking up a run: who may be its trainer, whether the settings fit it, and what got lost while
-nobody watched.
-"""
+"""Resuming a run: who may be its trainer, whether the settings fit, and what got lost meanwhile."""
 
 from __future__ import annotations
 
@@ -18,6 +16,7 @@ from onstream.pipeline.run_files.json_lines import JsonLines
 from onstream.pipeline.run_files.ledger import RangeSet
 from onstream.pipeline.run_files.ownership import Ownership
 from onstream.settings.plan import Plan, differences, refuse_differences
+from onstream.settings.root import Settings
 from onstream.settings.sections.run import RunSettings
 from onstream.workers.trainer.durability.checkpoint import TrainerState
 from onstream.workers.trainer.durability.settled_numbers import SettledNumbers
@@ -29,8 +28,10 @@ CHANGES = "changes.jsonl"
 
 
 def become_trainer(bus: Bus, ttl_s: float, files: Ownership) -> Lease:
-    """The run's lease, and the claim to its `files`. Waits as long as the lease of a dead trainer
-    could still run.
+    """Take the run's lease, and claim its `files`.
+
+    The epoch of the lease is higher than that of every trainer before: Redis and the files refuse
+    a lower one from now on. Waits as long as the lease of a dead trainer could still run.
 
     Raises:
         LeaseHeld: another trainer renews it.
@@ -40,9 +41,9 @@ def become_trainer(bus: Bus, ttl_s: float, files: Ownership) -> Lease:
 
 
 def agree_on_plan(
-    bus: Bus, lease: Lease, ours: Plan, run: RunSettings, run_dir: Path, state: TrainerState | None
+    bus: Bus, lease: Lease, ours: Plan, settings: Settings, state: TrainerState | None
 ) -> None:
-    """Write our plan as the run's, after making sure that it is the one the run was started with.
+    """Write our plan as the run's, after making sure that the run was started with it.
 
     `state` is that of the newest checkpoint, where there is one. Changeable settings that changed
     are recorded with its step.
@@ -51,8 +52,9 @@ def agree_on_plan(
         UserError: the run exists and must not, or the reverse, or it was started with other
             settings.
     """
+    run_dir = settings.run_dir
     theirs = _plan_of_the_run(bus, run_dir)
-    _refuse_resume(run, run_dir, exists=theirs is not None or state is not None)
+    _refuse_resume(settings.run, run_dir, exists=theirs is not None or state is not None)
     if theirs is not None:
         refuse_differences(ours, theirs)
         _refuse_route(bus, ours, theirs, state)
@@ -64,13 +66,12 @@ def agree_on_plan(
 
 
 def lost_numbers(bus: Bus, known: RangeSet, issued: int, run_dir: Path) -> RangeSet:
-    """The numbers up to `issued` that are neither `known` (settled, or in the trainer's hands) nor
-    in any stream, dead letters included.
+    """The numbers up to `issued` that are neither `known` nor in any stream or dead letter.
 
-    Streams are read in the order of the flow, so that a record which moves meanwhile is met at
-    least once.
+    `known` are those that have settled or are in the trainer's hands.
     """
     known = known.copy()
+    # In the order of the flow: a record that moves meanwhile is met at least once.
     for stage in STAGES:
         for number in bus.state.numbers(stage):
             known.add(number)
@@ -80,10 +81,11 @@ def lost_numbers(bus: Bus, known: RangeSet, issued: int, run_dir: Path) -> Range
 
 
 def unsettled_dead(bus: Bus, known: RangeSet, run_dir: Path) -> list[int]:
-    """Dead letters whose tombstone has gone: acknowledged by a checkpoint that was lost since. They
-    stay dead.
+    """Numbers of dead letters whose tombstones are gone, and that have not settled.
+
+    Their tombstones were acknowledged by a checkpoint that was lost since.
     """
-    # Before the streams: whoever dies in between has its tombstone in them.
+    # Dead letters before streams: who dies in between has its tombstone in the streams.
     dead = {number for number in dead_numbers(bus, run_dir) if number > 0 and number not in known}
     return sorted(dead.difference(*(bus.state.numbers(stage) for stage in STAGES))) if dead else []
 
@@ -113,7 +115,7 @@ def _refuse_resume(run: RunSettings, run_dir: Path, *, exists: bool) -> None:
 
 
 def _refuse_route(bus: Bus, ours: Plan, theirs: Plan, state: TrainerState | None) -> None:
-    """A rollout carries its route, so those under way would take the old one."""
+    """Refuse another route: a rollout carries its own, and those under way would take the old one."""
     if ours.route == theirs.route:
         return
     settled = SettledNumbers(state.settled if state else None)
@@ -121,9 +123,11 @@ def _refuse_route(bus: Bus, ours: Plan, theirs: Plan, state: TrainerState | None
         {number for stage in STAGES for number in bus.state.numbers(stage) if number not in settled}
     )
     raise UserError(
-        f"rollouts would go by {' → '.join(ours.route)}; run {theirs.run!r} has {in_flight} in flight by {' → '.join(theirs.route)}",
+        f"rollouts would go by {' → '.join(ours.route)}; "
+        f"run {theirs.run!r} has {in_flight} in flight by {' → '.join(theirs.route)}",
         expected="the route that the run was started with",
-        next_step="Use the same stages, verification and teacher as before, or start another run under another run.name.",
+        next_step="Use the same stages, verification and teacher as before, "
+        "or start another run under another run.name.",
         exit=Exit.REFUSED,
     )
 

@@ -1,4 +1,4 @@
-"""Policy versions: given to the generators, announced, and not announced again when replayed."""
+"""Publishes policy versions: to the generators first, then in an announcement."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from onstream.pipeline import weights
-from onstream.pipeline.records import PolicyVersion, Probe
+from onstream.pipeline.records import PolicyVersion
 from onstream.pipeline.redis.access import redis_url
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.trainer_lease import Lease
@@ -31,6 +31,7 @@ from onstream.settings.root import Settings
 from onstream.settings.rules.engines import vllm_missing
 from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.publication.nccl_sender import Transfer, address_towards
+from onstream.workers.trainer.publication.policy_probe import Prober
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,12 +40,12 @@ if TYPE_CHECKING:
 
 
 class Publisher:
-    """Publishes the versions of one run. Remembers what was announced, so that a replayed step
-    announces nothing anew.
+    """Publishes the versions of one run.
 
-    `sent` says what the last version took. Model directories that fell behind
-    `checkpoint.keep_policies` are removed, but for the first one, which evaluations compare with,
-    those pinned for a job, and one that deltas in use start from.
+    It remembers what was announced. So a trainer that resumes, and takes steps a second time,
+    announces nothing again: the same step has the same weights. `sent` says what the last version
+    took. Model directories that fell behind `checkpoint.keep_policies` are removed, but for the
+    first one, which evaluations compare with, and those pinned for a job.
     """
 
     def __init__(
@@ -53,7 +54,8 @@ class Publisher:
         lease: Lease,
         settings: Settings,
         model_files: Path,
-        transfer: Transfer | None = None,
+        transfer: Transfer | None,
+        prober: Prober | None,
     ) -> None:
         self._bus = bus
         self._lease = lease
@@ -65,6 +67,7 @@ class Publisher:
             self._outlet(), settings.weights.full_every if settings.weights.deltas else None
         )
         self._transfer = transfer
+        self._prober = prober
         self._unwritten: LoadedPolicy | None = (
             None  # the newest version, where it went from GPU to GPU alone
         )
@@ -73,11 +76,11 @@ class Publisher:
         for policy in bus.state.announced_policies():
             self._remember(policy)
 
-    def publish(
-        self, number: int, state: Mapping[str, Tensor], probe: Probe | None = None
-    ) -> PolicyVersion:
-        """Give version `number` to the generators and announce it with its `probe`, unless it was
-        announced with the same weights.
+    def publish(self, number: int, state: Mapping[str, Tensor]) -> PolicyVersion:
+        """Give version `number`, the weights `state`, to the generators, and announce it.
+
+        Nothing is announced where the number was announced before with the same weights. Other
+        weights under an announced number are: generators load them in place of the old ones.
 
         Raises:
             LeaseLost: another trainer took over.
@@ -85,6 +88,7 @@ class Publisher:
             OSError: it could not be written.
         """
         policy = LoadedPolicy.of(number, state)
+        probe = self._prober.ask() if self._prober else None
         announced = replace(weights.announced(policy), probe=probe)
         whole = self._whole(number)
         known = self._announced.get(number) == policy.digest
@@ -104,8 +108,9 @@ class Publisher:
         return announced
 
     def restore(self, policy: PolicyVersion, state: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Where Redis has forgotten `policy`, the newest, announce it anew; first give its weights,
-        `state`, again if they went with it.
+        """Announce `policy`, the newest, again where Redis has forgotten it.
+
+        Its weights, `state`, are given again first if Redis lost them too.
 
         Raises:
             LeaseLost: another trainer took over.
@@ -119,17 +124,15 @@ class Publisher:
         self._bus.lease.announce(self._lease, policy)
 
     @property
-    def wanted(self) -> bool:
-        """Whether a generator wants the newest version as a file, since it was not there when that
-        went from GPU to GPU.
-        """
+    def file_requested(self) -> bool:
+        """Whether a generator that missed the newest version's transfer asks for it as a file."""
         return (
             self._unwritten is not None
             and self._bus.transfer.requested_file() == self._unwritten.digest
         )
 
-    def supply(self) -> None:
-        """Write it.
+    def write_file(self) -> None:
+        """Write the newest version, which went from GPU to GPU alone, for those that missed it.
 
         Raises:
             OSError: it cannot be written.
@@ -139,14 +142,12 @@ class Publisher:
             self._unwritten = None
 
     def close(self) -> None:
-        """Let go of the GPUs of the generators."""
+        """Leave the group of GPUs, where weights go that way."""
         if self._transfer is not None:
             self._transfer.close()
 
     def _give(self, policy: LoadedPolicy, *, whole: bool) -> SendResult:
-        """Give `policy` to the generators; a second time where Redis lost the first half of it
-        meanwhile.
-        """
+        """Give `policy` to the generators; again where Redis lost a part of it meanwhile."""
         self._unwritten = None
         if self._transfer is not None and self._transfer.send(policy) and not whole:
             self._unwritten = policy
@@ -179,13 +180,15 @@ class Publisher:
         )
 
     def _offered(self, number: int, digest: str) -> bool:
-        """Whether nobody needs version `number` anew: a later one is the newest, or it can be had
-        still.
-        """
+        """Whether nobody needs version `number` again: it is there, or a later one is the newest."""
         return number < max(self._announced) or self._sender.offers(VersionId(number, digest))
 
     def _remember(self, policy: PolicyVersion) -> None:
-        """Other weights under a number end the story that the later numbers told."""
+        """Note that `policy` was announced.
+
+        Where its number had other weights before, what was announced after those does not count:
+        it came of a training that is not gone on with.
+        """
         if self._announced.get(policy.number) != policy.digest:
             self._announced = {
                 number: digest
@@ -196,10 +199,10 @@ class Publisher:
 
 
 def transfer_of(bus: Bus, lease: Lease, settings: Settings) -> Transfer | None:
-    """The way from GPU to GPU, with `weights.transport = "nccl"`.
+    """The transfer from GPU to GPU, with `weights.transport = "nccl"`; None with another one.
 
     Raises:
-        SettingsError: vLLM, whose way it is, is not installed.
+        SettingsError: vLLM, which does the transfer, is not installed.
     """
     if settings.weights.transport != "nccl":
         return None
@@ -214,9 +217,7 @@ def transfer_of(bus: Bus, lease: Lease, settings: Settings) -> Transfer | None:
 
 
 def student_files(run_dir: Path, learner: Learner) -> Path:
-    """The directory with the student's configuration and tokenizer, which every published version
-    gets a copy of.
-    """
+    """The directory with the student's configuration and tokenizer, linked by every version."""
     directory = run_dir / "student"
     if not directory.exists():
         unfinished = run_dir / ".student"
@@ -225,6 +226,6 @@ def student_files(run_dir: Path, learner: Learner) -> Path:
         learner.save_model(unfinished)
         for path in (*unfinished.glob("*.safetensors"), *unfinished.glob("*.index.json")):
             path.unlink()
-        checkpoint.sync_tree(unfinished)  # once: the published versions link to these files
+        checkpoint.sync_tree(unfinished)
         unfinished.rename(directory)
     return directory

@@ -44,7 +44,7 @@ def start(run: RunMaker, **changes: object) -> Run:
 
 def look_again(run: Run) -> None:
     """The next turn looks for requests, however short ago the last one did."""
-    run.trainer.requests._next_look = 0.0
+    run.trainer.requests._next_poll = 0.0
     run.turn()
 
 
@@ -134,8 +134,8 @@ def test_lost_tickets_of_a_requeue_are_issued_again_as_they_were(run: RunMaker) 
     started.bus.connection.create_groups()
     started.start()
     assert started.bus.requests.requeued() == {new: dead}
-    assert started.trainer.issuer.ticket(new, 0).requeued_from == 3
-    assert started.trainer.issuer.ticket(new + 1, 0).index == 0
+    assert started.trainer.tickets.planner.ticket(new, 0).requeued_from == 3
+    assert started.trainer.tickets.planner.ticket(new + 1, 0).index == 0
 
 
 def test_a_purge_deletes_the_letter_once_a_checkpoint_counts_the_number_as_purged(
@@ -143,13 +143,15 @@ def test_a_purge_deletes_the_letter_once_a_checkpoint_counts_the_number_as_purge
 ) -> None:
     started = start(run)
     [letter] = [
-        letter for letter in all_letters(started.bus, started.trainer.run_dir) if letter.number == 3
+        letter
+        for letter in all_letters(started.bus, started.trainer.directory.path)
+        if letter.number == 3
     ]
     started.bus.requests.add("purge", 3, letter.entry_id)
     look_again(started)
-    assert dead_numbers(started.bus, started.trainer.run_dir) == DEAD
+    assert dead_numbers(started.bus, started.trainer.directory.path) == DEAD
     started.to_the_end()
-    assert dead_numbers(started.bus, started.trainer.run_dir) == {10}
+    assert dead_numbers(started.bus, started.trainer.directory.path) == {10}
     assert list(started.bus.requests.waiting()) == []
     assert started.counts() == {"issued": 48, "trained": 46, "dropped": 1, "dead": 1}
 
@@ -157,7 +159,9 @@ def test_a_purge_deletes_the_letter_once_a_checkpoint_counts_the_number_as_purge
 def test_a_trainer_killed_between_a_purge_and_its_checkpoint_does_it_again(run: RunMaker) -> None:
     started = start(run)
     [letter] = [
-        letter for letter in all_letters(started.bus, started.trainer.run_dir) if letter.number == 3
+        letter
+        for letter in all_letters(started.bus, started.trainer.directory.path)
+        if letter.number == 3
     ]
     started.bus.requests.add("purge", 3, letter.entry_id)
     look_again(started)
@@ -165,7 +169,7 @@ def test_a_trainer_killed_between_a_purge_and_its_checkpoint_does_it_again(run: 
     started.turn()
     look_again(started)
     started.to_the_end()
-    assert dead_numbers(started.bus, started.trainer.run_dir) == {10}
+    assert dead_numbers(started.bus, started.trainer.directory.path) == {10}
     assert "duplicated" not in started.counts()
     assert started.counts()["dropped"] == 1
 
@@ -176,7 +180,7 @@ def test_dead_letters_over_the_bound_spill_at_a_checkpoint_and_the_audit_counts_
     started = start(run, delivery__max_dead=1)
     started.until(2)
     started.turn()
-    path = started.trainer.run_dir / "dead.jsonl"
+    path = started.trainer.directory.path / "dead.jsonl"
     assert started.bus.state.dead_numbers() == [10]
     assert spilled_numbers(path) == [3]
     assert started.counts()["dead"] == 2
@@ -186,9 +190,11 @@ def test_a_spilled_letter_is_purged_from_its_file(run: RunMaker) -> None:
     started = start(run, delivery__max_dead=1)
     started.until(2)
     started.turn()
-    path = started.trainer.run_dir / "dead.jsonl"
+    path = started.trainer.directory.path / "dead.jsonl"
     [letter] = [
-        letter for letter in all_letters(started.bus, started.trainer.run_dir) if letter.number == 3
+        letter
+        for letter in all_letters(started.bus, started.trainer.directory.path)
+        if letter.number == 3
     ]
     started.bus.requests.add("purge", 3, letter.entry_id)
     look_again(started)
@@ -209,10 +215,12 @@ def test_a_purge_of_a_run_that_has_ended_is_served_when_it_is_taken_up_again(run
     started = start(run)
     started.to_the_end()
     [letter] = [
-        letter for letter in all_letters(started.bus, started.trainer.run_dir) if letter.number == 3
+        letter
+        for letter in all_letters(started.bus, started.trainer.directory.path)
+        if letter.number == 3
     ]
     started.bus.requests.add("purge", 3, letter.entry_id)
     started.start()
-    started.trainer.close(finished=True)
-    assert dead_numbers(started.bus, started.trainer.run_dir) == {10}
+    started.trainer.close()
+    assert dead_numbers(started.bus, started.trainer.directory.path) == {10}
     assert started.counts()["dropped"] == 1

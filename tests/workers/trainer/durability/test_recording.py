@@ -17,7 +17,7 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.run_files import recording
 from onstream.pipeline.run_files.recording import Opened, Recorded, Stepped, frames
 from onstream.workers.replay.replay import replay
-from tests.workers.trainer.driver import CLOCKS, Run, dead, rollout
+from tests.workers.trainer.driver import CLOCKS, Run, dead, killed, rollout
 
 EQUAL = "the weights after each of them equal the recorded ones, bit for bit; so do the metrics"
 
@@ -29,7 +29,7 @@ def digest(bus: Bus) -> str:
 
 
 def of(job: Run) -> Path:
-    return job.trainer.run_dir / recording.FOLDER
+    return job.trainer.directory.path / recording.FOLDER
 
 
 def steps(job: Run) -> list[int]:
@@ -43,10 +43,16 @@ def opened(job: Run) -> list[int]:
 def assert_replays(job: Run, first: int = 1, last: int = 6) -> None:
     """The replay equals the run, step for step, and in the bytes of its last checkpoint."""
     said: list[str] = []
-    out = job.trainer.run_dir.with_name("twin")
+    out = job.trainer.directory.path.with_name("twin")
     assert (
         replay(
-            job.trainer.run_dir, [], from_step=None, stop_at=None, out=out, worst=0, say=said.append
+            job.trainer.directory.path,
+            [],
+            from_step=None,
+            stop_at=None,
+            out=out,
+            worst=0,
+            say=said.append,
         )
         is Exit.OK
     ), "\n".join(said)
@@ -105,7 +111,7 @@ def test_a_killed_run_has_the_metrics_and_the_stream_of_an_undisturbed_one(
     job.until(5, by_number)
     job.answer(by_number, count=3)
     job.turn()
-    job.trainer.close(finished=False)
+    job.trainer.close()
     job.start()
     job.to_the_end(by_number)
     for one in (twin, job):
@@ -151,9 +157,7 @@ def test_a_kill_between_the_recording_and_the_checkpoint_cuts_it_back(
     job = run(trainer__record=True)
     job.ready()
     job.until(3)
-    monkeypatch.setattr(
-        job.trainer, "_write_files", lambda path: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr(job.trainer.training, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         job.until(4)
     assert steps(job) == [1, 2, 3, 4], "it was made durable for the checkpoint that never came"
@@ -184,7 +188,7 @@ def test_a_fall_back_to_the_checkpoint_before_takes_the_recording_along(
     job = run(trainer__record=True)
     job.ready()
     job.until(5, with_losses)
-    (job.trainer.run_dir / "checkpoints/step-000004/trainer.json").write_bytes(b"torn")
+    (job.trainer.directory.path / "checkpoints/step-000004/trainer.json").write_bytes(b"torn")
     assert job.start().step == 2
     job.trainer.recording.sync()
     assert steps(job) == [1, 2]
@@ -204,7 +208,7 @@ def test_what_comes_again_in_other_words_counts_as_the_run_took_it(
     job.until(3)
     job.answer(count=5)
     job.turn()
-    job.trainer.close(finished=False)
+    job.trainer.close()
     job.lose_redis()
     bus.connection.create_groups()
     job.start()
@@ -323,7 +327,7 @@ def test_checkpoints_kept_for_good_keep_their_optimizer_for_replays(
     job.to_the_end()
     kept = {
         path.name: (path / "optimizer.pt").exists()
-        for path in (job.trainer.run_dir / "checkpoints").glob("step-*")
+        for path in (job.trainer.directory.path / "checkpoints").glob("step-*")
     }
     assert kept == {
         "step-000002": True,

@@ -34,12 +34,12 @@ def shelf(job: Run) -> StoreReader:
     return (
         ChunkReader(job.bus.weights)
         if job.settings().weights.transport == "redis"
-        else DirectoryReader(job.trainer.run_dir)
+        else DirectoryReader(job.trainer.directory.path)
     )
 
 
 def directories(job: Run) -> list[str]:
-    return sorted(path.name for path in (job.trainer.run_dir / "policies").glob("[0-9]*"))
+    return sorted(path.name for path in (job.trainer.directory.path / "policies").glob("[0-9]*"))
 
 
 @pytest.fixture(params=["filesystem", "redis"])
@@ -201,7 +201,7 @@ class Sends:
 @pytest.fixture
 def sends(monkeypatch: pytest.MonkeyPatch) -> Sends:
     sends = Sends()
-    monkeypatch.setattr("onstream.workers.trainer.stage.transfer_of", lambda *_: sends)
+    monkeypatch.setattr("onstream.workers.trainer.start.transfer_of", lambda *_: sends)
     return sends
 
 
@@ -217,7 +217,7 @@ def readable(job: Run) -> bool:
     assert policy is not None
     try:
         return (
-            PolicyFetcher(DirectoryReader(job.trainer.run_dir), deltas=False).fetch(policy).number
+            PolicyFetcher(DirectoryReader(job.trainer.directory.path), deltas=False).fetch(policy).number
             == policy.number
         )
     except WeightsError:

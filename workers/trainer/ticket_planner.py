@@ -15,7 +15,7 @@ from onstream.pipeline.records import StageName, Ticket
 
 
 @dataclass(frozen=True)
-class Issuer:
+class TicketPlanner:
     """Plans tickets for a run of `max_steps` steps of `batch_size` rollouts, in whole groups of
     `group_size`.
 

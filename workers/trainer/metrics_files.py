@@ -1,0 +1,57 @@
+"""`metrics.jsonl` and `samples.jsonl` of a run, as the trainer writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from onstream.pipeline.run_files.json_lines import JsonLines, cut
+from onstream.pipeline.telemetry import get_logger
+from onstream.settings.root import Settings
+from onstream.workers.trainer.batches.batch_builder import TrainableUnit
+from onstream.workers.trainer.batches.sample_rows import sample_rows
+
+log = get_logger()
+
+
+class MetricsFiles:
+    """A row of metrics for each step, and a few samples now and then, from `step` on.
+
+    Rows of later steps are cut off: the trainer before this one wrote them after its last
+    checkpoint, and their steps are taken again.
+    """
+
+    def __init__(self, settings: Settings, step: int) -> None:
+        self._run = settings.run.name
+        self._sample_interval = settings.trainer.sample_interval
+        self._metrics = _opened(settings.run_dir / "metrics.jsonl", step)
+        self._samples = _opened(settings.run_dir / "samples.jsonl", step)
+
+    def write(self, row: dict[str, Any], batch: Sequence[TrainableUnit]) -> None:
+        """Write the metrics of a step, and samples of the `batch` it trained on where it is time.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        step = row["step"]
+        self._metrics.write(row)
+        if step % self._sample_interval == 0 or step == 1:
+            for sample in sample_rows(batch, self._run, step):
+                self._samples.write(sample)
+
+    def sync(self) -> None:
+        """Make what was written durable."""
+        self._metrics.sync()
+        self._samples.sync()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._metrics.close()
+        self._samples.close()
+
+
+def _opened(path: Path, step: int) -> JsonLines:
+    if lines := cut(path, lambda row: bool(row["step"] <= step)):
+        log.info("lines past the checkpoint cut off", file=path.name, lines=lines)
+    return JsonLines(path)

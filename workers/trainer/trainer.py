@@ -1,0 +1,313 @@
+"""The trainer: issues tickets, trains on what comes back, publishes weights, takes checkpoints, and
+gives every number a fate.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from onstream.pipeline.records import PolicyVersion, Ticket, Tombstone
+from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.trainer_lease import Lease
+from onstream.pipeline.stage import Delivery, Stats
+from onstream.pipeline.telemetry import get_logger
+from onstream.settings.plan import Plan
+from onstream.settings.root import Settings
+from onstream.workers.trainer.durability.checkpointing import Checkpointing, TrainerPosition
+from onstream.workers.trainer.durability.operator_requests import OperatorRequestHandler
+from onstream.workers.trainer.durability.recording import Recording
+from onstream.workers.trainer.durability.resume import lost_numbers, unsettled_dead
+from onstream.workers.trainer.durability.run_directory import RunDirectory
+from onstream.workers.trainer.evaluations import Evaluations
+from onstream.workers.trainer.metrics_files import MetricsFiles
+from onstream.workers.trainer.publication.publisher import Publisher
+from onstream.workers.trainer.status import status_text
+from onstream.workers.trainer.step_clock import StepClock
+from onstream.workers.trainer.ticket_issuer import TicketIssuer
+from onstream.workers.trainer.training import Training
+
+log = get_logger()
+
+READ_AHEAD = 256  # records
+
+
+class Trainer:
+    """The trainer of a run that is open, put together by `onstream.workers.trainer.start`.
+
+    What is considered is recorded before a step can depend on it. What is settled is kept in
+    memory; only a durable checkpoint acknowledges it.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        plan: Plan,
+        bus: Bus,
+        lease: Lease,
+        directory: RunDirectory,
+        training: Training,
+        tickets: TicketIssuer,
+        checkpointing: Checkpointing,
+        requests: OperatorRequestHandler,
+        publisher: Publisher,
+        policy: PolicyVersion,
+        recording: Recording,
+        metrics: MetricsFiles,
+        evaluations: Evaluations | None,
+        stats: Stats,
+    ) -> None:
+        self.settings = settings
+        self.plan = plan
+        self.bus = bus
+        self.lease = lease
+        self.directory = directory
+        self.training = training
+        self.tickets = tickets
+        self.checkpointing = checkpointing
+        self.acknowledgements = checkpointing.acknowledgements
+        self.requests = requests
+        self.publisher = publisher
+        self.policy = policy
+        self.recording = recording
+        self.metrics = metrics
+        self.evaluations = evaluations
+        self.stats = stats
+        self.clock = StepClock()
+        self.finished = False
+
+    @property
+    def step(self) -> int:
+        """How many steps are taken."""
+        return self.training.step
+
+    @property
+    def run_ended(self) -> bool:
+        """Whether every step is taken; what is settled may not be durable yet."""
+        return self.step >= self.training.max_steps
+
+    def begin(self) -> None:
+        """Settle and reissue what got lost before this trainer; reopen a run that goes on."""
+        self.recover()
+        # A run that has ended is resumed for its purges alone.
+        self.requests.poll(self.step + 1)
+        if not self.run_ended and self.bus.state.finished():
+            self.bus.lease.reopen(self.lease)
+        self.clock.restart()
+
+    # Work -----------------------------------------------------------------------------------------
+
+    @property
+    def room(self) -> int:
+        """How many more records to read: none while a batch waits, nor while none could come."""
+        expects_more = self.tickets.outstanding > 0 and not self.finished
+        return READ_AHEAD if expects_more and self.training.batch is None else 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a batch waits to be trained."""
+        return self.training.batch is not None and not self.checkpointing.stalled
+
+    def handle(self, new: Sequence[Delivery]) -> None:
+        """Take `new`, take at most one step, issue tickets, and checkpoint where it is due.
+
+        Raises:
+            LeaseLost: another trainer took over.
+            UserError: the disk is full, and stayed so.
+        """
+        if self.bus.lease.may_have_lost_data:
+            log.warning(
+                "redis was restarted, replaced or emptied; looking for what it has lost",
+                step=self.step,
+                issued=self.tickets.issued,
+            )
+            self.recover()
+        self._take(new)
+        self._advance()
+        if self.busy:
+            self._take_step()
+            self._advance()
+        self._write_requested_weights()
+        self.requests.poll(self.step + 1)
+        self._issue_tickets()
+        if self.checkpointing.due(self.step, self.training.max_steps, full=self.bus.lease.full):
+            self._checkpoint()
+        self.checkpointing.acknowledge()
+        self._finish()
+        self._update_stats()
+
+    def close(self) -> None:
+        """Checkpoint what is not durable yet, and close the files.
+
+        Entries stay pending for the next trainer: a drain gives nothing back.
+        """
+        if self.checkpointing.unsaved(self.step):
+            self._checkpoint()
+            self.checkpointing.acknowledge()
+        self.training.close()
+        self.metrics.close()
+        self.recording.close()
+        self.publisher.close()
+        if self.evaluations:
+            self.evaluations.close()
+
+    def _take(self, new: Sequence[Delivery]) -> None:
+        for delivery in new:
+            record = delivery.record
+            if not isinstance(record, Ticket) and self.acknowledgements.take(delivery):
+                self.training.take(record, delivery.taken)
+
+    def _advance(self) -> None:
+        """Consider records up to a complete batch.
+
+        They are recorded here, before the step that depends on them. A kill in between costs
+        nothing: the recording is cut back to what the checkpoint knows.
+        """
+        with self.directory.appending():
+            result = self.training.advance()
+            for timed in result.considered:
+                self.recording.record(timed.record, timed.taken)
+        self.acknowledgements.settle(result.settled)
+
+    def _take_step(self) -> None:
+        """Take one step, publish its weights, settle its rollouts, and write its metrics.
+
+        Published first, and only then in the files: after a kill in between, the checkpoint's
+        successor takes the step again, comes to the same digest, and announces nothing anew.
+        """
+        self.clock.start_step()
+        result = self.training.take_step()
+        self.clock.learned()
+        with self.directory.changing():
+            state = self.training.learner.published_state()
+            self.policy = self.publisher.publish(self.step, state)
+            self.clock.published()
+            self.acknowledgements.settle(result.settled)
+            self.recording.stepped(self.step, self.policy.digest, result.row)
+            row = {**result.row, **self._metrics_of_the_moment()}
+            if self.evaluations:
+                self.evaluations.request(self.step)
+            row |= self.clock.end_step(rollouts=row["rollouts"], tokens=row["tokens"])
+            self.metrics.write(row, result.batch)
+        self._count(row)
+
+    def _metrics_of_the_moment(self) -> dict[str, Any]:
+        results = self.evaluations.new_results() if self.evaluations else {}
+        return {
+            "time": time.time(),
+            "publish_bytes": self.publisher.sent.update_bytes,
+            "delta_share": self.publisher.sent.changed_share,
+            **results,
+        }
+
+    def _count(self, row: dict[str, Any]) -> None:
+        totals = self.checkpointing.totals
+        for name in ("rollouts", "tokens", "step_s"):
+            totals[name] = totals.get(name, 0) + row[name]
+        self.stats.done += int(row["rollouts"])
+        self.stats.dead += int(row["dead"])
+
+    def _write_requested_weights(self) -> None:
+        if self.publisher.file_requested:
+            with self.directory.changing():
+                self.publisher.write_file()
+
+    def _issue_tickets(self) -> None:
+        was_open = self.tickets.opened
+        self.tickets.issue(self.step)
+        if self.tickets.opened and not was_open:
+            self.clock.restart()  # start-up is neither training nor waiting for data
+
+    def _finish(self) -> None:
+        if self.run_ended and not self.finished and self.checkpointing.saved(self.step):
+            self.bus.lease.finish(self.lease)
+            self.finished = True
+
+    # Checkpoints ----------------------------------------------------------------------------------
+
+    def _checkpoint(self) -> None:
+        """Take a checkpoint; where that fails it is tried again later."""
+        started = time.monotonic()
+        with self.directory.changing():
+            # Durable before the checkpoint that names the recording's length.
+            self.metrics.sync()
+            self.recording.sync()
+        position = TrainerPosition(
+            step=self.step,
+            policy=self.policy,
+            issued=self.tickets.issued,
+            dropped=dict(self.training.dropped),
+            recorded=self.recording.position,
+        )
+        if self.checkpointing.save(position, self.training.save):
+            with self.directory.changing():
+                self.requests.checkpoint_is_durable()
+                self.requests.spill_dead_letters(self.settings.delivery.max_dead)
+            log.info("checkpoint", step=self.step, seconds=round(time.monotonic() - started, 3))
+        self.clock.start_waiting()
+
+    # Lost data ------------------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """Compare what Redis has with what it should have, and mend the difference.
+
+        At the start, and whenever Redis may have lost data under a trainer at work: then what the
+        trainer remembers counts, not the checkpoint.
+        """
+        # First of all: what gets lost while this looks is noticed by the next call.
+        self.bus.lease.may_have_lost_data = False
+        self._restore_redis()
+        self._settle_unsettled_dead()
+        self._reissue_lost_numbers()
+        held = self.bus.images.holding_numbers()
+        self.bus.images.release(self.lease, self.acknowledgements.settled_for_good(held))
+        if self.evaluations:
+            self.evaluations.request_again(self.step)
+
+    def _restore_redis(self) -> None:
+        """Give Redis the count of tickets, the plan, the newest policy and the requeued numbers."""
+        self.tickets.restore_count()
+        self.bus.lease.write_plan(self.lease, self.plan.encode())
+        with self.directory.changing():
+            self.publisher.restore(self.policy, self.training.learner.published_state)
+        self.requests.restore_requeued()
+
+    def _settle_unsettled_dead(self) -> None:
+        """Let dead letters count whose tombstones went with a checkpoint that was lost."""
+        known = self.acknowledgements.known()
+        for number in unsettled_dead(self.bus, known, self.directory.path):
+            self.acknowledgements.take_without_entry(number)
+            tombstone = Tombstone(number, "train", "found among the dead letters")
+            self.training.take(tombstone, time.time())
+
+    def _reissue_lost_numbers(self) -> None:
+        known = self.acknowledgements.known()
+        lost = lost_numbers(self.bus, known, self.tickets.issued, self.directory.path)
+        if lost:
+            log.error(
+                "rollouts got lost with redis's data; issuing them again",
+                count=len(lost),
+                numbers=lost.ranges()[:20],
+            )
+        self.tickets.reissue(lost, self.step)
+
+    # Status ---------------------------------------------------------------------------------------
+
+    def _update_stats(self) -> None:
+        """Put into the heartbeat what the trainer does or waits for."""
+        self.stats.detail = status_text(
+            self.training,
+            finished=self.finished,
+            waits_for=self.tickets.waits_for,
+            stalled=self.checkpointing.stalled,
+            batch_size=self.settings.orchestrator.batch_size,
+        )
+        # A new dictionary each time: the heartbeat's thread reads it while this one goes on.
+        self.stats.numbers = {
+            "step": self.step,
+            "issued": self.tickets.issued,
+            "outstanding": self.tickets.outstanding,
+            "unacked_bytes": self.acknowledgements.unacked_bytes,
+        }
