@@ -1,5 +1,6 @@
-"""Feeds a recorded stream to the trainer's own training: the same batches, steps and
-weights, with nobody else at work.
+"""Feeds a recorded stream to the trainer's own training, with nobody else at work.
+
+The same records in the same order make the same batches, steps and weights.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from onstream.workers.trainer.training import Training, learner_at
 
 @dataclass(frozen=True)
 class ReplayedStep:
-    """A step of the replay, and what the recording says of it; `recorded` is None for a step that
-    the recorded run did not take there.
+    """A step of the replay, and what the recording says of it.
+
+    `recorded` is None for a step that the recorded run did not take there.
     """
 
     policy: PolicyVersion
@@ -41,33 +43,35 @@ class ReplayedStep:
     per_sample: PerSampleLosses
 
     @property
-    def step(self) -> int:
+    def number(self) -> int:
         """The step's number."""
         return self.policy.number
 
     @property
     def same_weights(self) -> bool:
         """Whether the recorded run came to these weights, bit for bit, in this step."""
-        return self.recorded is not None and (self.recorded.step, self.recorded.digest) == (
-            self.policy.number,
-            self.policy.digest,
-        )
+        if self.recorded is None:
+            return False
+        recorded = (self.recorded.step, self.recorded.digest)
+        return recorded == (self.policy.number, self.policy.digest)
 
     @property
     def other_metrics(self) -> list[str]:
         """Names of the metrics that differ from the recorded ones."""
         recorded = self.recorded.metrics if self.recorded else {}
-        return [
-            name for name in {**recorded, **self.row} if recorded.get(name) != self.row.get(name)
-        ]
+        names = {**recorded, **self.row}
+        return [name for name in names if recorded.get(name) != self.row.get(name)]
 
 
 class Player:
-    """Replays from `beginning` into `settings.run_dir`.
+    """Replays from `start` into `settings.run_dir`.
 
-    `settings_under` gives the settings that hold when a trainer takes the run up as recorded;
-    `told` hears of conditions that are not the recorded ones; `images` gives the bytes of images by
-    digest.
+    `missed` is the first step that the recorded run took where none was due here.
+
+    Args:
+        settings_at: the settings under which a trainer went on, from what it recorded.
+        say: hears of conditions that are not the recorded ones.
+        images: gives the bytes of images by digest.
 
     Raises:
         UserError: the student cannot be loaded.
@@ -75,37 +79,35 @@ class Player:
 
     def __init__(
         self,
-        beginning: ReplayStart,
-        settings_under: Callable[[Opened], Settings],
-        told: Callable[[str], None],
+        start: ReplayStart,
+        settings_at: Callable[[Opened], Settings],
+        say: Callable[[str], None],
         images: FetchImages = no_images,
     ) -> None:
-        self._settings_under = settings_under
-        self._told = told
-        self.settings = settings_under(beginning.opened)
-        found = beginning.found
-        self._under_conditions(beginning.opened)
+        self._settings_at = settings_at
+        self._say = say
+        self.settings = settings_at(start.opened)
+        self._set_conditions(start.opened)
         self.run_dir = self.settings.run_dir
-        self.settled = settled_in(found)
-        learner = learner_at(self.settings, found)
-        dropped = found.state.dropped if found else {}
+        self.settled = settled_in(start.found)
         self.missed: int | None = None
-        """The first step that the recorded run took where none was due here."""
+        learner = learner_at(self.settings, start.found)
         self.training = Training(
             self.settings,
             learner,
             worker="replay",
-            step=beginning.step,
-            dropped=dropped,
+            step=start.step,
+            dropped=start.found.state.dropped if start.found else None,
             images=images,
         )
-        self._files = student_files(self.run_dir, learner)
+        self._student_files = student_files(self.run_dir, learner)
         self.policy = self._publish()
-        if not beginning.position and self.policy.digest != beginning.opened.digest:
-            told(
-                "the weights that the recorded run started from are not those that this replay starts from"
+        if not start.position and self.policy.digest != start.opened.digest:
+            say(
+                "the weights that the recorded run started from "
+                "are not those that this replay starts from"
             )
-        for record in beginning.held:
+        for record in start.held:
             self._take(record)
 
     def play(self, frames: Iterable[Frame], *, stop_at: int | None) -> Iterator[ReplayedStep]:
@@ -118,7 +120,7 @@ class Player:
                 continue
             self._advance()
             if isinstance(frame, Opened):
-                self._open(frame)
+                self._resume(frame)
             else:
                 yield from self._steps(frame)
 
@@ -135,46 +137,43 @@ class Player:
             totals={},
             dropped=dict(self.training.dropped),
         )
-        return checkpoint.save(
-            self.run_dir / checkpoint.FOLDER, state, self.training.save, fence=nullcontext
-        ).path
-
-    def _advance(self) -> None:
-        self.settled.add(self.training.advance().settled)
+        directory = self.run_dir / checkpoint.FOLDER
+        return checkpoint.save(directory, state, self.training.save, fence=nullcontext).path
 
     def _take(self, recorded: Recorded) -> None:
         record = decode_work(recorded.payload)
-        if (
-            not isinstance(record, Ticket) and recorded.number not in self.settled
-        ):  # another batch size may have settled it before
+        # With another batch size it may have settled before.
+        if not isinstance(record, Ticket) and recorded.number not in self.settled:
             self.training.take(record, recorded.taken)
 
-    def _open(self, opened: Opened) -> None:
-        """Do as the trainer that took the run up there: under its settings, and knowing only what
-        had settled.
-        """
+    def _advance(self) -> None:
+        """Consider what was recorded up to here: the recorded trainer had considered all of it."""
+        self.settled.add(self.training.advance().settled)
+
+    def _resume(self, opened: Opened) -> None:
+        """Go on as the trainer that resumed the run there: it knew only what had settled."""
         self.training.forget()
-        self.settings = self._settings_under(opened)
+        self.settings = self._settings_at(opened)
         self.training.learner.trainer = self.settings.trainer
         self.training.max_steps = self.settings.trainer.max_steps
-        self._under_conditions(opened)
+        self._set_conditions(opened)
 
-    def _under_conditions(self, opened: Opened) -> None:
-        torch.set_num_threads(
-            self.settings.deployment.threads
-            or opened.conditions.get("threads")
-            or torch.get_num_threads()
-        )
+    def _set_conditions(self, opened: Opened) -> None:
+        """Compute with as many threads as recorded, and say what else is not as recorded."""
+        threads = self.settings.deployment.threads or opened.conditions.get("threads")
+        torch.set_num_threads(threads or torch.get_num_threads())
         here = conditions(self.settings)
         for name, recorded in opened.conditions.items():
             if here.get(name) != recorded:
-                self._told(
-                    f"{name} was {recorded} when step {opened.step + 1} was recorded, and is {here.get(name)} here"
+                self._say(
+                    f"{name} was {recorded} when step {opened.step + 1} was recorded, "
+                    f"and is {here.get(name)} here"
                 )
 
     def _steps(self, recorded: Stepped) -> Iterator[ReplayedStep]:
-        """The step that is due where the recorded run took one; with another batch size it may be
-        none, or several.
+        """The step that is due where the recorded run took one.
+
+        With another batch size there may be none, or several.
         """
         while self.training.batch is not None:
             yield self._step(recorded if self.training.step + 1 == recorded.step else None)
@@ -184,16 +183,15 @@ class Player:
 
     def _step(self, recorded: Stepped | None) -> ReplayedStep:
         per_sample = PerSampleLosses()
-        taken = self.training.take_step(per_sample)
-        self.settled.add(taken.settled)
+        result = self.training.take_step(per_sample)
+        self.settled.add(result.settled)
         self.policy = self._publish()
-        return ReplayedStep(self.policy, _as_read(taken.row), recorded, taken.batch, per_sample)
+        return ReplayedStep(self.policy, _as_read(result.row), recorded, result.batch, per_sample)
 
     def _publish(self) -> PolicyVersion:
         step = self.training.step
-        policy = weights.publish(
-            self.run_dir, step, self.training.learner.published_state(), self._files
-        )
+        state = self.training.learner.published_state()
+        policy = weights.publish(self.run_dir, step, state, self._student_files)
         weights.prune(self.run_dir, self.settings.checkpoint.keep_policies, pinned={step})
         return policy
 

@@ -1,6 +1,4 @@
-"""Where a replay begins and what it is fed: the recording of a run, and the checkpoint it starts
-from.
-"""
+"""A run that was recorded: its recording, its checkpoints, and where a replay can start."""
 
 from __future__ import annotations
 
@@ -19,11 +17,11 @@ from onstream.workers.trainer.durability.settled_numbers import SettledNumbers
 
 @dataclass(frozen=True)
 class ReplayStart:
-    """Where a replay begins: after `position` bytes of the recording, with the weights of `found`
-    (None: the run's start).
+    """Where a replay starts.
 
-    `held` are the records that the trainer had considered by then and not settled. `opened` says
-    under which settings and conditions the next step was taken.
+    It goes on after `position` bytes of the recording, with the weights of the checkpoint `found`
+    (None: the run's start). `held` are the records that the trainer had considered by then and not
+    settled. `opened` says under which settings and conditions the next step was taken.
     """
 
     found: Checkpoint | None
@@ -38,10 +36,10 @@ class ReplayStart:
 
 
 class RecordedRun:
-    """The recording of the run in `run_dir`.
+    """The run in `run_dir`, with its recording.
 
     Raises:
-        UserError: there is none.
+        UserError: it has none.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -51,38 +49,27 @@ class RecordedRun:
             raise UserError(
                 f"{run_dir} has no {recording.FOLDER}/",
                 expected="a run that was recorded",
-                next_step="Start it with trainer.record = true. A run that exists is recorded from its checkpoint on.",
+                next_step="Start it with trainer.record = true. "
+                "A run that exists is recorded from its checkpoint on.",
             )
-        start = self._start = start_of(self.directory)
-        self._checkpoints = [
-            found
-            for found in checkpoint.complete(run_dir / checkpoint.FOLDER)
-            if found.state.recorded is not None
-            and (start is None or found.state.sequence > start.sequence)
-        ]
-        self.durable = max((found.state.recorded or 0 for found in self._checkpoints), default=0)
+        self._start = start_of(self.directory)
+        self._checkpoints = self._checkpoints_of_the_recording()
+        lengths = (found.state.recorded or 0 for found in self._checkpoints)
+        self.durable_bytes = max(lengths, default=0)
 
     @property
     def settings_file(self) -> Path:
         """The settings that the recording was begun with."""
         return self.directory / SETTINGS
 
-    def beginning(self, before: int | None) -> ReplayStart:
-        """The place of the newest checkpoint whose next steps lead to the step `before`; where the
-        recording begins, for None.
+    def start(self, before: int | None) -> ReplayStart:
+        """The newest checkpoint before the step `before`; the recording's begin for None.
 
         Raises:
             RecordingError: the recording is damaged before that place.
-            UserError: the checkpoint is.
+            UserError: the checkpoint is damaged.
         """
-        found = next(
-            (
-                found
-                for found in self._checkpoints
-                if before is not None and found.state.step < before
-            ),
-            None,
-        )
+        found = self._newest_before(before)
         position = (found.state.recorded or 0) if found else 0
         if found is None and self._start is not None:
             found = Checkpoint(self.directory / START, self._start)
@@ -95,25 +82,45 @@ class RecordedRun:
         held, opened = self._held_at(position, found)
         return ReplayStart(found, position, held, opened)
 
-    def frames(self, beginning: ReplayStart) -> Iterator[Frame]:
-        """What follows `beginning`.
+    def frames(self, start: ReplayStart) -> Iterator[Frame]:
+        """What was recorded after `start`.
 
         Raises:
             RecordingError: the recording is damaged.
         """
-        return recording.frames(self.directory, beginning.position, durable=self.durable)
+        return recording.frames(self.directory, start.position, durable=self.durable_bytes)
 
     def checkpoint_of(self, step: int) -> Path | None:
         """The checkpoint that the recorded run has of `step`, if any."""
         return next((found.path for found in self._checkpoints if found.state.step == step), None)
 
+    def _checkpoints_of_the_recording(self) -> list[Checkpoint]:
+        """Checkpoints that name a length of this recording, the newest first.
+
+        Not those older than its start: they may name a length of a former recording.
+        """
+        first = self._start.sequence if self._start else 0
+        return [
+            found
+            for found in checkpoint.complete(self.run_dir / checkpoint.FOLDER)
+            if found.state.recorded is not None and found.state.sequence > first
+        ]
+
+    def _newest_before(self, before: int | None) -> Checkpoint | None:
+        if before is None:
+            return None
+        return next((found for found in self._checkpoints if found.state.step < before), None)
+
     def _held_at(self, position: int, found: Checkpoint | None) -> tuple[list[Recorded], Opened]:
+        """What the trainer held after `position` bytes: considered, and not settled by `found`."""
         settled = settled_in(found)
         held: list[Recorded] = []
         opened = None
-        for frame in recording.frames(self.directory, end=position or None, durable=self.durable):
+        for frame in recording.frames(
+            self.directory, end=position or None, durable=self.durable_bytes
+        ):
             if isinstance(frame, Opened):
-                held = []
+                held = []  # a trainer that resumes forgets what has not settled: it comes again
                 opened = frame
                 if not position:
                     break

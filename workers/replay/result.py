@@ -1,4 +1,4 @@
-"""Whether a replay came to what was recorded."""
+"""Whether a replay comes to what was recorded."""
 
 from __future__ import annotations
 
@@ -15,47 +15,48 @@ if TYPE_CHECKING:
 
 
 class ReplayResult:
-    """Counts the steps of a replay, `changed` of whose settings are not as recorded: then a
-    difference is no fault.
+    """What a replay came to, step by step, beside the recorded run.
 
-    `first` is the first step whose weights differ; `missed` the first that the recorded run took
-    where none was due here.
+    `changed` are the settings that the replay changes: with any of them, a difference is no fault.
+    `first_other_weights` is the first step whose weights differ, `first_other_metrics` the first
+    whose metrics do, with their names. `missed` is the first recorded step that was not due here.
     """
 
     def __init__(self, changed: Mapping[str, Any]) -> None:
         self.changed = changed
         self.steps: list[int] = []
-        self.first: int | None = None
+        self.first_other_weights: int | None = None
+        self.first_other_metrics: tuple[int, list[str]] | None = None
         self.missed: int | None = None
-        self.first_metrics: tuple[int, list[str]] | None = None
         self.other_files: list[str] | None = None
         self._checkpoint = ""
 
-    def add(self, played: ReplayedStep) -> None:
-        """Judge a step."""
-        self.steps.append(played.step)
-        if not played.same_weights and self.first is None:
-            self.first = played.step
-        if played.other_metrics and self.first_metrics is None:
-            self.first_metrics = played.step, played.other_metrics
+    def add(self, step: ReplayedStep) -> None:
+        """Compare a step with the recorded one."""
+        self.steps.append(step.number)
+        if not step.same_weights and self.first_other_weights is None:
+            self.first_other_weights = step.number
+        if step.other_metrics and self.first_other_metrics is None:
+            self.first_other_metrics = step.number, step.other_metrics
 
     def compare_checkpoints(self, ours: Path, theirs: Path) -> None:
-        """Compare the weights and the optimizer's state in two checkpoints of the last step, by the
-        digests in their manifests.
+        """Compare two checkpoints of the last step, by the digests in their manifests.
+
+        Only the weights and the optimizer's state count.
         """
-        mine, recorded = (_digests(path) for path in (ours, theirs))
+        mine = _digests(ours)
+        recorded = _digests(theirs)
         self._checkpoint = theirs.name
-        self.other_files = sorted(
-            name for name in {*mine, *recorded} if mine.get(name) != recorded.get(name)
-        )
+        names = sorted({*mine, *recorded})
+        self.other_files = [name for name in names if mine.get(name) != recorded.get(name)]
 
     @property
     def equal(self) -> bool:
         """Whether all is as recorded so far."""
         return (
-            self.first is None
+            self.first_other_weights is None
+            and self.first_other_metrics is None
             and self.missed is None
-            and self.first_metrics is None
             and not self.other_files
         )
 
@@ -65,36 +66,42 @@ class ReplayResult:
         return self.equal or bool(self.changed)
 
     def lines(self) -> list[str]:
-        """The verdict in words."""
+        """The result in words; nothing where no step was replayed."""
         if not self.steps:
             return []
-        what = f"steps {self.steps[0]} to {self.steps[-1]}"
-        lines = [f"{what}: {self._weights()}; {self._metrics()}"]
+        steps = f"steps {self.steps[0]} to {self.steps[-1]}"
+        lines = [f"{steps}: {self._weights_text()}; {self._metrics_text()}"]
         if self.missed is not None:
             lines.append(
-                f"step {self.missed} was recorded at a place of the stream where no batch was complete here"
+                f"step {self.missed} was recorded at a place of the stream "
+                "where no batch was complete here"
             )
         if self.other_files is not None:
-            differ = (
-                f"differs in {', '.join(self.other_files)}"
-                if self.other_files
-                else "has the same weights and optimizer state, byte for byte"
+            lines.append(
+                f"the recorded run's checkpoint {self._checkpoint} {self._checkpoint_text()}"
             )
-            lines.append(f"the recorded run's checkpoint {self._checkpoint} {differ}")
         if self.changed and not self.equal:
             lines.append(f"differs by intent: {', '.join(self.changed)}")
         return lines
 
-    def _weights(self) -> str:
-        if self.first is None:
+    def _weights_text(self) -> str:
+        if self.first_other_weights is None:
             return "the weights after each of them equal the recorded ones, bit for bit"
-        return f"the weights differ from the recorded ones, first after step {self.first}"
+        first = self.first_other_weights
+        return f"the weights differ from the recorded ones, first after step {first}"
 
-    def _metrics(self) -> str:
-        if self.first_metrics is None:
-            return "so do the metrics" if self.first is None else "the metrics are the same"
-        step, names = self.first_metrics
-        return f"metrics differ, first in step {step}: {', '.join(names)}"
+    def _metrics_text(self) -> str:
+        if self.first_other_metrics is not None:
+            step, names = self.first_other_metrics
+            return f"metrics differ, first in step {step}: {', '.join(names)}"
+        return (
+            "so do the metrics" if self.first_other_weights is None else "the metrics are the same"
+        )
+
+    def _checkpoint_text(self) -> str:
+        if self.other_files:
+            return f"differs in {', '.join(self.other_files)}"
+        return "has the same weights and optimizer state, byte for byte"
 
 
 def _digests(checkpoint: Path) -> dict[str, str]:

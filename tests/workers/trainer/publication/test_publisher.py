@@ -217,7 +217,9 @@ def readable(job: Run) -> bool:
     assert policy is not None
     try:
         return (
-            PolicyFetcher(DirectoryReader(job.trainer.directory.path), deltas=False).fetch(policy).number
+            PolicyFetcher(DirectoryReader(job.trainer.directory.path), deltas=False)
+            .fetch(policy)
+            .number
             == policy.number
         )
     except WeightsError:
