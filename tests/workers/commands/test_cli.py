@@ -37,6 +37,11 @@ def onstream(
     )
 
 
+def overrides(*values: str) -> list[str]:
+    """`--set` before each of `values`."""
+    return [word for value in values for word in ("--set", value)]
+
+
 def imported_by(*arguments: str) -> set[str]:
     """The top-level modules that are loaded once the command has run."""
     code = (
@@ -92,9 +97,8 @@ def test_check_accepts_each_snippet_of_the_seed_page(snippet: Path) -> None:
 def test_check_prints_where_a_value_came_from_and_hides_secrets(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('[redis]\nurl = "redis://:hunter2@host:6379/0"\n')
-    done = onstream(
-        "check", str(file), "--set", "run.name=mine", environ={"ONSTREAM_TRAINER__MAX_STEPS": "7"}
-    )
+    environ = {"ONSTREAM_TRAINER__MAX_STEPS": "7"}
+    done = onstream("check", str(file), *overrides("run.name=mine"), environ=environ)
     assert done.returncode == 0
     assert 'run.name = "mine"  --set run.name' in done.stdout
     assert "trainer.max_steps = 7  ONSTREAM_TRAINER__MAX_STEPS" in done.stdout
@@ -108,23 +112,13 @@ def test_check_all_prints_settings_at_their_defaults_too() -> None:
 
 
 def test_check_tells_every_problem_and_exits_2() -> None:
-    done = onstream(
-        "check",
-        "--set",
-        "trainer.loss.teacher_tua=1",
-        "--set",
-        "trainer.max_steps=-1",
-        "--set",
-        "orchestrator.batch_size=100",
-    )
+    wrong = ("trainer.loss.teacher_tua=1", "trainer.max_steps=-1", "orchestrator.batch_size=100")
+    done = onstream("check", *overrides(*wrong))
     assert done.returncode == 2
     assert "3 problems" in done.stdout
-    for part in (
-        "Did you mean trainer.loss.teacher_tau?",
-        "trainer.max_steps = -1",
-        "Set orchestrator.batch_size = 96.",
-    ):
-        assert part in done.stdout
+    assert "Did you mean trainer.loss.teacher_tau?" in done.stdout
+    assert "trainer.max_steps = -1" in done.stdout
+    assert "Set orchestrator.batch_size = 96." in done.stdout
 
 
 def test_check_warns_of_a_teacher_that_trains_nothing() -> None:
@@ -137,9 +131,10 @@ def test_check_warns_of_a_teacher_that_trains_nothing() -> None:
 def test_wrong_settings_end_every_command_with_one_message_a_line_and_exit_2(
     command: list[str],
 ) -> None:
-    done = onstream(*command, "--set", "trainer.max_steps=-1", "--set", "nonsense.x=1")
+    done = onstream(*command, *overrides("trainer.max_steps=-1", "nonsense.x=1"))
     assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 2 and "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 2
+    assert "Traceback" not in done.stderr
 
 
 def test_an_unknown_worker_is_refused_with_the_known_ones() -> None:
@@ -151,27 +146,20 @@ def test_an_unknown_worker_is_refused_with_the_known_ones() -> None:
 def test_a_command_on_a_run_that_does_not_exist_says_so() -> None:
     done = onstream("audit", "no-such-run")
     assert done.returncode == 2
-    assert (
-        "no file no-such-run; expected a TOML file, or the directory or name of a run"
-        in done.stderr
-    )
+    expected = "expected a TOML file, or the directory or name of a run"
+    assert f"no file no-such-run; {expected}" in done.stderr
 
 
 def test_a_worker_without_a_redis_says_what_to_set(tmp_path: Path) -> None:
     done = onstream("worker", "verifier", "--set", f"run.dir={tmp_path}")
     assert done.returncode == 2
-    assert "redis.url is unset" in done.stderr and "ONSTREAM_REDIS__URL" in done.stderr
+    assert "redis.url is unset" in done.stderr
+    assert "ONSTREAM_REDIS__URL" in done.stderr
 
 
 def test_a_worker_whose_redis_is_down_exits_5() -> None:
-    done = onstream(
-        "worker",
-        "verifier",
-        "--set",
-        "redis.url=unix:///nowhere.sock",
-        "--set",
-        "redis.connect_timeout=0.1",
-    )
+    nowhere = overrides("redis.url=unix:///nowhere.sock", "redis.connect_timeout=0.1")
+    done = onstream("worker", "verifier", *nowhere)
     assert done.returncode == 5
     assert "no answer from Redis at unix:///nowhere.sock" in done.stderr
 
