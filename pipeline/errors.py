@@ -3,14 +3,6 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Final
-
-import msgspec
-
-UNDECODABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""For `except`: what msgspec raises at bytes that are not what they should be. Beside its own error,
-that of a text which is not UTF-8, and that of endless nesting.
-"""
 
 
 class Exit(IntEnum):
@@ -21,9 +13,7 @@ class Exit(IntEnum):
     USAGE = 2  # wrong settings or arguments; restarting does not help
     REFUSED = 3  # the run's plan, lease or data forbid this worker; restarting does not help
     STUCK = 4  # a handler outlived its bound; a supervisor restarts it
-    UNREACHABLE = (
-        5  # Redis or another service did not answer within its bound; a supervisor restarts it
-    )
+    UNREACHABLE = 5  # Redis or another service did not answer in time; a supervisor restarts it
 
 
 class UserError(Exception):

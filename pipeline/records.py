@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from onstream.pipeline.errors import UNDECODABLE
+from onstream.settings.decoding import UNDECODABLE
 from onstream.settings.stages import StageName as StageName
 
 FinishReason = Literal["stop", "length"]

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from onstream.pipeline.errors import UNDECODABLE, Exit, UserError
+from onstream.pipeline.errors import Exit, UserError
+from onstream.settings.decoding import UNDECODABLE
 from onstream.settings.devices import device_of
 from onstream.settings.engines import teacher_engine
 from onstream.settings.fields import Setting, known

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit, urlunsplit
 import httpx
 import msgspec
 
-from onstream.pipeline.errors import UNDECODABLE
 from onstream.pipeline.http.errors import BadReply, EndpointFault, RequestRefused
+from onstream.settings.decoding import UNDECODABLE
 from onstream.settings.sections.client import EndpointSettings
 
 NOT_THE_REQUESTS_FAULT = {401, 402, 403, 404, 405, 407, 408, 409, 421, 423, 425, 426, 429, 451}

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from onstream.pipeline.errors import UNDECODABLE
+from onstream.settings.decoding import UNDECODABLE
 
 
 class JsonLines:

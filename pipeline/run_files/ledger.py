@@ -16,7 +16,7 @@ from typing import Literal
 
 import msgspec
 
-from onstream.pipeline.errors import UNDECODABLE
+from onstream.settings.decoding import UNDECODABLE
 
 Fate = Literal["trained", "dead", "stale", "not_verified", "group_dead", "purged"]
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import msgspec
 
-from onstream.pipeline.errors import UNDECODABLE, UserError
+from onstream.pipeline.errors import UserError
 from onstream.pipeline.tasks.base import FiniteTask, Problem
 from onstream.pipeline.tasks.rows import RowError, RowReader, finite_task, shown
+from onstream.settings.decoding import UNDECODABLE
 from onstream.settings.root import Settings
 
 

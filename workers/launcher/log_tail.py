@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from onstream.pipeline.errors import UNDECODABLE
+from onstream.settings.decoding import UNDECODABLE
 
 KNOWN_ALREADY = ("timestamp", "level", "run", "stage", "worker", "event")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from onstream.pipeline.errors import UNDECODABLE
+from onstream.settings.decoding import UNDECODABLE
 
 Row = Mapping[str, Any]
 LAST_STEPS = 10

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from onstream.pipeline.errors import UNDECODABLE
+from onstream.settings.decoding import UNDECODABLE
 from onstream.settings.root import Settings
 from onstream.settings.sections.orchestrator import OrchestratorSettings
 from onstream.workers.verifier.fork_server_client import ForkServerClient

@@ -165,7 +165,7 @@ def test_a_worker_whose_redis_is_down_exits_5() -> None:
 
 
 def test_models_make_offers_every_family() -> None:
-    from onstream.workers.tiny_models.vlm_families import Family  # brings torch
+    from onstream.workers.tiny_models.vlm_families import VlmFamily  # brings torch
 
     [option] = [option for option in make.params if option.name == "family"]
-    assert set(option.type.to_info_dict()["choices"]) == set(get_args(Family))
+    assert set(option.type.to_info_dict()["choices"]) == set(get_args(VlmFamily))

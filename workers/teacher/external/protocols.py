@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
-from onstream.pipeline.errors import UNDECODABLE
 from onstream.pipeline.http import BadReply, RequestRefused
+from onstream.settings.decoding import UNDECODABLE
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
 
 TOKEN_ID = "token_id:"

@@ -7,9 +7,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from onstream.pipeline.errors import UNDECODABLE, UserError
+from onstream.pipeline.errors import UserError
 from onstream.pipeline.http import Endpoint, EndpointError, EndpointFault, RequestRefused, decoded
 from onstream.pipeline.telemetry import get_logger
+from onstream.settings.decoding import UNDECODABLE
 from onstream.workers.teacher.compatibility import TURNS, ModelInfo
 from onstream.workers.teacher.external.student_info import TEXT, prompt_ids
 

@@ -20,11 +20,11 @@ from pathlib import Path
 import msgspec
 from safetensors import SafetensorError
 
-from onstream.pipeline.errors import UNDECODABLE
 from onstream.pipeline.records import PolicyVersion
 from onstream.pipeline.run_files.durable import digest_of, sync
 from onstream.pipeline.run_files.ledger import Fate
 from onstream.pipeline.telemetry import get_logger
+from onstream.settings.decoding import UNDECODABLE
 
 FOLDER = "checkpoints"
 STATE = "trainer.json"
