@@ -5,7 +5,7 @@ PYTHON ?= python3
 export PYTHON
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
 FAST := tests/settings tests/deploy tests/pipeline --ignore tests/pipeline/weights tests/workers/trainer/maths \
-  tests/workers/trainer/batches $(wildcard tests/test_layers.py) tests/test_docs.py tests/test_readme.py
+  tests/workers/trainer/batches tests/test_layers.py tests/test_docs.py tests/test_readme.py
 TORCHVISION := torchvision==0.28.0
 
 .PHONY: help up lint test-fast test test-workers test-units test-runs test-modes test-vllm test-compose chaos bench bench-vllm models docs lock clean
