@@ -90,5 +90,13 @@ def test_the_wheel_holds_every_module_script_and_type_marker_and_nothing_else(
     assert "onstream/py.typed" in built.wheel
 
 
+def test_all_package_data_that_is_listed_exists(built: Built) -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = [pattern for listed in setuptools["package-data"].values() for pattern in listed]
+    assert {"py.typed", "*.lua"} <= set(patterns)
+    for pattern in patterns:
+        assert any(Path(name).match(pattern) for name in built.package_files()), pattern
+
+
 def test_a_wheel_of_the_source_distribution_holds_the_same(built: Built) -> None:
     assert built.wheel_of_sdist == built.wheel
