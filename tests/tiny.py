@@ -22,16 +22,16 @@ from onstream.pipeline.models.packing import Ids
 Family = Literal["qwen3", "llama"]
 VOCABULARY = 48
 
-torch.set_num_threads(
-    1
-)  # for matrices this small a second thread only waits, on a busy machine for seconds
+# For matrices this small a second thread only waits; on a busy machine for seconds.
+torch.set_num_threads(1)
 
 
 def tiny_model(
     family: Family = "qwen3", *, seed: int = 0, spread: float = 0.3, **config: object
 ) -> PreTrainedModel:
-    """A float32 model with grouped-query attention; `spread` is wide enough that attention matters
-    to its logprobs.
+    """A float32 model with grouped-query attention.
+
+    With the default `spread` of its weights, attention matters to the logprobs.
     """
     shape = dict(
         vocab_size=VOCABULARY,
@@ -51,11 +51,10 @@ def tiny_model(
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = (
-            Qwen3ForCausalLM(Qwen3Config(**shape))
-            if family == "qwen3"
-            else LlamaForCausalLM(LlamaConfig(**shape))
-        )
+        if family == "qwen3":
+            model = Qwen3ForCausalLM(Qwen3Config(**shape))
+        else:
+            model = LlamaForCausalLM(LlamaConfig(**shape))
     return model.eval()
 
 
@@ -95,8 +94,9 @@ def sequences(
     completion: tuple[int, int] = (1, 7),
     seed: int = 0,
 ) -> tuple[list[Ids], list[Ids]]:
-    """Random prompts, each repeated for its group, and completions; lengths within the bounds, both
-    included.
+    """Random prompts, each repeated for its group, and completions.
+
+    Their lengths are within the bounds, both included.
     """
     random = np.random.default_rng(seed)
     prompts = []
@@ -104,8 +104,7 @@ def sequences(
     for _ in range(groups):
         ids = random.integers(0, VOCABULARY, random.integers(prompt[0], prompt[1] + 1))
         prompts += [ids] * group_size
-        completions += [
-            random.integers(0, VOCABULARY, random.integers(completion[0], completion[1] + 1))
-            for _ in range(group_size)
-        ]
+        for _ in range(group_size):
+            length = random.integers(completion[0], completion[1] + 1)
+            completions.append(random.integers(0, VOCABULARY, length))
     return prompts, completions

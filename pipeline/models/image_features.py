@@ -16,8 +16,10 @@ from onstream.pipeline.records import Ids
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """One image as a model reads it: `token_ids` [I] stand for it in the prompt, `tensors` go to
-    the model's vision tower (`pixel_values`, `image_grid_thw`, …).
+    """One image as a model reads it.
+
+    `token_ids` [I] stand for it in the prompt. `tensors` go to the model's vision tower
+    (`pixel_values`, `image_grid_thw`, …).
     """
 
     token_ids: Ids

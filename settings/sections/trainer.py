@@ -34,8 +34,9 @@ class OptimSettings(Section):
 
 
 class LoraSettings(Section):
-    """Train a low-rank adapter instead of the weights. Present: it is used; needs `pip install
-    'onstream[lora]'`.
+    """Train a low-rank adapter instead of the weights.
+
+    It is used where the section is present, and needs `pip install 'onstream[lora]'`.
     """
 
     rank: Annotated[int, RUN, Unit("dimensions"), Field(ge=1, le=4096)] = 16

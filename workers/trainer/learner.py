@@ -36,9 +36,9 @@ __all__ = ["Learner", "TrainSample"]
 
 
 class Learner:
-    """The student with its optimizer: float32 master weights, computed with in `dtype`. With
-    `trainer.lora` only an adapter is trained.
+    """The student with its optimizer: float32 master weights, computed with in `dtype`.
 
+    With `trainer.lora` only an adapter is trained.
     The model stays in evaluation mode: dropout would make its logprobs differ from the generator's.
     `padded_because` is None where shared prompts are computed once, else the reason why the model's
     code cannot do it. Token ids are below `vocabulary`.

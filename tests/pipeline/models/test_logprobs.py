@@ -20,9 +20,7 @@ from tests.widest import Widest
 
 
 def one_by_one(model: PreTrainedModel, prompts: list[Ids], completions: list[Ids]) -> list[Tensor]:
-    """Logprobs of each completion's tokens, each sequence alone in its row, from the model's own
-    forward.
-    """
+    """Logprobs of each completion's tokens, from the model's own forward, one sequence a row."""
     logprobs = []
     for prompt, completion in zip(prompts, completions, strict=True):
         ids = torch.from_numpy(np.concatenate((prompt, completion)))[None]

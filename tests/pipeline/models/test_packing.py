@@ -27,8 +27,10 @@ def visible(packed: SharedPrefixRow) -> np.ndarray:
 
 
 def expected_visible(packed: SharedPrefixRow) -> np.ndarray:
-    """The same, said directly: a prompt token sees the prompt up to itself, a completion's token
-    also the completion up to itself.
+    """The same, written out.
+
+    A prompt token sees the prompt up to itself, a completion's token also the completion up to
+    itself.
     """
     seen = np.zeros((len(packed.input_ids),) * 2, dtype=bool)
     at = 0

@@ -51,22 +51,22 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("student"))
 
 
-def judge(
-    teacher: Learner,
+def logprobs_by(
+    policy: Learner,
     prompts: list[Any],
     completions: list[Any],
-    top_k: int,
+    top_k: int = 0,
     temperature: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """What a teacher, or the generator, says of each completion."""
+    """The logprobs of each completion, as a teacher or the generator sends them."""
     said: dict[int, dict[str, Any]] = {}
     with torch.no_grad():
         for packed in pack(share_prompts(prompts, completions), 8192):
-            hidden = hidden_states(teacher.model, packed)
+            hidden = hidden_states(policy.model, packed)
             targets = torch.from_numpy(packed.targets)
             found = token_logprobs(
                 hidden,
-                head_of(teacher.model),
+                head_of(policy.model),
                 targets,
                 temperature=temperature,
                 top_k=max(top_k, 1),
@@ -94,12 +94,15 @@ def samples(
     temperature: float = 1.0,
     groups: int = 4,
 ) -> list[TrainSample]:
-    """On-policy samples of groups of 4, with made-up rewards; every third one has a token outside
-    the loss mask.
+    """On-policy samples of groups of 4, with made-up rewards.
+
+    Every third one has a token outside the loss mask.
     """
     prompts, completions = sequences(groups, 4, completion=(2, 7), seed=11)
-    generator = judge(policy, prompts, completions, 0, temperature)
-    judged = judge(teacher, prompts, completions, top_k) if teacher else [{}] * len(prompts)
+    generator = logprobs_by(policy, prompts, completions, temperature=temperature)
+    scores: list[dict[str, Any]] = [{}] * len(prompts)
+    if teacher:
+        scores = logprobs_by(teacher, prompts, completions, top_k)
     found = []
     for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         mask = np.ones(len(completion), dtype=np.uint8)
@@ -110,10 +113,10 @@ def samples(
                 completion_ids=completion.astype(np.int32),
                 loss_mask=mask,
                 generator_logprobs=generator[index]["sampled"],
-                teacher_logprobs=judged[index].get("sampled"),
-                teacher_top_ids=judged[index]["ids"] if top_k else None,
-                teacher_top_logprobs=judged[index]["top"] if top_k else None,
-                teacher_tail_logprobs=judged[index]["tail"] if top_k else None,
+                teacher_logprobs=scores[index].get("sampled"),
+                teacher_top_ids=scores[index]["ids"] if top_k else None,
+                teacher_top_logprobs=scores[index]["top"] if top_k else None,
+                teacher_tail_logprobs=scores[index]["tail"] if top_k else None,
                 advantage=[0.75, -0.25, -0.25, -0.25][index % 4],
                 group=index // 4,
                 temperature=temperature,
@@ -178,15 +181,9 @@ def test_a_model_that_cannot_share_prompts_has_the_same_gradient_from_padded_row
     padded.padded_because = "as if its code could not"
     padded.model.set_attn_implementation("sdpa")
     batch = samples(shared)
-    assert (
-        max(
-            len(row.input_ids)
-            for row in padded.pack(
-                [one.prompt_ids for one in batch], [one.completion_ids for one in batch]
-            )
-        )
-        <= 64
-    )
+    prompts = [sample.prompt_ids for sample in batch]
+    rows = padded.pack(prompts, [sample.completion_ids for sample in batch])
+    assert max(len(row.input_ids) for row in rows) <= 64
     expected = gradient(shared, batch)
     torch.testing.assert_close(
         gradient(padded, batch), expected, rtol=0, atol=1e-5 * expected.abs().max().item()
@@ -194,33 +191,25 @@ def test_a_model_that_cannot_share_prompts_has_the_same_gradient_from_padded_row
 
 
 def test_a_steps_gradient_is_the_naive_one(student: Path, tmp_path: Path) -> None:
-    """One sequence at a time, all logits, plain autograd, and the formula of the design written
-    out.
-    """
+    """One sequence at a time, all logits, plain autograd, and the formula written out."""
     teacher = learner(write_tiny(tmp_path, seed=1))
     found = learner(student, teacher_tau=0.5, kl_tau=0.01)
-    batch = [
-        replace(sample, generator_logprobs=sample.generator_logprobs - 0.1)
-        for sample in samples(found, teacher)
-    ]
+    batch = samples(found, teacher)
+    for sample in batch:
+        sample.generator_logprobs = sample.generator_logprobs - np.float32(0.1)
     total = torch.zeros(())
     tokens = 0
     found.model.set_attn_implementation("sdpa")
     for sample in batch:
-        ids = torch.from_numpy(np.concatenate((sample.prompt_ids, sample.completion_ids))).long()[
-            None
-        ]
-        logits = found.model(input_ids=ids, use_cache=False).logits[
-            0, len(sample.prompt_ids) - 1 : -1
-        ]
-        trainer = logits.log_softmax(-1).gather(
-            1, torch.from_numpy(sample.completion_ids).long()[:, None]
-        )[:, 0]
-        # type: ignore[arg-type]
+        ids = torch.from_numpy(np.concatenate((sample.prompt_ids, sample.completion_ids))).long()
+        logits = found.model(input_ids=ids[None], use_cache=False).logits[0]
+        targets = torch.from_numpy(sample.completion_ids).long()[:, None]
+        predictions = logits[len(sample.prompt_ids) - 1 : -1]
+        trainer = predictions.log_softmax(-1).gather(1, targets)[:, 0]
         generator = torch.from_numpy(sample.generator_logprobs)
-        judged = torch.from_numpy(sample.teacher_logprobs)
+        scores = torch.from_numpy(sample.teacher_logprobs)
         log_ratio = trainer - generator
-        advantage = (sample.advantage - 0.5 * (trainer - judged)).detach()
+        advantage = (sample.advantage - 0.5 * (trainer - scores)).detach()
         moved = (trainer.exp() - generator.exp()).detach()
         dropped = ((advantage > 0) & (moved > 0.2)) | ((advantage < 0) & (moved < -0.2))
         loss = -(~dropped).float() * log_ratio.exp() * advantage + 0.01 * log_ratio**2
@@ -241,12 +230,10 @@ def test_a_steps_gradient_is_the_naive_one(student: Path, tmp_path: Path) -> Non
 def test_tokens_outside_the_loss_mask_do_not_count(student: Path) -> None:
     found = learner(student)
     batch = samples(found)
-    changed = [
-        replace(
-            sample, generator_logprobs=np.where(sample.loss_mask, sample.generator_logprobs, -9.0)
-        )
-        for sample in batch
-    ]
+    changed = []
+    for sample in batch:
+        logprobs = np.where(sample.loss_mask, sample.generator_logprobs, -9.0)
+        changed.append(replace(sample, generator_logprobs=logprobs))
     torch.testing.assert_close(gradient(found, changed), gradient(found, batch), rtol=0, atol=0)
     assert found.step(batch, 10)["tokens"] == sum(int(sample.loss_mask.sum()) for sample in batch)
 
@@ -261,22 +248,16 @@ def test_the_denominator_is_the_global_token_count(student: Path) -> None:
 
 
 def test_each_term_is_at_its_own_temperature(student: Path, tmp_path: Path) -> None:
-    """Sampled at 0.6: the ratio is 1 at that temperature, while teacher_kl compares both models at
-    1.
-    """
+    """Sampled at 0.6, the ratio is 1 at that temperature; teacher_kl compares both models at 1."""
     teacher = learner(write_tiny(tmp_path, seed=1))
     found = learner(student, adv_tau=0.0, teacher_tau=1.0, teacher_top_k=3)
     batch = samples(found, teacher, top_k=3, temperature=0.6)
-    cold = judge(
-        found,
-        [sample.prompt_ids for sample in batch],
-        [sample.completion_ids for sample in batch],
-        0,
-    )
-    difference = [
-        (mine["sampled"] - sample.teacher_logprobs)[sample.loss_mask.astype(bool)]
-        for mine, sample in zip(cold, batch, strict=True)
-    ]
+    prompts = [sample.prompt_ids for sample in batch]
+    cold = logprobs_by(found, prompts, [sample.completion_ids for sample in batch])
+    difference = []
+    for student_logprobs, sample in zip(cold, batch, strict=True):
+        apart = student_logprobs["sampled"] - sample.teacher_logprobs
+        difference.append(apart[sample.loss_mask.astype(bool)])
     metrics = found.step(batch, 10)
     assert metrics["mismatch_max"] < 1e-4
     assert metrics["teacher_kl"] == pytest.approx(
@@ -285,41 +266,30 @@ def test_each_term_is_at_its_own_temperature(student: Path, tmp_path: Path) -> N
 
 
 def test_the_mismatch_is_told_by_the_staleness_of_each_token(student: Path) -> None:
-    """Tokens of staleness 1 were sampled 0.5 nats away, those of a tool anywhere; the loss mask
-    counts, and packing does not.
+    """Tokens of staleness 1 were sampled 0.5 nats away, those of a tool 3.
+
+    The loss mask counts, and packing does not.
     """
     batch = samples(learner(student))
+    counts = {0: 0, 1: 0, -1: 0}
+    apart = np.array([0, 0.5, -3], dtype=np.float32)  # by staleness: 0, 1, and -1 the last
     for index, sample in enumerate(batch):
-        sample.staleness = np.array(
-            [[0, 1, -1][(index + at) % 3] for at in range(len(sample.completion_ids))],
-            dtype=np.int32,
-        )
-        sample.generator_logprobs = sample.generator_logprobs - np.array([0, 0.5, -3])[
-            sample.staleness
-        ].astype(np.float32)
-    masks = [sample.loss_mask.astype(bool) for sample in batch]
-    counts = [
-        sum(
-            int((mask & (sample.staleness == age)).sum())
-            for mask, sample in zip(masks, batch, strict=True)
-        )
-        for age in (0, 1)
-    ]
+        places = np.arange(index, index + len(sample.completion_ids)) % 3
+        sample.staleness = np.array([0, 1, -1], dtype=np.int32)[places]
+        sample.generator_logprobs = sample.generator_logprobs - apart[sample.staleness]
+        for age in counts:
+            counts[age] += int((sample.loss_mask.astype(bool) & (sample.staleness == age)).sum())
     for microbatch in (16, 8192):
         metrics = learner(student, microbatch=microbatch).step(batch, 10)
         fresh = metrics["mismatch_by_staleness"]["0"]
         stale = metrics["mismatch_by_staleness"]["1"]
         assert len(metrics["mismatch_by_staleness"]) == 2
-        assert (fresh["tokens"], stale["tokens"]) == tuple(counts)
-        assert (fresh["mean"], fresh["max"]) == (
-            metrics["mismatch_fresh_mean"],
-            metrics["mismatch_fresh_max"],
-        )
+        assert (fresh["tokens"], stale["tokens"]) == (counts[0], counts[1])
+        assert fresh["mean"] == metrics["mismatch_fresh_mean"]
+        assert fresh["max"] == metrics["mismatch_fresh_max"]
         assert fresh["max"] < 1e-4
-        assert (stale["mean"], stale["max"]) == (
-            pytest.approx(0.5, abs=1e-4),
-            pytest.approx(0.5, abs=1e-4),
-        )
+        assert stale["mean"] == pytest.approx(0.5, abs=1e-4)
+        assert stale["max"] == pytest.approx(0.5, abs=1e-4)
         assert metrics["mismatch_max"] == pytest.approx(3, abs=1e-4)
 
 
@@ -342,14 +312,10 @@ def test_an_endpoints_missing_tail_is_computed_from_its_top_k_and_the_floored_sh
     torch.testing.assert_close(
         gradient(found, without), expected, rtol=0, atol=1e-3 * expected.abs().max().item()
     )
-    sure = [
-        np.log([[0.7, 0.2, 0.1]] * len(sample.completion_ids)).astype(np.float32)
-        for sample in without
-    ]
-    half = [
-        replace(sample, teacher_top_logprobs=top)
-        for sample, top in zip(without[:8], sure[:8], strict=True)
-    ]
+    half = []
+    for sample in without[:8]:
+        sure = np.log([[0.7, 0.2, 0.1]] * len(sample.completion_ids)).astype(np.float32)
+        half.append(replace(sample, teacher_top_logprobs=sure))
     tokens = [int(sample.loss_mask.sum()) for sample in without]
     share = found.step([*half, *without[8:]], 10)["tail_floored_share"]
     assert share == pytest.approx(sum(tokens[:8]) / sum(tokens))
@@ -367,27 +333,18 @@ def test_the_sampled_form_moves_each_token_towards_the_teachers_judgement(
 ) -> None:
     teacher = learner(write_tiny(tmp_path, seed=1))
     found = learner(student, adv_tau=0.0, teacher_tau=1.0, optim={"lr": 1e-4})
-    batch = [
-        replace(sample, loss_mask=np.ones_like(sample.loss_mask))
-        for sample in samples(found, teacher)
-    ]
+    batch = samples(found, teacher)
+    for sample in batch:
+        sample.loss_mask[:] = 1
     found.step(batch, 10)
-    after = judge(
-        found,
-        [sample.prompt_ids for sample in batch],
-        [sample.completion_ids for sample in batch],
-        0,
-    )
-    moved = np.concatenate(
-        [
-            now["sampled"] - sample.generator_logprobs
-            for now, sample in zip(after, batch, strict=True)
-        ]
-    )
-    praise = np.concatenate(
-        [sample.teacher_logprobs - sample.generator_logprobs for sample in batch]
-    )  # type: ignore[operator]
-    assert np.corrcoef(moved, praise)[0, 1] > 0.3
+    prompts = [sample.prompt_ids for sample in batch]
+    after = logprobs_by(found, prompts, [sample.completion_ids for sample in batch])
+    moved = []
+    judgement = []
+    for now, sample in zip(after, batch, strict=True):
+        moved.append(now["sampled"] - sample.generator_logprobs)
+        judgement.append(sample.teacher_logprobs - sample.generator_logprobs)
+    assert np.corrcoef(np.concatenate(moved), np.concatenate(judgement))[0, 1] > 0.3
 
 
 def test_the_top_k_form_brings_the_student_to_its_teacher(student: Path, tmp_path: Path) -> None:
@@ -458,10 +415,9 @@ def test_the_gradient_is_clipped_and_its_norm_before_that_is_told(student: Path)
 def test_a_gradient_that_is_not_finite_stops_the_step_and_keeps_the_weights(student: Path) -> None:
     found = learner(student, teacher_tau=1.0, adv_tau=0.0)
     before = weights(found)
-    batch = [
-        replace(sample, teacher_logprobs=np.full(len(sample.loss_mask), -3e38, dtype=np.float32))
-        for sample in samples(found)
-    ]
+    batch = samples(found)
+    for sample in batch:
+        sample.teacher_logprobs = np.full(len(sample.loss_mask), -3e38, dtype=np.float32)
     with pytest.raises(UserError, match=r"the gradient norm of step 1 is (inf|nan)"):
         found.step(batch, 10)
     assert found.steps == 0

@@ -27,13 +27,13 @@ class PerSampleLosses:
             self._tokens.setdefault(name, []).append(value.detach().float().cpu())
 
     def end_row(self, places: Sequence[int], counts: Sequence[int]) -> None:
-        """Split the values of a whole row: it held `counts` tokens of the samples at `places`, one
-        sample after the other.
+        """Split the values of a whole row among its samples.
+
+        The row held `counts` tokens of the samples at `places`, one sample after the other.
         """
-        per_token = {
-            name: torch.split(torch.cat(values), list(counts))
-            for name, values in self._tokens.items()
-        }
+        per_token = {}
+        for name, values in self._tokens.items():
+            per_token[name] = torch.split(torch.cat(values), list(counts))
         self._tokens = {}
         for at, (place, count) in enumerate(zip(places, counts, strict=True)):
             if not count:
