@@ -26,7 +26,7 @@ def status_text(
 def _none_right(training: Training, batch_size: int) -> str:
     """A warning where a batch's worth of completions came and none was right enough to train on."""
     wrong = training.dropped["not_verified"]
-    verified_alone = training.batches.least_reward is not None
+    verified_alone = training.batches.rules.least_reward is not None
     if not verified_alone or training.batches.complete_units or wrong < batch_size:
         return ""
     return (

@@ -24,14 +24,19 @@ from onstream.pipeline.records import Rollout, Timing, Tombstone, ids_array
 from onstream.pipeline.run_files.ledger import Fate, Settled
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
-from onstream.workers.trainer.batches.batch_builder import BatchBuilder, DroppedUnit, TrainableUnit
+from onstream.workers.trainer.batches.batch_builder import (
+    BatchBuilder,
+    DroppedUnit,
+    TrainableUnit,
+    TrainingRules,
+)
 from onstream.workers.trainer.batches.rollout_metrics import (
     LEARNER_METRICS,
     drop_metrics,
     rollout_metrics,
     scored_shares,
 )
-from onstream.workers.trainer.batches.to_samples import flaw, training_samples
+from onstream.workers.trainer.batches.to_samples import training_samples, untrainable
 from onstream.workers.trainer.durability.checkpoint import OPTIMIZER, Checkpoint
 from onstream.workers.trainer.learner import Learner
 from onstream.workers.trainer.maths.per_sample_losses import PerSampleLosses
@@ -194,7 +199,7 @@ class Training:
         record = timed.record
         if isinstance(record, Tombstone):
             return record
-        reason = flaw(record, group_size=self._group_size, check=self.learner.check)
+        reason = untrainable(record, group_size=self._group_size, check=self.learner.check)
         reason = reason or self._image_problem(record)
         if reason:
             log.error(
@@ -249,28 +254,30 @@ def learner_at(settings: Settings, found: Checkpoint | None) -> Learner:
     Raises:
         UserError: the student cannot be loaded.
     """
-    torch.manual_seed(
-        settings.run.seed
-    )  # of an adapter's dropout; a checkpoint brings the state it had come to
+    # For an adapter's dropout. A checkpoint brings the random state that the run had come to.
+    torch.manual_seed(settings.run.seed)
     device = resolve_device(settings.deployment.device)
     learner = Learner(found.path if found else settings.model.name, settings.trainer, device)
     if found:
-        learner.load_state(
-            torch.load(found.path / OPTIMIZER, map_location="cpu", weights_only=True)
-        )
+        state = torch.load(found.path / OPTIMIZER, map_location="cpu", weights_only=True)
+        learner.load_state(state)
     return learner
 
 
 def batch_builder(settings: Settings) -> BatchBuilder:
-    """The empty book of a run: what its units are, and which of them train."""
+    """Builds the batches of a run: says what a unit is, and what may train."""
     orchestrator = settings.orchestrator
     loss = settings.trainer.loss
-    source = orchestrator.teacher_rollout_model
+    teacher = orchestrator.teacher_rollout_model
+    verified_alone = teacher is not None and teacher.keep == "verified"
+    rules = TrainingRules(
+        max_staleness=orchestrator.max_off_policy_steps,
+        train_unscored=loss.trains_unscored,
+        least_reward=RIGHT if verified_alone else None,
+    )
     return BatchBuilder(
+        rules,
         group_size=orchestrator.group_size,
         batch_size=orchestrator.batch_size,
-        max_staleness=orchestrator.max_off_policy_steps,
         unit=loss.unit,
-        train_unscored=loss.trains_unscored,
-        least_reward=RIGHT if source is not None and source.keep == "verified" else None,
     )

@@ -50,7 +50,7 @@ def test_a_trainer_whose_redis_is_emptied_under_it_asks_again_for_what_is_lost_a
     job.answer(count=3)
     job.turn()
     epoch = job.trainer.lease.epoch
-    held = len(list(job.trainer.training.batches.held()))
+    held = len(job.trainer.training.batches.numbers)
     issued = bus.state.issued()
     job.lose_redis()
     beat(job)

@@ -1,6 +1,4 @@
-"""The few rollouts that `samples.jsonl` shows a person, so that a run can be judged by reading.
-Pure.
-"""
+"""The rows of `samples.jsonl`: a few rollouts for a person to read. Pure."""
 
 from __future__ import annotations
 
@@ -14,14 +12,13 @@ SHOWN = 4  # rollouts a time, each of another unit
 
 
 def sample_rows(batch: Sequence[TrainableUnit], run: str, step: int) -> list[dict[str, Any]]:
-    """One row for the first live rollout of each of the first few units of `batch`, trained in
-    `step`.
-    """
-    return [sample_row(chosen.rollouts[0], run, step) for chosen in batch[:SHOWN]]
+    """One row for the first live rollout of each of the first few units that `step` trained."""
+    return [sample_row(unit.rollouts[0], run, step) for unit in batch[:SHOWN]]
 
 
 def sample_row(rollout: Rollout, run: str, step: int) -> dict[str, Any]:
-    """What a person reads of `rollout`, trained in `step`."""
+    """What a person reads of `rollout`, trained in `step`. The field `uid` is `run/number`."""
+    versions = {span.version for sample in rollout.samples for span in sample.version_spans}
     return {
         "step": step,
         "uid": f"{run}/{rollout.number}",
@@ -32,9 +29,7 @@ def sample_row(rollout: Rollout, run: str, step: int) -> dict[str, Any]:
         "reward": rollout.reward,
         "reward_parts": rollout.reward_parts,
         "unscored": rollout.unscored,
-        "policy_versions": sorted(
-            {span.version for sample in rollout.samples for span in sample.version_spans}
-        ),
+        "policy_versions": sorted(versions),
         "generator_logprob": _total([sample.generator_logprobs for sample in rollout.samples]),
         "teacher_logprob": _total([sample.teacher_logprobs for sample in rollout.samples]),
     }
@@ -43,8 +38,6 @@ def sample_row(rollout: Rollout, run: str, step: int) -> dict[str, Any]:
 def _total(fields: Sequence[bytes | None]) -> float | None:
     """Logprob of the whole answer in nats; None where not every sample has one."""
     present = [field for field in fields if field is not None]
-    return (
-        float(sum(logprobs_array(field).sum() for field in present))
-        if len(present) == len(fields)
-        else None
-    )
+    if len(present) < len(fields):
+        return None
+    return float(sum(logprobs_array(field).sum() for field in present))

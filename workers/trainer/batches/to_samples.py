@@ -1,6 +1,4 @@
-"""From records to what the learner trains on: bytes become arrays, rewards become advantages, and
-broken rollouts are named.
-"""
+"""From records to what the learner trains on: bytes become arrays, rewards become advantages."""
 
 from __future__ import annotations
 
@@ -23,13 +21,19 @@ from onstream.workers.trainer.maths.advantages import group_advantages
 from onstream.workers.trainer.maths.staleness import token_staleness
 
 
-def flaw(rollout: Rollout, *, group_size: int, check: Callable[[TrainSample], None]) -> str | None:
-    """What makes `rollout` unfit to train on, whoever wrote it, or None. `check` raises ValueError
-    on a sample that is.
+def untrainable(
+    rollout: Rollout, *, group_size: int, check: Callable[[TrainSample], None]
+) -> str | None:
+    """Why `rollout` cannot be trained on, in words; None where it can.
+
+    `check` raises ValueError for a sample that no step could take.
     """
     group = (rollout.number - 1) // group_size
     if (rollout.group, rollout.group_size) != (group, group_size):
-        return f"it says group {rollout.group} of {rollout.group_size}; its number belongs to group {group} of {group_size}"
+        return (
+            f"it says group {rollout.group} of {rollout.group_size}; "
+            f"its number belongs to group {group} of {group_size}"
+        )
     if not rollout.samples:
         return "it has no samples"
     try:
@@ -43,20 +47,17 @@ def flaw(rollout: Rollout, *, group_size: int, check: Callable[[TrainSample], No
 def training_samples(
     batch: Sequence[TrainableUnit], *, normalize: bool, version: int
 ) -> list[TrainSample]:
-    """The samples of the live rollouts of `batch`, each with its rollout's advantage within its
-    unit.
+    """The samples of the live rollouts of `batch`, each with its rollout's advantage in its unit.
 
     The weights of `version` take the step; the staleness of the tokens counts from it.
     """
     samples = []
-    for chosen in batch:
-        advantages = group_advantages(
-            [rollout.reward for rollout in chosen.rollouts], normalize=normalize
-        )
-        for rollout, advantage in zip(chosen.rollouts, advantages, strict=True):
-            samples += [
-                _train_sample(sample, rollout, advantage, version) for sample in rollout.samples
-            ]
+    for unit in batch:
+        rewards = [rollout.reward for rollout in unit.rollouts]
+        advantages = group_advantages(rewards, normalize=normalize)
+        for rollout, advantage in zip(unit.rollouts, advantages, strict=True):
+            for sample in rollout.samples:
+                samples.append(_train_sample(sample, rollout, advantage, version))
     return samples
 
 

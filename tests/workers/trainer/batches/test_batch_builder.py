@@ -1,9 +1,9 @@
-"""Groups settle, batches are dealt in the order of settling, and every number has one fate."""
+"""Groups become complete, batches take them in that order, and every number has one fate."""
 
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -13,56 +13,65 @@ from onstream.workers.trainer.batches.batch_builder import (
     DroppedUnit,
     DuplicateNumber,
     TrainableUnit,
+    TrainingRules,
 )
 from tests.workers.trainer.records import rollout, tombstone
 
 
-def book(**arguments: Any) -> BatchBuilder:
-    return BatchBuilder(**{"group_size": 4, "batch_size": 8, "max_staleness": 2, **arguments})
+def builder(
+    *,
+    group_size: int = 4,
+    batch_size: int = 8,
+    unit: Literal["group", "rollout"] = "group",
+    max_staleness: int = 2,
+    **rules: Any,
+) -> BatchBuilder:
+    return BatchBuilder(
+        TrainingRules(max_staleness, **rules),
+        group_size=group_size,
+        batch_size=batch_size,
+        unit=unit,
+    )
 
 
 def filled(records: list[Rollout | Tombstone], **arguments: Any) -> BatchBuilder:
-    found = book(**arguments)
+    found = builder(**arguments)
     for record in records:
         found.add(record)
     return found
 
 
 def numbers(batch: list[TrainableUnit] | None) -> list[list[int]] | None:
-    return (
-        None
-        if batch is None
-        else [[rollout.number for rollout in chosen.rollouts] for chosen in batch]
-    )
+    if batch is None:
+        return None
+    return [[rollout.number for rollout in unit.rollouts] for unit in batch]
 
 
 def group(first: int, **arguments: Any) -> list[Rollout | Tombstone]:
     return [rollout(number, **arguments) for number in range(first, first + 4)]
 
 
-def test_a_group_settles_at_the_record_that_completes_it() -> None:
-    found = book()
-    assert [found.add(record) for record in (rollout(2), rollout(1), tombstone(4), rollout(3))] == [
-        False,
-        False,
-        False,
-        True,
-    ]
-    assert (found.complete_units, found.missing(), list(found.held())) == (1, {}, [1, 2, 3, 4])
+def test_a_group_is_complete_at_the_record_of_its_last_member() -> None:
+    found = builder()
+    for record in (rollout(2), rollout(1), tombstone(4)):
+        found.add(record)
+        assert found.complete_units == 0
+    found.add(rollout(3))
+    assert (found.complete_units, found.missing(), found.numbers) == (1, {}, {1, 2, 3, 4})
 
 
 def test_an_open_group_says_how_many_are_missing() -> None:
     assert filled([rollout(1), rollout(6), rollout(7)]).missing() == {0: 3, 1: 2}
 
 
-def test_a_batch_is_the_next_groups_in_the_order_of_settling() -> None:
+def test_a_batch_is_the_next_groups_in_the_order_in_which_they_became_complete() -> None:
     found = filled([*group(9), *group(1), rollout(5)])
     assert numbers(found.batch(0)) == [[9, 10, 11, 12], [1, 2, 3, 4]]
     assert found.batch(0) is None
-    assert list(found.held()) == [5]
+    assert found.numbers == {5}
 
 
-def test_too_few_settled_groups_make_no_batch_and_lose_nothing() -> None:
+def test_too_few_complete_groups_make_no_batch_and_lose_nothing() -> None:
     found = filled(group(1))
     assert (found.batch(0), found.complete_units) == (None, 1)
 
@@ -77,13 +86,13 @@ def test_members_are_trained_in_the_order_of_their_numbers_whatever_the_order_th
 def test_the_same_stream_gives_the_same_batches_however_often_it_is_asked() -> None:
     records = [rollout(number) for number in range(1, 41)]
     random.Random(0).shuffle(records)
-    eager = book()
+    eager = builder()
     late = filled(list(records))
-    dealt = []
+    batches = []
     for record in records:
         eager.add(record)
-        dealt.append(numbers(eager.batch(0)))
-    assert [batch for batch in dealt if batch] == [numbers(late.batch(0)) for _ in range(5)]
+        batches.append(numbers(eager.batch(0)))
+    assert [batch for batch in batches if batch] == [numbers(late.batch(0)) for _ in range(5)]
 
 
 def test_a_group_as_stale_as_its_oldest_member_is_dropped_whole_and_once() -> None:
@@ -93,10 +102,10 @@ def test_a_group_as_stale_as_its_oldest_member_is_dropped_whole_and_once() -> No
     )
     assert found.drop(4) == []
     assert found.drop(5) == [DroppedUnit(0, {1: "stale", 2: "stale", 3: "stale"}, (4,))]
-    assert (found.drop(5), list(found.held())) == ([], [])
+    assert (found.drop(5), found.numbers) == ([], set())
 
 
-def test_staleness_is_judged_at_the_step_that_would_train_it() -> None:
+def test_staleness_counts_at_the_step_that_would_train_it() -> None:
     found = filled(
         [*group(1, versions=(3,)), *group(5, versions=(4,)), *group(9, versions=(5,))],
         max_staleness=1,
@@ -159,7 +168,7 @@ def test_equal_rewards_fill_their_place() -> None:
     assert numbers(filled(group(1, reward=0.0), batch_size=4).batch(0)) == [[1, 2, 3, 4]]
 
 
-def test_where_the_unit_is_the_rollout_each_one_settles_and_is_dropped_alone() -> None:
+def test_where_the_unit_is_the_rollout_each_one_is_complete_and_dropped_alone() -> None:
     records = [
         rollout(3, versions=(1,)),
         rollout(1, versions=(9,)),
@@ -170,7 +179,7 @@ def test_where_the_unit_is_the_rollout_each_one_settles_and_is_dropped_alone() -
     found = filled(records, unit="rollout", batch_size=4, group_size=2)
     assert [dropped.dropped for dropped in found.drop(9)] == [{3: "stale"}, {7: "group_dead"}]
     assert found.batch(9) is None
-    assert found.add(rollout(2, versions=(9,)))
+    found.add(rollout(2, versions=(9,)))
     assert numbers(found.batch(9)) == [[1], [5], [6], [2]]
 
 
@@ -194,7 +203,7 @@ def test_a_number_that_comes_twice_is_refused() -> None:
 
 def test_a_batch_that_is_not_whole_groups_is_refused() -> None:
     with pytest.raises(ValueError, match="a batch of 6 rollouts is not whole groups of 4"):
-        book(batch_size=6)
+        builder(batch_size=6)
 
 
 def test_every_number_has_exactly_one_fate() -> None:
@@ -214,4 +223,4 @@ def test_every_number_has_exactly_one_fate() -> None:
             for one in batch
             for number in (*(live.number for live in one.rollouts), *one.dropped, *one.dead)
         ]
-    assert sorted([*fates, *found.held()]) == list(range(1, 401))
+    assert sorted([*fates, *found.numbers]) == list(range(1, 401))

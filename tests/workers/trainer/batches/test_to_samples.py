@@ -18,7 +18,7 @@ from onstream.pipeline.records import (
 )
 from onstream.workers.trainer.batches.batch_builder import TrainableUnit
 from onstream.workers.trainer.batches.sample_rows import sample_rows
-from onstream.workers.trainer.batches.to_samples import flaw, training_samples
+from onstream.workers.trainer.batches.to_samples import training_samples, untrainable
 from onstream.workers.trainer.batches.train_sample import TrainSample
 from tests.workers.trainer.driver import rollout
 
@@ -90,8 +90,8 @@ def test_advantages_are_within_a_unit_and_every_sample_of_a_rollout_has_its_own(
     ]
 
 
-def test_a_sound_rollout_has_no_flaw() -> None:
-    assert flaw(made(), group_size=4, check=accept) is None
+def test_nothing_is_wrong_with_a_sound_rollout() -> None:
+    assert untrainable(made(), group_size=4, check=accept) is None
 
 
 @pytest.mark.parametrize(
@@ -105,23 +105,23 @@ def test_a_sound_rollout_has_no_flaw() -> None:
 def test_a_rollout_that_contradicts_its_number_or_is_empty_is_refused(
     changes: dict[str, Any], words: str
 ) -> None:
-    assert words in (flaw(made(**changes), group_size=4, check=accept) or "")
+    assert words in (untrainable(made(**changes), group_size=4, check=accept) or "")
 
 
-def test_bytes_that_are_no_array_are_a_flaw_and_no_crash() -> None:
+def test_bytes_that_are_no_array_make_a_rollout_untrainable_and_nothing_crashes() -> None:
     record = made()
     record.samples[0].teacher_logprobs = b"odd"
-    assert flaw(record, group_size=4, check=accept)
+    assert untrainable(record, group_size=4, check=accept)
     record = made()
     record.samples[0].teacher_top_ids = np.arange(5, dtype="<i4").tobytes() * 7
-    assert flaw(record, group_size=4, check=accept)
+    assert untrainable(record, group_size=4, check=accept)
 
 
-def test_what_the_learner_would_refuse_is_a_flaw_in_its_words() -> None:
+def test_what_the_learner_would_refuse_is_refused_in_its_words() -> None:
     def refuse(sample: TrainSample) -> None:
         raise ValueError("an id outside the vocabulary")
 
-    assert flaw(made(), group_size=4, check=refuse) == "an id outside the vocabulary"
+    assert untrainable(made(), group_size=4, check=refuse) == "an id outside the vocabulary"
 
 
 def test_an_excerpt_shows_a_person_what_was_asked_answered_and_thought_of_it() -> None:
