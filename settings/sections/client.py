@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import NoDecode
 
 from onstream.settings.base import RUN, WORKER, Section, Unit
+from onstream.settings.teacher_protocols import ProtocolName
 
 
 def _listed(value: Any) -> Any:
@@ -104,9 +105,7 @@ class StudentClientSettings(EndpointSettings):
 class TeacherClientSettings(ClientSettings):
     """How the external teacher's endpoints are reached."""
 
-    protocol: Annotated[
-        Literal["auto", "vllm-generate", "vllm-completions", "echo", "sglang"], WORKER
-    ] = "auto"
+    protocol: Annotated[ProtocolName, WORKER] = "auto"
     """How logprobs are asked for. `auto` tries them in this order at start: vLLM's
     `/inference/v1/generate`, vLLM's `/v1/completions` with `prompt_logprobs`, `/v1/completions`
     with `echo` and `logprobs`, SGLang's `/generate`."""

@@ -315,7 +315,7 @@ def test_a_local_teacher_scores_with_the_image_present(
         assert np.abs(generator - teacher).max() < 1e-4
 
 
-def test_a_rollout_whose_image_is_gone_is_never_scored_blind(
+def test_a_rollout_whose_image_is_gone_is_never_scored_without_them(
     bus: Bus, tiny: Tiny, tmp_path: Path
 ) -> None:
     settings = settings_of(tiny, tmp_path, [shows(noise(1).data_url)])
@@ -323,6 +323,6 @@ def test_a_rollout_whose_image_is_gone_is_never_scored_blind(
     bus.connection.ask("DEL", bus.keys.images)
     score(bus, settings)
     assert {letter.reason.partition(":")[0] for letter in bus.state.dead_letters()} == {
-        "it would be scored blind"
+        "it would be scored without its images"
     }
     assert rollouts(bus, "train") == []

@@ -96,7 +96,7 @@ def test_every_token_is_scored_with_the_images_present(
     assert max(gaps) < CLOSE_NATS
 
 
-def test_a_rollout_whose_image_is_gone_is_never_scored_blind(
+def test_a_rollout_whose_image_is_gone_is_never_scored_without_them(
     bus: Bus, tiny: Tiny, server: VllmServer, tmp_path: Path
 ) -> None:
     settings = settings_with(tiny, server, tmp_path, [shows(noise(1).data_url)])
@@ -104,7 +104,7 @@ def test_a_rollout_whose_image_is_gone_is_never_scored_blind(
     bus.connection.ask("DEL", bus.keys.images)
     score(bus, settings)
     assert {letter.reason.partition(":")[0] for letter in bus.state.dead_letters()} == {
-        "it would be scored blind"
+        "it would be scored without its images"
     }
     assert rollouts(bus, "train") == []
 
@@ -117,6 +117,6 @@ def test_a_teacher_that_would_judge_images_blind_is_refused_at_the_start(
     )
     with pytest.raises(
         UserError,
-        match=r"would judge them blind: the protocol is vllm-completions, which sends token ids alone",
+        match=r"would score them without: the protocol is vllm-completions, which sends token ids alone",
     ):
         ExternalTeacher(settings, bus).setup()

@@ -1,6 +1,4 @@
-"""Whether a teacher reads a student's prompts with images: both processors must make the same
-tokens of an image.
-"""
+"""Whether a teacher can score prompts with images: do both processors make the same tokens?"""
 
 from __future__ import annotations
 
@@ -11,14 +9,16 @@ from onstream.pipeline.images import grey_image
 from onstream.pipeline.images.vision import Vision
 
 SIZES = ((32, 32), (448, 336), (300, 900))
-"""Width and height, in pixels, of the pictures that the processors are compared on."""
+"""Width and height, in pixels, of the images that the processors are compared on."""
 
 
-def same_tokens(student: Vision, teacher: Vision, student_name: str, teacher_name: str) -> None:
-    """Do nothing where both processors put the same tokens into a prompt.
+def check_image_tokens(
+    student: Vision, teacher: Vision, student_name: str, teacher_name: str
+) -> None:
+    """Check that both processors put the same tokens into a prompt.
 
     Raises:
-        UserError: they differ in the number of tokens, or in the tokens, of a picture of some size.
+        UserError: they differ in the tokens, or their number, for an image of some size.
     """
     for width, height in SIZES:
         picture = grey_image(width, height)
@@ -26,10 +26,12 @@ def same_tokens(student: Vision, teacher: Vision, student_name: str, teacher_nam
         theirs = teacher.features(picture).token_ids
         if not np.array_equal(ours, theirs):
             raise UserError(
-                f"of a picture of {width} × {height} the processor of {student_name} makes {len(ours)} tokens, {_shown(ours)}, "
+                f"of an image of {width} × {height} the processor of {student_name} makes "
+                f"{len(ours)} tokens, {_shown(ours)}, "
                 f"and that of {teacher_name} {len(theirs)}, {_shown(theirs)}",
                 expected="processors that put the same tokens into a prompt",
-                next_step="Use a teacher of the student's family, with the same sizes in preprocessor_config.json.",
+                next_step="Use a teacher of the student's family, with the same sizes in "
+                "preprocessor_config.json.",
             )
 
 

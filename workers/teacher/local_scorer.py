@@ -1,5 +1,5 @@
-"""The teacher that runs in this process: a transformers model over packed batches, shared prompts
-computed once.
+"""The teacher in this process: a transformers model over packed batches, shared prompts computed
+once.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from onstream.workers.teacher.scorer import ScoreRequest, Scores
 class LocalScorer:
     """Scores samples with `model`.
 
-    No more than `head_chunk` positions have their logits over the whole vocabulary at once.
-    `vocabulary_size` is how many entries of the model's output count: models of one family pad
-    theirs differently, and a likeliest token that the student has no logit for would mean nothing
-    to it. `features` gives the images that prompts show, as this model reads them; None for one that
-    reads none.
+    Args:
+        vocabulary_size: how many entries of the model's output count. Models of one family pad
+            theirs differently, and the student has no logit for a token beyond its own.
+        max_batch_tokens: tokens of one forward pass.
+        head_chunk: positions whose logits over the whole vocabulary exist at once.
+        features: the images of prompts, as this model reads them; None for one that reads none.
     """
 
     def __init__(
@@ -57,32 +58,29 @@ class LocalScorer:
         self._features = features
 
     def prefetch_images(self, request: ScoreRequest) -> None:
-        """Begin with the images of a request that will be scored soon."""
+        """Begin to process the images of a request that will be scored soon."""
         if self._features:
             self._features.prefetch(request.images)
 
     def image_problem(self, request: ScoreRequest) -> str | None:
-        """Why the images of `request` cannot be judged, in words; None where it can be scored with
-        all of them present.
-        """
+        """Why `request` cannot be scored with all its images; None where it can."""
         if self._features is None:
-            return (
-                f"its prompt shows {len(request.images)} images, and the teacher {self.name} reads none"
-                if request.images
-                else None
-            )
+            if not request.images:
+                return None
+            count = len(request.images)
+            return f"its prompt shows {count} images, and the teacher {self.name} reads none"
         return self._features.problem_with(
             request.prompt_ids, request.completion_ids, request.images
         )
 
     def close(self) -> None:
-        """End what looks ahead."""
+        """End the thread that processes images."""
         if self._features:
             self._features.close()
 
     @torch.inference_mode()
     def score(self, requests: Sequence[ScoreRequest], *, top_k: int) -> list[Scores]:
-        """Scores of `requests`, in their order.
+        """The scores of `requests`, in their order.
 
         Raises:
             ValueError: a prompt or a completion is empty.
@@ -110,8 +108,8 @@ class LocalScorer:
 
 
 def _split(scored: TokenLogprobs, lengths: Sequence[int]) -> list[Scores]:
-    """One `Scores` a completion of `lengths` [S] tokens, from the fields of them all, one after the
-    other.
+    """The scores of each of S completions of `lengths` [S] tokens, cut out of the fields of all of
+    them, which stand one after the other.
     """
     ends = np.cumsum(lengths)[:-1]
 
@@ -130,7 +128,7 @@ def _split(scored: TokenLogprobs, lengths: Sequence[int]) -> list[Scores]:
 
 
 def _first_rows(head: nn.Linear, rows: int) -> nn.Linear:
-    """The output projection onto the first `rows` entries, on the same memory; `head` itself when
+    """The output projection onto the first `rows` entries, in the same memory; `head` itself where
     it has no more.
     """
     if head.out_features <= rows:

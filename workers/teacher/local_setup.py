@@ -1,6 +1,4 @@
-"""Loads the local teacher that the settings name, and compares it with the student before anything
-is scored.
-"""
+"""Loads the local teacher that the settings name, and compares it with the student first."""
 
 from __future__ import annotations
 
@@ -13,26 +11,26 @@ from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.models.tokenizer import has_vision
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
-from onstream.workers.teacher.compatibility import check
-from onstream.workers.teacher.image_compatibility import same_tokens
+from onstream.workers.teacher.compatibility import check_compatible
+from onstream.workers.teacher.image_compatibility import check_image_tokens
 from onstream.workers.teacher.local_scorer import LocalScorer
 from onstream.workers.teacher.model_info import load_model_info
 
 
 def load_local(settings: Settings, images: FetchImages = no_images) -> LocalScorer:
-    """The teacher of `teacher_inference.model.name`, or the student's starting model where none is
-    named.
+    """The teacher `teacher_inference.model.name`; where none is named, the student's starting
+    model.
 
     `images` gives the bytes of images by digest; by default there are none.
 
     Raises:
-        UserError: there is no such model, or it cannot judge this student's tokens.
+        UserError: there is no such model, or it cannot score this student's tokens.
     """
     local = settings.teacher_inference
     name = local.model.name or settings.model.name
     student = load_model_info(settings.model.name)
     teacher = load_model_info(name)
-    check(student, teacher, settings.inference.sampling.max_completion)
+    check_compatible(student, teacher, settings.inference.sampling.max_completion)
     device = resolve_device(settings.deployment.device)
     model = load_model(name, dtype=resolve_dtype(local.dtype, device), device=device)
     if reason := prepare(model):
@@ -41,7 +39,7 @@ def load_local(settings: Settings, images: FetchImages = no_images) -> LocalScor
         )
     vision = load_vision(name) if has_vision(model.config) else None
     if vision and has_vision(AutoConfig.from_pretrained(settings.model.name)):
-        same_tokens(load_vision(settings.model.name), vision, settings.model.name, name)
+        check_image_tokens(load_vision(settings.model.name), vision, settings.model.name, name)
     return LocalScorer(
         name,
         model,

@@ -1,20 +1,31 @@
-"""What is compared of a student and its teacher, read from a tokenizer and a configuration alone.
-Needs no torch.
-"""
+"""What is known of a model by its tokenizer and configuration alone. Needs no torch."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from onstream.pipeline.models.tokenizer import load_tokenizer
-from onstream.workers.teacher.compatibility import ModelInfo
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A student or a teacher, as the two are compared.
+
+    `end_ids` are the ids that end its turns, and `vocabulary_size` is the width of its output.
+    """
+
+    name: str
+    tokenizer: Any
+    end_ids: frozenset[int]
+    context_tokens: int
+    vocabulary_size: int
 
 
 def load_model_info(name: str) -> ModelInfo:
-    """What the comparison needs to know of the model `name`, from its tokenizer and its
-    configuration alone.
+    """The model `name`, a directory or a name of the hub.
 
     Raises:
         UserError: it has no usable tokenizer.
@@ -32,9 +43,9 @@ def load_model_info(name: str) -> ModelInfo:
 
 
 def _end_ids(tokenizer: PreTrainedTokenizerBase, config: Any) -> frozenset[int]:
-    """Every token that ends a turn, by the tokenizer or by the model's configuration, which may
-    name several.
+    """Every token that ends a turn, by the tokenizer or by the configuration, which may name
+    several.
     """
-    named = getattr(config, "eos_token_id", None)
-    listed = named if isinstance(named, list) else [named]
+    configured = getattr(config, "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
     return frozenset(int(token) for token in [tokenizer.eos_token_id, *listed] if token is not None)

@@ -1,4 +1,4 @@
-"""A rollout's sample as scorers see it: what may be asked of a teacher, and where its answer goes."""
+"""From a rollout's samples to requests for scores, and back."""
 
 from __future__ import annotations
 
@@ -25,25 +25,31 @@ def request_of(sample: Sample) -> ScoreRequest:
 def objection(
     sample: Sample, teacher: str, *, context_tokens: int | None, vocabulary_size: int
 ) -> str | None:
-    """Why the teacher of that name cannot score `sample`, in words; None when it can, as far as its
-    limits say.
-    """
+    """Why the teacher of that name cannot score `sample`; None when it can, by these limits."""
     request = request_of(sample)
-    if not len(request.prompt_ids) or not len(request.completion_ids):
-        return f"a sample has {len(request.prompt_ids)} prompt and {len(request.completion_ids)} completion tokens; expected ≥ 1 of each"
+    prompt = len(request.prompt_ids)
+    completion = len(request.completion_ids)
+    if not prompt or not completion:
+        return (
+            f"a sample has {prompt} prompt and {completion} completion tokens; expected ≥ 1 of each"
+        )
     if context_tokens is not None and request.tokens > context_tokens:
         return (
-            f"a sample of {request.tokens} tokens is longer than the teacher's context of {context_tokens} "
-            f"({teacher}); lower inference.sampling.max_completion or shorten the prompts"
+            f"a sample of {request.tokens} tokens is longer than the teacher's context of "
+            f"{context_tokens} ({teacher}); lower inference.sampling.max_completion or shorten the "
+            "prompts"
         )
     ids = np.concatenate((request.prompt_ids, request.completion_ids))
     if ids.max() >= vocabulary_size or ids.min() < 0:
-        return f"token ids from {ids.min()} to {ids.max()}; the teacher {teacher} knows 0 to {vocabulary_size - 1}"
+        return (
+            f"token ids from {ids.min()} to {ids.max()}; "
+            f"the teacher {teacher} knows 0 to {vocabulary_size - 1}"
+        )
     return None
 
 
-def write(sample: Sample, scores: Scores) -> None:
-    """Puts `scores` into `sample`."""
+def write_scores(sample: Sample, scores: Scores) -> None:
+    """Put `scores` into `sample`."""
     sample.teacher_logprobs = logprobs_bytes(scores.logprobs)
     if scores.top_ids is not None and scores.top_logprobs is not None:
         sample.teacher_top_ids = ids_bytes(scores.top_ids)

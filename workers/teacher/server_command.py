@@ -1,6 +1,4 @@
-"""The vLLM server of the teacher beside the run: what it is started with, after the teacher has
-been compared with the student.
-"""
+"""The vLLM server of a teacher beside the run: its arguments, and the checks before it starts."""
 
 from __future__ import annotations
 
@@ -13,11 +11,12 @@ from onstream.settings.devices import device_of
 from onstream.settings.gpus import memory_share
 from onstream.settings.plan import make_plan
 from onstream.settings.root import Settings
-from onstream.workers.teacher.compatibility import check
+from onstream.workers.teacher.compatibility import check_compatible
 from onstream.workers.teacher.external.student_info import load_student_info
 from onstream.workers.teacher.model_info import load_model_info
 
-MAX_LOGPROBS = 20  # vLLM's own default
+MAX_LOGPROBS = 20
+"""vLLM's own default."""
 LEAST_CONTEXT = 4096
 
 
@@ -25,7 +24,7 @@ def serve(settings: Settings, port: int) -> NoReturn:
     """Turn this process into the server, on `port` of this machine alone.
 
     Raises:
-        UserError: the teacher cannot judge the student's tokens, or its context is too short.
+        UserError: the teacher cannot score the student's tokens, or its context is too short.
     """
     become_server(arguments(settings, port, context_tokens(settings)), settings.deployment)
 
@@ -36,46 +35,49 @@ def arguments(settings: Settings, port: int, context: int) -> list[str]:
     cpu = device_of(settings.deployment) == "cpu"
     name = local.model.name or settings.model.name
     path = Path(name).expanduser()
-    options = {
-        "--model": str(path) if path.is_dir() else name,
+    dtype = local.dtype
+    if dtype == "auto":
+        dtype = "float32" if cpu else "bfloat16"
+    options: dict[str, object] = {
+        "--model": path if path.is_dir() else name,
         "--served-model-name": name,
         "--host": "127.0.0.1",
         "--port": port,
         "--tensor-parallel-size": max(1, make_plan(settings).teacher_server),
         "--max-model-len": context,
-        "--dtype": ("float32" if cpu else "bfloat16") if local.dtype == "auto" else local.dtype,
+        "--dtype": dtype,
         "--max-logprobs": max(MAX_LOGPROBS, settings.trainer.loss.teacher_top_k),
-        "--gpu-memory-utilization": memory_share(settings, "teacher") if not cpu else None,
     }
-    flags = [
-        "--enable-scale-out",
-        *(["--enforce-eager"] if cpu else []),
-    ]  # scale-out opens the route that takes and gives token ids
-    return [
-        *(str(part) for item in options.items() if item[1] is not None for part in item),
-        *flags,
-        *local.extra_args,
-    ]
+    share = None if cpu else memory_share(settings, "teacher")
+    if share is not None:
+        options["--gpu-memory-utilization"] = share
+    words = [str(word) for item in options.items() for word in item]
+    words.append("--enable-scale-out")  # opens the route that takes and gives token ids
+    if cpu:
+        words.append("--enforce-eager")
+    return [*words, *local.extra_args]
 
 
 def context_tokens(settings: Settings) -> int:
-    """The context that the server is given: room for prompts twice as long as those that were
-    looked at, in what the teacher has.
+    """The context that the server is given: twice the longest sample that was found, or as much as
+    the teacher has.
 
-    A server keeps room for one sequence of its whole context, so the teacher's own may be more than
-    the memory holds.
+    A server keeps memory for one sequence of its whole context, and may not have it for the
+    teacher's whole context.
 
     Raises:
-        UserError: the teacher cannot judge the student's tokens, or its context is too short.
+        UserError: the teacher cannot score the student's tokens, or its context is too short.
     """
     student = load_model_info(settings.model.name)
     teacher = load_model_info(settings.teacher_inference.model.name or settings.model.name)
-    check(student, teacher, settings.inference.sampling.max_completion)
+    check_compatible(student, teacher, settings.inference.sampling.max_completion)
     longest = load_student_info(settings).longest_sample
     if teacher.context_tokens < longest + 1:
         raise UserError(
             f"the context of the teacher {teacher.name!r} is {teacher.context_tokens} tokens",
-            expected=f"at least {longest + 1}: a sample of up to {longest} tokens, prompt and completion, and one more that vLLM takes",
-            next_step='Lower inference.sampling.max_completion, or set teacher_inference.engine = "transformers", which needs no more.',
+            expected=f"at least {longest + 1}: a sample of up to {longest} tokens, prompt and "
+            "completion, and one more that vLLM takes",
+            next_step="Lower inference.sampling.max_completion, or set "
+            'teacher_inference.engine = "transformers", which needs no more.',
         )
     return min(teacher.context_tokens, max(LEAST_CONTEXT, 2 * (longest + 1)))

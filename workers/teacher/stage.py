@@ -1,27 +1,28 @@
-"""The worker that scores rollouts: every token that the student wrote, under the teacher."""
+"""The worker that scores rollouts with a teacher in this process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from onstream.pipeline.records import StageName
+from onstream.pipeline.records import Rollout, StageName
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome
 from onstream.settings.root import Settings
-from onstream.workers.teacher.score_requests import objection, request_of, rollout_of, write
+from onstream.workers.teacher.score_requests import objection, request_of, rollout_of, write_scores
 from onstream.workers.teacher.scorer import TokenScorer
 
 ROOM = 256
-"""Rollouts in hand at once: enough that the groups among them are whole when they come from a busy
+"""Rollouts in hand at once: enough for the groups among them to be whole when they come from a busy
 stream.
 """
+ID_BYTES = 4
 
 
 class Teacher:
     """Takes rollouts, adds the teacher's logprobs to their samples, and sends them on.
 
-    What is in hand is scored whole groups first come, up to a forward pass a call, so that siblings
+    A call scores about one forward pass of what is in hand, whole groups first, so that siblings
     share the computation of their prompt. Nothing waits for siblings that have not come.
     """
 
@@ -34,15 +35,14 @@ class Teacher:
         self._settings = settings
         self._load = load or partial(_load_local, bus=bus)
         self._top_k = settings.trainer.loss.teacher_top_k
-        self._in_hand: dict[
-            int, list[Delivery]
-        ] = {}  # by group, in the order of their first arrival
+        # By group, in the order in which the groups came.
+        self._in_hand: dict[int, list[Delivery]] = {}
 
     def setup(self) -> None:
         """Load the teacher and compare it with the student.
 
         Raises:
-            UserError: there is no such model, or it cannot judge this student's tokens.
+            UserError: there is no such model, or it cannot score this student's tokens.
         """
         self._scorer = self._load(self._settings)
 
@@ -57,18 +57,13 @@ class Teacher:
         return bool(self._in_hand)
 
     def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
-        """Score up to about one forward pass of what is in hand."""
-        refused = [
-            Outcome(delivery, dead=reason)
-            for delivery in new
-            if (reason := self._objection(delivery))
-        ]
-        objected = {outcome.delivery.entry_id for outcome in refused}
+        """Score about one forward pass of what is in hand."""
+        refused = []
         for delivery in new:
-            if delivery.entry_id not in objected:
-                for sample in rollout_of(delivery).samples:
-                    self._scorer.prefetch_images(request_of(sample))
-                self._in_hand.setdefault(_group(delivery), []).append(delivery)
+            if reason := self._objection(delivery):
+                refused.append(Outcome(delivery, dead=reason))
+            else:
+                self._take(delivery)
         return refused + self._score(self._next_slice())
 
     def close(self, *, finished: bool) -> None:
@@ -77,19 +72,27 @@ class Teacher:
         self._scorer.close()
 
     def _objection(self, delivery: Delivery) -> str | None:
-        """Why this rollout cannot be scored, in words; None when it can."""
-        name = self._scorer.name
-        context = self._scorer.context_tokens
-        size = self._scorer.vocabulary_size
-        reasons = (
-            objection(sample, name, context_tokens=context, vocabulary_size=size)
-            for sample in rollout_of(delivery).samples
-        )
-        return next((reason for reason in reasons if reason), None)
+        """Why this rollout cannot be scored; None when it can."""
+        for sample in rollout_of(delivery).samples:
+            reason = objection(
+                sample,
+                self._scorer.name,
+                context_tokens=self._scorer.context_tokens,
+                vocabulary_size=self._scorer.vocabulary_size,
+            )
+            if reason:
+                return reason
+        return None
+
+    def _take(self, delivery: Delivery) -> None:
+        rollout = rollout_of(delivery)
+        for sample in rollout.samples:
+            self._scorer.prefetch_images(request_of(sample))
+        self._in_hand.setdefault(rollout.group, []).append(delivery)
 
     def _next_slice(self) -> list[Delivery]:
-        """Takes about one forward pass of rollouts out of hand, group by group, oldest group first;
-        at least one rollout.
+        """About one forward pass of rollouts, taken out of hand: group by group, the oldest group
+        first, and at least one rollout.
         """
         taken: list[Delivery] = []
         tokens = 0
@@ -107,43 +110,44 @@ class Teacher:
 
     def _score(self, deliveries: Sequence[Delivery]) -> list[Outcome]:
         outcomes = []
-        seen = []
+        scorable = []
         for delivery in deliveries:
-            reasons = (
-                self._scorer.image_problem(request_of(sample))
-                for sample in rollout_of(delivery).samples
-            )
-            if reason := next((reason for reason in reasons if reason), None):
-                outcomes.append(Outcome(delivery, dead=f"it would be scored blind: {reason}"))
+            if reason := self._image_problem(rollout_of(delivery)):
+                dead = f"it would be scored without its images: {reason}"
+                outcomes.append(Outcome(delivery, dead=dead))
             else:
-                seen.append(delivery)
-        samples = [sample for delivery in seen for sample in rollout_of(delivery).samples]
+                scorable.append(delivery)
+        self._add_scores([rollout_of(delivery) for delivery in scorable])
+        return outcomes + [Outcome(delivery, rollout_of(delivery)) for delivery in scorable]
+
+    def _image_problem(self, rollout: Rollout) -> str | None:
+        for sample in rollout.samples:
+            if reason := self._scorer.image_problem(request_of(sample)):
+                return reason
+        return None
+
+    def _add_scores(self, rollouts: Sequence[Rollout]) -> None:
+        samples = [sample for rollout in rollouts for sample in rollout.samples]
         if samples:
-            scored = self._scorer.score(
-                [request_of(sample) for sample in samples], top_k=self._top_k
-            )
+            requests = [request_of(sample) for sample in samples]
+            scored = self._scorer.score(requests, top_k=self._top_k)
             for sample, scores in zip(samples, scored, strict=True):
-                write(sample, scores)
-        for delivery in seen:
-            rollout_of(delivery).scored_by = self._scorer.name
-        return outcomes + [Outcome(delivery, rollout_of(delivery)) for delivery in seen]
+                write_scores(sample, scores)
+        for rollout in rollouts:
+            rollout.scored_by = self._scorer.name
 
 
 def _load_local(settings: Settings, bus: Bus) -> TokenScorer:
-    from onstream.workers.teacher.local_setup import (
-        load_local,  # torch is imported by the worker that needs it alone
-    )
+    from onstream.workers.teacher.local_setup import load_local  # imports torch
 
     return load_local(settings, bus.images.read)
 
 
-def _group(delivery: Delivery) -> int:
-    return rollout_of(delivery).group
-
-
 def _prompt_tokens(delivery: Delivery) -> int:
-    return sum(len(sample.prompt_ids) for sample in rollout_of(delivery).samples) // 4
+    samples = rollout_of(delivery).samples
+    return sum(len(sample.prompt_ids) for sample in samples) // ID_BYTES
 
 
 def _completion_tokens(delivery: Delivery) -> int:
-    return sum(len(sample.completion_ids) for sample in rollout_of(delivery).samples) // 4
+    samples = rollout_of(delivery).samples
+    return sum(len(sample.completion_ids) for sample in samples) // ID_BYTES

@@ -7,11 +7,12 @@ import pytest
 from tokenizers import AddedToken
 
 from onstream.pipeline.errors import UserError
-from onstream.workers.teacher.compatibility import ModelInfo, check, first_difference
+from onstream.workers.teacher.compatibility import check_compatible, first_difference
+from onstream.workers.teacher.model_info import ModelInfo
 from onstream.workers.tiny_models.character_tokenizer import character_tokenizer
 
 
-def load_model_info(name: str, **changes: Any) -> ModelInfo:
+def model_of(name: str, **changes: Any) -> ModelInfo:
     return dataclasses.replace(
         ModelInfo(
             name, character_tokenizer(), frozenset({3}), context_tokens=512, vocabulary_size=128
@@ -21,7 +22,7 @@ def load_model_info(name: str, **changes: Any) -> ModelInfo:
 
 
 def test_a_teacher_of_the_same_family_is_accepted() -> None:
-    check(load_model_info("student"), load_model_info("teacher"), max_completion=511)
+    check_compatible(model_of("student"), model_of("teacher"), max_completion=511)
 
 
 def test_a_teacher_with_another_vocabulary_is_refused_naming_both_and_the_first_difference() -> (
@@ -30,9 +31,9 @@ def test_a_teacher_with_another_vocabulary_is_refused_naming_both_and_the_first_
     other = character_tokenizer()
     other.add_tokens([AddedToken("extra")])
     with pytest.raises(UserError) as refusal:
-        check(
-            load_model_info("our-student"),
-            load_model_info("their-teacher", tokenizer=other),
+        check_compatible(
+            model_of("our-student"),
+            model_of("their-teacher", tokenizer=other),
             max_completion=16,
         )
     text = str(refusal.value)
@@ -55,9 +56,9 @@ def test_a_teacher_with_another_chat_template_is_refused_showing_both() -> None:
         UserError,
         match=r"writes a conversation as '\[1 \+ 1\].*the student 'student' as '<\|im_start\|>",
     ):
-        check(
-            load_model_info("student"),
-            load_model_info("teacher", tokenizer=other),
+        check_compatible(
+            model_of("student"),
+            model_of("teacher", tokenizer=other),
             max_completion=16,
         )
 
@@ -66,21 +67,21 @@ def test_a_teacher_that_ends_its_turns_otherwise_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"ends its turn with token 3, the teacher 'teacher' with \[0, 1\]"
     ):
-        check(
-            load_model_info("student"),
-            load_model_info("teacher", end_ids=frozenset({0, 1})),
+        check_compatible(
+            model_of("student"),
+            model_of("teacher", end_ids=frozenset({0, 1})),
             max_completion=16,
         )
 
 
 def test_a_context_as_long_as_the_students_holds_whatever_the_student_writes() -> None:
-    check(load_model_info("student"), load_model_info("teacher"), max_completion=512)
+    check_compatible(model_of("student"), model_of("teacher"), max_completion=512)
 
 
 def test_a_teacher_whose_context_cannot_hold_a_whole_completion_is_refused() -> None:
     with pytest.raises(UserError, match="the context of the teacher 'teacher' is 64 tokens"):
-        check(
-            load_model_info("student"),
-            load_model_info("teacher", context_tokens=64),
+        check_compatible(
+            model_of("student"),
+            model_of("teacher", context_tokens=64),
             max_completion=64,
         )

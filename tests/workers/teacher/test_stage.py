@@ -34,7 +34,7 @@ from onstream.workers.teacher.scorer import ScoreRequest, Scores
 from onstream.workers.teacher.stage import ROOM, Teacher
 from onstream.workers.tiny_models.fresh import ModelShape, write_fresh
 
-BUS: Any = SimpleNamespace(images=no_images)  # the stage itself moves nothing
+BUS: Any = SimpleNamespace(images=SimpleNamespace(read=no_images))  # the stage itself moves nothing
 
 
 class Recorder:
@@ -137,15 +137,13 @@ def test_the_local_teacher_writes_k_alternatives_and_the_tail_into_every_sample(
         )
 
 
-def test_a_rollout_with_images_that_the_teacher_does_not_see_is_a_dead_letter_and_is_never_scored_blind() -> (
-    None
-):
+def test_a_rollout_whose_images_the_teacher_does_not_read_is_a_dead_letter() -> None:
     shown = rollout(1)
     plain = rollout(2)
     shown.samples[0].images = ["cat"]
     recorder = Recorder()
     dead, done = stage_with(recorder).handle(delivered(shown, plain))
-    assert dead.dead == "it would be scored blind: it is a recorder"
+    assert dead.dead == "it would be scored without its images: it is a recorder"
     assert scored(done).number == 2
     assert [len(call) for call in recorder.calls] == [1]
 

@@ -1,4 +1,4 @@
-"""Rollouts with images, as vLLM's endpoints of a teacher are sent them: with the images, or not at
+"""Requests to an external teacher about rollouts with images: with all their images, or not at
 all.
 """
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 
 class RequestImages:
-    """The images of rollouts of the student of `settings`, whose configuration is `config`. `fetch`
-    gives their bytes.
+    """Adds images to the requests about samples of the student of `settings`.
+
+    `config` is the student's configuration, and `fetch` gives the bytes of images by digest.
     """
 
     def __init__(self, settings: Settings, config: PretrainedConfig, fetch: FetchImages) -> None:
@@ -31,14 +32,14 @@ class RequestImages:
             load_vision(settings.model.name), fetch, settings.images.keep_bytes
         )
         self._fetch = fetch
-        self._sent = VllmPrompts(config)
-        self._picture = lru_cache(maxsize=KEPT)(self._read)
+        self._vllm_prompts = VllmPrompts(config)
+        self._image_file = lru_cache(maxsize=KEPT)(self._read)
 
-    def objection(self, sample: Sample) -> str | None:
-        """Why `sample` cannot be scored with its images present, in words; None where it can."""
+    def problem_with(self, sample: Sample) -> str | None:
+        """Why `sample` cannot be scored with all its images; None where it can."""
         try:
             for digest in sample.images:
-                self._picture(digest)
+                self._image_file(digest)
         except MissingImage as error:
             return str(error)
         return self._features.problem_with(
@@ -54,12 +55,14 @@ class RequestImages:
         request = request_of(sample)
         if not request.images:
             return request
-        made = self._features.get(request.images)
-        shown = [PromptImage(self._picture(digest), made[digest]) for digest in request.images]
-        return replace(
-            request,
-            sent=self._sent.fields(request.prompt_ids, shown, request.completion_ids.tolist()),
+        features = self._features.get(request.images)
+        images = [
+            PromptImage(self._image_file(digest), features[digest]) for digest in request.images
+        ]
+        fields = self._vllm_prompts.fields(
+            request.prompt_ids, images, request.completion_ids.tolist()
         )
+        return replace(request, image_fields=fields)
 
     def close(self) -> None:
         """End the thread that processes images."""

@@ -1,4 +1,4 @@
-"""What an external teacher said before of the same tokens."""
+"""A cache of the scores that an external teacher gave before for the same tokens."""
 
 from __future__ import annotations
 
@@ -24,11 +24,15 @@ _decoder = msgspec.msgpack.Decoder(_CachedScores)
 
 
 class ScoreCache:
-    """Scores by teacher, token ids and k. `most` entries are kept; with 0 nothing is kept or found.
+    """Scores by teacher, token ids, images and k. `most` entries are kept; with 0, none.
 
-    A name says little of the weights behind it. So a teacher is its name and what it scores the
-    probe's text; one that scores it otherwise than the last one of its name did finds nothing of
-    that one's.
+    A name says little about the weights behind it. So a teacher is identified by its name and by
+    how it scores the check's text. One that scores that text otherwise than the last teacher of its
+    name does not get that one's scores.
+
+    Args:
+        check_request: the check's text.
+        reference: the logprobs [C] that the teacher gives it.
     """
 
     def __init__(
@@ -38,14 +42,14 @@ class ScoreCache:
         *,
         teacher: str,
         top_k: int,
-        probe: ScoreRequest,
+        check_request: ScoreRequest,
         reference: Logprobs,
     ) -> None:
         self._store = store
         self._most = most
         self._top_k = top_k
         if most:
-            name = _digest(teacher.encode(), ids_bytes(probe.completion_ids))
+            name = _digest(teacher.encode(), ids_bytes(check_request.completion_ids))
             noted = store.teacher_check(name)
             if noted is None or distance(logprobs_array(noted), reference) > SAME_NATS:
                 noted = logprobs_bytes(reference)
@@ -53,7 +57,7 @@ class ScoreCache:
             self._teacher = _digest(name, noted)
 
     def find(self, requests: Sequence[ScoreRequest]) -> list[Scores | None]:
-        """The scores that each of `requests` was given before, or None."""
+        """The scores that each of `requests` got before, or None."""
         if not self._most:
             return [None] * len(requests)
         kept = self._store.recall([self._key(request) for request in requests])
@@ -67,9 +71,8 @@ class ScoreCache:
             )
 
     def _key(self, request: ScoreRequest) -> bytes:
-        images = [
-            name.encode() for name in request.images
-        ]  # the same ids stand for other pictures too
+        # The token ids of an image are the same for all images, so digests belong to the key.
+        images = [digest.encode() for digest in request.images]
         split = f"{self._top_k} {len(request.prompt_ids)}".encode()
         return _digest(
             self._teacher,

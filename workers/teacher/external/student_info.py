@@ -1,5 +1,5 @@
-"""The student as an external teacher is compared with it: its tokenizer, and the longest sample it
-may write.
+"""What the check of an external teacher needs of the student: its tokenizer, requests to be scored
+at the start, and the longest sample it may write.
 """
 
 from __future__ import annotations
@@ -12,32 +12,34 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.images import ImageError, Message, grey_image, image_urls
 from onstream.pipeline.images.vllm_prompts import VllmPrompts
 from onstream.pipeline.models.tokenizer import has_vision, load_configs
-from onstream.pipeline.prompts import PromptBuilder, prompt_builder, render_prompt
+from onstream.pipeline.prompts import Prompt, PromptBuilder, prompt_builder, render_prompt
 from onstream.pipeline.tasks import load_task
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
-from onstream.workers.teacher.compatibility import ModelInfo
-from onstream.workers.teacher.model_info import load_model_info
+from onstream.workers.teacher.model_info import ModelInfo, load_model_info
 from onstream.workers.teacher.scorer import ScoreRequest
 
 PROMPTS = 64
 """Prompts of the task that are measured."""
-PROBE_TOKENS = 96
-WORD = 8
-"""Tokens that are scored after a picture."""
-TRIED = 64, 48
-"""Width and height, in pixels, of that picture."""
-TEXT = "The 7 quick brown foxes (lazy dogs: none!) jumped over x_1 = [3.14, -2]; naïve café, 東京, ≤ 100 %\n\tdef f(a): return a**2\n"
+CHECK_TOKENS = 96
+IMAGE_ANSWER_TOKENS = 8
+"""Tokens that are scored after an image."""
+IMAGE_SIZE = (64, 48)
+"""Width and height of that image, in pixels."""
+TEXT = (
+    "The 7 quick brown foxes (lazy dogs: none!) jumped over x_1 = [3.14, -2]; "
+    "naïve café, 東京, ≤ 100 %\n\tdef f(a): return a**2\n"
+)
 
 log = get_logger()
 
 
 @dataclass(frozen=True)
 class StudentInfo:
-    """The student, `probe` to be scored at start, and the tokens of the longest sample that the
-    teacher may be sent.
+    """The student, as an external teacher is checked against it.
 
-    `shown` is to be scored as well: a prompt with a picture, where the task's prompts show any.
+    Each endpoint scores `check_request` at the start, and `image_request` too, a prompt with an
+    image, where the task's prompts hold images. `longest_sample` is in tokens.
     """
 
     model: ModelInfo
@@ -54,28 +56,28 @@ def load_student_info(settings: Settings) -> StudentInfo:
     """
     student = load_model_info(settings.model.name)
     prompts = _first_prompts(settings)
-    shows = any(image_urls(messages) for messages in prompts)
-    builder = _prompt_builder(settings) if shows else None
-    longest = max((_tokens(messages, student, builder) for messages in prompts), default=1)
-    longest = min(student.context_tokens, longest + settings.inference.sampling.max_completion)
-    probe = make_check_request(student, longest)
-    return StudentInfo(
-        student,
-        probe,
-        longest,
-        _shown(settings, student, builder, probe) if builder is not None else None,
+    builder = None
+    if any(image_urls(messages) for messages in prompts):
+        builder = _prompt_builder(settings)
+    longest_prompt = max((_tokens(messages, student, builder) for messages in prompts), default=1)
+    longest_sample = min(
+        student.context_tokens, longest_prompt + settings.inference.sampling.max_completion
     )
+    check_request = make_check_request(student, longest_sample)
+    image_request = None
+    if builder is not None:
+        image_request = _make_image_request(settings, student, builder, check_request)
+    return StudentInfo(student, check_request, longest_sample, image_request)
 
 
-def make_check_request(student: ModelInfo, longest: int) -> ScoreRequest:
-    """What each endpoint scores at start: a question by the chat template and a text of many kinds
-    of characters.
+def make_check_request(student: ModelInfo, longest_sample: int) -> ScoreRequest:
+    """What each endpoint scores at the start: a question by the chat template, then a text with
+    many kinds of characters.
     """
-    asked = prompt_ids(student, [{"role": "user", "content": "1 + 1 = ?"}])
-    ids = np.array(
-        [*asked, *student.tokenizer.encode(TEXT, add_special_tokens=False)], dtype=np.int32
-    )
-    ids = ids[: max(2, min(PROBE_TOKENS, longest))]
+    question = prompt_ids(student, [{"role": "user", "content": "1 + 1 = ?"}])
+    text = student.tokenizer.encode(TEXT, add_special_tokens=False)
+    length = max(2, min(CHECK_TOKENS, longest_sample))
+    ids = np.array([*question, *text], dtype=np.int32)[:length]
     return ScoreRequest(ids[:1], ids[1:])
 
 
@@ -93,7 +95,8 @@ def _first_prompts(settings: Settings) -> list[list[Message]]:
         task = load_task(settings)
     except UserError as error:
         log.warning(
-            "the task cannot be loaded here, so its prompts are not measured against the teacher's context",
+            "the task cannot be loaded here, so its prompts are not compared with the context "
+            "of the teacher",
             reason=str(error),
         )
         return []
@@ -101,17 +104,18 @@ def _first_prompts(settings: Settings) -> list[list[Message]]:
 
 
 def _tokens(messages: list[Message], student: ModelInfo, builder: PromptBuilder | None) -> int:
-    """The tokens of a prompt; 1 of one whose images cannot be used, which no teacher will see."""
+    """The tokens of a prompt; 1 where its images cannot be used, since no teacher will get it."""
     if builder is None:
         return len(prompt_ids(student, messages))
     try:
-        return len(
-            builder.build(
-                render_prompt(student.tokenizer, messages), messages, builder.images_of(messages)
-            ).ids
-        )
+        return len(_build(messages, student, builder).ids)
     except ImageError:
         return 1
+
+
+def _build(messages: list[Message], student: ModelInfo, builder: PromptBuilder) -> Prompt:
+    rendered = render_prompt(student.tokenizer, messages)
+    return builder.build(rendered, messages, builder.images_of(messages))
 
 
 def _prompt_builder(settings: Settings) -> PromptBuilder:
@@ -125,19 +129,14 @@ def _prompt_builder(settings: Settings) -> PromptBuilder:
     return prompt_builder(settings.model.name, config, settings)
 
 
-def _shown(
-    settings: Settings, student: ModelInfo, builder: PromptBuilder, probe: ScoreRequest
+def _make_image_request(
+    settings: Settings, student: ModelInfo, builder: PromptBuilder, check_request: ScoreRequest
 ) -> ScoreRequest:
-    """A prompt that is a picture, and a word after it."""
-    picture = grey_image(*TRIED)
-    messages: list[Message] = [
-        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": picture.data_url}}]}
-    ]
-    prompt = builder.build(
-        render_prompt(student.tokenizer, messages), messages, builder.images_of(messages)
-    )
-    word = probe.completion_ids[-WORD:]
-    sent = VllmPrompts(load_configs(settings.model.name)[0]).fields(
-        prompt.ids, prompt.images, word.tolist()
-    )
-    return ScoreRequest(prompt.ids, word, (picture.digest,), sent)
+    """A prompt that is an image, and a few tokens after it."""
+    image = grey_image(*IMAGE_SIZE)
+    part = {"type": "image_url", "image_url": {"url": image.data_url}}
+    prompt = _build([{"role": "user", "content": [part]}], student, builder)
+    answer = check_request.completion_ids[-IMAGE_ANSWER_TOKENS:]
+    config, _ = load_configs(settings.model.name)
+    fields = VllmPrompts(config).fields(prompt.ids, prompt.images, answer.tolist())
+    return ScoreRequest(prompt.ids, answer, (image.digest,), fields)

@@ -1,7 +1,8 @@
-"""Whether a server means the same tokens as the student by the same ids."""
+"""Whether a server means the same tokens by the same ids as the student."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -11,30 +12,36 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.http import Endpoint, EndpointError, EndpointFault, RequestRefused, decoded
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.decoding import UNDECODABLE
-from onstream.workers.teacher.compatibility import TURNS, ModelInfo
+from onstream.workers.teacher.compatibility import CONVERSATION
 from onstream.workers.teacher.external.student_info import TEXT, prompt_ids
+from onstream.workers.teacher.model_info import ModelInfo
 
 SPECIAL_TOKENS = 64
 DECODED_IDS = 256
 NO_ROUTE = {404, 405, 501}
-REPLACED = "\ufffd"  # what a part of a character decodes to
-_CHOOSE = "Serve a teacher of the student's family, or choose another student with model.name."
+REPLACEMENT_CHARACTER = "\ufffd"
+"""What a part of a character decodes to."""
+_CHOOSE_ANOTHER = (
+    "Serve a teacher of the student's family, or choose another student with model.name."
+)
 
 log = get_logger()
 
 
-class Tokenized(msgspec.Struct):
+class TokenizeReply(msgspec.Struct):
     """A reply of `/tokenize`."""
 
     tokens: list[int]
     max_model_len: int | None = None
 
 
-async def compare_by_routes(student: ModelInfo, endpoint: Endpoint, model: str) -> Tokenized | None:
-    """Compares by the server's own tokenizer; returns what it said of a text, None where it has no
-    `/tokenize`.
+async def compare_by_routes(
+    student: ModelInfo, endpoint: Endpoint, model: str
+) -> TokenizeReply | None:
+    """Compare by the server's own tokenizer; returns its reply about a text, None where the server
+    has no `/tokenize`.
 
-    A text, the special tokens, the end of turn, a spread of ids over the whole vocabulary, and the
+    Compared are a text, the special tokens, the end of turn, ids from the whole vocabulary, and the
     chat template.
 
     Raises:
@@ -42,22 +49,20 @@ async def compare_by_routes(student: ModelInfo, endpoint: Endpoint, model: str) 
         EndpointFault: the server did not answer.
     """
     text = TEXT + "".join(_special_tokens(student.tokenizer))
-    theirs = await _tokenized(
-        endpoint, {"model": model, "prompt": text, "add_special_tokens": False}
-    )
+    body = {"model": model, "prompt": text, "add_special_tokens": False}
+    theirs = await _tokenize(endpoint, body)
     if theirs is None:
         return None
-    _same_ids(
-        student, endpoint, student.tokenizer.encode(text, add_special_tokens=False), theirs.tokens
-    )
-    await _same_decoding(student, endpoint, model)
-    await _same_template(student, endpoint, model)
+    ours = student.tokenizer.encode(text, add_special_tokens=False)
+    _check_ids(student, endpoint, ours, theirs.tokens)
+    await _check_decoding(student, endpoint, model)
+    await _check_template(student, endpoint, model)
     return theirs
 
 
 def compare_by_texts(student: ModelInfo, endpoint: Endpoint, texts: dict[int, str]) -> None:
-    """Compares the texts that came with logprobs, by token id, with what the student's tokenizer
-    says of the ids.
+    """Compare the texts that came with logprobs, by token id, with those of the student's
+    tokenizer.
 
     Raises:
         UserError: one differs by more than white space.
@@ -69,25 +74,21 @@ def compare_by_texts(student: ModelInfo, endpoint: Endpoint, texts: dict[int, st
         )
     for token, theirs in texts.items():
         ours = student.tokenizer.decode([token])
-        if REPLACED in ours + theirs or not _bare(ours) or not _bare(theirs):
+        if REPLACEMENT_CHARACTER in ours + theirs or not _bare(ours) or not _bare(theirs):
             continue
         if _bare(ours) != _bare(theirs):
-            raise _differs(
-                student,
-                endpoint,
-                f"id {token} is {ours!r} to the student and {theirs!r} to the teacher",
-            )
+            difference = f"id {token} is {ours!r} to the student and {theirs!r} to the teacher"
+            raise _other_vocabulary(student, endpoint, difference)
 
 
 def _special_tokens(tokenizer: Any) -> list[str]:
-    return list(dict.fromkeys([*tokenizer.all_special_tokens, tokenizer.eos_token]))[
-        :SPECIAL_TOKENS
-    ]
+    tokens = dict.fromkeys([*tokenizer.all_special_tokens, tokenizer.eos_token])
+    return list(tokens)[:SPECIAL_TOKENS]
 
 
-async def _tokenized(endpoint: Endpoint, body: dict[str, Any]) -> Tokenized | None:
+async def _tokenize(endpoint: Endpoint, body: dict[str, Any]) -> TokenizeReply | None:
     try:
-        return msgspec.json.decode(await endpoint.post("/tokenize", body), type=Tokenized)
+        return msgspec.json.decode(await endpoint.post("/tokenize", body), type=TokenizeReply)
     except UNDECODABLE:
         return None  # another server's /tokenize, of another form
     except EndpointError as fault:
@@ -96,36 +97,36 @@ async def _tokenized(endpoint: Endpoint, body: dict[str, Any]) -> Tokenized | No
         raise
 
 
-def _same_ids(student: ModelInfo, endpoint: Endpoint, ours: list[int], theirs: list[int]) -> None:
+def _check_ids(student: ModelInfo, endpoint: Endpoint, ours: list[int], theirs: list[int]) -> None:
     if ours == theirs:
         return
-    at = next(
-        (at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
-        min(len(ours), len(theirs)),
+    at = _first_difference(ours, theirs)
+    our_token = _token_at(student, ours, at)
+    their_token = _token_at(student, theirs, at)
+    difference = (
+        f"one text is {len(ours)} tokens to the student and {len(theirs)} to the teacher; "
+        f"the first that differs is {our_token} to the student and {their_token} to the teacher, "
+        "by the student's vocabulary"
     )
-    seen = [
-        f"{ids[at]} ({student.tokenizer.decode([ids[at]])!r})" if at < len(ids) else "no token"
-        for ids in (ours, theirs)
-    ]
-    raise _differs(
-        student,
-        endpoint,
-        f"one text is {len(ours)} tokens to the student and {len(theirs)} to the teacher; the first that differs is {seen[0]} to the "
-        f"student and {seen[1]} to the teacher, by the student's vocabulary",
-    )
+    raise _other_vocabulary(student, endpoint, difference)
 
 
-async def _same_decoding(student: ModelInfo, endpoint: Endpoint, model: str) -> None:
-    """One request decodes ids from the whole of the student's vocabulary; the last ones show a
-    vocabulary that is shorter.
+def _token_at(student: ModelInfo, ids: list[int], at: int) -> str:
+    if at >= len(ids):
+        return "no token"
+    return f"{ids[at]} ({student.tokenizer.decode([ids[at]])!r})"
+
+
+async def _check_decoding(student: ModelInfo, endpoint: Endpoint, model: str) -> None:
+    """Have ids from the student's whole vocabulary decoded. The last ones show a vocabulary that is
+    shorter.
     """
     ids = np.unique(np.linspace(0, len(student.tokenizer) - 1, DECODED_IDS).astype(int)).tolist()
     try:
         reply = await endpoint.post("/detokenize", {"model": model, "tokens": ids})
     except RequestRefused as refusal:
-        raise _differs(
-            student, endpoint, f"the teacher does not know all ids up to {ids[-1]} ({refusal})"
-        ) from refusal
+        difference = f"the teacher does not know all ids up to {ids[-1]} ({refusal})"
+        raise _other_vocabulary(student, endpoint, difference) from refusal
     except EndpointFault as fault:
         if fault.status in NO_ROUTE:
             return
@@ -134,28 +135,30 @@ async def _same_decoding(student: ModelInfo, endpoint: Endpoint, model: str) -> 
     theirs = str(body.get("prompt") if isinstance(body, dict) else body)
     ours = student.tokenizer.decode(ids)
     if _bare(ours) != _bare(theirs):
-        raise _differs(
-            student, endpoint, f"{len(ids)} ids from 0 to {ids[-1]} read {_around(ours, theirs)}"
-        )
+        difference = f"{len(ids)} ids from 0 to {ids[-1]} read {_around(ours, theirs)}"
+        raise _other_vocabulary(student, endpoint, difference)
 
 
-async def _same_template(student: ModelInfo, endpoint: Endpoint, model: str) -> None:
-    theirs = await _tokenized(
-        endpoint, {"model": model, "messages": TURNS, "add_generation_prompt": True}
-    )
+async def _check_template(student: ModelInfo, endpoint: Endpoint, model: str) -> None:
+    body = {"model": model, "messages": CONVERSATION, "add_generation_prompt": True}
+    theirs = await _tokenize(endpoint, body)
     if theirs is None:
         log.warning(
             "the endpoint does not render conversations, so its chat template is not compared",
             endpoint=endpoint.name,
         )
         return
-    ours = prompt_ids(student, TURNS)
+    ours = prompt_ids(student, CONVERSATION)
     if ours != theirs.tokens:
-        texts = [student.tokenizer.decode(ids)[:160] for ids in (theirs.tokens, ours)]
+        our_text = student.tokenizer.decode(ours)[:160]
+        their_text = student.tokenizer.decode(theirs.tokens)[:160]
         raise UserError(
-            f"the teacher at {endpoint.name} writes a conversation as {texts[0]!r}, the student {student.name!r} as {texts[1]!r}",
-            expected="chat templates that render alike, since the teacher sees the student's prompts",
-            next_step=f"Serve the teacher with the student's chat template (vLLM: --chat-template). {_CHOOSE}",
+            f"the teacher at {endpoint.name} writes a conversation as {their_text!r}, "
+            f"the student {student.name!r} as {our_text!r}",
+            expected="chat templates that render alike, since the teacher gets the student's "
+            "prompts",
+            next_step="Serve the teacher with the student's chat template "
+            f"(vLLM: --chat-template). {_CHOOSE_ANOTHER}",
         )
 
 
@@ -167,17 +170,23 @@ def _bare(text: str) -> str:
 def _around(ours: str, theirs: str) -> str:
     ours = _bare(ours)
     theirs = _bare(theirs)
-    at = next(
-        (at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
-        min(len(ours), len(theirs)),
-    )
+    at = _first_difference(ours, theirs)
     window = slice(max(0, at - 8), at + 24)
     return f"…{ours[window]!r} to the student and …{theirs[window]!r} to the teacher"
 
 
-def _differs(student: ModelInfo, endpoint: Endpoint, how: str) -> UserError:
+def _first_difference(ours: Sequence[Any], theirs: Sequence[Any]) -> int:
+    """The first place where they differ, at the latest the end of the shorter one."""
+    for at, (one, other) in enumerate(zip(ours, theirs, strict=False)):
+        if one != other:
+            return at
+    return min(len(ours), len(theirs))
+
+
+def _other_vocabulary(student: ModelInfo, endpoint: Endpoint, difference: str) -> UserError:
     return UserError(
-        f"the vocabulary of the teacher at {endpoint.name} is not that of the student {student.name!r}: {how}",
-        expected="the same token for every id, since the teacher judges the student's token ids",
-        next_step=f"Check orchestrator.teacher_model.client.base_url. {_CHOOSE}",
+        f"the vocabulary of the teacher at {endpoint.name} is not that of the student "
+        f"{student.name!r}: {difference}",
+        expected="the same token for every id, since the teacher scores the student's token ids",
+        next_step=f"Check orchestrator.teacher_model.client.base_url. {_CHOOSE_ANOTHER}",
     )

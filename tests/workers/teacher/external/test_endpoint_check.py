@@ -49,14 +49,14 @@ def test_the_first_protocol_that_works_is_used(
     servers: Servers, configure: Configure, stages: Stages, routes: frozenset[str], chosen: str
 ) -> None:
     stage = stages(configure(servers(routes=routes), top_k=4))
-    (endpoint,) = stage._pool.endpoints
+    (endpoint,) = stage._client.pool.endpoints
     assert endpoint.protocol is not None and endpoint.protocol.name == chosen
 
 
 def test_a_pinned_protocol_is_the_only_one_asked_for(
     servers: Servers, configure: Configure, stages: Stages
 ) -> None:
-    (endpoint,) = stages(configure(servers(), protocol="echo"))._pool.endpoints
+    (endpoint,) = stages(configure(servers(), protocol="echo"))._client.pool.endpoints
     assert endpoint.protocol is not None and endpoint.protocol.name == "echo"
     with pytest.raises(
         UserError, match=r"returns no logprobs of a prompt \(vllm-generate: 404 Not Found\)"
@@ -78,10 +78,8 @@ def test_a_model_that_is_not_listed_is_refused_naming_those_that_are(
 ) -> None:
     server = servers(models=("large", "small"))
     found = refusal(server, configure, stages)
-    assert (
-        found.got
-        == f"orchestrator.teacher_model.model.name = 'teacher', which {server.base_url} does not serve"
-    )
+    setting = "orchestrator.teacher_model.model.name"
+    assert found.got == f"{setting} = 'teacher', which {server.base_url} does not serve"
     assert found.expected == "one of the models it lists: 'large', 'small'"
     assert "skip_model_check" in found.next_step
     stages(configure(server, skip_model_check=True))
@@ -105,7 +103,7 @@ def test_a_server_without_logprobs_of_a_prompt_is_refused_with_what_it_said(
         "returns no logprobs of a prompt (vllm-generate: 404 Not Found; vllm-completions: 404"
         in found.got
     )
-    assert "chat endpoints" in found.next_step
+    assert "Chat endpoints" in found.next_step
 
 
 @pytest.mark.parametrize(("limit", "wanted"), [(5, 8), (20, 64), (0, 1)])
@@ -166,16 +164,14 @@ def test_a_context_without_room_for_a_whole_sample_and_one_token_more_is_refused
     servers: Servers, configure: Configure, stages: Stages, routes: frozenset[str]
 ) -> None:
     stage = stages(configure(servers(routes=routes), max_completion=100))
-    longest = stage._student.longest_sample
+    longest = stage._client.student.longest_sample
     assert longest > 100
     found = refusal(
         servers(max_model_len=longest, routes=routes), configure, stages, max_completion=100
     )
     assert f"at least {longest + 1}: a sample of up to {longest} tokens" in found.expected
-    assert (
-        f"the context of the teacher at http://127.0.0.1:{found.got.split(':')[2].split('/')[0]}/v1 is"
-        in found.got
-    )
+    port = found.got.split(":")[2].split("/")[0]
+    assert f"the context of the teacher at http://127.0.0.1:{port}/v1 is" in found.got
     assert "inference.sampling.max_completion" in found.next_step
     stages(configure(servers(max_model_len=longest + 1, routes=routes), max_completion=100))
 

@@ -7,14 +7,11 @@ import numpy as np
 import pytest
 
 from onstream.pipeline.http import BadReply
-from onstream.workers.teacher.external.protocols import (
-    VARIANTS,
-    Echo,
-    Sglang,
-    TeacherProtocol,
-    VllmCompletions,
-    VllmGenerate,
-)
+from onstream.settings.teacher_protocols import TEACHER_PROTOCOLS
+from onstream.workers.teacher.external.protocols import TeacherProtocol, load_variants
+from onstream.workers.teacher.external.protocols.echo import Echo
+from onstream.workers.teacher.external.protocols.sglang import Sglang
+from onstream.workers.teacher.external.protocols.vllm import VllmCompletions, VllmGenerate
 from onstream.workers.teacher.scorer import ScoreRequest
 from tests.table_teacher import TableTeacher
 
@@ -36,7 +33,7 @@ def changed(answer: bytes, change: Any) -> bytes:
     return json.dumps(decoded).encode()
 
 
-@pytest.mark.parametrize("protocol", VARIANTS, ids=str)
+@pytest.mark.parametrize("protocol", load_variants("auto"), ids=str)
 def test_every_protocol_gives_the_logprobs_of_the_completion_alone(
     protocol: TeacherProtocol,
 ) -> None:
@@ -61,6 +58,13 @@ def test_the_k_likeliest_come_likeliest_first_and_without_the_sampled_token_that
     assert (
         scores.tail_logprobs is None
     )  # the trainer computes it from the k, and counts where it was floored
+
+
+def test_a_protocol_is_called_what_the_table_calls_it() -> None:
+    for name in TEACHER_PROTOCOLS:
+        assert {variant.name for variant in load_variants(name)} == {name}
+    names = [variant.name for variant in load_variants("auto")]
+    assert list(dict.fromkeys(names)) == list(TEACHER_PROTOCOLS)
 
 
 def test_logprobs_are_looked_up_by_id_whatever_their_order() -> None:

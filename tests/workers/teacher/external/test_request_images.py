@@ -15,7 +15,8 @@ import pytest
 from onstream.pipeline.http import RequestRefused
 from onstream.pipeline.redis.bus import Bus
 from onstream.workers.teacher.external.endpoint import TeacherEndpoint
-from onstream.workers.teacher.external.protocols import VARIANTS, TeacherProtocol, VllmGenerate
+from onstream.workers.teacher.external.protocols import TeacherProtocol, load_variants
+from onstream.workers.teacher.external.protocols.vllm import VllmGenerate
 from onstream.workers.teacher.external.score_cache import ScoreCache
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
 
@@ -34,7 +35,7 @@ def test_the_same_tokens_of_another_picture_were_not_scored_before(bus: Bus) -> 
         10,
         teacher="teacher",
         top_k=0,
-        probe=SHOWS,
+        check_request=SHOWS,
         reference=np.zeros(2, dtype=np.float32),
     )
     cache.keep([(SHOWS, Scores(np.array([-1.0, -2.0], dtype=np.float32)))])
@@ -62,8 +63,10 @@ def test_a_server_that_makes_other_tokens_of_an_image_is_not_believed() -> None:
             VllmGenerate().scores(reply, SHOWS, 0)
 
 
-@pytest.mark.parametrize("protocol", VARIANTS, ids=str)
-def test_nothing_is_asked_of_a_sample_that_would_be_scored_blind(protocol: TeacherProtocol) -> None:
+@pytest.mark.parametrize("protocol", load_variants("auto"), ids=str)
+def test_nothing_is_asked_of_a_sample_that_would_be_scored_without_its_images(
+    protocol: TeacherProtocol,
+) -> None:
     def unreachable(request: httpx.Request) -> httpx.Response:
         raise AssertionError("it was asked")
 
@@ -72,8 +75,10 @@ def test_nothing_is_asked_of_a_sample_that_would_be_scored_blind(protocol: Teach
             endpoint = TeacherEndpoint("http://teacher/v1", http, 1.0)
             endpoint.protocol = protocol
             await endpoint.score(
-                replace(SHOWS, sent=None) if protocol == VllmGenerate() else SHOWS, "teacher", 0
+                replace(SHOWS, image_fields=None) if protocol == VllmGenerate() else SHOWS,
+                "teacher",
+                0,
             )
 
-    with pytest.raises(RequestRefused, match="it would be scored blind"):
+    with pytest.raises(RequestRefused, match="it would be scored without its images"):
         asyncio.run(ask())

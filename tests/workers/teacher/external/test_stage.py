@@ -145,7 +145,8 @@ def test_a_sample_too_long_for_the_endpoint_is_a_dead_letter_and_is_not_sent(
     first, second = work(stage, delivered(fits, exceeds))
     assert {first.dead, second.dead} == {
         None,
-        f"the teacher 'teacher': {server.base_url} refused it: 256 tokens, and one that scoring takes, exceed its context of 256",
+        f"the teacher 'teacher': {server.base_url} refused it: 256 tokens, "
+        "and one that scoring takes, exceed its context of 256",
     }
     assert len(server.scored) == sent + 1
 
@@ -261,9 +262,8 @@ def test_past_its_budget_of_tokens_the_worker_takes_no_more_and_says_so(
     sent = len(server.scored)
     outcomes = work(stage, delivered(*(rollout(number) for number in range(1, 5))), count=2)
     assert len(server.scored) - sent == len(outcomes) == 2
-    assert stage.stats.detail.startswith(
-        "the budget is spent: 14 of orchestrator.teacher_model.client.max_tokens_per_run = 20 tokens"
-    )
+    setting = "orchestrator.teacher_model.client.max_tokens_per_run"
+    assert stage.stats.detail.startswith(f"the budget is spent: 14 of {setting} = 20 tokens")
     assert (stage.room, stage.busy) == (0, False)
     for name in (bus.consumer, "another"):
         bus.connection.consumer = name
