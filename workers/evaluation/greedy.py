@@ -97,20 +97,10 @@ def _exact(verdicts: Sequence[Verdict]) -> float:
 
 def _answers(student: Student, problems: Mapping[str, Problem], max_completion: int) -> list[str]:
     """The greedy answer to each of `problems`, in their order."""
-    requests = []
-    for key, (name, problem) in enumerate(problems.items()):
-        try:
-            prompt = student.prompt(problem.messages)
-            room = student.completion_room(prompt, max_completion)
-        except (PromptTooLong, ImageError) as error:
-            raise UserError(
-                f"{name}: {error}",
-                expected="prompts shorter than the context, and images within `[images]`",
-                next_step="Change `[task]`.",
-            ) from error
-        requests.append(
-            GenerationRequest(key, prompt.ids, room, seed=0, sampling=GREEDY, images=prompt.images)
-        )
+    requests = [
+        _request(key, name, problem, student, max_completion)
+        for key, (name, problem) in enumerate(problems.items())
+    ]
     texts = [""] * len(requests)
     with contextlib.closing(student.engine) as engine:
         engine.add(requests)
@@ -118,6 +108,21 @@ def _answers(student: Student, problems: Mapping[str, Problem], max_completion: 
             for completion in engine.step():
                 texts[completion.key] = student.text(completion.token_ids)
     return texts
+
+
+def _request(
+    key: int, name: str, problem: Problem, student: Student, max_completion: int
+) -> GenerationRequest:
+    try:
+        prompt = student.prompt(problem.messages)
+        room = student.completion_room(prompt, max_completion)
+    except (PromptTooLong, ImageError) as error:
+        raise UserError(
+            f"{name}: {error}",
+            expected="prompts shorter than the context, and images within `[images]`",
+            next_step="Change `[task]`.",
+        ) from error
+    return GenerationRequest(key, prompt.ids, room, seed=0, sampling=GREEDY, images=prompt.images)
 
 
 def _verdicts(
