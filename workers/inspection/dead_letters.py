@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from onstream.pipeline.errors import UserError
@@ -83,7 +83,8 @@ def show_reasons(found: dict[str, Any], console: Console) -> None:
     requests = f"{found['requests']} requests wait for the trainer"
     heading = f"run {found['run']}: {total} dead letters; {requests}"
     console.print(Text(heading), soft_wrap=True)
-    table = Table("letters", "stage", "reason", "rollouts", box=None, pad_edge=False)
+    columns = [Column(name, overflow="fold") for name in ("letters", "stage", "reason", "rollouts")]
+    table = Table(*columns, box=None, pad_edge=False)
     for group in found["reasons"]:
         rollouts = _rollouts(group["uids"], found["requeued"])
         cells = (str(group["count"]), group["stage"], group["reason"], rollouts)

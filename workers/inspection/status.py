@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from onstream.pipeline.records import StageName
@@ -206,7 +206,9 @@ def _seconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds:.1f} s"
 
 
-def _table(*columns: str) -> Table:
+def _table(*names: str) -> Table:
+    # Folded: a name that rich cuts in a narrow terminal cannot be copied.
+    columns = [Column(name, overflow="fold") for name in names]
     return Table(*columns, box=None, pad_edge=False)
 
 

@@ -117,6 +117,15 @@ def test_status_tells_who_is_gone_with_what_in_hand_and_what_went_wrong_last(bus
     assert "ago: 1 at generate: handed out too often" in shown
 
 
+def test_names_and_details_are_whole_in_a_narrow_terminal(bus: Bus) -> None:
+    detail = "waiting for the teacher at http://teacher.example.com:8000/v1: ConnectError"
+    bus.state.write_heartbeat("score", Stats(detail=detail))
+    out = io.StringIO()
+    show(status(bus), Console(file=out, width=60))
+    assert "…" not in out.getvalue()
+    assert "".join(detail.split()) in "".join(out.getvalue().split())
+
+
 def test_the_command_starts_the_redis_of_a_run_that_stands_still(
     tmp_path: Path,
 ) -> None:
