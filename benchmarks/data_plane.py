@@ -38,7 +38,7 @@ from onstream.pipeline.records import (
 )
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Move, Out
-from onstream.pipeline.stage import Delivery, Outcome
+from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.settings.sections.run import DeliverySettings
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 
@@ -93,6 +93,9 @@ class Hop:
     holds_entries = False
     room = 64
     busy = False
+
+    def __init__(self) -> None:
+        self.stats = Stats()
 
     def setup(self) -> None:
         """Nothing to load."""

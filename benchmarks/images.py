@@ -32,7 +32,7 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.image_store import Hold
 from onstream.pipeline.redis.keys import Keys
 from onstream.pipeline.redis.streams import Move, Out
-from onstream.pipeline.stage import Delivery, Outcome
+from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.settings.sections.run import DeliverySettings
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 
@@ -87,6 +87,7 @@ class Answering:
     busy = False
 
     def __init__(self, bus: Bus, image_of: Callable[[Ticket], Mapping[str, bytes]]) -> None:
+        self.stats = Stats()
         self._bus = bus
         self._image_of = image_of
 
@@ -95,7 +96,7 @@ class Answering:
 
     def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
         """Every ticket's rollout, its image held."""
-        shown = [self._image_of(_ticket(delivery)) for delivery in new]
+        shown = [self._image_of(delivery.ticket) for delivery in new]
         holds = [
             Hold(delivery.entry_id, delivery.number, images)
             for delivery, images in zip(new, shown, strict=True)
@@ -103,18 +104,13 @@ class Answering:
         ]
         self._bus.images.hold(self.name, holds, patience_s=60)
         answers = [
-            answered(_ticket(delivery), next(iter(images), None))
+            answered(delivery.ticket, next(iter(images), None))
             for delivery, images in zip(new, shown, strict=True)
         ]
         return [Outcome(delivery, answer) for delivery, answer in zip(new, answers, strict=True)]
 
     def close(self, *, finished: bool) -> None:
         """Nothing to release."""
-
-
-def _ticket(delivery: Delivery) -> Ticket:
-    assert isinstance(delivery.record, Ticket)
-    return delivery.record
 
 
 def tickets(url: str, run: str, size_bytes: int, stop: Event) -> int:

@@ -1,4 +1,4 @@
-"""The second thread of a worker: it keeps leases and heartbeats alive while the first one works,
+"""The second thread of a worker. It renews leases and writes heartbeats while the first one works,
 and ends a worker that is stuck.
 """
 
@@ -27,22 +27,24 @@ UNBLOCK_S = 0.05
 
 
 @dataclass
-class Life:
-    """What the worker's two threads know of each other. Each field has one writer, named beside it."""
+class LoopState:
+    """What the worker's two threads know of each other.
+
+    Each field has one writer, named beside it; the other thread only reads. `in_hand` are the
+    entries that this worker answers for.
+    """
 
     stage: StageName
     holds_entries: bool
     stats: Stats  # the stage
     state: Literal["starting", "running", "draining"] = "starting"  # the loop
-    slice_since: float | None = (
-        None  # the loop: when the current slice of work began, by the monotonic clock
-    )
-    hand: set[bytes] = field(default_factory=set)  # the loop: entries that this worker answers for
+    slice_since: float | None = None  # the loop: start of the current slice, monotonic seconds
+    in_hand: set[bytes] = field(default_factory=set)  # the loop
     done: int = 0  # the loop
     dead: int = 0  # the loop
     told_to_stop: bool = False  # the signal handler
-    finished: bool = False  # the pulse: the run has ended
-    failure: Exception | None = None  # the pulse: why the worker must not go on
+    finished: bool = False  # the heartbeat: the run has ended
+    failure: Exception | None = None  # the heartbeat: why the worker must not go on
 
     @property
     def ends(self) -> bool:
@@ -50,22 +52,21 @@ class Life:
         return self.told_to_stop or self.finished or self.failure is not None
 
 
-class Pulse(threading.Thread):
+class Heartbeat(threading.Thread):
     """Consumes nothing; waits for its next beat; is unblocked by `wake`; produces heartbeats,
     renewed leases and unblocked reads.
     """
 
-    def __init__(self, bus: Bus, life: Life, delivery: DeliverySettings) -> None:
-        super().__init__(name="pulse", daemon=True)
+    def __init__(self, bus: Bus, loop: LoopState, delivery: DeliverySettings) -> None:
+        super().__init__(name="heartbeat", daemon=True)
         self._bus = bus
-        self._life = life
+        self._loop = loop
         self._delivery = delivery
         self._interval_s = min(BEAT_S, delivery.lease / 4, delivery.max_handle / 4)
-        self._wakes: queue.SimpleQueue[bool] = (
-            queue.SimpleQueue()
-        )  # its put, unlike an Event's set, is safe in a signal handler
+        # the put of a SimpleQueue, unlike the set of an Event, is safe in a signal handler
+        self._wakes: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._renewed = time.monotonic()
-        self._beaten = float("-inf")
+        self._written = float("-inf")
 
     def __enter__(self) -> Self:
         self.start()
@@ -80,63 +81,64 @@ class Pulse(threading.Thread):
         self._wakes.put(True)
 
     def run(self) -> None:
-        """Beat until told to end. A failure of its own ends the worker: nobody would renew its
-        leases.
-        """
+        """Beat until told to end. A failure here ends the worker: nobody would renew its leases."""
         while self._rest():
             try:
                 self._beat()
             except OUTAGE as error:
                 log.warning("redis does not answer the heartbeat", error=str(error))
             except Exception as error:
-                self._life.failure = error
+                self._loop.failure = error
 
     def _rest(self) -> bool:
-        ends_soon = self._life.ends and self._life.state == "running"
+        """Wait for the next beat; False when told to end."""
+        ends_soon = self._loop.ends and self._loop.state == "running"
         try:
             return self._wakes.get(timeout=UNBLOCK_S if ends_soon else self._interval_s)
         except queue.Empty:
             return True
 
     def _beat(self) -> None:
-        life = self._life
         now = time.monotonic()
         self._exit_if_stuck(now)
-        if life.ends and life.state == "running":
-            # repeated: the first may come just before the read that it should end
+        if self._loop.ends and self._loop.state == "running":
+            # Repeated with every short beat: this call may come just before the loop begins the
+            # blocking read that it should end.
             self._bus.connection.unblock()
         if now - self._renewed >= self._delivery.lease / 3:
             self._renew()
-        if now - self._beaten >= self._interval_s / 2:
-            self._tell()
+        if now - self._written >= self._interval_s / 2:
+            self._write()
 
     def _renew(self) -> None:
-        if not self._life.holds_entries:
-            self._bus.streams.renew(self._life.stage, tuple(self._life.hand))
+        if not self._loop.holds_entries:
+            # A copy: the loop changes the set meanwhile. An entry that has just moved on is not
+            # renewed, as it is not pending any more.
+            self._bus.streams.renew(self._loop.stage, tuple(self._loop.in_hand))
         self._renewed = time.monotonic()
 
-    def _tell(self) -> None:
-        life = self._life
+    def _write(self) -> None:
+        loop = self._loop
         if (lease := self._bus.lease.current) is not None:
             self._bus.lease.renew_from_heartbeat(lease)
-        stats = (
-            life.stats
-            if life.holds_entries
-            else replace(life.stats, done=life.done, dead=life.dead)
+        stats = loop.stats
+        if not loop.holds_entries:
+            stats = replace(stats, done=loop.done, dead=loop.dead)
+        self._bus.state.write_heartbeat(
+            loop.stage, stats, state=loop.state, in_hand=len(loop.in_hand)
         )
-        self._bus.state.write_heartbeat(life.stage, stats, state=life.state, in_hand=len(life.hand))
-        self._beaten = time.monotonic()
-        if life.state == "running" and not life.finished and self._bus.state.finished():
-            life.finished = True
+        self._written = time.monotonic()
+        if loop.state == "running" and not loop.finished and self._bus.state.finished():
+            loop.finished = True
             self._bus.connection.unblock()
 
     def _exit_if_stuck(self, now: float) -> None:
-        since = self._life.slice_since
+        since = self._loop.slice_since
         if since is not None and now - since > self._delivery.max_handle:
             log.critical(
                 "the worker is stuck and ends; its records go to another one",
                 seconds=round(now - since, 1),
                 max_handle_s=self._delivery.max_handle,
-                in_hand=len(self._life.hand),
+                in_hand=len(self._loop.in_hand),
             )
             os._exit(Exit.STUCK)

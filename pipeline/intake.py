@@ -8,7 +8,7 @@ from collections import deque
 
 import structlog
 
-from onstream.pipeline.heartbeat import Life
+from onstream.pipeline.heartbeat import LoopState
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Entry, PendingRow
 from onstream.settings.sections.run import DeliverySettings
@@ -18,21 +18,20 @@ log = structlog.get_logger(__name__)
 READ_AT_ONCE = 64
 SCAN_AT_ONCE = 256
 ALONE_FROM = 3
-GHOST_S = 60.0
+DEAD_CONSUMER_S = 60.0
 
 
 class Intake:
-    """Decides which entries a worker takes next. New and re-delivered entries leave by the same
-    door, `take`.
+    """Decides which entries a worker takes next. `take` gives out new and re-delivered ones alike.
 
-    An entry that was handed out twice in vain is a suspect: it is taken alone, with nothing else in
-    hand, so that it can spoil the count of no other. `life.hand` holds what this worker answers
-    for; of the trainer, all that it was given and has not yet acknowledged.
+    An entry that was handed out twice in vain is a suspect. It is taken alone, with nothing else in
+    hand, so that it cannot raise the count of deliveries of others. `in_hand` of the loop's state
+    holds what this worker answers for; the trainer's, all that it got and has not acknowledged.
     """
 
-    def __init__(self, bus: Bus, life: Life, delivery: DeliverySettings) -> None:
+    def __init__(self, bus: Bus, loop: LoopState, delivery: DeliverySettings) -> None:
         self._bus = bus
-        self._life = life
+        self._loop = loop
         self._delivery = delivery
         self._alone_from = min(ALONE_FROM, delivery.max_deliveries)
         self._again: deque[PendingRow] = deque()
@@ -40,12 +39,12 @@ class Intake:
         self._alone: bytes | None = None
         self._min_idle_s = 0.0  # of the rows found by the last scan
         self._next_scan = 0.0
-        # whether the next scan looks for what is pending with this worker and not in its hands
-        self._own = True
+        # whether the next scan looks for entries that are pending with this worker's own name
+        self._scans_own = True
 
     def reconnect(self) -> None:
-        """A read failed, and its reply may have carried entries: look for them."""
-        self._own = True
+        """Look for what a lost reply carried: a read failed, and may have handed out entries."""
+        self._scans_own = True
         self._next_scan = 0.0
 
     def take(self, room: int, wait_s: float) -> list[Entry]:
@@ -54,7 +53,7 @@ class Intake:
         Raises:
             redis.ConnectionError, redis.TimeoutError: Redis is away.
         """
-        if room <= 0 or (self._alone is not None and self._alone in self._life.hand):
+        if room <= 0 or (self._alone is not None and self._alone in self._loop.in_hand):
             return []
         self._alone = None
         self._scan_if_due()
@@ -62,11 +61,12 @@ class Intake:
         if self._again:
             return self._claim([self._again.popleft() for _ in range(min(count, len(self._again)))])
         if self._suspects:
-            return [] if self._life.hand else self._take_alone()
-        entries = self._bus.streams.read(
-            self._life.stage, count, min(wait_s, max(0.0, self._next_scan - time.monotonic()))
-        )
-        self._life.hand.update(entry.id for entry in entries)
+            return [] if self._loop.in_hand else self._take_alone()
+        return self._read(count, min(wait_s, max(0.0, self._next_scan - time.monotonic())))
+
+    def _read(self, count: int, wait_s: float) -> list[Entry]:
+        entries = self._bus.streams.read(self._loop.stage, count, wait_s)
+        self._loop.in_hand.update(entry.id for entry in entries)
         return entries
 
     def _take_alone(self) -> list[Entry]:
@@ -75,54 +75,50 @@ class Intake:
         return entries
 
     def _claim(self, rows: list[PendingRow]) -> list[Entry]:
-        entries = self._bus.streams.claim(
-            self._life.stage,
-            [row for row in rows if row.id not in self._life.hand],
-            self._min_idle_s,
-        )
-        self._life.hand.update(entry.id for entry in entries)
+        """Those of `rows` that are still as idle as the scan found them: between the scan and this,
+        another worker may have claimed an entry, or its owner renewed it.
+        """
+        rows = [row for row in rows if row.id not in self._loop.in_hand]
+        entries = self._bus.streams.claim(self._loop.stage, rows, self._min_idle_s)
+        self._loop.in_hand.update(entry.id for entry in entries)
         return entries
 
     def _scan_if_due(self) -> None:
         if time.monotonic() < self._next_scan or self._again or self._suspects:
             return
-        rows = self._scan_held() if self._life.holds_entries else self._scan_idle()
-        rows = [row for row in rows if row.id not in self._life.hand]
-        if rows:
-            log.info(
-                "records were handed out before and not finished; taking them", records=len(rows)
-            )
-        for row in rows:
-            suspect = not self._life.holds_entries and row.deliveries + 1 >= self._alone_from
-            (self._suspects if suspect else self._again).append(row)
+        rows = self._scan_all() if self._loop.holds_entries else self._scan_idle()
+        rows = [row for row in rows if row.id not in self._loop.in_hand]
         if not rows:
-            self._next_scan = time.monotonic() + self._delivery.lease / 2 * random.uniform(
-                0.75, 1.25
-            )
+            # spread, so that workers that started together do not scan together
+            pause_s = self._delivery.lease / 2 * random.uniform(0.75, 1.25)
+            self._next_scan = time.monotonic() + pause_s
+            return
+        log.info("records were handed out before and not finished; taking them", records=len(rows))
+        for row in rows:
+            suspect = not self._loop.holds_entries and row.deliveries + 1 >= self._alone_from
+            (self._suspects if suspect else self._again).append(row)
 
     def _scan_idle(self) -> list[PendingRow]:
         """What was pending with this worker when it started or lost its connection; after that,
         what nobody renewed.
         """
-        if self._own:
-            self._own = False
+        stage = self._loop.stage
+        if self._scans_own:
+            self._scans_own = False
             self._min_idle_s = 0.0
-            if rows := list(
-                self._bus.streams.all_pending_rows(self._life.stage, self._bus.consumer)
-            ):
+            if rows := list(self._bus.streams.all_pending_rows(stage, self._bus.consumer)):
                 return rows
         self._min_idle_s = self._delivery.lease
-        self._bus.streams.forget_dead_consumers(
-            self._life.stage, max(GHOST_S, 4 * self._delivery.lease)
-        )
+        dead_s = max(DEAD_CONSUMER_S, 4 * self._delivery.lease)
+        self._bus.streams.forget_dead_consumers(stage, dead_s)
         return self._bus.streams.pending_rows(
-            self._life.stage, count=SCAN_AT_ONCE, min_idle_s=self._min_idle_s
+            stage, count=SCAN_AT_ONCE, min_idle_s=self._min_idle_s
         )
 
-    def _scan_held(self) -> list[PendingRow]:
+    def _scan_all(self) -> list[PendingRow]:
         """Everything pending, whoever had it: there is one trainer. What it has acknowledged since
-        leaves `life.hand`.
+        leaves `in_hand`.
         """
-        rows = list(self._bus.streams.all_pending_rows(self._life.stage))
-        self._life.hand &= {row.id for row in rows}
+        rows = list(self._bus.streams.all_pending_rows(self._loop.stage))
+        self._loop.in_hand &= {row.id for row in rows}
         return rows

@@ -5,49 +5,30 @@ signals and drain.
 from __future__ import annotations
 
 import os
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from types import FrameType
 
 import structlog
 from redis.exceptions import RedisError
 
 from onstream.pipeline.errors import Exit, LeaseLost, UserError
-from onstream.pipeline.heartbeat import Life, Pulse
+from onstream.pipeline.heartbeat import Heartbeat, LoopState
 from onstream.pipeline.intake import Intake
-from onstream.pipeline.records import (
-    RecordError,
-    Rollout,
-    StageName,
-    Ticket,
-    Tombstone,
-    Work,
-    decode_work,
-    encode,
-)
+from onstream.pipeline.moves import NotForThisStage, dead_letter, delivery_of, move_of
+from onstream.pipeline.processes import StopSignals
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.connection import OUTAGE
 from onstream.pipeline.redis.run_state import FAILED
-from onstream.pipeline.redis.streams import Entry, Move, Out
-from onstream.pipeline.stage import Delivery, Outcome, Stage, Stats, complete_stage
+from onstream.pipeline.redis.streams import Entry, Move
+from onstream.pipeline.stage import Delivery, Stage
 from onstream.settings.sections.run import DeliverySettings
-from onstream.settings.stages import STAGES
 
 log = structlog.get_logger(__name__)
 
-RECORDS: dict[str, type[Work]] = {
-    record.__name__: record for record in (Ticket, Rollout, Tombstone)
-}
-TAKES: dict[StageName, tuple[type[Work], ...]] = {
-    stage.name: tuple(RECORDS[name] for name in stage.takes) for stage in STAGES
-}
 IDLE_S = 0.01
-IMPATIENT_S = (
-    1.0  # a second signal so long after the first one is a person's, not an echo of the terminal
-)
+IMPATIENT_S = 1.0
+"""A second signal so long after the first is a person's, not an echo of the terminal."""
 
 
 def run_worker(stage: Stage, bus: Bus, delivery: DeliverySettings, *, block_s: float) -> Exit:
@@ -68,9 +49,9 @@ class Worker:
     """One worker.
 
     Consumes the stream of its stage; waits for new entries, up to `block_s` at once, and only while
-    the stage is not busy; is unblocked by a signal and by the end of the run, through the pulse;
-    produces records for the next stage, dead letters and tombstones. An entry leaves its stream in
-    the same script that writes what comes of it.
+    the stage is not busy; is unblocked by a signal and by the end of the run, through the
+    heartbeat's thread; produces records for the next stage, dead letters and tombstones. An entry
+    leaves its stream in the same script that writes what comes of it.
     """
 
     def __init__(self, stage: Stage, bus: Bus, delivery: DeliverySettings, block_s: float) -> None:
@@ -78,22 +59,20 @@ class Worker:
         self.bus = bus
         self.delivery = delivery
         self.block_s = block_s
-        stats = getattr(stage, "stats", None)
-        self.life = Life(
-            stage.name, stage.holds_entries, stats if isinstance(stats, Stats) else Stats()
-        )
-        self.intake = Intake(bus, self.life, delivery)
-        self.pulse = Pulse(bus, self.life, delivery)
+        self.state = LoopState(stage.name, stage.holds_entries, stage.stats)
+        self.intake = Intake(bus, self.state, delivery)
+        self.heartbeat = Heartbeat(bus, self.state, delivery)
+        self.signals = StopSignals(self._stop)
         self.outage_since: float | None = None
 
     def run(self) -> Exit:
-        """The worker's whole life; returns its exit code.
+        """Work until the end; returns the exit code.
 
         Raises:
             UserError: the stage cannot work with these settings.
         """
         try:
-            return self._live()
+            return self._work()
         except Interrupted:
             log.info("told to stop before it was ready")
             self._leave_run()
@@ -109,68 +88,78 @@ class Worker:
             log.error("another trainer took the run over", error=str(error))
             return Exit.REFUSED
         except UserError as error:
-            self._say_failed(str(error))
+            self._report_failure(str(error))
             raise
         except Exception:
             log.exception(
                 "the worker failed; what was in hand stays pending and is handed to another one"
             )
-            self._say_failed("see its last error")
+            self._report_failure("see its last error")
             return Exit.FAILED
 
-    def _live(self) -> Exit:
-        with self.pulse, self._signals():
+    def _work(self) -> Exit:
+        with self.heartbeat, self.signals:
             self.stage.setup()
             self.bus.state.mark_ready(self.stage.name)
-            self.life.state = "running"
-            while not self.life.ends:
+            self.state.state = "running"
+            while not self.state.ends:
                 self.turn()
             return self._end()
-
-    def _say_failed(self, why: str) -> None:
-        """A last heartbeat, so that `onstream status` says what this worker died of."""
-        try:
-            self.bus.state.write_heartbeat(
-                self.stage.name,
-                replace(self.life.stats, detail=why),
-                state=FAILED,
-                in_hand=len(self.life.hand),
-            )
-        except RedisError as error:
-            log.warning("redis does not take the last heartbeat", error=str(error))
 
     def turn(self) -> None:
         """Take entries, let the stage do one slice of work, and move on what is ready."""
         self.handle(self.accept(self._take()))
 
     def accept(self, entries: Sequence[Entry]) -> list[Delivery]:
-        """The deliveries in `entries`. What is none, or was handed out too often, goes to the dead
-        letters at once.
+        """The deliveries in `entries`. An entry that is none, or that was handed out too often,
+        goes to the dead letters at once.
         """
         deliveries = []
         moves = []
         for entry in entries:
-            delivery = self._delivery(entry)
-            if isinstance(delivery, str):
-                moves.append(
-                    self._dead(entry.id, entry.number, entry.payload, delivery, entry.deliveries)
-                )
-            else:
-                deliveries.append(delivery)
-        self._settle(moves)
+            try:
+                self._refuse_too_often(entry)
+                deliveries.append(delivery_of(entry, self.stage.name))
+            except NotForThisStage as reason:
+                moves.append(dead_letter(entry, self.stage.name, str(reason)))
+        self._move(moves)
         return deliveries
 
     def handle(self, new: Sequence[Delivery]) -> None:
-        """One slice of the stage's work."""
-        self.life.slice_since = time.monotonic()
+        """Let the stage do one slice of work, with `new` deliveries, and move on what is ready."""
+        self.state.slice_since = time.monotonic()
         outcomes = self.stage.handle(new)
-        self.life.slice_since = None
-        self._settle([self._move(outcome) for outcome in outcomes if not outcome.elsewhere])
+        self.state.slice_since = None
+        moves = []
         for outcome in outcomes:
             if outcome.elsewhere:
-                self.life.hand.discard(outcome.delivery.entry_id)
+                self.state.in_hand.discard(outcome.delivery.entry_id)
+            else:
+                moves.append(move_of(outcome, self.stage.name, self.bus.consumer))
+        self._move(moves)
         if not new and not outcomes and not self.stage.busy:
             time.sleep(IDLE_S)  # the stage is full, or waits for something that is no entry
+
+    def _move(self, moves: Sequence[Move]) -> None:
+        """Move entries on. XACK decides in Redis who was first: one that slept past its lease, and
+        whose entry another worker has finished, moves nothing and counts nothing.
+        """
+        if not moves:
+            return
+        for move, moved in zip(moves, self.bus.streams.move(self.stage.name, moves), strict=True):
+            self.state.in_hand.discard(move.entry_id)
+            self.state.done += moved
+            self.state.dead += moved and move.outs[0].to == "dead"
+            if not moved:
+                log.info("somebody else finished this record first", number=move.outs[0].number)
+
+    def _refuse_too_often(self, entry: Entry) -> None:
+        most = self.delivery.max_deliveries
+        if entry.deliveries > most and not self.stage.holds_entries:
+            raise NotForThisStage(
+                f"handed out {entry.deliveries - 1} times and never finished; "
+                f"max_deliveries is {most}"
+            )
 
     def _take(self) -> list[Entry]:
         try:
@@ -183,142 +172,84 @@ class Worker:
 
     @property
     def _wait_s(self) -> float:
-        """How long to wait for new entries. A stage that holds some, and is not busy, waits for
-        something else (new weights).
+        """How long to wait for new entries. A stage that has some in hand and is not busy waits for
+        something else, new weights say, so it is asked again soon.
         """
         if self.stage.busy:
             return 0.0
-        return (
-            min(IDLE_S, self.block_s)
-            if self.life.hand and not self.stage.holds_entries
-            else self.block_s
-        )
+        if self.state.in_hand and not self.stage.holds_entries:
+            return min(IDLE_S, self.block_s)
+        return self.block_s
 
     def _wait_out(self, error: Exception) -> None:
-        """Let an outage pass; what the lost reply carried is looked for after it."""
+        """Let an outage pass. The reply that was lost may have handed out entries; `reconnect` has
+        the next scan look for them.
+        """
         now = time.monotonic()
+        patience_s = self.bus.connection.patience_s
         if self.outage_since is None:
             log.warning(
-                "redis does not answer; trying again",
-                error=str(error),
-                patience_s=self.bus.connection.patience_s,
+                "redis does not answer; trying again", error=str(error), patience_s=patience_s
             )
             self.outage_since = now
-        if now - self.outage_since > self.bus.connection.patience_s:
+        if now - self.outage_since > patience_s:
             raise error
         self.intake.reconnect()
         time.sleep(IDLE_S * 10)
 
-    def _delivery(self, entry: Entry) -> Delivery | str:
-        """The entry decoded, or why it is a dead letter."""
-        if entry.deliveries > self.delivery.max_deliveries and not self.stage.holds_entries:
-            return f"handed out {entry.deliveries - 1} times and never finished; max_deliveries is {self.delivery.max_deliveries}"
-        try:
-            record = decode_work(entry.payload)
-        except RecordError as error:
-            return str(error)
-        if not isinstance(record, TAKES[self.stage.name]):
-            return f"a {type(record).__name__} in the stream of {self.stage.name}"
-        if record.number != entry.number:
-            return f"the entry has the number {entry.number} and its record {record.number}"
-        return Delivery(
-            entry.id, record.number, record, len(entry.payload), entry.deliveries, time.time()
-        )
-
-    def _move(self, outcome: Outcome) -> Move:
-        delivery = outcome.delivery
-        record = outcome.record
-        if outcome.dead is not None:
-            return self._dead(
-                delivery.entry_id,
-                delivery.number,
-                encode(delivery.record),
-                outcome.dead,
-                delivery.deliveries,
-            )
-        if isinstance(record, Tombstone):
-            return Move(delivery.entry_id, [Out("train", delivery.number, encode(record))])
-        if record is None:
-            raise ValueError(
-                f"{self.stage.name} returned neither a record nor a reason for the rollout {delivery.number}"
-            )
-        complete_stage(record, self.stage.name, self.bus.consumer, delivery.taken)
-        if not record.route:
-            raise ValueError(
-                f"{self.stage.name} returned the rollout {delivery.number} with an empty route"
-            )
-        return Move(delivery.entry_id, [Out(record.route[0], delivery.number, encode(record))])
-
-    def _dead(
-        self, entry_id: bytes, number: int, payload: bytes, reason: str, deliveries: int
-    ) -> Move:
-        log.error("dead letter", number=number, reason=reason, deliveries=deliveries)
-        outs = [Out("dead", number, payload, reason, deliveries)]
-        if number > 0:
-            outs.append(Out("train", number, encode(Tombstone(number, self.stage.name, reason))))
-        return Move(entry_id, outs)
-
-    def _settle(self, moves: Sequence[Move]) -> None:
-        if not moves:
-            return
-        for move, moved in zip(moves, self.bus.streams.move(self.stage.name, moves), strict=True):
-            self.life.hand.discard(move.entry_id)
-            self.life.done += moved
-            self.life.dead += moved and move.outs[0].to == "dead"
-            if not moved:
-                log.info("somebody else finished this record first", number=move.outs[0].number)
+    def _stop(self) -> None:
+        """Within the signal handler: end after the current slice, at once when told again."""
+        self.state.told_to_stop = True
+        self.heartbeat.wake()
+        if self.state.state == "starting":
+            raise Interrupted
+        if self.signals.since_first_s > IMPATIENT_S:
+            os._exit(Exit.FAILED)  # nothing is lost: what is in hand stays pending
 
     def _end(self) -> Exit:
         """Finish what is in hand, give back the rest, and go."""
-        self.life.state = "draining"
-        if self.life.failure is not None:
-            raise self.life.failure
+        self.state.state = "draining"
+        if self.state.failure is not None:
+            raise self.state.failure
         if not self.stage.holds_entries:
             self._drain()
-        self.stage.close(finished=self.life.finished)
+        finished = self.state.finished
+        self.stage.close(finished=finished)
         self._leave_run()
         log.info(
-            "the run has ended" if self.life.finished else "stopped",
-            done=self.life.done,
-            dead=self.life.dead,
+            "the run has ended" if finished else "stopped",
+            done=self.state.done,
+            dead=self.state.dead,
         )
         return Exit.OK
 
+    def _drain(self) -> None:
+        deadline = time.monotonic() + self.delivery.drain
+        while self._has_work_to_drain() and time.monotonic() < deadline:
+            self.handle([])
+        if self.state.in_hand:
+            # Parked for whoever is next, and the delivery uncounted: it was not tried in vain.
+            given = self.bus.streams.give_back(self.stage.name, list(self.state.in_hand))
+            log.info("gave back what was not finished", records=given)
+            self.state.in_hand.clear()
+
+    def _has_work_to_drain(self) -> bool:
+        return bool(self.state.in_hand) and self.stage.busy and not self.state.finished
+
     def _leave_run(self) -> None:
+        """Release the lease, if this is the trainer, and delete the consumer and the heartbeat.
+        Redis keeps a consumer that has entries pending: with it, it would forget them.
+        """
         if self.bus.lease.current is not None:
             self.bus.lease.release(self.bus.lease.current)
         self.bus.streams.retire(self.stage.name)
 
-    def _drain(self) -> None:
-        deadline = time.monotonic() + self.delivery.drain
-        while (
-            self.life.hand
-            and self.stage.busy
-            and not self.life.finished
-            and time.monotonic() < deadline
-        ):
-            self.handle([])
-        if self.life.hand:
-            given = self.bus.streams.give_back(self.stage.name, list(self.life.hand))
-            log.info("gave back what was not finished", records=given)
-            self.life.hand.clear()
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        told: list[float] = []
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            told.append(time.monotonic())
-            self.life.told_to_stop = True
-            self.pulse.wake()
-            if self.life.state == "starting":
-                raise Interrupted
-            if told[-1] - told[0] > IMPATIENT_S:
-                os._exit(Exit.FAILED)  # nothing is lost: what is in hand stays pending
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    def _report_failure(self, why: str) -> None:
+        """Write a last heartbeat, so that `onstream status` says what this worker died of."""
+        stats = replace(self.state.stats, detail=why)
         try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self.bus.state.write_heartbeat(
+                self.stage.name, stats, state=FAILED, in_hand=len(self.state.in_hand)
+            )
+        except RedisError as error:
+            log.warning("redis does not take the last heartbeat", error=str(error))

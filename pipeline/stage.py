@@ -1,11 +1,9 @@
-"""What a worker gives to the one loop (`onstream.pipeline.loop`), and what the loop gives back to
-it.
-"""
+"""What a worker gives to the one loop (`onstream.pipeline.loop`), and what it gets from the loop."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,8 +12,10 @@ from onstream.pipeline.records import Rollout, StageName, Ticket, Timing, Tombst
 
 @dataclass(frozen=True)
 class Delivery:
-    """One stream entry in this worker's hands. `deliveries` counts how often it was handed out,
-    this time included.
+    """One stream entry in this worker's hands.
+
+    `deliveries` counts how often it was handed out, this time included. `taken` is when this worker
+    got it, in seconds since the epoch.
     """
 
     entry_id: bytes
@@ -23,17 +23,30 @@ class Delivery:
     record: Work
     payload_bytes: int
     deliveries: int
-    taken: float  # seconds since the epoch
+    taken: float
+
+    @property
+    def ticket(self) -> Ticket:
+        """The record of an entry of the stage `generate`."""
+        if not isinstance(self.record, Ticket):
+            raise TypeError(f"number {self.number} is a {type(self.record).__name__}, no Ticket")
+        return self.record
+
+    @property
+    def rollout(self) -> Rollout:
+        """The record of an entry of a stage that takes rollouts alone."""
+        if not isinstance(self.record, Rollout):
+            raise TypeError(f"number {self.number} is a {type(self.record).__name__}, no Rollout")
+        return self.record
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A handler is done with `delivery`: the record that goes on, or the reason why none does.
+    """A stage is done with `delivery`: the record that goes on, or the reason why none does.
 
     `record` moves to the first stage of its own route, and a tombstone to the trainer. With `dead`
-    set, the entry goes to the dead-letter stream with those words, and a tombstone to the trainer.
-    The loop strikes the handler's stage from the route and appends its timing; the handler need do
-    neither. With `elsewhere` set, somebody else has moved the entry, a job say.
+    set, the entry goes to the dead letters for that reason, and a tombstone to the trainer. With
+    `elsewhere` set, somebody else has moved the entry, a job say. The loop calls `complete_stage`.
     """
 
     delivery: Delivery
@@ -43,8 +56,8 @@ class Outcome:
 
 
 def complete_stage(record: Rollout, stage: StageName, worker: str, taken: float) -> None:
-    """Strike `stage` from the route still to go, and note how long `worker` had the record: from
-    `taken`, in seconds since the epoch.
+    """Take `stage` off the route of `record`, and add its timing: `worker` had the record from
+    `taken` until now, in seconds since the epoch.
     """
     record.route = [name for name in record.route if name != stage]
     if not record.timings or record.timings[-1].stage != stage:
@@ -53,28 +66,39 @@ def complete_stage(record: Rollout, stage: StageName, worker: str, taken: float)
 
 @dataclass
 class Stats:
-    """What a worker tells of itself in its heartbeat. `detail` is what it waits for, or does, in
-    words.
+    """What a worker's heartbeat says. `detail` is what it waits for, or does, in words.
 
     The loop counts `done` and `dead` itself, except for the trainer, which counts its own.
+
+    The heartbeat's thread reads this while the stage's thread writes. So `numbers` is never changed
+    in place, which could break an iteration over it: `set` and `add` put a new mapping there.
     """
 
     done: int = 0
     dead: int = 0
     detail: str = ""
-    numbers: dict[str, float] = field(default_factory=dict)
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+    def set(self, **numbers: float) -> None:
+        """Set some of the numbers."""
+        self.numbers = {**self.numbers, **numbers}
+
+    def add(self, name: str, amount: float) -> None:
+        """Add to one number, which begins at 0."""
+        self.numbers = {**self.numbers, name: self.numbers.get(name, 0.0) + amount}
 
 
 class Stage(Protocol):
     """One kind of worker. The loop calls these from one thread, `setup` first and `close` last.
 
-    `holds_entries` is True for the trainer alone: its entries stay pending until a durable
-    checkpoint acknowledges them, so the loop re-reads its own pending entries at the start, never
-    reaps, and gives nothing back on drain.
+    `holds_entries` is True for the trainer alone. Its entries stay pending until a durable
+    checkpoint acknowledges them. So the loop takes all that is pending at the start, claims nothing
+    as idle after that, and gives nothing back when it drains.
     """
 
     name: StageName
     holds_entries: bool
+    stats: Stats
 
     def setup(self) -> None:
         """Load models and open files.
@@ -92,9 +116,7 @@ class Stage(Protocol):
 
     @property
     def busy(self) -> bool:
-        """Whether `handle([])` has work to do. While it has, the loop does not wait for new
-        records.
-        """
+        """Whether `handle([])` has work to do. While it has, the loop does not wait for records."""
         ...
 
     def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
@@ -108,6 +130,3 @@ class Stage(Protocol):
     def close(self, *, finished: bool) -> None:
         """Release everything. `finished` tells a run that has ended from a drain in its middle."""
         ...
-
-
-__all__ = ["Delivery", "Outcome", "Rollout", "Stage", "Stats", "Ticket", "Tombstone"]

@@ -158,7 +158,7 @@ class RunState:
             done=stats.done,
             dead=stats.dead,
             detail=stats.detail,
-            numbers=stats.numbers,
+            numbers=dict(stats.numbers),
             version=VERSION,
             error=error.words if error else "",
             error_time=error.time if error else 0.0,

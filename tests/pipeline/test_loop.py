@@ -475,5 +475,5 @@ def test_a_record_that_somebody_else_finished_is_not_counted(bus: Bus, second_bu
     worker = Worker(stage, bus, LASTING, 0.05)
     worker.turn()
 
-    assert worker.life.done == 0
+    assert worker.state.done == 0
     assert bus.state.backlog()["verify"] == 1

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from onstream.pipeline.loop import TAKES
+from onstream.pipeline.moves import TAKES
 from onstream.pipeline.records import Rollout, Ticket, Tombstone
 from onstream.pipeline.redis.keys import STAGES as STREAMS
 from onstream.pipeline.redis.keys import WORKING

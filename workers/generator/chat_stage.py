@@ -29,7 +29,6 @@ from onstream.pipeline.records import (
     Rollout,
     Sample,
     StageName,
-    Ticket,
     ids_bytes,
     logprobs_bytes,
     mask_bytes,
@@ -210,7 +209,7 @@ class ChatGenerator:
         refused = dict[bytes, Outcome]()
         reasons = dict[int, str]()
         for delivery in new:
-            index = _ticket(delivery).index
+            index = delivery.ticket.index
             try:
                 if index not in reasons:
                     self._asked(index)
@@ -227,7 +226,7 @@ class ChatGenerator:
         groups: dict[int, list[Delivery]] = {}
         for delivery in new:
             groups.setdefault(
-                _ticket(delivery).group if self._several else delivery.number, []
+                delivery.ticket.group if self._several else delivery.number, []
             ).append(delivery)
         return map(ChatRequest, groups.values())
 
@@ -235,7 +234,7 @@ class ChatGenerator:
         """The request, in the fields that every OpenAI-compatible endpoint knows."""
         body = {
             "model": self._source.model.name,
-            "messages": self._asked(_ticket(job.deliveries[0]).index)[0].messages,
+            "messages": self._asked(job.deliveries[0].ticket.index)[0].messages,
             "max_tokens": self._source.max_completion
             or self._settings.inference.sampling.max_completion,
             "temperature": self._source.temperature,
@@ -306,7 +305,7 @@ class ChatGenerator:
             self._tell_once(
                 "the student's chat template does not render reasoning: the teacher's is left out"
             )
-        ticket = _ticket(delivery)
+        ticket = delivery.ticket
         written = [{**message, "role": "assistant"}]
         try:
             problem, images = self._asked(ticket.index)
@@ -320,7 +319,7 @@ class ChatGenerator:
             self._require_room(prompts, samples)
         except (ReconstructionError, ImageError) as error:
             return Outcome(delivery, dead=f"the teacher's answer cannot be trained on: {error}")
-        self.stats.numbers["tokens"] += sum(len(sample.completion_ids) for sample in samples)
+        self.stats.add("tokens", sum(len(sample.completion_ids) for sample in samples))
         if images:
             self._shown.append(Hold(delivery.entry_id, delivery.number, prompts[0].files))
         rollout = Rollout(
@@ -358,13 +357,13 @@ class ChatGenerator:
 
     def _tell(self) -> None:
         """What the heartbeat says; a new reason to wait is logged once."""
-        numbers = self.stats.numbers
-        numbers["running"] = self._pool.in_flight
-        numbers["waiting"] = self._in_hand - sum(
-            len(job.deliveries) for job in self._running.values()
+        in_requests = sum(len(job.deliveries) for job in self._running.values())
+        self.stats.set(
+            running=self._pool.in_flight,
+            waiting=self._in_hand - in_requests,
+            requests=self._pool.requests,
+            failures=self._pool.failures,
         )
-        numbers["requests"] = self._pool.requests
-        numbers["failures"] = self._pool.failures
         detail = self._pool.problem or self._budget.problem()
         if detail != self.stats.detail:
             log.info(detail or "an endpoint can be asked again")
@@ -385,11 +384,6 @@ def _tokens(answer: Any) -> int:
     usage = answer.get("usage") if isinstance(answer, dict) else None
     total = usage.get("total_tokens") if isinstance(usage, dict) else None
     return total if isinstance(total, int) else 0
-
-
-def _ticket(delivery: Delivery) -> Ticket:
-    assert isinstance(delivery.record, Ticket)
-    return delivery.record
 
 
 def _choices(answer: Any) -> list[dict[str, Any]]:

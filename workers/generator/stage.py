@@ -18,7 +18,6 @@ from onstream.pipeline.records import (
     Rollout,
     Sample,
     StageName,
-    Ticket,
     ids_bytes,
     logprobs_bytes,
     mask_bytes,
@@ -175,8 +174,8 @@ class Generator:
         outcomes = list[Outcome]()
         refused = dict[int, str]()
         for delivery in self._early:
-            index = _ticket(delivery).index
-            if _ticket(delivery).min_policy_version > self._policies.version:
+            index = delivery.ticket.index
+            if delivery.ticket.min_policy_version > self._policies.version:
                 wait.append(delivery)
                 continue
             try:
@@ -204,7 +203,7 @@ class Generator:
             )
 
     def _request(self, delivery: Delivery) -> GenerationRequest:
-        ticket = _ticket(delivery)
+        ticket = delivery.ticket
         problem, prompt = self._asked(ticket.index)
         max_tokens = self._student.completion_room(
             prompt, self._settings.inference.sampling.max_completion
@@ -228,7 +227,7 @@ class Generator:
 
     def _outcome(self, completion: Completion) -> Outcome:
         asked = self._in_hand.pop(completion.key)
-        self.stats.numbers["tokens"] += len(completion.token_ids)
+        self.stats.add("tokens", len(completion.token_ids))
         if asked.prompt.images:
             self._shown.append(
                 Hold(asked.delivery.entry_id, asked.delivery.number, asked.prompt.files)
@@ -245,7 +244,7 @@ class Generator:
         self._shown.clear()
 
     def _rollout(self, asked: ActiveTicket, completion: Completion) -> Rollout:
-        ticket = _ticket(asked.delivery)
+        ticket = asked.delivery.ticket
         sample = Sample(
             prompt_ids=ids_bytes(asked.prompt.ids),
             completion_ids=ids_bytes(completion.token_ids),
@@ -270,20 +269,16 @@ class Generator:
 
     def _tell(self) -> None:
         """What the heartbeat says; a new reason to wait is logged once."""
-        numbers = self.stats.numbers
         engine = self._student.engine
-        numbers["policy_version"] = self._policies.version
-        numbers["running"] = engine.active
-        numbers["waiting"] = len(self._early)
+        self.stats.set(
+            policy_version=self._policies.version,
+            running=engine.active,
+            waiting=len(self._early),
+        )
         detail = self._policies.problem or engine.problem
         if not detail and self._early:
-            wanted = min(_ticket(delivery).min_policy_version for delivery in self._early)
+            wanted = min(delivery.ticket.min_policy_version for delivery in self._early)
             detail = f"waits for policy version {wanted}; {self._policies.version} is the newest announced"
         if detail and detail != self.stats.detail:
             log.info(detail)
         self.stats.detail = detail
-
-
-def _ticket(delivery: Delivery) -> Ticket:
-    assert isinstance(delivery.record, Ticket)
-    return delivery.record

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from onstream.pipeline.records import Rollout, Sample, ids_array, ids_bytes, logprobs_bytes
-from onstream.pipeline.stage import Delivery
+from onstream.pipeline.records import Sample, ids_array, ids_bytes, logprobs_bytes
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
-
-
-def rollout_of(delivery: Delivery) -> Rollout:
-    """The rollout in `delivery`."""
-    assert isinstance(delivery.record, Rollout)
-    return delivery.record
 
 
 def request_of(sample: Sample) -> ScoreRequest:

@@ -7,9 +7,9 @@ from functools import partial
 
 from onstream.pipeline.records import Rollout, StageName
 from onstream.pipeline.redis.bus import Bus
-from onstream.pipeline.stage import Delivery, Outcome
+from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.settings.root import Settings
-from onstream.workers.teacher.score_requests import objection, request_of, rollout_of, write_scores
+from onstream.workers.teacher.score_requests import objection, request_of, write_scores
 from onstream.workers.teacher.scorer import TokenScorer
 
 ROOM = 256
@@ -32,6 +32,7 @@ class Teacher:
     def __init__(
         self, settings: Settings, bus: Bus, load: Callable[[Settings], TokenScorer] | None = None
     ) -> None:
+        self.stats = Stats()
         self._settings = settings
         self._load = load or partial(_load_local, bus=bus)
         self._top_k = settings.trainer.loss.teacher_top_k
@@ -73,7 +74,7 @@ class Teacher:
 
     def _objection(self, delivery: Delivery) -> str | None:
         """Why this rollout cannot be scored; None when it can."""
-        for sample in rollout_of(delivery).samples:
+        for sample in delivery.rollout.samples:
             reason = objection(
                 sample,
                 self._scorer.name,
@@ -85,7 +86,7 @@ class Teacher:
         return None
 
     def _take(self, delivery: Delivery) -> None:
-        rollout = rollout_of(delivery)
+        rollout = delivery.rollout
         for sample in rollout.samples:
             self._scorer.prefetch_images(request_of(sample))
         self._in_hand.setdefault(rollout.group, []).append(delivery)
@@ -112,13 +113,13 @@ class Teacher:
         outcomes = []
         scorable = []
         for delivery in deliveries:
-            if reason := self._image_problem(rollout_of(delivery)):
+            if reason := self._image_problem(delivery.rollout):
                 dead = f"it would be scored without its images: {reason}"
                 outcomes.append(Outcome(delivery, dead=dead))
             else:
                 scorable.append(delivery)
-        self._add_scores([rollout_of(delivery) for delivery in scorable])
-        return outcomes + [Outcome(delivery, rollout_of(delivery)) for delivery in scorable]
+        self._add_scores([delivery.rollout for delivery in scorable])
+        return outcomes + [Outcome(delivery, delivery.rollout) for delivery in scorable]
 
     def _image_problem(self, rollout: Rollout) -> str | None:
         for sample in rollout.samples:
@@ -144,10 +145,10 @@ def _load_local(settings: Settings, bus: Bus) -> TokenScorer:
 
 
 def _prompt_tokens(delivery: Delivery) -> int:
-    samples = rollout_of(delivery).samples
+    samples = delivery.rollout.samples
     return sum(len(sample.prompt_ids) for sample in samples) // ID_BYTES
 
 
 def _completion_tokens(delivery: Delivery) -> int:
-    samples = rollout_of(delivery).samples
+    samples = delivery.rollout.samples
     return sum(len(sample.completion_ids) for sample in samples) // ID_BYTES

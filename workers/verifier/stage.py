@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import count
 from typing import TYPE_CHECKING
 
-from onstream.pipeline.records import Rollout, StageName
+from onstream.pipeline.records import StageName
 from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
@@ -56,11 +56,9 @@ class Verifier:
         self._in_hand: dict[int, Delivery] = {}
         self._keys = count()
         self._troubles = Counter[str]()
-        # All keys from the start: the heartbeat's thread reads this, and must not meet a dictionary
-        # that grows.
         self.stats = Stats(numbers=dict.fromkeys(("unscored", *ZERO_REWARD_PARTS), 0.0))
         if self._jobs is not None:
-            self.stats.numbers["in_jobs"] = 0.0
+            self.stats.set(in_jobs=0.0)
 
     def setup(self) -> None:
         """Import the scorer and start the scorer processes.
@@ -101,7 +99,7 @@ class Verifier:
             self._jobs.close()
 
     def _submit(self, delivery: Delivery) -> None:
-        rollout = _rollout(delivery)
+        rollout = delivery.rollout
         marked_slow = rollout.info.get("slow") is True
         if self._jobs is not None and (self._in_jobs == "always" or marked_slow):
             self._jobs.submit(delivery)
@@ -123,11 +121,11 @@ class Verifier:
     def _from_jobs(self, jobs: VerificationJobs) -> list[Outcome]:
         outcomes = jobs.collect()
         self.stats.detail = jobs.waits
-        self.stats.numbers["in_jobs"] = len(jobs)
+        self.stats.set(in_jobs=len(jobs))
         return outcomes
 
     def _outcome(self, delivery: Delivery, verdict: Verdict) -> Outcome:
-        rollout = _rollout(delivery)
+        rollout = delivery.rollout
         write_verdict(rollout, verdict)
         if trouble := _trouble(verdict):
             self._count_trouble(trouble, delivery.number, verdict.unscored)
@@ -139,7 +137,7 @@ class Verifier:
         """
         self._troubles[trouble] += 1
         times = self._troubles[trouble]
-        self.stats.numbers[trouble] = times
+        self.stats.add(trouble, 1)
         if times & (times - 1) == 0:
             log.warning(
                 "a rollout could not be scored as usual",
@@ -155,8 +153,3 @@ def _trouble(verdict: Verdict) -> str | None:
     if verdict.unscored is not None:
         return "unscored"
     return next((name for name in ZERO_REWARD_PARTS if name in verdict.parts), None)
-
-
-def _rollout(delivery: Delivery) -> Rollout:
-    assert isinstance(delivery.record, Rollout)
-    return delivery.record

@@ -127,7 +127,7 @@ def test_the_heartbeat_counts_each_kind_of_trouble(bus: Bus) -> None:
     while bus.state.backlog()["verify"]:
         worker.turn()
     worker.stage.close(finished=False)
-    assert worker.life.stats.numbers == {
+    assert worker.state.stats.numbers == {
         "unscored": 3,
         "timed_out": 0,
         "crashed": 0,

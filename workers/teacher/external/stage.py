@@ -16,7 +16,7 @@ from onstream.settings.root import Settings
 from onstream.workers.teacher.external.client import TeacherClient
 from onstream.workers.teacher.external.endpoint_check import SECTION
 from onstream.workers.teacher.external.score_cache import ScoreCache
-from onstream.workers.teacher.score_requests import objection, request_of, rollout_of, write_scores
+from onstream.workers.teacher.score_requests import objection, request_of, write_scores
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class ExternalTeacher:
         """Why this rollout cannot be scored; None when it can."""
         teacher = self._client.name
         size = self._client.student.model.vocabulary_size
-        for sample in rollout_of(delivery).samples:
+        for sample in delivery.rollout.samples:
             if reason := self._image_problem(sample):
                 return f"it would be scored without its images: {reason}"
             reason = objection(sample, teacher, context_tokens=None, vocabulary_size=size)
@@ -163,14 +163,14 @@ class ExternalTeacher:
                 scores = next(cached)
                 if scores is not None:
                     pending.scored[at] = ScoresFrom(scores, CACHED)
-            self.stats.numbers["cached"] += len(pending.scored)
+            self.stats.add("cached", len(pending.scored))
             self._pending[pending.delivery.entry_id] = pending
             if pending.missing:
                 self._unsent.append(pending)
 
     def _pending_rollout(self, delivery: Delivery) -> PendingRollout:
         make = request_of if self._images is None else self._images.request_of
-        return PendingRollout(delivery, [make(sample) for sample in rollout_of(delivery).samples])
+        return PendingRollout(delivery, [make(sample) for sample in delivery.rollout.samples])
 
     def _from_cache(self, requests: Sequence[ScoreRequest]) -> Sequence[Scores | None]:
         if self._cache is None and self._client.reference is not None:
@@ -224,7 +224,7 @@ class ExternalTeacher:
         return [self._outcome(pending) for pending in done]
 
     def _outcome(self, pending: PendingRollout) -> Outcome:
-        rollout = rollout_of(pending.delivery)
+        rollout = pending.delivery.rollout
         size = self._client.student.model.vocabulary_size
         for at, sample in enumerate(rollout.samples):
             scores = pending.scored[at].answer
@@ -241,8 +241,6 @@ class ExternalTeacher:
 
     def _update_stats(self) -> None:
         pool = self._client.pool
-        self.stats.numbers["in_flight"] = float(pool.in_flight)
-        self.stats.numbers["endpoints"] = float(pool.serving)
-        self.stats.numbers["tokens"] = float(self._budget.own)
+        self.stats.set(in_flight=pool.in_flight, endpoints=pool.serving, tokens=self._budget.own)
         next_tokens = self._unsent[0].tokens if self._unsent else 1
         self.stats.detail = pool.problem or self._budget.problem(next_tokens)
