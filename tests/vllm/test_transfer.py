@@ -26,7 +26,7 @@ from onstream.workers.generator.engines.base import Completion, GenerationReques
 from onstream.workers.generator.nccl_receiver import READING, TransferReceiver
 from onstream.workers.generator.policy_loader import PolicyLoader
 from onstream.workers.generator.student import Student, open_student
-from onstream.workers.trainer.publication.nccl_sender import Transfer
+from onstream.workers.trainer.publication.nccl_sender import NcclTransfer
 from tests.vllm.reference import CLOSE_NATS, gaps, model_of, policy_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -90,7 +90,7 @@ def trainer(url: str, run: str, model: Path, gpu: str) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     bus = Bus.connect(url, run, consumer="trainer", block_s=0.2, connect_timeout_s=5)
     lease = bus.lease.acquire(600)
-    transfer = Transfer(
+    transfer = NcclTransfer(
         TransferCoordinator(bus.transfer, lease, PATIENCE_S), "127.0.0.1", PATIENCE_S
     )
     for number in (1, 2):

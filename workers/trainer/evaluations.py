@@ -1,4 +1,4 @@
-"""How the trainer has its policies evaluated: it requests a job, and reads the result from a file."""
+"""Has policies evaluated: requests a job for each, and reads the results from a file."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from onstream.workers.trainer.durability.run_directory import RunDirectory
 from onstream.workers.trainer.evaluations import Evaluations
 from onstream.workers.trainer.metrics_files import MetricsFiles
 from onstream.workers.trainer.publication.policy_probe import prober
-from onstream.workers.trainer.publication.publisher import Publisher, student_files, transfer_of
+from onstream.workers.trainer.publication.publisher import Publisher, nccl_transfer, student_files
 from onstream.workers.trainer.ticket_issuer import TicketIssuer
 from onstream.workers.trainer.ticket_planner import TicketPlanner
 from onstream.workers.trainer.trainer import Trainer
@@ -64,7 +64,7 @@ def _build(
     found: Checkpoint | None,
     opened: contextlib.ExitStack,
 ) -> Trainer:
-    """The trainer at the checkpoint `found`; what has to be closed after a failure is in `opened`."""
+    """The trainer at the checkpoint `found`. `opened` closes its parts if a later one fails."""
     state = found.state if found else None
     training = _training(settings, bus, found)
     opened.callback(training.close)
@@ -81,7 +81,7 @@ def _build(
             lease,
             settings,
             student_files(directory.path, training.learner),
-            transfer_of(bus, lease, settings),
+            nccl_transfer(bus, lease, settings),
             prober(training.learner, settings.inference),
         )
         opened.callback(publisher.close)

@@ -6,7 +6,7 @@ import time
 
 
 class StepClock:
-    """Times one step after the other. A step is `start_step`, `learned`, `published`, `end_step`."""
+    """Times the steps. Each is `start_step`, `learned`, `published`, `end_step`, in this order."""
 
     def __init__(self) -> None:
         now = time.monotonic()

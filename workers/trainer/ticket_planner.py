@@ -1,4 +1,4 @@
-"""Which tickets to issue now. Pure: numbers in, tickets out.
+"""Plans tickets: which to issue now, and what is in each. Pure: numbers in, tickets out.
 
 A ticket is outstanding from its issue until its number settles. The window lets (1 +
 max_off_policy_steps) batches be outstanding, so with 0 a batch is asked for only when the one
@@ -16,11 +16,10 @@ from onstream.pipeline.records import StageName, Ticket
 
 @dataclass(frozen=True)
 class TicketPlanner:
-    """Plans tickets for a run of `max_steps` steps of `batch_size` rollouts, in whole groups of
-    `group_size`.
+    """Plans tickets for a run of `max_steps` steps of `batch_size` rollouts.
 
-    `requeued` gives, for numbers that are asked for in place of dead ones, those. A group with such
-    a number asks what the dead one's group asked.
+    They come in whole groups of `group_size`. `requeued` gives the dead number for each number that
+    is issued in place of one. A group with such a number asks what the dead one's group asked.
     """
 
     seed: int
@@ -32,10 +31,9 @@ class TicketPlanner:
     requeued: dict[int, int] = field(default_factory=dict)
 
     def due(self, *, version: int, issued: int, outstanding: int) -> list[Ticket]:
-        """The tickets that the window of `version` (the steps taken so far) has room for, whole
-        groups only.
+        """The tickets that there is room for after `version` steps, in whole groups.
 
-        `issued` is the last number issued, `outstanding` how many of them have not settled. The
+        `issued` is the last number issued, `outstanding` how many numbers have not settled. The
         window closes towards the end of the run: nothing is asked for that no step would train.
         """
         steps = min(1 + self.max_off_policy_steps, self.max_steps - version)
@@ -46,17 +44,15 @@ class TicketPlanner:
         ]
 
     def again(self, numbers: Iterable[int], *, version: int) -> list[Ticket]:
-        """Tickets for numbers that were issued and lost, in the place they had; any version up to
-        now may write them.
+        """The tickets of numbers that were issued and lost; any version not too old may write them.
+
+        They are the same as before but for that version.
         """
-        return [
-            self.ticket(number, max(0, version - self.max_off_policy_steps)) for number in numbers
-        ]
+        oldest = max(0, version - self.max_off_policy_steps)
+        return [self.ticket(number, oldest) for number in numbers]
 
     def ticket(self, number: int, min_policy_version: int) -> Ticket:
-        """The ticket of `number`, the same whenever it is made: its group, problem and seed follow
-        from the number.
-        """
+        """The ticket of `number`. Its group, problem and seed follow from the number alone."""
         group = (number - 1) // self.group_size
         return Ticket(
             number=number,
@@ -70,19 +66,16 @@ class TicketPlanner:
         )
 
     def problem(self, group: int) -> int:
-        """The index of the problem that `group` asks: its own, unless it is asked for in place of
-        dead rollouts of another one.
-        """
+        """The index of the problem that `group` asks: its own, or that of the dead it replaces."""
         numbers = range(group * self.group_size + 1, (group + 1) * self.group_size + 1)
         dead = next((self.requeued[number] for number in numbers if number in self.requeued), None)
         return group if dead is None else self.problem((dead - 1) // self.group_size)
 
     def _min_version(self, version: int, ahead: int) -> int:
-        """The oldest version that may write a rollout with `ahead` others in flight before it, to
-        be fresh when its turn comes.
+        """The oldest version that may write a rollout with `ahead` others in flight before it.
 
-        Never a version still to come: the rollouts ahead may die, and then this one is what the
-        next step waits for.
+        A rollout of that version is fresh enough when its turn comes. Never a version still to
+        come: the rollouts ahead may die, and then this one is what the next step waits for.
         """
         return max(0, version + min(0, ahead // self.batch_size - self.max_off_policy_steps))
 

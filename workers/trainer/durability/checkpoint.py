@@ -41,12 +41,12 @@ class CheckpointError(Exception):
 
 
 class TrainerState(msgspec.Struct, frozen=True):
-    """`trainer.json`. `settled` holds every settled number as ranges, by fate; `before` those that
-    the checkpoint before this one held.
+    """`trainer.json`: what the trainer has to know to go on.
 
-    `requeued` gives, for numbers that were issued in place of dead ones, those. `dropped` counts
-    what was dropped since the last step, by fate. `recorded` is the length of the recording in
-    bytes, where there is one.
+    `settled` holds every settled number as ranges, by fate; `before` those that the checkpoint
+    before this one held: their entries may be acknowledged. `requeued` gives the dead number for
+    each number that was issued in place of one. `dropped` counts what was dropped since the last
+    step, by fate. `recorded` is the length of the recording in bytes, where there is one.
     """
 
     sequence: int
@@ -78,9 +78,10 @@ def save(
 ) -> Checkpoint:
     """Write the checkpoint of `state` under `directory` and make it durable.
 
-    `write_files` puts the model, tokenizer and optimizer files into the directory it is given,
-    whose name no other process has. The checkpoint gets its own name inside `fence`, which stops by
-    an exception a trainer whose lease has passed to another.
+    `write_files` puts the model, tokenizer and optimizer files into the directory it is given. The
+    checkpoint gets its own name inside `fence`, which raises in a trainer whose lease has passed to
+    another one. Until then it lies under a name that no other process has, so two trainers never
+    write to the same files.
 
     Raises:
         CheckpointError: it could not be written (a full disk, say); nothing is left of it.
@@ -94,11 +95,11 @@ def save(
         OSError,
         RuntimeError,
         SafetensorError,
-    ) as error:  # torch reports a full disk by a RuntimeError
-        free = shutil.disk_usage(directory).free
+    ) as error:  # torch: a full disk is a RuntimeError
+        free_mib = shutil.disk_usage(directory).free >> 20
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"checkpoint {path} could not be written ({error}); {free >> 20} MiB are free on its disk"
+            f"checkpoint {path} could not be written ({error}); {free_mib} MiB are free on its disk"
         ) from error
     with fence():
         os.rename(temporary, path)
@@ -107,47 +108,32 @@ def save(
 
 
 def load_newest(directory: Path) -> Checkpoint | None:
-    """The newest whole checkpoint under `directory`. Torn ones are set aside as `torn-…`, and said
-    so.
+    """The newest whole checkpoint under `directory`; None where there is none.
+
+    Torn ones are set aside as `torn-…`, with an error in the log.
     """
     for path in _newest_first(directory):
-        problem = damage(path)
-        if problem is None and (path / OPTIMIZER).exists():
-            return Checkpoint(
-                path, msgspec.json.decode((path / STATE).read_bytes(), type=TrainerState)
-            )
-        if problem is not None:
-            aside = directory / f"torn-{path.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)  # out of the way of retention, which would count it among the newest
-            log.error(
-                "checkpoint is torn; the one before it is used",
-                checkpoint=str(path),
-                problem=problem,
-                kept_as=str(aside),
-            )
+        if problem := damage(path):
+            _set_aside(path, problem)
+        elif (path / OPTIMIZER).exists():
+            return _read(path)
     return None
 
 
 def complete(directory: Path) -> list[Checkpoint]:
-    """The checkpoints under `directory` that a trainer could go on from, the newest first; their
-    digests are not looked at.
+    """The checkpoints under `directory` that a trainer could resume from, the newest first.
+
+    Their digests are not checked.
     """
-    paths = [
-        path
+    return [
+        _read(path)
         for path in _newest_first(directory)
         if (path / OPTIMIZER).exists() and (path / MANIFEST).exists()
-    ]
-    return [
-        Checkpoint(path, msgspec.json.decode((path / STATE).read_bytes(), type=TrainerState))
-        for path in paths
     ]
 
 
 def by_step(directory: Path) -> dict[int, Path]:
-    """Where the newest checkpoint of each step under `directory` lies; their digests are not looked
-    at.
-    """
+    """The newest checkpoint of each step under `directory`. Their digests are not checked."""
     return {_order(path)[0]: path for path in reversed(_newest_first(directory))}
 
 
@@ -170,7 +156,7 @@ def damage(path: Path) -> str | None:
 def prune(
     directory: Path, keep: int, keep_every: int | None, *, keep_optimizer: bool = False
 ) -> None:
-    """Remove all but the newest `keep` checkpoints and the leavings of unfinished ones.
+    """Remove all but the newest `keep` checkpoints, and what is left of unfinished ones.
 
     Checkpoints of steps that divide by `keep_every` stay for good, without their optimizer's state
     unless `keep_optimizer`.
@@ -180,8 +166,8 @@ def prune(
             shutil.rmtree(path)
         elif not keep_optimizer and (path / OPTIMIZER).exists():
             _forget_optimizer(path)
-    for leaving in directory.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(leaving)
+    for unfinished in directory.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(unfinished)
 
 
 def _write(temporary: Path, state: TrainerState, write_files: Callable[[Path], None]) -> None:
@@ -189,13 +175,29 @@ def _write(temporary: Path, state: TrainerState, write_files: Callable[[Path], N
     temporary.mkdir()
     write_files(temporary)
     (temporary / STATE).write_bytes(msgspec.json.encode(state))
-    files = sorted(
-        path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file()
-    )
-    (temporary / MANIFEST).write_bytes(
-        msgspec.json.encode({name: digest_of(temporary / name) for name in files})
-    )
+    files = [path for path in temporary.rglob("*") if path.is_file()]
+    names = sorted(path.relative_to(temporary).as_posix() for path in files)
+    manifest = {name: digest_of(temporary / name) for name in names}
+    (temporary / MANIFEST).write_bytes(msgspec.json.encode(manifest))
     sync_tree(temporary)
+
+
+def _read(path: Path) -> Checkpoint:
+    state = msgspec.json.decode((path / STATE).read_bytes(), type=TrainerState)
+    return Checkpoint(path, state)
+
+
+def _set_aside(path: Path, problem: str) -> None:
+    """Rename a torn checkpoint: retention would count it among the newest."""
+    aside = path.with_name(f"torn-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    log.error(
+        "checkpoint is torn; the one before it is used",
+        checkpoint=str(path),
+        problem=problem,
+        kept_as=str(aside),
+    )
 
 
 def sync_tree(directory: Path) -> None:
@@ -205,6 +207,7 @@ def sync_tree(directory: Path) -> None:
 
 
 def _forget_optimizer(path: Path) -> None:
+    """Take the optimizer's state out of a checkpoint: the manifest first, which stays true."""
     manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=dict[str, str])
     manifest.pop(OPTIMIZER, None)
     fresh = path / f"{MANIFEST}.new"
@@ -214,11 +217,11 @@ def _forget_optimizer(path: Path) -> None:
 
 
 def _free_name(directory: Path, step: int) -> Path:
-    """`step-000020`; with a counter behind it where that exists, as records may settle without a
-    step being taken.
-    """
-    taken = [_order(path)[1] for path in _newest_first(directory) if _order(path)[0] == step]
-    return directory / (f"step-{step:06d}.{max(taken) + 1}" if taken else f"step-{step:06d}")
+    """`step-000020`, or `step-000020.1` where that exists: numbers may settle without a step."""
+    counters = [_order(path)[1] for path in _newest_first(directory) if _order(path)[0] == step]
+    if not counters:
+        return directory / f"step-{step:06d}"
+    return directory / f"step-{step:06d}.{max(counters) + 1}"
 
 
 def _newest_first(directory: Path) -> list[Path]:

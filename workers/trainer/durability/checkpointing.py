@@ -40,7 +40,7 @@ class Checkpointing:
     """Takes a run's checkpoints, and keeps its ledger and its acknowledgements in step with them.
 
     `requeued` and `totals` are what checkpoints hold beside the training's own position. `requeued`
-    is one dictionary, shared with whoever issues tickets: what is requeued is in the next checkpoint.
+    is one dictionary, shared with who issues tickets: the next checkpoint holds what is requeued.
 
     Args:
         state: that of the checkpoint to resume from; None at the start of the run.

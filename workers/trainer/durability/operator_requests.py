@@ -1,4 +1,4 @@
-"""How the trainer serves operators: dead rollouts requeued under new numbers, dead letters purged."""
+"""Serves operators: requeues dead rollouts under new numbers, and purges dead letters."""
 
 from __future__ import annotations
 

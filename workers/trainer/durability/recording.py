@@ -1,6 +1,4 @@
-"""The trainer's side of a recording: where it begins, how it stays in step with the checkpoints,
-and what it says of each step.
-"""
+"""The trainer's side of a recording: where it begins, and how it stays in step with checkpoints."""
 
 from __future__ import annotations
 
@@ -31,17 +29,20 @@ from onstream.workers.trainer.durability.checkpoint import (
 START = "start"
 SETTINGS = "settings.toml"
 MAY_CHANGE = ("trainer.max_steps", "trainer.optim.lr", "trainer.microbatch", "trainer.head_chunk")
-"""What the next trainer of a run may have other values of, and the bits of a step depend on."""
+"""Settings that a resume may change and that the bits of a step depend on."""
 log = get_logger()
 
 
 class Recording:
-    """Records a run from the checkpoint `found` on (None: its start), whose weights have `digest`;
-    or nothing, where it is not asked for.
+    """Records a run from the checkpoint `found` on (None: its start); nothing with it turned off.
 
-    A recording that the checkpoint knows is gone on with, cut back to what the checkpoint holds.
-    One that it does not know is set aside, and a new one begins with a copy of the checkpoint.
-    `images` gives the bytes of images by digest.
+    A recording that the checkpoint knows goes on, cut back to the length that the checkpoint names:
+    what was recorded later belongs to steps that will be taken again. One that the checkpoint does
+    not know is set aside, and a new one begins with a copy of the checkpoint.
+
+    Args:
+        digest: of the weights that the trainer starts from.
+        images: gives the bytes of images by digest.
 
     Raises:
         OSError: the disk is full.
@@ -80,23 +81,24 @@ class Recording:
         return self._recorder.position if self._recorder else None
 
     def record(self, record: Rollout | Tombstone, taken: float) -> None:
-        """`record` is what the training depends on next."""
+        """Record what the training considered, with the images that it shows.
+
+        Raises:
+            OSError: the disk is full.
+        """
         if not self._recorder:
             return
         if isinstance(record, Rollout):
-            shown = list({digest for sample in record.samples for digest in sample.images})
-            for digest, data in zip(shown, self._images(shown) if shown else (), strict=True):
-                if data is not None:
-                    recording.keep_image(self._directory, digest, data)
+            self._keep_images(record)
         self._recorder.record(record.number, taken, encode(record))
 
     def stepped(self, step: int, digest: str, metrics: dict[str, Any]) -> None:
-        """`step` was taken on the records so far."""
+        """Record that `step` was taken on the records so far."""
         if self._recorder:
             self._recorder.mark(Stepped(step, digest, metrics), time.time())
 
     def sync(self) -> None:
-        """Make it durable, before a checkpoint that names its length."""
+        """Make it durable. The checkpoint that names its length comes after."""
         if self._recorder:
             self._recorder.sync()
 
@@ -105,9 +107,17 @@ class Recording:
         if self._recorder:
             self._recorder.close()
 
+    def _keep_images(self, rollout: Rollout) -> None:
+        digests = list({digest for sample in rollout.samples for digest in sample.images})
+        if not digests:
+            return
+        for digest, data in zip(digests, self._images(digests), strict=True):
+            if data is not None:
+                recording.keep_image(self._directory, digest, data)
+
 
 def conditions(settings: Settings) -> dict[str, Any]:
-    """What the last bit of a sum may depend on, beside the settings."""
+    """What the last bit of a sum may depend on beside the settings: processor, threads, library."""
     import torch
     import transformers
 
@@ -125,16 +135,15 @@ def conditions(settings: Settings) -> dict[str, Any]:
 
 
 def start_of(directory: Path) -> TrainerState | None:
-    """The state of the checkpoint that the recording in `directory` begins with; None where it
-    begins with the run.
-    """
+    """The state of the checkpoint that a recording begins with; None where it begins the run."""
     state = directory / START / STATE
     return msgspec.json.decode(state.read_bytes(), type=TrainerState) if state.exists() else None
 
 
 def _length(run_dir: Path, found: Checkpoint | None) -> int | None:
-    """How many bytes of the run's recording the checkpoint vouches for; None where it knows of
-    none, or of another one.
+    """How many bytes of the recording are valid for the checkpoint `found`.
+
+    None where the checkpoint knows no recording, or another one than is there.
     """
     directory = run_dir / recording.FOLDER
     start = start_of(directory)
@@ -155,9 +164,7 @@ def _length(run_dir: Path, found: Checkpoint | None) -> int | None:
 
 
 def _begin(directory: Path, settings: Settings, found: Checkpoint | None) -> None:
-    """Make an empty recording, which holds all that its replay starts from; a former one is set
-    aside.
-    """
+    """Make an empty recording, with all that its replay starts from; set a former one aside."""
     unfinished = directory.with_name(f".{directory.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -166,20 +173,23 @@ def _begin(directory: Path, settings: Settings, found: Checkpoint | None) -> Non
         shutil.copytree(found.path, unfinished / START, copy_function=_link)
     sync_tree(unfinished)
     if directory.exists():
-        aside = next(
-            path
-            for at in range(1, 1 << 20)
-            if not (path := directory.with_name(f"{directory.name}-{at}")).exists()
-        )
-        directory.rename(aside)
-        log.warning("a former recording of the run is set aside", kept_as=str(aside))
+        _set_aside(directory)
     unfinished.rename(directory)
     sync(directory.parent)
 
 
+def _set_aside(directory: Path) -> None:
+    at = 1
+    while (aside := directory.with_name(f"{directory.name}-{at}")).exists():
+        at += 1
+    directory.rename(aside)
+    log.warning("a former recording of the run is set aside", kept_as=str(aside))
+
+
 def _link(source: str, target: str) -> None:
-    """Checkpoints are never written to again, so that a second name is as good as a copy, where the
-    file system has such.
+    """Link a file, or copy it where the file system has no links.
+
+    A checkpoint is never written to again, so a second name is as good as a copy.
     """
     try:
         os.link(source, target)

@@ -115,7 +115,7 @@ def _refuse_resume(run: RunSettings, run_dir: Path, *, exists: bool) -> None:
 
 
 def _refuse_route(bus: Bus, ours: Plan, theirs: Plan, state: TrainerState | None) -> None:
-    """Refuse another route: a rollout carries its own, and those under way would take the old one."""
+    """Refuse another route: rollouts under way carry the old one."""
     if ours.route == theirs.route:
         return
     settled = SettledNumbers(state.settled if state else None)

@@ -1,4 +1,4 @@
-"""The directory of a run, as its trainer changes it: under its lease, and in words when it fails."""
+"""The directory of a run, which its trainer alone may change."""
 
 from __future__ import annotations
 

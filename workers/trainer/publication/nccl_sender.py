@@ -1,5 +1,7 @@
-"""The trainer's end of the transport `nccl`: vLLM's weight transfer, told over Redis what it would
-tell a vLLM server over HTTP.
+"""The trainer's end of the transport `nccl`. It has never run on a GPU.
+
+vLLM's weight transfer does the sending. What its trainer side would tell a vLLM server over HTTP
+goes to the generators over Redis.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ T = TypeVar("T")
 log = get_logger()
 
 
-class Sending(Protocol):
+class TransferEngine(Protocol):
     """What is used of vLLM's trainer side, once its group is built."""
 
     def send_weights(self) -> None:
@@ -38,66 +40,72 @@ class Sending(Protocol):
 class RedisSyncClient:
     """A `VLLMWeightSyncClient` whose calls go to the generators in `ranks`.
 
-    They keep what they receive beside the model, and replace its weights when the version is
-    announced. So there is no update to be begun or finished here.
+    They keep what they receive beside the model, and load it when the version is announced. So
+    there is no update to start or finish here.
     """
 
-    def __init__(self, caller: TransferCoordinator, ranks: Mapping[str, int]) -> None:
-        self._caller = caller
+    def __init__(self, coordinator: TransferCoordinator, ranks: Mapping[str, int]) -> None:
+        self._coordinator = coordinator
         self._ranks = ranks
         self.policy: LoadedPolicy | None = None
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Have all of them join the group."""
-        self._caller.call("join", self._ranks, init_info)
+        """Let all of them join the group."""
+        self._coordinator.call("join", self._ranks, init_info)
 
     def start_weight_update(self) -> None:
-        """Nothing to begin."""
+        """Nothing to start."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Have all of them receive the version that is being sent."""
+        """Let all of them receive the version that is being sent."""
         assert self.policy is not None
-        self._caller.call("receive", self._ranks, update_info, PolicyHeader.of(self.policy))
+        self._coordinator.call("receive", self._ranks, update_info, PolicyHeader.of(self.policy))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Nothing to finish."""
 
 
-Opens = Callable[[RedisSyncClient, str, int], Sending]
+OpenEngine = Callable[[RedisSyncClient, str, int], TransferEngine]
 """Builds the group with a client, the trainer's address, and the number of GPUs in it."""
 
 
-class Transfer:
-    """Sends versions to all generators that receive. `address` is one that they can reach this
-    machine by.
+class NcclTransfer:
+    """Sends versions to all generators that receive.
 
-    The group is built when the first version is sent, and anew when other generators receive, or
-    after a failure.
+    The group is built when the first version is sent. It is built again when other generators
+    receive, and after a failure.
+
+    Args:
+        coordinator: calls the generators over Redis.
+        address: where they reach this machine.
+        patience_s: how long joining and receiving may take, each.
+        open_engine: builds the group; vLLM's own by default.
     """
 
     def __init__(
         self,
-        caller: TransferCoordinator,
+        coordinator: TransferCoordinator,
         address: str,
         patience_s: float,
-        opens: Opens | None = None,
+        open_engine: OpenEngine | None = None,
     ) -> None:
-        self._caller = caller
+        self._coordinator = coordinator
         self._address = address
         self._patience_s = patience_s
-        self._opens = opens or over_nccl
+        self._open_engine = open_engine or open_vllm_engine
         self._ranks: dict[str, int] = {}
         self._client: RedisSyncClient | None = None
-        self._engine: Sending | None = None
+        self._engine: TransferEngine | None = None
 
     def send(self, policy: LoadedPolicy) -> bool:
-        """Whether all generators hold `policy` now. Where they do not, the log says why, and what
-        they had is untouched.
+        """Send `policy`; returns whether all generators hold it now.
+
+        Where they do not, the log says why, and the weights that they had are untouched.
 
         Raises:
             LeaseLost: another trainer took over.
         """
-        ranks, size = self._caller.ranks()
+        ranks, size = self._coordinator.ranks()
         if not ranks:
             return False
         try:
@@ -109,9 +117,9 @@ class Transfer:
             _within(self._patience_s, self._engine.send_weights)
         except LeaseLost:
             raise
-        except Exception as error:  # vLLM and NCCL raise what they like; the version goes by file
+        except Exception as error:  # vLLM and NCCL raise what they like
             log.warning(
-                "a transfer of weights failed; they go by file",
+                "a transfer of weights failed; they go by file instead",
                 version=policy.number,
                 reason=str(error),
             )
@@ -128,19 +136,21 @@ class Transfer:
         self._engine = None
 
     def _open(self, ranks: dict[str, int], size: int) -> None:
-        client = RedisSyncClient(self._caller, ranks)
-        self._engine = _within(self._patience_s, lambda: self._opens(client, self._address, size))
+        client = RedisSyncClient(self._coordinator, ranks)
+        self._engine = _within(
+            self._patience_s, lambda: self._open_engine(client, self._address, size)
+        )
         self._client = client
         self._ranks = ranks
 
 
-def over_nccl(client: RedisSyncClient, address: str, size: int) -> Sending:
+def open_vllm_engine(client: RedisSyncClient, address: str, size: int) -> TransferEngine:
     """vLLM's own engine, in a group of `size` GPUs."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-    class Published(WeightSource):  # type: ignore[misc]
+    class PublishedWeights(WeightSource):  # type: ignore[misc]
         """The version that the client is told of."""
 
         def metadata(self) -> list[ParamMeta]:
@@ -159,30 +169,31 @@ def over_nccl(client: RedisSyncClient, address: str, size: int) -> Sending:
     info = NCCLTrainerInitInfo(
         master_address=address, master_port=_free_port(address), world_size=size, rank=0
     )
-    sending: Sending = WeightTransferTrainerFactory.trainer_init(
-        info, client=client, source=Published()
+    engine: TransferEngine = WeightTransferTrainerFactory.trainer_init(
+        info, client=client, source=PublishedWeights()
     )
-    return sending
+    return engine
 
 
 def address_towards(redis_url: str) -> str:
     """This machine's address on the way to Redis, which the generators use too."""
     url = urlsplit(redis_url)
-    with socket.create_connection(
-        (url.hostname or "localhost", url.port or 6379), timeout=5
-    ) as connection:
+    address = (url.hostname or "localhost", url.port or 6379)
+    with socket.create_connection(address, timeout=5) as connection:
         return str(connection.getsockname()[0])
 
 
 def _free_port(address: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind((address, 0))
+        return int(listener.getsockname()[1])
 
 
 def _within(patience_s: float, call: Callable[[], T]) -> T:
-    """What `call` returns, in a thread that is left behind where it takes longer: NCCL may wait for
-    a dead process for ever.
+    """What `call` returns, within `patience_s` seconds.
+
+    It runs in a thread that is left behind where it takes longer: NCCL may wait for a dead process
+    for ever, and nothing can interrupt it.
 
     Raises:
         WeightsError: it took longer.

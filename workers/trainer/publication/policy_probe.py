@@ -1,6 +1,4 @@
-"""What generators are asked so that they can tell whether their engine computes the trainer's
-policy.
-"""
+"""The probe: prompts by which a generator checks that its engine computes the trainer's policy."""
 
 from __future__ import annotations
 
@@ -19,29 +17,28 @@ if TYPE_CHECKING:
     from onstream.workers.trainer.learner import Learner
 
 PROMPTS = 4
-# tokens in which the prompts differ; what comes before is computed once, by the trainer and by an
-# engine that caches prefixes
+# Tokens in which the prompts differ. What comes before is computed once, by the trainer and by an
+# engine that caches prefixes.
 OWN = 4
-TOP = 8  # an engine's likeliest token is among the trainer's few likeliest, or they do not agree
+# An engine's likeliest token is among the trainer's few likeliest, or the two do not agree.
+TOP = 8
 
 
 def prober(learner: Learner, inference: InferenceSettings) -> Prober | None:
-    """What asks `learner`; None where the guard is off."""
+    """The prober of `learner`; None where the guard is off."""
     if not inference.guard.interval:
         return None
-    contexts = (
-        learner.model.config.get_text_config().max_position_embeddings,
-        inference.max_model_len,
-    )
-    room = min(
-        context - 1 for context in contexts if context is not None
-    )  # and the token that is asked for
-    return Prober(learner, min(inference.guard.tokens, room))
+    context = learner.model.config.get_text_config().max_position_embeddings
+    if inference.max_model_len is not None:
+        context = min(context, inference.max_model_len)
+    # One token less: the one that is asked for needs room too.
+    return Prober(learner, min(inference.guard.tokens, context - 1))
 
 
 class Prober:
-    """Asks `learner` the same `PROMPTS` prompts of `tokens` tokens each time. They differ in the
-    last `OWN`.
+    """Asks `learner` the same `PROMPTS` prompts each time.
+
+    Each has `tokens` tokens; they differ in the last `OWN`.
     """
 
     def __init__(self, learner: Learner, tokens: int) -> None:
@@ -53,8 +50,9 @@ class Prober:
         self._rows = learner.pack(shared, own)
 
     def ask(self) -> Probe:
-        """The likeliest next tokens under the weights as they are. Changes neither them nor any
-        random state.
+        """The likeliest next tokens under the weights as they are now.
+
+        Changes neither the weights nor any random state.
         """
         learner = self._learner
         top = min(TOP, learner.vocabulary - 1)
@@ -79,11 +77,10 @@ class Prober:
 
 
 def probe_prompts(tokenizer: Any, vocabulary: int, tokens: int) -> list[Ids]:
-    """`PROMPTS` prompts of `tokens` random ordinary ids: a model is seldom sure after them, so a
-    change of its weights shows.
+    """`PROMPTS` prompts of `tokens` random ordinary ids.
 
-    They are always the same for a tokenizer, so an engine that caches prompts meets what it has
-    cached.
+    A model is seldom sure after random ids, so a change of its weights shows. They are always the
+    same for a tokenizer, so an engine that caches prompts finds them cached.
     """
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     ordinary = [token for token in range(min(len(tokenizer), vocabulary)) if token not in special]

@@ -30,7 +30,7 @@ from onstream.settings.problems import SettingsError
 from onstream.settings.root import Settings
 from onstream.settings.rules.engines import vllm_missing
 from onstream.workers.trainer.durability import checkpoint
-from onstream.workers.trainer.publication.nccl_sender import Transfer, address_towards
+from onstream.workers.trainer.publication.nccl_sender import NcclTransfer, address_towards
 from onstream.workers.trainer.publication.policy_probe import Prober
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ class Publisher:
     It remembers what was announced. So a trainer that resumes, and takes steps a second time,
     announces nothing again: the same step has the same weights. `sent` says what the last version
     took. Model directories that fell behind `checkpoint.keep_policies` are removed, but for the
-    first one, which evaluations compare with, and those pinned for a job.
+    first one, which evaluations compare with, those pinned for a job, and one that deltas in use
+    start from.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Publisher:
         lease: Lease,
         settings: Settings,
         model_files: Path,
-        transfer: Transfer | None,
+        transfer: NcclTransfer | None,
         prober: Prober | None,
     ) -> None:
         self._bus = bus
@@ -63,14 +64,12 @@ class Publisher:
         self._model_files = model_files
         self._run_dir = settings.run_dir
         self._on_disk = settings.weights.transport != "redis"
-        self._sender = PolicySender(
-            self._outlet(), settings.weights.full_every if settings.weights.deltas else None
-        )
+        full_every = settings.weights.full_every if settings.weights.deltas else None
+        self._sender = PolicySender(self._store(), full_every)
         self._transfer = transfer
         self._prober = prober
-        self._unwritten: LoadedPolicy | None = (
-            None  # the newest version, where it went from GPU to GPU alone
-        )
+        # The newest version, where it went from GPU to GPU and into no file.
+        self._unwritten: LoadedPolicy | None = None
         self.sent = SendResult(0, None)
         self._announced: dict[int, str] = {}
         for policy in bus.state.announced_policies():
@@ -90,16 +89,18 @@ class Publisher:
         policy = LoadedPolicy.of(number, state)
         probe = self._prober.ask() if self._prober else None
         announced = replace(weights.announced(policy), probe=probe)
-        whole = self._whole(number)
+        whole = self._is_whole(number)
         known = self._announced.get(number) == policy.digest
-        if replayed := known and self._offered(number, policy.digest):
+        given_before = known and self._offered(number, policy.digest)
+        if given_before:
             self.sent = self._sender.skip(policy)
         else:
             self.sent = self._give(policy, whole=whole)
-        if whole and (replayed or not self._on_disk):
+        if whole and (given_before or not self._on_disk):
             weights.write_directory(
                 self._run_dir, number, policy.digest, policy.data, self._model_files
             )
+        # Last: a generator that reads the announcement finds the weights.
         if not known:
             self._bus.lease.announce(self._lease, announced)
             self._remember(announced)
@@ -157,7 +158,7 @@ class Publisher:
             sent = self._sender.send(policy, whole=True)
         return sent
 
-    def _outlet(self) -> StoreWriter:
+    def _store(self) -> StoreWriter:
         if self._on_disk:
             return DirectoryWriter(self._run_dir, self._model_files)
         return ChunkWriter(
@@ -167,20 +168,18 @@ class Publisher:
             self._settings.redis.connect_timeout,
         )
 
-    def _whole(self, number: int) -> bool:
+    def _is_whole(self, number: int) -> bool:
         """Whether `number` becomes a model directory: what evaluations and exports read."""
-        interval = self._settings.eval.interval
-        if self._settings.weights.transport == "filesystem" and not self._settings.weights.deltas:
+        settings = self._settings
+        if settings.weights.transport == "filesystem" and not settings.weights.deltas:
             return True
-        asked = bool(interval) and number % interval == 0
-        return (
-            asked
-            or number % self._settings.weights.full_every == 0
-            or number == self._settings.trainer.max_steps
-        )
+        interval = settings.eval.interval
+        evaluated = bool(interval) and number % interval == 0
+        by_interval = number % settings.weights.full_every == 0
+        return evaluated or by_interval or number == settings.trainer.max_steps
 
     def _offered(self, number: int, digest: str) -> bool:
-        """Whether nobody needs version `number` again: it is there, or a later one is the newest."""
+        """Whether nobody needs version `number` again: it is there, or a later one is newest."""
         return number < max(self._announced) or self._sender.offers(VersionId(number, digest))
 
     def _remember(self, policy: PolicyVersion) -> None:
@@ -190,15 +189,13 @@ class Publisher:
         it came of a training that is not gone on with.
         """
         if self._announced.get(policy.number) != policy.digest:
-            self._announced = {
-                number: digest
-                for number, digest in self._announced.items()
-                if number < policy.number
-            }
+            later = [number for number in self._announced if number > policy.number]
+            for number in later:
+                del self._announced[number]
             self._announced[policy.number] = policy.digest
 
 
-def transfer_of(bus: Bus, lease: Lease, settings: Settings) -> Transfer | None:
+def nccl_transfer(bus: Bus, lease: Lease, settings: Settings) -> NcclTransfer | None:
     """The transfer from GPU to GPU, with `weights.transport = "nccl"`; None with another one.
 
     Raises:
@@ -209,7 +206,7 @@ def transfer_of(bus: Bus, lease: Lease, settings: Settings) -> Transfer | None:
     if not engines.vllm_importable():
         raise SettingsError([vllm_missing("weights.transport")])
     patience_s = settings.weights.patience
-    return Transfer(
+    return NcclTransfer(
         TransferCoordinator(bus.transfer, lease, patience_s),
         address_towards(redis_url(settings)),
         patience_s,

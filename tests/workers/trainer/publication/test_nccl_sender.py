@@ -16,7 +16,7 @@ from onstream.pipeline.stage import Stats
 from onstream.pipeline.weights import LoadedPolicy, WeightsError, announced
 from onstream.pipeline.weights.nccl_transfer import PolicyHeader, TransferCoordinator
 from onstream.workers.generator.nccl_receiver import READING, SIGN_S, TransferReceiver
-from onstream.workers.trainer.publication.nccl_sender import RedisSyncClient, Transfer
+from onstream.workers.trainer.publication.nccl_sender import NcclTransfer, RedisSyncClient
 from tests.forkserver import context
 from tests.workers.trainer.receivers import SaysSo, start
 
@@ -80,12 +80,12 @@ def opened() -> list[NoBroadcast]:
 
 
 @pytest.fixture
-def transfer(bus: Bus, opened: list[NoBroadcast]) -> Transfer:
+def transfer(bus: Bus, opened: list[NoBroadcast]) -> NcclTransfer:
     def opens(client: RedisSyncClient, address: str, size: int) -> NoBroadcast:
         opened.append(NoBroadcast(client, address, size))
         return opened[-1]
 
-    return Transfer(
+    return NcclTransfer(
         TransferCoordinator(bus.transfer, bus.lease.acquire(60), PATIENCE_S),
         "127.0.0.1",
         PATIENCE_S,
@@ -94,7 +94,7 @@ def transfer(bus: Bus, opened: list[NoBroadcast]) -> Transfer:
 
 
 def test_all_join_once_each_with_ranks_for_its_gpus_and_hold_every_version(
-    generators: Generators, transfer: Transfer, opened: list[NoBroadcast]
+    generators: Generators, transfer: NcclTransfer, opened: list[NoBroadcast]
 ) -> None:
     generators.start("a", gpus=2)
     generators.start("b", gpus=1)
@@ -105,14 +105,14 @@ def test_all_join_once_each_with_ranks_for_its_gpus_and_hold_every_version(
 
 
 def test_without_a_generator_that_receives_nothing_is_sent(
-    transfer: Transfer, opened: list[NoBroadcast]
+    transfer: NcclTransfer, opened: list[NoBroadcast]
 ) -> None:
     assert not transfer.send(policy(1))
     assert not opened
 
 
 def test_a_newcomer_is_taken_into_a_new_group(
-    generators: Generators, transfer: Transfer, opened: list[NoBroadcast]
+    generators: Generators, transfer: NcclTransfer, opened: list[NoBroadcast]
 ) -> None:
     generators.start("b")
     assert transfer.send(policy(1))
@@ -125,7 +125,7 @@ def test_a_newcomer_is_taken_into_a_new_group(
 
 @pytest.mark.parametrize("at", ["join", "receive"])
 def test_a_generator_that_cannot_makes_the_transfer_fail_and_the_next_one_begins_anew(
-    generators: Generators, transfer: Transfer, opened: list[NoBroadcast], at: str
+    generators: Generators, transfer: NcclTransfer, opened: list[NoBroadcast], at: str
 ) -> None:
     generators.start(
         "a",
@@ -138,7 +138,7 @@ def test_a_generator_that_cannot_makes_the_transfer_fail_and_the_next_one_begins
 
 
 def test_a_generator_that_is_killed_costs_one_patience_and_then_the_others_go_on(
-    generators: Generators, transfer: Transfer, bus: Bus, opened: list[NoBroadcast]
+    generators: Generators, transfer: NcclTransfer, bus: Bus, opened: list[NoBroadcast]
 ) -> None:
     generators.start("a")
     generators.start("b")
