@@ -137,9 +137,8 @@ class ChaosRun:
         deadline = time.monotonic() + patience_s
         while not happens():
             if time.monotonic() > deadline:
-                raise Stuck(
-                    f"no {what} within {patience_s:g} s; step {self.step}, {self.bus.state.backlog()}, {self._states()}"
-                )
+                place = f"step {self.step}, {self.bus.state.backlog()}, {self._states()}"
+                raise Stuck(f"no {what} within {patience_s:g} s; {place}")
             self._look()
 
     def _note(self, sentence: str) -> None:
@@ -180,9 +179,8 @@ class ChaosRun:
         if kind == "jobs":
             return self._kill_jobs(pid)
         beat = self._beat(kind)
-        self._note(
-            f"kill -9 {kind}, {f'with {beat.in_hand} records in hand' if beat else 'while it starts'}"
-        )
+        when = f"with {beat.in_hand} records in hand" if beat else "while it starts"
+        self._note(f"kill -9 {kind}, {when}")
         os.kill(pid, signal.SIGKILL)
 
     def _kill_jobs(self, pid: int) -> None:
@@ -259,7 +257,8 @@ class ChaosRun:
             )
         self.bus.connection.ask("CONFIG", "SET", "maxmemory", MAX_MEMORY_MB << 20)
         self._note(
-            f"redis has room again; {issued} tickets issued, none meanwhile, the working streams drained"
+            f"redis has room again; {issued} tickets issued, none meanwhile, "
+            "the working streams drained"
         )
         self._wait(lambda: self.bus.state.issued() > issued, "tickets on a Redis with room")
 
@@ -293,7 +292,8 @@ class ChaosRun:
         self._cont(new)
         said = old.log.read_text().rstrip().splitlines()[-1]
         self._note(
-            f"SIGCONT {old.name}: it {describe_exit(code)}, and touched none of {len(before)} files; it said: {said}"
+            f"SIGCONT {old.name}: it {describe_exit(code)}, "
+            f"and touched none of {len(before)} files; it said: {said}"
         )
         if code != 3 or "another trainer took the run over" not in said:
             raise Stuck(f"the revived trainer {describe_exit(code)}: {said}")
@@ -369,7 +369,7 @@ class ChaosRun:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def exact(self) -> float | None:
-        """The share of held-out prompts that the last version answers right, if it was evaluated."""
+        """The share of held-out prompts that the last version answers right; None without one."""
         return next(
             (row["exact"] for row in self.rows("evals.jsonl") if row["version"] == self.steps), None
         )

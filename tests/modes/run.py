@@ -27,7 +27,9 @@ class Run:
         self.directory = directory / "run"
         top = directory / "top.toml"
         top.write_text(
-            f'[run]\nname = "run"\ndir = "{directory}"\n[model]\nname = "{STUDENT}"\n[deployment]\ndevice = "cpu"\n'
+            f'[run]\nname = "run"\ndir = "{directory}"\n'
+            f'[model]\nname = "{STUDENT}"\n'
+            '[deployment]\ndevice = "cpu"\n'
         )
         sets = ["inference.sampling.max_completion=16", *extra]
         self.sets = [part for one in sets for part in ("--set", one)]

@@ -58,7 +58,8 @@ def test_a_chat_endpoint_brings_the_student_to_its_accuracy(tmp_path: Path, endp
     (before, after) = run.rows("evals.jsonl")
     teacher = evaluate(TEACHER, load_settings(run.files, overrides=run.sets[1::2], environ={}))
     print(
-        f"exact: student {before['exact']:.3f} -> {after['exact']:.3f}, teacher {teacher['exact']:.3f}"
+        f"exact: student {before['exact']:.3f} -> {after['exact']:.3f}, "
+        f"teacher {teacher['exact']:.3f}"
     )
     assert after["exact"] >= 0.95 * teacher["exact"]
     assert after["exact"] > before["exact"]

@@ -51,7 +51,8 @@ def test_an_endpoint_that_sees_teaches_a_student_to_look(tmp_path: Path, endpoin
     (before, after) = run.rows("evals.jsonl")
     seconds = metrics[-1]["time"] - metrics[0]["time"]
     print(
-        f"exact: {before['exact']:.3f} -> {after['exact']:.3f}, swapped {after['exact_swapped']:.3f}, {seconds:.0f} s"
+        f"exact: {before['exact']:.3f} -> {after['exact']:.3f}, "
+        f"swapped {after['exact_swapped']:.3f}, {seconds:.0f} s"
     )
     assert before["exact"] < GUESSED, "it guesses one of 36 pairs"
     assert after["exact"] >= 0.9

@@ -31,7 +31,8 @@ def test_a_student_that_sees_learns_to_read_pictures_from_its_teacher(tmp_path: 
     summary = run.up()
     before, after = run.rows("evals.jsonl")
     print(
-        f"exact: {before['exact']:.3f} -> {after['exact']:.3f}; with images swapped {after['exact_swapped']:.3f}\n{summary}"
+        f"exact: {before['exact']:.3f} -> {after['exact']:.3f}; "
+        f"with images swapped {after['exact_swapped']:.3f}\n{summary}"
     )
     assert before["exact"] <= likely(CHANCE, before["samples"])
     assert after["exact"] >= 0.9

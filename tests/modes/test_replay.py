@@ -83,9 +83,9 @@ def assert_equal(run: Run, recorded: Path, twin: Path) -> None:
     """
     said = run.onstream("replay", str(recorded), "--out", str(twin), "--worst", "0")
     assert (
-        f"steps 1 to {STEPS}: the weights after each of them equal the recorded ones, bit for bit; so do the metrics"
-        in said
-    ), said
+        f"steps 1 to {STEPS}: the weights after each of them equal the recorded ones, "
+        "bit for bit; so do the metrics"
+    ) in said, said
     for name in (
         f"policies/{STEPS:06d}/model.safetensors",
         f"checkpoints/step-{STEPS:06d}/model.safetensors",
@@ -119,7 +119,7 @@ def stream_alone(run_dir: Path, to: Path) -> Path:
         opened += isinstance(frame, Opened)
     recorder.close()
     assert opened >= 2, (
-        "a trainer took the run up again, besides resumes that were cut away with the steps they led to"
+        "a trainer resumed the run, besides resumes that were cut away with their steps"
     )
     return to
 

@@ -19,6 +19,8 @@ from onstream.workers.replay.replay import replay
 from tests.tiny import write_tiny
 from tests.workers.trainer.driver import Run
 
+EQUAL = "the weights after each of them equal the recorded ones, bit for bit; so do the metrics"
+
 
 @pytest.fixture(scope="module")
 def recorded(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -96,10 +98,7 @@ def test_a_replay_reproduces_weights_metrics_and_checkpoint_with_nobody_else_at_
 ) -> None:
     assert command() is Exit.OK
     assert command.said[0] == f"replays {command.run} from the start of the run"
-    assert (
-        "steps 1 to 6: the weights after each of them equal the recorded ones, bit for bit; so do the metrics"
-        in command.said
-    )
+    assert f"steps 1 to 6: {EQUAL}" in command.said
     for name in ("checkpoints/step-000006/model.safetensors", "policies/000006/model.safetensors"):
         assert (command.out / name).read_bytes() == (command.run / name).read_bytes()
     theirs = [json.loads(line) for line in (command.run / "metrics.jsonl").read_text().splitlines()]
@@ -141,10 +140,7 @@ def test_a_replay_starts_from_the_newest_checkpoint_before_the_step_wanted(
             command(from_step=from_step)
         return
     assert command(from_step=from_step) is Exit.OK
-    assert (
-        f"steps {first} to 6: the weights after each of them equal the recorded ones, bit for bit; so do the metrics"
-        in command.said
-    )
+    assert f"steps {first} to 6: {EQUAL}" in command.said
     assert (
         "checkpoint step-000006 has the same weights and optimizer state, byte for byte"
         in command.text
@@ -168,9 +164,9 @@ def test_the_first_step_that_differs_is_named_and_the_exit_code_is_1(command: Co
     )
     assert command() is Exit.FAILED
     assert (
-        "steps 1 to 6: the weights differ from the recorded ones, first after step 4; the metrics are the same"
-        in command.said
-    )
+        "steps 1 to 6: the weights differ from the recorded ones, first after step 4; "
+        "the metrics are the same"
+    ) in command.said
     assert [line["step"] for line in command.rows("replay.jsonl") if not line["same_weights"]] == [
         4
     ]
@@ -185,9 +181,8 @@ def test_another_student_under_the_recorded_name_is_told_before_the_first_step(
         settings.read_text().replace(str(recorded.parent / "student"), str(tmp_path / "other"))
     )
     assert command() is Exit.FAILED
-    assert (
-        command.said[1]
-        == "the weights that the recorded run started from are not those that this replay starts from"
+    assert command.said[1] == (
+        "the weights that the recorded run started from are not those that this replay starts from"
     )
     assert "first after step 1" in command.text
 

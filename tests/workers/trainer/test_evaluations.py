@@ -1,6 +1,4 @@
-"""Evaluations in the course of a run: asked for by the trainer, kept on disk, done by a jobs
-worker, read into the metrics.
-"""
+"""Evaluations during a run: the trainer requests them, a jobs worker does them, metrics show them."""
 
 from __future__ import annotations
 
@@ -109,7 +107,8 @@ def test_results_join_the_metrics_of_the_next_step_and_the_report(
     started.until(2)
     with (started.trainer.directory.path / "evals.jsonl").open("a") as file:
         file.write(
-            '{"version": 0, "exact": 0.25, "reward": 0.5, "samples": 4}\n{"version": 2, "exact": 0.5, "reward": 0.6, "samples": 4}\n'
+            '{"version": 0, "exact": 0.25, "reward": 0.5, "samples": 4}\n'
+            '{"version": 2, "exact": 0.5, "reward": 0.6, "samples": 4}\n'
         )
         file.write('{"version": 4, "exa')
     started.to_the_end()

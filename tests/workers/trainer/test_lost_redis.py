@@ -72,7 +72,7 @@ def test_a_trainer_whose_redis_is_emptied_under_it_asks_again_for_what_is_lost_a
     assert [row["step"] for row in job.rows()] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_loss_in_the_middle_of_a_step_is_met_by_the_call_that_finds_it(
+def test_data_lost_in_the_middle_of_a_step_is_restored_by_the_call_that_finds_it(
     run: Callable[..., Run], bus: Bus
 ) -> None:
     job = run()
@@ -93,7 +93,7 @@ def test_a_loss_in_the_middle_of_a_step_is_met_by_the_call_that_finds_it(
     assert job.counts() == {"issued": 48, "trained": 48}
 
 
-def test_an_older_trainer_does_not_come_back_to_power_when_redis_has_forgotten_who_followed_it(
+def test_an_older_trainer_does_not_get_the_lease_back_when_redis_has_forgotten_its_successor(
     run: Callable[..., Run], bus: Bus
 ) -> None:
     job = run()
@@ -124,7 +124,7 @@ def test_a_successor_has_a_higher_epoch_on_an_empty_redis_too(
     assert job.trainer.lease.epoch == epoch + 1
 
 
-def test_a_restart_on_the_same_data_is_looked_into_and_costs_nothing(
+def test_a_restart_on_the_same_data_is_noticed_and_costs_nothing(
     server: EmbeddedRedis, own: Bus, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = Run(own, model, tmp_path)
@@ -146,7 +146,7 @@ def test_a_restart_on_the_same_data_is_looked_into_and_costs_nothing(
     job.close_files()
 
 
-def test_what_a_replica_had_not_got_when_it_took_over_is_asked_for_again(
+def test_tickets_that_a_replica_did_not_have_when_it_took_over_are_issued_again(
     model: Path, tmp_path: Path, run_name: str
 ) -> None:
     with Pair(tmp_path) as pair:

@@ -167,7 +167,7 @@ def test_only_right_answers_are_kept_where_that_is_asked_and_the_others_are_repl
     assert counts["dropped"] == sum(row["dropped_other"] for row in rows) > 0
 
 
-def test_a_teacher_that_is_never_right_is_told_of(run: Callable[..., Run]) -> None:
+def test_the_status_says_when_a_teacher_is_never_right(run: Callable[..., Run]) -> None:
     job = run(
         **HARD
         | {

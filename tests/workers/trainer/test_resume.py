@@ -126,7 +126,7 @@ def test_a_kill_between_the_ledger_and_the_checkpoint_leaves_no_line_behind(
     assert len(job.rows("trained.jsonl")) == 48
 
 
-def test_a_torn_checkpoint_is_said_aloud_and_the_one_before_it_used(
+def test_a_torn_checkpoint_is_an_error_in_the_log_and_the_one_before_it_is_used(
     run: Callable[..., Run], bus: Bus, undisturbed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = run()
@@ -401,7 +401,7 @@ def test_training_waits_when_no_checkpoint_succeeds_and_unacknowledged_bytes_rea
 
 
 class Clock:
-    """The checkpointing's clock, in the test's hands."""
+    """The clock of the checkpointing, which the test sets."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0

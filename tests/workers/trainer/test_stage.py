@@ -20,10 +20,13 @@ from onstream.workers.trainer.stage import TrainerStage
 from tests.workers.trainer.driver import Run, dead, rollout
 
 NAMES = (
-    "step time loss loss_policy loss_teacher loss_kl reward reward_std unscored teacher_kl teacher_kl_k3 entropy ratio_mean ratio_max "
+    "step time loss loss_policy loss_teacher loss_kl reward reward_std unscored "
+    "teacher_kl teacher_kl_k3 entropy ratio_mean ratio_max "
     "mismatch_mean mismatch_max mismatch_fresh_mean mismatch_fresh_max mismatch_by_staleness "
-    "masked_share tail_floored_share staleness_mean staleness_max grad_norm lr tokens tokens_per_s rollouts "
-    "rollouts_per_s wait_s step_s latency_generate_s latency_verify_s latency_score_s queue_verify_s queue_score_s queue_train_s "
+    "masked_share tail_floored_share staleness_mean staleness_max grad_norm lr "
+    "tokens tokens_per_s rollouts rollouts_per_s wait_s step_s "
+    "latency_generate_s latency_verify_s latency_score_s "
+    "queue_verify_s queue_score_s queue_train_s "
     "completion_tokens_mean truncated_share dropped_stale dropped_other dead policy_version"
 )
 

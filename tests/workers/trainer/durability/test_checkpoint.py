@@ -71,7 +71,7 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     ]
 
 
-def test_there_is_none_in_an_empty_place(tmp_path: Path) -> None:
+def test_an_empty_directory_has_no_checkpoint(tmp_path: Path) -> None:
     assert load_newest(tmp_path) is None
     assert load_newest(tmp_path / "absent") is None
 
@@ -85,7 +85,9 @@ def test_a_second_checkpoint_of_a_step_stands_beside_the_first_and_is_the_newer(
     assert load_newest(tmp_path) == second
 
 
-def test_one_that_cannot_be_written_leaves_nothing_and_names_the_reason(tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing_and_names_the_reason(
+    tmp_path: Path,
+) -> None:
     def fails(path: Path) -> None:
         write(path)
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -100,7 +102,7 @@ def test_one_that_cannot_be_written_leaves_nothing_and_names_the_reason(tmp_path
     assert load_newest(tmp_path) == first
 
 
-def test_one_whose_writer_lost_its_lease_never_gets_its_name(tmp_path: Path) -> None:
+def test_a_checkpoint_whose_writer_lost_its_lease_never_gets_its_name(tmp_path: Path) -> None:
     def lost() -> AbstractContextManager[None]:
         raise PermissionError("another trainer took over")
 
@@ -168,7 +170,7 @@ def test_old_checkpoints_go_but_for_those_kept_for_good_which_lose_their_optimiz
     assert names(tmp_path) == ["step-000003", "step-000006", "step-000007"]
 
 
-def test_one_without_its_optimizer_is_no_place_to_resume_from(tmp_path: Path) -> None:
+def test_no_trainer_resumes_from_a_checkpoint_without_its_optimizer(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, state(step), write, nothing)
     prune(tmp_path, keep=2, keep_every=1)

@@ -1,6 +1,4 @@
-"""What operators ask of the trainer: dead rollouts asked for anew, dead letters purged, and letters
-that spill.
-"""
+"""What operators ask of the trainer: requeued rollouts, purged letters; and letters that spill."""
 
 from __future__ import annotations
 
@@ -71,7 +69,7 @@ def test_a_requeue_issues_one_group_under_new_numbers_that_asks_the_same_and_nam
     assert started.counts()["dead"] == 2  # number 3 stays dead
 
 
-def test_two_dead_of_one_group_are_asked_for_in_one_new_group(run: RunMaker) -> None:
+def test_two_dead_of_one_group_are_requeued_in_one_new_group(run: RunMaker) -> None:
     started = run()
     started.ready()
     started.turn()
@@ -99,7 +97,7 @@ def test_a_requeue_asked_twice_is_served_once(run: RunMaker) -> None:
     assert list(started.bus.requests.waiting()) == []
 
 
-def test_a_rollout_that_lives_is_not_asked_for_anew(run: RunMaker) -> None:
+def test_a_rollout_that_lives_is_not_requeued(run: RunMaker) -> None:
     started = start(run)
     started.bus.requests.add("requeue", 1)
     look_again(started)
@@ -211,7 +209,7 @@ def test_an_entry_that_is_no_request_is_refused_and_removed(run: RunMaker) -> No
     assert list(started.bus.requests.waiting()) == []
 
 
-def test_a_purge_of_a_run_that_has_ended_is_served_when_it_is_taken_up_again(run: RunMaker) -> None:
+def test_a_purge_of_a_run_that_has_ended_is_served_when_the_run_is_resumed(run: RunMaker) -> None:
     started = start(run)
     started.to_the_end()
     [letter] = [

@@ -58,9 +58,9 @@ def assert_replays(job: Run, first: int = 1, last: int = 6) -> None:
     ), "\n".join(said)
     assert f"steps {first} to {last}: {EQUAL}" in said
     assert (
-        f"the recorded run's checkpoint step-{last:06d} has the same weights and optimizer state, byte for byte"
-        in said
-    )
+        f"the recorded run's checkpoint step-{last:06d} has the same weights "
+        "and optimizer state, byte for byte"
+    ) in said
 
 
 def with_losses(ticket: Ticket, version: int) -> Rollout | Tombstone:
@@ -197,7 +197,7 @@ def test_a_fall_back_to_the_checkpoint_before_takes_the_recording_along(
     assert_replays(job)
 
 
-def test_what_comes_again_in_other_words_counts_as_the_run_took_it(
+def test_a_record_that_comes_again_with_another_reward_counts_as_the_run_took_it(
     run: Callable[..., Run], bus: Bus
 ) -> None:
     def otherwise(ticket: Ticket, version: int) -> Rollout:
@@ -303,7 +303,7 @@ def test_a_recording_begun_and_killed_before_its_first_checkpoint_begins_again(
     assert_replays(job, first=4)
 
 
-def test_a_recording_shorter_than_the_checkpoint_remembers_is_said_and_a_new_one_begins(
+def test_a_recording_shorter_than_its_checkpoint_says_is_logged_and_a_new_one_begins(
     run: Callable[..., Run], capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = run(trainer__record=True)

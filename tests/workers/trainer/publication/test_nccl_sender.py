@@ -209,7 +209,7 @@ def test_another_models_weights_are_refused_before_they_are_received(bus: Bus) -
     assert not here.receiver.holds(announced(policy(3, "v")))
 
 
-def test_a_redis_that_forgot_the_receivers_is_told_again(bus: Bus) -> None:
+def test_receivers_that_redis_forgot_register_again(bus: Bus) -> None:
     here = Here(bus)
     bus.connection.client.delete(bus.keys.receivers)
     here.receiver.look()
@@ -219,7 +219,7 @@ def test_a_redis_that_forgot_the_receivers_is_told_again(bus: Bus) -> None:
     assert bus.transfer.receivers() == {"tester": 1}
 
 
-def test_a_call_from_before_a_generator_started_is_not_its_own(bus: Bus) -> None:
+def test_a_generator_answers_no_call_from_before_it_started(bus: Bus) -> None:
     first = Here(bus)
     first.call(policy(3))
     second = SaysSo(1)
