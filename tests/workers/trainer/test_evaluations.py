@@ -1,4 +1,4 @@
-"""Evaluations during a run: the trainer requests them, a jobs worker does them, metrics show them."""
+"""Evaluations during a run: requested by the trainer, done by a jobs worker, read as metrics."""
 
 from __future__ import annotations
 
