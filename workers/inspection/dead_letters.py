@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
-from rich.table import Column, Table
 from rich.text import Text
 
 from onstream.pipeline.errors import UserError
@@ -27,6 +26,7 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import all_letters
 from onstream.pipeline.redis.operator_requests import Wish
 from onstream.pipeline.redis.run_state import DeadLetter
+from onstream.workers.inspection.tables import add_row, plain_table
 
 ROLLOUTS_SHOWN = 8
 BYTES_SHOWN = 256
@@ -83,12 +83,10 @@ def show_reasons(found: dict[str, Any], console: Console) -> None:
     requests = f"{found['requests']} requests wait for the trainer"
     heading = f"run {found['run']}: {total} dead letters; {requests}"
     console.print(Text(heading), soft_wrap=True)
-    columns = [Column(name, overflow="fold") for name in ("letters", "stage", "reason", "rollouts")]
-    table = Table(*columns, box=None, pad_edge=False)
+    table = plain_table("letters", "stage", "reason", "rollouts")
     for group in found["reasons"]:
         rollouts = _rollouts(group["uids"], found["requeued"])
-        cells = (str(group["count"]), group["stage"], group["reason"], rollouts)
-        table.add_row(*(Text(cell) for cell in cells))
+        add_row(table, group["count"], group["stage"], group["reason"], rollouts)
     console.print(table)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from onstream.pipeline.records import StageName
@@ -18,6 +18,7 @@ from onstream.pipeline.redis.run_state import VERSION, PendingSummary, WorkerSta
 from onstream.settings.plan import Plan
 from onstream.settings.stages import KINDS_OF
 from onstream.workers.inspection.run_snapshot import RunSnapshot, take_snapshot, waits
+from onstream.workers.inspection.tables import add_row, plain_table
 
 COPIED = (
     "worker",
@@ -151,19 +152,19 @@ def _heading(state: dict[str, Any]) -> Iterator[str]:
 
 
 def _stage_table(stages: dict[str, Any]) -> Table:
-    table = _table("stage", "ready", "backlog", "in hand", "oldest in hand")
+    table = plain_table("stage", "ready", "backlog", "in hand", "oldest in hand")
     for name, row in stages.items():
         ready = "yes" if row["ready"] else "no"
         oldest = row["oldest_in_hand_s"]
-        _add_row(table, name, ready, row["backlog"], row["in_hand"], _seconds(oldest))
+        add_row(table, name, ready, row["backlog"], row["in_hand"], _seconds(oldest))
     return table
 
 
 def _worker_table(workers: Sequence[dict[str, Any]]) -> Table:
-    table = _table("worker", "state", "last heard", "holds", "policy", "done", "detail")
+    table = plain_table("worker", "state", "last heard", "holds", "policy", "done", "detail")
     for row in workers:
         policy = row["numbers"].get("policy_version")
-        _add_row(
+        add_row(
             table,
             row["worker"],
             row["state"],
@@ -204,17 +205,6 @@ def _gone(worker: dict[str, Any]) -> str:
 
 def _seconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds:.1f} s"
-
-
-def _table(*names: str) -> Table:
-    # Folded: a name that rich cuts in a narrow terminal cannot be copied.
-    columns = [Column(name, overflow="fold") for name in names]
-    return Table(*columns, box=None, pad_edge=False)
-
-
-def _add_row(table: Table, *cells: Any) -> None:
-    # As Text: rich would read markup in square brackets, which details and reasons may have.
-    table.add_row(*(Text(str(cell)) for cell in cells))
 
 
 def _say(console: Console, sentence: str) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.redis.job_queue import JobQueue, ask_pinned
 from onstream.settings.root import Settings
 from onstream.workers.evaluation.versions import find_version
+from onstream.workers.inspection.tables import add_row, plain_table
 from onstream.workers.launcher.open_run import open_run
 
 SHOWN = 120  # characters of a result
@@ -30,9 +30,9 @@ def listed(settings: Settings) -> list[dict[str, Any]]:
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     """Print what `listed` returned, for people."""
-    table = Table("job", "state", "tries", "asked", "took", "result", box=None, pad_edge=False)
+    table = plain_table("job", "state", "tries", "asked", "took", "result")
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in _cells(row)))
+        add_row(table, *_cells(row))
     console.print(table if rows else Text("no jobs"))
 
 
