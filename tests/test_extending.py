@@ -4,22 +4,30 @@ says. A section that changes a file of ours gets a copy of the source to change.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.redis_servers import free_port
+
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "EXTENDING.md").read_text()
 OURS = ("onstream", "settings", "pipeline", "workers")
+PORT = "8123"  # on the page; the test takes a free one
 BLOCK = re.compile(r"(?:^`([\w./-]+)`:\n\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 pytestmark = pytest.mark.timeout(120)
@@ -93,10 +101,32 @@ class Example:
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout
 
+    @contextmanager
+    def serving(self, command: str, port: int) -> Iterator[None]:
+        """While a server runs that a command of the section starts in the background."""
+        _, *arguments = command.split()
+        server = subprocess.Popen([sys.executable, *arguments], cwd=self.folder)
+        try:
+            wait_for_port(port, server)
+            yield
+        finally:
+            server.kill()
+            server.wait()
+
     def metrics(self, run: str) -> list[dict[str, Any]]:
         """The metrics of each step of a run."""
         lines = (self.folder / "runs" / run / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
+
+
+def wait_for_port(port: int, server: subprocess.Popen[bytes]) -> None:
+    """Until something listens there."""
+    while True:
+        assert server.poll() is None, "the server ended"
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        time.sleep(0.05)
 
 
 def apply_diff(file: Path, diff: str) -> None:
@@ -146,6 +176,22 @@ def test_a_loss(tmp_path: Path) -> None:
     steps = example.metrics("my-loss")
     assert len(steps) == 3
     assert all(0 <= step["custom_clipped"] <= 1 and step["teacher_kl"] > 0 for step in steps)
+
+
+def test_a_teacher_protocol(tmp_path: Path) -> None:
+    example = Example("A teacher protocol", tmp_path)
+    serve, up = example.section.commands
+    port = free_port()
+    settings = tmp_path / "my_teacher.toml"
+    settings.write_text(settings.read_text().replace(PORT, str(port)))
+
+    with example.serving(serve.replace(PORT, str(port)).removesuffix(" &"), port):
+        example.run(up)
+
+    steps = example.metrics("my-teacher")
+    assert len(steps) == 3
+    assert all(step["teacher_kl"] > 0 for step in steps)
+    assert [sum(step["scored_by"].values()) for step in steps] == [1.0] * 3
 
 
 def test_a_stage(tmp_path: Path) -> None:
