@@ -120,13 +120,8 @@ class ChaosRun:
     def _start(self, kind: WorkerKind, slot: str) -> Child:
         given = [part for value in self._given for part in ("--set", value)]
         arguments = ["worker", kind, str(ROOT / EXAMPLE), *given, "--slot", slot]
-        return self.supervisor.start(
-            f"{kind}-{slot}",
-            kind,
-            "onstream",
-            arguments,
-            self.directory / "logs" / f"{kind}-{slot}.log",
-        )
+        log = self.directory / "logs" / f"{kind}-{slot}.log"
+        return self.supervisor.start(Child(f"{kind}-{slot}", kind, "onstream", arguments, log))
 
     def _look(self) -> None:
         """Reap and restart, once."""

@@ -1,6 +1,4 @@
-"""The vLLM servers of one launch, for the teacher and for the student: which workers ask them, and
-what the run waits for.
-"""
+"""The vLLM servers of one launch, for the teacher and for the student."""
 
 from __future__ import annotations
 
@@ -20,17 +18,16 @@ KINDS = (TEACHER_SERVER, STUDENT_SERVER)
 """The kinds of child process that are such servers, and the commands that become one."""
 
 
-class Servers:
-    """Those that `plan` asks for. `log_of` gives the log of a child by its name."""
+class ModelServers:
+    """The servers that `plan` asks for. `log_of` gives the log of a child by its name."""
 
     def __init__(self, settings: Settings, plan: Plan, log_of: Callable[[str], Path]) -> None:
         self._settings = settings
         self._plan = plan
-        self._teacher = (
-            [ModelServer(TEACHER_SERVER, TEACHER_SERVER, log_of(TEACHER_SERVER))]
-            if plan.teacher_server
-            else []
-        )
+        self._teacher: list[ModelServer] = []
+        if plan.teacher_server:
+            server = ModelServer(TEACHER_SERVER, TEACHER_SERVER, log_of(TEACHER_SERVER))
+            self._teacher = [server]
         names = [f"{STUDENT_SERVER}-{index}" for index in range(plan.student_servers)]
         self._students = [ModelServer(name, STUDENT_SERVER, log_of(name)) for name in names]
 
@@ -40,26 +37,24 @@ class Servers:
         return [*self._teacher, *self._students]
 
     def asked_by(self, kind: WorkerKind, index: int) -> Sequence[ModelServer]:
-        """The servers that the index-th worker of `kind` asks: the last of the external teacher's,
-        and the only generator.
+        """The servers that the index-th worker of `kind` asks.
+
+        The last of the external teacher's workers asks the teacher's, and the only generator the
+        student's.
         """
         if kind == "generator":
             return self._students
-        return (
-            self._teacher
-            if kind == "teacher-external" and index == self._plan.workers[kind] - 1
-            else ()
-        )
+        if kind == "teacher-external" and index == self._plan.workers[kind] - 1:
+            return self._teacher
+        return ()
 
     def overrides(self, kind: WorkerKind, servers: Sequence[ModelServer]) -> list[str]:
         """What makes a worker of `kind` ask `servers`, and nobody else."""
         if not servers:
             return []
-        return (
-            teacher_overrides(self._settings, self._plan, servers)
-            if kind == "teacher-external"
-            else student_overrides(self._settings, servers)
-        )
+        if kind == "teacher-external":
+            return teacher_overrides(self._settings, self._plan, servers)
+        return student_overrides(self._settings, servers)
 
     def model(self, server: ModelServer) -> str:
         """The model that `server` loads."""
@@ -67,11 +62,9 @@ class Servers:
 
     def place(self, server: ModelServer) -> Place:
         """The place of its GPUs in the deployment."""
-        return (
-            ("generator", self._students.index(server))
-            if server in self._students
-            else ("teacher", 0)
-        )
+        if server in self._students:
+            return "generator", self._students.index(server)
+        return "teacher", 0
 
     def news(self) -> list[str]:
         """What has changed since the last call, a sentence each."""
@@ -87,16 +80,16 @@ class Servers:
             server.stop()
 
 
-def serve(servers: Sequence[ModelServer]) -> bool:
-    """Whether a worker that asks `servers` may start: all of them have served, and some do."""
-    return all(server.has_served for server in servers) and any(
-        server.healthy for server in servers
-    )
+def may_ask(servers: Sequence[ModelServer]) -> bool:
+    """Whether a worker that asks `servers` may start: all have served, and some are healthy."""
+    all_have_served = all(server.has_served for server in servers)
+    return all_have_served and any(server.healthy for server in servers)
 
 
 def teacher_overrides(settings: Settings, plan: Plan, servers: Sequence[ModelServer]) -> list[str]:
-    """What makes a `teacher-external` worker ask `servers` alone, by their fastest protocol and
-    without the budgets of paid ones.
+    """What makes a `teacher-external` worker ask `servers` alone.
+
+    By their fastest protocol, and without the budgets of paid endpoints.
     """
     client = {
         "base_url": _addresses(servers),

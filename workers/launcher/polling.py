@@ -8,7 +8,7 @@ from collections.abc import Callable
 LEAVE_S = 2.0
 
 
-class Polling:
+class PollingThread:
     """Calls `look` every `interval_s`: what it asks may hang, and must not stop the supervision of
     the workers.
 

@@ -1,6 +1,4 @@
-"""Shows a run that goes on: a live panel on a terminal, a status line every so often elsewhere. It
-decides nothing.
-"""
+"""Shows a run that goes on: a live panel on a terminal, now and then a status line elsewhere."""
 
 from __future__ import annotations
 
@@ -21,8 +19,11 @@ SHOWN = ("reward", "teacher_kl", "loss")
 
 @dataclass(frozen=True)
 class StageView:
-    """One stage: processes alive here and heartbeats seen anywhere, whether it has been ready, the
-    records in its stream.
+    """One stage.
+
+    `processes` live here, and `heartbeats` come from anywhere. `ready` says whether one of its
+    workers has been ready once, `backlog` counts the records that wait for it, and `detail` is what
+    a worker of it waits for.
     """
 
     name: str
@@ -34,10 +35,8 @@ class StageView:
 
 
 @dataclass(frozen=True)
-class View:
-    """What is shown at one moment. `metrics` is the newest row of `metrics.jsonl`, empty before the
-    first step.
-    """
+class RunView:
+    """The run. `metrics` is the newest row of `metrics.jsonl`, empty before the first step."""
 
     step: int
     max_steps: int
@@ -49,19 +48,18 @@ class View:
 
 
 class Display:
-    """Shows views and says sentences. On a terminal the last view stays at the bottom; elsewhere
-    every view is a line.
+    """Shows views of the run, and prints sentences that stay.
+
+    On a terminal the last view stays at the bottom; elsewhere a view is a line.
     """
 
     def __init__(self, run: str, console: Console, interval_s: float) -> None:
         self._run = run
         self._console = console
         self._interval_s = interval_s
-        self._live = (
-            Live(console=console, refresh_per_second=8, transient=True)
-            if console.is_terminal
-            else None
-        )
+        self._live: Live | None = None
+        if console.is_terminal:
+            self._live = Live(console=console, refresh_per_second=8, transient=True)
         self._shown = float("-inf")
         self._last_line = ""
 
@@ -87,10 +85,8 @@ class Display:
         """Print what the run came to."""
         self._console.print(table)
 
-    def show(self, view: View) -> None:
-        """Show `view` now on a terminal; elsewhere as a line, if it is time for one and it says
-        anything new.
-        """
+    def show(self, view: RunView) -> None:
+        """Show `view`: on a terminal now, elsewhere if it is time for a line and it says anything new."""
         if self._live:
             self._live.update(panel(self._run, view))
             return
@@ -103,7 +99,7 @@ class Display:
             self.say(line)
 
 
-def status_line(view: View) -> str:
+def status_line(view: RunView) -> str:
     """The run in one line, what it waits for last."""
     parts = [f"step {view.step}/{view.max_steps}", *_figures(view)]
     if any(stage.backlog for stage in view.stages):
@@ -115,7 +111,7 @@ def status_line(view: View) -> str:
     return "  ".join(parts)
 
 
-def panel(run: str, view: View) -> Group:
+def panel(run: str, view: RunView) -> Group:
     """The run as a few lines: bar, figures, stages, and what it waits for."""
     bar = Table.grid(padding=(0, 1))
     bar.add_row(
@@ -138,33 +134,25 @@ def _stage_table(stages: Sequence[StageView]) -> Table:
     table.add_column("backlog", justify="right")
     table.add_column("", overflow="ellipsis", no_wrap=True)
     for stage in stages:
-        state = (
-            "absent"
-            if not (stage.processes or stage.heartbeats)
-            else "ready"
-            if stage.ready
-            else "starting"
-        )
-        table.add_row(
-            stage.name,
-            str(max(stage.processes, stage.heartbeats)),
-            state,
-            str(stage.backlog),
-            stage.detail,
-        )
+        workers = max(stage.processes, stage.heartbeats)
+        table.add_row(stage.name, str(workers), _state(stage), str(stage.backlog), stage.detail)
     return table
 
 
-def _figures(view: View) -> list[str]:
-    figures = [
-        f"{name} {view.metrics[name]:.4g}" for name in SHOWN if view.metrics.get(name) is not None
-    ]
+def _state(stage: StageView) -> str:
+    if not (stage.processes or stage.heartbeats):
+        return "absent"
+    return "ready" if stage.ready else "starting"
+
+
+def _figures(view: RunView) -> list[str]:
+    metrics = view.metrics
+    figures = [f"{name} {metrics[name]:.4g}" for name in SHOWN if metrics.get(name) is not None]
     if view.rollouts_per_s is not None:
         figures.append(f"{view.rollouts_per_s:.0f} rollouts/s")
-    if view.metrics.get("staleness_mean") is not None:
-        figures.append(
-            f"staleness {view.metrics['staleness_mean']:.1f} (max {view.metrics['staleness_max']:.0f})"
-        )
+    if metrics.get("staleness_mean") is not None:
+        largest = metrics["staleness_max"]
+        figures.append(f"staleness {metrics['staleness_mean']:.1f} (max {largest:.0f})")
     if view.eta_s is not None:
         figures.append(f"ETA {clock(view.eta_s)}")
     return figures
@@ -179,33 +167,28 @@ def clock(seconds: float) -> str:
 
 def result_table(report: Mapping[str, Any]) -> Table:
     """The few figures that a person asks for when a run has ended."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_row("steps", str(report["steps"]))
-    table.add_row("seconds", f"{report['seconds']:.1f}")
-    table.add_row(
-        "rollouts", f"{report['rollouts']} ({_figure(report['rollouts_per_s'])} a second)"
-    )
-    table.add_row(
-        "eval (exact, held out)",
-        f"{_figure(report['eval']['before'])} → {_figure(report['eval']['after'])}",
-    )
-    if swapped := report["eval"].get("swapped"):
-        table.add_row(
-            "eval (images swapped)", f"{_figure(swapped['before'])} → {_figure(swapped['after'])}"
-        )
-    table.add_row(
-        "teacher_kl (nats a token)",
-        f"{_figure(report['teacher_kl']['first'])} → {_figure(report['teacher_kl']['last'])}",
-    )
-    table.add_row(
-        "reward", f"{_figure(report['reward']['first'])} → {_figure(report['reward']['last'])}"
-    )
+    evaluation = report["eval"]
+    rows = {
+        "steps": str(report["steps"]),
+        "seconds": f"{report['seconds']:.1f}",
+        "rollouts": f"{report['rollouts']} ({_figure(report['rollouts_per_s'])} a second)",
+        "eval (exact, held out)": _change(evaluation, "before", "after"),
+    }
+    if swapped := evaluation.get("swapped"):
+        rows["eval (images swapped)"] = _change(swapped, "before", "after")
+    rows["teacher_kl (nats a token)"] = _change(report["teacher_kl"], "first", "last")
+    rows["reward"] = _change(report["reward"], "first", "last")
     if cpu_seconds := report.get("cpu_seconds"):
-        table.add_row(
-            "CPU seconds",
-            "  ".join(f"{kind} {seconds:.1f}" for kind, seconds in cpu_seconds.items()),
-        )
+        seconds = [f"{kind} {used:.1f}" for kind, used in cpu_seconds.items()]
+        rows["CPU seconds"] = "  ".join(seconds)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for title, figure in rows.items():
+        table.add_row(title, figure)
     return table
+
+
+def _change(figures: Mapping[str, Any], start: str, end: str) -> str:
+    return f"{_figure(figures[start])} → {_figure(figures[end])}"
 
 
 def _figure(value: float | None) -> str:

@@ -1,6 +1,4 @@
-"""What a run came to: `report.json` and `curves.png`, made from `metrics.jsonl` and `evals.jsonl`
-of its directory.
-"""
+"""What a run came to: `report.json`, and `curves.png` beside it, from the files in its directory."""
 
 from __future__ import annotations
 
@@ -25,19 +23,21 @@ USAGE = ("cpu_seconds", "cpu_seconds_startup")
 def build(run_dir: Path, usage: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write `report.json` and `curves.png` into `run_dir` and return the report.
 
-    `usage` is what only a launcher that saw the training knows (CPU seconds); it is put beside the
-    rest, and without it what an earlier report says of it stays.
+    `usage` holds the CPU seconds, which only a launcher that saw the training knows. Without it,
+    those of an earlier report stay.
     """
     rows = read_rows(run_dir / "metrics.jsonl")
     evals = read_rows(run_dir / "evals.jsonl")
-    report = summary(rows, evals) | dict(
-        usage if usage is not None else _earlier_usage(run_dir / "report.json")
-    )
+    if usage is None:
+        usage = _earlier_usage(run_dir / "report.json")
+    report = summary(rows, evals) | dict(usage)
     text = msgspec.json.format(msgspec.json.encode(report), indent=2)
     temporary = run_dir / "report.json.tmp"
     temporary.write_bytes(text + b"\n")
     os.replace(temporary, run_dir / "report.json")
     if rows:
+        from onstream.workers.launcher.curves import draw
+
         draw(rows, evals, run_dir / "curves.png")
     return report
 
@@ -48,19 +48,19 @@ def _earlier_usage(path: Path) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, none if it does not exist. A last line that a kill cut short is
-    left out.
+    """The objects of a JSONL file; none if it does not exist.
+
+    A last line that a kill cut short is left out.
 
     Raises:
         ValueError: another line than the last is not a JSON object.
     """
     if not path.exists():
         return []
-    whole, _, _cut = path.read_bytes().rpartition(b"\n")
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    lines = [line for line in whole.split(b"\n") if line]
     try:
-        return [
-            msgspec.json.decode(line, type=dict[str, Any]) for line in whole.split(b"\n") if line
-        ]
+        return [msgspec.json.decode(line, type=dict[str, Any]) for line in lines]
     except UNDECODABLE as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -99,11 +99,10 @@ def summary(rows: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str
 
 
 def evaluations(evals: list[dict[str, Any]]) -> dict[str, Any]:
-    """Exact-match shares of the first policy (`before`) and of the last one evaluated (`after`),
-    and what they were taken on.
+    """Exact-match shares of the first policy (`before`) and of the last one evaluated (`after`).
 
-    `swapped` has the shares of the same two where each prompt was shown another one's images; it is
-    there where that was asked.
+    `swapped`, where that was asked for, has the shares of the same two where each prompt was shown
+    another one's images.
     """
     last_of = {int(row["version"]): row for row in latest(evals)}
     before = last_of.get(0)
@@ -136,21 +135,25 @@ def first_and_last(rows: list[dict[str, Any]], name: str) -> dict[str, float | N
 
 
 def mismatch_by_staleness(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean and largest |trainer − generator| over the tokens of all steps, in nats, by the tokens'
-    staleness.
+    """|trainer − generator| over the tokens of all steps, in nats, by the tokens' staleness.
+
+    Of each staleness the mean, the largest, and the number of tokens.
     """
     found: dict[int, list[dict[str, float]]] = {}
     for row in rows:
-        for age, mismatch in (row.get("mismatch_by_staleness") or {}).items():
-            found.setdefault(int(age), []).append(mismatch)
+        for staleness, mismatch in (row.get("mismatch_by_staleness") or {}).items():
+            found.setdefault(int(staleness), []).append(mismatch)
+    return {str(staleness): _together(found[staleness]) for staleness in sorted(found)}
+
+
+def _together(mismatches: list[dict[str, float]]) -> dict[str, float]:
+    """The mean over all tokens, and the largest, of the mismatches of several steps."""
+    tokens = sum(one["tokens"] for one in mismatches)
+    weighted = fsum(one["mean"] * one["tokens"] for one in mismatches)
     return {
-        str(age): {
-            "mean": fsum(one["mean"] * one["tokens"] for one in found[age])
-            / fsum(one["tokens"] for one in found[age]),
-            "max": max(one["max"] for one in found[age]),
-            "tokens": sum(one["tokens"] for one in found[age]),
-        }
-        for age in sorted(found)
+        "mean": weighted / tokens,
+        "max": max(one["max"] for one in mismatches),
+        "tokens": tokens,
     }
 
 
@@ -180,123 +183,3 @@ def points(rows: list[dict[str, Any]], name: str) -> Iterator[tuple[int, float]]
 
 def _share(rows: list[dict[str, Any]], name: str, whole: float) -> float | None:
     return sum(value for _, value in points(rows, name)) / whole if whole else None
-
-
-INK = "#1f4e79"
-QUIET = "#9aa5b1"
-SECOND = "#c8553d"
-# title -> the metrics drawn in it (name, label, colour), the first on top
-PANELS: dict[str, tuple[tuple[str, str, str], ...]] = {
-    "reward": (("reward", "training rollouts", INK),),
-    "teacher_kl (nats per token)": (
-        ("teacher_kl", "sampled estimate", INK),
-        ("teacher_kl_k3", "low-variance estimate", QUIET),
-    ),
-    "loss": (("loss", "loss", INK),),
-    "rollouts/s": (("rollouts_per_s", "rollouts/s", INK),),
-    "staleness (steps)": (("staleness_mean", "mean", INK), ("staleness_max", "max", QUIET)),
-    "entropy (nats per token)": (("entropy", "entropy", INK),),
-    "|trainer − generator| (nats)": (
-        ("mismatch_fresh_mean", "same version, mean", INK),
-        ("mismatch_fresh_max", "same version, max", SECOND),
-        ("mismatch_mean", "all tokens, mean", QUIET),
-    ),
-}
-
-FROM_ZERO = ("rollouts/s", "staleness (steps)")
-LOGARITHMIC = ("|trainer − generator| (nats)",)
-
-
-def draw(rows: list[dict[str, Any]], evals: list[dict[str, Any]], path: Path) -> None:
-    """Draw the curves of the run's metrics into `path` (PNG), one panel for each subject that has
-    values.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = {
-        title: lines
-        for title, lines in PANELS.items()
-        if any(list(points(rows, name)) for name, _, _ in lines)
-    }
-    columns = min(3, max(1, len(panels)))
-    figure, axes = pyplot.subplots(
-        math.ceil(len(panels) / columns) or 1,
-        columns,
-        figsize=(4.3 * columns, 3.1 * math.ceil(len(panels) / columns)),
-        squeeze=False,
-    )
-    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
-        _draw_panel(axis, rows, title, lines)
-        if title == "reward":
-            _draw_evaluations(axis, evals)
-        _legend(axis)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    figure.suptitle(path.resolve().parent.name, fontsize=11, x=0.01, ha="left")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def _draw_panel(
-    axis: Any, rows: list[dict[str, Any]], title: str, lines: tuple[tuple[str, str, str], ...]
-) -> None:
-    for name, label, colour in reversed(lines):
-        steps_and_values = list(points(rows, name))
-        if steps_and_values:
-            steps, values = zip(*steps_and_values, strict=True)
-            axis.plot(
-                steps,
-                values,
-                color=colour,
-                linewidth=1.4,
-                label=label,
-                marker="." if len(steps) < 3 else None,
-            )
-    axis.margins(y=0.12)
-    if title in FROM_ZERO:
-        axis.set_ylim(bottom=0)
-    if title in LOGARITHMIC:
-        axis.set_yscale("log", nonpositive="mask")
-    axis.set_title(title, fontsize=9, loc="left")
-    axis.set_xlabel("step", fontsize=8)
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.tick_params(labelsize=8)
-    axis.grid(alpha=0.25, linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _draw_evaluations(axis: Any, evals: list[dict[str, Any]]) -> None:
-    if not evals:
-        return
-    versions = [row["version"] for row in evals]
-    shares = [row["exact"] for row in evals]
-    axis.margins(x=0.12)
-    axis.plot(
-        versions,
-        shares,
-        color=SECOND,
-        marker="o",
-        linestyle="none",
-        markersize=5,
-        label="held out, exact",
-        clip_on=False,
-        zorder=3,
-    )
-    for version, share in zip(versions, shares, strict=True):
-        axis.annotate(
-            f"{share:.2f}",
-            (version, share),
-            textcoords="offset points",
-            xytext=(5, 5),
-            fontsize=8,
-            color=SECOND,
-        )
-
-
-def _legend(axis: Any) -> None:
-    if len(axis.get_lines()) > 1:
-        axis.legend(fontsize=7, frameon=False)

@@ -13,12 +13,12 @@ from redis.exceptions import RedisError
 from onstream.pipeline.records import RecordError
 from onstream.pipeline.redis.run_state import RunState
 from onstream.workers.inspection.run_snapshot import RunSnapshot, take_snapshot
-from onstream.workers.launcher.polling import Polling
+from onstream.workers.launcher.polling import PollingThread
 
 RECENT_STEPS = 10
 
 
-class Watcher:
+class RunWatcher:
     """Takes a snapshot of the run's `state` every `interval_s`, in a thread.
 
     In a thread because a Redis that hangs must not stop the supervision of the workers.
@@ -29,7 +29,7 @@ class Watcher:
     def __init__(self, state: RunState, interval_s: float) -> None:
         self.latest = RunSnapshot()
         self._state = state
-        self._polling = Polling("watcher", interval_s, self._look)
+        self._polling = PollingThread("watcher", interval_s, self._look)
 
     def start(self) -> None:
         """Start the thread."""

@@ -1,52 +1,40 @@
-"""The end of a run whose Redis ends with it: not before everybody has heard that it is over."""
+"""The end of a run whose Redis ends with it: not before every worker has learned that it is over."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
+
+from onstream.pipeline.redis.run_state import RunState
 
 POLL_S = 0.25
 ALONE_S = 3.0
 STILL_HERE_S = 10.0
 MISSED_S = 60.0
-"""A worker that left without a word, and was not heard of for so long, does not come back."""
-
-
-class Named(Protocol):
-    """What is read of a worker's heartbeat."""
-
-    @property
-    def worker(self) -> str: ...
-
-
-class Hears(Protocol):
-    """What is asked of the bus."""
-
-    def last_heartbeats(self, max_age_s: float) -> Sequence[Named]: ...
+"""A worker that was silent for so long, without having left, does not come back."""
 
 
 def wait_until_alone(
-    bus: Hears,
+    state: RunState,
     say: Callable[[str], None],
     stopped: Callable[[], bool],
     *,
     alone_s: float = ALONE_S,
     still_here_s: float = STILL_HERE_S,
 ) -> None:
-    """Wait until no worker was there for `alone_s`, or `stopped()`. Says who it waits for every
-    `still_here_s`.
+    """Wait until no worker was there for `alone_s`, or `stopped()`.
 
-    A worker that was killed as the run ended is on its way back: without Redis it could not learn
-    that there is nothing left to do.
+    Says whom it waits for every `still_here_s`. For a while and not at one moment, because a worker
+    that was killed as the run ended is on its way back: without Redis it could not learn that there
+    is nothing left to do.
     """
-    told = alone_since = time.monotonic()
+    alone_since = time.monotonic()
+    told = alone_since
     while time.monotonic() - alone_since < alone_s and not stopped():
-        if here := bus.last_heartbeats(MISSED_S):
+        if here := state.last_heartbeats(MISSED_S):
             alone_since = time.monotonic()
             if alone_since - told > still_here_s:
                 told = alone_since
-                say(
-                    f"the run has ended; waiting for {', '.join(beat.worker for beat in here)} to leave"
-                )
+                names = ", ".join(heartbeat.worker for heartbeat in here)
+                say(f"the run has ended; waiting for {names} to leave")
         time.sleep(POLL_S)

@@ -1,5 +1,6 @@
-"""The launcher's child processes: started, counted, restarted when they die, stopped in order. It
-knows no stage by name.
+"""The launcher's child processes: started, restarted when they die, and stopped.
+
+It knows no stage by name.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from onstream.pipeline.errors import Exit
 from onstream.pipeline.processes import kill_group
 from onstream.workers.launcher.log_tail import last_lines
 
-HOPELESS = (Exit.USAGE, Exit.REFUSED)
+NOT_MENDABLE = (Exit.USAGE, Exit.REFUSED)
+"""Exit codes of a process that would end in the same way again."""
+
 LONGEST_PAUSE_S = 10.0
 
 
@@ -26,9 +29,10 @@ def always() -> bool:
     return True
 
 
-class GaveUp(Exception):
-    """A child will not be started again. `reason` says why, `log` are the last lines it wrote and
-    where, `exit` the code to end with.
+class ChildFailed(Exception):
+    """A child will not be started again.
+
+    `reason` says why, `log` holds the last lines that it wrote, and `exit` is the code to end with.
     """
 
     def __init__(self, reason: str, log: list[str], exit: Exit) -> None:
@@ -40,10 +44,16 @@ class GaveUp(Exception):
 
 @dataclass
 class Child:
-    """One place in the plan and the process that fills it now, if any.
+    """A program to keep running, `python -m module arguments…`, and its process now, if any.
 
-    `once`: a clean exit means that its work is done, and not the run's. `deaths` are in a row,
-    without progress of the run between them. `cpu_s` is of all its processes that have ended.
+    Its output is appended to `log`, and `environ` is put on top of what all children get. With
+    `once` a clean exit means that its work is done, without it that it may be the run's end. It is
+    started, and started again, only while `may_start()`; a death while not `mendable()` ends the
+    run.
+
+    `deaths` are in a row, without progress of the run between them. `clean_exit_at` is set until it
+    is known whether the run is over; `start_at` until it is started. `cpu_s` is of all its
+    processes that have ended. Times are monotonic seconds.
     """
 
     name: str
@@ -53,35 +63,35 @@ class Child:
     log: Path
     once: bool = False
     environ: Mapping[str, str] = field(default_factory=dict)
+    may_start: Callable[[], bool] = always
+    mendable: Callable[[], bool] = always
     process: subprocess.Popen[bytes] | None = None
-    may_start: Callable[[], bool] = always  # while it says no, the place stays empty
-    mendable: Callable[[], bool] = always  # whether a restart may mend a death
     started: bool = False
     deaths: int = 0
     restarts: int = 0
     progress_at_death: int = -1
-    clean_exit: float | None = None  # when, in monotonic seconds; set while it waits for judgement
-    restart_at: float | None = None
+    clean_exit_at: float | None = None
+    start_at: float | None = None
     done: bool = False
     cpu_s: float = 0.0
 
     @property
     def alive(self) -> bool:
-        """Whether a process runs in this place."""
+        """Whether its process runs."""
         return self.process is not None
 
     @property
     def pid(self) -> int | None:
-        """The running process."""
+        """The id of its process while that runs."""
         return self.process.pid if self.process else None
 
 
 @dataclass
 class Supervisor:
-    """Keeps its children running. Call everything from one thread, which must outlive them: the
-    kernel ties them to it.
+    """Keeps its children running.
 
-    `environ` is what the children get; `say` is told of every death and restart in words.
+    Call everything from one thread, which must outlive the children: the kernel ties them to it.
+    `environ` is what they get; `say` is told of every death and restart in words.
     """
 
     environ: Mapping[str, str]
@@ -89,70 +99,37 @@ class Supervisor:
     say: Callable[[str], None]
     children: list[Child] = field(default_factory=list)
 
-    def start(
-        self,
-        name: str,
-        kind: str,
-        module: str,
-        arguments: Sequence[str],
-        log: Path,
-        *,
-        once: bool = False,
-        environ: Mapping[str, str] | None = None,
-        may_start: Callable[[], bool] = always,
-        mendable: Callable[[], bool] = always,
-    ) -> Child:
-        """Start `python -m module arguments…`, its output appended to `log`, with `environ` on top
-        of what all children get.
-
-        It is started, and started again, only while `may_start()`: until then `poll` waits. A death
-        while not `mendable()` ends the run.
-        """
-        child = Child(
-            name,
-            kind,
-            module,
-            arguments,
-            log,
-            once,
-            environ or {},
-            may_start=may_start,
-            mendable=mendable,
-        )
+    def start(self, child: Child) -> Child:
+        """Start `child` now, or as soon as it may start."""
         self.children.append(child)
-        child.restart_at = time.monotonic()
+        child.start_at = time.monotonic()
         self._spawn_if_due(child)
         return child
 
     def poll(self, *, progress: int, finished: Callable[[float], bool | None]) -> None:
-        """Reap what has ended, judge it, and start again what shall run.
+        """Look at what has ended, and start again what has to run.
 
         `progress` is any number of the run that grows while it gets on. `finished(since)` says
-        whether the run is over, as known at some time after `since` (monotonic seconds); None while
-        nobody knows: a clean exit is judged by it.
+        whether the run is over, as known at some time after `since` (monotonic seconds), and None
+        while nobody knows: it decides what a clean exit means.
 
         Raises:
-            GaveUp: a child died for a reason that a restart does not mend, or once too often.
+            ChildFailed: a child died for a reason that a restart does not mend, or too often.
         """
         for child in self.children:
             code = self._reap(child)
             if code:
-                hopeless = (
-                    Exit(code) if code in HOPELESS else None if child.mendable() else Exit.FAILED
-                )
-                self._judge_death(child, f"{child.name} {describe_exit(code)}", progress, hopeless)
-            elif child.clean_exit is not None:
-                self._judge_clean_exit(
-                    child, True if child.once else finished(child.clean_exit), progress
-                )
+                self._handle_death(child, f"{child.name} {describe_exit(code)}", progress, code)
+            elif child.clean_exit_at is not None:
+                over = True if child.once else finished(child.clean_exit_at)
+                self._handle_clean_exit(child, over, progress)
             else:
                 self._spawn_if_due(child)
 
     def running(self, *kinds: str) -> list[Child]:
         """Children with a live process, of these kinds or of all."""
-        return [
-            child for child in self.children if child.alive and (not kinds or child.kind in kinds)
-        ]
+        alive = [child for child in self.children if child.alive]
+        return [child for child in alive if child.kind in kinds] if kinds else alive
 
     def drain(
         self,
@@ -162,26 +139,26 @@ class Supervisor:
         hurry: Callable[[], bool],
         tick: Callable[[], None],
     ) -> None:
-        """Ask `children` to stop and wait for them; kill those that outlast `within_s`, and all
-        once `hurry()` is true.
+        """Ask `children` to stop, and wait for them.
+
+        Those that outlast `within_s` are killed, and all of them once `hurry()` is true. `tick` is
+        called while waiting.
         """
         waiting = [child for child in children if child.alive]
         self._signal(waiting, signal.SIGTERM)
-        deadline = time.monotonic() + within_s if within_s is not None else float("inf")
+        deadline = float("inf") if within_s is None else time.monotonic() + within_s
         while waiting := [child for child in waiting if self._still_runs(child)]:
             if hurry() or time.monotonic() > deadline:
-                self.say(
-                    f"killed {', '.join(child.name for child in waiting)}, which had not stopped"
-                )
+                names = ", ".join(child.name for child in waiting)
+                self.say(f"killed {names}, which had not stopped")
                 self.kill(waiting)
                 return
             tick()
 
     def kill(self, children: Iterable[Child] | None = None) -> None:
         """Kill `children`, or all of them, and wait until they are gone."""
-        victims = [
-            child for child in (self.children if children is None else children) if child.alive
-        ]
+        chosen = self.children if children is None else children
+        victims = [child for child in chosen if child.alive]
         self._signal(victims, signal.SIGKILL)
         for child in victims:
             while self._still_runs(child):
@@ -196,13 +173,10 @@ class Supervisor:
         return used
 
     def _spawn_if_due(self, child: Child) -> None:
-        if (
-            child.restart_at is not None
-            and time.monotonic() >= child.restart_at
-            and child.may_start()
-        ):
+        due = child.start_at is not None and time.monotonic() >= child.start_at
+        if due and child.may_start():
             child.restarts += child.started
-            child.restart_at = None
+            child.start_at = None
             child.started = True
             self._spawn(child)
 
@@ -210,7 +184,7 @@ class Supervisor:
         child.log.parent.mkdir(parents=True, exist_ok=True)
         command = [
             sys.executable,
-            "-P",  # nothing of the user's directory is imported in the place of ours, or of a library
+            "-P",  # the user's directory must not hide our modules, or those of a library
             "-m",
             "onstream.workers.launcher.die_with_parent",
             str(os.getpid()),
@@ -240,42 +214,40 @@ class Supervisor:
         code = os.waitstatus_to_exitcode(status)
         child.process.returncode = code
         child.process = None
-        child.clean_exit = None if code else time.monotonic()
+        child.clean_exit_at = None if code else time.monotonic()
         child.cpu_s += usage.ru_utime + usage.ru_stime
         return code
 
     def _still_runs(self, child: Child) -> bool:
         if self._reap(child) is not None:
-            child.clean_exit = None  # it was told to stop; nothing to judge
+            child.clean_exit_at = None  # it was told to stop: this says nothing about the run
         return child.alive
 
-    def _judge_death(self, child: Child, why: str, progress: int, hopeless: Exit | None) -> None:
-        if hopeless:
-            raise GaveUp(why, _last_words(child), hopeless)
+    def _handle_death(self, child: Child, why: str, progress: int, code: int | None) -> None:
+        """Plan the restart of a child that died; `code` is None for an early clean exit."""
+        if code in NOT_MENDABLE:
+            raise ChildFailed(why, _last_lines(child), Exit(code))
+        if code is not None and not child.mendable():
+            raise ChildFailed(why, _last_lines(child), Exit.FAILED)
         child.deaths = child.deaths + 1 if progress <= child.progress_at_death else 1
         child.progress_at_death = progress
         if child.deaths > self.max_restarts:
-            times = (
-                f", {child.deaths} times in a row without progress of the run"
-                if child.deaths > 1
-                else ""
-            )
-            raise GaveUp(why + times, _last_words(child), Exit.FAILED)
+            if child.deaths > 1:
+                why += f", {child.deaths} times in a row without progress of the run"
+            raise ChildFailed(why, _last_lines(child), Exit.FAILED)
         pause_s = pause_before_restart_s(child.deaths)
-        child.restart_at = time.monotonic() + pause_s
-        self.say(
-            f"{why}; restarting it{f' in {pause_s:g} s' if pause_s else ''} (its log: {child.log})"
-        )
+        child.start_at = time.monotonic() + pause_s
+        when = f" in {pause_s:g} s" if pause_s else ""
+        self.say(f"{why}; restarting it{when} (its log: {child.log})")
 
-    def _judge_clean_exit(self, child: Child, over: bool | None, progress: int) -> None:
+    def _handle_clean_exit(self, child: Child, over: bool | None, progress: int) -> None:
         if over is None:
             return
-        child.clean_exit = None
+        child.clean_exit_at = None
         child.done = over
         if not over:
-            self._judge_death(
-                child, f"{child.name} stopped before the run had finished", progress, None
-            )
+            why = f"{child.name} stopped before the run had finished"
+            self._handle_death(child, why, progress, None)
 
     def _signal(self, children: Iterable[Child], number: signal.Signals) -> None:
         for child in children:
@@ -283,7 +255,7 @@ class Supervisor:
                 os.kill(child.process.pid, number)
 
 
-def _last_words(child: Child) -> list[str]:
+def _last_lines(child: Child) -> list[str]:
     return [*last_lines(child.log), f"(its log: {child.log})"]
 
 
@@ -301,8 +273,9 @@ def describe_exit(code: int) -> str:
 
 
 def process_cpu_seconds(pid: int) -> float:
-    """CPU seconds of a live process and of the children it has waited for; 0 where /proc does not
-    tell.
+    """CPU seconds of a live process and of the children it has waited for.
+
+    0 where /proc does not tell.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()

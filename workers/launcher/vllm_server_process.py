@@ -9,7 +9,7 @@ import socket
 import time
 from pathlib import Path
 
-from onstream.workers.launcher.polling import Polling
+from onstream.workers.launcher.polling import PollingThread
 
 HOST = "127.0.0.1"
 POLL_S = 0.25
@@ -33,7 +33,7 @@ class ModelServer:
         self.healthy = self.has_served = False
         self._told = False
         self._since = time.monotonic()
-        self._polling = Polling(f"{name}-health", POLL_S, self._look)
+        self._polling = PollingThread(f"{name}-health", POLL_S, self._look)
 
     def start(self) -> None:
         """Start to ask."""

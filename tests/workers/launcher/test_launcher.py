@@ -21,7 +21,7 @@ from rich.console import Console
 
 from onstream.pipeline.errors import Exit, UserError
 from onstream.settings.load import load_settings
-from onstream.workers.launcher import launcher, shutdown
+from onstream.workers.launcher import launcher, processes, shutdown
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from onstream.workers.launcher.environment import default_threads, environment
 from tests.workers.launcher.test_preflight import make_model
@@ -87,7 +87,7 @@ class Run:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setattr(launcher, "COMMAND", "tests.workers.launcher.stand_in")
+    monkeypatch.setattr(processes, "COMMAND", "tests.workers.launcher.stand_in")
     return Run(tmp_path)
 
 
@@ -203,8 +203,9 @@ def test_a_signal_drains_the_workers_first_and_the_trainer_last(run: Run) -> Non
 def test_after_a_kill_of_the_launcher_nothing_lives_on_and_up_resumes(run: Run) -> None:
     run.orders("train", "hold")
     program = (
-        "from onstream.workers.launcher import launcher; from onstream.settings.load import load_settings\n"
-        "launcher.COMMAND = 'tests.workers.launcher.stand_in'\n"
+        "from onstream.workers.launcher import launcher, processes\n"
+        "from onstream.settings.load import load_settings\n"
+        "processes.COMMAND = 'tests.workers.launcher.stand_in'\n"
         f"overrides = {run.overrides!r}\n"
         "launcher.up(load_settings(overrides=overrides, environ={}), [], overrides)"
     )
@@ -222,7 +223,7 @@ def test_after_a_kill_of_the_launcher_nothing_lives_on_and_up_resumes(run: Run) 
 
 
 def test_workers_without_a_trainer_need_a_redis_to_join(run: Run) -> None:
-    with pytest.raises(UserError, match=r"without `train`, and no redis\.url"):
+    with pytest.raises(UserError, match=r"no trainer is started here, and there is no redis\.url"):
         run.up('deployment.stages=["generate","verify"]')
 
 

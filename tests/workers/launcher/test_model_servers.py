@@ -19,7 +19,7 @@ from onstream.pipeline.errors import Exit
 from onstream.settings import engines
 from onstream.settings.load import load_settings
 from onstream.settings.plan import differences, make_plan
-from onstream.workers.launcher import launcher
+from onstream.workers.launcher import processes
 from onstream.workers.launcher.model_servers import (
     TEACHER_SERVER,
     student_overrides,
@@ -45,7 +45,7 @@ TWO_STUDENTS = (
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setattr(launcher, "COMMAND", "tests.workers.launcher.stand_in")
+    monkeypatch.setattr(processes, "COMMAND", "tests.workers.launcher.stand_in")
     monkeypatch.setattr(engines, "vllm_importable", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     made = Run(tmp_path)
@@ -235,15 +235,20 @@ def test_a_guarded_group_ends_with_its_first_process_even_when_the_launcher_is_k
     second = tmp_path / "second"
     guarded = tmp_path / "guarded.py"
     guarded.write_text(
-        "import os, subprocess, sys, time; from pathlib import Path; from onstream.workers.launcher.die_with_parent import guard_group\n"
+        "import os, subprocess, sys, time\n"
+        "from pathlib import Path\n"
+        "from onstream.workers.launcher.die_with_parent import guard_group\n"
         "guard_group()\n"
         f"Path({str(second)!r}).write_text(str(subprocess.Popen(['sleep', '600']).pid))\n"
         f"Path({str(first)!r}).write_text(str(os.getpid()))\n"
         "os.execv(sys.executable, [sys.executable, '-c', 'import time; time.sleep(600)'])\n"
     )
     program = (
-        "import os, time; from pathlib import Path; from onstream.workers.launcher.supervisor import Supervisor\n"
-        f"Supervisor(os.environ, 1, print).start('a', 'a', 'guarded', [], Path({str(tmp_path / 'log')!r}))\n"
+        "import os, time\n"
+        "from pathlib import Path\n"
+        "from onstream.workers.launcher.supervisor import Child, Supervisor\n"
+        f"child = Child('a', 'a', 'guarded', [], Path({str(tmp_path / 'log')!r}))\n"
+        "Supervisor(os.environ, 1, print).start(child)\n"
         "time.sleep(60)"
     )
     environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}

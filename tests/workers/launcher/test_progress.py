@@ -9,15 +9,15 @@ from rich.console import Console
 
 from onstream.workers.launcher.progress import (
     Display,
+    RunView,
     StageView,
-    View,
     clock,
     panel,
     result_table,
     status_line,
 )
 
-VIEW = View(
+VIEW = RunView(
     step=12,
     max_steps=60,
     metrics={
@@ -44,7 +44,7 @@ def test_the_status_line_holds_figures_backlogs_and_what_is_waited_for() -> None
 def test_before_anything_flows_the_status_line_says_only_what_is_waited_for() -> None:
     stages = (StageView("generate", 1, 0, False, 0),)
     assert (
-        status_line(View(0, 60, stages=stages, waits=["generate is not ready: starting"]))
+        status_line(RunView(0, 60, stages=stages, waits=["generate is not ready: starting"]))
         == "step 0/60  waiting: generate is not ready: starting"
     )
 
@@ -54,15 +54,15 @@ def test_without_a_terminal_the_same_line_is_not_printed_twice() -> None:
     with Display("demo", Console(file=text, width=80), interval_s=0) as display:
         display.show(VIEW)
         display.show(VIEW)
-        display.show(View(13, 60))
+        display.show(RunView(13, 60))
     assert text.getvalue().splitlines() == [status_line(VIEW), "step 13/60"]
 
 
 def test_without_a_terminal_lines_keep_their_interval() -> None:
     text = io.StringIO()
     with Display("demo", Console(file=text, width=80), interval_s=3600) as display:
-        display.show(View(1, 60))
-        display.show(View(2, 60))
+        display.show(RunView(1, 60))
+        display.show(RunView(2, 60))
     assert text.getvalue() == "step 1/60\n"
 
 

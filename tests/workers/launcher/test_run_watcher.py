@@ -12,7 +12,7 @@ from redis.exceptions import ConnectionError
 
 from onstream.pipeline.redis.bus import Bus
 from onstream.workers.inspection.run_snapshot import waits
-from onstream.workers.launcher.run_watcher import MetricsTail, Watcher
+from onstream.workers.launcher.run_watcher import MetricsTail, RunWatcher
 
 STAGES = ("generate", "verify", "train")
 
@@ -72,7 +72,7 @@ def test_a_file_that_a_resume_cut_back_is_read_again(tmp_path: Path) -> None:
 
 
 def test_the_end_of_a_run_is_known_only_from_what_was_seen_later(bus: Bus) -> None:
-    watcher = Watcher(bus.state, interval_s=0.01)
+    watcher = RunWatcher(bus.state, interval_s=0.01)
     assert watcher.finished(time.monotonic()) is None
     bus.lease.finish(bus.lease.acquire(5))
     watcher.start()
@@ -103,7 +103,7 @@ class Away:
 
 def test_a_redis_that_is_away_is_said_and_asked_again() -> None:
     bus = Away()
-    watcher = Watcher(bus, interval_s=0.01)  # type: ignore[arg-type]
+    watcher = RunWatcher(bus, interval_s=0.01)  # type: ignore[arg-type]
     watcher.start()
     assert bus.asked_again.wait(5)
     watcher.stop()

@@ -17,7 +17,7 @@ import pytest
 from onstream.pipeline.errors import Exit
 from onstream.workers.launcher.supervisor import (
     Child,
-    GaveUp,
+    ChildFailed,
     Supervisor,
     describe_exit,
     pause_before_restart_s,
@@ -46,9 +46,8 @@ def until(condition: Callable[[], bool], poll: Callable[[], None] = lambda: None
 
 
 def start(supervisor: Supervisor, tmp_path: Path, *arguments: str, once: bool = False) -> Child:
-    return supervisor.start(
-        "verify-0", "verify", OBEDIENT, arguments, tmp_path / "logs" / "verify-0.log", once=once
-    )
+    log = tmp_path / "logs" / "verify-0.log"
+    return supervisor.start(Child("verify-0", "verify", OBEDIENT, arguments, log, once=once))
 
 
 def poll(
@@ -75,14 +74,14 @@ def test_deaths_without_progress_end_the_run_with_the_reason_and_the_log(
     supervisor: Supervisor, tmp_path: Path
 ) -> None:
     child = start(supervisor, tmp_path, "exit", "1", "out of", "luck")
-    with pytest.raises(GaveUp) as gave_up:
+    with pytest.raises(ChildFailed) as failure:
         until(lambda: False, poll(supervisor, progress=3))
     assert (
-        gave_up.value.reason
+        failure.value.reason
         == "verify-0 exited with 1 (failed), 2 times in a row without progress of the run"
     )
-    assert gave_up.value.log == ["out of luck", "out of luck", f"(its log: {child.log})"]
-    assert gave_up.value.exit == Exit.FAILED
+    assert failure.value.log == ["out of luck", "out of luck", f"(its log: {child.log})"]
+    assert failure.value.exit == Exit.FAILED
 
 
 def test_progress_between_two_deaths_forgives_the_first(
@@ -102,9 +101,9 @@ def test_a_worker_that_refuses_is_never_restarted(
     supervisor: Supervisor, tmp_path: Path, code: Exit
 ) -> None:
     child = start(supervisor, tmp_path, "exit", str(code.value), "no such directory")
-    with pytest.raises(GaveUp) as gave_up:
+    with pytest.raises(ChildFailed) as failure:
         until(lambda: False, poll(supervisor))
-    assert (gave_up.value.exit, gave_up.value.log, child.restarts) == (
+    assert (failure.value.exit, failure.value.log, child.restarts) == (
         code,
         ["no such directory", f"(its log: {child.log})"],
         0,
@@ -175,8 +174,13 @@ def test_cpu_seconds_are_kept_of_processes_that_have_ended(
 def test_children_die_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:
     up = tmp_path / "up"
     program = (
-        "import os, time; from pathlib import Path; from onstream.workers.launcher.supervisor import Supervisor\n"
-        f"s = Supervisor(os.environ, 1, print); s.start('a', 'a', {OBEDIENT!r}, ['ignore', {str(up)!r}], Path({str(tmp_path / 'log')!r}))\n"
+        "import os, time\n"
+        "from pathlib import Path\n"
+        "from onstream.workers.launcher.supervisor import Child, Supervisor\n"
+        f"log = Path({str(tmp_path / 'log')!r})\n"
+        f"child = Child('a', 'a', {OBEDIENT!r}, ['ignore', {str(up)!r}], log)\n"
+        "supervisor = Supervisor(os.environ, 1, print)\n"
+        "supervisor.start(child)\n"
         "time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", program]) as launcher:

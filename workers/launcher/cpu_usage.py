@@ -1,0 +1,49 @@
+"""CPU seconds of a run's processes, those until the first step apart."""
+
+from __future__ import annotations
+
+import resource
+import time
+
+from onstream.workers.launcher.embedded_redis import EmbeddedRedis
+from onstream.workers.launcher.processes import EVAL
+from onstream.workers.launcher.run_watcher import MetricsTail
+from onstream.workers.launcher.supervisor import Supervisor, process_cpu_seconds
+
+
+class CpuUsage:
+    """Tells the CPU seconds of start-up from those of training.
+
+    Start-up ends with the first step that is taken in this launch; evaluations are no part of it.
+    """
+
+    def __init__(self, supervisor: Supervisor, redis: EmbeddedRedis | None) -> None:
+        self._supervisor = supervisor
+        self._redis = redis
+        self._launched = time.time()
+        self._startup_s: dict[str, float] = {}
+
+    def look(self, metrics: MetricsTail) -> None:
+        """Note the seconds of start-up once the first step has been taken."""
+        if not self._startup_s and metrics.stepped_since(self._launched):
+            used = self._supervisor.cpu_seconds()
+            self._startup_s = {kind: used[kind] for kind in used if kind != EVAL}
+
+    def report(self) -> dict[str, dict[str, float]] | None:
+        """CPU seconds of each kind of process, as the report holds them.
+
+        None where no step was taken in this launch.
+        """
+        if not self._startup_s:
+            return None
+        used = self._supervisor.cpu_seconds()
+        used = {kind: used[kind] - self._startup_s.get(kind, 0.0) for kind in used}
+        if self._redis is not None and self._redis.pid is not None:
+            used["redis"] = process_cpu_seconds(self._redis.pid)
+        own = resource.getrusage(resource.RUSAGE_SELF)
+        used["launcher"] = own.ru_utime + own.ru_stime
+        return {"cpu_seconds": _rounded(used), "cpu_seconds_startup": _rounded(self._startup_s)}
+
+
+def _rounded(seconds: dict[str, float]) -> dict[str, float]:
+    return {kind: round(value, 2) for kind, value in seconds.items()}
