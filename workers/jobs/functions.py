@@ -32,7 +32,7 @@ from onstream.settings.plan import Plan, make_plan, refuse_differences
 from onstream.settings.root import Settings
 from onstream.workers.inspection.dead_letters import without_numbers
 from onstream.workers.jobs.export import run_upload, write_export
-from onstream.workers.launcher.report import read_rows
+from onstream.workers.launcher.metric_rows import read_rows
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from onstream.workers.launcher.report import points
+from onstream.workers.launcher.metric_rows import points
 
 INK = "#1f4e79"
 QUIET = "#9aa5b1"

@@ -10,7 +10,7 @@ from onstream.settings.gpus import Place, gpus_of, placement
 from onstream.settings.plan import Plan
 from onstream.settings.root import Settings
 from onstream.settings.stages import START_ORDER, WorkerKind
-from onstream.workers.launcher import report
+from onstream.workers.launcher.metric_rows import read_rows
 from onstream.workers.launcher.model_servers import KINDS as SERVER_KINDS
 from onstream.workers.launcher.model_servers import ModelServers, may_ask
 from onstream.workers.launcher.supervisor import Child, Supervisor
@@ -91,7 +91,7 @@ class RunProcesses:
         """Evaluate a policy version in a process of its own, unless it is or was evaluated."""
         if not self._settings.eval.samples or self._is_asked_of_jobs(version):
             return
-        rows = report.read_rows(self._settings.run_dir / "evals.jsonl")
+        rows = read_rows(self._settings.run_dir / "evals.jsonl")
         if version in {row["version"] for row in rows}:
             return
         arguments = [EVAL, str(self._settings.run_dir), "--version", str(version)]

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import fsum
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import msgspec
 
-from onstream.settings.decoding import UNDECODABLE
+from onstream.workers.launcher.curves import draw
+from onstream.workers.launcher.metric_rows import Row, largest, mean, number, points, read_rows
 
-Row = Mapping[str, Any]
 LAST_STEPS = 10
 EVALUATED = ("version", "exact", "exact_swapped")
 USAGE = ("cpu_seconds", "cpu_seconds_startup")
@@ -36,8 +34,6 @@ def build(run_dir: Path, usage: Mapping[str, Any] | None = None) -> dict[str, An
     temporary.write_bytes(text + b"\n")
     os.replace(temporary, run_dir / "report.json")
     if rows:
-        from onstream.workers.launcher.curves import draw
-
         draw(rows, evals, run_dir / "curves.png")
     return report
 
@@ -45,24 +41,6 @@ def build(run_dir: Path, usage: Mapping[str, Any] | None = None) -> dict[str, An
 def _earlier_usage(path: Path) -> dict[str, Any]:
     earlier: dict[str, Any] = msgspec.json.decode(path.read_bytes()) if path.exists() else {}
     return {name: earlier[name] for name in USAGE if name in earlier}
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; none if it does not exist.
-
-    A last line that a kill cut short is left out.
-
-    Raises:
-        ValueError: another line than the last is not a JSON object.
-    """
-    if not path.exists():
-        return []
-    whole, _, _ = path.read_bytes().rpartition(b"\n")
-    lines = [line for line in whole.split(b"\n") if line]
-    try:
-        return [msgspec.json.decode(line, type=dict[str, Any]) for line in lines]
-    except UNDECODABLE as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def summary(rows: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str, Any]:
@@ -155,30 +133,6 @@ def _together(mismatches: list[dict[str, float]]) -> dict[str, float]:
         "max": max(one["max"] for one in mismatches),
         "tokens": tokens,
     }
-
-
-def number(row: Row, name: str) -> float | None:
-    """A metric's value, or None where the step has none."""
-    value = row.get(name)
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def mean(rows: list[dict[str, Any]], name: str) -> float | None:
-    """Mean of a metric over the steps that have it."""
-    values = [value for _, value in points(rows, name)]
-    return fmean(values) if values else None
-
-
-def largest(rows: list[dict[str, Any]], name: str) -> float | None:
-    """Largest value of a metric."""
-    return max((value for _, value in points(rows, name)), default=None)
-
-
-def points(rows: list[dict[str, Any]], name: str) -> Iterator[tuple[int, float]]:
-    """(step, value) of the steps that have the metric."""
-    for row in rows:
-        if (value := number(row, name)) is not None:
-            yield int(row["step"]), value
 
 
 def _share(rows: list[dict[str, Any]], name: str, whole: float) -> float | None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from onstream.workers.launcher.report import build, read_rows, summary
+from onstream.workers.launcher.metric_rows import read_rows
+from onstream.workers.launcher.report import build, summary
 
 
 def row(step: int, **metrics: Any) -> dict[str, Any]:
