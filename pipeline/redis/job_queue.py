@@ -215,8 +215,8 @@ def pin_use(kind: str, key: str) -> str:
 
 
 def _job_id(run: str, kind: str, key: str) -> str:
-    """The id of the job in RQ, which takes letters, digits, - and _ alone. A digest tells keys apart
-    that differ in other characters only.
+    """The id of the job in RQ, which takes letters, digits, - and _ alone. A digest tells keys
+    apart that differ in other characters.
     """
     digest = hashlib.blake2s(f"{run}/{key}".encode(), digest_size=6).hexdigest()
     readable = re.sub("[^A-Za-z0-9-]", "-", f"{run}-{kind}-{key}")[:100]

@@ -20,6 +20,7 @@ from onstream.settings.root import Settings
 
 GYM = "reasoning-gym:"
 HUGGING_FACE = "hf:"
+CODE_SCORER = "code"
 
 __all__ = [
     "Problem",
@@ -40,8 +41,8 @@ def load_task(settings: Settings) -> Task:
     Raises:
         UserError: no such task, wrong arguments, bad or missing data, or nothing to train on.
     """
-    name = settings.task.name
     task = settings.task
+    name = task.name
     if name == "jsonl":
         from onstream.pipeline.tasks.jsonl import load_jsonl
 
@@ -68,14 +69,14 @@ def load_task(settings: Settings) -> Task:
 
 
 def load_scorer(settings: Settings) -> Scorer:
-    """The function that scores a completion: `task.scorer`, or else the task's own.
+    """The function that scores a completion: `task.scorer`, or the task's own where that is unset.
 
     Raises:
         UserError: it cannot be imported, the task does not exist, or this machine cannot confine
-            the programs it would run.
+            the programs that it would run.
     """
     name = settings.task.name
-    if settings.task.scorer == "code":
+    if settings.task.scorer == CODE_SCORER:
         from onstream.pipeline.tasks.code import code_scorer
 
         return code_scorer(settings)
@@ -92,8 +93,11 @@ def load_scorer(settings: Settings) -> Scorer:
 
 def _unknown(name: str) -> UserError:
     known = [*BUILTIN, "jsonl", f"{GYM}<dataset>", f"{HUGGING_FACE}<path>"]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else "Correct `task.name`."
+    hint = "Correct `task.name`."
+    if near := difflib.get_close_matches(name, known, n=1):
+        hint = f"Did you mean {near[0]!r}?"
     return UserError(
-        f"`task.name` = {name!r} is no task", expected=f"one of {', '.join(known)}", next_step=hint
+        f"`task.name` = {name!r} is not a task",
+        expected=f"one of {', '.join(known)}",
+        next_step=hint,
     )

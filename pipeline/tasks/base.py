@@ -1,4 +1,4 @@
-"""What a task is: problems by index, in an order that the seed decides, and a held-out part that is
+"""What a task is: problems by index, in an order given by the seed, and held-out problems that are
 never trained on.
 """
 
@@ -18,20 +18,22 @@ from onstream.pipeline.errors import UserError
 
 Message = dict[str, Any]
 Question = str | list[dict[str, Any]]
-"""A message's content: a text, or parts of which some are images."""
+"""A message's content: a text, or a list of parts, some of them images."""
 Draw = Callable[[Random], tuple[Question, dict[str, Any]]]
+"""Makes one question, and what its scorer gets."""
 
-# The share of a procedural task's contents that is held out. Small finite tasks keep a held-out
-# part too, and finding one held-out problem takes only about four draws, some of which are slow in
-# reasoning-gym.
 HELD_OUT_SHARE = 1 / 4
-MAX_DRAWS = 4096  # in search of one problem; a task that yields none after so many is too narrow
+"""The share of a procedural task's questions that is held out. It is large so that narrow tasks
+keep some too, and so that finding one takes about four draws, which are slow in reasoning-gym.
+"""
+MAX_DRAWS = 4096
+"""Draws in search of one problem. A task that gives none after so many is too narrow."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to ask. `info` is what the scorer gets beside the completion; `info["answer"]` is
-    the right answer where there is one.
+    """One problem. The scorer gets `info` beside the completion; `info["answer"]` is the right
+    answer where there is one.
     """
 
     messages: list[Message]
@@ -39,19 +41,17 @@ class Problem:
 
 
 class Task(Protocol):
-    """Problems by index. The same settings give the same problems everywhere, so records carry the
-    index alone.
+    """Problems by index. The same settings give the same problems in every process, so records
+    carry the index alone.
     """
 
     @property
     def held_out_size(self) -> int:
-        """How many held-out problems there are: `eval.samples`, or fewer where the task has no
-        more.
-        """
+        """How many held-out problems there are: `eval.samples`, or all where the task has fewer."""
         ...
 
     def train(self, index: int) -> Problem:
-        """The problem to train on at any `index` ≥ 0; finite data starts over, reshuffled."""
+        """The problem to train on at any `index` ≥ 0. Finite data starts over, reshuffled."""
         ...
 
     def held_out(self, index: int) -> Problem:
@@ -62,16 +62,14 @@ class Task(Protocol):
 class ProceduralTask:
     """Problems drawn at random from a space too large to list.
 
-    What is held out is decided by the content of the question alone: its hash. So a model made
-    under one seed has not seen what a run under another seed evaluates on.
+    A hash of the question alone decides what is held out. So a model that was trained under one
+    seed has not seen what a run under another seed evaluates on.
     """
 
     def __init__(
         self, draw: Draw, *, name: str, seed: int, samples: int, system_prompt: str | None
     ) -> None:
-        """`draw` makes one question and its info. Raises UserError when nothing that it draws may
-        be trained on.
-        """
+        """Raises UserError when nothing that `draw` makes may be trained on."""
         self._draw = draw
         self._name = name
         self._seed = seed
@@ -95,8 +93,8 @@ class ProceduralTask:
 
     @cached_property
     def _held_out(self) -> list[Problem]:
-        """The first `samples` different held-out questions. Made when first asked for: only an
-        evaluation needs them.
+        """The first `samples` different held-out questions. They are made at their first use, since
+        only evaluations need them.
         """
         random = Random("held-out")
         found = dict[bytes, Problem]()
@@ -124,8 +122,8 @@ class ProceduralTask:
 
 
 class FiniteTask:
-    """Problems from a list, reshuffled each epoch. A row asking the same as a held-out one is
-    passed over, for its neighbour.
+    """Problems from a list, reshuffled each epoch. In place of a row that asks the same as a
+    held-out one, the next row is taken.
     """
 
     def __init__(
@@ -170,24 +168,19 @@ class FiniteTask:
 
 
 def is_held_out(question: Question) -> bool:
-    """Whether a procedural task keeps `question` for evaluation: decided by its content alone, for
-    ever.
-    """
+    """Whether a procedural task holds out `question`, which its content alone decides."""
     digest = hashlib.blake2b(_bytes(question), digest_size=8).digest()
     return int.from_bytes(digest, "little") < HELD_OUT_SHARE * 2**64
 
 
 def _bytes(question: Question) -> bytes:
-    return (
-        question.encode()
-        if isinstance(question, str)
-        else msgspec.json.encode(question, order="deterministic")
-    )
+    if isinstance(question, str):
+        return question.encode()
+    return msgspec.json.encode(question, order="deterministic")
 
 
 def _content(problem: Problem) -> bytes:
-    """What makes two problems the same: everything asked but the system prompt."""
-    asked = [message for message in problem.messages if message["role"] != "system"]
-    return hashlib.blake2b(
-        msgspec.json.encode(asked, order="deterministic"), digest_size=16
-    ).digest()
+    """A digest of the problem's messages without the system prompt: equal for equal problems."""
+    messages = [message for message in problem.messages if message["role"] != "system"]
+    encoded = msgspec.json.encode(messages, order="deterministic")
+    return hashlib.blake2b(encoded, digest_size=16).digest()

@@ -1,5 +1,6 @@
-"""The built-in tasks by name; those of words and numbers. Short prompts, which tiny models learn in
-minutes.
+"""The table of built-in tasks, and those of words and numbers, which tiny models learn in minutes.
+
+A new one is a function that draws problems, and a line in `BUILTIN`. EXTENDING.md has an example.
 """
 
 from __future__ import annotations
@@ -63,9 +64,8 @@ def arithmetic(args: ArithmeticArgs) -> Draw:
         left = random.randint(0, args.max_value)
         right = random.randint(0, args.max_value)
         operation = random.choice(args.operations)
-        return f"Compute: {left}{operation}{right}", {
-            "answer": str(left + right if operation == "+" else left - right)
-        }
+        answer = left + right if operation == "+" else left - right
+        return f"Compute: {left}{operation}{right}", {"answer": str(answer)}
 
     return draw
 
@@ -76,13 +76,16 @@ BUILTIN: Mapping[str, tuple[type[msgspec.Struct], Callable[[Any], Draw]]] = {
     "arithmetic": (ArithmeticArgs, arithmetic),
     "colour-words": (PictureArgs, colour_words),
 }
+"""By `task.name`: the type of `task.args`, and what makes the draw of it. Their scorer is
+`match_answer`.
+"""
 
 
 def builtin_draw(name: str, args: dict[str, Any]) -> Draw:
     """What draws the problems of the built-in task `name`.
 
     Raises:
-        UserError: an argument that the task does not have, or a value out of its bounds.
+        UserError: the task has no such argument, or a value is out of bounds.
     """
     kind, make = BUILTIN[name]
     try:
@@ -99,6 +102,5 @@ def builtin_draw(name: str, args: dict[str, Any]) -> Draw:
 
 
 def _word(random: Random, args: WordArgs) -> str:
-    return "".join(
-        random.choices(ascii_lowercase, k=random.randint(args.min_length, args.max_length))
-    )
+    length = random.randint(args.min_length, args.max_length)
+    return "".join(random.choices(ascii_lowercase, k=length))

@@ -1,4 +1,4 @@
-"""The scorer `code`: runs the program in a completion against the problem's tests, in a sandbox."""
+"""The scorer `code`: runs the program of a completion against the problem's tests, in a sandbox."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.tasks.sandbox import NEEDED, Result, Sandbox, SandboxError
+from onstream.pipeline.tasks.sandbox import REQUIRED, ProgramResult, Sandbox, SandboxError
 from onstream.pipeline.tasks.scorers import Score, Scorer, answer_text
 from onstream.settings.root import Settings
 
@@ -26,23 +26,24 @@ _MEANING = {
 
 
 def code_scorer(settings: Settings) -> Scorer:
-    """The scorer, once it is known what the machine permits.
+    """The scorer, after a check of what the machine permits.
 
     Raises:
         UserError: programs cannot be confined here, and
-            `orchestrator.verification.allow_unsandboxed` does not allow that.
+            `orchestrator.verification.allow_unsandboxed` is false.
     """
     verification = settings.orchestrator.verification
     if verification.sandbox.wall >= verification.timeout:
         raise UserError(
             f"orchestrator.verification.sandbox.wall = {verification.sandbox.wall:g} s",
-            expected=f"less than orchestrator.verification.timeout ({verification.timeout:g} s), which kills the scorer itself",
+            expected="less than orchestrator.verification.timeout "
+            f"({verification.timeout:g} s), which kills the scorer itself",
             next_step="Lower the one or raise the other.",
         )
     _refuse_unconfined(Sandbox(verification.sandbox), allowed=verification.allow_unsandboxed)
 
     def score(completion: str, info: dict[str, Any]) -> Score:
-        # Made here, in the scoring child: each child runs its programs as a user of its own.
+        # Made here, in the scorer process: each runs its programs as a user of its own.
         return score_program(
             Sandbox(verification.sandbox),
             program_of(completion),
@@ -63,11 +64,12 @@ def _refuse_unconfined(sandbox: Sandbox, *, allowed: bool) -> None:
             next_step="See docs/sandbox.md.",
         ) from error
     lacking = [_MEANING[name] for name in missing]
-    if any(name in NEEDED for name in missing) and not allowed:
+    if any(name in REQUIRED for name in missing) and not allowed:
         raise UserError(
             f"task.scorer = 'code' on a machine that does not permit {', '.join(lacking)}",
             expected="a Linux where the verifier is root or may make user namespaces",
-            next_step="See docs/sandbox.md; orchestrator.verification.allow_unsandboxed = true runs the programs all the same.",
+            next_step="See docs/sandbox.md. orchestrator.verification.allow_unsandboxed = true "
+            "runs the programs all the same.",
         )
     if lacking:
         print(
@@ -88,38 +90,34 @@ def program_of(completion: str) -> str:
 
 
 def score_program(sandbox: Sandbox, program: str, tests: object, wall_s: float) -> dict[str, float]:
-    """1 if `program` passes every test, else 0. Parts: `passed`, the share of tests; and the first
-    reason why not, as 1.
+    """1 if `program` passes every test, else 0. Parts are `passed`, the share of tests that it
+    passes, and `program_<reason>` = 1 for the first failure.
 
-    `wall_s` bounds all tests together. Tests are Python code that is appended to the program, or a
-    list of `{"input", "output"}`, what it reads and has to write (space at the ends of lines and of
-    the whole does not count).
+    Tests are Python code that is appended to the program, or a list of `{"input", "output"}`: what
+    it reads, and what it has to write. White space at the ends of lines and of the whole does not
+    count. `wall_s` bounds all tests together.
 
     Raises:
-        ValueError: the problem has no such tests.
+        ValueError: `tests` are neither.
     """
     end = time.monotonic() + wall_s
-    reasons = list[str]()
+    failures = []
     runs = list(_runs(program, tests))
     for source, given, expected in runs:
         left_s = end - time.monotonic()
-        reason = (
-            _verdict(sandbox.run(source, given, wall_s=left_s), expected)
-            if left_s > 0
-            else "timed_out"
-        )
-        reasons.append(reason)
-    passed = sum(not reason for reason in reasons) / len(runs)
-    first = next((reason for reason in reasons if reason), None)
-    return {
-        "reward": float(first is None),
-        "passed": passed,
-        **({f"program_{first}": 1.0} if first else {}),
-    }
+        failure = "timed_out"
+        if left_s > 0:
+            failure = _failure(sandbox.run(source, given, wall_s=left_s), expected)
+        if failure:
+            failures.append(failure)
+    score = {"reward": float(not failures), "passed": (len(runs) - len(failures)) / len(runs)}
+    if failures:
+        score[f"program_{failures[0]}"] = 1.0
+    return score
 
 
 def _runs(program: str, tests: object) -> Iterator[tuple[str, bytes, str | None]]:
-    """What to run: source, standard input, and the output expected (None: only the exit status
+    """The runs: source, standard input, and the output expected (None: only the exit status
     counts).
     """
     if isinstance(tests, str) and tests.strip():
@@ -127,22 +125,27 @@ def _runs(program: str, tests: object) -> Iterator[tuple[str, bytes, str | None]
         return
     if not isinstance(tests, list) or not tests:
         raise ValueError(
-            f"the problem's `tests` are {type(tests).__name__}; expected Python code or a list of input and output"
+            f"the problem's `tests` are {type(tests).__name__}; "
+            "expected Python code or a list of input and output"
         )
     for test in tests:
-        if (
-            not isinstance(test, dict)
-            or not isinstance(test.get("output"), str)
-            or not isinstance(test.get("input", ""), str)
-        ):
+        if not _is_test(test):
             raise ValueError("a test is not {'input': text, 'output': text}")
         yield program, test.get("input", "").encode(), test["output"]
 
 
-def _verdict(result: Result, expected: str | None) -> str:
+def _is_test(test: object) -> bool:
+    return (
+        isinstance(test, dict)
+        and isinstance(test.get("output"), str)
+        and isinstance(test.get("input", ""), str)
+    )
+
+
+def _failure(result: ProgramResult, expected: str | None) -> str:
     """Why a run did not pass; empty where it did."""
-    if result.problem is not None:
-        return result.problem
+    if result.failure is not None:
+        return result.failure
     right = expected is None or _lines(result.output.decode(errors="replace")) == _lines(expected)
     return "" if right else "wrong_output"
 

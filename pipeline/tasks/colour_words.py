@@ -1,6 +1,4 @@
-"""The built-in task with images, `colour-words`: pictures that are drawn here, and whose colours
-are to be named.
-"""
+"""The built-in task `colour-words`: name the colours in a picture. The pictures are drawn here."""
 
 from __future__ import annotations
 
@@ -21,8 +19,10 @@ COLOURS = {
     "purple": (150, 60, 180),
     "white": (240, 240, 240),
 }
-_BACKGROUND = 40  # the brightest of a background's channels
-_NOISE = 12  # how far a colour strays in each channel
+_BACKGROUND = 40
+"""The brightest value of a background's channels."""
+_NOISE = 12
+"""How far a colour strays in each channel."""
 
 
 class PictureArgs(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -37,16 +37,14 @@ def colour_words(args: PictureArgs) -> Draw:
 
     def draw(random: Random) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         names = random.choices(list(COLOURS), k=args.shapes)
-        return [_shown(picture(names, args.side, random))], {"answer": " ".join(names)}
+        return [_image_part(picture(names, args.side, random))], {"answer": " ".join(names)}
 
     return draw
 
 
 def picture(names: list[str], side: int, random: Random) -> bytes:
-    """A PNG file of discs in the colours `names`, on a dark background, none of exactly the same
-    place, size and shade.
-    """
-    from PIL import Image, ImageDraw  # only who draws needs it
+    """A PNG file of discs in the colours `names`, on a dark background. Places and shades vary."""
+    from PIL import Image, ImageDraw  # only workers that draw need it
 
     background = tuple(random.randint(0, _BACKGROUND) for _ in range(3))
     image = Image.new("RGB", (side * len(names), max(2 * side, 16)), background)
@@ -55,17 +53,17 @@ def picture(names: list[str], side: int, random: Random) -> bytes:
         radius = side * random.uniform(0.35, 0.48)
         x = side * place + random.uniform(radius, side - radius)
         y = random.uniform(radius, image.height - radius)
-        shade = tuple(
-            min(255, max(0, channel + random.randint(-_NOISE, _NOISE))) for channel in COLOURS[name]
-        )
+        shade = tuple(_strayed(channel, random) for channel in COLOURS[name])
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=shade)
     target = io.BytesIO()
     image.save(target, "PNG")
     return target.getvalue()
 
 
-def _shown(png: bytes) -> dict[str, Any]:
-    return {
-        "type": "image_url",
-        "image_url": {"url": f"data:image/png;base64,{base64.b64encode(png).decode()}"},
-    }
+def _strayed(channel: int, random: Random) -> int:
+    return min(255, max(0, channel + random.randint(-_NOISE, _NOISE)))
+
+
+def _image_part(png: bytes) -> dict[str, Any]:
+    url = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}

@@ -1,6 +1,4 @@
-"""The `hf:<path>` task: a data set of the Hugging Face hub, a local directory, or a local parquet,
-JSON or CSV file.
-"""
+"""The task `hf:<path>`: a data set of the Hugging Face hub, or a local directory or file."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "cs
 
 
 class DatasetRows(Sequence[Problem]):
-    """The problems of a data set, each read when it is asked for: the data stays on disk."""
+    """The problems of a data set, each read at its use: the data stays on disk."""
 
     def __init__(self, dataset: Dataset, reader: RowReader) -> None:
         self._dataset = dataset
@@ -30,7 +28,7 @@ class DatasetRows(Sequence[Problem]):
         """Read every row once.
 
         Raises:
-            UserError: the first row of `place` that is no problem.
+            UserError: a row holds no problem; the first such row is named, in `place`.
         """
         for number, row in enumerate(self._dataset):
             try:
@@ -54,12 +52,12 @@ class DatasetRows(Sequence[Problem]):
 def load_huggingface(settings: Settings) -> FiniteTask:
     """The task over the data set that `task.name` names after `hf:`.
 
-    `task.args` go to `datasets.load_dataset`, save `eval_split`: the split to hold out, instead of
-    the last `eval.samples` rows.
+    `task.args` go to `datasets.load_dataset`, except `eval_split`: the split that is held out in
+    place of the last `eval.samples` rows.
 
     Raises:
-        UserError: the data set cannot be loaded, a row is no problem, or nothing is left to train
-            on.
+        UserError: the data set cannot be loaded, a row holds no problem, or nothing is left to
+            train on.
     """
     path = settings.task.name.removeprefix("hf:")
     split = settings.task.split
@@ -82,9 +80,7 @@ def load_huggingface(settings: Settings) -> FiniteTask:
 
 
 def _load(path: str, split: str, args: dict[str, Any]) -> Dataset:
-    """One split, or a slice of it such as `train[:100]`. A local file has one split only, whatever
-    it is called.
-    """
+    """A split, or a slice of it such as `train[:100]`. A local file has one split, of any name."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -92,26 +88,26 @@ def _load(path: str, split: str, args: dict[str, Any]) -> Dataset:
     kind = FORMATS.get(Path(path).suffix)
     try:
         if local.is_file() and kind:
-            return datasets.load_dataset(
-                kind, data_files={split.partition("[")[0]: str(local)}, split=split, **args
-            )
+            files = {split.partition("[")[0]: str(local)}
+            return datasets.load_dataset(kind, data_files=files, split=split, **args)
         if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
             return _saved(datasets.load_from_disk(path, **args), split)
         return datasets.load_dataset(path, split=split, **args)
-    except Exception as error:  # the library raises dozens of kinds, of several packages
-        raise _not_loaded(
-            path, split, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        ) from error
+    except Exception as error:  # the library raises dozens of types, from several packages
+        first_line = str(error).strip().partition("\n")[0]
+        raise _not_loaded(path, split, f"{type(error).__name__}: {first_line}") from error
 
 
 def _saved(saved: Any, split: str) -> Any:
-    """The split of what `save_to_disk` wrote: a dictionary of splits, or one data set alone."""
+    """The split in what `save_to_disk` wrote: a dictionary of splits, or one data set alone."""
     return saved[split] if isinstance(saved, dict) else saved
 
 
 def _not_loaded(path: str, split: str, why: str) -> UserError:
     return UserError(
         f"`task.name` = hf:{path}, split {split!r}, cannot be used: {why}",
-        expected="a data set of the hub, or a local directory or .parquet, .json, .jsonl or .csv file, with rows in that split",
-        next_step="Correct `task.name`, `task.split` or `task.args` (a configuration of the data set goes to `task.args.name`).",
+        expected="a data set of the hub, or a local directory or .parquet, .json, .jsonl or .csv "
+        "file, with rows in that split",
+        next_step="Correct `task.name`, `task.split` or `task.args` (a configuration of the data "
+        "set goes to `task.args.name`).",
     )

@@ -1,4 +1,4 @@
-"""The `jsonl` task: a file with one problem a line."""
+"""The task `jsonl`: a file with one problem a line."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from onstream.settings.root import Settings
 
 
 def load_jsonl(settings: Settings) -> FiniteTask:
-    """The task in `task.path`, held out from `task.eval_path` or from its end.
+    """The task in `task.path`. Held out is `task.eval_path`, or else the end of `task.path`.
 
     Raises:
-        UserError: no file, a line that is no problem (with its number), or nothing to train on.
+        UserError: there is no file, a line holds no problem, or nothing is left to train on.
     """
     task = settings.task
     reader = RowReader(settings)
@@ -42,7 +42,7 @@ def read_problems(path: Path, reader: RowReader) -> list[Problem]:
     """The problems of the file, one a line; blank lines hold none.
 
     Raises:
-        UserError: the file cannot be read or has no problem, or the first bad line, by its number.
+        UserError: the file cannot be read, holds no problem, or has a bad line; the first is named.
     """
     try:
         lines = path.read_bytes().splitlines()

@@ -1,4 +1,4 @@
-"""The `reasoning-gym:<dataset>` task: any data set of reasoning-gym by name, with its own scorer."""
+"""The task `reasoning-gym:<dataset>`: a data set of reasoning-gym, with its own scorer."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from onstream.pipeline.tasks.base import Draw
 from onstream.pipeline.tasks.scorers import Scorer, answer_text
 from onstream.settings.root import Settings
 
-# Indices that problems are drawn from, unless `task.args.size` says otherwise. A few data sets list
-# all their problems when they are made, or accept no larger size.
 SIZE = 20_000
+"""Problems are drawn from so many indices, unless `task.args.size` is set. A few data sets list all
+their problems at the start, or accept no larger size.
+"""
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def gym_draw(settings: Settings) -> Draw:
-    """What draws the problems. A record carries the index of one, from which the scorer makes the
-    entry again.
+    """What draws the problems. `info` has a problem's index, by which the scorer finds the entry.
 
     Raises:
         UserError: reasoning-gym is not installed, has no such data set, or refuses its
@@ -39,16 +39,15 @@ def gym_draw(settings: Settings) -> Draw:
 
 
 def gym_scorer(settings: Settings) -> Scorer:
-    """The data set's own scorer, given what stands in `<answer>…</answer>` or else the whole
+    """The data set's own scorer, which gets what stands in `<answer>…</answer>`, or else the whole
     answer.
 
     Raises:
         UserError: as `gym_draw`.
     """
     dataset = _dataset(settings)
-    entry = lru_cache(maxsize=256)(
-        dataset.__getitem__
-    )  # a group asks for one entry group-size times
+    # The rollouts of a group ask for the same entry.
+    entry = lru_cache(maxsize=256)(dataset.__getitem__)
 
     def score(completion: str, info: dict[str, Any]) -> float:
         return float(dataset.score_answer(given_answer(completion), entry(info["index"])))

@@ -1,4 +1,4 @@
-"""From a row of a file or data set to a problem; and from rows to a task."""
+"""Reads the rows of a file or data set as problems, and makes a task of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Value = TypeVar("Value")
 
 
 class RowError(ValueError):
-    """A row that holds no problem: what it holds, and what was expected of it."""
+    """A row that holds no problem: what it holds, and what was expected."""
 
     def __init__(self, got: str, *, expected: str) -> None:
         self.got = got
@@ -24,17 +24,17 @@ class RowError(ValueError):
         super().__init__(f"{got}; expected {expected}")
 
     def at(self, place: str) -> UserError:
-        """The message for the user, naming the file and line, or the data set and row."""
+        """The error for the user. `place` is the file and line, or the data set and row."""
         return UserError(
             f"{place}: {self.got}", expected=self.expected, next_step="Correct or remove it."
         )
 
 
 class RowReader:
-    """Reads rows with `messages` (or the prompt field) and an answer.
+    """Reads rows with `messages`, or with a prompt field, and an answer.
 
-    Without a scorer of the user's own, `info` is the answer alone, as text; with one, it is every
-    other column.
+    With a scorer of the user's own, a problem's `info` is every other column. Otherwise it is the
+    answer alone, as text.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -73,13 +73,10 @@ class RowReader:
 
     def _info(self, row: dict[str, Any]) -> dict[str, Any]:
         if self._custom:
-            return _travelling(
-                {key: value for key, value in row.items() if key not in ("messages", self._prompt)}
-            )
+            prompts = ("messages", self._prompt)
+            return _encodable({key: value for key, value in row.items() if key not in prompts})
         answer = row.get(self._answer)
-        if isinstance(answer, str) or (
-            isinstance(answer, int | float) and not isinstance(answer, bool)
-        ):
+        if isinstance(answer, str | int | float) and not isinstance(answer, bool):
             return {"answer": str(answer)}
         if self._needs_answer:
             raise RowError(f"`{self._answer}` is {shown(answer)}", expected="a text or a number")
@@ -89,7 +86,7 @@ class RowReader:
 def finite_task(
     rows: Sequence[Problem], held_out: Sequence[Problem] | None, settings: Settings, *, name: str
 ) -> FiniteTask:
-    """A task over `rows`; with no `held_out` of its own, the last `eval.samples` rows are held out.
+    """A task over `rows`. Without `held_out`, the last `eval.samples` rows are held out.
 
     Raises:
         UserError: nothing is left to train on.
@@ -98,7 +95,8 @@ def finite_task(
     seed = settings.run.seed
     if held_out is None:
         cut = max(0, len(rows) - samples)
-        rows, held_out = rows[:cut], rows[cut:]
+        held_out = rows[cut:]
+        rows = rows[:cut]
     return FiniteTask(rows, held_out[:samples], name=name, seed=seed)
 
 
@@ -112,11 +110,7 @@ def _checked_messages(messages: object, field: str) -> list[Message]:
     if not isinstance(messages, list) or not messages:
         raise RowError(f"`{field}` is {shown(messages)}", expected="a list of at least one message")
     for message in messages:
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("role"), str)
-            or not isinstance(message.get("content"), str | list)
-        ):
+        if not _is_message(message):
             raise RowError(
                 f"`{field}` holds {shown(message)}",
                 expected='messages like {"role": "user", "content": "…"}',
@@ -126,11 +120,19 @@ def _checked_messages(messages: object, field: str) -> list[Message]:
             f"`{field}` ends with an assistant message",
             expected="the student's turn to be next (the answer goes to `answer`)",
         )
-    return _travelling(messages)
+    return _encodable(messages)
 
 
-def _travelling(value: Value) -> Value:
-    """`value`, once it is known that a record can carry it."""
+def _is_message(message: object) -> bool:
+    return (
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str | list)
+    )
+
+
+def _encodable(value: Value) -> Value:
+    """`value`, checked to be one that a record can carry."""
     try:
         msgspec.msgpack.encode(value)
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""Scorers: functions `(completion, info) -> float | dict[str, float]`, and what their result means."""
+"""Scorers, functions `(completion, info) -> float | dict[str, float]`, and what they return."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ MAX_PARTS = 64
 
 
 class RolloutError(Exception):
-    """A scorer raises it for what the rollout did wrong: the rollout scores 0. Any other exception
-    is the scorer's own failure.
+    """Raised by a scorer when the rollout is at fault: the rollout scores 0. Any other exception is
+    a failure of the scorer.
     """
 
 
 class ScoreError(ValueError):
-    """A scorer returned something that is no score."""
+    """A scorer returned something that is not a score."""
 
 
 def match_answer(completion: str, info: dict[str, Any]) -> dict[str, float]:
-    """1 for exactly `info["answer"]`, else 0; `similarity`, the share of characters in place, is
-    shown but not rewarded.
+    """1 for exactly `info["answer"]`, else 0. The part `similarity` is the share of characters in
+    place; it is shown, not rewarded.
 
     >>> match_answer("maertz", {"answer": "maerts"})
     {'reward': 0.0, 'similarity': 0.8333333333333334}
@@ -38,21 +38,21 @@ def match_answer(completion: str, info: dict[str, Any]) -> dict[str, float]:
 
 
 def answer_text(completion: str) -> str:
-    """The answer in a completion: what follows its reasoning (`</think>`), without the space around
-    it.
+    """The answer in a completion: what follows its reasoning (`</think>`), without white space at
+    the ends.
     """
     return completion.rpartition("</think>")[2].strip()
 
 
 def read_score(score: object) -> tuple[float, dict[str, float]]:
-    """The reward and its parts. Of a mapping, the reward is `reward` if it has one, else the sum of
-    the parts.
+    """The reward and its parts. The reward of a mapping is `reward`, or the sum of all parts where
+    there is none.
 
     >>> read_score({"format": 0.5, "answer": 1.0})
     (1.5, {'format': 0.5, 'answer': 1.0})
 
     Raises:
-        ScoreError: not a finite number, nor a mapping of names to finite numbers.
+        ScoreError: it is neither a finite number nor a mapping of names to finite numbers.
     """
     if not isinstance(score, Mapping):
         return _number(score, "the score"), {}
@@ -65,7 +65,7 @@ def read_score(score: object) -> tuple[float, dict[str, float]]:
 
 
 def _number(value: object, what: str) -> float:
-    # float() takes strings too, but a scorer that returns one is mistaken
+    # float() takes strings too, but a scorer that returns one has a mistake
     if isinstance(value, str | bytes) or not isinstance(value, SupportsFloat):
         raise ScoreError(f"{what} is {_short(value)}; expected a number")
     number = float(value)

@@ -1,5 +1,5 @@
-"""Held-out problems with one another's images: whoever answers them as well as before has not
-looked.
+"""Held-out problems with one another's images: a student that answers them as well as before does
+not use the images.
 """
 
 from __future__ import annotations
@@ -13,28 +13,31 @@ from onstream.pipeline.tasks.base import Problem, Task
 
 
 def swapped_problems(task: Task) -> dict[int, Problem]:
-    """The held-out problems of `task` by index, each with the images of the next one of another
-    answer; its own answer stays the right one.
+    """The held-out problems of `task` by index, each with the images of the next one that has
+    another answer. Its own answer stays the right one.
 
-    Those that show no image are left out, and those that no other problem has as many images for.
+    Left out are problems without images, and those for which no other one has as many images.
 
     Raises:
-        UserError: that leaves none.
+        UserError: no problem is left.
     """
     problems = [task.held_out(index) for index in range(task.held_out_size)]
     images = [tuple(image_urls(problem.messages)) for problem in problems]
-    found = {}
+    swapped = {}
     for index, problem in enumerate(problems):
-        if (other := _partner(index, problems, images)) is not None:
-            found[index] = _with_images(problem, images[other])
-    if not found:
+        other = _partner(index, problems, images)
+        if other is not None:
+            swapped[index] = _with_images(problem, images[other])
+    if not swapped:
         shown = sum(map(bool, images))
         raise UserError(
-            f"eval.swap_images = true, and of {len(problems)} held-out problems {shown} show images, none with one to swap them with",
+            f"eval.swap_images = true, and of {len(problems)} held-out problems {shown} show "
+            "images, none with one to swap them with",
             expected="at least two problems with as many images, and with different answers",
-            next_step="Set `eval.swap_images = false`, or hold out more problems by `eval.samples`.",
+            next_step="Set `eval.swap_images = false`, or hold out more problems by "
+            "`eval.samples`.",
         )
-    return found
+    return swapped
 
 
 def _partner(
@@ -42,24 +45,19 @@ def _partner(
 ) -> int | None:
     """The next problem, going round, with as many images, other ones, and another answer."""
     mine = images[index]
+    if not mine:
+        return None
     size = len(problems)
-    places = ((index + step) % size for step in range(1, size)) if mine else ()
-    return next(
-        (
-            at
-            for at in places
-            if len(images[at]) == len(mine)
-            and images[at] != mine
-            and _differ(problems[index], problems[at])
-        ),
-        None,
-    )
+    for step in range(1, size):
+        at = (index + step) % size
+        as_many_others = len(images[at]) == len(mine) and images[at] != mine
+        if as_many_others and _answers_differ(problems[index], problems[at]):
+            return at
+    return None
 
 
-def _differ(one: Problem, other: Problem) -> bool:
-    """Whether the answers are different; of problems without one, whether what their scorers get
-    is.
-    """
+def _answers_differ(one: Problem, other: Problem) -> bool:
+    """Whether the answers are different, or the whole `info` of problems without one."""
     return bool(one.info.get("answer", one.info) != other.info.get("answer", other.info))
 
 

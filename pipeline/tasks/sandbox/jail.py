@@ -1,10 +1,10 @@
 """The processes between a scorer and the program it runs: `python -I -S jail.py SPEC_FD STATUS_FD`.
 Standard library alone.
 
-Three of them: this one leaves the machine's namespaces, its child is the first process of the new
-ones and takes all others with it when it ends, and that one's child becomes the program, under
-limits and as an unprivileged user. Everything that the machine does not permit is left out and said
-in the status, for `onstream.pipeline.tasks.sandbox` to judge.
+There are three processes. This one leaves the machine's namespaces. Its child is the first process
+of the new ones; when it ends, the kernel ends all others there. The child of that one becomes the
+program, under limits and as an unprivileged user. What the machine does not permit is left out, and
+the status says so.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from typing import Any
 
 PR_SET_PDEATHSIG = 1
 PR_SET_NO_NEW_PRIVS = 38
-CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
-    *(0x00020000, 0x04000000, 0x08000000),
-    *(0x10000000, 0x20000000, 0x40000000),
-)
+CLONE_NEWNS = 0x00020000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
 MS_RDONLY = 1
 MS_NOSUID = 2
 MS_NODEV = 4
@@ -71,21 +73,22 @@ def die_with(parent: int) -> None:
 
 
 def isolate(spec: dict[str, Any]) -> list[str]:
-    """Leave as much of the machine as is permitted; returns what was left, in words that
-    `onstream.pipeline.tasks.sandbox` knows.
+    """Leave the machine's namespaces as far as is permitted; returns the means that are
+    in force, as in `onstream.pipeline.tasks.sandbox`.
     """
-    had = ["user"] if os.getuid() == 0 else []
+    isolation = ["user"] if os.getuid() == 0 else []
     if os.getuid() and unshare(CLONE_NEWUSER):
         user = spec["outer_user"]
         group = spec["outer_group"]
-        for name, text in (
-            ("setgroups", "deny"),
-            ("uid_map", f"{user} {user} 1"),
-            ("gid_map", f"{group} {group} 1"),
-        ):
+        files = {
+            "setgroups": "deny",
+            "uid_map": f"{user} {user} 1",
+            "gid_map": f"{group} {group} 1",
+        }
+        for name, text in files.items():
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
-        had.append("user")
+        isolation.append("user")
     for name, flag in (
         ("files", CLONE_NEWNS),
         ("processes", CLONE_NEWPID),
@@ -93,29 +96,29 @@ def isolate(spec: dict[str, Any]) -> list[str]:
         ("ipc", CLONE_NEWIPC),
     ):
         if unshare(flag):
-            had.append(name)
+            isolation.append(name)
     unshare(CLONE_NEWUTS)
-    return had
+    return isolation
 
 
-def build_root(spec: dict[str, Any], had: list[str]) -> None:
-    """A file system of its own: the system's libraries and this Python to read, a small place in
-    memory to write, nothing else.
+def build_root(spec: dict[str, Any], isolation: list[str]) -> None:
+    """Make a file system for the program: the system's libraries and this Python to read, a small
+    place in memory to write, and nothing else.
     """
     mount("none", "/", "", MS_REC | MS_PRIVATE)
     root = spec["scratch"]
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, f"size={spec['scratch_bytes']},mode=755")
     prefix = os.path.realpath(spec["prefix"])
-    for path in (*SYSTEM, *(() if prefix.startswith("/usr") else (prefix,)), *DEVICES):
+    python = () if prefix.startswith("/usr") else (prefix,)
+    for path in (*SYSTEM, *python, *DEVICES):
         if os.path.islink(path):
             os.symlink(os.readlink(path), root + path)
         elif os.path.exists(path):
             show(path, root + path)
     os.makedirs(f"{root}/proc")
-    if "processes" in had:
-        with contextlib.suppress(
-            OSError
-        ):  # a container that hides parts of its own /proc allows no other; the program then has none
+    if "processes" in isolation:
+        # A container that hides parts of its own /proc allows no other; the program then has none.
+        with contextlib.suppress(OSError):
             mount("proc", f"{root}/proc", "proc", MS_NOSUID | MS_NODEV)
     os.makedirs(f"{root}/work")
     os.chroot(root)
@@ -129,9 +132,10 @@ def show(path: str, target: str) -> None:
         os.close(os.open(target, os.O_CREAT))
     mount(path, target, "", MS_BIND | MS_REC)
     there = os.statvfs(target).f_flag
-    kept = (there & ~ST_RELATIME) | (
-        MS_RELATIME if there & ST_RELATIME else 0
-    )  # a flag that the owner set cannot be dropped
+    # A flag that the mount has cannot be dropped.
+    kept = there & ~ST_RELATIME
+    if there & ST_RELATIME:
+        kept |= MS_RELATIME
     writes = 0 if path in DEVICES else MS_RDONLY
     mount("none", target, "", MS_REMOUNT | MS_BIND | MS_NOSUID | writes | kept)
 
@@ -170,19 +174,19 @@ def become_program(spec: dict[str, Any]) -> None:
     )
 
 
-def first_process(spec: dict[str, Any], had: list[str], status: int) -> None:
-    """Start the program and reap what it leaves; tell how it ended. When this process ends, the
-    kernel ends all others of its kind.
+def first_process(spec: dict[str, Any], isolation: list[str], status: int) -> None:
+    """Start the program, reap what it leaves, and tell how it ended. When this process ends, the
+    kernel ends all others of its namespace.
     """
-    if "files" in had:
-        build_root(spec, had)
+    if "files" in isolation:
+        build_root(spec, isolation)
     path = os.path.join(spec["scratch"], PROGRAM)
     with open(path, "w", encoding="utf-8", errors="replace") as file:
         file.write(spec["program"])
     os.chmod(path, 0o444)
     if os.getuid() == 0:
         os.chown(spec["scratch"], spec["user"], spec["user"])
-    tell(status, {"had": had})
+    tell(status, {"isolation": isolation})
     program = os.fork()
     if not program:
         attempt(become_program, spec, status=status)
@@ -194,7 +198,7 @@ def first_process(spec: dict[str, Any], had: list[str], status: int) -> None:
 
 
 def attempt(step: Callable[..., None], *arguments: Any, status: int) -> None:
-    """Do a step that does not return; whatever stops it is told."""
+    """Do a step that does not return, and tell what stops it."""
     try:
         step(*arguments)
     except BaseException as error:
@@ -215,14 +219,14 @@ def main() -> None:
     with open(spec_fd, encoding="utf-8") as file:
         spec = json.load(file)
     die_with(spec["parent"])
-    had = isolate(spec)
+    isolation = isolate(spec)
     me = os.getpid()
     first = os.fork()
     if not first:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if "processes" not in had and os.getppid() != me:
+        if "processes" not in isolation and os.getppid() != me:
             os._exit(1)
-        attempt(first_process, spec, had, status, status=status)
+        attempt(first_process, spec, isolation, status, status=status)
     os.waitpid(first, 0)
 
 

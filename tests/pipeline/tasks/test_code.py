@@ -1,4 +1,4 @@
-"""The scorer that runs programs: what it takes for one, what it rewards, and where it is refused."""
+"""The scorer that runs programs: what is a program, what is rewarded, and where it is refused."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ def test_tests_may_be_code_that_follows_the_program(score: Scorer) -> None:
     "attack, reasons",
     [
         (
-            "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
+            "import os\nwhile True:\n"
+            "    try:\n        os.fork()\n    except OSError:\n        pass",
             {"timed_out", "cpu_limit", "killed"},
         ),
         (

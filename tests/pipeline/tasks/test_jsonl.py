@@ -145,7 +145,8 @@ def test_holding_out_everything_is_refused(tmp_path: Path, rows: list[Any]) -> N
         ('"words"', "line 3: it holds 'words'; expected an object with `messages` or `prompt`"),
         (
             {"answer": "4"},
-            r"line 3: `prompt` is None; expected `messages` or a text in `prompt` \(keys here: answer\)",
+            r"line 3: `prompt` is None; "
+            r"expected `messages` or a text in `prompt` \(keys here: answer\)",
         ),
         ({"prompt": "", "answer": "4"}, "line 3: `prompt` is ''; expected"),
         ({"prompt": "x"}, "line 3: `answer` is None; expected a text or a number"),

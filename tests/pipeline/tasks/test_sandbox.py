@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from onstream.pipeline.tasks.sandbox import NEEDED, Sandbox, SandboxError
+from onstream.pipeline.tasks.sandbox import REQUIRED, Sandbox, SandboxError
 from onstream.settings.sections.orchestrator import SandboxSettings
 
 LIMITS = SandboxSettings(
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def sandbox() -> Sandbox:
     made = Sandbox(LIMITS)
-    if lacking := [name for name in made.missing() if name in NEEDED]:
+    if lacking := [name for name in made.missing() if name in REQUIRED]:
         pytest.skip(f"this machine permits no sandbox: {lacking}")
     return made
 
@@ -55,19 +55,22 @@ def leaves_nothing(sandbox: Sandbox) -> bool:
 
 def test_a_program_reads_its_input_and_writes_its_output(sandbox: Sandbox) -> None:
     result = sandbox.run("print(input()[::-1])", b"maerts\n")
-    assert (result.output, result.problem) == (b"stream\n", None)
+    assert (result.output, result.failure) == (b"stream\n", None)
 
 
 def test_a_program_that_fails_says_so(sandbox: Sandbox) -> None:
     result = sandbox.run("raise SystemExit(3)", b"")
-    assert (result.problem, result.words) == ("failed", "it ended with status 3")
+    assert (result.failure, result.message) == ("failed", "it ended with status 3")
 
 
 def test_a_fork_bomb_is_killed_with_all_it_started(sandbox: Sandbox) -> None:
-    bomb = "import os\nwhile True:\n    try:\n        os.fork()\n        os.setsid()\n    except OSError:\n        pass\n"
+    bomb = (
+        "import os\nwhile True:\n"
+        "    try:\n        os.fork()\n        os.setsid()\n    except OSError:\n        pass\n"
+    )
     started = time.monotonic()
     result = sandbox.run(bomb, b"")
-    assert result.problem in ("timed_out", "cpu_limit", "killed")
+    assert result.failure in ("timed_out", "cpu_limit", "killed")
     assert time.monotonic() - started < LIMITS.wall + 2
     assert leaves_nothing(sandbox)
 
@@ -76,10 +79,11 @@ def test_a_loop_that_ignores_every_signal_is_killed(sandbox: Sandbox) -> None:
     loop = (
         "import signal\n"
         "for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:\n"
-        "    try:\n        signal.signal(number, signal.SIG_IGN)\n    except (OSError, ValueError):\n        pass\n"
+        "    try:\n        signal.signal(number, signal.SIG_IGN)\n"
+        "    except (OSError, ValueError):\n        pass\n"
         "while True:\n    pass\n"
     )
-    assert sandbox.run(loop, b"").problem in ("timed_out", "cpu_limit", "killed")
+    assert sandbox.run(loop, b"").failure in ("timed_out", "cpu_limit", "killed")
     assert leaves_nothing(sandbox)
 
 
@@ -87,7 +91,7 @@ def test_ten_gigabytes_of_output_are_cut_at_the_limit(sandbox: Sandbox) -> None:
     result = sandbox.run(
         "import os\nchunk = b'x' * 65536\nfor _ in range(160_000):\n    os.write(1, chunk)\n", b""
     )
-    assert result.problem == "output_limit"
+    assert result.failure == "output_limit"
     assert len(result.output) == LIMITS.output
     assert leaves_nothing(sandbox)
 
@@ -97,7 +101,7 @@ def test_the_environment_of_the_parent_cannot_be_read(
 ) -> None:
     monkeypatch.setenv("ONSTREAM_SECRET", "hunter2-in-this-process")
     assert (
-        sandbox.run(f"print(open('/proc/{os.getpid()}/environ', 'rb').read())", b"").problem
+        sandbox.run(f"print(open('/proc/{os.getpid()}/environ', 'rb').read())", b"").failure
         == "failed"
     )
     everywhere = (
@@ -112,17 +116,18 @@ def test_the_environment_of_the_parent_cannot_be_read(
     )
     result = sandbox.run(everywhere, b"")
     holder.communicate(b"\n")
-    assert result.problem is None
+    assert result.failure is None
     assert b"PATH" in result.output
     assert b"hunter2" not in result.output
 
 
 def test_it_cannot_signal_the_process_that_runs_it(sandbox: Sandbox) -> None:
     result = sandbox.run(
-        f"import os, signal\nfor pid in (os.getppid(), {os.getpid()}, -1):\n    os.kill(pid, signal.SIGTERM)\n",
+        f"import os, signal\nfor pid in (os.getppid(), {os.getpid()}, -1):\n"
+        "    os.kill(pid, signal.SIGTERM)\n",
         b"",
     )
-    assert result.problem == "failed"
+    assert result.failure == "failed"
 
 
 def test_it_has_no_network(sandbox: Sandbox) -> None:
@@ -133,7 +138,7 @@ def test_it_has_no_network(sandbox: Sandbox) -> None:
         result = sandbox.run(
             f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=1)", b""
         )
-    assert result.problem == "failed"
+    assert result.failure == "failed"
 
 
 def test_it_sees_no_files_of_the_machine_and_writes_only_to_its_own_place(
@@ -142,8 +147,8 @@ def test_it_sees_no_files_of_the_machine_and_writes_only_to_its_own_place(
     if "files" in sandbox.missing():
         pytest.skip("mount namespaces are not permitted here")
     (tmp_path / "secret").write_text("hunter2")
-    assert sandbox.run(f"print(open({str(tmp_path / 'secret')!r}).read())", b"").problem == "failed"
-    assert sandbox.run("open('/usr/mine', 'w')", b"").problem == "failed"
+    assert sandbox.run(f"print(open({str(tmp_path / 'secret')!r}).read())", b"").failure == "failed"
+    assert sandbox.run("open('/usr/mine', 'w')", b"").failure == "failed"
     assert (
         sandbox.run("open('mine', 'w').write('a')\nprint(open('mine').read())", b"").output
         == b"a\n"
@@ -161,7 +166,7 @@ def test_it_sees_no_files_of_the_machine_and_writes_only_to_its_own_place(
     ids=["memory", "one file", "many files", "open files"],
 )
 def test_limits_bind(sandbox: Sandbox, program: str) -> None:
-    assert sandbox.run(program, b"").problem in ("failed", "killed")
+    assert sandbox.run(program, b"").failure in ("failed", "killed")
 
 
 def test_it_runs_as_nobody_in_particular_without_a_way_up(sandbox: Sandbox) -> None:
@@ -174,10 +179,13 @@ def test_it_runs_as_nobody_in_particular_without_a_way_up(sandbox: Sandbox) -> N
 
 
 def test_a_background_process_does_not_outlive_its_program(sandbox: Sandbox) -> None:
-    daemon = "import os, time\nif not os.fork():\n    os.setsid()\n    os.fork()\n    time.sleep(60)\nprint('left')\n"
+    daemon = (
+        "import os, time\nif not os.fork():\n"
+        "    os.setsid()\n    os.fork()\n    time.sleep(60)\nprint('left')\n"
+    )
     started = time.monotonic()
     result = sandbox.run(daemon, b"")
-    assert (result.output, result.problem) == (b"left\n", None)
+    assert (result.output, result.failure) == (b"left\n", None)
     assert time.monotonic() - started < LIMITS.wall
     assert leaves_nothing(sandbox)
 

@@ -49,9 +49,7 @@ def test_each_picture_is_another_problem_s_with_another_answer() -> None:
         assert answers[shown] != task.held_out(index).info["answer"] == other.info["answer"]
 
 
-def test_the_next_one_with_other_images_as_many_and_another_answer_gives_them_and_texts_keep_their_places() -> (
-    None
-):
+def test_images_come_from_the_next_problem_with_as_many_and_another_answer_and_texts_stay() -> None:
     found = swapped(
         problem([image("a"), text("and"), image("b"), text("?")], "one"),
         problem("no image", "two"),

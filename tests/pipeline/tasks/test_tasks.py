@@ -115,7 +115,8 @@ def test_arguments_bound_what_is_asked() -> None:
     [
         (
             {"min_lenght": 3},
-            r"unknown field `min_lenght`; expected among min_length \(default 4\), max_length \(default 10\)",
+            r"unknown field `min_lenght`; "
+            r"expected among min_length \(default 4\), max_length \(default 10\)",
         ),
         ({"min_length": "3"}, r"Expected `int`, got `str` - at `\$.min_length`"),
         ({"min_length": 0}, r"Expected `int` >= 1 - at `\$.min_length`"),
@@ -131,7 +132,8 @@ def test_wrong_arguments_are_named_with_what_was_expected(args: dict[str, Any], 
 def test_an_unknown_task_is_answered_with_the_nearest_known_one(load: Any) -> None:
     with pytest.raises(
         UserError,
-        match=r"'reverse-txt' is no task; expected one of reverse-text, .* Did you mean 'reverse-text'\?",
+        match=r"'reverse-txt' is not a task; expected one of reverse-text, .* "
+        r"Did you mean 'reverse-text'\?",
     ):
         load(settings_of("reverse-txt"))
 
