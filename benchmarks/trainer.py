@@ -143,10 +143,11 @@ def sample(
 ) -> TrainSample:
     """A random completion of `tokens`, with the logprobs of TOP_K tokens and a tail."""
     bins = np.log(-np.sort(-random.dirichlet(np.ones(TOP_K + 1), tokens))).astype(np.float32)
+    completion_ids = random.integers(0, 100, tokens).astype(np.int32)
     top_ids = [random.permutation(100)[:TOP_K] for _ in range(tokens)]
     return TrainSample(
         prompt_ids=prompt,
-        completion_ids=random.integers(0, 100, tokens).astype(np.int32),
+        completion_ids=completion_ids,
         loss_mask=np.ones(tokens, dtype=np.uint8),
         generator_logprobs=np.full(tokens, -4.8, dtype=np.float32),
         teacher_logprobs=bins[:, 0],
