@@ -18,7 +18,7 @@ TrustRegion = Literal["signed", "symmetric", "none"]
 
 @dataclass(frozen=True)
 class PolicyTerms:
-    """The parts of the policy loss, whose sum is `loss`.
+    """The policy loss in its parts: it is `reward` + `teacher` + `drift`.
 
     `keep` is 1 where the trust region keeps a token, else 0.
     """
@@ -29,11 +29,6 @@ class PolicyTerms:
     keep: Tensor
     ratio: Tensor
     log_ratio: Tensor
-
-    @property
-    def loss(self) -> Tensor:
-        """−keep · ratio · advantage + kl_tau · log_ratio²."""
-        return self.reward + self.teacher + self.drift
 
 
 def reverse_kl(
