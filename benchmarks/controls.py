@@ -30,7 +30,7 @@ from onstream.pipeline.weights import LoadedPolicy
 from onstream.settings.load import load_settings
 from onstream.settings.root import Settings
 from onstream.workers.evaluation.greedy import evaluate
-from onstream.workers.generator.engines.base import Completion, GenerationRequest, Sampling
+from onstream.workers.generator.engines.base import Completion, GenerationRequest
 from onstream.workers.generator.student import load_student
 from onstream.workers.teacher.local_setup import load_local
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
@@ -153,7 +153,6 @@ class Loop:
                     prompt_ids,
                     self.settings.inference.sampling.max_completion,
                     seed,
-                    Sampling(),
                 )
         return requests
 

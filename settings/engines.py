@@ -8,6 +8,7 @@ from typing import Literal
 
 from onstream.settings.devices import device_of
 from onstream.settings.root import Settings
+from onstream.settings.sections.inference import EngineName
 
 TAKEN_ARGUMENTS = {
     "model": "model.name",
@@ -51,7 +52,7 @@ def vllm_importable() -> bool:
     return spec is not None and spec.origin is not None
 
 
-def student_engine(settings: Settings) -> Literal["transformers", "vllm", "server"]:
+def student_engine(settings: Settings) -> EngineName:
     """The engine that writes rollouts, as far as it is known before the model is looked at.
 
     With `auto`, a model that vLLM does not know is left to transformers later.

@@ -9,6 +9,9 @@ from pydantic import Field
 from onstream.settings.base import RUN, WORKER, Section, Unit
 from onstream.settings.sections.client import StudentClientSettings
 
+EngineName = Literal["transformers", "vllm", "server"]
+"""The engines that write rollouts: the keys of `onstream.workers.generator.engines.ENGINES`."""
+
 
 class SamplingSettings(Section):
     """The distribution that training rollouts are sampled from."""
@@ -40,7 +43,7 @@ class GuardSettings(Section):
 class InferenceSettings(Section):
     """The generator's engine."""
 
-    engine: Annotated[Literal["auto", "transformers", "vllm", "server"], WORKER] = "auto"
+    engine: Annotated[Literal["auto", EngineName], WORKER] = "auto"
     """The engine that generates rollouts: `transformers`, which is built in; `vllm`, inside the
     generator, where it is installed; or `server`, vLLM servers that the generator asks over HTTP:
     those of `inference.client.base_url`, or started by `onstream up`. `auto` is vLLM on CUDA where

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from onstream.settings.load import load_settings
-from onstream.workers.generator.engines.base import GenerationRequest, Sampling
+from onstream.workers.generator.engines.base import GenerationRequest
 from onstream.workers.generator.student import load_student
 from onstream.workers.teacher.local_setup import load_local
 from onstream.workers.teacher.scorer import ScoreRequest
@@ -65,9 +65,9 @@ def echoed(body: dict[str, Any]) -> dict[str, Any]:
 def answered(body: dict[str, Any]) -> dict[str, Any]:
     prompt = WRITER.prompt(body["messages"]).ids
     seed = int(body.get("seed") or 0)
-    sampling = Sampling(temperature=float(body.get("temperature", 1)))
+    temperature = float(body.get("temperature", 1))
     WRITER.engine.add(
-        [GenerationRequest(0, prompt, int(body.get("max_tokens") or 16), seed, sampling)]
+        [GenerationRequest(0, prompt, int(body.get("max_tokens") or 16), seed, temperature)]
     )
     written: list[Any] = []
     while not written:

@@ -138,7 +138,7 @@ def test_several_images_in_several_turns_reach_the_endpoint_and_the_trainer_in_t
             == f"{WRITTEN}{tiny.vision.tokenizer.eos_token}"
         )
         assert sample.images == referred(rollout.messages) == [picture.digest for picture in shown]
-        kept = [ImageFile(data or b"") for data in bus.images(sample.images)]
+        kept = [ImageFile(data or b"") for data in bus.images.read(sample.images)]
         for name, tensor in joined([tiny.vision.features(picture) for picture in kept]).items():
             assert torch.equal(tensor, whole[name]), name
     assert bus.connection.ask("HLEN", bus.keys.images) == 3

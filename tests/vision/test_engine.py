@@ -14,7 +14,7 @@ from onstream.pipeline.models.loading import load_model
 from onstream.pipeline.weights import LoadedPolicy
 from onstream.workers.generator.engines.base import Completion, GenerationRequest
 from onstream.workers.generator.engines.transformers.engine import TransformersEngine
-from onstream.workers.generator.student import stop_ids
+from onstream.workers.generator.student_model import stop_ids
 from onstream.workers.tiny_models.character_tokenizer import IMAGE, IMAGE_END, IMAGE_START
 from tests.vision.conftest import Tiny, noise
 
@@ -73,7 +73,8 @@ def gap(
 
 def an_engine(tiny: Tiny, slots: int) -> TransformersEngine:
     model = load_model(tiny.directory, dtype=torch.float32, device=torch.device("cpu"))
-    return TransformersEngine(model, stop_ids=stop_ids(tiny.vision.tokenizer, model), slots=slots)
+    stops = stop_ids(tiny.vision.tokenizer, model.config, model.generation_config)
+    return TransformersEngine(model, stop_ids=stops, slots=slots)
 
 
 @pytest.mark.parametrize("slots", [12, 5])
@@ -89,7 +90,8 @@ def test_every_logprob_is_that_of_a_plain_forward_pass(tiny: Tiny, slots: int) -
 
 
 def test_a_completion_ends_where_the_student_writes_a_placeholder(tiny: Tiny) -> None:
-    assert tiny.vision.placeholder_id in stop_ids(tiny.vision.tokenizer, tiny.model)
+    stops = stop_ids(tiny.vision.tokenizer, tiny.model.config, tiny.model.generation_config)
+    assert tiny.vision.placeholder_id in stops
 
 
 def test_new_weights_in_the_middle_see_the_images_too(tiny: Tiny) -> None:

@@ -49,7 +49,7 @@ def logprobs(
         output = models[span.version](
             input_ids=ids[:, fed : prompt + span.end - 1], past_key_values=cache, use_cache=True
         )
-        logits = output.logits[0, span.start - span.end :] / (request.sampling.temperature or 1.0)
+        logits = output.logits[0, span.start - span.end :] / (request.temperature or 1.0)
         drawn = ids[0, prompt + span.start : prompt + span.end]
         found.append(logits.log_softmax(-1).gather(-1, drawn[:, None])[:, 0])
     return torch.cat(found).numpy()

@@ -17,7 +17,7 @@ import torch
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.weights import LoadedPolicy, WeightsError
-from onstream.workers.generator.engines.base import Completion, GenerationRequest, Sampling
+from onstream.workers.generator.engines.base import Completion, GenerationRequest
 from onstream.workers.generator.student import Student, open_student
 from onstream.workers.tiny_models.fresh import ModelShape, write_fresh
 from tests.vllm.conftest import on_vllm
@@ -75,9 +75,7 @@ def some_requests(
     }
     lengths = {key: 4 + (key - keys.start) * (longest - 4) // len(keys) for key in keys}
     return [
-        GenerationRequest(
-            key, prompts[key // 4], lengths[key], seed=1000 + key, sampling=Sampling(**sampling)
-        )
+        GenerationRequest(key, prompts[key // 4], lengths[key], seed=1000 + key, **sampling)
         for key in keys
     ]
 

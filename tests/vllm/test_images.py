@@ -171,7 +171,7 @@ def test_a_prompt_that_vllm_reads_otherwise_is_refused(engine: Any, tiny: Tiny) 
     ):
         input_of(
             VllmRequest(replace(asked, prompt_ids=ids, images=(two,))),
-            engine._sent,
+            engine._vllm_prompts,
             engine._llm.renderer,
         )
 

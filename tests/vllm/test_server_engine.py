@@ -15,7 +15,7 @@ import pytest
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.tokenizer import load_configs, load_tokenizer
 from onstream.settings.root import Settings
-from onstream.workers.generator.engines.base import Completion, GenerationRequest, Sampling
+from onstream.workers.generator.engines.base import Completion, GenerationRequest
 from onstream.workers.generator.engines.server.engine import ServerEngine
 from tests.vllm.reference import CLOSE_NATS, gaps, model_of, policy_of
 from tests.vllm.server import VllmServer
@@ -100,7 +100,7 @@ def some_requests(count: int, first: int = 0, temperature: float = 1.0) -> list[
                 prompt,
                 max_tokens=8 + 292 * (key % 12) // 11,
                 seed=1000 + key,
-                sampling=Sampling(temperature),
+                temperature=temperature,
             )
         )
     return made

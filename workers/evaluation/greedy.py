@@ -16,7 +16,7 @@ from onstream.pipeline.images import ImageError
 from onstream.pipeline.tasks import Problem, Task, load_task
 from onstream.pipeline.tasks.swapped_images import swapped_problems
 from onstream.settings.root import Settings
-from onstream.workers.generator.engines.base import GenerationRequest, Sampling
+from onstream.workers.generator.engines.base import GenerationRequest
 from onstream.workers.generator.student import PromptTooLong, Student, load_student
 from onstream.workers.verifier.scorer_messages import Verdict
 from onstream.workers.verifier.scorer_pool import ScorerPool
@@ -24,8 +24,6 @@ from onstream.workers.verifier.scorer_pool import ScorerPool
 EXACT = 1.0
 """The least reward of an answer that counts as exact."""
 WAIT_S = 1.0
-
-GREEDY = Sampling(temperature=0)
 
 
 def evaluate(model_dir: Path, settings: Settings) -> dict[str, Any]:
@@ -122,7 +120,7 @@ def _request(
             expected="prompts shorter than the context, and images within `[images]`",
             next_step="Change `[task]`.",
         ) from error
-    return GenerationRequest(key, prompt.ids, room, seed=0, sampling=GREEDY, images=prompt.images)
+    return GenerationRequest(key, prompt.ids, room, seed=0, temperature=0.0, images=prompt.images)
 
 
 def _verdicts(

@@ -1,15 +1,15 @@
-"""The worker that asks a chat endpoint for completions: hard distillation, in which the student is
-trained on what a teacher wrote.
+"""The worker that asks a chat endpoint for completions, on which the student is trained.
+
+This is hard distillation: a teacher writes the completions, and they become tokens of the student.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from onstream.pipeline.http import (
@@ -23,17 +23,15 @@ from onstream.pipeline.http import (
     require_model,
 )
 from onstream.pipeline.images import ImageError, PromptImage
-from onstream.pipeline.models.tokenizer import load_configs, load_tokenizer
-from onstream.pipeline.prompts import PROMPTS_KEPT, Prompt, prompt_builder
+from onstream.pipeline.prompts import PROMPTS_KEPT, Prompt
 from onstream.pipeline.records import (
-    Rollout,
+    FinishReason,
     Sample,
     StageName,
     ids_bytes,
     logprobs_bytes,
     mask_bytes,
 )
-from onstream.pipeline.redis.image_store import Hold
 from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.pipeline.tasks import Problem, load_task
 from onstream.pipeline.telemetry import get_logger
@@ -44,132 +42,133 @@ from onstream.workers.generator.reconstruction import (
     ReconstructionError,
     Reconstructor,
 )
-from onstream.workers.generator.student import stop_ids
+from onstream.workers.generator.student_model import load_student_model
+from onstream.workers.generator.tickets import (
+    STAGE,
+    ImagesToHold,
+    rollout_of,
+    split_unusable,
+)
 
 if TYPE_CHECKING:
     from onstream.pipeline.redis.bus import Bus
 
 SETTING = "orchestrator.teacher_rollout_model"
-SLICE_S = 0.05
-Reply = Future[EndpointReply[Any]]
+POLL_S = 0.05
+ChatReply = Future[EndpointReply[Any]]
 
 log = get_logger()
 
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """One request: tickets of one group, a choice for each. `doubts_n` where it is part of a
-    request for several that was refused.
+    """One request for the tickets of one group, with a choice for each.
+
+    `retry_of_refused` is set where a request for several choices was refused, perhaps because the
+    endpoint does not know `n`, and this asks for one of them.
     """
 
     deliveries: list[Delivery]
-    doubts_n: bool = False
+    retry_of_refused: bool = False
 
 
 class ChatGenerator:
-    """Takes tickets; waits for answers of the endpoints, which a thread of its own collects;
-    produces rollouts that no policy wrote.
+    """Makes rollouts of what chat endpoints answer. No policy wrote them.
 
-    Each `handle` starts requests for new tickets, waits a moment for one to be answered, and turns
-    answers into tokens of the student. While no endpoint can be asked it takes no tickets, and
-    `stats.detail` says why; those that it holds wait for the endpoints to come back. Past its
-    budget of tokens the same.
+    - Consumes: tickets.
+    - Waits for: answers of the endpoints, which a thread of its own collects.
+    - Is unblocked by: answers, and endpoints that come back.
+    - Produces: rollouts.
+
+    Each `handle` starts requests for new tickets, waits a moment for an answer, and turns answers
+    into tokens of the student. While no endpoint is available, or past the budget of tokens, it
+    takes no tickets, and `stats.detail` says why; the tickets that it has wait.
     """
 
-    name: StageName = "generate"
+    name: StageName = STAGE
     holds_entries = False
 
     def __init__(self, settings: Settings, bus: Bus) -> None:
         source = settings.orchestrator.teacher_rollout_model
         assert source is not None, "the chat generator is for runs with a teacher_rollout_model"
-        # All keys from the start: the heartbeat's thread reads this, and must not meet a dictionary
-        # that grows.
         self.stats = Stats(
             numbers=dict.fromkeys(("running", "waiting", "tokens", "requests", "failures"), 0.0)
         )
         self._settings = settings
         self._source = source
         self._bus = bus
-        client = source.client
-        model = source.model.name
         self._pool = EndpointPool(
-            client, Endpoint, model=model, section=SETTING, check=self._probe, conclusive=False
+            source.client,
+            Endpoint,
+            model=source.model.name,
+            section=SETTING,
+            check=self._check_endpoint,
+            conclusive=False,
         )
         self._budget = TokenBudget(
-            bus.scores, self.name, client.max_tokens_per_run, f"{SETTING}.client.max_tokens_per_run"
+            bus.scores,
+            self.name,
+            source.client.max_tokens_per_run,
+            f"{SETTING}.client.max_tokens_per_run",
         )
         self._background = EventLoopThread()
         self._queue: deque[ChatRequest] = deque()
-        self._running: dict[Reply, ChatRequest] = {}
-        self._shown: list[Hold] = []  # what the rollouts made just now show
-        self._several = (
-            source.temperature > 0
-        )  # whether a request may ask for several choices; all equal when greedy
-        self._told: set[str] = set()
+        self._running: dict[ChatReply, ChatRequest] = {}
+        self._images = ImagesToHold(bus.images, settings.delivery.max_handle / 2)
+        # Whether a request may ask for several choices. Greedy ones would all be equal.
+        self._several = source.temperature > 0
+        self._warned: set[str] = set()
 
     def setup(self) -> None:
-        """Load the task and the student's tokenizer, and ask the endpoints whether they serve the
-        model.
+        """Load the task and the student's tokenizer, and check the endpoints.
 
         Raises:
             UserError: there is no such task or student, or the endpoints cannot be used.
         """
         self._task = load_task(self._settings)
-        tokenizer = load_tokenizer(self._settings.model.name)
-        config, generation = load_configs(self._settings.model.name)
-        self._context: int | None = getattr(
-            config.get_text_config(), "max_position_embeddings", None
-        )
-        self._reconstructor = Reconstructor(
-            tokenizer,
-            stop_ids(tokenizer, SimpleNamespace(config=config, generation_config=generation)),
-        )
-        self._prompts = prompt_builder(self._settings.model.name, config, self._settings)
-        self._asked = lru_cache(maxsize=PROMPTS_KEPT)(self._look)
-        # A run that had completions before waits for its endpoints; one that begins is told of a
-        # wrong address at once.
+        self._student = load_student_model(self._settings.model.name, self._settings)
+        self._reconstructor = Reconstructor(self._student.tokenizer, self._student.stop_ids)
+        self._prepared = lru_cache(maxsize=PROMPTS_KEPT)(self._prepare)
+        # A run that had completions before waits for its endpoints. One that begins ends at once
+        # if an address is wrong.
         self._background.run(self._pool.open(patient=self.name in self._bus.state.ready_stages()))
         self._budget.open()
-        self._tell()
+        self._report()
 
     @property
     def room(self) -> int:
-        """How many more tickets it takes: as many groups as the endpoints take requests, or tickets
-        where each is a request.
+        """How many more tickets it takes.
+
+        As many groups as the endpoints take requests, or tickets where each is a request.
         """
         if not self._budget.allows():
             return 0
-        at_once = self._pool.capacity * (
-            self._settings.orchestrator.group_size if self._several else 1
-        )
-        return max(0, at_once - self._in_hand)
+        most = self._pool.capacity
+        if self._several:
+            most *= self._settings.orchestrator.group_size
+        return max(0, most - self._tickets_in_hand)
 
     @property
     def busy(self) -> bool:
-        """Whether answers may come soon. Past the budget, what was not asked waits."""
-        return bool(self._running) or (bool(self._queue) and self._may_ask)
+        """Whether answers may come soon. Past the budget, requests that were not sent wait."""
+        return bool(self._running) or (bool(self._queue) and self._may_send)
 
     def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
         """Ask for the new tickets' completions, and return those that have come."""
-        refused = self._unusable(new)
-        self._queue.extend(
-            self._jobs([delivery for delivery in new if delivery.entry_id not in refused])
-        )
-        while self._queue and self._may_ask:
-            job = self._queue.popleft()
-            self._running[
-                self._background.submit(self._pool.ask(_completions(self._body(job))))
-            ] = job
-        outcomes = [
-            outcome for reply, job in self._finished() for outcome in self._outcomes(reply, job)
-        ]
+        usable, refused = split_unusable(new, self._prepared, (ImageError,))
+        self._queue.extend(self._requests([delivery for delivery, _ in usable]))
+        while self._queue and self._may_send:
+            request = self._queue.popleft()
+            reply = self._background.submit(self._pool.ask(_ask_for(self._body(request))))
+            self._running[reply] = request
+        outcomes = []
+        for reply, request in self._finished():
+            outcomes += self._outcomes(reply, request)
         self._budget.report()
-        self._bus.images.hold(
-            self.name, self._shown, patience_s=self._settings.delivery.max_handle / 2
-        )
-        self._shown.clear()
-        self._tell()
-        return [*refused.values(), *outcomes]
+        # Before the loop moves the rollouts on: others look for the images that those name.
+        self._images.hold()
+        self._report()
+        return refused + outcomes
 
     def close(self, *, finished: bool) -> None:
         """Forget what is in hand; the loop gives it back."""
@@ -177,190 +176,171 @@ class ChatGenerator:
         self._running.clear()
         self._queue.clear()
 
-    async def _probe(self, endpoint: Endpoint) -> None:
-        """What must hold of an endpoint, at the start and when it comes back."""
+    async def _check_endpoint(self, endpoint: Endpoint) -> None:
+        """Check an endpoint, at the start and when it comes back."""
         if not self._source.client.skip_model_check:
             await require_model(endpoint, self._source.model.name, SETTING)
 
     @property
-    def _may_ask(self) -> bool:
+    def _may_send(self) -> bool:
         return len(self._running) < self._pool.capacity and self._budget.allows()
 
     @property
-    def _in_hand(self) -> int:
-        return sum(len(job.deliveries) for job in (*self._queue, *self._running.values()))
+    def _tickets_in_hand(self) -> int:
+        return _tickets_of(self._queue) + _tickets_of(self._running.values())
 
-    def _look(self, index: int) -> tuple[Problem, tuple[PromptImage, ...]]:
-        """The problem, and its images as the student reads them. Raises ImageError where one cannot
-        be used.
+    def _prepare(self, index: int) -> tuple[Problem, tuple[PromptImage, ...]]:
+        """The problem, and its images as the student reads them.
+
+        Raises:
+            ImageError: an image cannot be used, or they fill the student's context.
         """
         problem = self._task.train(index)
-        images = self._prompts.images_of(problem.messages)
+        images = self._student.prompts.images_of(problem.messages)
         tokens = sum(len(image.features.token_ids) for image in images)
-        if self._context is not None and tokens >= self._context:
+        context = self._student.max_context
+        if context is not None and tokens >= context:
             raise ImageError(
-                f"its {len(images)} images take {tokens} tokens, and the student's context is {self._context}. Scale them down."
+                f"its {len(images)} images take {tokens} tokens, "
+                f"and the student's context is {context}. Scale them down."
             )
         return problem, images
 
-    def _unusable(self, new: Sequence[Delivery]) -> dict[bytes, Outcome]:
-        """The tickets whose images cannot be used, by entry."""
-        # a group's is tried once: an image may take long not to come
-        refused = dict[bytes, Outcome]()
-        reasons = dict[int, str]()
-        for delivery in new:
-            index = delivery.ticket.index
-            try:
-                if index not in reasons:
-                    self._asked(index)
-                    continue
-            except ImageError as error:
-                reasons[index] = f"problem {index} cannot be asked: {error}"
-            refused[delivery.entry_id] = Outcome(delivery, dead=reasons[index])
-        return refused
-
-    def _jobs(self, new: Sequence[Delivery]) -> Iterator[ChatRequest]:
-        """The tickets as requests: those of a group together, where several choices may be asked
-        for.
-        """
+    def _requests(self, new: Sequence[Delivery]) -> Iterator[ChatRequest]:
+        """The tickets as requests: a group's together, where several choices may be asked for."""
         groups: dict[int, list[Delivery]] = {}
         for delivery in new:
-            groups.setdefault(
-                delivery.ticket.group if self._several else delivery.number, []
-            ).append(delivery)
+            key = delivery.ticket.group if self._several else delivery.number
+            groups.setdefault(key, []).append(delivery)
         return map(ChatRequest, groups.values())
 
-    def _body(self, job: ChatRequest) -> dict[str, Any]:
+    def _body(self, request: ChatRequest) -> dict[str, Any]:
         """The request, in the fields that every OpenAI-compatible endpoint knows."""
+        problem, _ = self._prepared(request.deliveries[0].ticket.index)
+        longest = self._settings.inference.sampling.max_completion
         body = {
             "model": self._source.model.name,
-            "messages": self._asked(job.deliveries[0].ticket.index)[0].messages,
-            "max_tokens": self._source.max_completion
-            or self._settings.inference.sampling.max_completion,
+            "messages": problem.messages,
+            "max_tokens": self._source.max_completion or longest,
             "temperature": self._source.temperature,
         }
-        return body | ({"n": len(job.deliveries)} if len(job.deliveries) > 1 else {})
+        if len(request.deliveries) > 1:
+            body["n"] = len(request.deliveries)
+        return body
 
-    def _finished(self) -> list[tuple[Reply, ChatRequest]]:
+    def _finished(self) -> list[tuple[ChatReply, ChatRequest]]:
+        """The requests that were answered, in the order in which they were sent."""
         if not self._running:
             return []
-        done, _ = wait(self._running, timeout=SLICE_S, return_when=FIRST_COMPLETED)
-        return [
-            (reply, self._running.pop(reply))
-            for reply in [reply for reply in self._running if reply in done]
-        ]
+        done, _ = wait(self._running, timeout=POLL_S, return_when=FIRST_COMPLETED)
+        answered = [reply for reply in self._running if reply in done]
+        return [(reply, self._running.pop(reply)) for reply in answered]
 
-    def _outcomes(self, reply: Reply, job: ChatRequest) -> list[Outcome]:
-        """What becomes of an answered request's tickets; those that another request is to answer go
-        back to the queue.
-        """
+    def _outcomes(self, reply: ChatReply, request: ChatRequest) -> list[Outcome]:
+        """The outcomes of an answered request; tickets to ask again for go back to the queue."""
+        deliveries = request.deliveries
         try:
             answer = reply.result().answer
         except RequestRefused as refusal:
-            if len(job.deliveries) > 1:  # for the prompt, or for n: each alone will show
-                self._queue.extend(
-                    ChatRequest([delivery], doubts_n=refusal.status is not None)
-                    for delivery in job.deliveries
-                )
-                return []
-            return [
-                Outcome(delivery, dead=f"the teacher {self._source.model.name!r}: {refusal}")
-                for delivery in job.deliveries
-            ]
-        self._budget.spend(_tokens(answer))
+            return self._refused(request, refusal)
+        self._budget.spend(_total_tokens(answer))
         choices = _choices(answer)
-        if job.doubts_n and choices:
+        if not choices:
+            reason = f"the endpoint's answer has no choices: {str(answer)[:200]}"
+            return [Outcome(delivery, dead=reason) for delivery in deliveries]
+        if request.retry_of_refused or len(choices) < len(deliveries):
             self._ask_one_at_a_time()
-        if choices and len(choices) < len(job.deliveries):
-            self._ask_one_at_a_time()
-            self._queue.extend(
-                ChatRequest([delivery]) for delivery in job.deliveries[len(choices) :]
-            )
-        elif not choices:
-            return [
-                Outcome(delivery, dead=f"the endpoint's answer has no choices: {str(answer)[:200]}")
-                for delivery in job.deliveries
-            ]
+        self._queue.extend(ChatRequest([delivery]) for delivery in deliveries[len(choices) :])
         return [
             self._outcome(delivery, choice)
-            for delivery, choice in zip(job.deliveries, choices, strict=False)
+            for delivery, choice in zip(deliveries, choices, strict=False)
         ]
+
+    def _refused(self, request: ChatRequest, refusal: RequestRefused) -> list[Outcome]:
+        """Ask again one by one where several choices were refused; else dead letters."""
+        deliveries = request.deliveries
+        if len(deliveries) > 1:
+            # It was refused for the prompt, or for `n`; asking for each alone tells which.
+            refused = refusal.status is not None
+            self._queue.extend(ChatRequest([delivery], refused) for delivery in deliveries)
+            return []
+        reason = f"the teacher {self._source.model.name!r}: {refusal}"
+        return [Outcome(delivery, dead=reason) for delivery in deliveries]
 
     def _ask_one_at_a_time(self) -> None:
         if self._several:
             log.info(
-                "the endpoint does not give several choices in one answer (n); asking for one at a time"
+                "the endpoint does not give several choices in one answer (n); "
+                "asking for one at a time"
             )
             self._several = False
 
     def _outcome(self, delivery: Delivery, choice: dict[str, Any]) -> Outcome:
         """The rollout of one choice, or why there is none."""
         finish = choice.get("finish_reason")
-        message = choice["message"]
         if finish == "content_filter":
             return Outcome(delivery, dead="the endpoint's content filter stopped the answer")
-        if not self._reconstructor.renders_reasoning() and any(
-            message.get(name) for name in REASONING_FIELDS
-        ):
-            self._tell_once(
-                "the student's chat template does not render reasoning: the teacher's is left out"
-            )
+        message = choice["message"]
+        self._warn_of_reasoning(message)
         ticket = delivery.ticket
-        written = [{**message, "role": "assistant"}]
         try:
-            problem, images = self._asked(ticket.index)
-            samples = self._reconstructor.samples(
-                problem.messages, written, truncated=finish == "length"
+            problem, images = self._prepared(ticket.index)
+            reconstructed = self._reconstructor.samples(
+                problem.messages,
+                [{**message, "role": "assistant"}],
+                truncated=finish == "length",
             )
             prompts = [
-                self._prompts.build(sample.prompt_ids, problem.messages, images)
-                for sample in samples
+                self._student.prompts.build(one.prompt_ids, problem.messages, images)
+                for one in reconstructed
             ]
-            self._require_room(prompts, samples)
+            self._require_room(prompts, reconstructed)
         except (ReconstructionError, ImageError) as error:
             return Outcome(delivery, dead=f"the teacher's answer cannot be trained on: {error}")
-        self.stats.add("tokens", sum(len(sample.completion_ids) for sample in samples))
-        if images:
-            self._shown.append(Hold(delivery.entry_id, delivery.number, prompts[0].files))
-        rollout = Rollout(
-            number=ticket.number,
-            group=ticket.group,
-            group_size=ticket.group_size,
-            index=ticket.index,
-            messages=prompts[0].messages,
-            info=problem.info,
-            samples=[
-                _sample(prompt, sample) for prompt, sample in zip(prompts, samples, strict=True)
-            ],
+        self.stats.add("tokens", sum(len(one.completion_ids) for one in reconstructed))
+        self._images.add(delivery, prompts[0])
+        finish_reason: FinishReason = "length" if finish == "length" else "stop"
+        rollout = rollout_of(
+            ticket,
+            problem,
+            prompts[0],
+            [_sample(prompt, one) for prompt, one in zip(prompts, reconstructed, strict=True)],
             temperature=self._source.temperature,
-            finish_reason="length" if finish == "length" else "stop",
-            route=list(ticket.route),
+            finish_reason=finish_reason,
         )
         return Outcome(delivery, rollout)
 
-    def _require_room(
-        self, prompts: Sequence[Prompt], samples: Sequence[ReconstructedSample]
-    ) -> None:
-        longest = max(
-            len(prompt.ids) + len(sample.completion_ids)
-            for prompt, sample in zip(prompts, samples, strict=True)
-        )
-        if self._context is not None and longest > self._context:
-            raise ReconstructionError(
-                f"it comes to {longest} tokens with its prompt, and the student's context is {self._context}"
+    def _warn_of_reasoning(self, message: dict[str, Any]) -> None:
+        has_reasoning = any(message.get(name) for name in REASONING_FIELDS)
+        if has_reasoning and not self._reconstructor.renders_reasoning():
+            self._warn_once(
+                "the student's chat template does not render reasoning: the teacher's is left out"
             )
 
-    def _tell_once(self, words: str) -> None:
-        if words not in self._told:
-            log.warning(words)
-            self._told.add(words)
+    def _require_room(
+        self, prompts: Sequence[Prompt], reconstructed: Sequence[ReconstructedSample]
+    ) -> None:
+        longest = max(
+            len(prompt.ids) + len(one.completion_ids)
+            for prompt, one in zip(prompts, reconstructed, strict=True)
+        )
+        context = self._student.max_context
+        if context is not None and longest > context:
+            raise ReconstructionError(
+                f"it comes to {longest} tokens with its prompt, "
+                f"and the student's context is {context}"
+            )
 
-    def _tell(self) -> None:
-        """What the heartbeat says; a new reason to wait is logged once."""
-        in_requests = sum(len(job.deliveries) for job in self._running.values())
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            log.warning(text)
+            self._warned.add(text)
+
+    def _report(self) -> None:
+        """Update what the heartbeat says; a new reason to wait is logged once."""
         self.stats.set(
             running=self._pool.in_flight,
-            waiting=self._in_hand - in_requests,
+            waiting=_tickets_of(self._queue),
             requests=self._pool.requests,
             failures=self._pool.failures,
         )
@@ -370,8 +350,12 @@ class ChatGenerator:
         self.stats.detail = detail
 
 
-def _completions(body: dict[str, Any]) -> Callable[[Endpoint], Awaitable[Any]]:
-    """The question for the completions of `body`."""
+def _tickets_of(requests: Iterable[ChatRequest]) -> int:
+    return sum(len(request.deliveries) for request in requests)
+
+
+def _ask_for(body: dict[str, Any]) -> Callable[[Endpoint], Awaitable[Any]]:
+    """A function that asks an endpoint for the completions of `body`."""
 
     async def ask(endpoint: Endpoint) -> Any:
         return decoded(await endpoint.post("/v1/chat/completions", body))
@@ -379,15 +363,15 @@ def _completions(body: dict[str, Any]) -> Callable[[Endpoint], Awaitable[Any]]:
     return ask
 
 
-def _tokens(answer: Any) -> int:
-    """The tokens that an answer says were read and written."""
+def _total_tokens(answer: Any) -> int:
+    """The tokens that were read and written, by the answer's own count."""
     usage = answer.get("usage") if isinstance(answer, dict) else None
     total = usage.get("total_tokens") if isinstance(usage, dict) else None
     return total if isinstance(total, int) else 0
 
 
 def _choices(answer: Any) -> list[dict[str, Any]]:
-    """The choices of an answer that hold a message."""
+    """The choices of an answer that have a message."""
     choices = answer.get("choices") if isinstance(answer, dict) else None
     return [
         choice
@@ -396,16 +380,18 @@ def _choices(answer: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _sample(prompt: Prompt, made: ReconstructedSample) -> Sample:
-    """No policy wrote it: it has no versions, and its generator logprobs are zeros that nothing
-    reads.
+def _sample(prompt: Prompt, reconstructed: ReconstructedSample) -> Sample:
+    """A sample that no policy wrote.
+
+    It has no versions, and its generator logprobs are zeros that nothing reads.
     """
+    completion_ids = reconstructed.completion_ids
     return Sample(
         prompt_ids=ids_bytes(prompt.ids),
-        completion_ids=ids_bytes(made.completion_ids),
-        loss_mask=mask_bytes(made.loss_mask),
-        generator_logprobs=logprobs_bytes([0.0] * len(made.completion_ids)),
+        completion_ids=ids_bytes(completion_ids),
+        loss_mask=mask_bytes(reconstructed.loss_mask),
+        generator_logprobs=logprobs_bytes([0.0] * len(completion_ids)),
         version_spans=[],
-        completion_text=made.text,
+        completion_text=reconstructed.text,
         images=prompt.digests,
     )

@@ -13,7 +13,7 @@ from onstream.pipeline.models.loading import resolve_device, resolve_dtype
 from onstream.pipeline.records import Ids, Logprobs, PolicyVersion, Probe, ids_array, logprobs_array
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
-from onstream.workers.generator.engines.base import Completion, Engine, GenerationRequest, Sampling
+from onstream.workers.generator.engines.base import Completion, Engine, GenerationRequest
 
 EXACT = 1e-3
 ROUNDED = 0.3
@@ -144,7 +144,7 @@ class Guard:
                         prompt,
                         1,
                         seed=0,
-                        sampling=Sampling(temperature=0.0),
+                        temperature=0.0,
                         replica=replica,
                     )
                 )

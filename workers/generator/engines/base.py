@@ -1,6 +1,4 @@
-"""What a generator asks of an engine: token ids in, token ids with their logprobs out, new weights
-between two steps.
-"""
+"""What a generator asks of an engine: token ids in, token ids with logprobs out, new weights."""
 
 from __future__ import annotations
 
@@ -8,49 +6,47 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from onstream.pipeline.errors import UserError
 from onstream.pipeline.images import PromptImage
 from onstream.pipeline.records import FinishReason, Ids, Logprobs, VersionSpan
 from onstream.pipeline.weights import LoadedPolicy
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """The distribution that tokens are drawn from: the model's own, at `temperature`.
-
-    Temperature 0 takes the likeliest token; its logprob is then the model's own, at temperature 1.
-    """
-
-    temperature: float = 1.0
+class UnsupportedModel(UserError):
+    """The engine does not take this model, or not with these settings. Nothing was started."""
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One completion to write: at most `max_tokens` tokens after `prompt_ids`. `key` is handed back
-    with the completion.
+    """One completion to write: at most `max_tokens` tokens after `prompt_ids`.
 
-    `prompt_ids` holds the tokens of the `images`, which come in the order in which it shows them.
-
-    `seed` alone decides the draws, so the same request gives the same completion in whatever
-    company. (The company does change the rounding of the forward pass, which can tip a draw that
-    falls on the edge between two tokens.)
-
-    `replica` names which of the engine's copies of the model is to write it; None: any.
+    Args:
+        key: handed back with the completion.
+        prompt_ids: [P], including the tokens of the `images`, which are in the prompt's order.
+        max_tokens: the most tokens of the completion.
+        seed: decides the draws alone, so the same request gives the same completion in whatever
+            batch. (The batch does change the rounding of the forward pass, which can tip a draw
+            that falls between two tokens.)
+        temperature: of the distribution that is drawn from. 0 takes the likeliest token, whose
+            logprob is then the model's own, at temperature 1.
+        replica: which of the engine's copies of the model is to write it; None: any.
+        images: the images of the prompt.
     """
 
     key: int
     prompt_ids: Ids
     max_tokens: int
     seed: int
-    sampling: Sampling = Sampling()
+    temperature: float = 1.0
     replica: int | None = None
     images: tuple[PromptImage, ...] = ()
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished completion of C tokens, the end-of-sequence token included when it was written.
+    """A finished completion of C tokens, including the end-of-sequence token if it was written.
 
-    `logprobs` [C], in nats, are of the distribution that was really sampled from.
+    `logprobs` [C], in nats, are those of the distribution that was drawn from.
     """
 
     key: int
@@ -66,10 +62,12 @@ def require_possible(request: GenerationRequest, max_context: int | None) -> Non
     Raises:
         ValueError: an empty prompt, no token to write, or more tokens than `max_context`.
     """
-    total = len(request.prompt_ids) + request.max_tokens
-    if not len(request.prompt_ids) or request.max_tokens < 1:
+    prompt_tokens = len(request.prompt_ids)
+    total = prompt_tokens + request.max_tokens
+    if not prompt_tokens or request.max_tokens < 1:
         raise ValueError(
-            f"request {request.key} has {len(request.prompt_ids)} prompt tokens and asks for {request.max_tokens}"
+            f"request {request.key} has {prompt_tokens} prompt tokens "
+            f"and asks for {request.max_tokens}"
         )
     if max_context is not None and total > max_context:
         raise ValueError(
@@ -78,13 +76,11 @@ def require_possible(request: GenerationRequest, max_context: int | None) -> Non
 
 
 class Engine(Protocol):
-    """Writes completions, many at once. Not thread-safe: one thread adds, steps and loads."""
+    """Writes many completions at once. Not thread-safe: one thread adds, steps and loads."""
 
     @property
     def max_context(self) -> int | None:
-        """The most tokens, prompt and completion together, that the model takes; None where it
-        names no bound.
-        """
+        """The most tokens, prompt and completion together, that the model takes; None: no bound."""
         ...
 
     @property
@@ -99,16 +95,17 @@ class Engine(Protocol):
 
     @property
     def replicas(self) -> int:
-        """Copies of the model that are loaded apart and share the requests, such as data-parallel
-        ranks or servers.
-        """
+        """Copies of the model that share the requests, such as data-parallel ranks or servers."""
         ...
 
     @property
     def active(self) -> int:
-        """Requests added and not yet handed back, whether they are being decoded or wait for a
-        slot.
-        """
+        """Requests added and not yet handed back, decoding or waiting for a slot."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """The policy version of the next step; 0, the starting student, before the first `load`."""
         ...
 
     def add(self, requests: Sequence[GenerationRequest]) -> None:
@@ -120,26 +117,20 @@ class Engine(Protocol):
         ...
 
     def step(self) -> list[Completion]:
-        """Write one token of every completion that has a slot; returns those that are finished."""
-        ...
-
-    @property
-    def version(self) -> int:
-        """The policy version that the next step writes with; 0, the starting student, before the
-        first `load`.
-        """
+        """Write one token of every completion that has a slot; returns the finished ones."""
         ...
 
     def load(self, policy: LoadedPolicy) -> None:
-        """Continue under these weights. An engine that first finishes what runs returns before:
-        `version` tells when.
+        """Continue with these weights.
+
+        An engine that first finishes what runs returns before it has: `version` tells when.
 
         Raises:
-            WeightsError: the weights are not those of this model; the engine goes on with what it
-                had.
+            WeightsError: the weights are not those of this model; the engine goes on with the ones
+                that it has.
         """
         ...
 
     def close(self) -> None:
-        """End what the engine started, processes above all; it is used no more."""
+        """End what the engine started, above all its processes. It is not used again."""
         ...

@@ -1,6 +1,4 @@
-"""What must hold of a vLLM server before it writes for a run: at the start, and whenever it comes
-back.
-"""
+"""The check of a vLLM server before it writes for a run, and whenever it comes back."""
 
 from __future__ import annotations
 
@@ -31,27 +29,35 @@ CHECK_S = 30.0
 CLIENT = "inference.client"
 TEXT = "Write 12 + 30 = 42 backwards, déjà vu.\n\n"
 GONE = (403, 404, 405)
+EXTENSION_FLAGS = (
+    "--worker-extension-cls onstream.workers.generator.engines.vllm.extension.Extension "
+    """--weight-transfer-config '{"backend": "disk"}'"""
+)
 START = "Start the server by `onstream student-server`, or as docs/engines.md says"
 
 
 @dataclass(frozen=True)
 class ServerCheck:
-    """Asks a server all of it. `model` is the student's name there, `text_ids` are the tokens of
-    `TEXT` by the student's own tokenizer.
+    """Asks a server for everything that the engine needs.
 
-    `longest` is the most tokens that a completion may have. `tried` shows a picture, of which
-    `sent` makes what a server is sent.
+    Args:
+        client: how the server is reached.
+        model: the student's name at the server.
+        text_ids: the tokens of `TEXT` by the student's own tokenizer.
+        max_completion: the most tokens of a completion.
+        vllm_prompts: builds prompts with images.
+        image_request: a request with an image; None for a student that reads none.
     """
 
     client: StudentClientSettings
     model: str
     text_ids: list[int]
-    longest: int
-    sent: VllmPrompts
-    tried: GenerationRequest | None
+    max_completion: int
+    vllm_prompts: VllmPrompts
+    image_request: GenerationRequest | None
 
     async def __call__(self, server: StudentServer) -> None:
-        """Checks `server`, and fills in its context.
+        """Check `server`, and note the length of its context.
 
         Raises:
             UserError: it answers, and cannot be used.
@@ -63,29 +69,31 @@ class ServerCheck:
                 await self._check_updates(server)
                 await self._check_tokens(server)
                 await self._check_generation(server)
-                if self.tried is not None:
-                    await self._check_images(server, VllmRequest(self.tried))
+                if self.image_request is not None:
+                    await self._check_images(server, VllmRequest(self.image_request))
         except TimeoutError as error:
-            raise EndpointFault(
-                f"the questions of the start took longer than {CHECK_S:g} s"
-            ) from error
+            raise EndpointFault(f"the check took longer than {CHECK_S:g} s") from error
 
     async def _check_model(self, server: StudentServer) -> None:
         if self.client.skip_model_check:
             return
         named = f"{CLIENT}.model" if self.client.model else "model.name"
         listed = await require_model(server, self.model, "inference", named)
-        server.context_tokens = listed.get("max_model_len")
-        if server.context_tokens is not None and server.context_tokens <= self.longest:
+        context: int | None = listed.get("max_model_len")
+        server.context_tokens = context
+        if context is not None and context <= self.max_completion:
             raise UserError(
-                f"the context of {server.name} is {server.context_tokens} tokens, with inference.sampling.max_completion = {self.longest}",
+                f"the context of {server.name} is {context} tokens, "
+                f"with inference.sampling.max_completion = {self.max_completion}",
                 expected="room for a prompt beside the longest completion",
-                next_step="Lower inference.sampling.max_completion, or start the server with a longer --max-model-len.",
+                next_step="Lower inference.sampling.max_completion, "
+                "or start the server with a longer --max-model-len.",
             )
 
     async def _check_updates(self, server: StudentServer) -> None:
-        """Whether weights can be replaced. A server that somebody left paused goes on: no request
-        comes before its weights are new.
+        """Whether weights can be replaced.
+
+        A server that somebody left paused goes on: it gets no request before new weights.
         """
         try:
             paused = decoded(await server.get("/is_paused"))
@@ -103,66 +111,67 @@ class ServerCheck:
         except EndpointFault as fault:
             if fault.status is None:
                 raise
-            flags = '--worker-extension-cls onstream.workers.generator.engines.vllm.extension.Extension --weight-transfer-config \'{"backend": "disk"}\''
-            raise _misses(server, f"nothing of Onstream's behind {RPC} ({fault})", flags) from fault
+            raise _misses(
+                server, f"nothing of Onstream's behind {RPC} ({fault})", EXTENSION_FLAGS
+            ) from fault
         if paused.get("is_paused"):
             await server.resume()
 
     async def _check_tokens(self, server: StudentServer) -> None:
-        """Whether its tokenizer is the student's, where it tells."""
+        """Whether its tokenizer is the student's; servers without the route are not asked."""
+        body = {"model": self.model, "prompt": TEXT, "add_special_tokens": False}
         try:
-            reply = decoded(
-                await server.post(
-                    "/tokenize", {"model": self.model, "prompt": TEXT, "add_special_tokens": False}
-                )
-            )
+            reply = decoded(await server.post("/tokenize", body))
         except EndpointError as error:
             if error.status is None or error.status >= 500:
                 raise
             return
-        if reply.get("tokens") != self.text_ids:
+        theirs = reply.get("tokens")
+        if theirs != self.text_ids:
             raise UserError(
-                f"{server.name} reads {TEXT[:9]!r}… as the tokens {str(reply.get('tokens'))[:60]}…",
+                f"{server.name} reads {TEXT[:9]!r}… as the tokens {str(theirs)[:60]}…",
                 expected=f"{str(self.text_ids)[:60]}…, as the student's tokenizer does",
                 next_step="Serve the student of `model.name` there, with its own tokenizer.",
             )
 
     async def _check_generation(self, server: StudentServer) -> None:
-        """Whether it takes and gives token ids, and logprobs of what it samples from: with one
-        token to choose from, exactly 0.
+        """Whether it takes and gives token ids, and logprobs of the distribution it draws from.
+
+        With top-k 1 there is one token to draw, so its logprob must be exactly 0.
         """
         sampling = {"max_tokens": 1, "top_k": 1, "seed": 0, "logprobs": 0, "detokenize": False}
+        body = {"model": self.model, "token_ids": self.text_ids, "sampling_params": sampling}
         try:
-            piece = await server.generate(
-                {"model": self.model, "token_ids": self.text_ids, "sampling_params": sampling}
-            )
+            part = await server.generate(body)
         except EndpointFault as fault:
             if fault.status not in GONE:
                 raise
             raise _misses(
                 server, f"no {GENERATE} ({fault})", "the flag --enable-scale-out"
             ) from fault
-        if piece.logprobs != [0.0]:
-            got = f"logprobs before sampling's filters ({piece.logprobs} of the one token that could be drawn)"
+        if part.logprobs != [0.0]:
+            got = (
+                "logprobs before sampling's filters "
+                f"({part.logprobs} of the one token that could be drawn)"
+            )
             raise _misses(server, got, "the flag --logprobs-mode processed_logprobs")
 
-    async def _check_images(self, server: StudentServer, tried: VllmRequest) -> None:
+    async def _check_images(self, server: StudentServer, request: VllmRequest) -> None:
         """Whether it reads images, and makes the student's tokens of them."""
         body = {
             "model": self.model,
-            "sampling_params": tried.sampling(()),
-            **fields_of(tried, self.sent),
+            "sampling_params": request.sampling_params(()),
+            **fields_of(request, self.vllm_prompts),
         }
         try:
-            piece = await server.generate(body)
+            part = await server.generate(body)
         except RequestRefused as refusal:
-            got = f"no answer to a prompt with a picture ({refusal})"
             raise _misses(
                 server,
-                got,
+                f"no answer to a prompt with a picture ({refusal})",
                 "a server of the student of `model.name`, which reads images, with torchvision",
             ) from refusal
-        require_same_tokens(piece.prompt_ids, tried)
+        require_same_tokens(part.prompt_ids, request)
 
 
 def _misses(server: StudentServer, got: str, expected: str) -> UserError:

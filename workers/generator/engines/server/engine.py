@@ -1,12 +1,11 @@
-"""The engine that has rollouts written by vLLM servers, wherever they run, and replaces their
-weights over HTTP.
-"""
+"""The engine over vLLM servers, wherever they run, whose weights it replaces over HTTP."""
 
 from __future__ import annotations
 
 import queue
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,21 +19,43 @@ from onstream.workers.generator.engines.server.check import TEXT, ServerCheck
 from onstream.workers.generator.engines.server.policy_files import ServerFiles
 from onstream.workers.generator.engines.server.server_group import ServerGroup
 from onstream.workers.generator.engines.vllm.request import VllmRequest
+from onstream.workers.generator.student_model import StudentModel
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-SLICE_S = 0.02
-LEAVE_S = 10.0
+POLL_S = 0.02
+CLOSE_S = 10.0
+
+
+def open_engine(student: StudentModel) -> ServerEngine:
+    """The engine over the servers of `inference.client`.
+
+    Raises:
+        UserError: no server answers, or one that answers cannot be used.
+    """
+    return ServerEngine(
+        student.settings,
+        student.tokenizer,
+        student.stop_ids,
+        student.config,
+        image_request=student.test_request(),
+    )
 
 
 class ServerEngine:
-    """An `Engine` over the servers of `inference.client`. `config` is the model's; `tried` a
-    request with a picture, if it reads any.
+    """An `Engine` over the servers of `inference.client`.
 
-    Requests and updates happen in a thread of its own: a step hands over what has come since the
-    last one, waiting for a moment. After the first, a load returns at once; the servers go on with
-    what they had until they have read the new weights.
+    Requests and updates run in a thread of its own. A step hands over what has come since the last
+    one, waiting for a moment. The first load waits for the servers; later ones return at once, and
+    the servers go on with their weights until they have read the new ones.
+
+    Args:
+        settings: of the run.
+        tokenizer: the student's.
+        stop_ids: a completion ends with any of these.
+        config: the model's.
+        image_request: a request with an image, if the student reads any.
 
     Raises:
         UserError: no server answers, or one that answers cannot be used.
@@ -47,7 +68,7 @@ class ServerEngine:
         stop_ids: Collection[int],
         config: PretrainedConfig,
         *,
-        tried: GenerationRequest | None = None,
+        image_request: GenerationRequest | None = None,
     ) -> None:
         client = settings.inference.client
         inference = settings.inference
@@ -58,42 +79,46 @@ class ServerEngine:
                 next_step='Set inference.client.base_url = ["http://…:8000"], or let `onstream up` start the server.',
             )
         model = client.model or settings.model.name
-        text_ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-        sent = VllmPrompts(config)
-        check = ServerCheck(client, model, text_ids, inference.sampling.max_completion, sent, tried)
+        vllm_prompts = VllmPrompts(config)
+        check = ServerCheck(
+            client=client,
+            model=model,
+            text_ids=tokenizer(TEXT, add_special_tokens=False)["input_ids"],
+            max_completion=inference.sampling.max_completion,
+            vllm_prompts=vllm_prompts,
+            image_request=image_request,
+        )
         self._context: int | None = getattr(
             config.get_text_config(), "max_position_embeddings", None
         )
         self._files = ServerFiles(client.weights_dir, settings.run.name)
         self._background = EventLoopThread()
-        self._written: queue.SimpleQueue[tuple[VllmRequest, Future[None]]] = queue.SimpleQueue()
+        self._finished: queue.SimpleQueue[tuple[VllmRequest, Future[None]]] = queue.SimpleQueue()
         self._active = 0
         self._loading: Future[None] | None = None
-        self._fleet = ServerGroup(client, model, inference.on_new_weights, stop_ids, check, sent)
+        self._servers = ServerGroup(
+            client, model, inference.on_new_weights, stop_ids, check, vllm_prompts
+        )
         try:
-            self._background.run(self._fleet.pool.open(patient=False))
+            self._background.run(self._servers.pool.open(patient=False))
         except BaseException:
             self.close()
             raise
 
     @property
     def max_context(self) -> int | None:
-        told = [
-            server.context_tokens
-            for server in self._fleet.pool.endpoints
-            if server.context_tokens is not None
-        ]
-        bounds = [*told, *([self._context] if self._context is not None else [])]
-        return min(bounds, default=None)
+        bounds = [server.context_tokens for server in self._servers.pool.endpoints]
+        known = [bound for bound in (*bounds, self._context) if bound is not None]
+        return min(known, default=None)
 
     @property
     def slots(self) -> int:
-        return self._fleet.pool.capacity
+        return self._servers.pool.capacity
 
     @property
     def replicas(self) -> int:
-        """The servers. One that is away is not asked in particular: it writes nothing either."""
-        return len(self._fleet.pool.endpoints)
+        """The servers. A request for one that is down goes to another: it writes nothing itself."""
+        return len(self._servers.pool.endpoints)
 
     @property
     def active(self) -> int:
@@ -101,18 +126,18 @@ class ServerEngine:
 
     @property
     def problem(self) -> str:
-        return self._fleet.pool.problem
+        return self._servers.pool.problem
 
     @property
     def version(self) -> int:
-        return self._fleet.version
+        return self._servers.version
 
     def add(self, requests: Sequence[GenerationRequest]) -> None:
         for request in requests:
             require_possible(request, self.max_context)
-            writing = VllmRequest(request)
-            done = self._background.submit(self._fleet.write(writing))
-            done.add_done_callback(partial(self._arrive, writing))
+            vllm_request = VllmRequest(request)
+            done = self._background.submit(self._servers.write(vllm_request))
+            done.add_done_callback(partial(self._put_finished, vllm_request))
             self._active += 1
 
     def step(self) -> list[Completion]:
@@ -121,50 +146,48 @@ class ServerEngine:
         Raises:
             UserError: another generator has taken a server, or a server refuses a request.
         """
-        if self._fleet.displaced is not None:
-            raise self._fleet.displaced
-        self._require_loading()
-        return [self._completion(writing, done) for writing, done in self._arrived()]
+        if self._servers.displaced is not None:
+            raise self._servers.displaced
+        self._raise_failed_update()
+        return [self._completion(request, done) for request, done in self._take_finished()]
 
     def load(self, policy: LoadedPolicy) -> None:
-        self._require_loading()
+        self._raise_failed_update()
         path = self._files.put(policy)
         first = self._loading is None
-        self._loading = self._background.submit(self._fleet.load(policy, path))
+        self._loading = self._background.submit(self._servers.load(policy, path))
         if first:
             self._loading.result()
 
     def close(self) -> None:
-        """Let an update end, so that no server stays paused, and drop the requests, which the
-        servers then abort.
+        """Let an update end, so that no server stays paused, and drop the requests.
+
+        The servers abort requests whose connection is closed.
         """
         if self._loading is not None:
-            wait([self._loading], timeout=LEAVE_S)
-        self._background.stop(self._fleet.pool.close)
+            wait([self._loading], timeout=CLOSE_S)
+        self._background.stop(self._servers.pool.close)
         self._files.close()
 
-    def _require_loading(self) -> None:
-        """Raise what ended an update in a way that nobody foresaw; the fleet itself deals with
-        servers that fail.
-        """
+    def _raise_failed_update(self) -> None:
+        """Raise what ended an update unexpectedly; a server that fails is no such reason."""
         if self._loading is not None and self._loading.done():
             self._loading.result()
 
-    def _arrive(self, writing: VllmRequest, done: Future[None]) -> None:
-        self._written.put((writing, done))
+    def _put_finished(self, request: VllmRequest, done: Future[None]) -> None:
+        self._finished.put((request, done))
 
-    def _arrived(self) -> list[tuple[VllmRequest, Future[None]]]:
-        arrived: list[tuple[VllmRequest, Future[None]]] = []
-        try:
-            while self._active > len(arrived):
-                arrived.append(
-                    self._written.get_nowait() if arrived else self._written.get(timeout=SLICE_S)
-                )
-        except queue.Empty:
-            pass
-        return arrived
+    def _take_finished(self) -> list[tuple[VllmRequest, Future[None]]]:
+        """All that is finished. Waits a moment where nothing is."""
+        taken: list[tuple[VllmRequest, Future[None]]] = []
+        with suppress(queue.Empty):
+            if self._active:
+                taken.append(self._finished.get(timeout=POLL_S))
+            while self._active > len(taken):
+                taken.append(self._finished.get_nowait())
+        return taken
 
-    def _completion(self, writing: VllmRequest, done: Future[None]) -> Completion:
+    def _completion(self, request: VllmRequest, done: Future[None]) -> Completion:
         self._active -= 1
         try:
             done.result()
@@ -172,6 +195,7 @@ class ServerEngine:
             raise UserError(
                 f"a server of the student refuses a request: {refusal}",
                 expected="a server that writes what fits its context",
-                next_step="Look into the server's log; inference.client.base_url says which servers are asked.",
+                next_step="Look into the server's log; "
+                "inference.client.base_url says which servers are asked.",
             ) from refusal
-        return writing.completion()
+        return request.completion()

@@ -11,10 +11,9 @@ from onstream.pipeline.models.tokenizer import has_vision, load_configs
 from onstream.settings.root import Settings
 from onstream.workers.generator.engines.vllm.startup import arguments as engine_arguments
 
-BACKEND = "disk"  # as vllm_extension registers it, which cannot be imported without vLLM
+BACKEND = "disk"  # as vllm.extension registers it, which cannot be imported without vLLM
 UPDATES = {"VLLM_SERVER_DEV_MODE": "1"}
-"""Opens the routes that replace weights. They ask for no key: whoever reaches the port may use
-them.
+"""Opens the routes that replace weights. They ask for no key: whoever reaches the port can use them.
 """
 NOT_OF_SERVERS = ("skip_tokenizer_init", "disable_log_stats", "distributed_executor_backend")
 
@@ -32,8 +31,9 @@ def serve(settings: Settings, host: str, port: int) -> NoReturn:
 
 
 def arguments(settings: Settings, host: str, port: int, *, images: bool = False) -> list[str]:
-    """The server's arguments, for a model that reads `images` or not: the engine's, and what opens
-    it to a generator.
+    """The server's arguments: the engine's, and what opens it to a generator.
+
+    `images` says whether the model reads images.
     """
     stated = {
         name: value

@@ -1,6 +1,4 @@
-"""The vLLM servers of the student, all at one policy version: one that is not at it gets no
-requests.
-"""
+"""The vLLM servers of the student, all at one policy version; others get no requests."""
 
 from __future__ import annotations
 
@@ -38,14 +36,21 @@ LABEL = re.compile(r"(?P<number>\d+)\.(?P<digest>[0-9a-f]{12})\.(?P<owner>[0-9a-
 
 
 class ServerGroup:
-    """For one event loop alone. `model` is the student's name at the servers, `check` what must
-    hold of one before it is used.
+    """The servers of one generator. All calls come from one event loop.
 
-    A server belongs to one generator: the one whose name is in the label of its weights. A
-    generator that starts takes its servers over, since the one before it may be dead; one that
-    finds another's label on a server of its own stops (`displaced`).
+    A server belongs to the generator whose name is in the label of its weights. A generator that
+    starts takes its servers over, since the one before it may be dead. One that finds another's
+    label on its server stops (`displaced`).
 
-    `version` is the one that the next request is written with; −1 before the first.
+    `version` is the version of the next request; −1 before the first.
+
+    Args:
+        client: how the servers are reached.
+        model: the student's name at the servers.
+        on_new_weights: what becomes of running completions.
+        stop_ids: a completion ends with any of these.
+        check: what must hold of a server before it is used.
+        vllm_prompts: builds prompts with images.
     """
 
     def __init__(
@@ -55,9 +60,9 @@ class ServerGroup:
         on_new_weights: OnNewWeights,
         stop_ids: Collection[int],
         check: Callable[[StudentServer], Awaitable[None]],
-        sent: VllmPrompts,
+        vllm_prompts: VllmPrompts,
     ) -> None:
-        self._sent = sent
+        self._vllm_prompts = vllm_prompts
         self._model = model
         self._on_new_weights = on_new_weights
         self._stop_ids = stop_ids
@@ -75,123 +80,119 @@ class ServerGroup:
         self.displaced: UserError | None = None
         self._owner = secrets.token_hex(4)
         self._target: ServerUpdate | None = None
-        self._renewing: asyncio.Task[None] | None = None
+        self._updating: asyncio.Task[None] | None = None
 
-    async def write(self, writing: VllmRequest) -> None:
-        """Have `writing` finished; returns when it is, however long no server is there.
+    async def write(self, request: VllmRequest) -> None:
+        """Write `request` to its end, however long no server is there.
 
         Raises:
-            RequestRefused: a server will not write it.
+            RequestRefused: a server refuses it.
             UserError: a server makes other tokens of its images than the student's processor.
         """
-        replica = writing.request.replica
-        of = None if replica is None else self.pool.endpoints[replica]
-        while writing.finish_reason is None:
+        replica = request.request.replica
+        chosen = None if replica is None else self.pool.endpoints[replica]
+        while request.finish_reason is None:
             try:
-                answered = await self.pool.ask(lambda server: self._piece(server, writing), of)
+                answered = await self.pool.ask(lambda server: self._ask(server, request), chosen)
             except RequestRefused as refusal:
-                if (
-                    refusal.status is None
-                ):  # it failed often while others were answered; nothing is wrong with it itself
+                # Without a status it only failed often while others were answered: ask again.
+                if refusal.status is None:
                     continue
                 raise
-            piece = answered.answer
-            versions = [(_number(span.version), span.start, span.end) for span in piece.labels]
-            writing.take(piece.token_ids, piece.logprobs, versions, piece.finish_reason)
+            part = answered.answer
+            versions = [(_number(span.version), span.start, span.end) for span in part.labels]
+            request.take(part.token_ids, part.logprobs, versions, part.finish_reason)
 
     async def load(self, policy: LoadedPolicy, path: Path) -> None:
-        """Have `policy`, of which `path` is a file, on every server that is there; those that fail
-        get no requests until they have it.
+        """Put `policy`, which is in the file `path`, on every server that is there.
 
-        Returns when it is so, or a newer version came meanwhile.
+        Those that fail get no requests until they have it. Returns when all is done, for the newest
+        version if one came meanwhile.
         """
-        self._target = ServerUpdate(
-            policy, path, f"{policy.number}.{policy.digest[:12]}.{self._owner}"
-        )
-        if self._renewing is None or self._renewing.done():
-            self._renewing = asyncio.create_task(self._renew())
-        await asyncio.shield(self._renewing)
+        label = f"{policy.number}.{policy.digest[:12]}.{self._owner}"
+        self._target = ServerUpdate(policy, path, label)
+        if self._updating is None or self._updating.done():
+            self._updating = asyncio.create_task(self._update_all())
+        await asyncio.shield(self._updating)
 
-    async def _piece(self, server: StudentServer, writing: VllmRequest) -> PartialCompletion:
-        """What `server` writes next. Its prefix cache is told apart by version: no keys and values
-        of another one are found there.
+    async def _ask(self, server: StudentServer, request: VllmRequest) -> PartialCompletion:
+        """What `server` writes next.
+
+        The salt separates its prefix cache by version: a request finds no keys and values of
+        another one there.
         """
         body = {
             "model": self._model,
-            "token_ids": writing.prompt_ids,
-            "sampling_params": writing.sampling(self._stop_ids),
+            "token_ids": request.prompt_ids,
+            "sampling_params": request.sampling_params(self._stop_ids),
             "cache_salt": server.label,
         }
-        if writing.request.images:
-            body |= fields_of(writing, self._sent)
-        piece = await server.generate(body)
-        if writing.request.images:
-            require_same_tokens(piece.prompt_ids, writing)
-        for span in piece.labels:
+        if request.request.images:
+            body |= fields_of(request, self._vllm_prompts)
+        part = await server.generate(body)
+        if request.request.images:
+            require_same_tokens(part.prompt_ids, request)
+        for span in part.labels:
             if not self._is_ours(span.version):
-                raise self._disowned(server, span.version)
-        if piece.finish_reason not in ENDS:
-            raise BadReply(f"an answer that ended by {piece.finish_reason!r}")
-        return piece
+                raise self._lost_weights(server, span.version)
+        if part.finish_reason not in ENDS:
+            raise BadReply(f"an answer that ended by {part.finish_reason!r}")
+        return part
 
-    async def _renew(self) -> None:
+    async def _update_all(self) -> None:
         loaded: ServerUpdate | None = None
         while (target := self._target) is not None and loaded != target:
-            await asyncio.gather(
-                *(
-                    self._renew_one(server, target)
-                    for server in self.pool.endpoints
-                    if not server.down
-                )
-            )
+            present = [server for server in self.pool.endpoints if not server.down]
+            await asyncio.gather(*(self._update_one(server, target) for server in present))
             self.version = target.policy.number
             loaded = target
 
-    async def _renew_one(self, server: StudentServer, target: ServerUpdate) -> None:
+    async def _update_one(self, server: StudentServer, target: ServerUpdate) -> None:
         try:
-            await self._bring(server)
+            await self._update_to_newest(server)
         except EndpointError as error:
             self.pool.mark_down(
                 server, f"cannot load policy version {target.policy.number}: {error}"
             )
 
     async def _admit(self, server: StudentServer) -> None:
-        """What must hold of a server before it gets a request, at the start and whenever it comes
-        back.
-        """
+        """Check a server and update it, at the start and whenever it comes back."""
         if server.label and (found := await server.found_label()) != server.label:
             if LABEL.fullmatch(found):
-                raise self._disowned(server, found)
+                raise self._lost_weights(server, found)
             server.label = ""
         await self._check(server)
-        await self._bring(server)
+        await self._update_to_newest(server)
 
-    async def _bring(self, server: StudentServer) -> None:
-        """Put the newest version on `server`."""
+    async def _update_to_newest(self, server: StudentServer) -> None:
+        """Put the newest version on `server`, even if a newer one comes meanwhile."""
         async with server.lock:
             while (target := self._target) is not None and server.label != target.label:
                 if server.label and (found := await server.found_label()) != server.label:
-                    raise self._disowned(server, found)
+                    raise self._lost_weights(server, found)
                 await server.update(target, self._on_new_weights)
 
     def _is_ours(self, label: str) -> bool:
         match = LABEL.fullmatch(label)
         return match is not None and match["owner"] == self._owner
 
-    def _disowned(self, server: StudentServer, found: str) -> EndpointFault:
-        """Forget what was put on `server`, which holds other weights: it was started again, or is
-        another generator's now.
+    def _lost_weights(self, server: StudentServer, found: str) -> EndpointFault:
+        """The fault of a server that has the weights `found` instead of this generator's.
+
+        It was started again, or another generator has taken it over.
         """
         server.label = ""
         if LABEL.fullmatch(found):
             self.displaced = UserError(
                 f"another generator has put its weights on {server.name} (it calls them {found!r})",
                 expected="servers of one generator alone, which replaces their weights",
-                next_step=f"Stop one of the two, or give each servers of its own in {SECTION}.client.base_url.",
+                next_step="Stop one of the two, or give each servers of its own in "
+                f"{SECTION}.client.base_url.",
                 exit=Exit.REFUSED,
             )
         fault = EndpointFault(
-            f"it was started again, or loaded by somebody else: it holds weights that it calls {found!r}"
+            "it was started again, or loaded by somebody else: "
+            f"it holds weights that it calls {found!r}"
         )
         self.pool.mark_down(server, str(fault))
         return fault

@@ -1,6 +1,4 @@
-"""One vLLM server of the student: completions from it, and new weights into it, over its HTTP
-routes.
-"""
+"""One vLLM server of the student: completions from it, and new weights into it, over HTTP."""
 
 from __future__ import annotations
 
@@ -26,11 +24,9 @@ PAUSES: dict[OnNewWeights, str] = {
     "wait": "mode=wait&clear_cache=true",
     "abort": "mode=abort&clear_cache=true",
 }
-"""How vLLM is paused for an update. The cache is cleared unless its stale entries are what was
-asked for.
-"""
-FIRST_LOOK_S = 0.005
-LAST_LOOK_S = 0.25
+"""How vLLM is paused for an update. Only `keep` goes on with what its cache has."""
+FIRST_POLL_S = 0.005
+LONGEST_POLL_S = 0.25
 
 
 class _TokenLogprob(msgspec.Struct):
@@ -42,9 +38,7 @@ class _Logprobs(msgspec.Struct):
 
 
 class LabelSpan(msgspec.Struct):
-    """Tokens `start` to `end` of an answer, written with the weights that the server calls
-    `version`.
-    """
+    """Tokens `start` to `end` of an answer, written with the weights of label `version`."""
 
     version: str
     start: int
@@ -65,10 +59,14 @@ class _GenerateReply(msgspec.Struct):
 
 @dataclass(frozen=True)
 class PartialCompletion:
-    """What a server wrote: n tokens, their logprobs in nats, the labels of the weights over them,
-    and why it ended.
+    """What a server wrote before it finished a request, or aborted it.
 
-    `prompt_ids` is what it read, where it was asked to tell.
+    Args:
+        token_ids: [n].
+        logprobs: [n], in nats.
+        labels: of the weights, over the tokens.
+        finish_reason: why it ended.
+        prompt_ids: the prompt as the server read it, where it was asked to return it.
     """
 
     token_ids: list[int]
@@ -80,11 +78,10 @@ class PartialCompletion:
 
 @dataclass(frozen=True)
 class ServerUpdate:
-    """A policy version as the servers get it: a file that they can read, and the label that they
-    report it by.
+    """A policy version for the servers: a file that they can read, and a label.
 
-    The label names version, weights and the generator that put them there, so that no other weights
-    go by it.
+    Servers report their weights by the label. It names version, digest and generator, so that no
+    other weights have it.
     """
 
     policy: LoadedPolicy
@@ -93,22 +90,23 @@ class ServerUpdate:
 
 
 class StudentServer(Endpoint):
-    """`label` is that of the weights that this generator put there last; empty while it is not
-    known what the server holds.
+    """A server. `label` is that of the weights that this generator put there last.
+
+    It is empty while the server's weights are not known.
     """
 
     def __init__(self, base_url: str, http: httpx.AsyncClient, timeout_s: float) -> None:
         super().__init__(base_url, http, timeout_s)
         self.label = ""
         self.context_tokens: int | None = None
-        self.lock = asyncio.Lock()  # of its weights
+        self.lock = asyncio.Lock()  # held while its weights are replaced
 
     async def generate(self, body: dict[str, Any]) -> PartialCompletion:
         """What the server answers to `body`.
 
         Raises:
-            EndpointFault: nothing that can be used.
-            RequestRefused: it will not have this body.
+            EndpointFault: the answer cannot be used.
+            RequestRefused: the server refuses this body.
         """
         try:
             reply = msgspec.json.decode(await self.post(GENERATE, body), type=_GenerateReply)
@@ -117,19 +115,23 @@ class StudentServer(Endpoint):
             raise BadReply(f"not one choice with token ids and logprobs ({error})") from error
         token_ids = choice.token_ids or []
         labels = choice.weight_versions or []
-        logprobs = [token.logprob for token in (choice.logprobs and choice.logprobs.content) or ()]
-        if len(logprobs) != len(token_ids) or sum(span.end - span.start for span in labels) != len(
-            token_ids
-        ):
+        content = choice.logprobs.content if choice.logprobs else None
+        logprobs = [token.logprob for token in content or ()]
+        labelled_tokens = sum(span.end - span.start for span in labels)
+        if not len(token_ids) == len(logprobs) == labelled_tokens:
             raise BadReply(
                 f"{len(token_ids)} tokens with {len(logprobs)} logprobs, and versions {labels}"
             )
         return PartialCompletion(
-            token_ids, logprobs, labels, choice.finish_reason or "", reply.prompt_token_ids or []
+            token_ids=token_ids,
+            logprobs=logprobs,
+            labels=labels,
+            finish_reason=choice.finish_reason or "",
+            prompt_ids=reply.prompt_token_ids or [],
         )
 
     async def found_label(self) -> str:
-        """What the server calls the weights that it holds."""
+        """The label of the weights that the server has."""
         return str(decoded(await self.get(WEIGHT_INFO)).get("weight_version"))
 
     async def rpc(self, method: str, *args: str) -> list[Any]:
@@ -138,59 +140,62 @@ class StudentServer(Endpoint):
         return list(reply.get("results") or ())
 
     async def resume(self) -> None:
-        """Let a server go on that was paused; nothing to one that was not."""
+        """Let a paused server go on. Does nothing to one that is not paused."""
         await self.post("/resume", {})
 
     async def update(self, target: ServerUpdate, on_new_weights: OnNewWeights) -> None:
-        """Go on with the weights of `target`. What can be read wrong is read before anything is
-        touched, while requests go on.
+        """Replace the weights by those of `target`.
+
+        The file is read and checked first, while requests go on.
 
         Raises:
-            EndpointError: it failed. With `label` as it was, the server goes on with what it had;
-                empty, it may hold some of both, is left paused, and has handed back what it was
-                writing.
+            EndpointError: it failed. If `label` is unchanged, the server goes on with the weights
+                that it has. If it is empty, the server may have some of both, is left paused, and
+                has handed back what it was writing.
         """
         await self._stage(target)
         await self.post(f"/pause?{PAUSES[on_new_weights]}", {})
         if on_new_weights == "keep":
-            await self.post(
-                "/reset_encoder_cache", {}
-            )  # what the old vision tower made of images is for no new completion
+            # What the old vision tower made of images is not for new completions, even with `keep`.
+            await self.post("/reset_encoder_cache", {})
         try:
-            await self._begin()
+            await self._start_update()
         except EndpointError:
             await self.resume()
             raise
+        # From here on the server may have some of both weights.
         self.label = ""
         try:
-            await self.post(
-                "/update_weights",
-                {"update_info": {"path": str(target.path), "digest": target.policy.digest}},
-            )
-            await self.post("/finish_weight_update", {"weight_version": target.label})
+            await self._load(target)
         except EndpointError:
-            with contextlib.suppress(
-                EndpointError
-            ):  # the failure that counts is the one that is raised
+            with contextlib.suppress(EndpointError):  # the first failure is the one to report
                 await self.post("/pause?mode=abort", {})
             raise
         await self.resume()
         self.label = target.label
 
+    async def _load(self, target: ServerUpdate) -> None:
+        info = {"path": str(target.path), "digest": target.policy.digest}
+        await self.post("/update_weights", {"update_info": info})
+        await self.post("/finish_weight_update", {"weight_version": target.label})
+
     async def _stage(self, target: ServerUpdate) -> None:
-        """Have the file read and its digest checked, by every worker process."""
+        """Let every worker process read the file and check its digest."""
         await self.rpc("onstream_stage", str(target.path), target.policy.digest)
-        look_s = FIRST_LOOK_S
-        while "reading" in (states := set(await self.rpc("onstream_staged"))):
-            await asyncio.sleep(look_s)
-            look_s = min(2 * look_s, LAST_LOOK_S)
+        poll_s = FIRST_POLL_S
+        states = set(await self.rpc("onstream_staged"))
+        while "reading" in states:
+            await asyncio.sleep(poll_s)
+            poll_s = min(2 * poll_s, LONGEST_POLL_S)
+            states = set(await self.rpc("onstream_staged"))
         if problems := states - {"ready"}:
+            reasons = "; ".join(sorted(map(str, problems)))
             raise EndpointFault(
-                f"{'; '.join(sorted(map(str, problems)))} (is {target.path.parent} a directory that the server can read?)"
+                f"{reasons} (is {target.path.parent} a directory that the server can read?)"
             )
 
-    async def _begin(self) -> None:
-        """Open an update; one that somebody left open, who died over it, is closed first."""
+    async def _start_update(self) -> None:
+        """Start an update. One that a generator left open when it died is finished first."""
         try:
             await self.post("/start_weight_update", {})
         except EndpointFault as fault:

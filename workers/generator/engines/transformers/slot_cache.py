@@ -1,12 +1,12 @@
 """The slot cache, and the attention that reads and writes it.
 
-Each running sequence owns one slot, and slots 0 … n−1 are always in use, so that decoding reads
-views and copies no key. All tokens of a pass lie in one packed row, so that linear layers see no
-padding; attention alone works in the layout of the slots. Grouped queries are folded into the query
+Each running sequence has one slot, and slots 0 … n−1 are always in use, so that decoding reads
+views and copies no keys. All tokens of a pass lie in one packed row, so that linear layers see no
+padding; only attention works in the layout of the slots. Grouped queries are folded into the query
 axis, so that keys are never repeated per query head.
 
-Shapes: T packed tokens, n slots in use, g prompts, M tokens of the longest run of new tokens, H
-query and K key/value heads, G = H / K, D head dimension, L positions that are looked at.
+Shapes: T packed tokens, n slots in use, g prompts, M the most new tokens of one slot or prompt, H
+query heads, K key/value heads, D head dimension, L positions that are attended to.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ _FIRST_CAPACITY = 64
 
 
 class UnsupportedAttention(Exception):
-    """A layer asked for something that slot attention does not compute."""
+    """A layer needs something that slot attention does not compute."""
 
 
 @dataclass(frozen=True)
 class PromptBlock:
-    """The first `tokens` packed tokens: g whole prompts. What they leave in the cache goes to slots
-    `first` … `last`−1.
+    """The first `tokens` packed tokens: g whole prompts, for slots `first` … `last`−1.
 
-    `cells` [tokens] is each token's place in a [g, M] grid; `source` [last − first] is the prompt
-    of each slot.
+    `count` is g and `longest` is M. `cells` [tokens] is each token's place in a [g, M] grid;
+    `source` [last − first] is the prompt of each slot.
     """
 
     tokens: int
@@ -47,12 +46,11 @@ class PromptBlock:
 
 @dataclass(frozen=True)
 class ContinuationBlock:
-    """Packed tokens `begin` … `end`−1: what slots `first` … `last`−1 add to what they hold, M
-    tokens each at most.
+    """Packed tokens `begin` … `end`−1: the new tokens of slots `first` … `last`−1, M each at most.
 
-    `slots` and `positions` [end − begin] say where each token belongs; `cells` its place in a [last
-    − first, M] grid, None when every slot adds exactly one. `bias` [last − first, M, L] is 0 where
-    a query may look and −inf elsewhere.
+    `longest` is M. `slots` and `positions` [end − begin] are each token's place in the cache, and
+    `cells` its place in a [last − first, M] grid; None when every slot adds exactly one. `bias`
+    [last − first, M, L] is 0 where a query may attend, and −inf elsewhere.
     """
 
     begin: int
@@ -68,8 +66,9 @@ class ContinuationBlock:
 
 @dataclass
 class ForwardPass:
-    """One forward pass over packed tokens: new prompts first, then continuations. The cache is
-    written on the way.
+    """One forward pass over packed tokens: new prompts first, then continuations.
+
+    Attention writes their keys and values to the cache.
     """
 
     cache: SlotCache
@@ -78,9 +77,7 @@ class ForwardPass:
 
 
 class SlotCache:
-    """Keys and values [slots, K, capacity, D] of every layer. Layers and capacity are allocated as
-    they come to be used.
-    """
+    """Keys and values [slots, K, capacity, D] of every layer, allocated when they are needed."""
 
     def __init__(self, slots: int, max_context: int | None) -> None:
         self._slots = slots
@@ -90,12 +87,13 @@ class SlotCache:
 
     @property
     def layers(self) -> int:
-        """How many layers have asked for their cache."""
+        """How many layers have used the cache."""
         return len(self._layers)
 
     def reserve(self, length: int) -> None:
-        """Make every slot hold at least `length` tokens; doubles, so that a growing batch is copied
-        a few times only.
+        """Give every slot room for at least `length` tokens.
+
+        The capacity doubles, so that a growing batch is copied only a few times.
         """
         if length <= self._capacity:
             return
@@ -106,9 +104,7 @@ class SlotCache:
             self._layers[index] = (self._grown(keys), self._grown(values))
 
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The cache of layer `index`, which holds heads like those of `key` and `value` [1, K, T,
-        D].
-        """
+        """The cache of layer `index`, with heads as `key` and `value` [1, K, T, D] have them."""
         if index not in self._layers:
             self._layers[index] = (self._empty(key), self._empty(value))
         return self._layers[index]
@@ -142,18 +138,24 @@ def slot_attention(
     onstream_pass: ForwardPass | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of packed tokens over the slots, as transformers calls it; `onstream_pass` says
-    what belongs where.
+    """Attention of packed tokens over the slots, with the signature that transformers expects.
 
     Args:
-        query: [1, H, T, D]; `key` and `value`: [1, K, T, D].
+        module: the attention layer.
+        query: [1, H, T, D].
+        key: [1, K, T, D].
+        value: [1, K, T, D].
+        attention_mask: none; what a query may attend to follows from `onstream_pass`.
+        scaling: of the scores; 1/√D where it is None.
+        dropout: not used.
+        onstream_pass: which tokens belong to which slot.
 
     Returns:
-        [1, T, H, D], and no weights.
+        [1, T, H, D], and no attention weights.
 
     Raises:
-        UnsupportedAttention: the layer is not plain causal attention, or the model does not hand
-            the pass on to it.
+        UnsupportedAttention: the layer is not plain causal attention, or the model does not pass
+            `onstream_pass` on to it.
     """
     _refuse(onstream_pass, attention_mask, kwargs)
     assert onstream_pass is not None
@@ -183,7 +185,7 @@ def _refuse(
 
 
 def _grid(x: Tensor, cells: Tensor, rows: int, longest: int) -> Tensor:
-    """Packed [t, heads, D] as [rows, heads, M, D]; cells that no token has are zero."""
+    """Packed [t, heads, D] as [rows, heads, M, D], with zeros where there is no token."""
     grid = x.new_zeros(rows * longest, *x.shape[1:])
     grid[cells] = x
     return grid.view(rows, longest, *x.shape[1:]).transpose(1, 2)
@@ -192,8 +194,8 @@ def _grid(x: Tensor, cells: Tensor, rows: int, longest: int) -> Tensor:
 def _attend_prompts(
     block: PromptBlock, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, scale: float
 ) -> Tensor:
-    # Pads lie at the right, where causal attention never looks from a real token; they need no
-    # mask. The zeros that they leave in the cache are overwritten before any query may look there.
+    # Padding is on the right, where a real token never attends, so it needs no mask. The zeros that
+    # it leaves in the cache are overwritten before any query may attend to them.
     q, k, v = (_grid(x[: block.tokens], block.cells, block.count, block.longest) for x in (q, k, v))
     keys[block.first : block.last, :, : block.longest] = k[block.source]
     values[block.first : block.last, :, : block.longest] = v[block.source]

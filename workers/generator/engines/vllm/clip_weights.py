@@ -1,7 +1,7 @@
-"""The names of a CLIP vision tower's weights: vLLM 0.32 knows those of older files alone, all under
-`vision_model`.
+"""The names of a CLIP vision tower's weights: vLLM 0.32 knows only those of older files.
 
-transformers writes them without, and so do the trainer's updates.
+Those are all under `vision_model`. transformers 5 writes them without it, and so do the trainer's
+updates.
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ from vllm.model_executor.models.utils import AutoWeightsLoader
 if TYPE_CHECKING:
     from torch import Tensor
 
-BELOW = "vision_model."
+OLDER_PREFIX = "vision_model."
 
 
 def read_either_names() -> None:
-    """Have vLLM load a CLIP tower from either names."""
+    """Make vLLM load a CLIP tower from either names."""
     CLIPVisionModel.load_weights = _load_weights
 
 
 def _load_weights(tower: Any, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
     """Load the tower; returns the names of what was loaded."""
-    older = ((name if name.startswith(BELOW) else BELOW + name, weight) for name, weight in weights)
-    loaded: set[str] = AutoWeightsLoader(tower).load_weights(older)
+    renamed = ((_older_name(name), weight) for name, weight in weights)
+    loaded: set[str] = AutoWeightsLoader(tower).load_weights(renamed)
     return loaded
+
+
+def _older_name(name: str) -> str:
+    return name if name.startswith(OLDER_PREFIX) else OLDER_PREFIX + name

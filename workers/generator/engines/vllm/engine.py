@@ -1,6 +1,4 @@
-"""The engine over vLLM: requests are written by vLLM's own processes, and a thread of this one
-collects what comes of them.
-"""
+"""The engine over vLLM, whose own processes write; a thread of this process collects the results."""
 
 from __future__ import annotations
 
@@ -35,23 +33,26 @@ if TYPE_CHECKING:
 
 OnNewWeights = Literal["recompute", "keep", "wait", "abort"]
 STEP_S = 0.02
-STAGED_S = 0.002
-LEAVE_S = 30.0
+STAGED_POLL_S = 0.002
+CLOSE_S = 30.0
+TEXT_REQUEST = GenerationRequest(0, np.zeros(4, dtype=np.int32), max_tokens=3, seed=0)
 PAUSES: dict[OnNewWeights, tuple[str, bool]] = {
     "recompute": ("keep", True),
     "keep": ("keep", False),
     "wait": ("wait", True),
     "abort": ("abort", True),
 }
-"""What vLLM's pause does with running requests, and whether it clears the caches: of keys and
-values, of prefixes, and of images.
+"""What vLLM's pause does with running requests, and whether it clears the caches.
+
+They are those of keys and values, of prefixes, and of images.
 """
 
 
 @dataclass(frozen=True)
 class PolicyUpdate:
-    """A version to load, from where vLLM's processes find it. `policy` is kept for as long as they
-    may read its file.
+    """A version to load, and the path where vLLM's processes find it.
+
+    `policy` is kept for as long as they may read its file: the file is removed with it.
     """
 
     number: int
@@ -65,21 +66,21 @@ class VllmEngine:
 
     `add` hands requests to vLLM at once, which decodes `slots` of them and queues the others.
     `step` takes what is finished, and waits a moment where nothing is. `load` stages the weights
-    while requests go on, and pauses them for the switch alone; but for the mode `wait` it returns
-    after it.
+    while requests go on, and pauses them only for the switch. It returns after the switch, except
+    in the mode `wait`.
 
     Args:
-        config: as `vllm_start.configure` makes it.
+        config: from `startup.configure`.
         stop_ids: a completion ends with any of these.
-        shapes: of the student's weights; others are refused before vLLM is asked.
-        on_new_weights: what becomes of running completions when weights are loaded; an attribute,
-            too, to change between loads. With `keep`, vLLM must not cache prefixes: those of old
-            weights would begin completions of new ones.
-        tried: what is asked first; for a model that reads images, with one.
+        shapes: of the student's weights; others are refused before vLLM gets them.
+        on_new_weights: what becomes of running completions when weights are loaded. It is also an
+            attribute, to change between loads. With `keep`, vLLM must not cache prefixes: new
+            completions would begin with those of old weights.
+        first: the first request, to test vLLM with; with an image for a model that reads images.
 
     Raises:
         UserError: vLLM makes other tokens of an image than the student's processor.
-        Exception: of whatever other kind; vLLM did not start.
+        Exception: of any other kind; vLLM did not start.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class VllmEngine:
         shapes: WeightShapes,
         *,
         on_new_weights: OnNewWeights = "recompute",
-        tried: GenerationRequest | None = None,
+        first: GenerationRequest | None = None,
     ) -> None:
         self._stop_ids = frozenset(stop_ids)
         self._shapes = shapes
@@ -105,15 +106,13 @@ class VllmEngine:
         self._version = 0
         self._target: PolicyUpdate | None = None
         self._switching: Future[PolicyUpdate] | None = None
-        self._sent = VllmPrompts(config.model_config.hf_config)
+        self._vllm_prompts = VllmPrompts(config.model_config.hf_config)
         self._background = EventLoopThread()
         self._llm: Any = None  # an AsyncLLM, once it has started
         try:
-            self._running = self._background.run(_opened())
+            self._unpaused = self._background.run(_set_event())
             self._llm = self._background.run(_start(config))
-            self._say_a_word(
-                tried or GenerationRequest(0, np.zeros(4, dtype=np.int32), max_tokens=3, seed=0)
-            )
+            self._write_first(first or TEXT_REQUEST)
         except BaseException:
             self.close()
             raise
@@ -170,15 +169,15 @@ class VllmEngine:
             raise WeightsError(
                 f"version {policy.number} cannot be written for vLLM to read: {error}"
             ) from error
-        self._replace(PolicyUpdate(policy.number, policy.digest, path, policy))
+        self._replace_weights(PolicyUpdate(policy.number, policy.digest, path, policy))
 
     def load_received(self, number: int, digest: str) -> None:
-        """Continue under weights that the processes have received from the trainer, as `load` does.
+        """Continue with weights that the processes have received from the trainer, like `load`.
 
         Raises:
-            WeightsError: one of them does not have these; the engine goes on with what it had.
+            WeightsError: one of them does not have these; the engine goes on with those it has.
         """
-        self._replace(PolicyUpdate(number, digest, RECEIVED))
+        self._replace_weights(PolicyUpdate(number, digest, RECEIVED))
 
     @property
     def gpus(self) -> int:
@@ -186,15 +185,16 @@ class VllmEngine:
         return self._gpus
 
     def misfit(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
-        """Why weights of these shapes are not this model's; nothing where they are."""
+        """Why weights of these shapes are not this model's; empty where they are."""
         return self._shapes.misfit(shapes)
 
     def ask_processes(self, method: str, *args: str) -> list[str]:
-        """What each process returns from a method of `vllm_extension.Extension`."""
+        """What each process returns from a method of `extension.Extension`."""
         return list(self._background.run(self._llm.collective_rpc(method, args=args)))
 
-    def _replace(self, target: PolicyUpdate) -> None:
+    def _replace_weights(self, target: PolicyUpdate) -> None:
         self._stage(target.path, target.digest)
+        # A switch under way may not have read `_target` yet, and takes this one then.
         self._target = target
         if self._switching is None:
             self._switching = self._background.submit(self._switch())
@@ -204,33 +204,34 @@ class VllmEngine:
     def close(self) -> None:
         async def end() -> None:
             if self._llm is not None:
-                self._llm.shutdown()  # here, where vLLM's sockets belong
+                self._llm.shutdown()  # in this thread, which vLLM's sockets belong to
 
-        self._background.stop(end, within_s=LEAVE_S)  # what runs is cancelled, and aborted by that
-        self._llm = None  # or it is shut down again when the interpreter is half gone
+        self._background.stop(end, within_s=CLOSE_S)  # what runs is cancelled, and so aborted
+        self._llm = None  # or it would be shut down again while the interpreter ends
 
-    def _say_a_word(self, request: GenerationRequest) -> None:
-        """Write a few tokens: of some models vLLM finds out no earlier that it cannot compute them,
-        or reads their images otherwise.
+    def _write_first(self, request: GenerationRequest) -> None:
+        """Write a completion: vLLM fails for some models, or reads their images otherwise, only
+        when it computes.
         """
         self.add([request])
         while self._active:
             self.step()
 
     def _take(self, *, timeout_s: float) -> Completion:
-        """The next that is finished.
+        """The next finished completion.
 
         Raises:
-            Empty: none is within `timeout_s`.
+            Empty: there is none within `timeout_s`.
             Exception: vLLM failed; the engine cannot go on.
         """
-        writing = (
-            self._finished.get(timeout=timeout_s) if timeout_s else self._finished.get_nowait()
-        )
-        if isinstance(writing, BaseException):
-            raise writing
+        if timeout_s:
+            finished = self._finished.get(timeout=timeout_s)
+        else:
+            finished = self._finished.get_nowait()
+        if isinstance(finished, BaseException):
+            raise finished
         self._active -= 1
-        return writing.completion()
+        return finished.completion()
 
     def _stage(self, path: str, digest: str) -> None:
         """Have every process of vLLM read and check the weights, while requests go on.
@@ -239,13 +240,15 @@ class VllmEngine:
             WeightsError: one of them cannot; nothing was touched.
         """
         self.ask_processes("onstream_stage", path, digest)
-        while READING in (states := self.ask_processes("onstream_staged")):
-            time.sleep(STAGED_S)
+        states = self.ask_processes("onstream_staged")
+        while READING in states:
+            time.sleep(STAGED_POLL_S)
+            states = self.ask_processes("onstream_staged")
         if problems := [state for state in states if state != READY]:
             raise WeightsError(problems[0])
 
     def _switched(self) -> None:
-        """Wait for the switch, and begin another where newer weights came in its course."""
+        """Wait for the switch, and begin another if newer weights came meanwhile."""
         assert self._switching is not None
         loaded = self._switching.result()
         self._version = loaded.number
@@ -253,48 +256,49 @@ class VllmEngine:
         if self._target is not loaded:
             self._switching = self._background.submit(self._switch())
 
-    async def _write_all(self, writings: Sequence[VllmRequest]) -> None:
-        await asyncio.gather(*(self._write(writing) for writing in writings))
+    async def _write_all(self, requests: Sequence[VllmRequest]) -> None:
+        await asyncio.gather(*(self._write(request) for request in requests))
 
-    async def _write(self, writing: VllmRequest) -> None:
+    async def _write(self, request: VllmRequest) -> None:
         try:
-            while writing.finish_reason is None:
-                await self._running.wait()
-                output = await self._ask(writing)
-                writing.take(*_piece(output))
-        except Exception as error:  # `step` raises it where the worker's loop sees it
+            while request.finish_reason is None:
+                await self._unpaused.wait()
+                output = await self._generate(request)
+                request.take(*_parts(output))
+        except Exception as error:  # raised by `step`, where the worker's loop sees it
             self._finished.put(error)
         else:
-            self._finished.put(writing)
+            self._finished.put(request)
 
-    async def _ask(self, writing: VllmRequest) -> CompletionOutput:
+    async def _generate(self, request: VllmRequest) -> CompletionOutput:
         """What vLLM writes until the request is finished, or aborted."""
         sampling = SamplingParams(
-            **writing.sampling(self._stop_ids), output_kind=RequestOutputKind.FINAL_ONLY
+            **request.sampling_params(self._stop_ids), output_kind=RequestOutputKind.FINAL_ONLY
         )
-        key = str(writing.request.key)
-        rank = writing.request.replica
-        prompt = (
-            input_of(writing, self._sent, self._llm.renderer)
-            if writing.request.images
-            else tokens_input(writing.prompt_ids)
+        asked = request.request
+        if asked.images:
+            prompt = input_of(request, self._vllm_prompts, self._llm.renderer)
+        else:
+            prompt = tokens_input(request.prompt_ids)
+        answers = self._llm.generate(
+            prompt, sampling, str(asked.key), data_parallel_rank=asked.replica
         )
-        [answer] = [
-            one async for one in self._llm.generate(prompt, sampling, key, data_parallel_rank=rank)
-        ]
+        [answer] = [one async for one in answers]
         return answer.outputs[0]
 
     async def _switch(self) -> PolicyUpdate:
-        """Pause, replace the weights by those staged last, and go on under them. Fails halfway only
-        for good: it stays paused.
+        """Pause, replace the weights by those staged last, and go on with them.
+
+        If this fails halfway, vLLM stays paused for good: it may have some of both weights.
         """
         mode, clear_cache = PAUSES[self.on_new_weights]
-        self._running.clear()
+        # Requests that vLLM aborts for the pause are not asked again before it is over.
+        self._unpaused.clear()
         await self._llm.pause_generation(mode=mode, clear_cache=clear_cache)
         if not clear_cache:
-            await (
-                self._llm.reset_encoder_cache()
-            )  # what the old vision tower made of images is for no new completion
+            # What the old vision tower made of images is not for new completions, even with `keep`.
+            await self._llm.reset_encoder_cache()
+        # Read only now: a newer version may have been staged while vLLM paused.
         assert self._target is not None
         target = self._target
         await self._llm.start_weight_update()
@@ -303,33 +307,35 @@ class VllmEngine:
         )
         await self._llm.finish_weight_update(str(target.number))
         await self._llm.resume_generation()
-        self._running.set()
+        self._unpaused.set()
         return target
 
 
 async def _start(config: VllmConfig) -> AsyncLLM:
-    """The engine, with all its processes, as a part of the running loop. What it writes before the
-    first update is of version 0.
+    """vLLM with all its processes, in the running event loop.
+
+    What it writes before the first update is of version 0.
     """
     llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
     await llm.update_weight_version("0")
     return llm
 
 
-async def _opened() -> asyncio.Event:
+async def _set_event() -> asyncio.Event:
     event = asyncio.Event()
     event.set()
     return event
 
 
-def _piece(
+def _parts(
     output: CompletionOutput,
 ) -> tuple[list[int], list[float], list[tuple[int, int, int]], str]:
-    """What `Writing.take` takes. A request that was aborted before its first token has neither
-    logprobs nor versions.
+    """The arguments of `VllmRequest.take`.
+
+    A request that was aborted before its first token has neither logprobs nor versions.
     """
     tokens = list(output.token_ids)
-    logprobs: list[Any] = output.logprobs or []
-    chosen = [position[token].logprob for position, token in zip(logprobs, tokens, strict=True)]
+    positions: list[Any] = output.logprobs or []
+    logprobs = [position[token].logprob for position, token in zip(positions, tokens, strict=True)]
     spans = [(int(span.version), span.start, span.end) for span in output.weight_versions or []]
-    return tokens, chosen, spans, output.finish_reason or ""
+    return tokens, logprobs, spans, output.finish_reason or ""

@@ -1,20 +1,22 @@
-"""What Onstream adds to every vLLM worker process: weights from a file, read and checked before
-anything of the model is touched.
+"""What Onstream adds to every vLLM worker process: weights from a file, checked before loading.
 
 vLLM loads this module by name:
-`worker_extension_cls="onstream.workers.generator.engines.vllm.extension.Extension"` together with
-the weight-transfer backend "disk", in process or as a server (`--worker-extension-cls …
+`worker_extension_cls="onstream.workers.generator.engines.vllm.extension.Extension"`, together with
+the weight-transfer backend "disk", in process or in a server (`--worker-extension-cls …
 --weight-transfer-config '{"backend": "disk"}'`).
 
-Weights that the trainer sends from GPU to GPU are staged likewise: `onstream_join` and
-`onstream_receive` begin what `onstream_staged` tells of.
+An update is:
 
-An update is `collective_rpc("onstream_stage", (path, digest))`, then
-`collective_rpc("onstream_staged")` until no worker says that it still reads, while requests go on;
-then, under a pause, vLLM's own `start_weight_update`, `update_weights` with an `update_info` of
-`path` and `digest`, and `finish_weight_update`. What fails before `update_weights` has left the old
-weights in place; where `update_weights` itself fails, the worker may hold some of both and must not
-serve on.
+1. while requests go on, `collective_rpc("onstream_stage", (path, digest))`, and
+   `collective_rpc("onstream_staged")` until no worker is still reading;
+2. under a pause, vLLM's own `start_weight_update`, `update_weights` with an `update_info` of `path`
+   and `digest`, and `finish_weight_update`.
+
+What fails before `update_weights` leaves the old weights in place. Where `update_weights` itself
+fails, the worker may have some of both and must not go on.
+
+Weights that the trainer sends from GPU to GPU are staged by `onstream_join` and `onstream_receive`
+instead; `onstream_staged` tells of those too.
 """
 
 from __future__ import annotations
@@ -52,13 +54,14 @@ if TYPE_CHECKING:
 BACKEND = "disk"
 READING = "reading"
 READY = "ready"
-RECEIVED = "received"  # the path of what is no file
+RECEIVED = "received"  # stands for a path where weights were received
 RELOAD_LOG = "vllm.model_executor.model_loader.reload.layerwise"
 
 
 class StagedWeights:
-    """What `read` gives, in a thread: the tensors of a file, checked, or those received. TP workers
-    of one host share a file's memory.
+    """Tensors that a thread reads from a file and checks, or receives.
+
+    Tensor-parallel workers of one host share the memory of a file.
     """
 
     def __init__(self, path: str, digest: str, read: Callable[[], dict[str, Tensor]]) -> None:
@@ -72,14 +75,16 @@ class StagedWeights:
 
     @property
     def state(self) -> str:
-        """`reading`, `ready`, or why the file cannot be used."""
-        return READING if self._thread.is_alive() else self._problem or READY
+        """`reading`, `ready`, or why the weights cannot be used."""
+        if self._thread.is_alive():
+            return READING
+        return self._problem or READY
 
     def tensors(self) -> dict[str, Tensor]:
-        """What was read, once it is.
+        """What was read. Waits until it is.
 
         Raises:
-            WeightsError: the file is missing or is not the one with that digest.
+            WeightsError: the file is missing, or does not have that digest.
         """
         self._thread.join()
         if self._problem:
@@ -95,23 +100,21 @@ class StagedWeights:
 
 @dataclass
 class NoInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
-    """A file needs no connection."""
+    """Nothing: a file needs no connection."""
 
 
 @dataclass
 class FileUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """A safetensors file that this worker can read, and the sha256 of its bytes."""
+    """A safetensors file that this worker can read, and the SHA-256 of its bytes."""
 
     path: str
     digest: str
 
 
 class FileTransferEngine(WeightTransferEngine):  # type: ignore[misc]
-    """vLLM's weight-transfer backend "disk": a whole checkpoint file at a time, through the
-    layerwise reload.
+    """vLLM's weight-transfer backend "disk": a whole file at a time, by the layerwise reload.
 
-    Plain `load_weights` fails halfway on CPUs, where the linear layers keep their weights in a
-    packed form only.
+    Plain `load_weights` fails halfway on CPUs, where linear layers keep only packed weights.
     """
 
     init_info_cls = NoInitInfo
@@ -120,17 +123,20 @@ class FileTransferEngine(WeightTransferEngine):  # type: ignore[misc]
     member: GroupMember | None = None
 
     def stage(self, path: str, digest: str) -> StagedWeights:
-        """Begin to read a file, unless it is the one that was read last."""
-        if (
-            self.staged is None
-            or (self.staged.path, self.staged.digest) != (path, digest)
-            or self.staged.state not in (READING, READY)
-        ):
-            self.staged = StagedWeights(path, digest, lambda: read_file(Path(path), digest))
-        return self.staged
+        """Begin to read a file, unless it is staged already."""
+        staged = self.staged
+        usable = (
+            staged is not None
+            and (staged.path, staged.digest) == (path, digest)
+            and staged.state in (READING, READY)
+        )
+        if staged is None or not usable:
+            staged = StagedWeights(path, digest, lambda: read_file(Path(path), digest))
+        self.staged = staged
+        return staged
 
     def begin(self, digest: str, read: Callable[[GroupMember], dict[str, Tensor]]) -> None:
-        """Have a thread do `read`, in the group of the trainer and all generators."""
+        """Let a thread do `read` with this process's member of the trainer's group."""
         member = self.member = self.member or GroupMember(self)
         self.staged = StagedWeights(RECEIVED, digest, lambda: read(member))
 
@@ -138,9 +144,7 @@ class FileTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         """Nothing to connect to: the group is joined by `begin`, beside the requests."""
 
     def start_weight_update(self) -> None:
-        """Nothing yet: from the first touch on, the layers hold neither the old weights nor the new
-        ones.
-        """
+        """Nothing: once it begins, the layers have neither the old weights nor the new ones."""
 
     def receive_weights(self, update_info: FileUpdateInfo) -> None:
         """Replace the model's weights.
@@ -160,53 +164,56 @@ class FileTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         """Nothing left to do: `receive_weights` takes whole files."""
 
     def shutdown(self) -> None:
-        """Let go of a file that was read and not used, and of the group."""
+        """Drop a file that was read and not used, and leave the group."""
         self.staged = None
         if self.member is not None:
             self.member.leave()
 
 
 class Extension:
-    """Methods of every worker process, for vLLM's `collective_rpc`; all their arguments and results
-    are strings.
+    """Methods of every worker process, for vLLM's `collective_rpc`.
+
+    All their arguments and results are strings.
     """
 
     def onstream_stage(self: Any, path: str, digest: str) -> None:
-        """Begin to read `path` and compare it with `digest`, its sha256; returns at once."""
+        """Begin to read `path` and to compare it with `digest`, its SHA-256; returns at once."""
         self.weight_transfer_engine.stage(path, digest)
 
     def onstream_join(self: Any, init_info: str) -> None:
-        """Begin to join the group that vLLM's `init_info` describes, in JSON; returns at once, and
-        `onstream_staged` tells of it.
+        """Begin to join the group that vLLM's `init_info`, JSON, describes.
+
+        Returns at once; `onstream_staged` tells when it is done.
         """
         info = json.loads(init_info)
         self.weight_transfer_engine.begin("", lambda member: member.join(info))
 
-    def onstream_receive(self: Any, update_info: str, frame: str) -> None:
-        """Begin to receive the version of `frame` over the group, as vLLM's `update_info` says,
-        both in JSON; returns at once.
+    def onstream_receive(self: Any, update_info: str, header: str) -> None:
+        """Begin to receive the version of `header` over the group, as vLLM's `update_info` says.
+
+        Both are JSON. Returns at once.
         """
         info = json.loads(update_info)
-        version = msgspec.json.decode(frame, type=PolicyHeader)
+        version = msgspec.json.decode(header, type=PolicyHeader)
         self.weight_transfer_engine.begin(
             version.digest, lambda member: member.receive(info, version)
         )
 
     def onstream_leave(self: Any) -> None:
-        """Leave the group, and abort what it still does."""
+        """Leave the group, and abort what it is doing."""
         self.weight_transfer_engine.shutdown()
 
     def onstream_staged(self: Any) -> str:
-        """`reading`, `ready`, or why the file named last cannot be used."""
+        """`reading`, `ready`, or why what was staged last cannot be used."""
         staged = self.weight_transfer_engine.staged
         return staged.state if staged is not None else "nothing was staged"
 
 
 def repack_tied_head(model: Any) -> None:
-    """Compute anew what CPU kernels keep of an output head.
+    """Pack the output head of a tied model again, which CPU kernels keep in a form of their own.
 
-    A checkpoint of a tied model has no weights for the head, so no reload does this: a new body
-    would go on with the old head.
+    A checkpoint of a tied model has no weights for the head, so no reload does this, and the new
+    weights would be used with the old head.
     """
     for module in model.modules():
         if isinstance(module, ParallelLMHead) and module.weight.numel():
@@ -215,9 +222,7 @@ def repack_tied_head(model: Any) -> None:
 
 @contextmanager
 def _quiet_reload() -> Iterator[None]:
-    """Keep the reload from warning at every update that a tied head has no weights in the file, as
-    it should.
-    """
+    """Silence the reload's warning that a tied head has no weights in the file: that is expected."""
     log = logging.getLogger(RELOAD_LOG)
     level = log.level
     log.setLevel(logging.ERROR)

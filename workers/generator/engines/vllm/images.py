@@ -1,6 +1,4 @@
-"""Requests that show images, for vLLM in process and behind servers: it must read them as the
-student does.
-"""
+"""Requests with images for vLLM, which must read them as the student does."""
 
 from __future__ import annotations
 
@@ -16,42 +14,42 @@ if TYPE_CHECKING:
     from onstream.workers.generator.engines.vllm.request import VllmRequest
 
 
-def input_of(writing: VllmRequest, sent: VllmPrompts, renderer: Any) -> EngineInput:
-    """The prompt of `writing` and what is written of it, with its images, as vLLM's own `renderer`
-    makes it.
+def input_of(request: VllmRequest, vllm_prompts: VllmPrompts, renderer: Any) -> EngineInput:
+    """The prompt, its images and what has been written, as vLLM's own `renderer` makes them.
 
-    Of an image in its cache vLLM sends its processes the digest alone. So inputs must reach them in
-    the order in which they are made, and none be made while an update clears the caches.
+    Of an image in its cache vLLM sends its processes only the digest. So inputs must reach them in
+    the order in which they are made, and none may be made while an update clears the caches.
 
     Raises:
         UserError: vLLM reads other tokens than the student's processor made.
     """
-    [made] = renderer.render_cmpl(
-        [sent.prompt(writing.request.prompt_ids, writing.request.images, writing.token_ids)]
-    )
-    require_same_tokens(made["prompt_token_ids"], writing)
-    result: EngineInput = made
+    asked = request.request
+    prompt = vllm_prompts.prompt(asked.prompt_ids, asked.images, request.token_ids)
+    [rendered] = renderer.render_cmpl([prompt])
+    require_same_tokens(rendered["prompt_token_ids"], request)
+    result: EngineInput = rendered
     return result
 
 
-def fields_of(writing: VllmRequest, sent: VllmPrompts) -> dict[str, Any]:
+def fields_of(request: VllmRequest, vllm_prompts: VllmPrompts) -> dict[str, Any]:
     """The same as fields of a request to a server, whose answer tells what it read."""
-    return sent.fields(writing.request.prompt_ids, writing.request.images, writing.token_ids)
+    asked = request.request
+    return vllm_prompts.fields(asked.prompt_ids, asked.images, request.token_ids)
 
 
-def require_same_tokens(made: Sequence[int], writing: VllmRequest) -> None:
-    """Do nothing where vLLM made of a prompt with images what the student's processor made of it.
+def require_same_tokens(theirs: Sequence[int], request: VllmRequest) -> None:
+    """Check that vLLM made the same tokens of a prompt with images as the student's processor.
 
     Raises:
-        UserError: it made something else.
+        UserError: it made others.
     """
-    ours = writing.prompt_ids
-    if list(made) == ours:
+    ours = request.prompt_ids
+    if list(theirs) == ours:
         return
     raise UserError(
-        f"of a prompt with {len(writing.request.images)} images vLLM makes {len(made)} tokens that are not the {len(ours)} that the "
-        "student's processor makes",
-        expected="the same tokens: the trainer would see another prompt than the one that was answered",
+        f"of a prompt with {len(request.request.images)} images vLLM makes {len(theirs)} tokens "
+        f"that are not the {len(ours)} that the student's processor makes",
+        expected="the same tokens: the trainer would see another prompt than was answered",
         next_step='Set inference.engine = "transformers".',
         exit=Exit.REFUSED,
     )

@@ -1,6 +1,4 @@
-"""A request on its way through vLLM, in process or behind a server: how it is asked for, and what
-has come of it.
-"""
+"""A request on its way through vLLM, in process or behind a server, and what has been written."""
 
 from __future__ import annotations
 
@@ -16,14 +14,15 @@ from onstream.workers.generator.engines.base import Completion, GenerationReques
 
 ABORTED = "abort"
 UNFILTERED = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
-# Said, and not left to their defaults: a server takes those from the model's generation_config.json.
+"""Said rather than left out: a server takes defaults from the model's generation_config.json."""
 _FINISHED: tuple[FinishReason, ...] = get_args(FinishReason)
 
 
 @dataclass
 class VllmRequest:
-    """A request and what vLLM has written of it, in one piece, or in several where updates aborted
-    it in between.
+    """A request and what vLLM has written of it.
+
+    It is written in one part, or in several where updates aborted it in between.
     """
 
     request: GenerationRequest
@@ -34,14 +33,14 @@ class VllmRequest:
 
     @property
     def prompt_ids(self) -> list[int]:
-        """What the next piece continues."""
+        """What the next part continues: the prompt and what has been written."""
         return [*self.request.prompt_ids.tolist(), *self.token_ids]
 
-    def sampling(self, stop_ids: Collection[int]) -> dict[str, Any]:
-        """The fields of vLLM's SamplingParams for the next piece, as plain data."""
+    def sampling_params(self, stop_ids: Collection[int]) -> dict[str, Any]:
+        """The fields of vLLM's SamplingParams for the next part, as plain data."""
         return {
             "max_tokens": self.request.max_tokens - len(self.token_ids),
-            "temperature": self.request.sampling.temperature,
+            "temperature": self.request.temperature,
             **UNFILTERED,
             "seed": self._seed(),
             "stop_token_ids": sorted(stop_ids),
@@ -57,8 +56,13 @@ class VllmRequest:
         versions: Sequence[tuple[int, int, int]],
         finish_reason: str,
     ) -> None:
-        """Add a piece: tokens [n], their logprobs [n] in nats, and (policy version, start, end)
-        over its tokens.
+        """Add a part.
+
+        Args:
+            token_ids: [n].
+            logprobs: [n], in nats.
+            versions: (policy version, start, end) over the part's tokens.
+            finish_reason: a rollout's, or `ABORTED`.
 
         Raises:
             RuntimeError: vLLM ended it for a reason that a rollout cannot have.
@@ -93,12 +97,12 @@ class VllmRequest:
             self.spans.append(VersionSpan(version, start, end))
 
     def _seed(self) -> int:
-        """The request's own; for a later piece one that follows from it, since the same would
-        repeat the first piece's draws.
+        """The request's own seed for the first part, and one that follows from it for a later part.
+
+        The same seed would repeat the first part's draws.
         """
         if not self.token_ids:
             return self.request.seed & ((1 << 63) - 1)
-        digest = hashlib.blake2b(
-            f"{self.request.seed}/{len(self.token_ids)}".encode(), digest_size=8
-        ).digest()
+        text = f"{self.request.seed}/{len(self.token_ids)}"
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") >> 1

@@ -1,6 +1,4 @@
-"""How vLLM is started inside a generator: its environment, its arguments, and words for why it
-cannot be.
-"""
+"""How vLLM is started inside a generator: its environment, its arguments, and why it may not start."""
 
 from __future__ import annotations
 
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onstream.pipeline.errors import UserError
+from onstream.pipeline.models.weight_shapes import shapes_of
 from onstream.settings import engines
 from onstream.settings.devices import device_of
 from onstream.settings.engines import vllm_environment
@@ -18,9 +17,13 @@ from onstream.settings.gpus import memory_share
 from onstream.settings.problems import SettingsError
 from onstream.settings.root import Settings
 from onstream.settings.rules.engines import vllm_missing
+from onstream.workers.generator.engines.base import UnsupportedModel
+from onstream.workers.generator.student_model import StudentModel
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+    from onstream.workers.generator.engines.vllm.engine import VllmEngine
 
 EXTENSION = "onstream.workers.generator.engines.vllm.extension.Extension"
 IN_PROCESS = {
@@ -28,19 +31,40 @@ IN_PROCESS = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
-WITHOUT_WORKER_PROCESS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0"
-}  # or vLLM would not let the engine's process compute by itself
-WORDS = 300  # of vLLM's reasons, which may run over a page
+# Without this the engine's process would not compute by itself.
+WITHOUT_WORKER_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+REASON_CHARACTERS = 300  # vLLM's reasons may run over a page
 
 
-class UnsupportedByVllm(UserError):
-    """vLLM does not take this model, or not with these arguments. Nothing was started."""
+def open_engine(student: StudentModel) -> VllmEngine:
+    """vLLM with `student`, in processes of its own.
+
+    Raises:
+        UnsupportedModel: vLLM does not take the model or an argument. Nothing was started.
+        UserError: vLLM is not installed, or did not start with the model.
+    """
+    settings = student.settings
+    config = configure(settings, images=student.reads_images)
+    # Imported only now: importing vLLM reads the environment that `configure` has set.
+    from onstream.workers.generator.engines.vllm.engine import VllmEngine
+
+    shapes = shapes_of(student.config)
+    on_new_weights = settings.inference.on_new_weights
+    first = student.test_request()
+    try:
+        return VllmEngine(
+            config, student.stop_ids, shapes, on_new_weights=on_new_weights, first=first
+        )
+    except UserError:
+        raise
+    except Exception as error:  # of whatever kind: vLLM's processes ended
+        raise did_not_start(error, settings) from error
 
 
 def configure(settings: Settings, *, images: bool) -> VllmConfig:
-    """vLLM's configuration for the student, which reads `images` or not, checked by vLLM itself;
-    its weights are not looked at yet.
+    """vLLM's configuration for the student, checked by vLLM; the weights are not read yet.
+
+    `images` says whether the student reads images.
 
     Raises:
         NotServed: vLLM does not take the model or an argument.
@@ -58,32 +82,36 @@ def configure(settings: Settings, *, images: bool) -> VllmConfig:
             **given, weight_transfer_config=WeightTransferConfig(backend=BACKEND)
         ).create_engine_config()
     except (TypeError, ValueError, NotImplementedError, OSError) as error:
-        raise UnsupportedByVllm(
+        raise UnsupportedModel(
             f"vLLM does not take {settings.model.name} with {_shown(given)}: {_reason(error)}",
             expected="a model and arguments that vLLM supports",
-            next_step='Mend inference.extra_args, or set inference.engine = "transformers".',
+            next_step='Correct inference.extra_args, or set inference.engine = "transformers".',
         ) from error
     return config
 
 
 def arguments(settings: Settings, *, images: bool = False) -> dict[str, Any]:
-    """The engine's arguments, for a model that reads `images` or not; those of
-    `inference.extra_args` last, so that they win.
+    """The engine's arguments; those of `inference.extra_args` last, so that they win.
+
+    `images` says whether the student reads images.
     """
     inference = settings.inference
     cpu = device_of(settings.deployment) == "cpu"
+    dtype: str = inference.dtype
+    if dtype == "auto":
+        dtype = "float32" if cpu else "bfloat16"
+    memory = inference.gpu_memory_utilization
+    if memory is None and not cpu:
+        memory = memory_share(settings, "generator")
     path = Path(settings.model.name).expanduser()
-    stated = {
+    stated: dict[str, Any] = {
         "model": str(path) if path.is_dir() else settings.model.name,
-        "dtype": ("float32" if cpu else "bfloat16")
-        if inference.dtype == "auto"
-        else inference.dtype,
+        "dtype": dtype,
         "max_num_seqs": inference.max_batch,
         "max_model_len": inference.max_model_len,
         "tensor_parallel_size": inference.tensor_parallel_size,
         "data_parallel_size": inference.data_parallel_size,
-        "gpu_memory_utilization": inference.gpu_memory_utilization
-        or (None if cpu else memory_share(settings, "generator")),
+        "gpu_memory_utilization": memory,
         "enforce_eager": cpu if inference.enforce_eager is None else inference.enforce_eager,
         "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from
         "worker_extension_cls": EXTENSION,
@@ -94,27 +122,28 @@ def arguments(settings: Settings, *, images: bool = False) -> dict[str, Any]:
     if images:
         stated["limit_mm_per_prompt"] = {"image": settings.images.max_per_prompt, "video": 0}
     if cpu:
-        # Where a prompt is computed in parts, vLLM winds back the draws of a request with a seed,
-        # which generators on a CPU cannot.
+        # Where a prompt is computed in parts, vLLM rewinds the random generator of a request with
+        # a seed, and torch's CPU generators cannot be rewound.
         stated["enable_chunked_prefill"] = False
     if inference.on_new_weights == "keep":
-        # What is kept for running completions cannot be told from what would be kept for others
-        # that begin with the same prompt.
+        # vLLM clears either all of its cache or nothing. Prefixes of the old weights would be used
+        # for new completions.
         stated["enable_prefix_caching"] = False
     if cpu and _alone(settings):
         stated["distributed_executor_backend"] = "uni"
-    return {
-        name: value for name, value in stated.items() if value is not None
-    } | inference.extra_args
+    given = {name: value for name, value in stated.items() if value is not None}
+    return given | inference.extra_args
 
 
 def did_not_start(error: BaseException, settings: Settings) -> UserError:
-    """The words for an engine whose processes came up and went."""
+    """The error for an engine whose processes started and then ended."""
     return UserError(
         f"vLLM did not start with {settings.model.name}: {_reason(error)}",
         expected="an engine that loads the model and finds room for its cache",
-        next_step="vLLM's own lines above say why. Where it is memory, lower inference.max_model_len or inference.max_batch, or give "
-        "it more by inference.gpu_memory_utilization (on a CPU by the variable VLLM_CPU_KVCACHE_SPACE, in GiB).",
+        next_step="vLLM's own lines above say why. Where it is memory, lower "
+        "inference.max_model_len or inference.max_batch, or give it more by "
+        "inference.gpu_memory_utilization (on a CPU by the variable VLLM_CPU_KVCACHE_SPACE, "
+        "in GiB).",
     )
 
 
@@ -123,27 +152,27 @@ def _alone(settings: Settings) -> bool:
 
 
 def _prepare(settings: Settings) -> None:
-    """Set the environment that vLLM reads when it is imported and its processes inherit; what it
-    says already stays.
+    """Set the environment that vLLM reads when it is imported, and that its processes inherit.
+
+    What is set already stays.
     """
     if not engines.vllm_importable():
         raise SettingsError([vllm_missing("inference.engine")])
     device = device_of(settings.deployment)
-    variables = (
-        IN_PROCESS
-        | vllm_environment(device)
-        | (WITHOUT_WORKER_PROCESS if device == "cpu" and _alone(settings) else {})
-    )
+    variables = IN_PROCESS | vllm_environment(device)
+    if device == "cpu" and _alone(settings):
+        variables |= WITHOUT_WORKER_PROCESS
     for name, value in variables.items():
         os.environ.setdefault(name, value)
-    # `python -m` leaves the working directory as "" on the path, which a process that is spawned
-    # elsewhere would read anew.
+    # A "" on the path is the working directory, which is another one in a process spawned elsewhere.
     sys.path[:] = [entry or os.getcwd() for entry in sys.path]
 
 
 def _reason(error: BaseException) -> str:
     words = " ".join(str(error).split()) or type(error).__name__
-    return words if len(words) <= WORDS else words[:WORDS] + "…"
+    if len(words) > REASON_CHARACTERS:
+        words = words[:REASON_CHARACTERS] + "…"
+    return words
 
 
 def _shown(given: Mapping[str, Any]) -> str:

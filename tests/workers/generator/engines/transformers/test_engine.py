@@ -27,17 +27,16 @@ from transformers import (
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.records import VersionSpan
 from onstream.pipeline.weights import LoadedPolicy, WeightsError
-from onstream.workers.generator.engines.base import Completion, GenerationRequest, Sampling
+from onstream.workers.generator.engines.base import Completion, GenerationRequest
 from onstream.workers.generator.engines.transformers.engine import TransformersEngine
 
 EXACT = 1e-5
-PLAIN = Sampling()
 rng = np.random.default_rng(0)
 PROMPTS = [rng.integers(3, 128, size).astype(np.int32) for size in (5, 23, 9, 40, 2, 17)]
 
 
 def requests(
-    count: int = 24, sampling: Sampling = PLAIN, max_tokens: int | None = None
+    count: int = 24, temperature: float = 1.0, max_tokens: int | None = None
 ) -> list[GenerationRequest]:
     """`count` requests in groups of four, each with its own length."""
     return [
@@ -46,7 +45,7 @@ def requests(
             PROMPTS[key // 4 % len(PROMPTS)],
             max_tokens or 3 + key * 5 % 11,
             seed=1000 + key,
-            sampling=sampling,
+            temperature=temperature,
         )
         for key in range(count)
     ]
@@ -76,21 +75,21 @@ def chosen(logprobs: Any, token_ids: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "sampling",
-    [Sampling(), Sampling(temperature=0.7), Sampling(temperature=0)],
+    "temperature",
+    [1.0, 0.7, 0.0],
     ids=["one", "cooler", "greedy"],
 )
 def test_every_logprob_equals_a_plain_forward_pass(
-    student: Any, plain_logprobs: Callable[..., Any], sampling: Sampling
+    student: Any, plain_logprobs: Callable[..., Any], temperature: float
 ) -> None:
-    wanted = requests(sampling=sampling)
+    wanted = requests(temperature=temperature)
     written = run(student, wanted)
     assert written.keys() == set(range(24))
     for request in wanted:
         one = written[request.key]
-        plain = plain_logprobs(request.prompt_ids, one.token_ids, sampling.temperature or 1.0)
+        plain = plain_logprobs(request.prompt_ids, one.token_ids, temperature or 1.0)
         assert np.abs(chosen(plain, one.token_ids) - one.logprobs).max() < EXACT
-        if sampling.temperature == 0:
+        if temperature == 0:
             assert one.token_ids.tolist() == plain.argmax(axis=-1).tolist()
         assert len(one.token_ids) == request.max_tokens and one.finish_reason == "length"
 

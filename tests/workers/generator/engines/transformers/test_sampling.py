@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from onstream.workers.generator.engines.base import Sampling
 from onstream.workers.generator.engines.transformers.sampling import draw, uniforms
 
 PROBS = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
@@ -31,7 +30,7 @@ def test_draws_are_spread_evenly_over_seeds_and_over_positions() -> None:
 
 def test_a_token_is_drawn_where_the_cumulative_probability_passes_the_draw() -> None:
     ids, logprobs = draw(
-        PROBS.log().repeat(5, 1), [Sampling()] * 5, np.array([0.0, 0.39, 0.41, 0.89, 0.9999999])
+        PROBS.log().repeat(5, 1), [1.0] * 5, np.array([0.0, 0.39, 0.41, 0.89, 0.9999999])
     )
     assert ids.tolist() == [0, 0, 1, 2, 3]
     assert logprobs.exp().tolist() == pytest.approx([0.4, 0.4, 0.3, 0.2, 0.1])
@@ -39,17 +38,17 @@ def test_a_token_is_drawn_where_the_cumulative_probability_passes_the_draw() -> 
 
 def test_the_largest_draw_never_falls_past_the_last_token_that_can_be_drawn() -> None:
     logits = torch.tensor([[0.0, 0.0, -torch.inf, -torch.inf]])
-    ids, _ = draw(logits, [Sampling()], np.array([1 - 2.0**-52]))
+    ids, _ = draw(logits, [1.0], np.array([1 - 2.0**-52]))
     assert ids.tolist() == [1]
 
 
 def test_the_logprob_of_a_draw_is_at_the_sampling_temperature() -> None:
-    _, logprobs = draw(PROBS.log(), [Sampling(temperature=0.5)], np.array([0.0]))
+    _, logprobs = draw(PROBS.log(), [0.5], np.array([0.0]))
     assert logprobs.exp().tolist() == pytest.approx([0.16 / 0.30])
 
 
 def test_temperature_zero_takes_the_likeliest_token_and_reports_the_models_own_logprob() -> None:
-    ids, logprobs = draw(PROBS.log(), [Sampling(temperature=0)], np.array([0.95]))
+    ids, logprobs = draw(PROBS.log(), [0], np.array([0.95]))
     assert ids.tolist() == [0]
     assert logprobs.exp().tolist() == pytest.approx([0.4])
 
@@ -57,7 +56,7 @@ def test_temperature_zero_takes_the_likeliest_token_and_reports_the_models_own_l
 def test_rows_of_several_temperatures_share_a_batch() -> None:
     ids, logprobs = draw(
         PROBS.log().repeat(3, 1),
-        [Sampling(temperature=0.5), Sampling(), Sampling(temperature=0)],
+        [0.5, 1.0, 0],
         np.array([0.95, 0.95, 0.95]),
     )
     assert ids.tolist() == [2, 3, 0]
@@ -66,4 +65,4 @@ def test_rows_of_several_temperatures_share_a_batch() -> None:
 
 def test_logits_that_are_not_numbers_are_an_error_and_no_token() -> None:
     with pytest.raises(FloatingPointError, match="not finite"):
-        draw(torch.tensor([[0.0, torch.nan]]), [Sampling()], np.array([0.5]))
+        draw(torch.tensor([[0.0, torch.nan]]), [1.0], np.array([0.5]))

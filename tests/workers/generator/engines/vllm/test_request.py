@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 
 from onstream.pipeline.records import VersionSpan
-from onstream.workers.generator.engines.base import GenerationRequest, Sampling
+from onstream.workers.generator.engines.base import GenerationRequest
 from onstream.workers.generator.engines.vllm.request import VllmRequest
 
 REQUEST = GenerationRequest(
-    5, np.array([7, 8], dtype=np.int32), max_tokens=6, seed=11, sampling=Sampling(0.7)
+    5, np.array([7, 8], dtype=np.int32), max_tokens=6, seed=11, temperature=0.7
 )
 
 
 def test_a_request_is_asked_for_in_vllms_words() -> None:
     writing = VllmRequest(REQUEST)
     assert writing.prompt_ids == [7, 8]
-    assert writing.sampling({9, 3}) == {
+    assert writing.sampling_params({9, 3}) == {
         "max_tokens": 6,
         "temperature": 0.7,
         "top_p": 1.0,
@@ -49,10 +49,10 @@ def test_what_was_aborted_goes_on_with_what_was_written_under_another_seed() -> 
     writing.take([1, 2], [-1.0, -2.0], [(4, 0, 2)], "abort")
     assert writing.finish_reason is None
     assert writing.prompt_ids == [7, 8, 1, 2]
-    rest = writing.sampling({3})
+    rest = writing.sampling_params({3})
     assert rest["max_tokens"] == 4
     assert rest["seed"] not in (11, None) and 0 <= rest["seed"] < 1 << 63
-    assert rest["seed"] == writing.sampling({3})["seed"], "the same whenever it is asked for"
+    assert rest["seed"] == writing.sampling_params({3})["seed"], "the same whenever it is asked for"
     writing.take([], [], [], "abort")  # before its first token
     writing.take([1], [-3.0], [(4, 0, 1)], "abort")
     writing.take([2, 1, 1], [-4.0, -5.0, -6.0], [(6, 0, 3)], "length")
@@ -70,6 +70,8 @@ def test_an_end_that_no_rollout_can_have_is_an_error() -> None:
 
 def test_seeds_of_64_bits_are_ones_that_vllm_takes() -> None:
     assert (
-        VllmRequest(GenerationRequest(1, REQUEST.prompt_ids, 3, seed=-1)).sampling(())["seed"]
+        VllmRequest(GenerationRequest(1, REQUEST.prompt_ids, 3, seed=-1)).sampling_params(())[
+            "seed"
+        ]
         == (1 << 63) - 1
     )

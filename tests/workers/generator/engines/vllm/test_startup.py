@@ -13,8 +13,10 @@ from onstream.settings import engines
 from onstream.settings.problems import SettingsError
 from onstream.settings.root import Settings
 from onstream.workers.generator import student
+from onstream.workers.generator.engines.base import UnsupportedModel
 from onstream.workers.generator.engines.transformers.engine import TransformersEngine
-from onstream.workers.generator.engines.vllm.startup import UnsupportedByVllm, arguments
+from onstream.workers.generator.engines.vllm import startup
+from onstream.workers.generator.engines.vllm.startup import arguments
 from onstream.workers.generator.student import open_student
 
 
@@ -54,11 +56,9 @@ def test_a_model_that_vllm_does_not_take_is_left_to_transformers_unless_vllm_was
     student_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(settings: Settings, *, images: bool) -> Any:
-        raise UnsupportedByVllm(
-            "vLLM does not take it", expected="another", next_step="Choose one."
-        )
+        raise UnsupportedModel("vLLM does not take it", expected="another", next_step="Choose one.")
 
-    monkeypatch.setattr(student, "configure", refuse)
+    monkeypatch.setattr(startup, "configure", refuse)
     monkeypatch.setattr(
         student, "student_engine", lambda settings: "vllm"
     )  # as on a machine with a GPU and vLLM
