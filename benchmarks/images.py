@@ -29,7 +29,7 @@ from onstream.pipeline.images import reference_of
 from onstream.pipeline.loop import run_worker
 from onstream.pipeline.records import Rollout, StageName, Ticket, encode, ids_bytes
 from onstream.pipeline.redis.bus import Bus
-from onstream.pipeline.redis.image_store import Hold
+from onstream.pipeline.redis.image_store import ImageHold
 from onstream.pipeline.redis.keys import Keys
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Delivery, Outcome, Stats
@@ -98,7 +98,7 @@ class Answering:
         """Every ticket's rollout, its image held."""
         shown = [self._image_of(delivery.ticket) for delivery in new]
         holds = [
-            Hold(delivery.entry_id, delivery.number, images)
+            ImageHold(delivery.entry_id, delivery.number, images)
             for delivery, images in zip(new, shown, strict=True)
             if images
         ]
@@ -186,7 +186,9 @@ def life_of_a_group(url: str, run: str, image: bytes) -> None:
     bus.lease.issue(lease, 0, group, 1000)
     tell("issued")
     for entry, ticket in zip(bus.streams.read("generate", GROUP), group, strict=True):
-        bus.images.hold("generate", [Hold(entry.id, entry.number, {digest: image})], patience_s=1)
+        bus.images.hold(
+            "generate", [ImageHold(entry.id, entry.number, {digest: image})], patience_s=1
+        )
         bus.streams.move(
             "generate",
             [Move(entry.id, [Out("verify", entry.number, encode(answered(ticket, digest)))])],

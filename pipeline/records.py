@@ -31,11 +31,10 @@ class RecordError(ValueError):
 
 # trainer -> tickets -> generator
 class Ticket(msgspec.Struct, tag="ticket/1", array_like=True, frozen=True):
-    """Leave to write one rollout.
+    """A request for one rollout, which will have the same `number`; numbers count up from 1 in a run.
 
-    `number` is consecutive in the run and is the uid of the rollout that comes of it. Tickets of
-    one group are consecutive and ask the same problem: `index` of the task's train split.
-    `requeued_from` is the number of a dead rollout that this one is asked for in place of; that one
+    Tickets of one group have consecutive numbers and ask the same problem: `index` of the task's
+    train split. `requeued_from` is the number of a dead rollout that this one replaces; that one
     stays dead.
     """
 

@@ -25,17 +25,17 @@ _LEVELS = {
 
 
 @dataclass(frozen=True)
-class Said:
-    """One line of the log: its words, and when, in seconds since the epoch."""
+class LoggedError:
+    """An error in the log: its text, and when it was written, in seconds since the epoch."""
 
-    words: str
+    text: str
     time: float
 
 
-_last_error: Said | None = None
+_last_error: LoggedError | None = None
 
 
-def last_error() -> Said | None:
+def last_error() -> LoggedError | None:
     """The last line of level error or critical that this process wrote, once `configure` was
     called.
     """
@@ -48,8 +48,8 @@ def configure(
     """Send this process's lines to `stream` (standard error), each with `run`, `stage` and
     `worker`.
 
-    A line given `number=` is about a rollout and gets its `uid`, `<run>/<number>`. Lines of
-    libraries that log by the standard library take the same form, from level warning on.
+    A line about a rollout is given `number=`. Lines of libraries that log through the standard
+    library take the same form, from level warning on.
     """
     stream = stream or sys.stderr
     processors: list[Processor] = [
@@ -93,8 +93,6 @@ class _Identity:
         self._identity = identity
 
     def __call__(self, logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-        if (number := event.pop("number", None)) is not None:
-            event["uid"] = f"{self._identity['run']}/{number}"
         return {**self._identity, **event}
 
 
@@ -107,8 +105,8 @@ def _remember_error(logger: WrappedLogger, method: str, event: EventDict) -> Eve
             or event.get("reason")
             or (sys.exc_info()[1] if event.get("exc_info") else None)
         )
-        words = f"{event.get('event')}: {cause}" if cause else str(event.get("event"))
-        _last_error = Said(words[:ERROR_CHARACTERS], time.time())
+        text = f"{event.get('event')}: {cause}" if cause else str(event.get("event"))
+        _last_error = LoggedError(text[:ERROR_CHARACTERS], time.time())
     return event
 
 

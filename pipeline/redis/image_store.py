@@ -33,7 +33,7 @@ class ImagesFull(Exception):
 
 
 @dataclass(frozen=True)
-class Hold:
+class ImageHold:
     """The images that `number` needs, bytes by digest; `entry_id` is the entry that it is in
     somebody's hands with.
     """
@@ -51,7 +51,9 @@ class ImageStore:
         self._keys = connection.keys
         self._lease = lease
 
-    def hold(self, stage: StageName, holds: Sequence[Hold], *, patience_s: float) -> list[bool]:
+    def hold(
+        self, stage: StageName, holds: Sequence[ImageHold], *, patience_s: float
+    ) -> list[bool]:
         """Keep the images of `holds` until their numbers have settled; False for those whose entry
         of `stage` somebody else has finished.
 
@@ -80,7 +82,7 @@ class ImageStore:
     def _hold(
         self,
         stage: StageName,
-        holds: Sequence[Hold],
+        holds: Sequence[ImageHold],
         brought: Mapping[str, bytes],
         patience_s: float,
     ) -> list[Reply]:
@@ -135,7 +137,7 @@ class ImageStore:
             self._lease.fenced(scripts.RELEASE_IMAGES, lease, keys, some)
 
 
-def _some_bytes(missing: Iterable[tuple[Hold, Sequence[str]]]) -> dict[str, bytes]:
+def _some_bytes(missing: Iterable[tuple[ImageHold, Sequence[str]]]) -> dict[str, bytes]:
     """Images to send with one call: all that the first number misses, and of others what
     `BYTES_AT_ONCE` has room for.
     """

@@ -15,20 +15,19 @@ from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection
 from onstream.pipeline.redis.trainer_lease import Lease, TrainerLease
 
-Wish = Literal["requeue", "purge"]
+RequestKind = Literal["requeue", "purge"]
 AT_ONCE = 500
 
 
 @dataclass(frozen=True)
 class OperatorRequest:
-    """One wish of an operator: `number` is dead, `letter` the entry of its dead letter, b"" where
-    it has none.
+    """What an operator asks for: `number` is dead, `letter` the entry of its dead letter or b"".
 
-    `wish` may be anything, and `number` 0, where something else than our command wrote the entry.
+    `kind` may be anything, and `number` 0, where something else than our command wrote the entry.
     """
 
     id: bytes
-    wish: Wish | str
+    kind: RequestKind | str
     number: int
     letter: bytes = b""
 
@@ -41,10 +40,10 @@ class OperatorRequests:
         self._keys = connection.keys
         self._lease = lease
 
-    def add(self, wish: Wish, number: int, letter: bytes = b"") -> None:
+    def add(self, kind: RequestKind, number: int, letter: bytes = b"") -> None:
         """Ask the trainer for something. One left twice is served once."""
         self._connection.ask(
-            "XADD", self._keys.requests, "*", "do", wish, "n", number, "letter", letter
+            "XADD", self._keys.requests, "*", "do", kind, "n", number, "letter", letter
         )
 
     def waiting(self) -> Iterator[OperatorRequest]:
@@ -117,8 +116,8 @@ class OperatorRequests:
 
 
 def _request(entry_id: bytes, fields: dict[bytes, bytes]) -> OperatorRequest:
-    wish = fields.get(b"do", b"").decode(errors="replace")
+    kind = fields.get(b"do", b"").decode(errors="replace")
     number = fields.get(b"n", b"")
     return OperatorRequest(
-        entry_id, wish, int(number) if number.isdigit() else 0, fields.get(b"letter", b"")
+        entry_id, kind, int(number) if number.isdigit() else 0, fields.get(b"letter", b"")
     )

@@ -160,7 +160,7 @@ class RunState:
             detail=stats.detail,
             numbers=dict(stats.numbers),
             version=VERSION,
-            error=error.words if error else "",
+            error=error.text if error else "",
             error_time=error.time if error else 0.0,
         )
         ready = stage if stage in STAGES and state != "starting" else ""

@@ -45,7 +45,7 @@ class RecordingError(Exception):
     """A recording that is damaged, or was made by another version."""
 
 
-class Opened(msgspec.Struct, frozen=True):
+class ResumeMark(msgspec.Struct, frozen=True):
     """A trainer took the run up at `step`: of the records before, it knows those alone that its
     checkpoint has settled.
 
@@ -60,7 +60,7 @@ class Opened(msgspec.Struct, frozen=True):
     conditions: dict[str, Any]
 
 
-class Stepped(msgspec.Struct, frozen=True):
+class StepMark(msgspec.Struct, frozen=True):
     """The records so far completed the batch of `step`, which made the policy version of `digest`;
     `metrics` follow from them alone.
     """
@@ -71,7 +71,7 @@ class Stepped(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
+class RecordFrame:
     """A rollout or tombstone as the wire had it, taken at `taken`, in seconds since the epoch."""
 
     number: int
@@ -79,8 +79,8 @@ class Recorded:
     payload: bytes
 
 
-Frame = Recorded | Opened | Stepped
-_MARKS: dict[int, type[Opened | Stepped]] = {_OPENED: Opened, _STEPPED: Stepped}
+Frame = RecordFrame | ResumeMark | StepMark
+_MARKS: dict[int, type[ResumeMark | StepMark]] = {_OPENED: ResumeMark, _STEPPED: StepMark}
 
 
 class Recorder:
@@ -106,9 +106,9 @@ class Recorder:
         """Append the rollout or tombstone in `payload`."""
         self._append(_RECORD, taken, number, payload)
 
-    def mark(self, mark: Opened | Stepped, at: float) -> None:
+    def mark(self, mark: ResumeMark | StepMark, at: float) -> None:
         """Append `mark`, made at `at`."""
-        kind = _OPENED if isinstance(mark, Opened) else _STEPPED
+        kind = _OPENED if isinstance(mark, ResumeMark) else _STEPPED
         self._append(kind, at, mark.step, msgspec.json.encode(mark))
 
     def sync(self) -> None:
@@ -153,7 +153,7 @@ class Recorder:
             self._write(_HEADING)
 
 
-def keep_image(directory: Path, digest: str, data: bytes) -> None:
+def save_image(directory: Path, digest: str, data: bytes) -> None:
     """Put an image beside the recording in `directory`, durably, unless it lies there.
 
     Raises:
@@ -259,7 +259,7 @@ def _frames_of(path: Path, at: int, end: int, *, torn_from: int) -> Iterator[Fra
 
 def _frame(kind: int, taken: float, number: int, payload: bytes, path: Path) -> Frame:
     if kind == _RECORD:
-        return Recorded(number, taken, payload)
+        return RecordFrame(number, taken, payload)
     if kind not in _MARKS:
         raise RecordingError(f"{path} has a frame of kind {kind}, which this version does not know")
     return msgspec.json.decode(payload, type=_MARKS[kind])

@@ -16,10 +16,10 @@ import pytest
 
 from onstream.pipeline.run_files.recording import (
     FOLDER,
-    Opened,
-    Recorded,
     Recorder,
-    Stepped,
+    RecordFrame,
+    ResumeMark,
+    StepMark,
     frames,
 )
 from onstream.workers.trainer.durability.recording import SETTINGS
@@ -103,7 +103,7 @@ def stream_alone(run_dir: Path, to: Path) -> Path:
     taken = {
         frame.number: frame.taken
         for frame in frames(run_dir / FOLDER)
-        if isinstance(frame, Recorded)
+        if isinstance(frame, RecordFrame)
     }
     (to / FOLDER).mkdir(parents=True)
     shutil.copy(run_dir / FOLDER / SETTINGS, to / FOLDER)
@@ -111,12 +111,12 @@ def stream_alone(run_dir: Path, to: Path) -> Path:
     numbers = set[int]()
     opened = 0
     for frame in frames(run_dir / FOLDER):
-        if isinstance(frame, Recorded) and frame.number not in numbers:
+        if isinstance(frame, RecordFrame) and frame.number not in numbers:
             numbers.add(frame.number)
             recorder.record(frame.number, taken[frame.number], frame.payload)
-        elif isinstance(frame, Stepped) or (isinstance(frame, Opened) and not opened):
+        elif isinstance(frame, StepMark) or (isinstance(frame, ResumeMark) and not opened):
             recorder.mark(frame, 0.0)
-        opened += isinstance(frame, Opened)
+        opened += isinstance(frame, ResumeMark)
     recorder.close()
     assert opened >= 2, (
         "a trainer resumed the run, besides resumes that were cut away with their steps"

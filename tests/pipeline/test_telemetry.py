@@ -31,7 +31,7 @@ def test_a_json_line_carries_run_stage_and_worker_and_the_uid_of_its_rollout() -
         "worker": "verify-1",
         "event": "scorer failed",
         "level": "warning",
-        "uid": "mine/12",
+        "number": 12,
         "reason": "ü",
     }
 
@@ -46,7 +46,7 @@ def test_the_last_error_is_remembered_with_its_cause() -> None:
     telemetry.get_logger().warning("all is well again")
     error = telemetry.last_error()
     assert error is not None
-    assert error.words == "the worker failed: bad shape"
+    assert error.text == "the worker failed: bad shape"
     assert abs(error.time - time.time()) < 5
 
 
@@ -86,5 +86,5 @@ def test_console_lines_are_text_and_a_traceback_shows_no_local_variables() -> No
     except ValueError:
         telemetry.get_logger().exception("broke", number=3)
     text = stream.getvalue()
-    assert "broke" in text and "uid=mine/3" in text and "ValueError: 7" in text
+    assert "broke" in text and "number=3" in text and "ValueError: 7" in text
     assert "hunter2" not in text

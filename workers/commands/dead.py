@@ -10,7 +10,7 @@ import click
 from onstream.workers.commands.options import Command, as_json_option, with_run_settings
 
 if TYPE_CHECKING:
-    from onstream.pipeline.redis.operator_requests import Wish
+    from onstream.pipeline.redis.operator_requests import RequestKind
     from onstream.settings.root import Settings
 
 ROLLOUTS_SHOWN = 20
@@ -91,7 +91,7 @@ def purge_letters(
 
 
 def _ask(
-    wish: Wish,
+    kind: RequestKind,
     settings: Settings,
     numbers: tuple[str, ...],
     reason: str | None,
@@ -101,11 +101,11 @@ def _ask(
     from onstream.workers.launcher.open_run import open_run
 
     with open_run(settings, purpose="dead") as bus:
-        asked = ask_trainer(bus, settings.run_dir, wish, numbers, reason, everything=everything)
+        asked = ask_trainer(bus, settings.run_dir, kind, numbers, reason, everything=everything)
         at_work = any(worker.stage == "train" for worker in bus.state.workers())
     shown = asked[:ROLLOUTS_SHOWN]
     if len(asked) > len(shown):
         shown.append("…")
-    click.echo(f"asked the trainer to {wish} {len(asked)}: {', '.join(shown)}")
+    click.echo(f"asked the trainer to {kind} {len(asked)}: {', '.join(shown)}")
     if not at_work:
         click.echo("no trainer is at work: it will do so when the run is resumed")

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from onstream.pipeline.prompts import Prompt
 from onstream.pipeline.records import FinishReason, Rollout, Sample, StageName, Ticket
-from onstream.pipeline.redis.image_store import Hold, ImageStore
+from onstream.pipeline.redis.image_store import ImageHold, ImageStore
 from onstream.pipeline.stage import Delivery, Outcome
 from onstream.pipeline.tasks import Problem
 
@@ -54,12 +54,12 @@ class ImagesToHold:
     def __init__(self, store: ImageStore, patience_s: float) -> None:
         self._store = store
         self._patience_s = patience_s
-        self._holds: list[Hold] = []
+        self._holds: list[ImageHold] = []
 
     def add(self, delivery: Delivery, prompt: Prompt) -> None:
         """Note the images of `prompt`, which the rollout from `delivery` names."""
         if prompt.images:
-            self._holds.append(Hold(delivery.entry_id, delivery.number, prompt.files))
+            self._holds.append(ImageHold(delivery.entry_id, delivery.number, prompt.files))
 
     def hold(self) -> None:
         """Put them into Redis, until their numbers have settled.

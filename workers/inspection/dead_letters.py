@@ -24,7 +24,7 @@ from onstream.pipeline.records import (
 )
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import all_letters
-from onstream.pipeline.redis.operator_requests import Wish
+from onstream.pipeline.redis.operator_requests import RequestKind
 from onstream.pipeline.redis.run_state import DeadLetter
 from onstream.workers.inspection.tables import add_row, plain_table
 
@@ -115,7 +115,7 @@ def letters_of(bus: Bus, run_dir: Path, rollout: str) -> list[dict[str, Any]]:
 def ask_trainer(
     bus: Bus,
     run_dir: Path,
-    wish: Wish,
+    kind: RequestKind,
     rollouts: Sequence[str],
     reason: str | None,
     *,
@@ -139,10 +139,10 @@ def ask_trainer(
     found = {letter.number for letter in letters}
     if missing := [rollout for number, rollout in numbers.items() if number not in found]:
         raise _no_letter(bus, ", ".join(missing))
-    if wish == "requeue":
+    if kind == "requeue":
         letters = _once_each(letters)
     for letter in letters:
-        bus.requests.add(wish, letter.number, letter.entry_id)
+        bus.requests.add(kind, letter.number, letter.entry_id)
     return [f"{bus.run}/{letter.number}" for letter in letters]
 
 

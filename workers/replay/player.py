@@ -17,7 +17,7 @@ import torch
 from onstream.pipeline import weights
 from onstream.pipeline.images.feature_cache import FetchImages, no_images
 from onstream.pipeline.records import PolicyVersion, Ticket, decode_work
-from onstream.pipeline.run_files.recording import Frame, Opened, Recorded, Stepped
+from onstream.pipeline.run_files.recording import Frame, RecordFrame, ResumeMark, StepMark
 from onstream.settings.root import Settings
 from onstream.workers.replay.recorded_run import ReplayStart, settled_in
 from onstream.workers.trainer.batches.batch_builder import TrainableUnit
@@ -38,7 +38,7 @@ class ReplayedStep:
 
     policy: PolicyVersion
     row: dict[str, Any]
-    recorded: Stepped | None
+    recorded: StepMark | None
     batch: list[TrainableUnit]
     per_sample: PerSampleLosses
 
@@ -80,7 +80,7 @@ class Player:
     def __init__(
         self,
         start: ReplayStart,
-        settings_at: Callable[[Opened], Settings],
+        settings_at: Callable[[ResumeMark], Settings],
         say: Callable[[str], None],
         images: FetchImages = no_images,
     ) -> None:
@@ -115,11 +115,11 @@ class Player:
         for frame in frames:
             if stop_at is not None and self.training.step >= stop_at:
                 return
-            if isinstance(frame, Recorded):
+            if isinstance(frame, RecordFrame):
                 self._take(frame)
                 continue
             self._advance()
-            if isinstance(frame, Opened):
+            if isinstance(frame, ResumeMark):
                 self._resume(frame)
             else:
                 yield from self._steps(frame)
@@ -140,7 +140,7 @@ class Player:
         directory = self.run_dir / checkpoint.FOLDER
         return checkpoint.save(directory, state, self.training.save, fence=nullcontext).path
 
-    def _take(self, recorded: Recorded) -> None:
+    def _take(self, recorded: RecordFrame) -> None:
         record = decode_work(recorded.payload)
         # With another batch size it may have settled before.
         if not isinstance(record, Ticket) and recorded.number not in self.settled:
@@ -150,7 +150,7 @@ class Player:
         """Consider what was recorded up to here: the recorded trainer had considered all of it."""
         self.settled.add(self.training.advance().settled)
 
-    def _resume(self, opened: Opened) -> None:
+    def _resume(self, opened: ResumeMark) -> None:
         """Go on as the trainer that resumed the run there: it knew only what had settled."""
         self.training.forget()
         self.settings = self._settings_at(opened)
@@ -158,7 +158,7 @@ class Player:
         self.training.max_steps = self.settings.trainer.max_steps
         self._set_conditions(opened)
 
-    def _set_conditions(self, opened: Opened) -> None:
+    def _set_conditions(self, opened: ResumeMark) -> None:
         """Compute with as many threads as recorded, and say what else is not as recorded."""
         threads = self.settings.deployment.threads or opened.conditions.get("threads")
         torch.set_num_threads(threads or torch.get_num_threads())
@@ -170,7 +170,7 @@ class Player:
                     f"and is {here.get(name)} here"
                 )
 
-    def _steps(self, recorded: Stepped) -> Iterator[ReplayedStep]:
+    def _steps(self, recorded: StepMark) -> Iterator[ReplayedStep]:
         """The step that is due where the recorded run took one.
 
         With another batch size there may be none, or several.
@@ -181,7 +181,7 @@ class Player:
         if self.training.step < recorded.step and self.missed is None:
             self.missed = recorded.step
 
-    def _step(self, recorded: Stepped | None) -> ReplayedStep:
+    def _step(self, recorded: StepMark | None) -> ReplayedStep:
         per_sample = PerSampleLosses()
         result = self.training.take_step(per_sample)
         self.settled.add(result.settled)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.run_files import recording
-from onstream.pipeline.run_files.recording import Frame, Opened, Recorded
+from onstream.pipeline.run_files.recording import Frame, RecordFrame, ResumeMark
 from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.durability.checkpoint import Checkpoint
 from onstream.workers.trainer.durability.recording import SETTINGS, START, start_of
@@ -26,8 +26,8 @@ class ReplayStart:
 
     found: Checkpoint | None
     position: int
-    held: list[Recorded]
-    opened: Opened
+    held: list[RecordFrame]
+    opened: ResumeMark
 
     @property
     def step(self) -> int:
@@ -111,20 +111,22 @@ class RecordedRun:
             return None
         return next((found for found in self._checkpoints if found.state.step < before), None)
 
-    def _held_at(self, position: int, found: Checkpoint | None) -> tuple[list[Recorded], Opened]:
+    def _held_at(
+        self, position: int, found: Checkpoint | None
+    ) -> tuple[list[RecordFrame], ResumeMark]:
         """What the trainer held after `position` bytes: considered, and not settled by `found`."""
         settled = settled_in(found)
-        held: list[Recorded] = []
+        held: list[RecordFrame] = []
         opened = None
         for frame in recording.frames(
             self.directory, end=position or None, durable=self.durable_bytes
         ):
-            if isinstance(frame, Opened):
+            if isinstance(frame, ResumeMark):
                 held = []  # a trainer that resumes forgets what has not settled: it comes again
                 opened = frame
                 if not position:
                     break
-            elif isinstance(frame, Recorded) and frame.number not in settled:
+            elif isinstance(frame, RecordFrame) and frame.number not in settled:
                 held.append(frame)
         if opened is None:
             raise UserError(

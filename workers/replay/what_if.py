@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.run_files.recording import Opened
+from onstream.pipeline.run_files.recording import ResumeMark
 from onstream.settings.fields import known
 from onstream.settings.load import load_settings
 from onstream.settings.root import Settings
@@ -42,11 +42,11 @@ class WhatIf:
         self._out = out
         self._overrides = overrides
 
-    def settings_at(self, opened: Opened) -> Settings:
+    def settings_at(self, opened: ResumeMark) -> Settings:
         """The settings of a trainer that resumed as `opened` says, with what is changed."""
         return self._load(opened, self._overrides)
 
-    def changed(self, opened: Opened) -> dict[str, tuple[Any, Any]]:
+    def changed(self, opened: ResumeMark) -> dict[str, tuple[Any, Any]]:
         """What is changed: the recorded value and the replay's, by name.
 
         A setting that was set to its recorded value is not changed.
@@ -62,7 +62,7 @@ class WhatIf:
                 changed[name] = values
         return changed
 
-    def _load(self, opened: Opened, overrides: Sequence[str]) -> Settings:
+    def _load(self, opened: ResumeMark, overrides: Sequence[str]) -> Settings:
         recorded = [f"{name}={json.dumps(value)}" for name, value in opened.settings.items()]
         own = [
             f"run.name={self._out.name}",

@@ -8,7 +8,7 @@ from threading import Timer
 import pytest
 
 from onstream.pipeline.redis.bus import Bus
-from onstream.pipeline.redis.image_store import BYTES_AT_ONCE, HELD_AT_ONCE, Hold, ImagesFull
+from onstream.pipeline.redis.image_store import BYTES_AT_ONCE, HELD_AT_ONCE, ImageHold, ImagesFull
 from onstream.pipeline.redis.streams import Entry, Move, Out
 from onstream.pipeline.redis.trainer_lease import Lease
 from tests.pipeline.stages import ticket
@@ -39,7 +39,7 @@ def taken(bus: Bus, lease: Lease, count: int) -> list[Entry]:
 
 def hold(bus: Bus, entry: Entry, images: dict[str, bytes], patience_s: float = 5) -> bool:
     (held,) = bus.images.hold(
-        "generate", [Hold(entry.id, entry.number, images)], patience_s=patience_s
+        "generate", [ImageHold(entry.id, entry.number, images)], patience_s=patience_s
     )
     return held
 
@@ -89,7 +89,7 @@ def test_many_numbers_are_held_at_once_whatever_their_images_come_to(
         "generate", [Move(entries[5].id, [Out("train", entries[5].number, b"rollout")])]
     )
     holds = [
-        Hold(entry.id, entry.number, images[entry.number % 2] | images[2]) for entry in entries
+        ImageHold(entry.id, entry.number, images[entry.number % 2] | images[2]) for entry in entries
     ]
     assert bus.images.hold("generate", holds, patience_s=5) == [
         entry is not entries[5] for entry in entries

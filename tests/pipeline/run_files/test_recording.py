@@ -13,26 +13,26 @@ import pytest
 from onstream.pipeline.run_files import recording
 from onstream.pipeline.run_files.recording import (
     Frame,
-    Opened,
-    Recorded,
     Recorder,
+    RecordFrame,
     RecordingError,
-    Stepped,
+    ResumeMark,
+    StepMark,
     frames,
 )
 
-OPENED = Opened(0, "d0", {"trainer.optim.lr": 1e-3}, {"threads": 1})
+OPENED = ResumeMark(0, "d0", {"trainer.optim.lr": 1e-3}, {"threads": 1})
 
 
-def record(number: int) -> Recorded:
-    return Recorded(number, 1000.0 + number, bytes([number]) * 50)
+def record(number: int) -> RecordFrame:
+    return RecordFrame(number, 1000.0 + number, bytes([number]) * 50)
 
 
 def write(recorder: Recorder, *written: Frame) -> list[int]:
     """Append `written`; returns the position after each."""
     positions = []
     for frame in written:
-        if isinstance(frame, Recorded):
+        if isinstance(frame, RecordFrame):
             recorder.record(frame.number, frame.taken, frame.payload)
         else:
             recorder.mark(frame, 1000.0)
@@ -46,7 +46,7 @@ def story() -> list[Frame]:
         OPENED,
         record(1),
         record(2),
-        Stepped(1, "d1", {"loss": 0.5, "reward": None}),
+        StepMark(1, "d1", {"loss": 0.5, "reward": None}),
         record(3),
         record(4),
     ]

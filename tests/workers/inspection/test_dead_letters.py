@@ -47,8 +47,8 @@ def bury(
     bus.connection.ask("XADD", bus.keys.dead, "*", *words)
 
 
-def wishes(bus: Bus) -> list[tuple[str, int]]:
-    return [(request.wish, request.number) for request in bus.requests.waiting()]
+def requests_of(bus: Bus) -> list[tuple[str, int]]:
+    return [(request.kind, request.number) for request in bus.requests.waiting()]
 
 
 def test_letters_are_grouped_by_stage_and_by_reason_but_for_its_numbers(
@@ -105,7 +105,7 @@ def test_letters_are_chosen_by_number_by_reason_or_all_at_once(bus: Bus, tmp_pat
         bury(bus, number, reason)
     assert ask_trainer(bus, tmp_path, "requeue", ["3"], None, everything=False) == [f"{bus.run}/3"]
     ask_trainer(bus, tmp_path, "purge", [], "4 times in vain", everything=False)
-    assert wishes(bus) == [("requeue", 3), ("purge", 1), ("purge", 2)]
+    assert requests_of(bus) == [("requeue", 3), ("purge", 1), ("purge", 2)]
     assert len(ask_trainer(bus, tmp_path, "requeue", [], None, everything=True)) == 3
 
 
@@ -124,7 +124,7 @@ def test_a_choice_of_nothing_or_of_what_is_not_there_is_refused(
     bury(bus, 1, "gave up")
     with pytest.raises(UserError):
         ask_trainer(bus, tmp_path, "purge", rollouts, reason, everything=False)
-    assert wishes(bus) == []
+    assert requests_of(bus) == []
 
 
 def test_the_commands_print_what_they_found_and_say_that_no_trainer_is_there(
@@ -145,7 +145,7 @@ def test_the_commands_print_what_they_found_and_say_that_no_trainer_is_there(
     assert json.loads(onstream("list", run_dir, "--json"))["reasons"][0]["count"] == 1
     assert json.loads(onstream("show", run_dir, "1"))[0]["reason"] == "gave up"
     assert "no trainer is at work" in onstream("requeue", run_dir, "--all")
-    assert wishes(bus) == [("requeue", 1)]
+    assert requests_of(bus) == [("requeue", 1)]
 
 
 def test_arrays_of_every_length_read_back(bus: Bus, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from onstream.pipeline import telemetry
 from onstream.pipeline.records import PolicyVersion, StageName, Ticket
 from onstream.pipeline.redis.access import running_server
 from onstream.pipeline.redis.bus import Bus
-from onstream.pipeline.redis.image_store import Hold
+from onstream.pipeline.redis.image_store import ImageHold
 from onstream.pipeline.redis.run_state import VERSION
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Stats
@@ -82,7 +82,7 @@ def test_status_tells_what_images_take(bus: Bus) -> None:
     console = Console(file=io.StringIO(), width=200)
     show(status(bus), console)
     images = {"a": b"x" * 1_500_000, "b": b"y" * 600_000}
-    bus.images.hold("generate", [Hold(entry.id, 1, images)], patience_s=1)
+    bus.images.hold("generate", [ImageHold(entry.id, 1, images)], patience_s=1)
     state = status(bus)
     assert state["images"] == {"held": 2, "bytes": 2_100_000}
     assert "images held" not in console.file.getvalue()

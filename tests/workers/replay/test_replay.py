@@ -14,7 +14,13 @@ import pytest
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.run_files import recording
-from onstream.pipeline.run_files.recording import Opened, Recorded, Recorder, Stepped, frames
+from onstream.pipeline.run_files.recording import (
+    Recorder,
+    RecordFrame,
+    ResumeMark,
+    StepMark,
+    frames,
+)
 from onstream.workers.replay.replay import replay
 from tests.tiny import write_tiny
 from tests.workers.trainer.driver import Run
@@ -86,7 +92,7 @@ def rewrite(run: Path, change: Callable[[Any], Any]) -> None:
     story = [change(frame) for frame in frames(run / recording.FOLDER)]
     recorder = Recorder(run / recording.FOLDER, 0)
     for frame in story:
-        if isinstance(frame, Recorded):
+        if isinstance(frame, RecordFrame):
             recorder.record(frame.number, frame.taken, frame.payload)
         else:
             recorder.mark(frame, 0.0)
@@ -158,7 +164,7 @@ def test_the_first_step_that_differs_is_named_and_the_exit_code_is_1(command: Co
         command.run,
         lambda frame: (
             msgspec.structs.replace(frame, digest="0" * 64)
-            if isinstance(frame, Stepped) and frame.step == 4
+            if isinstance(frame, StepMark) and frame.step == 4
             else frame
         ),
     )
@@ -189,12 +195,12 @@ def test_another_student_under_the_recorded_name_is_told_before_the_first_step(
 
 def test_a_record_that_is_missing_is_told_by_the_step_that_is_not_due(command: Command) -> None:
     story = list(frames(command.run / recording.FOLDER))
-    gone = max(at for at, frame in enumerate(story) if isinstance(frame, Recorded))
+    gone = max(at for at, frame in enumerate(story) if isinstance(frame, RecordFrame))
     recorder = Recorder(command.run / recording.FOLDER, 0)
     for at, frame in enumerate(story):
-        if isinstance(frame, Recorded) and at != gone:
+        if isinstance(frame, RecordFrame) and at != gone:
             recorder.record(frame.number, frame.taken, frame.payload)
-        elif isinstance(frame, Opened | Stepped):
+        elif isinstance(frame, ResumeMark | StepMark):
             recorder.mark(frame, 0.0)
     recorder.close()
     for folder in (command.run / "checkpoints").iterdir():
@@ -231,7 +237,7 @@ def test_other_conditions_are_named(command: Command) -> None:
     def elsewhere(frame: Any) -> Any:
         changed = (
             {"conditions": {**frame.conditions, "torch": "1.0"}}
-            if isinstance(frame, Opened)
+            if isinstance(frame, ResumeMark)
             else {}
         )
         return msgspec.structs.replace(frame, **changed) if changed else frame

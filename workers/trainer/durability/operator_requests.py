@@ -81,7 +81,7 @@ class OperatorRequestHandler:
             if reason := self._accept(request, step):
                 log.warning(
                     "a request was refused",
-                    request=request.wish,
+                    request=request.kind,
                     number=request.number,
                     reason=reason,
                 )
@@ -150,9 +150,9 @@ class OperatorRequestHandler:
 
     def _accept(self, request: OperatorRequest, step: int) -> str | None:
         """Accept a request, or say why not."""
-        if request.wish == "purge" and request.letter:
+        if request.kind == "purge" and request.letter:
             self._purge(request, step)
-        elif request.wish != "requeue":
+        elif request.kind != "requeue":
             return "it is neither a requeue nor the purge of a letter"
         elif not self._acknowledgements.settled.is_dead(request.number):
             return "the rollout is not dead"

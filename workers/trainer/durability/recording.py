@@ -14,7 +14,7 @@ from onstream.pipeline.images.feature_cache import FetchImages, no_images
 from onstream.pipeline.records import Rollout, Tombstone, encode
 from onstream.pipeline.run_files import recording
 from onstream.pipeline.run_files.durable import sync
-from onstream.pipeline.run_files.recording import Opened, Recorder, Stepped
+from onstream.pipeline.run_files.recording import Recorder, ResumeMark, StepMark
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.fields import known
 from onstream.settings.root import Settings
@@ -73,7 +73,7 @@ class Recording:
         self._recorder = Recorder(directory, length or 0)
         step = found.state.step if found else 0
         values = {name: known()[name].value(settings) for name in MAY_CHANGE}
-        self._recorder.mark(Opened(step, digest, values, conditions(settings)), time.time())
+        self._recorder.mark(ResumeMark(step, digest, values, conditions(settings)), time.time())
 
     @property
     def position(self) -> int | None:
@@ -95,7 +95,7 @@ class Recording:
     def stepped(self, step: int, digest: str, metrics: dict[str, Any]) -> None:
         """Record that `step` was taken on the records so far."""
         if self._recorder:
-            self._recorder.mark(Stepped(step, digest, metrics), time.time())
+            self._recorder.mark(StepMark(step, digest, metrics), time.time())
 
     def sync(self) -> None:
         """Make it durable. The checkpoint that names its length comes after."""
@@ -113,7 +113,7 @@ class Recording:
             return
         for digest, data in zip(digests, self._images(digests), strict=True):
             if data is not None:
-                recording.keep_image(self._directory, digest, data)
+                recording.save_image(self._directory, digest, data)
 
 
 def conditions(settings: Settings) -> dict[str, Any]:

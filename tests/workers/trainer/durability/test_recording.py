@@ -15,7 +15,7 @@ from onstream.pipeline.errors import Exit
 from onstream.pipeline.records import Rollout, Ticket, Tombstone, logprobs_bytes
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.run_files import recording
-from onstream.pipeline.run_files.recording import Opened, Recorded, Stepped, frames
+from onstream.pipeline.run_files.recording import RecordFrame, ResumeMark, StepMark, frames
 from onstream.workers.replay.replay import replay
 from tests.workers.trainer.driver import CLOCKS, Run, dead, killed, rollout
 
@@ -33,11 +33,11 @@ def of(job: Run) -> Path:
 
 
 def steps(job: Run) -> list[int]:
-    return [frame.step for frame in frames(of(job)) if isinstance(frame, Stepped)]
+    return [frame.step for frame in frames(of(job)) if isinstance(frame, StepMark)]
 
 
 def opened(job: Run) -> list[int]:
-    return [frame.step for frame in frames(of(job)) if isinstance(frame, Opened)]
+    return [frame.step for frame in frames(of(job)) if isinstance(frame, ResumeMark)]
 
 
 def assert_replays(job: Run, first: int = 1, last: int = 6) -> None:
@@ -147,7 +147,7 @@ def lasting(job: Run) -> list[dict[str, Any]]:
 def first_times(job: Run) -> list[int]:
     """The numbers in the order in which they first counted."""
     return list(
-        dict.fromkeys(frame.number for frame in frames(of(job)) if isinstance(frame, Recorded))
+        dict.fromkeys(frame.number for frame in frames(of(job)) if isinstance(frame, RecordFrame))
     )
 
 
@@ -215,7 +215,7 @@ def test_a_record_that_comes_again_with_another_reward_counts_as_the_run_took_it
     job.ready()
     job.to_the_end(otherwise)
     job.trainer.recording.sync()
-    numbers = [frame.number for frame in frames(of(job)) if isinstance(frame, Recorded)]
+    numbers = [frame.number for frame in frames(of(job)) if isinstance(frame, RecordFrame)]
     assert len(numbers) > len(set(numbers)), (
         "some were taken, lost with Redis's data, and taken again"
     )
@@ -281,7 +281,7 @@ def test_a_recording_ends_where_it_is_switched_off_and_the_next_one_sets_it_asid
     assert [
         frame.step
         for frame in frames(of(job).with_name("recording-1"))
-        if isinstance(frame, Stepped)
+        if isinstance(frame, StepMark)
     ] == [1, 2]
     assert_replays(job, first=5)
 
