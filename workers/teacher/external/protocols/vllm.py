@@ -26,17 +26,17 @@ class _TokenEntry(msgspec.Struct):
 _PromptLogprobs = list[dict[int, _TokenEntry] | None]
 
 
-class _GenerateReply(msgspec.Struct):
+class _VllmGenerateReply(msgspec.Struct):
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: _PromptLogprobs | None = None
 
 
-class _CompletionsChoice(msgspec.Struct):
+class _VllmCompletionsChoice(msgspec.Struct):
     prompt_logprobs: _PromptLogprobs | None = None
 
 
-class _CompletionsReply(msgspec.Struct):
-    choices: list[_CompletionsChoice]
+class _VllmCompletionsReply(msgspec.Struct):
+    choices: list[_VllmCompletionsChoice]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class VllmGenerate(TeacherProtocol):
             RequestRefused: the server makes other tokens of the images than the student's
                 processor.
         """
-        generated = decode_reply(reply, _GenerateReply)
+        generated = decode_reply(reply, _VllmGenerateReply)
         if request.image_fields is not None and generated.prompt_token_ids != sent_ids(request):
             made = len(generated.prompt_token_ids or ())
             raise RequestRefused(
@@ -107,8 +107,8 @@ class VllmCompletions(TeacherProtocol):
         return texts
 
 
-def _first_choice(reply: bytes) -> _CompletionsChoice:
-    choices = decode_reply(reply, _CompletionsReply).choices
+def _first_choice(reply: bytes) -> _VllmCompletionsChoice:
+    choices = decode_reply(reply, _VllmCompletionsReply).choices
     if not choices:
         raise BadReply("a reply without choices")
     return choices[0]
