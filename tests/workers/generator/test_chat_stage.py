@@ -33,7 +33,6 @@ from onstream.workers.trainer.batches.batch_builder import oldest_version
 from tests.faulty_server import Answer, Body, serving
 
 ROUTE: list[StageName] = ["verify", "train"]
-STOCK_FIELDS = {"model", "messages", "max_tokens", "temperature", "n"}
 
 
 @pytest.fixture(autouse=True)
