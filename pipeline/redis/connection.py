@@ -1,13 +1,11 @@
-"""One worker's connections to Redis: how it gets in, what it refuses, and how calls outlive an
-outage.
+"""One worker's connections to Redis: login, checks, calls that outlive an outage.
 
-The library's own retries are off. A call that is repeated blindly writes twice, so everything that
-is repeated here is a read, a script that may run twice, or a command with the same property.
+The library's own retries are off: a call that is repeated blindly may write twice. What is repeated
+here is a read, a script that may run twice, or a command that may.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -39,20 +37,21 @@ log = structlog.get_logger(__name__)
 
 OUTAGE = (ConnectionError, TimeoutError, ReadOnlyError)
 """What a call raises while Redis is away, loading its data, or failing over."""
-READ_MARGIN_S = (
-    10.0  # a blocking read may be late by this much before its connection counts as dead
-)
+READ_MARGIN_S = 10.0
+"""How late a blocking read may be before its connection counts as dead."""
 CALL_TIMEOUT_S = 15.0
 READ_BYTES = 1 << 18  # the default of 32 KB halves the throughput of 64 KB records
 OLDEST = (6, 2)
 
 
 class Connection:
-    """Two clients of one Redis: `_reader` blocks and belongs to the main thread, `client` does all
-    else, from any thread.
+    """Two clients of one Redis: one blocks, `client` does the rest.
 
-    Raises (also in `connect`):
-        UserError: Redis does not answer, wants another password, is too old, or would evict keys.
+    The one that blocks belongs to the main thread; `client` may be used from any. Calls outlive an
+    outage of `patience_s` seconds.
+
+    Raises:
+        UserError: `url` is not one of a Redis.
     """
 
     def __init__(
@@ -69,9 +68,8 @@ class Connection:
         self._reader_id: int | None = None
         self._server: str | None = None  # the process that answered last
 
-    def _client(
-        self, url: str, timeout_s: float
-    ) -> Any:  # redis-py types every reply as sync-or-async, which helps nobody
+    def _client(self, url: str, timeout_s: float) -> Any:
+        # Any: redis-py types every reply as sync-or-async, which helps nobody
         try:
             return Redis.from_url(
                 url,
@@ -93,10 +91,11 @@ class Connection:
         self.client.close()
 
     def check(self) -> None:
-        """Reach the server and refuse one that cannot carry a run; then create the streams' groups.
+        """Reach the server, refuse one that cannot carry a run, and create the streams' groups.
 
         Raises:
-            UserError: as the class says.
+            UserError: Redis does not answer, wants another password, is too old, or may evict
+                keys.
         """
         try:
             self.patiently(self.client.ping)
@@ -130,7 +129,8 @@ class Connection:
         return UserError(
             f"no answer from Redis at {self._where} within {self.patience_s:g} s ({error})",
             expected="a running Redis",
-            next_step="Start it, correct redis.url, or unset redis.url so that `onstream up` starts its own.",
+            next_step="Start it, correct redis.url, or unset redis.url so that `onstream up` "
+            "starts its own.",
             exit=Exit.UNREACHABLE,
         )
 
@@ -145,9 +145,11 @@ class Connection:
         policy = info["maxmemory_policy"]
         if policy != "noeviction":
             raise UserError(
-                f"maxmemory-policy {policy} of the Redis at {self._where}, which may delete a run's records",
+                f"maxmemory-policy {policy} of the Redis at {self._where}, which may delete a "
+                "run's records",
                 expected="noeviction",
-                next_step="Run `redis-cli config set maxmemory-policy noeviction`, or use another server.",
+                next_step="Run `redis-cli config set maxmemory-policy noeviction`, or use another "
+                "server.",
             )
 
     def has_room(self) -> bool:
@@ -161,7 +163,7 @@ class Connection:
             try:
                 self.ask("XGROUP", "CREATE", self.keys.stream(stage), GROUP, "0", "MKSTREAM")
             except OutOfMemoryError as error:
-                if not self._has_group(stage):  # where it exists, a full Redis may do
+                if not self._has_group(stage):  # a full Redis does, where the group exists
                     raise self._full(error) from error
             except ResponseError as error:
                 if not str(error).startswith("BUSYGROUP"):
@@ -176,21 +178,21 @@ class Connection:
         return UserError(
             f"the Redis at {self._where} is full ({error})",
             expected="memory for a new run",
-            next_step="Delete what it does not need, raise its maxmemory (redis.max_memory for the one of `onstream up`), or use another.",
+            next_step="Delete what it does not need, raise its maxmemory (redis.max_memory for the "
+            "one of `onstream up`), or use another.",
         )
 
     def ask(self, *command: Any, **parsing: Any) -> Any:
-        """The reply to a command that may be repeated, asked again through an outage of up to
-        `patience_s`.
+        """The reply to a command that may be repeated; it is, through an outage of `patience_s`.
 
-        Where Redis has lost the streams' groups, they are made anew first.
+        Where Redis has lost the streams' groups, they are created again first.
         """
         try:
             return self.patiently(lambda: self._execute(*command, **parsing))
         except ResponseError as error:
             if "NOGROUP" not in str(error):
                 raise
-            log.warning("streams or their groups are gone; creating them anew", error=str(error))
+            log.warning("streams or their groups are gone; creating them again", error=str(error))
             self.create_groups()
             return self.patiently(lambda: self._execute(*command, **parsing))
 
@@ -203,8 +205,7 @@ class Connection:
             raise
 
     def run_script(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        """The reply of `script`, repeated through an outage like any command: each script allows
-        it.
+        """The reply of `script`, repeated through an outage: each script may run twice.
 
         Raises:
             redis.OutOfMemoryError: Redis is full and refused the script's first write, so it
@@ -213,9 +214,8 @@ class Connection:
         try:
             return self._evaluate(script, keys, args)
         except ResponseError as error:
-            if "OOM command not allowed" in str(
-                error
-            ):  # Redis 6.2 wraps it in an error of the script
+            # Redis 6.2 wraps it in an error of the script
+            if "OOM command not allowed" in str(error):
                 raise OutOfMemoryError(str(error)) from error
             raise
 
@@ -237,11 +237,13 @@ class Connection:
                 error=str(error),
                 patience_s=self.patience_s,
             )
-            return self._retrying()(lambda: self._connected_anew(call))
+            return self._retrying()(lambda: self._reconnected(call))
 
-    def _connected_anew(self, call: Callable[[], T]) -> T:
-        """The reply to `call`. A server that takes no writes has become a replica: the next try
-        asks for the address again.
+    def _reconnected(self, call: Callable[[], T]) -> T:
+        """The reply to `call`.
+
+        A server that takes no writes has become a replica. Its connections are closed, so that the
+        next try connects to whatever server the address means by then.
         """
         try:
             return call()
@@ -262,8 +264,10 @@ class Connection:
         )
 
     def block(self, *command: Any) -> Any:
-        """The reply to a blocking read. It is not repeated: the reply that was lost may have
-        carried entries.
+        """The reply to a blocking read.
+
+        It is not repeated: a reply that was lost may have handed out entries, which are pending
+        with this worker and must be looked for.
         """
         try:
             if self._reader_id is None:
@@ -275,14 +279,16 @@ class Connection:
             raise
 
     def unblock(self) -> None:
-        """End the blocking read that the main thread may be in. For another thread, and never from
-        a signal handler.
+        """End the blocking read that the main thread may be in.
+
+        For another thread. Never from a signal handler, which may have interrupted the main thread
+        while it uses `client`.
         """
         if (reader := self._reader_id) is not None:
             self.ask("CLIENT", "UNBLOCK", reader)
 
     def shut_down(self) -> None:
-        """Have the server write what it holds to its disk, and end."""
+        """Have the server save its data and end."""
         self.client.shutdown()
 
     def server_time(self) -> float:
@@ -300,8 +306,3 @@ def shown(url: str) -> str:
 def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """`items` in runs of up to `size`."""
     return (items[at : at + size] for at in range(0, len(items), size))
-
-
-def since(started: float) -> float:
-    """Seconds since `started`, a reading of the monotonic clock."""
-    return time.monotonic() - started

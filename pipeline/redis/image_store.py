@@ -17,7 +17,8 @@ from onstream.pipeline.records import StageName
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection, batched
 from onstream.pipeline.redis.keys import GROUP
-from onstream.pipeline.redis.trainer_lease import Lease, TrainerLease
+from onstream.pipeline.redis.lease import Lease
+from onstream.pipeline.redis.trainer_lease import TrainerLease
 
 NUMBERS_AT_ONCE = 500
 HELD_AT_ONCE = 64

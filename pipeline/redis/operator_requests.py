@@ -13,7 +13,8 @@ from typing import Literal
 from onstream.pipeline.records import Ticket
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection
-from onstream.pipeline.redis.trainer_lease import Lease, TrainerLease
+from onstream.pipeline.redis.lease import Lease
+from onstream.pipeline.redis.trainer_lease import TrainerLease
 
 RequestKind = Literal["requeue", "purge"]
 AT_ONCE = 500

@@ -106,7 +106,7 @@ class Streams:
             if not str(error).startswith(("NOGROUP", "UNBLOCKED")):
                 raise
             log.warning(
-                "the stream or its group is gone; creating them anew",
+                "the stream or its group is gone; creating them again",
                 stream=stream,
                 error=str(error),
             )

@@ -6,63 +6,26 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import structlog
 from redis.exceptions import OutOfMemoryError, ResponseError
 
-from onstream.pipeline.errors import Exit, LeaseLost, UserError
-from onstream.pipeline.processes import is_gone
+from onstream.pipeline.errors import LeaseLost
 from onstream.pipeline.records import PolicyVersion, Ticket, encode
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection, batched
 from onstream.pipeline.redis.keys import GROUP, WORKING
+from onstream.pipeline.redis.lease import DataLost, Lease, LeaseHeld, is_dead, while_it_may_expire
 from onstream.pipeline.run_files.ownership import Ownership
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 ANNOUNCEMENTS_KEPT = 256
-_POLL_S = 0.1
 ACKNOWLEDGED_AT_ONCE = 500
-
-
-class LeaseHeld(UserError):
-    """Another trainer has this run; `holder` says which."""
-
-    def __init__(self, run: str, holder: str) -> None:
-        self.holder = holder
-        super().__init__(
-            f"the run {run} has a trainer already: {holder}",
-            expected="one trainer to a run",
-            next_step="Stop that one, or choose another run.name.",
-            exit=Exit.REFUSED,
-        )
-
-
-class DataLost(Exception):
-    """Redis knows less than it was told: it was emptied, or is a replica that had not got the last
-    writes.
-    """
-
-
-@dataclass
-class Lease:
-    """The right to be the run's trainer, on the run's `files` too where it has some.
-
-    `epoch` rises when Redis has lost its data and the same trainer takes the lease again.
-    """
-
-    epoch: int
-    holder: str
-    ttl_s: float
-    files: Ownership | None = None
-    changing: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
 
 class TrainerLease:
@@ -103,7 +66,7 @@ class TrainerLease:
         keys = [self._keys.epoch, self._keys.lease]
         args = [me, _ms(ttl_s), floor]
         epoch, holder = self._connection.run_script(scripts.ACQUIRE, keys, [*args, ""])
-        if not epoch and _is_dead(holder.decode()):
+        if not epoch and is_dead(holder.decode()):
             epoch, holder = self._connection.run_script(scripts.ACQUIRE, keys, [*args, holder])
         if not epoch:
             raise LeaseHeld(self._connection.run, holder.decode())
@@ -366,40 +329,9 @@ class TrainerLease:
         lease.epoch = epoch
 
 
-def while_it_may_expire(acquire: Callable[[], T], ttl_s: float) -> T:
-    """What `acquire` returns, tried as long as the lease of a dead trainer could still run.
-
-    Raises:
-        LeaseHeld: another trainer renews it.
-    """
-    deadline = time.monotonic() + ttl_s + 2 * _POLL_S
-    told = False
-    while True:
-        try:
-            return acquire()
-        except LeaseHeld as held:
-            if time.monotonic() > deadline:
-                raise
-            if not told:
-                log.info(
-                    "another trainer has this run; waiting whether it still lives",
-                    holder=held.holder,
-                    wait_s=ttl_s,
-                )
-                told = True
-            time.sleep(_POLL_S)
-
-
 def _numbered(tickets: Sequence[Ticket]) -> list[Any]:
     return [value for ticket in tickets for value in (ticket.number, encode(ticket))]
 
 
 def _ms(seconds: float) -> int:
     return max(1, round(seconds * 1000))
-
-
-def _is_dead(holder: str) -> bool:
-    """Whether `holder` was a process of this machine that is gone."""
-    _, _, place = holder.rpartition(" on ")
-    host, _, pid = place.partition(" pid ")
-    return host == socket.gethostname() and pid.isdigit() and is_gone(int(pid))

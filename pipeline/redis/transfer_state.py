@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection
+from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.redis.run_state import RunState
-from onstream.pipeline.redis.trainer_lease import Lease, TrainerLease
+from onstream.pipeline.redis.trainer_lease import TrainerLease
 
 ANSWERS_KEPT_S = 600
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection
-from onstream.pipeline.redis.trainer_lease import Lease, TrainerLease
+from onstream.pipeline.redis.lease import Lease
+from onstream.pipeline.redis.trainer_lease import TrainerLease
 
 
 class WeightStore:

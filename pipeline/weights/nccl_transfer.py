@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import numpy as np
 
-from onstream.pipeline.redis.trainer_lease import Lease
+from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.redis.transfer_state import TransferState
 from onstream.pipeline.weights.policy import LoadedPolicy, WeightsError
 from onstream.pipeline.weights.safetensors_layout import layout_of, view

@@ -14,7 +14,7 @@ import structlog
 from redis.exceptions import OutOfMemoryError
 
 from onstream.pipeline.errors import Exit, UserError
-from onstream.pipeline.redis.trainer_lease import Lease
+from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.redis.weight_store import WeightStore
 from onstream.pipeline.weights.policy import Bytes, WeightsError
 from onstream.pipeline.weights.store import WeightPart

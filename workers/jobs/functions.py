@@ -24,7 +24,7 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import all_letters
 from onstream.pipeline.redis.job_queue import JobQueue, pin_use
 from onstream.pipeline.redis.keys import WORKING
-from onstream.pipeline.redis.trainer_lease import LeaseHeld
+from onstream.pipeline.redis.lease import LeaseHeld
 from onstream.pipeline.run_files.ownership import Ownership
 from onstream.pipeline.telemetry import get_logger
 from onstream.pipeline.weights.pins import pinned, pins, unpin

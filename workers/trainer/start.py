@@ -6,7 +6,7 @@ import contextlib
 
 from onstream.pipeline.redis.access import redis_url
 from onstream.pipeline.redis.bus import Bus
-from onstream.pipeline.redis.trainer_lease import Lease
+from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.run_files.ownership import Ownership
 from onstream.pipeline.stage import Stats
 from onstream.pipeline.telemetry import get_logger

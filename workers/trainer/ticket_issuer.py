@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from onstream.pipeline.records import Ticket
 from onstream.pipeline.redis.bus import Bus
-from onstream.pipeline.redis.trainer_lease import Lease
+from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.stages import StageName
 from onstream.workers.trainer.durability.acknowledgements import Acknowledgements

@@ -10,7 +10,7 @@ from typing import Any
 
 from onstream.pipeline.records import PolicyVersion, Ticket, Tombstone
 from onstream.pipeline.redis.bus import Bus
-from onstream.pipeline.redis.trainer_lease import Lease
+from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.stage import Delivery, Stats
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.plan import Plan

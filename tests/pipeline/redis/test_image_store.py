@@ -9,8 +9,8 @@ import pytest
 
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.image_store import BYTES_AT_ONCE, HELD_AT_ONCE, ImageHold, ImagesFull
+from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.redis.streams import Entry, Move, Out
-from onstream.pipeline.redis.trainer_lease import Lease
 from tests.pipeline.stages import ticket
 
 CAT = {"cat": b"c" * 5000}

@@ -19,8 +19,8 @@ from onstream.pipeline.records import PolicyVersion, decode_work
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import spill_dead, spilled_numbers
 from onstream.pipeline.redis.keys import Keys
+from onstream.pipeline.redis.lease import Lease, LeaseHeld
 from onstream.pipeline.redis.streams import Move, Out, hop_batches
-from onstream.pipeline.redis.trainer_lease import Lease, LeaseHeld
 from onstream.pipeline.stage import Stats
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from tests.entries import claim_pending

@@ -23,7 +23,7 @@ from pathlib import Path
 import click
 
 from onstream.pipeline.redis.bus import Bus
-from onstream.pipeline.redis.trainer_lease import Lease, LeaseHeld
+from onstream.pipeline.redis.lease import Lease, LeaseHeld
 from onstream.pipeline.stage import Stats
 from onstream.settings.load import load_settings
 from onstream.settings.plan import make_plan

@@ -17,8 +17,8 @@ import pytest
 from onstream.pipeline.errors import Exit, LeaseLost, UserError
 from onstream.pipeline.records import Rollout, Ticket, Tombstone, encode
 from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.lease import LeaseHeld
 from onstream.pipeline.redis.streams import Move, Out
-from onstream.pipeline.redis.trainer_lease import LeaseHeld
 from onstream.workers.trainer.durability import checkpointing
 from tests.workers.trainer.driver import Run, dead, killed, rollout
 

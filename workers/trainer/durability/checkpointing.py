@@ -9,7 +9,7 @@ from pathlib import Path
 
 from onstream.pipeline.records import PolicyVersion
 from onstream.pipeline.redis.bus import Bus
-from onstream.pipeline.redis.trainer_lease import Lease
+from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.run_files.ledger import Ledger
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.sections.trainer import CheckpointSettings

@@ -10,8 +10,8 @@ from pathlib import Path
 from onstream.pipeline.records import Ticket
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import FILE, forget_spilled, spill_dead
+from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.redis.operator_requests import OperatorRequest
-from onstream.pipeline.redis.trainer_lease import Lease
 from onstream.pipeline.telemetry import get_logger
 from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
 from onstream.workers.trainer.ticket_planner import TicketPlanner

@@ -11,7 +11,7 @@ from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import dead_numbers
 from onstream.pipeline.redis.keys import STAGES
-from onstream.pipeline.redis.trainer_lease import Lease, while_it_may_expire
+from onstream.pipeline.redis.lease import Lease, while_it_may_expire
 from onstream.pipeline.run_files.json_lines import JsonLines
 from onstream.pipeline.run_files.ledger import RangeSet
 from onstream.pipeline.run_files.ownership import Ownership

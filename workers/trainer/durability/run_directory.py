@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.redis.bus import Bus
-from onstream.pipeline.redis.trainer_lease import Lease
+from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.run_files.ownership import Ownership
 
 

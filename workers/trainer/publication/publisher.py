@@ -13,7 +13,7 @@ from onstream.pipeline import weights
 from onstream.pipeline.records import PolicyVersion
 from onstream.pipeline.redis.access import redis_url
 from onstream.pipeline.redis.bus import Bus
-from onstream.pipeline.redis.trainer_lease import Lease
+from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.weights import (
     DirectoryWriter,
     LoadedPolicy,
