@@ -1,4 +1,4 @@
-"""What becomes of a stream entry: a delivery for the stage, then the move that its outcome asks for.
+"""What becomes of a stream entry: a delivery for the stage, then the move that its outcome needs.
 
 Nothing here talks to Redis.
 """

@@ -1,10 +1,9 @@
-"""The records that travel, declared in the order of their flow. This module decodes and encodes; it
-moves nothing.
+"""The records that travel, in the order of their flow, and how they are encoded and decoded.
 
 Arrays are little-endian `bytes` fields (`<i4` ids, `<f4` logprobs, `u1` masks): a 4,096-token
 sample encodes in about 3 µs and 33 KB this way, against 109 µs and 53 KB as lists. The tag of each
-record names its schema version, so bytes of another version do not decode, and go to the
-dead-letter stream with that reason.
+record names its schema version: bytes of another version do not decode, and become a dead letter
+for that reason.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ Mask = npt.NDArray[np.uint8]
 
 
 class RecordError(ValueError):
-    """Bytes that are no record of this version."""
+    """Bytes that are not a record of this version."""
 
 
 # trainer -> tickets -> generator
 class Ticket(msgspec.Struct, tag="ticket/1", array_like=True, frozen=True):
-    """A request for one rollout, which will have the same `number`; numbers count up from 1 in a run.
+    """A request for one rollout, which gets the same `number`. Numbers count up from 1 in a run.
 
     Tickets of one group have consecutive numbers and ask the same problem: `index` of the task's
     train split. `requeued_from` is the number of a dead rollout that this one replaces; that one
@@ -57,9 +56,7 @@ class VersionSpan(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Timing(msgspec.Struct, array_like=True, frozen=True):
-    """When `worker` of `stage` took the record and when it was done with it, in seconds since the
-    epoch.
-    """
+    """When `worker` of `stage` took the record and was done with it, in seconds since the epoch."""
 
     stage: StageName
     worker: str
@@ -68,10 +65,10 @@ class Timing(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Sample(msgspec.Struct, array_like=True):
-    """One prompt and completion. P prompt tokens, C completion tokens, k teacher alternatives a
-    position.
+    """One prompt and completion: P prompt tokens, C completion tokens, k teacher alternatives.
 
-    Environment and tool tokens sit in the completion with mask 0 and are in no version span.
+    There are k alternatives at each completion token. Tokens of an environment or a tool stand in
+    the completion with mask 0, in no version span.
     """
 
     prompt_ids: bytes  # <i4 [P]
@@ -84,18 +81,16 @@ class Sample(msgspec.Struct, array_like=True):
     teacher_top_ids: bytes | None = None  # <i4 [C, k]
     teacher_top_logprobs: bytes | None = None  # <f4 [C, k]
     teacher_tail_logprobs: bytes | None = None  # <f4 [C], logprob of everything outside the k
-    images: list[
-        str
-    ] = []  # digests of those that the prompt shows, in order; their tokens are in prompt_ids
+    # digests of the images that the prompt shows, in order; their tokens are in prompt_ids
+    images: list[str] = []
 
 
 # generator -> verify, score or train -> … -> trainer
 class Rollout(msgspec.Struct, tag="rollout/1", array_like=True):
-    """One answer of the policy to one ticket, with what every stage added and the stages still to
-    go.
+    """One answer of the policy to one ticket, with what each stage added and the route to go.
 
-    `info` is what the task's scorer needs beside the messages (the answer, say). `reward` is absent
-    where nobody verified, or where the scorer itself failed: then `unscored` says why.
+    `info` is what the task's scorer needs beside the messages (the answer, say). `reward` is None
+    where no verifier was on the route, or where the scorer failed; then `unscored` says why.
     """
 
     number: int
@@ -117,7 +112,7 @@ class Rollout(msgspec.Struct, tag="rollout/1", array_like=True):
 
 # whoever gave up -> train -> trainer
 class Tombstone(msgspec.Struct, tag="tombstone/1", array_like=True, frozen=True):
-    """The rollout `number` will never come, and why; so that no group waits for a dead member."""
+    """The rollout `number` will never come, and why, so that its group does not wait for it."""
 
     number: int
     stage: StageName
@@ -125,10 +120,9 @@ class Tombstone(msgspec.Struct, tag="tombstone/1", array_like=True, frozen=True)
 
 
 class Probe(msgspec.Struct, array_like=True, frozen=True):
-    """What the trainer says, under the weights of a version, of the next token after each of N
-    fixed prompts.
+    """What the trainer computes, with the weights of a version, after each of N fixed prompts.
 
-    Of each it gives the k likeliest ids, likeliest first, with their logprobs.
+    For each prompt it holds the k likeliest next ids, likeliest first, with their logprobs.
     """
 
     prompts: list[bytes]  # N times <i4 [P]
@@ -139,11 +133,10 @@ class Probe(msgspec.Struct, array_like=True, frozen=True):
 # trainer -> every generator (broadcast: the newest is a key, announcements a stream without a
 # group)
 class PolicyVersion(msgspec.Struct, tag="policy/1", array_like=True, frozen=True):
-    """A published set of weights. `digest` covers the weight files; `path` is relative to the run
-    directory.
+    """A published set of weights. `digest` covers the weight files; `path` is in the run directory.
 
-    With `probe` a generator can tell whether what its engine computes is this version; None where
-    the guard is off.
+    With `probe` a generator checks that its engine computes this version; None where the guard is
+    off.
     """
 
     number: int
@@ -192,9 +185,7 @@ def decode_policy(payload: bytes) -> PolicyVersion:
 
 
 def ids_array(field: bytes) -> Ids:
-    """A writable int32 copy of an ids field (the wire's own buffer is read-only and pins the whole
-    reply).
-    """
+    """A writable int32 copy of an ids field: the wire's own is read-only and pins the reply."""
     return np.frombuffer(field, dtype="<i4").astype(np.int32)
 
 

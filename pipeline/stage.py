@@ -1,4 +1,4 @@
-"""What a worker gives to the one loop (`onstream.pipeline.loop`), and what it gets from the loop."""
+"""What a worker gives to the one loop (`onstream.pipeline.loop`), and what it gets from it."""
 
 from __future__ import annotations
 

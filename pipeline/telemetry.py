@@ -1,5 +1,6 @@
-"""Log lines of every process: structlog, as text for people or JSON for collectors, each naming
-run, stage and worker.
+"""Log lines of every process, as text for people or JSON for collectors.
+
+Each names the run, the stage and the worker.
 """
 
 from __future__ import annotations
@@ -36,20 +37,17 @@ _last_error: LoggedError | None = None
 
 
 def last_error() -> LoggedError | None:
-    """The last line of level error or critical that this process wrote, once `configure` was
-    called.
-    """
+    """The last line of level error or critical that this process wrote since `configure`."""
     return _last_error
 
 
 def configure(
     stage: str, worker: str, run: str, log: LogSettings, *, stream: TextIO | None = None
 ) -> None:
-    """Send this process's lines to `stream` (standard error), each with `run`, `stage` and
-    `worker`.
+    """Send this process's lines to `stream`, or to standard error.
 
-    A line about a rollout is given `number=`. Lines of libraries that log through the standard
-    library take the same form, from level warning on.
+    Each has `run`, `stage` and `worker`. A line about a rollout is given `number=`. Lines of
+    libraries that log through the standard library take the same form, from level warning on.
     """
     stream = stream or sys.stderr
     processors: list[Processor] = [
@@ -85,9 +83,7 @@ def get_logger() -> structlog.typing.FilteringBoundLogger:
 
 
 class _Identity:
-    """Adds who writes the line. A processor rather than context variables, which threads do not
-    inherit.
-    """
+    """Adds who writes the line; no context variables, as threads do not inherit them."""
 
     def __init__(self, **identity: str) -> None:
         self._identity = identity
@@ -97,7 +93,7 @@ class _Identity:
 
 
 def _remember_error(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-    """Keep what went wrong for the heartbeat: a worker's log may be on another machine."""
+    """Keep the last error for the heartbeat: a worker's log may be on another machine."""
     global _last_error
     if event.get("level") in ("error", "critical"):
         cause = (

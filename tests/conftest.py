@@ -1,4 +1,4 @@
-"""Fixtures of all tests: one real Redis for the session, and a run's name that no other test has."""
+"""Fixtures of all tests: one real Redis for the session, and a name of a run for each test."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def living(launcher: int, words: str) -> list[psutil.Process]:
 
 
 def worker(launcher: int, kind: str) -> psutil.Process:
-    """The one worker of `kind`, which a launcher that is restarting it may only be about to have."""
+    """The one worker of `kind`, waited for while a launcher is restarting it."""
     deadline = time.monotonic() + PATIENCE_S
     while not (found := living(launcher, f" worker {kind} ")):
         assert time.monotonic() < deadline, f"no {kind} under {launcher} within {PATIENCE_S:g} s"

@@ -158,11 +158,13 @@ class TableTeacher(FaultyServer):
     def _check(self, ids: list[int], k: int) -> None:
         if k > self.max_top_k:
             raise ValueError(
-                f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.max_top_k}"
+                f"Requested prompt logprobs of {k}, "
+                f"which is greater than max allowed: {self.max_top_k}"
             )
         if len(ids) + 1 > self.max_model_len:
             raise ValueError(
-                f"The prompt (length {len(ids)}) is longer than the maximum model length of {self.max_model_len}"
+                f"The prompt (length {len(ids)}) is longer than the maximum model length of "
+                f"{self.max_model_len}"
             )
 
     def _echoed(

@@ -35,7 +35,7 @@ def redis_url(settings: Settings) -> str:
 
 
 def running_server(run_dir: Path) -> str | None:
-    """The URL of the server that `onstream up` runs for the run in `run_dir`; None if none answers."""
+    """The URL of the server that `onstream up` runs for the run; None if none answers."""
     address_file = run_dir / EMBEDDED_ADDRESS
     if not address_file.exists():
         return None

@@ -1,4 +1,4 @@
-"""Dead letters beyond the bound of what Redis keeps go to a file of the run. None is ever trimmed."""
+"""Dead letters over the number that Redis keeps go to a file of the run. None is ever dropped."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ AT_ONCE = 100
 
 
 def spill_dead(bus: Bus, path: Path, keep: int) -> int:
-    """Move the oldest dead letters over `keep` from Redis to the JSON lines of `path` (payloads in
-    base64); returns how many.
+    """Move the oldest dead letters over `keep` from Redis to `path`; returns how many.
 
-    A crash in its middle may write some lines twice; `spilled_numbers` counts them once.
+    `path` holds JSON lines, with payloads in base64. Letters are written before they are deleted,
+    so a crash in between writes some twice; `spilled` reads them once.
 
     Raises:
         OSError: the disk is full; what was not written stays in Redis.
     """
     moved = 0
-    _mend(path)
+    _cut_torn_line(path)
     while (excess := bus.state.dead_count() - keep) > 0:
         letters = bus.state.dead_letters(min(excess, AT_ONCE))
         with path.open("ab") as file:
@@ -37,15 +37,16 @@ def spill_dead(bus: Bus, path: Path, keep: int) -> int:
     return moved
 
 
-def _mend(path: Path) -> None:
-    """Cut off a last line that a crash tore: what is appended to it would be lost as well."""
+def _cut_torn_line(path: Path) -> None:
+    """Cut off a last line that a crash tore: what is appended to it would be lost too."""
     if path.exists() and not (data := path.read_bytes()).endswith(b"\n"):
         os.truncate(path, data.rfind(b"\n") + 1)
 
 
 def spilled(path: Path) -> Iterator[DeadLetter]:
-    """The dead letters in `path`, in order, each once. A last line that a crash tore is passed
-    over: Redis has that letter still.
+    """The dead letters in `path`, in order, each once.
+
+    A last line that a crash tore is skipped: Redis still has that letter.
     """
     seen: set[bytes] = set()
     if not path.exists():
@@ -66,8 +67,9 @@ def spilled_numbers(path: Path) -> list[int]:
 
 
 def forget_spilled(path: Path, entry_ids: Collection[bytes]) -> None:
-    """Take the letters of `entry_ids` out of `path`, whole or not at all. For the trainer alone,
-    which writes that file.
+    """Take the letters of `entry_ids` out of `path`, all or none.
+
+    For the trainer alone, which writes that file.
     """
     if not entry_ids or not path.exists():
         return
@@ -82,8 +84,9 @@ def forget_spilled(path: Path, entry_ids: Collection[bytes]) -> None:
 
 
 def all_letters(bus: Bus, run_dir: Path) -> Iterator[DeadLetter]:
-    """Every dead letter of the run once, those in Redis first: one that spills meanwhile is met
-    after that. A page of them in memory.
+    """Every dead letter of the run once, read page by page.
+
+    Those in Redis come first: one that is moved to the file meanwhile is then found there.
     """
     seen: set[bytes] = set()
     letters = bus.state.dead_letters(AT_ONCE)
@@ -95,7 +98,8 @@ def all_letters(bus: Bus, run_dir: Path) -> Iterator[DeadLetter]:
 
 
 def dead_numbers(bus: Bus, run_dir: Path) -> set[int]:
-    """The numbers of all dead letters, in Redis and spilled. Redis first: a letter that spills
-    meanwhile is met at least once.
+    """The numbers of all dead letters, in Redis and in the file.
+
+    Redis first: a letter that is moved meanwhile is then found at least once.
     """
     return {*bus.state.dead_numbers(), *spilled_numbers(run_dir / FILE)}

@@ -1,7 +1,7 @@
-"""Images in Redis: the bytes of each once, for as long as a rollout that names it has not settled.
+"""Images in Redis: the bytes of each once, as long as a rollout that names it is not settled.
 
-What needs an image is a number. It is counted once, in a script that looks whether its entry is
-still in somebody's hands, and let go by the script that acknowledges its entry at the trainer; so a
+A number holds its images. The script that counts it as a holder looks whether its entry is still in
+somebody's hands; the script that acknowledges its entry at the trainer lets its images go. So a
 worker that dies, or comes late, neither loses an image nor leaves one behind.
 """
 
@@ -35,9 +35,7 @@ class ImagesFull(Exception):
 
 @dataclass(frozen=True)
 class ImageHold:
-    """The images that `number` needs, bytes by digest; `entry_id` is the entry that it is in
-    somebody's hands with.
-    """
+    """The images that `number` needs, bytes by digest; `entry_id` is its pending entry."""
 
     entry_id: bytes
     number: int
@@ -55,11 +53,11 @@ class ImageStore:
     def hold(
         self, stage: StageName, holds: Sequence[ImageHold], *, patience_s: float
     ) -> list[bool]:
-        """Keep the images of `holds` until their numbers have settled; False for those whose entry
-        of `stage` somebody else has finished.
+        """Keep the images of `holds` until their numbers are settled.
 
-        Bytes are sent only where Redis has not got them. While Redis is full, waits for others to
-        free memory.
+        Returns, for each, whether it holds; False where somebody else has finished its entry of
+        `stage`. Bytes are sent only where Redis does not have them. While Redis is full, this waits
+        for others to free memory.
 
         Raises:
             ImagesFull: it stayed full for `patience_s` seconds.
@@ -109,12 +107,13 @@ class ImageStore:
                 if time.monotonic() > deadline:
                     numbers = ", ".join(str(hold.number) for hold in holds)
                     raise ImagesFull(
-                        f"redis is full, and had no room for the images of {numbers} for {patience_s:.0f} s"
+                        f"redis is full, and had no room for the images of {numbers} for "
+                        f"{patience_s:.0f} s"
                     ) from error
                 time.sleep(FULL_RETRY_S)
 
     def read(self, digests: Sequence[str]) -> list[bytes | None]:
-        """The bytes of images; None for one that nobody holds."""
+        """The bytes of images by their digests; None for one that no number holds."""
         found: list[bytes | None] = self._connection.ask("HMGET", self._keys.images, *digests)
         return found
 
@@ -128,7 +127,7 @@ class ImageStore:
         return [int(number) for number in self._connection.ask("HKEYS", self._keys.images_held)]
 
     def release(self, lease: Lease, numbers: Collection[int]) -> None:
-        """Let go of the images of `numbers`, which have settled without an entry to acknowledge.
+        """Let go of the images of `numbers`, which were settled without an entry to acknowledge.
 
         Raises:
             LeaseLost: another trainer took over.
@@ -139,9 +138,7 @@ class ImageStore:
 
 
 def _some_bytes(missing: Iterable[tuple[ImageHold, Sequence[str]]]) -> dict[str, bytes]:
-    """Images to send with one call: all that the first number misses, and of others what
-    `BYTES_AT_ONCE` has room for.
-    """
+    """Images to send with one call: those of the first number, and more up to `BYTES_AT_ONCE`."""
     some: dict[str, bytes] = {}
     for hold, digests in missing:
         more = {digest: hold.images[digest] for digest in digests}

@@ -1,6 +1,4 @@
-"""The names of everything a run keeps in Redis. docs/streams.md lists the type and the fields of
-each.
-"""
+"""The names of everything a run keeps in Redis; docs/streams.md lists the fields of each."""
 
 from __future__ import annotations
 
@@ -24,8 +22,9 @@ PARKED: Final = "_parked"
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys of one run. They share a hash tag, so that a script may touch several of them on a
-    Redis cluster too.
+    """The keys of one run.
+
+    They share a hash tag, so that a script may use several of them on a Redis cluster too.
     """
 
     run: str
@@ -58,14 +57,15 @@ class Keys:
 
     @property
     def weights(self) -> str:
-        """Hash: what there is of weights, whole sets and deltas, by place; only with
-        `weights.transport = "redis"`.
+        """Hash: the weights that are offered, whole sets and deltas, by place.
+
+        Only with `weights.transport = "redis"`.
         """
         return self._key("weights")
 
     @property
     def weight_places(self) -> str:
-        """Set: every place that weights were ever written to and not removed from, finished or not."""
+        """Set: every place with chunks of weights, finished or not."""
         return self._key("weights:places")
 
     def weight_chunks(self, place: str) -> str:
@@ -74,23 +74,24 @@ class Keys:
 
     @property
     def receivers(self) -> str:
-        """Hash: the generators that take weights from GPU to GPU, and over how many GPUs; only with
-        `weights.transport = "nccl"`.
+        """Hash: the generators that take weights from GPU to GPU, and over how many GPUs.
+
+        Only with `weights.transport = "nccl"`.
         """
         return self._key("weights:receivers")
 
     @property
     def transfer(self) -> str:
-        """String: what the trainer asks of them just now."""
+        """String: what the trainer asks of the receivers now."""
         return self._key("weights:transfer")
 
     def transfer_answers(self, call: str) -> str:
-        """Hash with expiry: what each of them answered to one call."""
+        """Hash with expiry: what each receiver answered to one call."""
         return self._key(f"weights:answers:{call}")
 
     @property
     def wanted_weights(self) -> str:
-        """String: the digest of a version that a generator missed, and wants as a file."""
+        """String: the digest of a version that a generator missed and asks for as a file."""
         return self._key("weights:wanted")
 
     @property
@@ -100,14 +101,12 @@ class Keys:
 
     @property
     def reissued(self) -> str:
-        """Set: the tokens of re-issues that took place."""
+        """Set: the tokens of the re-issues that were done."""
         return self._key("reissued")
 
     @property
     def epoch(self) -> str:
-        """String: counts the trainers that ever held the lease; the fence of all that only a
-        trainer may do.
-        """
+        """String: counts how often the lease was taken; every script of the trainer carries it."""
         return self._key("epoch")
 
     @property
@@ -141,7 +140,7 @@ class Keys:
 
     @property
     def requeued(self) -> str:
-        """Hash: numbers issued in place of dead ones, and the dead ones."""
+        """Hash: the numbers issued in place of dead ones, with the dead numbers."""
         return self._key("requeued")
 
     @property

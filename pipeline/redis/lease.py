@@ -35,7 +35,7 @@ class LeaseHeld(UserError):
 
 
 class DataLost(Exception):
-    """Redis knows less than it was told: it was emptied, or is a replica that missed some writes."""
+    """Redis knows less than it was told: it was emptied, or a replica took its place too early."""
 
 
 @dataclass

@@ -1,7 +1,7 @@
-"""What operators ask of the trainer, and how it answers: dead rollouts asked for anew, or purged.
+"""What operators ask of the trainer: to issue dead rollouts again, or to purge them.
 
-The trainer alone issues tickets and settles numbers. So a command leaves a request in Redis, and
-the trainer serves it under its epoch, in one script with what comes of it.
+Only the trainer issues tickets and settles numbers. So a command adds a request in Redis, and the
+trainer serves it under its epoch, in one script with what comes of it.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class OperatorRequests:
         self._lease = lease
 
     def add(self, kind: RequestKind, number: int, letter: bytes = b"") -> None:
-        """Ask the trainer for something. One left twice is served once."""
+        """Ask the trainer for something. A request that is added twice is served once."""
         self._connection.ask(
             "XADD", self._keys.requests, "*", "do", kind, "n", number, "letter", letter
         )
 
     def waiting(self) -> Iterator[OperatorRequest]:
-        """The requests that were not served yet, in order."""
+        """The requests that are not served yet, in order."""
         start = "-"
         while rows := self._connection.ask(
             "XRANGE", self._keys.requests, start, "+", "COUNT", AT_ONCE
@@ -57,14 +57,14 @@ class OperatorRequests:
             start = f"({rows[-1][0].decode()}"
 
     def requeued(self) -> dict[int, int]:
-        """The numbers that were issued in place of dead ones, with those."""
+        """The dead number that each number issued in place of one replaces."""
         return {
             int(new): int(dead)
             for new, dead in self._connection.ask("HGETALL", self._keys.requeued).items()
         }
 
     def restore_requeued(self, lease: Lease, requeued: Mapping[int, int]) -> None:
-        """Write down what Redis has forgotten of `requeued`.
+        """Write `requeued` again, of which Redis may have lost a part.
 
         Raises:
             LeaseLost: another trainer took over.
@@ -85,10 +85,10 @@ class OperatorRequests:
         max_backlog: int,
         served: Sequence[OperatorRequest],
     ) -> bool:
-        """Issue `tickets` as `TrainerLease.issue` does; those that name a dead number serve the request for it
-        in `served`.
+        """Issue `tickets` as `TrainerLease.issue` does, and close the requests `served` with them.
 
-        Returns False, with nothing issued or served, where that would.
+        Each request is served by the ticket that names its dead number. Returns False, with nothing
+        issued or closed, where `TrainerLease.issue` would.
 
         Raises:
             LeaseLost: another trainer took over.
@@ -101,7 +101,7 @@ class OperatorRequests:
     def close(
         self, lease: Lease, requests: Iterable[OperatorRequest], *, with_letters: bool = False
     ) -> None:
-        """Delete `requests` that were served or refused, and their dead letters too where asked.
+        """Delete `requests` that were served or refused, and, `with_letters`, their dead letters.
 
         Raises:
             LeaseLost: another trainer took over.

@@ -1,6 +1,4 @@
-"""What everybody may read of a run, and say of itself: policies, readiness, heartbeats, backlogs,
-dead letters.
-"""
+"""What everybody may read of a run: policies, readiness, heartbeats, backlogs, dead letters."""
 
 from __future__ import annotations
 
@@ -31,15 +29,17 @@ FORGOTTEN_S = 3600.0
 
 
 class WorkerState(msgspec.Struct, frozen=True):
-    """A worker's last heartbeat, `age_s` seconds ago. `error` is the last error in its log,
-    `error_time` in seconds since the epoch.
+    """A worker's last heartbeat, `age_s` seconds ago.
+
+    `error` is the last error in its log, `error_time` when that was. Times are in seconds since the
+    epoch.
     """
 
     worker: str
     stage: StageName | Literal["jobs"]
     host: str
     pid: int
-    state: str  # "starting", "running", "draining" or, said at its end, "failed"
+    state: str  # "starting", "running", "draining" or, in its last heartbeat, "failed"
     started: float
     in_hand: int
     done: int
@@ -71,7 +71,7 @@ class PendingSummary:
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """An entry that was given up: where it was, why, and its bytes."""
+    """An entry that was given up: where it was, why, and its payload."""
 
     entry_id: bytes
     number: int
@@ -116,7 +116,7 @@ class RunState:
         return [decode_policy(fields[b"b"]) for _, fields in entries]
 
     def mark_ready(self, stage: StageName) -> None:
-        """Say that a worker of `stage` has been ready once."""
+        """Note that a worker of `stage` has been ready once."""
         self._connection.run_script(scripts.MARK_READY, [self._keys.ready], [stage])
 
     def ready_stages(self) -> set[StageName]:
@@ -145,7 +145,7 @@ class RunState:
         state: str = "running",
         in_hand: int = 0,
     ) -> None:
-        """Say that this worker lives, what it did, what it waits for, and what went wrong last."""
+        """Write that this worker lives, what it did and waits for, and what went wrong last."""
         error = telemetry.last_error()
         me = WorkerState(
             worker=self._connection.consumer,
@@ -175,13 +175,11 @@ class RunState:
         self._connection.ask("HDEL", self._keys.workers, self._connection.consumer)
 
     def workers(self, max_age_s: float = ALIVE_S) -> list[WorkerState]:
-        """The workers heard of within `max_age_s` that have not failed, by stage and name."""
+        """The workers that wrote a heartbeat within `max_age_s` and have not failed, sorted."""
         return [state for state in self.last_heartbeats(max_age_s) if state.state != FAILED]
 
     def last_heartbeats(self, max_age_s: float = FORGOTTEN_S) -> list[WorkerState]:
-        """The last heartbeats not older than `max_age_s`, also of workers that died, by stage and
-        name.
-        """
+        """The last heartbeats within `max_age_s`, dead workers' too, sorted by stage and name."""
         now = self._connection.server_time()
         states = []
         for beat in self._connection.ask("HGETALL", self._keys.workers).values():
@@ -195,15 +193,16 @@ class RunState:
         )
 
     def backlog(self) -> dict[StageName, int]:
-        """Entries in each stage's stream, waiting or in hand. The trainer's counts what it trained
-        and did not yet acknowledge.
+        """How many entries each stage's stream holds, waiting or in hand.
+
+        The trainer's also holds what it has trained on and not yet acknowledged.
         """
         return {
             stage: int(self._connection.ask("XLEN", self._keys.stream(stage))) for stage in STAGES
         }
 
     def pending_counts(self) -> dict[StageName, int]:
-        """Entries of each stage's stream that some worker has in hand."""
+        """How many entries of each stage's stream some worker has in hand."""
         return {stage: self._pending_count(stage) for stage in STAGES}
 
     def _pending_count(self, stage: StageName) -> int:
@@ -270,7 +269,7 @@ class RunState:
         return _letter(*rows[0]) if rows else None
 
     def delete_dead_letters(self, ids: Sequence[bytes]) -> None:
-        """Delete dead letters that were written elsewhere."""
+        """Delete dead letters, which the caller has written to a file."""
         if ids:
             self._connection.ask("XDEL", self._keys.dead, *ids)
 

@@ -1,6 +1,4 @@
-"""Scores of external teachers, kept so that a replay does not ask for them again, and what was
-spent on endpoints.
-"""
+"""Scores of external teachers, kept for a replay, and the tokens spent on endpoints."""
 
 from __future__ import annotations
 
@@ -20,8 +18,9 @@ _KEYS = ScoreKeys()
 
 
 class ScoreStore:
-    """Scores by digest, bounded by their number and by `KEPT_BYTES`; the least recently used go
-    first.
+    """Scores by digest, bounded by their number and by `KEPT_BYTES`.
+
+    The least recently used go first.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -29,7 +28,7 @@ class ScoreStore:
         self._keys = connection.keys
 
     def recall(self, digests: Sequence[bytes]) -> list[bytes | None]:
-        """What was kept under each of `digests`."""
+        """The scores kept under each of `digests`; None where there are none."""
         if not digests:
             return []
         return list(
@@ -39,9 +38,7 @@ class ScoreStore:
         )
 
     def keep(self, scores: Sequence[tuple[bytes, bytes]], most: int) -> None:
-        """Keep pairs of digest and scores, and no more than `most` of all that there are. A full
-        Redis keeps none.
-        """
+        """Keep pairs of digest and scores, at most `most` in all. A full Redis keeps none."""
         if not scores:
             return
         keys = [_KEYS.scores, _KEYS.used, _KEYS.clock, _KEYS.size]
@@ -55,15 +52,14 @@ class ScoreStore:
             log.warning("redis is full; scores are not kept", scores=len(scores), error=str(error))
 
     def teacher_check(self, name: bytes) -> bytes | None:
-        """What was noted last under `name`."""
+        """What `note_teacher_check` noted last for the teacher `name`."""
         noted: bytes | None = self._connection.ask("HGET", _KEYS.teachers, name)
         return noted
 
     def note_teacher_check(self, name: bytes, checked: bytes) -> None:
-        """Note what the teacher `name` scored the text that it was probed with, so that another one
-        of that name is found out.
+        """Note what the teacher `name` scored the text that it was checked with.
 
-        A full Redis notes nothing.
+        So another teacher of that name is found out. A full Redis notes nothing.
         """
         try:
             self._connection.ask("HSET", _KEYS.teachers, name, checked)
@@ -73,17 +69,13 @@ class ScoreStore:
             )
 
     def own_spent_tokens(self, stage: StageName) -> int:
-        """The tokens that this worker, and former ones of its name, have spent in this run on the
-        endpoints of `stage`.
-        """
+        """Tokens spent in this run on the endpoints of `stage` by workers of this one's name."""
         return int(
             self._connection.ask("HGET", self._keys.spent(stage), self._connection.consumer) or 0
         )
 
     def report_spent_tokens(self, stage: StageName, tokens: int) -> int:
-        """Say that workers of this name have spent `tokens` so far; returns what all workers of
-        `stage` have.
-        """
+        """Report `tokens`, all that workers of this name have spent; returns the stage's total."""
         return int(
             self._connection.run_script(
                 scripts.REPORT_SPENT, [self._keys.spent(stage)], [self._connection.consumer, tokens]

@@ -1,6 +1,4 @@
-"""Streams: how entries are read, moved on, renewed, handed over and given back. The only module
-that speaks stream commands of work.
-"""
+"""Streams of work: how entries are read, moved on, renewed, handed over and given back."""
 
 from __future__ import annotations
 
@@ -18,9 +16,8 @@ from onstream.pipeline.redis.keys import GROUP, PARKED
 
 log = structlog.get_logger(__name__)
 
-HOP_RECORDS = (
-    32  # one script stalls every client of the server while it runs: about 0.2 ms per 64 KB
-)
+# One script stalls every client of the server while it runs: about 0.2 ms per 64 KB.
+HOP_RECORDS = 32
 HOP_BYTES = 1 << 20
 IDS_AT_ONCE = 256
 ROWS_AT_ONCE = 1000
@@ -38,8 +35,9 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class PendingRow:
-    """An entry in somebody's hands, without its payload: handed out `deliveries` times, last
-    `idle_s` ago.
+    """An entry in some worker's hands, without its payload.
+
+    It was handed out `deliveries` times, and last handed out or renewed `idle_s` seconds ago.
     """
 
     id: bytes
@@ -50,7 +48,7 @@ class PendingRow:
 
 @dataclass(frozen=True, slots=True)
 class Out:
-    """What a hop writes: a record for a stage, or a dead letter with its `reason`."""
+    """What a move writes: a record for a stage, or a dead letter with its `reason`."""
 
     to: StageName | Literal["dead"]
     number: int
@@ -80,12 +78,13 @@ class Streams:
         self._keys = connection.keys
 
     def read(self, stage: StageName, count: int, block_s: float = 0) -> list[Entry]:
-        """Up to `count` new entries, waiting up to `block_s` for the first. For the main thread
-        alone.
+        """Up to `count` new entries, waiting up to `block_s` for the first.
+
+        For the main thread alone.
 
         Raises:
             redis.ConnectionError, redis.TimeoutError: Redis is away. The reply may have been lost
-                with entries in it: they are pending with this worker.
+                with entries in it, which are then pending with this worker.
         """
         wait = ["BLOCK", max(1, round(block_s * 1000))] if block_s > 0 else []
         stream = self._keys.stream(stage)
@@ -119,9 +118,7 @@ class Streams:
         ]
 
     def look_at(self, stage: StageName, entry_id: bytes) -> Entry | None:
-        """The entry `entry_id` as it lies in the stream, whoever has it; None where it has moved
-        on. Counts as no delivery.
-        """
+        """The entry `entry_id`, whoever has it; None when it has moved on. Counts no delivery."""
         found = self._connection.ask("XRANGE", self._keys.stream(stage), entry_id, entry_id)
         return next((_entry(found_id, fields, 0) for found_id, fields in found), None)
 
@@ -134,8 +131,9 @@ class Streams:
         consumer: str | None = None,
         min_idle_s: float = 0,
     ) -> list[PendingRow]:
-        """Up to `count` pending entries after `after`, in order: of `consumer` or of all, idle for
-        `min_idle_s` or longer.
+        """Up to `count` pending entries after the entry `after`, in order.
+
+        Only those of `consumer`, where it is given, and only those idle for `min_idle_s` or longer.
         """
         idle = ["IDLE", round(min_idle_s * 1000)] if min_idle_s > 0 else []
         whose = [] if consumer is None else [consumer]
@@ -163,7 +161,7 @@ class Streams:
     def all_pending_rows(
         self, stage: StageName, consumer: str | None = None
     ) -> Iterator[PendingRow]:
-        """Every pending entry of `stage`, in order, page by page."""
+        """Every pending entry of `stage`, in order, read page by page."""
         rows = self.pending_rows(stage, count=ROWS_AT_ONCE, consumer=consumer)
         while rows:
             yield from rows
@@ -174,8 +172,9 @@ class Streams:
     def claim(
         self, stage: StageName, rows: Sequence[PendingRow], min_idle_s: float = 0
     ) -> list[Entry]:
-        """Take over those of `rows` that are still idle for `min_idle_s`; the others are in
-        somebody's hands by now.
+        """Take over those of `rows` that are still idle for `min_idle_s`; counts as a delivery.
+
+        Another worker may have claimed or renewed the rest meanwhile: XCLAIM looks again.
         """
         if not rows:
             return []
@@ -194,8 +193,9 @@ class Streams:
         ]
 
     def _forget_deleted(self, stage: StageName, ids: Iterable[bytes]) -> None:
-        """Acknowledge those of `ids` that a person deleted from the stream: Redis 6.2 keeps them
-        pending for ever.
+        """Acknowledge those of `ids` that somebody deleted from the stream.
+
+        Redis 6.2 would keep them pending for ever.
         """
         stream = self._keys.stream(stage)
         gone = [
@@ -211,10 +211,10 @@ class Streams:
         self._connection.ask("XACK", stream, GROUP, *gone)
 
     def move(self, stage: StageName, moves: Sequence[Move]) -> list[bool]:
-        """Move entries on: each leaves the stream of `stage` and is written where it goes, both or
-        neither.
+        """Move entries on: each leaves the stream of `stage` and its outs are written, or neither.
 
-        Returns which of them moved; False means that somebody else was first, and is not an error.
+        Returns which of them moved. False means that somebody else was first, which is no error: a
+        worker that slept past its lease finds its entry finished by another.
         """
         return [moved for batch in hop_batches(moves) for moved in self._hop(stage, batch)]
 
@@ -250,7 +250,7 @@ class Streams:
         return fields
 
     def renew(self, stage: StageName, ids: Sequence[bytes]) -> int:
-        """Renew the lease of the entries that are still this worker's; returns how many are."""
+        """Renew the leases of entries that are still this worker's; returns how many are."""
         stream = [self._keys.stream(stage)]
         return sum(
             int(
@@ -262,8 +262,10 @@ class Streams:
         )
 
     def give_back(self, stage: StageName, ids: Sequence[bytes]) -> int:
-        """Hand entries to whoever is next, as if they had not been taken; returns how many were
-        still this worker's.
+        """Hand entries to whoever is next, as if they had never been taken.
+
+        Returns how many were still this worker's. They are parked with the consumer `PARKED` as
+        idle for a day, so that the next scan for idle entries finds them at once.
         """
         stream = [self._keys.stream(stage)]
         args = [GROUP, self._connection.consumer, PARKED]
@@ -273,7 +275,10 @@ class Streams:
         )
 
     def retire(self, stage: StageName) -> bool:
-        """Forget this consumer; False, and nothing forgotten, while entries are pending with it."""
+        """Delete this consumer and its heartbeat; returns whether the consumer was deleted.
+
+        It stays while entries are pending with it: Redis would forget that they are.
+        """
         return bool(
             self._connection.run_script(
                 scripts.RETIRE,
@@ -283,9 +288,7 @@ class Streams:
         )
 
     def forget_dead_consumers(self, stage: StageName, idle_s: float) -> int:
-        """Forget the consumers of dead workers: those with nothing pending, not heard of for
-        `idle_s`.
-        """
+        """Delete the consumers of dead workers: nothing pending, and not heard of for `idle_s`."""
         keys = [self._keys.stream(stage), self._keys.workers]
         return int(
             self._connection.run_script(
@@ -295,7 +298,7 @@ class Streams:
 
 
 def hop_batches(moves: Sequence[Move]) -> Iterator[list[Move]]:
-    """`moves` in runs that one script may move at once."""
+    """`moves` in batches that one script may move at once."""
     batch: list[Move] = []
     size_bytes = 0
     for move in moves:
@@ -310,9 +313,7 @@ def hop_batches(moves: Sequence[Move]) -> Iterator[list[Move]]:
 
 
 def _entry(entry_id: bytes, fields: dict[bytes, bytes] | None, deliveries: int) -> Entry:
-    """The entry as workers see it. One deleted from under its reader has neither number nor
-    payload.
-    """
+    """The entry as workers see it. One that was deleted meanwhile has no number and no payload."""
     fields = fields or {}
     number = fields.get(b"n", b"")
     return Entry(

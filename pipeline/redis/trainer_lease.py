@@ -1,5 +1,7 @@
-"""What only the trainer may do. Each call carries the epoch of the trainer's lease, and Redis
-refuses a lower one.
+"""What only the trainer may do in Redis.
+
+Each call carries the epoch of the trainer's lease, and Redis refuses it once a later trainer has
+raised the epoch. So a trainer that was frozen and lost its lease changes nothing when it wakes.
 """
 
 from __future__ import annotations
@@ -44,10 +46,10 @@ class TrainerLease:
         self.full = False
 
     def acquire(self, ttl_s: float, files: Ownership | None = None) -> Lease:
-        """Become the run's trainer, until released, or not renewed for `ttl_s` seconds; then claim
-        its `files`.
+        """Become the run's trainer, and claim its `files`.
 
-        The lease of a process that died on this machine is taken over at once.
+        The lease ends when it is released, or was not renewed for `ttl_s` seconds. The lease of a
+        process that died on this machine is taken over at once.
 
         Raises:
             LeaseHeld: another trainer has it.
@@ -83,10 +85,10 @@ class TrainerLease:
         )
 
     def renew_from_heartbeat(self, lease: Lease) -> None:
-        """Renew the lease, beside the main thread; and look whether Redis may have lost data, which
-        `may_have_lost_data` tells from then on.
+        """Renew the lease from the heartbeat's thread, and look whether Redis may have lost data.
 
-        Another server process than before counts as that: a restart, or a replica in its place.
+        If so, `may_have_lost_data` is set. Another server process than before counts as that: a
+        restart, or a replica in its place.
 
         Raises:
             LeaseLost: another trainer took over.
@@ -94,7 +96,7 @@ class TrainerLease:
         if self._connection.server_changed():
             self.may_have_lost_data = True
         if not lease.changing.acquire(blocking=False):
-            return  # the main thread takes it again just now, under another epoch
+            return  # the main thread is taking it again just now, under another epoch
         try:
             self._once_fenced(
                 scripts.RENEW_LEASE, lease, [self._keys.lease], [lease.holder, _ms(lease.ttl_s)]
@@ -106,7 +108,7 @@ class TrainerLease:
 
     @contextmanager
     def writing(self, lease: Lease) -> Iterator[None]:
-        """Change the run's files meanwhile, which are the trainer's alone; may be nested.
+        """Hold the right to change the run's files, which are the trainer's alone; may be nested.
 
         Raises:
             LeaseLost: another trainer took over; nothing was changed.
@@ -135,8 +137,7 @@ class TrainerLease:
         max_backlog: int,
         served: Sequence[tuple[bytes, int, int]] = (),
     ) -> bool:
-        """Issue `tickets`, numbered from `expected_issued` + 1, all or none; the same call may be
-        repeated.
+        """Issue `tickets`, numbered from `expected_issued` + 1, all or none; may be repeated.
 
         `served` are the operator requests that go with them: id, new number and dead number of
         each.
@@ -168,8 +169,8 @@ class TrainerLease:
     def _issue(
         self, script: scripts.Script, lease: Lease, keys: Sequence[str], args: Sequence[Any]
     ) -> bool:
-        """Whether the tickets in `args` stand issued. Nothing is issued while Redis is full, nor
-        once it has lost tickets.
+        """Whether the tickets in `args` are issued. None are while Redis is full, nor after it has
+        lost tickets.
         """
         was_full = self.full
         self.full = False
@@ -184,8 +185,7 @@ class TrainerLease:
         return False
 
     def reissue(self, lease: Lease, token: str, tickets: Sequence[Ticket]) -> bool:
-        """Issue numbers again that got lost with Redis's data; once for each `token`, however often
-        it is called.
+        """Issue numbers again that were lost with Redis's data, once for each `token`.
 
         Returns False, with nothing issued, when Redis is full.
 
@@ -196,8 +196,9 @@ class TrainerLease:
         return self._issue(scripts.REISSUE, lease, keys, [token, *_numbered(tickets)])
 
     def set_issued(self, lease: Lease, count: int) -> int:
-        """Raise the count of issued tickets to `count`, where it is lower (Redis lost its data);
-        returns what it is now.
+        """Raise the count of issued tickets to `count`, where it is lower; returns what it is now.
+
+        It is lower when Redis has lost data.
 
         Raises:
             LeaseLost: another trainer took over.
@@ -205,7 +206,7 @@ class TrainerLease:
         return int(self.fenced(scripts.RAISE_ISSUED, lease, [self._keys.issued], [count]))
 
     def announce(self, lease: Lease, policy: PolicyVersion) -> None:
-        """Make `policy` the newest; nothing happens when it is already.
+        """Make `policy` the newest and announce it, unless it is the newest already.
 
         Raises:
             LeaseLost: another trainer took over.
@@ -214,10 +215,10 @@ class TrainerLease:
         self.fenced(scripts.ANNOUNCE, lease, keys, [encode(policy), ANNOUNCEMENTS_KEPT])
 
     def acknowledge(self, lease: Lease, entries: Mapping[bytes, int]) -> int:
-        """Delete entries of the trainer's stream, numbers by id, whose fate a durable checkpoint
-        records; returns how many were there.
+        """Delete entries of the trainer's stream; returns how many were there.
 
-        Images that no other number needs go with them.
+        `entries` are numbers by entry id, whose fate a durable checkpoint records. Images that no
+        other number needs go with them.
 
         Raises:
             LeaseLost: another trainer took over.
@@ -246,7 +247,7 @@ class TrainerLease:
         self.fenced(scripts.SET_KEY, lease, [self._keys.finished], [lease.epoch])
 
     def reopen(self, lease: Lease) -> None:
-        """Go on with a run that had ended.
+        """Undo `finish`: the run goes on.
 
         Raises:
             LeaseLost: another trainer took over.
@@ -264,8 +265,14 @@ class TrainerLease:
     def fenced(
         self, script: scripts.Script, lease: Lease, keys: Sequence[str], args: Sequence[Any]
     ) -> Any:
-        """The reply of a script that carries the epoch. Where Redis has lost that, the lease is
-        taken again first.
+        """The reply of a script that carries the epoch.
+
+        Where Redis has lost the epoch with its data, the lease is taken again first.
+
+        Raises:
+            LeaseLost: another trainer took over.
+            DataLost: Redis has lost other data that the script relies on.
+            ValueError: another count of tickets was issued than expected.
         """
         epoch = lease.epoch
         try:
@@ -299,8 +306,10 @@ class TrainerLease:
         return int(self._connection.ask("GET", self._keys.epoch) or 0) < epoch
 
     def _regain(self, lease: Lease) -> None:
-        """Take the lease again, which Redis has forgotten. Waits for the lease of an earlier
-        trainer that has come back instead.
+        """Take the lease again, which Redis has lost.
+
+        An older state of Redis may come back with the lease of an earlier trainer, dead by now:
+        that one is waited for. The run's files decide whether a later trainer was there meanwhile.
 
         Raises:
             LeaseLost: another trainer was faster, or has the run's files.

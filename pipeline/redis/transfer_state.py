@@ -1,6 +1,4 @@
-"""How the trainer and the generators agree on a transfer of weights that does not itself go through
-Redis.
-"""
+"""How the trainer and the generators agree on a transfer of weights from GPU to GPU."""
 
 from __future__ import annotations
 
@@ -26,11 +24,11 @@ class TransferState:
         self._state = state
 
     def register_receiver(self, gpus: int) -> None:
-        """Say that this worker receives weights, over so many GPUs."""
+        """Note that this worker receives weights, over so many GPUs."""
         self._connection.ask("HSET", self._keys.receivers, self.consumer, gpus)
 
     def receivers(self) -> dict[str, int]:
-        """The workers alive that receive, by name, with their numbers of GPUs."""
+        """The living workers that receive weights, by name, with their number of GPUs."""
         alive = {state.worker for state in self._state.workers()}
         said = {
             name.decode(): int(gpus)
@@ -39,7 +37,7 @@ class TransferState:
         return {name: said[name] for name in sorted(said) if name in alive}
 
     def call(self, lease: Lease, call: bytes) -> None:
-        """Ask something of the receivers, in place of whatever was asked before.
+        """Ask something of the receivers, in place of what was asked before.
 
         Raises:
             LeaseLost: another trainer took over.
@@ -58,7 +56,7 @@ class TransferState:
         self._connection.ask("EXPIRE", key, ANSWERS_KEPT_S)
 
     def answers(self, call: str) -> dict[str, str]:
-        """The answers that have come, by worker: empty words for what is done."""
+        """The answers that have come, by worker: "" where it is done, else the problem."""
         return {
             name.decode(): problem.decode()
             for name, problem in self._connection.ask(
@@ -71,5 +69,5 @@ class TransferState:
         self._connection.ask("SET", self._keys.wanted_weights, digest)
 
     def requested_file(self) -> str:
-        """The digest of the version that a generator asked for last; nothing where none did."""
+        """The digest of the version that a generator asked for last; "" when none did."""
         return (self._connection.ask("GET", self._keys.wanted_weights) or b"").decode()

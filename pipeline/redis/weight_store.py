@@ -1,4 +1,4 @@
-"""Weights in Redis, as chunks of a hash for each part, and an index of the parts that are whole."""
+"""Weights in Redis: a hash of chunks for each part, and an index of the parts that are whole."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from onstream.pipeline.redis.trainer_lease import TrainerLease
 
 
 class WeightStore:
-    """What `weights.transport = "redis"` asks of Redis. Only the trainer writes; chunks are written
-    one to a call, so that none is slow.
+    """What `weights.transport = "redis"` asks of Redis.
+
+    Only the trainer writes. Each call writes one chunk, so that no call is slow.
     """
 
     def __init__(self, connection: Connection, lease: TrainerLease) -> None:
@@ -42,7 +43,7 @@ class WeightStore:
         return int(self._connection.ask("HLEN", self._keys.weight_chunks(place)))
 
     def write_chunk(self, lease: Lease, place: str, index: int, chunk: memoryview) -> None:
-        """Write one chunk. Nobody looks for it before `offer`.
+        """Write one chunk. No reader looks for it before `offer`.
 
         Raises:
             LeaseLost: another trainer took over.

@@ -1,4 +1,4 @@
-"""What durable files rest on: digests that tell a torn one, and syncs that outlive a power failure."""
+"""What durable files rest on: digests that tell a torn file, and syncs to the disk."""
 
 from __future__ import annotations
 

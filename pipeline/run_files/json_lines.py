@@ -1,6 +1,4 @@
-"""Files of JSON lines that a run appends to while it goes, and that are cut back when it resumes
-from an older state.
-"""
+"""Files of JSON lines: a run appends to them, and cuts them back when it resumes."""
 
 from __future__ import annotations
 
@@ -16,8 +14,9 @@ from onstream.settings.decoding import UNDECODABLE
 
 
 class JsonLines:
-    """One file of JSON objects, a line each. Every line is in the kernel's hands when `write`
-    returns.
+    """One file of JSON objects, a line each.
+
+    A line is in the kernel's hands when `write` returns: it outlives this process.
     """
 
     def __init__(self, path: Path) -> None:
@@ -25,7 +24,7 @@ class JsonLines:
         self._file = path.open("ab", buffering=0)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append `row`. A line that the disk takes only in part is taken back.
+        """Append `row`. A line that the disk takes only in part is cut off again.
 
         Raises:
             OSError: the disk is full, or the file cannot be written.
@@ -46,8 +45,9 @@ class JsonLines:
 
 
 def cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
-    """Cut `path` before its first line that is torn or that `keep` refuses; returns how many lines
-    went.
+    """Cut `path` before its first line that is torn or that `keep` refuses.
+
+    Returns how many lines went.
     """
     if not path.exists():
         return 0

@@ -1,9 +1,8 @@
-"""The ledger of a run: which numbers are settled, and how. Written with each checkpoint, cut back
-on resume.
+"""The ledger of a run: which numbers are settled, and how.
 
-A number is settled once its fate is certain: trained, or not trained for a stated reason.
-`RangeSet` keeps numbers as ranges, since they settle nearly in order: a million of them take a few
-dozen pairs.
+A number is settled once its fate is fixed: trained, or not trained for a stated reason. The ledger
+is written with each checkpoint, and cut back when the run resumes from one. `RangeSet` keeps
+numbers as ranges: they settle nearly in order, so a million of them take a few dozen pairs.
 """
 
 from __future__ import annotations
@@ -47,9 +46,7 @@ class RangeSet:
         return result
 
     def add(self, first: int, last: int | None = None) -> None:
-        """Put in the numbers `first` … `last` (one number without `last`); those already there
-        stay.
-        """
+        """Put in the numbers `first` … `last`; without `last`, one number."""
         last = first if last is None else last
         low = bisect_right(self._last, first - 2)  # the first range that touches or follows
         high = bisect_right(self._first, last + 1)  # past the last range that touches
@@ -94,13 +91,11 @@ class RangeSet:
     __hash__ = None  # type: ignore[assignment]  # it changes
 
     def ranges(self) -> list[tuple[int, int]]:
-        """The ranges as (first, last), both included, ascending; what `RangeSet(…)` and a JSON file
-        take.
-        """
+        """The ranges as (first, last), both included, ascending; `RangeSet(…)` takes them."""
         return list(zip(self._first, self._last, strict=True))
 
     def copy(self) -> RangeSet:
-        """An equal set that changes apart."""
+        """An equal set of its own."""
         return RangeSet(self.ranges())
 
     def missing(self, upto: int) -> Iterator[int]:
@@ -119,9 +114,7 @@ class Ledger:
         self.path = path
 
     def append(self, lines: Iterable[Settled]) -> int:
-        """Write `lines` and sync them; returns the file's size in bytes, which a checkpoint
-        remembers.
-        """
+        """Write `lines` and sync them; returns the file's size in bytes, for the checkpoint."""
         encode = msgspec.json.Encoder().encode
         with self.path.open("ab") as file:
             file.write(b"".join(encode(line) + b"\n" for line in lines))
@@ -130,8 +123,9 @@ class Ledger:
             return file.tell()
 
     def cut(self, size_bytes: int) -> int:
-        """Cut the file back to what a checkpoint remembers; returns how many bytes are missing from
-        it (0 in an intact run).
+        """Cut the file back to the size that a checkpoint holds.
+
+        Returns how many bytes it is too short (0 in an intact run).
         """
         have = self.path.stat().st_size if self.path.exists() else 0
         if have > size_bytes:

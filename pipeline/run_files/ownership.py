@@ -1,10 +1,9 @@
-"""Whose the files of a run are: those of the trainer with the highest epoch, as the run's own disk
-says.
+"""Who may change the files of a run: the trainer with the highest epoch.
 
-`<run directory>/trainer.epoch` holds the highest epoch that any trainer of the run came to, and who
-that was. A trainer changes files only while it has this file locked and has seen that its own epoch
-stands in it. So one that was frozen, lost its lease and is revived changes nothing that belongs to
-its successor, wherever in its work it froze; and an epoch never falls, should Redis lose it.
+`<run directory>/trainer.epoch` holds the highest epoch that any trainer of the run got, and who
+that was. A trainer changes files only while it holds a lock on this file and has read its own epoch
+in it. So a trainer that was frozen, lost its lease and wakes up changes nothing of its successor's,
+wherever in its work it froze. And an epoch never falls, even when Redis loses it.
 
 The lock is flock's: the kernel drops it with the process. It holds between all processes of one
 machine; docs/delivery.md says what it is worth on a network file system.
@@ -34,8 +33,9 @@ _REMIND_S = 10.0
 
 
 class Ownership:
-    """One trainer's claim to the files of `run_dir`. For the main thread alone; the file system may
-    be without locks, which is said.
+    """One trainer's claim to the files of `run_dir`; for the main thread alone.
+
+    Where the file system has no locks, a warning says so.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -50,12 +50,13 @@ class Ownership:
         os.close(self._file)
 
     def newest(self) -> int:
-        """The highest epoch that a trainer of this run came to; 0 before the first."""
+        """The highest epoch that a trainer of this run got; 0 before the first."""
         return self._read()[0]
 
     def take(self, epoch: int, holder: str) -> None:
-        """Claim the files for the trainer of `epoch`. Waits for one that is in the middle of a
-        change, and says for whom.
+        """Claim the files for the trainer of `epoch`.
+
+        Waits for a trainer that is changing them, and logs which one.
 
         Raises:
             LeaseLost: a later trainer has them.
@@ -72,7 +73,7 @@ class Ownership:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Change files of the run meanwhile; may be nested.
+        """Hold the right to change files of the run; may be nested.
 
         Raises:
             LeaseLost: a later trainer has them; nothing was changed.
@@ -81,7 +82,8 @@ class Ownership:
             newest, owner = self._read()
             if newest != self.epoch:
                 raise LeaseLost(
-                    f"the files of the run are those of epoch {newest}, of {owner}; this trainer's epoch is {self.epoch}"
+                    f"the files of the run belong to epoch {newest}, of {owner}; "
+                    f"this trainer's epoch is {self.epoch}"
                 )
             yield
 
@@ -123,6 +125,7 @@ class Ownership:
                 if error.errno not in NO_LOCKS:
                     raise
                 log.warning(
-                    "the file system of the run has no locks; a trainer revived in the middle of a write is not kept out"
+                    "the file system of the run has no locks: a trainer that wakes up in the "
+                    "middle of a write is not kept out"
                 )
                 return

@@ -1,15 +1,12 @@
-"""The recorded stream of a trainer: every record that the training depends on, in the order in
-which it did.
+"""A recording: every record that the training depended on, in the order in which it did.
 
-`<run directory>/recording/` holds segments, named by the position of their first byte, each a
-heading and then frames: a head with the payload's length, a checksum, the kind, the time and the
-number, then the payload. A frame's kind says what the payload is; one that this version does not
-know is refused and never skipped. `images/` holds the images that records name, each in a file of
-its digest's name.
+`<run directory>/recording/` holds segments, named by the position of their first byte. A segment is
+a heading and then frames. A frame is a head (the payload's length, a checksum, the kind, the time,
+the number) and a payload. A kind that this version does not know is refused, never skipped.
+`images/` holds the images that records name, each in a file named by its digest.
 
-A recording is appended to, made durable before each checkpoint that names its length, and cut back
-to that length when the trainer goes on from that checkpoint: so it never tells of anything that the
-training has forgotten.
+A recording is made durable before each checkpoint, which holds its length, and cut back to that
+length when the trainer resumes from the checkpoint. So it holds nothing that the training has lost.
 """
 
 from __future__ import annotations
@@ -32,9 +29,8 @@ FOLDER = "recording"
 IMAGES = "images"
 SEGMENT_BYTES = 256 << 20
 _HEADING = b"onstream recording 1\n"
-_HEAD = struct.Struct(
-    "<IIBdQ"
-)  # payload bytes, CRC-32 of what follows it, kind, seconds since the epoch, number
+# payload bytes, CRC-32 of what follows, kind, seconds since the epoch, number
+_HEAD = struct.Struct("<IIBdQ")
 _CHECKED_FROM = 8
 _RECORD = 1
 _OPENED = 2
@@ -46,12 +42,11 @@ class RecordingError(Exception):
 
 
 class ResumeMark(msgspec.Struct, frozen=True):
-    """A trainer took the run up at `step`: of the records before, it knows those alone that its
-    checkpoint has settled.
+    """A trainer started at `step`: of the records before, it knows what its checkpoint has settled.
 
-    `digest` is that of the policy version it went on from. `settings` may differ from those of the
-    trainer before it, and `conditions` are what the last bit of a sum may depend on: threads,
-    library, processor.
+    `digest` is that of the policy version it started from. `settings` may differ from those of the
+    trainer before it. `conditions` are what the last bit of a sum may depend on: threads, library,
+    processor.
     """
 
     step: int
@@ -61,8 +56,9 @@ class ResumeMark(msgspec.Struct, frozen=True):
 
 
 class StepMark(msgspec.Struct, frozen=True):
-    """The records so far completed the batch of `step`, which made the policy version of `digest`;
-    `metrics` follow from them alone.
+    """The records so far completed the batch of `step`, which made the policy of `digest`.
+
+    `metrics` follow from those records alone.
     """
 
     step: int
@@ -72,7 +68,7 @@ class StepMark(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class RecordFrame:
-    """A rollout or tombstone as the wire had it, taken at `taken`, in seconds since the epoch."""
+    """A rollout or tombstone as it was on the wire; `taken` is in seconds since the epoch."""
 
     number: int
     taken: float
@@ -84,11 +80,10 @@ _MARKS: dict[int, type[ResumeMark | StepMark]] = {_OPENED: ResumeMark, _STEPPED:
 
 
 class Recorder:
-    """Appends to the recording in `directory`, cut back to its first `keep_bytes` bytes. `position`
-    is its length in bytes.
+    """Appends to the recording in `directory`, which is first cut back to `keep_bytes` bytes.
 
     What is appended is in the kernel's hands at once. A frame that the disk takes only in part is
-    taken back, by an OSError.
+    cut off again, with an OSError.
     """
 
     def __init__(self, directory: Path, keep_bytes: int) -> None:
@@ -132,9 +127,7 @@ class Recorder:
         self._write(_HEAD.pack(len(payload), checksum, kind, at, number) + payload)
 
     def _write(self, data: bytes) -> None:
-        """Append `data` at once: nothing is left behind in this process for later, when the file
-        may be another trainer's.
-        """
+        """Append `data` now: nothing stays in a buffer until the file is another trainer's."""
         written = self._file.write(data)
         if written != len(data):
             os.truncate(self._file.fileno(), self._file.tell() - (written or 0))
@@ -154,7 +147,7 @@ class Recorder:
 
 
 def save_image(directory: Path, digest: str, data: bytes) -> None:
-    """Put an image beside the recording in `directory`, durably, unless it lies there.
+    """Put an image beside the recording in `directory`, durably, unless it is there.
 
     Raises:
         OSError: the disk is full.
@@ -171,8 +164,9 @@ def save_image(directory: Path, digest: str, data: bytes) -> None:
 
 
 def images(directory: Path, digests: Sequence[str]) -> list[bytes | None]:
-    """The bytes of images that records of the recording in `directory` name; None for one that was
-    gone when they were recorded.
+    """The bytes of images that the recording in `directory` names, by their digests.
+
+    None for one that was gone when its record was recorded.
     """
     paths = [directory / IMAGES / digest for digest in digests]
     return [path.read_bytes() if path.exists() else None for path in paths]
@@ -190,9 +184,7 @@ def size_bytes(directory: Path) -> int:
 
 
 def cut(directory: Path, keep_bytes: int) -> None:
-    """Cut the recording in `directory` back to its first `keep_bytes` bytes; one that is shorter
-    stays as it is.
-    """
+    """Cut the recording in `directory` back to its first `keep_bytes` bytes, if it is longer."""
     for start in _starts(directory):
         path = directory / _name(start)
         if start >= keep_bytes:
@@ -204,10 +196,10 @@ def cut(directory: Path, keep_bytes: int) -> None:
 def frames(
     directory: Path, start: int = 0, end: int | None = None, *, durable: int = 0
 ) -> Iterator[Frame]:
-    """The frames from the position `start` on (one that a `Recorder` gave), up to `end`.
+    """The frames from the position `start` (one that a `Recorder` gave) up to `end`.
 
-    A last frame that was still being written is left out, but not within the first `durable` bytes,
-    which a checkpoint names.
+    A last frame that was still being written is left out, but is an error within the first
+    `durable` bytes, which a checkpoint holds.
 
     Raises:
         RecordingError: a frame is damaged, a segment is missing, or another version wrote it.

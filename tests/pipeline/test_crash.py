@@ -33,7 +33,7 @@ BLOWS = [*["generate"] * 6, *["verify"] * 6, *["train"] * 3, *["server"] * 3, *[
 
 
 class Crew:
-    """The worker processes, by slot. A slot that is filled again keeps its name every other time."""
+    """The worker processes, by slot. Every other time, a slot is filled under its old name."""
 
     def __init__(self, start: Callable[[StageName, str], BaseProcess]) -> None:
         self._start = start

@@ -334,7 +334,8 @@ def test_a_worker_whose_handler_hangs_ends_with_code_4_and_its_record_goes_to_an
         "from onstream.pipeline.redis.bus import Bus\n"
         "from onstream.settings.sections.run import DeliverySettings\n"
         "from tests.pipeline.stages import Passing\n"
-        f"bus = Bus.connect({redis_url!r}, {run_name!r}, consumer='hangs', block_s=0.1, connect_timeout_s=5)\n"
+        f"bus = Bus.connect({redis_url!r}, {run_name!r}, "
+        "consumer='hangs', block_s=0.1, connect_timeout_s=5)\n"
         "stage = Passing('generate', lambda new: time.sleep(60 * len(new)))\n"
         "sys.exit(run_worker(stage, bus, DeliverySettings(lease=0.5, max_handle=1), block_s=0.1))"
     )

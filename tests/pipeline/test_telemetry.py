@@ -68,9 +68,7 @@ def test_lines_of_other_threads_and_of_libraries_take_the_same_form() -> None:
     )
 
 
-def test_auto_is_json_where_the_stream_is_no_terminal_and_lines_below_the_level_are_not_written() -> (
-    None
-):
+def test_auto_is_json_where_there_is_no_terminal_and_lines_below_the_level_are_left_out() -> None:
     stream = configured(level="warning")
     telemetry.get_logger().info("quiet")
     telemetry.get_logger().error("loud")

@@ -185,7 +185,9 @@ def test_the_lease_of_a_process_that_died_here_is_taken_over_at_once(
 ) -> None:
     script = (
         "from onstream.pipeline.redis.bus import Bus\n"
-        f"Bus.connect({redis_url!r}, {run_name!r}, consumer='first', block_s=1, connect_timeout_s=5).lease.acquire(3600)"
+        f"bus = Bus.connect({redis_url!r}, {run_name!r}, "
+        "consumer='first', block_s=1, connect_timeout_s=5)\n"
+        "bus.lease.acquire(3600)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[3])
     assert bus.lease.acquire(5).epoch == 2

@@ -75,7 +75,9 @@ def test_the_lock_of_a_process_that_was_stopped_in_a_change_goes_with_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from onstream.pipeline.run_files.ownership import Ownership\n"
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from onstream.pipeline.run_files.ownership import Ownership\n"
         f"files = Ownership(Path({str(tmp_path)!r})); files.take(1, 'stopped on here pid 7')\n"
         "with files.held(): print('held', flush=True); time.sleep(60)"
     )
