@@ -36,7 +36,7 @@ def test_one_that_was_followed_changes_nothing_and_learns_by_whom(tmp_path: Path
     claimed(tmp_path, 2, "its successor")
     with (
         pytest.raises(
-            LeaseLost, match="those of epoch 2, of its successor; this trainer's epoch is 1"
+            LeaseLost, match="belong to epoch 2, of its successor; this trainer's epoch is 1"
         ),
         older.held(),
     ):
