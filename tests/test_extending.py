@@ -207,6 +207,16 @@ def test_a_stage(tmp_path: Path) -> None:
     assert {"shaper-0.log", "shaper-1.log"} <= logs
 
 
+def test_an_engine(tmp_path: Path) -> None:
+    example = Example("An engine", tmp_path)
+
+    example.run(example.section.commands[0])
+
+    steps = example.metrics("reverse-text")
+    assert len(steps) == 3
+    assert all(step["mismatch_fresh_max"] < 1e-4 for step in steps)
+
+
 def test_a_setting(tmp_path: Path) -> None:
     example = Example("A setting", tmp_path)
     up, docs = example.section.commands
