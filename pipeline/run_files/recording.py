@@ -17,9 +17,8 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -204,26 +203,27 @@ def frames(
     Raises:
         RecordingError: a frame is damaged, a segment is missing, or another version wrote it.
     """
-    starts = sorted(_starts(directory))
+    segments = _segments(directory)
     whole = size_bytes(directory)
-    if starts[:1] not in ([], [0]) or any(
-        _end(directory, first) != following for first, following in pairwise(starts)
-    ):
-        raise RecordingError(
-            f"a segment is missing in {directory}; it has those that begin at {starts}"
-        )
-    for first in starts:
-        upto = _end(directory, first) if end is None else min(end, _end(directory, first))
+    _refuse_gaps(directory, segments)
+    for first, last in segments:
+        upto = last if end is None else min(end, last)
         if start < upto:
-            yield from _frames_of(
-                directory / _name(first),
-                max(start - first, 0),
-                upto - first,
-                torn_from=durable - first,
-            )
+            path = directory / _name(first)
+            at = max(start - first, 0)
+            yield from _frames_of(path, at, upto - first, torn_from=durable - first)
     if whole < durable:
         raise RecordingError(
             f"{directory} has {whole} bytes; a checkpoint of the run names {durable}"
+        )
+
+
+def _refuse_gaps(directory: Path, segments: Sequence[tuple[int, int]]) -> None:
+    begins = [first for first, _ in segments]
+    ends = [0, *(last for _, last in segments)]
+    if begins != ends[: len(begins)]:
+        raise RecordingError(
+            f"a segment is missing in {directory}; it has those that begin at {begins}"
         )
 
 
@@ -235,26 +235,44 @@ def _frames_of(path: Path, at: int, end: int, *, torn_from: int) -> Iterator[Fra
             raise RecordingError(f"{path} does not begin with {_HEADING.decode().strip()!r}")
         file.seek(at)
         while at < end:
-            head = file.read(_HEAD.size)
-            length, checksum, kind, taken, number = (
-                _HEAD.unpack(head) if len(head) == _HEAD.size else (end, 0, 0, 0.0, 0)
-            )
-            after = at + _HEAD.size + length
-            if after > end and at >= torn_from:
+            read = _read_frame(file, end - at)
+            if read is None and at >= torn_from:
                 return
-            payload = file.read(length) if after <= end else b""
-            if after > end or zlib.crc32(payload, zlib.crc32(head[_CHECKED_FROM:])) != checksum:
+            if read is None or not _is_intact(*read):
                 raise RecordingError(f"{path} is damaged at byte {at}")
-            yield _frame(kind, taken, number, payload, path)
-            at = after
+            head, payload = read
+            yield _frame(head, payload, path)
+            at += len(head) + len(payload)
 
 
-def _frame(kind: int, taken: float, number: int, payload: bytes, path: Path) -> Frame:
+def _read_frame(file: BinaryIO, left_bytes: int) -> tuple[bytes, bytes] | None:
+    """The head and payload of the next frame; None when it is longer than `left_bytes`."""
+    head = file.read(_HEAD.size)
+    if len(head) < _HEAD.size:
+        return None
+    payload_bytes = _HEAD.unpack(head)[0]
+    if _HEAD.size + payload_bytes > left_bytes:
+        return None
+    return head, file.read(payload_bytes)
+
+
+def _is_intact(head: bytes, payload: bytes) -> bool:
+    checksum = _HEAD.unpack(head)[1]
+    return bool(zlib.crc32(payload, zlib.crc32(head[_CHECKED_FROM:])) == checksum)
+
+
+def _frame(head: bytes, payload: bytes, path: Path) -> Frame:
+    _, _, kind, taken, number = _HEAD.unpack(head)
     if kind == _RECORD:
         return RecordFrame(number, taken, payload)
     if kind not in _MARKS:
         raise RecordingError(f"{path} has a frame of kind {kind}, which this version does not know")
     return msgspec.json.decode(payload, type=_MARKS[kind])
+
+
+def _segments(directory: Path) -> list[tuple[int, int]]:
+    """Begin and end of each segment, as positions in the recording, in order."""
+    return [(start, _end(directory, start)) for start in sorted(_starts(directory))]
 
 
 def _end(directory: Path, start: int) -> int:
@@ -266,4 +284,4 @@ def _name(start: int) -> str:
 
 
 def _starts(directory: Path) -> list[int]:
-    return [int(path.stem) for path in directory.glob("*.segment")] if directory.is_dir() else []
+    return [int(path.stem) for path in directory.glob("*.segment")]
