@@ -14,11 +14,16 @@ from typing import Any
 import psutil
 import pytest
 
-import onstream
 from onstream.pipeline.errors import UserError
 from onstream.settings.root import Settings
 from onstream.workers.verifier.scorer_messages import Verdict
 from onstream.workers.verifier.scorer_pool import CRASHED, TIMED_OUT, ScorerPool
+from tests.workers.verifier.own_modules import (
+    REWARD,
+    SCORER,
+    installed_environment,
+    write_own_modules,
+)
 
 StartPool = Callable[..., ScorerPool]
 HONEST: dict[str, Any] = {}
@@ -324,33 +329,22 @@ def test_a_scorer_in_the_working_directory_is_found(
 
 
 def test_what_lies_in_the_users_directory_takes_the_place_of_nothing(tmp_path: Path) -> None:
-    # given: a directory with files named like ours, and a scorer that imports its own `settings`
-    for name in ("pipeline.py", "redis.py", "workers/__init__.py", "onstream/__init__.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("raise SystemExit('a file of the user in our place')\n")
-    (tmp_path / "settings.py").write_text("REWARD = 0.5\n")
-    (tmp_path / "mine.py").write_text("from settings import REWARD\ndef score(*_): return REWARD\n")
-    # as it is installed: `onstream` stands in a directory without our folders' plain names
-    installed = tmp_path.with_name("installed")
-    installed.mkdir()
-    (installed / "onstream").symlink_to(Path(onstream.__file__).parent)
+    write_own_modules(tmp_path)
     script = (
-        "from onstream.settings.root import Settings\n"
+        "import sys\nfrom onstream.settings.root import Settings\n"
         "from onstream.workers.verifier.scorer_pool import ScorerPool\n"
-        "pool = ScorerPool(Settings.model_validate({'task': {'scorer': 'mine:score'}}))\n"
+        "pool = ScorerPool(Settings.model_validate({'task': {'scorer': sys.argv[1]}}))\n"
         "pool.start(); pool.submit(0, 'text', {}); print(pool.collect(30)[0][1].reward)\n"
         "pool.close()\n"
     )
-    # when
     done = subprocess.run(
-        [sys.executable, "-P", "-c", script],
+        [sys.executable, "-P", "-c", script, SCORER],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(installed)},
+        env=installed_environment(tmp_path.with_name("installed")),
         capture_output=True,
         text=True,
     )
-    # then
-    assert (done.stdout, done.stderr) == ("0.5\n", "")
+    assert (done.stdout, done.stderr) == (f"{REWARD}\n", "")
 
 
 def test_a_rollout_costs_less_than_a_seventh_of_a_millisecond(start_pool: StartPool) -> None:

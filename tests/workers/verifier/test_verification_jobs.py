@@ -20,13 +20,29 @@ from onstream.pipeline.records import Rollout, Tombstone, decode_work, encode
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.job_queue import JobQueue
 from onstream.settings.root import Settings
+from onstream.settings.sections.task import TaskSettings
 from onstream.workers.jobs.process_tree import descendants
 from onstream.workers.verifier.verification_jobs import verify_entry
 from tests.fault_workers import LEASE_S, verify
 from tests.forkserver import context
+from tests.workers.verifier.own_modules import (
+    REWARD,
+    SCORER,
+    installed_environment,
+    write_own_modules,
+)
 from tests.workers.verifier.test_stage import MISBEHAVING, rollout
 
 pytestmark = pytest.mark.timeout(60)
+RUN_JOBS = """
+import sys
+from onstream.pipeline.redis.access import connect
+from onstream.settings.root import Settings
+from onstream.workers.jobs.worker import run_jobs
+
+settings = Settings.model_validate_json(sys.argv[2])
+sys.exit(run_jobs(settings, connect(settings, sys.argv[1], consumer="jobs"), sys.argv[1]))
+"""
 
 
 class Site:
@@ -132,6 +148,27 @@ def test_a_job_moves_the_entry_on_with_its_verdict_and_runs_once(site: Site) -> 
         1,
         {"moved": True, "number": 1, "reward": 1.0},
     )
+
+
+def test_a_job_takes_the_users_scorer_and_nothing_else_from_the_users_directory(
+    site: Site, tmp_path: Path
+) -> None:
+    # given: a jobs worker that was started in a directory with files named like ours
+    home = tmp_path / "home"
+    write_own_modules(home)
+    settings = site.settings().model_copy(update={"task": TaskSettings(scorer=SCORER)})
+    text = settings.model_dump_json().replace("**********", site.url)
+    worker = subprocess.Popen(
+        [sys.executable, "-P", "-c", RUN_JOBS, site.url, text],
+        cwd=home,
+        env=installed_environment(tmp_path / "installed"),
+    )
+    site.processes.append(worker)
+    # when
+    site.verifier("first", site.settings())  # it hands all to jobs, and never calls its scorer
+    site.put(1)
+    # then
+    assert site.scored(1)[1].reward == REWARD
 
 
 def test_slow_ones_go_to_jobs_by_mark_or_by_the_clock_and_quick_ones_stay(site: Site) -> None:
