@@ -40,7 +40,7 @@ IMAGES_KEPT = 64
 
 @dataclass(frozen=True)
 class Prompt:
-    """P token ids, the images among them in order, and the messages, which name images by digest."""
+    """P token ids, the images among them, and the messages, which name images by digest."""
 
     ids: Ids  # [P]
     images: tuple[PromptImage, ...]

@@ -1,4 +1,4 @@
-"""What a multimodal model makes of images: their tokens in a prompt, and its vision tower's tensors.
+"""What a model's processor makes of images: tokens in a prompt, tensors for the vision tower.
 
 The family's own processor decides both. Each image is processed alone and once; a prompt's
 placeholders are then replaced by the tokens of its images, and a batch's tensors are those of its
@@ -25,7 +25,7 @@ _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
 class PlaceholderMismatch(ValueError):
-    """A prompt whose template shows another number of images than it holds."""
+    """The chat template shows another number of images than the prompt has."""
 
 
 class Vision:
@@ -40,13 +40,13 @@ class Vision:
         self.tokenizer = processor.tokenizer
         self.placeholder_id: int = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
 
-    def features(self, picture: ImageFile) -> ImageFeatures:
-        """What the processor makes of `picture` in a prompt that is this image alone.
+    def features(self, file: ImageFile) -> ImageFeatures:
+        """What the processor makes of an image, in a prompt that is this image alone.
 
         Raises:
-            ImageError: the processor takes no such picture.
+            ImageError: the processor does not take it.
         """
-        image = picture.decoded()
+        image = file.decoded()
         shown = {"text": [self._processor.image_token], "images": [image]}
         try:
             made = self._processor(**shown, add_special_tokens=False, return_tensors="pt")
@@ -57,13 +57,11 @@ class Vision:
                 f"{name} does not take the image of {size} pixels: {error}. Scale or crop it."
             ) from error
         token_ids = made["input_ids"][0].numpy().astype(np.int32)
-        return ImageFeatures(
-            token_ids, {name: tensor for name, tensor in made.items() if name not in _TEXT}
-        )
+        tensors = {name: tensor for name, tensor in made.items() if name not in _TEXT}
+        return ImageFeatures(token_ids, tensors)
 
     def expand(self, ids: Ids, images: Sequence[ImageFeatures]) -> Ids:
-        """`ids`, as the chat template and the tokenizer give them, with each placeholder replaced
-        by its image's tokens.
+        """`ids` from the chat template, with each placeholder replaced by its image's tokens.
 
         Raises:
             PlaceholderMismatch: there are more or fewer placeholders than images.
@@ -71,7 +69,8 @@ class Vision:
         places = np.flatnonzero(ids == self.placeholder_id)
         if len(places) != len(images):
             raise PlaceholderMismatch(
-                f"the student's chat template shows {len(places)} images of a prompt that holds {len(images)}: "
+                f"the student's chat template shows {len(places)} images "
+                f"of a prompt that holds {len(images)}: "
                 "a template of another model, or an image's placeholder written in a text"
             )
         return np.concatenate(list(self._pieces(ids, places, images)), dtype=np.int32)
@@ -81,18 +80,20 @@ class Vision:
         self._processor.save_pretrained(directory)
 
     def misplaced(self, ids: Ids, images: Sequence[ImageFeatures]) -> str | None:
-        """Why a model cannot be given `ids` with `images`, in words; None where their tokens are in
-        it, all and in order, and no others.
+        """Why a model cannot be given `ids` with `images`, in words; None where it can.
+
+        It can where the tokens of all images are in `ids`, in order, and no others.
         """
-        expected = (
-            np.concatenate([image.token_ids for image in images])
-            if images
-            else np.empty(0, dtype=np.int32)
-        )
+        expected = np.empty(0, dtype=np.int32)
+        if images:
+            expected = np.concatenate([image.token_ids for image in images])
         found = ids[np.isin(ids, [*expected, self.placeholder_id])]
         if np.array_equal(found, expected):
             return None
-        return f"it holds {len(found)} tokens of images, where {len(expected)} stand for the {len(images)} that its prompt shows"
+        return (
+            f"it holds {len(found)} tokens of images, where {len(expected)} stand for "
+            f"the {len(images)} that its prompt shows"
+        )
 
     @staticmethod
     def _pieces(
@@ -121,12 +122,12 @@ def load_vision(name: str | Path) -> Vision:
             expected="the libraries that this family's image processor is written for",
             next_step="Install them: `pip install 'onstream[vision]'`.",
         ) from error
-    if not isinstance(getattr(processor, "image_token", None), str) or not hasattr(
-        processor, "image_processor"
-    ):
+    has_token = isinstance(getattr(processor, "image_token", None), str)
+    if not has_token or not hasattr(processor, "image_processor"):
         raise UserError(
             f"the processor of {name} ({type(processor).__name__}) names no image placeholder",
-            expected="a processor with an image_processor and an image_token, such as Qwen-VL's or LLaVA's",
+            expected="a processor with an image_processor and an image_token, "
+            "such as Qwen-VL's or LLaVA's",
             next_step="Use a model of another family, or leave images out of the prompts.",
         )
     return Vision(processor)

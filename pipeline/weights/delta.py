@@ -39,7 +39,7 @@ class Delta:
 
 
 def encode(base: LoadedPolicy, new: LoadedPolicy) -> Delta | None:
-    """What changed from `base` to `new`; None where their tensors differ in name, dtype or shape."""
+    """What changed from `base` to `new`; None if their tensors differ in name, dtype or shape."""
     from safetensors.numpy import save
 
     if base.layout != new.layout:
@@ -89,7 +89,7 @@ def _by_distances(
 
 
 def _with_steps(indices: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
-    """`indices`, ascending, and between them the fewest others that make steps of at most `longest`.
+    """`indices`, ascending, and the fewest others so that no step is longer than `longest`.
 
     The first step is from −1. [2, 9] with steps of at most 3 becomes [2, 5, 8, 9].
     """

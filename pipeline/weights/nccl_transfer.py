@@ -1,9 +1,9 @@
-"""The transport `nccl`: what trainer and generators say to each other, over Redis, around vLLM's
-transfer from GPU to GPU.
+"""Never run on a GPU. The transport `nccl`: what trainer and generators agree on, over Redis.
 
-The trainer calls, every receiver answers. A call to `join` has them build one group of all GPUs,
-trainer first; a call to `receive` has them take one version from it, into memory beside the model.
-The trainer announces a version after all have answered that they hold it.
+vLLM's transfer sends the weights from GPU to GPU. The trainer calls, and every receiver answers. A
+call to `join` asks them to build one group of all GPUs, trainer first. A call to `receive` asks
+them to take one version from it, into memory beside the model. The trainer announces a version
+after all have answered that they have it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from onstream.pipeline.weights.safetensors_layout import layout_of, view
 if TYPE_CHECKING:
     from torch import Tensor
 
-LOOK_S = 0.01
-Kind = Literal["join", "receive"]
+POLL_S = 0.01
+CallKind = Literal["join", "receive"]
 
 
 class PolicyHeader(msgspec.Struct, frozen=True):
-    """Version `number` without its tensors: the head of its safetensors file, in base64, and the
-    size and digest of the whole.
+    """Version `number` without its tensors.
+
+    `head` is the start of its safetensors file up to the first tensor, in base64. `size_bytes` and
+    `digest` are those of the whole file.
     """
 
     number: int
@@ -40,65 +42,69 @@ class PolicyHeader(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, policy: LoadedPolicy) -> PolicyHeader:
-        """That of `policy`."""
-        start = min((entry.start for entry in policy.layout.values()), default=policy.data.size)
+        """The header of `policy`."""
+        starts = [location.start for location in policy.layout.values()]
+        head = policy.data[: min(starts, default=policy.data.size)]
         return cls(
-            policy.number,
-            policy.digest,
-            policy.data.size,
-            base64.b64encode(policy.data[:start].tobytes()).decode(),
+            number=policy.number,
+            digest=policy.digest,
+            size_bytes=policy.data.size,
+            head=base64.b64encode(head.tobytes()).decode(),
         )
 
 
 class TransferCall(msgspec.Struct, frozen=True, tag="weights-transfer/1"):
-    """What is asked of the receivers in `ranks`, of each for its first GPU the rank in the group.
-    `info` is vLLM's own.
+    """What the trainer asks of the receivers in `ranks`.
+
+    `ranks` gives for each receiver the rank of its first GPU in the group. `info` is vLLM's own.
     """
 
     id: str
-    kind: Kind
+    kind: CallKind
     ranks: dict[str, int]
     info: dict[str, Any]
-    frame: PolicyHeader | None = None
+    header: PolicyHeader | None = msgspec.field(default=None, name="frame")
 
 
 class ReceiveBuffer:
-    """Stands where vLLM's receiving engine expects a model: keeps what is loaded into it, as the
-    file that `frame` is of.
+    """Stands where vLLM's receiving engine expects a model, and keeps what is loaded into it.
+
+    The result is the safetensors file that `header` describes.
     """
 
-    def __init__(self, frame: PolicyHeader) -> None:
-        head = np.frombuffer(base64.b64decode(frame.head), dtype=np.uint8)
-        self._frame = frame
-        self._data = np.zeros(frame.size_bytes, dtype=np.uint8)
+    def __init__(self, header: PolicyHeader) -> None:
+        head = np.frombuffer(base64.b64decode(header.head), dtype=np.uint8)
+        self._header = header
+        self._data = np.zeros(header.size_bytes, dtype=np.uint8)
         self._data[: head.size] = head
-        self._places = {
-            name: view(self._data, entry) for name, entry in layout_of(self._data).items()
+        self._tensors = {
+            name: view(self._data, location) for name, location in layout_of(self._data).items()
         }
-        self._missing = set(self._places)
+        self._missing = set(self._tensors)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the tensors that are to come, by name."""
-        return {name: tuple(place.shape) for name, place in self._places.items()}
+        """The shapes of the expected tensors, by name."""
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Keep `weights`, from whatever device; vLLM calls this as often as it likes."""
+        """Keep `weights`, from any device. vLLM calls this as often as it likes."""
         for name, tensor in weights:
-            self._places[name].copy_(tensor)
+            self._tensors[name].copy_(tensor)
             self._missing.discard(name)
 
     def policy(self) -> LoadedPolicy:
-        """What came.
+        """What was received.
 
         Raises:
             WeightsError: it is not all, or not what the trainer sent.
         """
         if self._missing:
             raise WeightsError(
-                f"{len(self._missing)} tensors of version {self._frame.number} did not come, such as {min(self._missing)}"
+                f"{len(self._missing)} tensors of version {self._header.number} did not come, "
+                f"such as {min(self._missing)}"
             )
-        return LoadedPolicy(self._frame.number, self._frame.digest, self._data)
+        return LoadedPolicy(self._header.number, self._header.digest, self._data)
 
 
 class TransferCoordinator:
@@ -111,48 +117,51 @@ class TransferCoordinator:
         self._calls = 0
 
     def ranks(self) -> tuple[dict[str, int], int]:
-        """The first rank of each receiver alive, the trainer being 0, and the size of the whole
-        group.
-        """
+        """The first rank of each receiver alive, and the size of the group; the trainer is 0."""
         ranks = dict[str, int]()
-        following = 1
+        next_rank = 1
         for name, gpus in self._state.receivers().items():
-            ranks[name] = following
-            following = following + gpus
-        return ranks, following
+            ranks[name] = next_rank
+            next_rank += gpus
+        return ranks, next_rank
 
     def call(
         self,
-        kind: Kind,
+        kind: CallKind,
         ranks: Mapping[str, int],
         info: dict[str, Any],
-        frame: PolicyHeader | None = None,
+        header: PolicyHeader | None = None,
     ) -> None:
         """Ask `kind` of the receivers in `ranks`; returns when all of them have done it.
 
         Raises:
-            WeightsError: one did not, in its own words, or was silent.
+            WeightsError: one of them could not, with its reason, or did not answer.
             LeaseLost: another trainer took over.
         """
         self._calls += 1
         call = TransferCall(
-            f"{self._lease.epoch}.{self._state.consumer}.{self._calls}",
-            kind,
-            dict(ranks),
-            info,
-            frame,
+            id=f"{self._lease.epoch}.{self._state.consumer}.{self._calls}",
+            kind=kind,
+            ranks=dict(ranks),
+            info=info,
+            header=header,
         )
         self._state.call(self._lease, msgspec.msgpack.encode(call))
         deadline = time.monotonic() + self._patience_s
-        while silent := ranks.keys() - (answers := self._state.answers(call.id)).keys():
-            if problems := {name: problem for name, problem in answers.items() if problem}:
-                break
+        while True:
+            answers = self._state.answers(call.id)
+            _raise_problems(answers)
+            silent = sorted(ranks.keys() - answers.keys())
+            if not silent:
+                return
             if time.monotonic() > deadline:
                 raise WeightsError(
-                    f"{', '.join(sorted(silent))} did not answer within {self._patience_s:g} s"
+                    f"{', '.join(silent)} did not answer within {self._patience_s:g} s"
                 )
-            time.sleep(LOOK_S)
-        if problems := {name: problem for name, problem in answers.items() if problem}:
-            raise WeightsError(
-                "; ".join(f"{name}: {problem}" for name, problem in sorted(problems.items()))
-            )
+            time.sleep(POLL_S)
+
+
+def _raise_problems(answers: Mapping[str, str]) -> None:
+    problems = [f"{name}: {problem}" for name, problem in sorted(answers.items()) if problem]
+    if problems:
+        raise WeightsError("; ".join(problems))

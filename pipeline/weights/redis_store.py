@@ -1,6 +1,4 @@
-"""The transport `redis`: weights as chunks in the Redis that carries the records, for generators
-that share no disk.
-"""
+"""The transport `redis`: weights in chunks, for generators that share no disk with the trainer."""
 
 from __future__ import annotations
 
@@ -20,10 +18,11 @@ from onstream.pipeline.weights.policy import Bytes, WeightsError
 from onstream.pipeline.weights.store import WeightPart
 
 CHUNK_BYTES = (1 << 20) - 64
-"""With its header a chunk is just under 1 MiB, for which Redis's allocator takes no more; reading
-or writing one takes about 1 ms.
+"""With its header a chunk is just under 1 MiB, and Redis's allocator takes 1 MiB for it.
+
+Reading or writing one takes Redis about 1 ms.
 """
-LOOK_S = 0.1
+RETRY_S = 0.1
 _MIB = 1 << 20
 _decoder = msgspec.msgpack.Decoder(WeightPart)
 log = structlog.get_logger(__name__)
@@ -38,14 +37,15 @@ class ChunkReader:
         self._store = store
 
     def parts(self) -> list[WeightPart]:
-        """What the trainer offers."""
+        """The parts that the trainer offers."""
         return [_decoder.decode(part) for part in self._store.parts().values()]
 
     def read(self, part: WeightPart) -> Bytes:
         """The bytes of `part`.
 
         Raises:
-            WeightsError: the trainer has removed it meanwhile.
+            WeightsError: the trainer has removed it meanwhile. A full set may be replaced while it
+                is read; the digest would show chunks of another one.
         """
         data = np.empty(part.size_bytes, dtype=np.uint8)
         for index, start in enumerate(range(0, part.size_bytes, CHUNK_BYTES)):
@@ -60,11 +60,10 @@ class ChunkReader:
 
 
 class ChunkWriter(ChunkReader):
-    """The trainer's end. Weights take at most `share` of Redis's maxmemory, so that the records
-    always find room.
+    """The trainer's end.
 
-    A new full set is written beside the old one where both find room there, and in its place
-    otherwise. A Redis that the records have filled is waited for, up to `patience_s`.
+    Weights take at most `share` of Redis's maxmemory; the rest is for records. A new full set is written beside the old one where both have room, and replaces it otherwise. If
+    records have filled Redis, the writer waits for up to `patience_s`.
     """
 
     def __init__(self, store: WeightStore, lease: Lease, share: float, patience_s: float) -> None:
@@ -76,24 +75,24 @@ class ChunkWriter(ChunkReader):
         self.keep(self.parts())  # frees what a trainer that was killed left unfinished
 
     def parts(self) -> list[WeightPart]:
-        """What is offered, and there: a Redis that lost its data while it was written to may list
-        what it has only the end of.
+        """The parts that are offered and complete.
+
+        A Redis that lost its data while chunks were written may have only the last of them.
         """
-        return [
-            part
-            for part in super().parts()
-            if self._store.count_chunks(part.place) == -(-part.size_bytes // CHUNK_BYTES)
-        ]
+        return [part for part in super().parts() if self._is_complete(part)]
+
+    def _is_complete(self, part: WeightPart) -> bool:
+        return self._store.count_chunks(part.place) == -(-part.size_bytes // CHUNK_BYTES)
 
     def room_bytes(self) -> float:
-        """What weights may still take of Redis's memory."""
+        """How much more of Redis's memory weights may take."""
         return self._budget() - sum(part.size_bytes for part in self.parts())
 
     def _budget(self) -> float:
         return self._share * self._store.max_memory_bytes() or math.inf
 
     def put(self, part: WeightPart, data: Bytes) -> WeightPart:
-        """Write the chunks of `part`. Readers do not see it before `keep`.
+        """Write the chunks of `part`. Readers see it only after `keep`.
 
         Raises:
             UserError: Redis has no room for it.
@@ -102,11 +101,11 @@ class ChunkWriter(ChunkReader):
         kind = "full" if part.base is None else "delta"
         placed = msgspec.structs.replace(part, place=f"{part.number:06d}-{part.digest[:16]}-{kind}")
         for index, start in enumerate(range(0, data.size, CHUNK_BYTES)):
-            self._keep_chunk(placed, index, data[start : start + CHUNK_BYTES].data)
+            self._write_chunk(placed, index, data[start : start + CHUNK_BYTES].data)
         return placed
 
     def keep(self, parts: Collection[WeightPart]) -> None:
-        """Offer `parts`, and free the memory of all else."""
+        """Offer `parts`, and delete the chunks of all others."""
         self._store.offer(self._lease, {part.place: msgspec.msgpack.encode(part) for part in parts})
 
     def _make_room(self, part: WeightPart) -> None:
@@ -115,13 +114,13 @@ class ChunkWriter(ChunkReader):
             raise _too_large(part, budget)
         if part.base is None and part.size_bytes > self.room_bytes():
             log.info(
-                "the weights in redis go before the new ones come",
+                "the weights in redis are removed before the new ones are written",
                 version=part.number,
                 budget_mib=round(budget / _MIB),
             )
             self.keep([])
 
-    def _keep_chunk(self, part: WeightPart, index: int, chunk: memoryview) -> None:
+    def _write_chunk(self, part: WeightPart, index: int, chunk: memoryview) -> None:
         deadline = time.monotonic() + self._patience_s
         while True:
             try:
@@ -134,15 +133,16 @@ class ChunkWriter(ChunkReader):
                     version=part.number,
                     patience_s=self._patience_s,
                 )
-                time.sleep(LOOK_S)
+                time.sleep(RETRY_S)
 
 
 def _too_large(part: WeightPart, budget: float) -> UserError:
     return UserError(
-        f"policy version {part.number} has {part.size_bytes / _MIB:.0f} MiB; weights may take {budget / _MIB:.0f} MiB of Redis's memory",
+        f"policy version {part.number} has {part.size_bytes / _MIB:.0f} MiB; "
+        f"weights may take {budget / _MIB:.0f} MiB of Redis's memory",
         expected="room for at least one full set of weights, and better for two",
-        next_step="Raise the maxmemory of Redis (redis.max_memory for the one of `onstream up`) or weights.max_share, or set "
-        'weights.transport = "filesystem".',
+        next_step="Raise the maxmemory of Redis (redis.max_memory for the one of `onstream up`) "
+        'or weights.max_share, or set weights.transport = "filesystem".',
     )
 
 
@@ -150,7 +150,8 @@ def _full(part: WeightPart, patience_s: float) -> UserError:
     return UserError(
         f"Redis stayed full for {patience_s:g} s while policy version {part.number} was written",
         expected="memory for the records and the weights",
-        next_step="Raise its maxmemory (redis.max_memory for the one of `onstream up`) or lower orchestrator.max_backlog, and start "
-        "again: the run goes on from its newest checkpoint.",
+        next_step="Raise its maxmemory (redis.max_memory for the one of `onstream up`) or lower "
+        "orchestrator.max_backlog, and start again: "
+        "the run goes on from its newest checkpoint.",
         exit=Exit.FAILED,
     )

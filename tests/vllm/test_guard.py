@@ -19,7 +19,7 @@ from onstream.settings.sections.inference import InferenceSettings
 from onstream.settings.sections.trainer import TrainerSettings
 from onstream.workers.generator.engines.base import GenerationRequest
 from onstream.workers.generator.engines.vllm import startup
-from onstream.workers.generator.guard import EXACT, Guard
+from onstream.workers.generator.guard import FLOAT32_TOLERANCE, Guard
 from onstream.workers.generator.student import open_student
 from onstream.workers.trainer.batches.train_sample import TrainSample
 from onstream.workers.trainer.learner import Learner
@@ -52,7 +52,7 @@ class Trainer:
         asking = prober(self.learner, InferenceSettings())
         assert asking is not None
         self.prober = asking
-        self.guard = Guard(engine, interval=1, tolerance=EXACT)
+        self.guard = Guard(engine, interval=1, tolerance=FLOAT32_TOLERANCE)
         self.number = engine.version
 
     def publish(self) -> PolicyVersion:

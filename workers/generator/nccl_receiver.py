@@ -1,5 +1,6 @@
-"""A generator's end of the transport `nccl`: it answers the trainer's calls, and has its engine's
-processes do what they ask.
+"""Never run on a GPU. A generator's end of the transport `nccl`, which answers the trainer's calls.
+
+The engine's processes do what the calls ask.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from onstream.pipeline.weights.nccl_transfer import ReceiveBuffer, TransferCall
 
 READING = "reading"
 READY = "ready"
-SIGN_S = 1.0
+REGISTER_S = 1.0
 _decoder = msgspec.msgpack.Decoder(TransferCall)
 log = get_logger()
 
@@ -33,25 +34,26 @@ class ReceivingEngine(Protocol):
         ...
 
     def misfit(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
-        """Why weights of these shapes are not this model's; nothing where they are."""
+        """Why weights of these shapes are not this model's; empty where they are."""
         ...
 
     def ask_processes(self, method: str, *args: str) -> list[str]:
-        """What each process returns from a method of `vllm_extension.Extension`."""
+        """What each process returns from a method of `vllm.extension.Extension`."""
         ...
 
     def load_received(self, number: int, digest: str) -> None:
-        """Continue under weights that the processes have received.
+        """Continue with weights that the processes have received.
 
         Raises:
-            WeightsError: one of them does not have these; the engine goes on with what it had.
+            WeightsError: one of them does not have these; the engine goes on with those it has.
         """
         ...
 
 
 class TransferReceiver:
-    """Does what the trainer asks, a step at each `look`. What takes longer than `patience_s` is
-    given up: the trainer does so too.
+    """Does what the trainer asks, a step at each `look`.
+
+    What takes longer than `patience_s` is given up: by then the trainer has given it up too.
     """
 
     def __init__(
@@ -65,86 +67,89 @@ class TransferReceiver:
         self._engine = engine
         self._patience_s = patience_s
         self._clock = clock
-        self._seen = self._id_of(self._called())  # what was asked before is not for this one
-        self._doing: TransferCall | None = None
-        self._until = 0.0
-        self._held = ""
-        self._sign_at = float("-inf")
-        self._sign()
+        # A call that is there already was for the receivers before this one.
+        earlier = self._current_call()
+        self._last_id = earlier.id if earlier is not None else ""
+        self._call: TransferCall | None = None  # what the processes are doing
+        self._deadline = 0.0
+        self._received_digest = ""
+        self._register_at = float("-inf")
+        self._register()
 
     def look(self) -> None:
         """Begin what the trainer asks, or answer when it is done. Returns at once."""
-        self._sign()
-        call = self._called()
-        if call is not None and call.id != self._seen and self._state.consumer in call.ranks:
-            self._seen, self._doing, self._until = call.id, call, self._clock() + self._patience_s
+        self._register()
+        call = self._current_call()
+        if call is not None and call.id != self._last_id and self._state.consumer in call.ranks:
+            self._last_id = call.id
+            self._call = call
+            self._deadline = self._clock() + self._patience_s
             self._begin(call)
-        if self._doing is not None:
-            self._follow(self._doing)
+        if self._call is not None:
+            self._follow(self._call)
 
-    def holds(self, policy: PolicyVersion) -> bool:
+    def has(self, policy: PolicyVersion) -> bool:
         """Whether the engine's processes have received `policy`, and nothing since."""
-        return self._held == policy.digest
+        return self._received_digest == policy.digest
 
     def load(self, policy: PolicyVersion) -> None:
-        """Continue under `policy`, which they hold; afterwards they do not, beside the model.
+        """Continue with `policy`, which the processes have received.
+
+        Afterwards it is in their models only.
 
         Raises:
             WeightsError: they do not have it.
         """
-        self._held = ""
+        self._received_digest = ""
         self._engine.load_received(policy.number, policy.digest)
 
-    def want(self, policy: PolicyVersion) -> None:
+    def request_file(self, policy: PolicyVersion) -> None:
         """Ask the trainer for `policy` as a file."""
         self._state.request_file(policy.digest)
 
-    def _sign(self) -> None:
-        """Say who receives, now and then: a Redis that was emptied has forgotten it."""
-        if self._clock() >= self._sign_at:
-            self._sign_at = self._clock() + SIGN_S
+    def _register(self) -> None:
+        """Say who receives, again and again: a Redis that was emptied has forgotten it."""
+        if self._clock() >= self._register_at:
+            self._register_at = self._clock() + REGISTER_S
             self._state.register_receiver(self._engine.gpus)
 
     def _begin(self, call: TransferCall) -> None:
-        self._held = ""
+        self._received_digest = ""
         if call.kind == "join":
-            self._engine.ask_processes(
-                "onstream_join",
-                json.dumps(call.info | {"rank_offset": call.ranks[self._state.consumer]}),
-            )
-        elif call.frame is not None and not (
-            misfit := self._engine.misfit(ReceiveBuffer(call.frame).shapes)
-        ):
-            self._engine.ask_processes(
-                "onstream_receive", json.dumps(call.info), msgspec.json.encode(call.frame).decode()
-            )
-        else:
-            self._answer(call, misfit if call.frame is not None else "a call to receive nothing")
+            info = call.info | {"rank_offset": call.ranks[self._state.consumer]}
+            self._engine.ask_processes("onstream_join", json.dumps(info))
+            return
+        if call.header is None:
+            self._answer(call, "a call to receive nothing")
+            return
+        misfit = self._engine.misfit(ReceiveBuffer(call.header).shapes)
+        if misfit:
+            self._answer(call, misfit)
+            return
+        header = msgspec.json.encode(call.header).decode()
+        self._engine.ask_processes("onstream_receive", json.dumps(call.info), header)
 
     def _follow(self, call: TransferCall) -> None:
         states = self._engine.ask_processes("onstream_staged")
         if READING not in states:
-            self._answer(call, "; ".join(sorted({state for state in states if state != READY})))
-        elif self._clock() > self._until:
+            problems = sorted({state for state in states if state != READY})
+            self._answer(call, "; ".join(problems))
+        elif self._clock() > self._deadline:
             self._engine.ask_processes("onstream_leave")
             self._answer(call, f"not done within {self._patience_s:g} s")
 
     def _answer(self, call: TransferCall, problem: str) -> None:
-        self._doing = None
+        self._call = None
         if problem:
             log.warning(
-                "a transfer of weights failed; what was loaded serves on",
+                "a transfer of weights failed; the loaded ones stay",
                 call=call.kind,
                 reason=problem,
             )
-        elif call.frame is not None:
-            self._held = call.frame.digest
+        elif call.header is not None:
+            self._received_digest = call.header.digest
         self._state.answer(call.id, problem)
 
-    def _called(self) -> TransferCall | None:
+    def _current_call(self) -> TransferCall | None:
         payload = self._state.current_call()
         return None if payload is None else _decoder.decode(payload)
-
-    @staticmethod
-    def _id_of(call: TransferCall | None) -> str:
-        return call.id if call is not None else ""

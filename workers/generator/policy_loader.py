@@ -10,29 +10,34 @@ from onstream.pipeline.weights import PolicyFetcher, WeightsError
 from onstream.workers.generator.engines.base import Engine
 from onstream.workers.generator.nccl_receiver import TransferReceiver
 
-LOOK_S = 0.02
+POLL_S = 0.02
 RETRY_S = 0.5
 
 
 class PolicyLoader:
-    """Looks for a newer version, at most every `LOOK_S`, and loads it; what cannot be loaded is
-    tried again every `RETRY_S`.
+    """Looks for a newer version every `POLL_S`, and loads it; retries every `RETRY_S`.
 
-    `newest` gives the newest announced version, None before the first, and `reader` its weights.
-    Where the trainer sends them from GPU to GPU, `receiver` has them before they are announced;
-    what it missed is read.
+    Args:
+        engine: is kept at the newest version.
+        fetcher: gets the weights of a version.
+        newest: gives the newest announced version, None before the first.
+        clock: seconds.
+        receiver: where the trainer sends weights from GPU to GPU, it has them before they are
+            announced. What it missed is fetched.
+
+    `problem` says, in words, why the newest version is not loaded; None where it is.
     """
 
     def __init__(
         self,
         engine: Engine,
-        reader: PolicyFetcher,
+        fetcher: PolicyFetcher,
         newest: Callable[[], PolicyVersion | None],
         clock: Callable[[], float] = time.monotonic,
         receiver: TransferReceiver | None = None,
     ) -> None:
         self._engine = engine
-        self._reader = reader
+        self._fetcher = fetcher
         self._newest = newest
         self._clock = clock
         self._receiver = receiver
@@ -43,12 +48,12 @@ class PolicyLoader:
 
     @property
     def version(self) -> int:
-        """The number of the version that the engine writes with; −1 before the first was loaded."""
+        """The number of the version that the engine writes with; −1 before the first is loaded."""
         return -1 if self._loaded is None else self._engine.version
 
     @property
     def loaded(self) -> PolicyVersion | None:
-        """What was loaded last; an engine that first finishes what runs may not write with it yet."""
+        """The version loaded last. An engine that first finishes what runs may not use it yet."""
         return self._loaded
 
     @property
@@ -57,21 +62,20 @@ class PolicyLoader:
         return 0.0 if self._failing_since is None else self._clock() - self._failing_since
 
     def refresh(self) -> None:
-        """Look and load. Afterwards `problem` says, in words, why the newest version is not the
-        loaded one, if it is not.
+        """Look for a newer version and load it.
 
-        A lower number, or the same with another digest, replaces what is loaded too: the trainer
-        went back to a checkpoint.
+        A lower number, or the same number with another digest, is loaded too: the trainer went back
+        to a checkpoint.
         """
         now = self._clock()
         if now < self._next_look:
             return
-        self._next_look = now + LOOK_S
-        self._take_up(now)
+        self._next_look = now + POLL_S
+        self._load_newest(now)
         if self._receiver is not None:
             self._receiver.look()
 
-    def _take_up(self, now: float) -> None:
+    def _load_newest(self, now: float) -> None:
         newest = self._newest()
         if newest is None or newest == self._loaded:
             return
@@ -79,9 +83,9 @@ class PolicyLoader:
             self._load(newest)
         except WeightsError as error:
             self.problem = f"cannot load policy version {newest.number}: {error}"
-            self._next_look = now + (
-                RETRY_S if self._newest() == newest else 0
-            )  # replaced while it was read: the newest one at once
+            # If a newer one was announced meanwhile, its weights replaced these: load it at once.
+            replaced = self._newest() != newest
+            self._next_look = now if replaced else now + RETRY_S
             self._failing_since = self._failing_since or now
             return
         self._loaded = newest
@@ -92,14 +96,14 @@ class PolicyLoader:
         """Load `newest`.
 
         Raises:
-            WeightsError: it cannot be had, or not be loaded.
+            WeightsError: its weights are not there, or cannot be loaded.
         """
-        if self._receiver is None:
-            return self._engine.load(self._reader.fetch(newest))
-        if self._receiver.holds(newest):
-            return self._receiver.load(newest)
+        if self._receiver is not None and self._receiver.has(newest):
+            self._receiver.load(newest)
+            return
         try:
-            return self._engine.load(self._reader.fetch(newest))
+            self._engine.load(self._fetcher.fetch(newest))
         except WeightsError:
-            self._receiver.want(newest)
+            if self._receiver is not None:
+                self._receiver.request_file(newest)
             raise

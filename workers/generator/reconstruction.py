@@ -1,5 +1,4 @@
-"""From chat messages that another model wrote to tokens of the student: what it is trained on, and
-what it merely reads.
+"""From chat messages that another model wrote to tokens of the student, with a loss mask.
 
 Pure: a tokenizer and messages in, samples out. An assistant turn is the difference between
 template(messages before it) with the generation prompt and template(messages up to it), split at
@@ -20,28 +19,24 @@ from onstream.pipeline.records import Ids, Mask
 
 Message = dict[str, Any]
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-"""The names under which endpoints return, and templates read, reasoning that is apart from the
-content.
-"""
+"""Names under which endpoints return, and templates read, reasoning outside the content."""
 
 
 class ReconstructionError(ValueError):
-    """Messages that cannot become tokens of the student without training on what the assistant did
-    not write.
-    """
+    """Messages cannot become tokens of the student so that only the assistant's are trained."""
 
 
 @dataclass(frozen=True)
 class ReconstructedSample:
-    """One sample: P prompt tokens, C completion tokens, of which those with mask 1 were written by
-    the assistant.
+    """One sample of P prompt and C completion tokens; the assistant wrote those with mask 1.
+
+    `text` is the content of the last assistant turn.
     """
 
     prompt_ids: Ids  # [P]
     completion_ids: Ids  # [C]
     loss_mask: Mask  # [C]
     text: str
-    """The content of the last assistant turn."""
 
 
 class Reconstructor:
@@ -64,17 +59,17 @@ class Reconstructor:
     def samples(
         self, prompt: Sequence[Message], written: Sequence[Message], *, truncated: bool = False
     ) -> list[ReconstructedSample]:
-        """What the assistant messages among `written`, which continue `prompt`, come to as tokens.
+        """The assistant messages among `written`, which continue `prompt`, as tokens.
 
-        Turns share a sample as long as each continues the tokens of the one before; where the
-        template renders an earlier turn in another way (without its reasoning, say), a new sample
-        begins. `truncated`: the last turn was cut off, so no end of turn is trained.
+        Turns share a sample as long as each continues the tokens of the one before. Where the
+        template renders an earlier turn differently later on (without its reasoning, say), a new
+        sample begins. With `truncated` the last turn was cut off, so no end of turn is trained.
 
         >>> # <user>2+2?<end><assistant> | 4<end>, with the mask 1 1
 
         Raises:
-            ReconstructionError: the messages cannot be rendered, or what was written cannot be told
-                from the rest.
+            ReconstructionError: the messages cannot be rendered, or what the assistant wrote cannot
+                be told from the rest.
         """
         samples: list[ReconstructedSample] = []
         for at, message in enumerate(written):
@@ -83,34 +78,33 @@ class Reconstructor:
             before = [*prompt, *(self._for_template(earlier) for earlier in written[:at])]
             turn = self._turn(before, message, truncated=truncated and at == len(written) - 1)
             text = _text(message)
-            if samples and (longer := _continued(samples[-1], turn, text)) is not None:
-                samples[-1] = longer
-            else:
-                prompt_ids, turn_ids = turn
-                samples.append(
-                    ReconstructedSample(
-                        prompt_ids, turn_ids, np.ones(len(turn_ids), dtype=np.uint8), text
-                    )
-                )
+            continued = _continued(samples[-1], turn, text) if samples else None
+            if continued is not None:
+                samples[-1] = continued
+                continue
+            prompt_ids, turn_ids = turn
+            mask = np.ones(len(turn_ids), dtype=np.uint8)
+            samples.append(ReconstructedSample(prompt_ids, turn_ids, mask, text))
         if not samples:
             raise ReconstructionError("there is no assistant message")
         return samples
 
     def renders_reasoning(self) -> bool:
-        """Whether the student's template shows reasoning that is apart from the content."""
+        """Whether the student's template renders reasoning that is outside the content."""
         return self.reasoning_field is not None
 
     def _turn(
         self, before: Sequence[Message], message: Message, *, truncated: bool
     ) -> tuple[Ids, Ids]:
-        """The ids up to where the assistant's turn begins, and those of the turn, its end included."""
+        """The ids before the assistant's turn, and those of the turn, its end included."""
         self._refuse_special(message)
         opened = self._render(before, answer_next=True)
         context = self._render(before)
         text, end = self._closed(before, message, truncated=truncated)
         if not text.startswith(context):
             raise ReconstructionError(
-                "the student's template renders what came before in another way once the answer follows"
+                "the student's template renders what came before in another way "
+                "once the answer follows"
             )
         opened_ids = self._ids(opened)
         ids = self._ids(text[:end] if truncated else text)
@@ -118,7 +112,8 @@ class Reconstructor:
         turn = ids[split:] if truncated else self._until_end_of_turn(ids[split:])
         if not len(turn):
             raise ReconstructionError("nothing was written that the student's template renders")
-        if self._tokenizer.unk_token_id is not None and self._tokenizer.unk_token_id in turn:
+        unknown = self._tokenizer.unk_token_id
+        if unknown is not None and unknown in turn:
             raise ReconstructionError(
                 "the answer contains characters that the student's tokenizer has no token for"
             )
@@ -127,8 +122,9 @@ class Reconstructor:
     def _closed(
         self, before: Sequence[Message], message: Message, *, truncated: bool
     ) -> tuple[str, int]:
-        """The chat as text with `message` as its last turn, and where in it the written part ends
-        (for a truncated one).
+        """The chat as text with `message` as its last turn.
+
+        Also where in it the written part ends, for a turn that was cut off.
         """
         message = self._for_template(message)
         if not any(message.get(name) for name in ("content", "tool_calls", *REASONING_FIELDS)):
@@ -136,18 +132,28 @@ class Reconstructor:
                 "the answer is empty, but for what the student's template does not render"
             )
         field = "content" if message.get("content") else self.reasoning_field
-        if truncated and (message.get("tool_calls") or field is None or not message.get(field)):
+        has_text = field is not None and bool(message.get(field))
+        if truncated and (message.get("tool_calls") or not has_text):
             raise ReconstructionError("the answer was cut off before it had any content")
-        if field is None or not message.get(field):
+        if field is None or not has_text:
             return self._render([*before, message]), 0
-        # Templates trim. Signs that are no whitespace hold its place, and mark the end of a text
-        # that was cut off.
+        return self._render_exactly(before, message, field, truncated=truncated)
+
+    def _render_exactly(
+        self, before: Sequence[Message], message: Message, field: str, *, truncated: bool
+    ) -> tuple[str, int]:
+        """The chat as text, with the whitespace around `message[field]` as it was written.
+
+        Templates trim it. Signs that are no whitespace take its place while the chat is rendered,
+        and one marks the end of a text that was cut off. Also returns where the text ends, if a
+        sign was there.
+        """
         value: str = message[field]
         head = value[: len(value) - len(value.lstrip())] if field == "content" else ""
         rest = value[len(head) :]
         tail = rest[len(rest.rstrip()) :] if field == "content" or truncated else ""
-        start_sign, end_sign = self._signs(before, message)
         core = rest[: len(rest) - len(tail)]
+        start_sign, end_sign = self._signs(before, message)
         guarded = (start_sign if head else "") + core + (end_sign if tail or truncated else "")
         text = self._render([*before, {**message, field: guarded}]).replace(start_sign, head)
         if truncated and end_sign not in text:
@@ -158,16 +164,16 @@ class Reconstructor:
         return text.replace(end_sign, tail), end
 
     def _for_template(self, message: Message) -> Message:
-        """An assistant's message as templates expect it: text content, tool arguments as objects,
-        reasoning under the template's name.
+        """An assistant's message as templates expect it.
+
+        Its content is text, tool arguments are objects, and reasoning has the template's name.
         """
         if message["role"] != "assistant":
             return message
         ready: Message = {"role": "assistant", "content": _text(message)}
         if reasoning := self._reasoning_of(message):
-            ready["content"] = ready["content"].lstrip(
-                "\n"
-            )  # what parted it from the reasoning is for the template to write
+            # The template itself writes the newlines between reasoning and content.
+            ready["content"] = ready["content"].lstrip("\n")
             if self.reasoning_field is not None:
                 ready[self.reasoning_field] = reasoning
         if message.get("tool_calls"):
@@ -175,26 +181,23 @@ class Reconstructor:
         return ready
 
     def _reasoning_of(self, message: Message) -> str:
-        return next(
-            (message[name] for name in REASONING_FIELDS if isinstance(message.get(name), str)), ""
-        )
+        for name in REASONING_FIELDS:
+            value = message.get(name)
+            if isinstance(value, str):
+                return value
+        return ""
 
     def _until_end_of_turn(self, turn: Ids) -> Ids:
-        """`turn` without what the template puts behind its end; a template that leaves the end out
-        gets one.
-        """
+        """`turn` up to its end-of-turn token, which is added where the template leaves it out."""
         ends = [at for at, token in enumerate(turn.tolist()) if token in self._stop_ids]
         if not ends:
             return np.append(turn, np.int32(self._tokenizer.eos_token_id))
         return turn[: ends[0] + 1]
 
     def _refuse_special(self, message: Message) -> None:
-        """Control tokens of the student inside a text would be trained as such."""
-        written = (
-            _text(message)
-            + self._reasoning_of(message)
-            + json.dumps(message.get("tool_calls") or "", ensure_ascii=False)
-        )
+        """Refuse a control token of the student in a text: it would be trained as such."""
+        calls = json.dumps(message.get("tool_calls") or "", ensure_ascii=False)
+        written = _text(message) + self._reasoning_of(message) + calls
         found = [token for token in self._special if token in written]
         if found:
             raise ReconstructionError(
@@ -206,9 +209,7 @@ class Reconstructor:
             text: str = self._tokenizer.apply_chat_template(
                 for_template(messages), add_generation_prompt=answer_next, tokenize=False
             )
-        except (
-            Exception
-        ) as error:  # templates raise what they like: jinja's errors, TypeError, ValueError
+        except Exception as error:  # templates raise anything: jinja's errors, TypeError, …
             raise ReconstructionError(
                 f"the student's template cannot render the chat: {error}"
             ) from error
@@ -220,7 +221,7 @@ class Reconstructor:
         )
 
     def _find_reasoning_field(self) -> str | None:
-        """The field that the template renders on the last turn, found by trying."""
+        """The reasoning field that the template renders in the last turn, found by trying."""
         chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
         for name in REASONING_FIELDS:
             try:
@@ -232,7 +233,7 @@ class Reconstructor:
 
     @staticmethod
     def _signs(before: Sequence[Message], message: Message) -> tuple[str, str]:
-        """Two signs that no message contains, of Unicode's private use area."""
+        """Two characters of Unicode's private use area that no message contains."""
         used = json.dumps([*before, message], ensure_ascii=False, default=str)
         free = (sign for sign in map(chr, range(0xE000, 0xF8FF)) if sign not in used)
         return next(free), next(free)
@@ -241,8 +242,9 @@ class Reconstructor:
 def _continued(
     sample: ReconstructedSample, turn: tuple[Ids, Ids], text: str
 ) -> ReconstructedSample | None:
-    """`sample` with another turn, what lies between masked; None where the turn's prompt does not
-    begin with the sample's tokens.
+    """`sample` with another turn; what lies between them has mask 0.
+
+    None where the turn's prompt does not begin with the sample's tokens.
     """
     prompt_ids, turn_ids = turn
     so_far = np.concatenate([sample.prompt_ids, sample.completion_ids])
@@ -252,9 +254,8 @@ def _continued(
     mask = np.concatenate(
         [sample.loss_mask, np.zeros(len(between), np.uint8), np.ones(len(turn_ids), np.uint8)]
     )
-    return ReconstructedSample(
-        sample.prompt_ids, np.concatenate([sample.completion_ids, between, turn_ids]), mask, text
-    )
+    completion_ids = np.concatenate([sample.completion_ids, between, turn_ids])
+    return ReconstructedSample(sample.prompt_ids, completion_ids, mask, text)
 
 
 def _common(left: Ids, right: Ids) -> int:
@@ -273,9 +274,7 @@ def _text(message: Message) -> str:
 
 
 def _tool_call(call: Message) -> Message:
-    """A tool call with its arguments as an object, which is how templates expect them; endpoints
-    give JSON text.
-    """
+    """A tool call with its arguments as an object, for templates; endpoints give JSON text."""
     function = dict(call.get("function") or {})
     if isinstance(function.get("arguments"), str):
         try:

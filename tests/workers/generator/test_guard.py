@@ -19,7 +19,7 @@ from onstream.settings.sections.inference import InferenceSettings
 from onstream.settings.sections.trainer import TrainerSettings
 from onstream.workers.generator.engines.base import GenerationRequest
 from onstream.workers.generator.engines.transformers.engine import TransformersEngine
-from onstream.workers.generator.guard import EXACT, Guard, compare
+from onstream.workers.generator.guard import FLOAT32_TOLERANCE, Guard, compare
 from onstream.workers.trainer.learner import Learner
 from onstream.workers.trainer.publication.policy_probe import PROMPTS, prober
 from tests.workers.generator.conftest import random_student
@@ -90,7 +90,7 @@ class Run:
     ) -> None:
         self.engine = engine
         self.learner = learner
-        self.guard = Guard(engine, interval=interval, tolerance=EXACT, mixes=mixes)
+        self.guard = Guard(engine, interval=interval, tolerance=FLOAT32_TOLERANCE, mixes=mixes)
 
     def load(
         self, number: int, weights: dict[str, torch.Tensor], *, probe: bool = True
@@ -282,5 +282,7 @@ def test_a_probe_that_is_too_long_for_the_engine_says_what_to_set(
     engine = Watched(student)
     too_long = Probe([np.arange(96, dtype="<i4").tobytes()], b"", b"")
     with pytest.raises(UserError, match="prompts of 96 tokens; this engine takes 96") as caught:
-        Guard(engine, interval=1, tolerance=EXACT).look(PolicyVersion(0, "", "", 0, probe=too_long))
+        Guard(engine, interval=1, tolerance=FLOAT32_TOLERANCE).look(
+            PolicyVersion(0, "", "", 0, probe=too_long)
+        )
     assert "inference.guard.tokens to at most 95" in caught.value.next_step

@@ -16,7 +16,7 @@ from onstream.pipeline.weights import (
     WeightsError,
     publish,
 )
-from onstream.workers.generator.policy_loader import LOOK_S, RETRY_S, PolicyLoader
+from onstream.workers.generator.policy_loader import POLL_S, RETRY_S, PolicyLoader
 
 
 class Recorder:
@@ -112,7 +112,7 @@ def test_the_newest_version_is_loaded_once(watched: Watched) -> None:
 
 def test_it_looks_no_oftener_than_it_should(watched: Watched) -> None:
     for _ in range(10):
-        watched.refresh_after(LOOK_S * 0.3)
+        watched.refresh_after(POLL_S * 0.3)
     assert watched.looks == 3
 
 
@@ -185,8 +185,8 @@ def test_what_was_received_is_loaded_without_a_file_and_calls_are_looked_for_all
     watched = Watched(tmp_path, receiver)
     watched.announced = PolicyVersion(number=1, digest="ab", path="policies/000001", size_bytes=8)
     receiver.has = "ab"
-    watched.refresh_after(LOOK_S)
-    watched.refresh_after(LOOK_S)
+    watched.refresh_after(POLL_S)
+    watched.refresh_after(POLL_S)
     assert (receiver.loaded, receiver.looks, watched.engine.loaded) == ([1], 2, [])
     assert watched.policies.problem is None
 
@@ -195,10 +195,10 @@ def test_what_was_not_received_is_read_or_asked_for_as_a_file(tmp_path: Path) ->
     receiver = Missed()
     watched = Watched(tmp_path, receiver)
     watched.publish(1, 0.5)
-    watched.refresh_after(LOOK_S)
+    watched.refresh_after(POLL_S)
     assert (watched.engine.loaded, receiver.wanted) == ([(1, 0.5)], [])
     watched.announced = PolicyVersion(number=2, digest="cd", path="policies/000002", size_bytes=8)
-    watched.refresh_after(LOOK_S)
+    watched.refresh_after(POLL_S)
     assert receiver.wanted == [2]
     assert (
         watched.policies.problem is not None

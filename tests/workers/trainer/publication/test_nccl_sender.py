@@ -15,7 +15,7 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Stats
 from onstream.pipeline.weights import LoadedPolicy, WeightsError, announced
 from onstream.pipeline.weights.nccl_transfer import PolicyHeader, TransferCoordinator
-from onstream.workers.generator.nccl_receiver import READING, SIGN_S, TransferReceiver
+from onstream.workers.generator.nccl_receiver import READING, REGISTER_S, TransferReceiver
 from onstream.workers.trainer.publication.nccl_sender import NcclTransfer, RedisSyncClient
 from tests.forkserver import context
 from tests.workers.trainer.receivers import SaysSo, start
@@ -214,7 +214,7 @@ def test_receivers_that_redis_forgot_register_again(bus: Bus) -> None:
     bus.connection.client.delete(bus.keys.receivers)
     here.receiver.look()
     assert bus.transfer.receivers() == {}
-    here.now = SIGN_S
+    here.now = REGISTER_S
     here.receiver.look()
     assert bus.transfer.receivers() == {"tester": 1}
 

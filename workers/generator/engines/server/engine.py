@@ -76,7 +76,8 @@ class ServerEngine:
             raise UserError(
                 'inference.engine = "server" without inference.client.base_url',
                 expected="the address of a vLLM server of the student",
-                next_step='Set inference.client.base_url = ["http://…:8000"], or let `onstream up` start the server.',
+                next_step='Set inference.client.base_url = ["http://…:8000"], '
+                "or let `onstream up` start the server.",
             )
         model = client.model or settings.model.name
         vllm_prompts = VllmPrompts(config)

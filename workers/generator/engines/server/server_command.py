@@ -13,8 +13,7 @@ from onstream.workers.generator.engines.vllm.startup import arguments as engine_
 
 BACKEND = "disk"  # as vllm.extension registers it, which cannot be imported without vLLM
 UPDATES = {"VLLM_SERVER_DEV_MODE": "1"}
-"""Opens the routes that replace weights. They ask for no key: whoever reaches the port can use them.
-"""
+"""Opens the routes that replace weights. They ask for no key: who reaches the port can use them."""
 NOT_OF_SERVERS = ("skip_tokenizer_init", "disable_log_stats", "distributed_executor_backend")
 
 

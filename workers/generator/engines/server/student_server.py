@@ -45,15 +45,15 @@ class LabelSpan(msgspec.Struct):
     end: int
 
 
-class _GenerateChoice(msgspec.Struct):
+class _CompletionChoice(msgspec.Struct):
     token_ids: list[int] | None = None
     finish_reason: str | None = None
     logprobs: _Logprobs | None = None
     weight_versions: list[LabelSpan] | None = None
 
 
-class _GenerateReply(msgspec.Struct):
-    choices: list[_GenerateChoice]
+class _CompletionReply(msgspec.Struct):
+    choices: list[_CompletionChoice]
     prompt_token_ids: list[int] | None = None
 
 
@@ -109,7 +109,7 @@ class StudentServer(Endpoint):
             RequestRefused: the server refuses this body.
         """
         try:
-            reply = msgspec.json.decode(await self.post(GENERATE, body), type=_GenerateReply)
+            reply = msgspec.json.decode(await self.post(GENERATE, body), type=_CompletionReply)
             [choice] = reply.choices
         except (msgspec.DecodeError, ValueError) as error:
             raise BadReply(f"not one choice with token ids and logprobs ({error})") from error

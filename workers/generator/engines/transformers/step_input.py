@@ -210,7 +210,7 @@ def step_input(
 
 
 def _prompt_positions(rows: Sequence[SequenceState], offsets: Integers) -> Integers:
-    """Positions of the prompts of `rows`: `offsets` [t], or [3, t] where one has places in space."""
+    """Positions of the prompts of `rows`: `offsets` [t], or [3, t] where one is in space."""
     if all(row.space is None for row in rows):
         return offsets
     positions = []

@@ -1,4 +1,4 @@
-"""The engine over vLLM, whose own processes write; a thread of this process collects the results."""
+"""The engine over vLLM: its own processes write, and a thread of this one collects the results."""
 
 from __future__ import annotations
 

@@ -222,7 +222,7 @@ def repack_tied_head(model: Any) -> None:
 
 @contextmanager
 def _quiet_reload() -> Iterator[None]:
-    """Silence the reload's warning that a tied head has no weights in the file: that is expected."""
+    """Silence the reload's warning that a tied head is not in the file: it need not be."""
     log = logging.getLogger(RELOAD_LOG)
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""How vLLM is started inside a generator: its environment, its arguments, and why it may not start."""
+"""How vLLM is started inside a generator: its environment, arguments and start-up errors."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def _prepare(settings: Settings) -> None:
         variables |= WITHOUT_WORKER_PROCESS
     for name, value in variables.items():
         os.environ.setdefault(name, value)
-    # A "" on the path is the working directory, which is another one in a process spawned elsewhere.
+    # A "" on the path means the working directory, which a spawned process may not share.
     sys.path[:] = [entry or os.getcwd() for entry in sys.path]
 
 
