@@ -1,5 +1,6 @@
 """Writes what follows from other files: the settings' names in compose.yaml, and deploy/stack.yaml.
-`python -m onstream.settings.docs`.
+
+`python -m onstream.settings.docs` calls it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ OURS = re.compile(
 """What compose.yaml itself decides, and where it mounts things."""
 WIDTH = 140
 MERGED = "all-settings"
-HEAD = """# The services of compose.yaml for a Swarm: `docker stack deploy -c deploy/stack.yaml onstream` (docs/deploy.md).
+HEAD = """# The services of compose.yaml for a Swarm (docs/deploy.md):
+# `docker stack deploy -c deploy/stack.yaml onstream`
 # Written from compose.yaml by `python -m onstream.settings.docs`; edit that.
 """
 SECRET = "/run/secrets/redis-password"
@@ -43,9 +45,7 @@ KEPT = (
     "logging",
 )
 HOME = {"constraints": ["node.labels.onstream == home"]}
-"""Where the data of Redis and the run's directory are: the trainer and the jobs read and write the
-latter.
-"""
+"""The node with the data of Redis and the run's directory, which the trainer and the jobs use."""
 VOLUMES = {
     "redis": ["redis:/data"],
     "trainer": ["runs:/app/runs", "hub:/home/onstream/hub"],
@@ -128,32 +128,27 @@ def _service(name: str, service: dict[str, Any]) -> dict[str, Any]:
     made["secrets"] = [{"source": "redis-password", "mode": 0o444}]
     made["volumes"] = VOLUMES.get(name, ["hub:/home/onstream/hub"])
     made["healthcheck"] = {**service["healthcheck"], "test": _moved(service["healthcheck"]["test"])}
+    made["command"] = _moved(service["command"])
     if name == "redis":
-        made |= {
-            "command": _moved(service["command"]),
-            "user": "${REDIS_USER:-999:999}",
-        }  # whose /data is in Redis' own image
+        made["user"] = "${REDIS_USER:-999:999}"  # whose /data is in Redis' own image
         return made
     made["configs"] = [{"source": "settings", "target": SETTINGS_FILE}]
-    made["command"] = _moved(service["command"])
-    keys = [
-        key for key in service["environment"] if key.endswith("_API_KEY_FILE")
-    ]  # those come from the environment of `deploy`
-    own = {
-        key: value
-        for key, value in service["environment"].items()
-        if key not in {*keys, *passed_on()}
-    }
-    made["environment"] = (
-        {MERGED: None}
-        | own
-        | {
-            "ONSTREAM_REDIS__PASSWORD_FILE": SECRET,
-            "ONSTREAM_WEIGHTS__TRANSPORT": "${ONSTREAM_WEIGHTS__TRANSPORT:-redis}",
-            **({"ONSTREAM_REDIS__SHUT_DOWN": "false"} if name == "trainer" else {}),
-        }
-    )
+    made["environment"] = _environment(name, service["environment"])
     return made
+
+
+def _environment(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The environment of the service `name`, but for what all services are passed."""
+    environment: dict[str, Any] = {MERGED: None}
+    for key, value in given.items():
+        # API keys come from the environment of `docker stack deploy`.
+        if key not in passed_on() and not key.endswith("_API_KEY_FILE"):
+            environment[key] = value
+    environment["ONSTREAM_REDIS__PASSWORD_FILE"] = SECRET
+    environment["ONSTREAM_WEIGHTS__TRANSPORT"] = "${ONSTREAM_WEIGHTS__TRANSPORT:-redis}"
+    if name == "trainer":
+        environment["ONSTREAM_REDIS__SHUT_DOWN"] = "false"
+    return environment
 
 
 def _placement(name: str, service: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,4 @@
-"""What every settings section is made of: strict models whose fields say their scope and their
-unit.
-"""
+"""What settings sections are made of: strict models whose fields say their scope and unit."""
 
 from __future__ import annotations
 

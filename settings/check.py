@@ -1,4 +1,4 @@
-"""What `onstream check` prints: the settings, the plan that follows, warnings, and every problem."""
+"""What `onstream check` prints: the settings, the plan, warnings, and every problem."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Where models run: the GPUs of this machine, found by their device files, since asking torch would
-mean importing it.
+"""Where models run, and the GPUs of this machine.
+
+GPUs are found by their device files: asking torch would mean importing it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ def device_of(deployment: DeploymentSettings) -> Literal["cpu", "cuda"]:
 
 
 def gpus_found(devices: Path = Path("/dev"), environ: Mapping[str, str] = os.environ) -> list[str]:
-    """The CUDA devices to be used, as `CUDA_VISIBLE_DEVICES` names them; where that is set, no
-    others.
+    """The CUDA devices to be used, as `CUDA_VISIBLE_DEVICES` names them.
+
+    Where that is set, no others.
 
     >>> gpus_found(Path("/nowhere"), {})
     []
@@ -31,7 +33,6 @@ def gpus_found(devices: Path = Path("/dev"), environ: Mapping[str, str] = os.env
     if not present or visible is None:
         return [str(index) for index in range(len(present))]
     named = [name.strip() for name in visible.split(",")]
-    end = next(
-        (at for at, name in enumerate(named) if name in ("", "-1")), len(named)
-    )  # as CUDA reads it
-    return named[:end]
+    # CUDA, too, ignores what comes after an empty name or -1.
+    ends = [at for at, name in enumerate(named) if name in ("", "-1")]
+    return named[: ends[0]] if ends else named

@@ -1,5 +1,6 @@
-"""docs/settings.md, and the names in compose.yaml, written from the settings' own fields: `python
--m onstream.settings.docs`.
+"""Writes docs/settings.md, and the names of settings in compose.yaml, from the settings' fields.
+
+`python -m onstream.settings.docs`
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ _HEAD = """# Settings
 Written by `python -m onstream.settings.docs` from the fields in `settings/sections/`; edit those.
 
 Sources, strongest first: the command line (`--set trainer.loss.teacher_tau=0.5`), the environment
-(`ONSTREAM_TRAINER__LOSS__TEACHER_TAU=0.5`), TOML files (several: a later one wins), the defaults. Lists and tables are
-written as JSON on the command line and in the environment, `null` unsets a value there, and an empty variable counts as not set.
-A *secret* may also be in a file, whose path is in the variable's name with `_FILE` at its end: `ONSTREAM_REDIS__PASSWORD_FILE`.
-A key that no section has is an error. `onstream check [FILE…]` prints what the sources add up to.
+(`ONSTREAM_TRAINER__LOSS__TEACHER_TAU=0.5`), TOML files (several: a later one wins), the defaults.
+Lists and tables are written as JSON on the command line and in the environment, `null` unsets a
+value there, and an empty variable counts as not set. A *secret* may also be in a file, whose path
+is in the variable's name with `_FILE` at its end: `ONSTREAM_REDIS__PASSWORD_FILE`. A key that no
+section has is an error. `onstream check [FILE…]` prints what the sources add up to.
 
-**Scope**: *run* settings define the run. They are written to Redis once, and a worker that disagrees stops; *run, changeable* ones
-may be changed when the run is resumed. *worker* settings concern one process alone.
+**Scope**: *run* settings define the run. They are written to Redis once, and a worker that
+disagrees stops; *run, changeable* ones may be changed when the run is resumed. *worker* settings
+concern one process alone.
 """
 
 

@@ -1,6 +1,4 @@
-"""Every setting as data: its dotted name, scope, type, bound, unit and docstring, read from the
-sections' fields.
-"""
+"""Every setting as data: its name, scope, type, bound, unit and docstring, from the fields."""
 
 from __future__ import annotations
 

@@ -227,7 +227,7 @@ def _workers(settings: Settings, route: tuple[StageName, ...]) -> dict[WorkerKin
 
 
 def _count(settings: Settings, kind: WorkerKind) -> int | None:
-    """How many workers of `kind` a run with these settings has; None where it has no use for any."""
+    """How many workers of `kind` the run has; None where it has no use for any."""
     served = _serves_teacher(settings)
     external = external_teacher(settings) is not None
     count = settings.deployment.workers.of(kind)

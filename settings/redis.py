@@ -1,6 +1,4 @@
-"""The address of Redis with all that a client needs to log in: the one text that every client of a
-run is made from.
-"""
+"""The address of Redis with all that a client needs to log in."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What rollouts pass and who serves it: verification, the teachers, and where completions come
-from.
-"""
+"""Which stages rollouts pass: whether they are verified, and which teachers score or write."""
 
 from __future__ import annotations
 
@@ -19,18 +17,17 @@ def route_of(settings: Settings) -> tuple[StageName, ...]:
 
 
 def verification_on(settings: Settings) -> bool:
-    """Whether rollouts are verified: what `orchestrator.verification.enabled` says, else whether a
-    verifier is deployed.
+    """Whether rollouts are verified.
+
+    As `orchestrator.verification.enabled` says, else where there is a verifier.
     """
     enabled = settings.orchestrator.verification.enabled
     deployment = settings.deployment
     if enabled is not None:
         return enabled
-    return (
-        deployment.workers.of("verifier") != 0
-        if deployment.stages is None
-        else "verify" in deployment.stages
-    )
+    if deployment.stages is not None:
+        return "verify" in deployment.stages
+    return deployment.workers.of("verifier") != 0
 
 
 def teacher_on(settings: Settings) -> bool:
@@ -66,13 +63,14 @@ def local_teacher_configured(settings: Settings) -> bool:
 
 
 def local_teacher(settings: Settings) -> str | None:
-    """The model of the teacher beside the run: its own, or the student's starting model. None where
-    none scores.
+    """The model of the teacher beside the run: its own, or the student's starting model.
+
+    None where none scores.
     """
-    external_alone = (
-        settings.orchestrator.teacher_model is not None and not local_teacher_configured(settings)
-    )
-    if external_alone or settings.deployment.workers.of("teacher") == 0 or not teacher_on(settings):
+    external = settings.orchestrator.teacher_model is not None
+    external_alone = external and not local_teacher_configured(settings)
+    left_out = settings.deployment.workers.of("teacher") == 0
+    if external_alone or left_out or not teacher_on(settings):
         return None
     return settings.teacher_inference.model.name or settings.model.name
 
@@ -84,8 +82,9 @@ def external_teacher(settings: Settings) -> str | None:
 
 
 def rollout_teacher(settings: Settings) -> str | None:
-    """Hard distillation: the name of the model whose completions are trained on. None where the
-    student writes them.
+    """Hard distillation: the name of the model whose completions are trained on.
+
+    None where the student writes them.
     """
     source = settings.orchestrator.teacher_rollout_model
     return source.model.name if source is not None else None

@@ -75,7 +75,8 @@ def _refuse_without_torch(kind: WorkerKind) -> None:
         raise UserError(
             f"a {kind} worker where torch is not installed",
             expected="torch, which holds the models of generators, local teachers and the trainer",
-            next_step="Install it: pip install 'onstream[train]'; of the images, `slim` has none and `cpu` and `cuda` do.",
+            next_step="Install it: pip install 'onstream[train]'. Of the images, `cpu` and `cuda` "
+            "have it, and `slim` has not.",
         )
 
 
@@ -133,7 +134,8 @@ def _refuse_superfluous(kind: WorkerKind, ours: Plan, plan: Plan) -> None:
         raise UserError(
             f"a {kind} worker with settings for {', '.join(ours.workers)}",
             expected="settings that say where its scores come from",
-            next_step="Set orchestrator.teacher_model for a teacher-external, or teacher_inference.model.name for a teacher.",
+            next_step="Set orchestrator.teacher_model for a teacher-external, or "
+            "teacher_inference.model.name for a teacher.",
         )
 
 

@@ -67,9 +67,8 @@ class InferenceSettings(Section):
     tensor_parallel_size: Annotated[int, WORKER, Unit("GPUs"), Field(ge=1, le=1024)] = 1
     """GPUs that each layer is split over, by vLLM."""
     data_parallel_size: Annotated[int, WORKER, Unit("replicas"), Field(ge=1, le=1024)] = 1
-    """Replicas of the model inside one vLLM engine. More generators (`deployment.workers.generator`) do
-    the same, and fail one by one.
-    """
+    """Replicas of the model inside one vLLM engine. More generators
+    (`deployment.workers.generator`) do the same, and fail one by one."""
     gpu_memory_utilization: Annotated[float | None, WORKER, Unit("share"), Field(gt=0, le=1)] = None
     """Share of its GPU's memory that vLLM takes. Unset: `deployment.gpu_memory_shares.inference`
     where GPUs are shared, else vLLM's own choice."""

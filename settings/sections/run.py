@@ -35,7 +35,7 @@ class ModelSettings(Section):
 
 
 class RedisSettings(Section):
-    """The Redis that carries the records. Redis 6.2 or newer, with `maxmemory-policy noeviction`."""
+    """The Redis that carries the records: 6.2 or newer, with `maxmemory-policy noeviction`."""
 
     url: Annotated[SecretStr | None, WORKER] = None
     """`redis://[user:password@]host:port/db`, `rediss://…` or `unix://path`. Unset, `onstream up`

@@ -1,10 +1,11 @@
-"""Runs a module as a program that dies with the process that started it: `python -m
-onstream.workers.launcher.die_with_parent PID MODULE [ARGS…]`.
+"""Runs a module as a program that dies with the process that started it.
 
-Linux only has a signal for this (PR_SET_PDEATHSIG), and the child has to ask for it. It is asked
-for here rather than between fork and exec, where the launcher's other threads would make any Python
-code unsafe. SIGKILL, and not a drain: the embedded Redis goes at the same moment, and every record
-is safe against a kill.
+`python -m onstream.workers.launcher.die_with_parent PID MODULE [ARGS…]`
+
+Only Linux has a signal for this (PR_SET_PDEATHSIG), and the child has to ask for it. It asks here
+and not between fork and exec, where the launcher's other threads make any Python code unsafe. The
+signal is SIGKILL and not one that drains: the embedded Redis ends at the same moment, and a kill
+loses no record.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ PR_SET_PDEATHSIG = 1
 
 
 def tie_to(parent_pid: int) -> bool:
-    """Have this process killed when its parent dies; False when the parent is no longer
-    `parent_pid`.
+    """Have this process killed when its parent dies.
+
+    False when the parent is no longer `parent_pid`: it died before.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -28,12 +30,11 @@ def tie_to(parent_pid: int) -> bool:
 
 
 def guard_group() -> None:
-    """Leave a process behind in this one's process group that kills the whole group as soon as this
-    process has ended, in whatever way.
+    """Fork a process that kills this one's whole process group as soon as this one has ended.
 
     For a program whose own child processes would outlive its kill, and keep their memory and ports.
-    Call it while this process has no thread but the first. Only on Linux; elsewhere the launcher
-    alone ends what is left, and only while it lives itself.
+    Call it while this process has no thread but the first. Only on Linux; elsewhere nothing but a
+    launcher that is still alive ends what is left.
     """
     if sys.platform != "linux" or os.getpgrp() != os.getpid():
         return
@@ -43,7 +44,8 @@ def guard_group() -> None:
     ended = (signal.SIGTERM, signal.SIGUSR1)
     signal.pthread_sigmask(signal.SIG_BLOCK, ended)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)
-    while os.getppid() == guarded:  # a SIGTERM to the group lets the others end by themselves
+    # A SIGTERM to the group is ignored here: the others end by themselves.
+    while os.getppid() == guarded:
         signal.sigwait(ended)
     os.killpg(guarded, signal.SIGKILL)  # this process is of the group too
 

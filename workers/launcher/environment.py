@@ -1,5 +1,6 @@
-"""What the launcher's children inherit. Light: every worker reads its number of threads here before
-it imports torch.
+"""The environment of the launcher's children.
+
+Imports little: every worker reads its number of threads here before it imports torch.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ import os
 from collections.abc import Mapping
 
 from onstream.settings.sections.deployment import DeploymentSettings
-from onstream.settings.stages import COMPUTING, WorkerKind
+from onstream.settings.stages import COMPUTING, JOBS, WorkerKind
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -16,9 +17,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 def environment(
     deployment: DeploymentSettings, workers: Mapping[WorkerKind, int], redis_url: str | None
 ) -> dict[str, str]:
-    """The launcher's own environment, the Redis it started, if it did, and the threads of tensor
-    libraries.
-    """
+    """The launcher's own environment, with the address of its Redis and the number of threads."""
     environ = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"} | dict(os.environ)
     if redis_url is not None:
         environ["ONSTREAM_REDIS__URL"] = redis_url
@@ -30,9 +29,10 @@ def environment(
 
 
 def default_threads(workers: Mapping[WorkerKind, int], cores: int | None = None) -> int:
-    """Threads of each worker that computes tensors: 1 with up to 4 cores, else the cores shared out
-    among them.
+    """Threads of each worker that computes tensors.
+
+    1 with up to 4 cores, else the cores shared out among them.
     """
     cores = cores or len(os.sched_getaffinity(0))
-    computing = sum(count for kind, count in workers.items() if kind in COMPUTING or kind == "jobs")
+    computing = sum(count for kind, count in workers.items() if kind in (*COMPUTING, JOBS.kind))
     return 1 if cores <= 4 else max(1, cores // max(1, computing))

@@ -1,4 +1,4 @@
-"""The last words of a worker, as a person reads them."""
+"""The last lines of a worker's log, as a person reads them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 
 from onstream.settings.decoding import UNDECODABLE
 
-KNOWN_ALREADY = ("timestamp", "level", "run", "stage", "worker", "event")
+SHOWN_ELSEWHERE = ("timestamp", "level", "run", "stage", "worker", "event")
 
 
 def last_lines(path: Path, count: int = 12) -> list[str]:
@@ -23,8 +23,7 @@ def last_lines(path: Path, count: int = 12) -> list[str]:
 
 
 def as_text(line: str) -> list[str]:
-    """A line of a log as text: JSON lines become their event, its particulars and its traceback,
-    others stay.
+    """A line of a log as text: a JSON line becomes its event, its fields and its traceback.
 
     >>> as_text('{"event": "no answer", "url": "http://a", "level": "warning", "worker":
     "score-1"}') ["warning: no answer url='http://a'"]
@@ -34,10 +33,10 @@ def as_text(line: str) -> list[str]:
     except UNDECODABLE:
         return [line]
     traceback = str(row.pop("exception", "")).splitlines()
-    particulars = " ".join(
-        f"{name}={value!r}" for name, value in row.items() if name not in KNOWN_ALREADY
+    fields = " ".join(
+        f"{name}={value!r}" for name, value in row.items() if name not in SHOWN_ELSEWHERE
     )
     return [
-        f"{row.get('level', 'info')}: {row.get('event', '')} {particulars}".rstrip(),
+        f"{row.get('level', 'info')}: {row.get('event', '')} {fields}".rstrip(),
         *traceback,
     ]

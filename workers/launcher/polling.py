@@ -1,4 +1,4 @@
-"""Something that is looked at again and again, in a thread of its own."""
+"""A thread that looks at something again and again."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ LEAVE_S = 2.0
 
 
 class PollingThread:
-    """Calls `look` every `interval_s`: what it asks may hang, and must not stop the supervision of
-    the workers.
+    """Calls `look` every `interval_s`.
+
+    In a thread because what it asks may hang, and must not stop the supervision of the workers.
 
     Consumes what `look` reads; waits for that and its interval; is unblocked by `stop`; produces
     what `look` leaves behind.

@@ -1,15 +1,13 @@
-"""Everything that can be known to be wrong before the first worker starts. Reads files; imports
-neither torch nor transformers.
+"""What can be known to be wrong before the first worker starts.
+
+Reads files. Imports no torch, but for a loss of the user's own, and no transformers.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from onstream.pipeline.errors import Exit, UserError
 from onstream.settings.gpus import gpu_problems
@@ -18,17 +16,15 @@ from onstream.settings.problems import SettingsError
 from onstream.settings.root import Settings
 from onstream.settings.rules.engines import engine_problems
 from onstream.settings.stages import SWITCHES
+from onstream.workers.launcher.model_files import check_model, parameters
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 FLOAT32_BYTES = 4
-TRAINED_BYTES = (
-    3 * FLOAT32_BYTES
-)  # of one parameter in a checkpoint: its master weight and AdamW's two moments
+TRAINED_BYTES = 3 * FLOAT32_BYTES
+"""Of one parameter in a checkpoint: its master weight and AdamW's two moments."""
 
 
 def check_gpus(settings: Settings, plan: Plan, gpus: Sequence[str]) -> None:
-    """Check that the workers that start here find room on `gpus`, and vLLM where they are to use
-    it.
+    """Check that the workers that start here find room on `gpus`, and vLLM where they need it.
 
     Raises:
         SettingsError: they do not.
@@ -49,138 +45,6 @@ def check_files(settings: Settings, teacher: str | None) -> None:
     check_task(settings)
     check_loss(settings)
     check_disk(settings, student)
-
-
-def local_model(name: str) -> Path:
-    """The directory of a model: itself, or the small files of a hub model, fetched unless they are
-    in the local cache.
-
-    Raises:
-        UserError: no such directory, or the hub does not give such a model.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if (
-        name.startswith((".", "/", "~"))
-        or name.count("/") > 1
-        or (path.parent != Path(".") and path.parent.is_dir())
-    ):
-        raise UserError(
-            f"no model directory {name}",
-            expected="a directory in Hugging Face form",
-            next_step=_make_hint(path),
-        )
-    return _hub_files(name)
-
-
-def _make_hint(path: Path) -> str:
-    return f"Check the path, or make the pair of an example with `onstream models make TASK --out {path.parent}`."
-
-
-def _hub_files(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.jinja", "*.model", "*.txt"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass  # not in the cache: ask the hub
-    except HFValidationError as error:
-        raise _no_such_model(name, error) from error
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise _no_such_model(name, error) from error
-
-
-def _no_such_model(name: str, error: Exception) -> UserError:
-    first_line = next(
-        (line for line in str(error).splitlines() if line.strip()), type(error).__name__
-    )
-    return UserError(
-        f"the Hugging Face hub gives no model {name} ({first_line})",
-        expected="a directory, a model in the local cache, or a public model id with the hub in reach",
-        next_step="Check the name and the network; a gated model needs `hf auth login` first.",
-    )
-
-
-def check_model(name: str, setting: str) -> Path:
-    """Check that the model `name`, the value of `setting`, has a tokenizer that knows how to chat;
-    returns its directory.
-
-    Raises:
-        UserError: there is no such model, a file of it is missing or no JSON, or there is no chat
-            template.
-    """
-    directory = local_model(name)
-    _json_file(
-        directory / "config.json", setting, "the config.json of a model in Hugging Face form"
-    )
-    if (
-        directory == Path(name).expanduser()
-    ):  # a hub model's weights are fetched by whoever loads it first
-        weights = parameters(directory) > 0 or any(directory.glob("*.bin"))
-        _require(weights, f"{setting}: {directory} has no weights", "a file *.safetensors or *.bin")
-    has_tokenizer = any((directory / file).exists() for file in TOKENIZER_FILES)
-    _require(
-        has_tokenizer,
-        f"{setting}: {directory} has no tokenizer",
-        f"one of {', '.join(TOKENIZER_FILES)}",
-    )
-    if not _has_chat_template(directory, setting):
-        raise UserError(
-            f"{setting}: the tokenizer in {directory} has no chat template",
-            expected="a file chat_template.jinja, or `chat_template` in tokenizer_config.json",
-            next_step="Use the instruction-tuned variant of the model, or add a chat_template.jinja to its directory.",
-        )
-    return directory
-
-
-def _require(holds: bool, got: str, expected: str) -> None:
-    if not holds:
-        raise UserError(
-            got,
-            expected=expected,
-            next_step="Save model and tokenizer there by `save_pretrained(directory)`.",
-        )
-
-
-def _has_chat_template(directory: Path, setting: str) -> bool:
-    if (directory / "chat_template.jinja").exists() or (
-        directory / "additional_chat_templates"
-    ).is_dir():
-        return True
-    return bool(
-        _json_file(
-            directory / "tokenizer_config.json", setting, "the tokenizer's configuration"
-        ).get("chat_template")
-    )
-
-
-def _json_file(path: Path, setting: str, expected: str) -> dict[str, Any]:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{setting}: no file {path}",
-            expected=expected,
-            next_step="Check the path of the model.",
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{setting}: {path} does not read as JSON ({error})",
-            expected=expected,
-            next_step="Save the model again.",
-        ) from error
-    if not isinstance(loaded, dict):
-        raise UserError(
-            f"{setting}: {path} is no JSON object",
-            expected=expected,
-            next_step="Save the model again.",
-        )
-    return loaded
 
 
 def check_task(settings: Settings) -> None:
@@ -214,13 +78,12 @@ def check_loss(settings: Settings) -> None:
 
 
 def check_disk(settings: Settings, student: Path) -> None:
-    """Check that checkpoints and policies will fit beside each other, as far as the student's size
-    is known here.
+    """Check that checkpoints and policies will fit on the disk, if the student's size is known.
 
     Raises:
         UserError: the disk of the run directory has less room.
     """
-    # one more while it is written
+    # One more of each, while it is written.
     checkpoints = settings.checkpoint.keep + 1
     policies = settings.checkpoint.keep_policies + 1
     need_bytes = parameters(student) * (checkpoints * TRAINED_BYTES + policies * FLOAT32_BYTES)
@@ -231,42 +94,11 @@ def check_disk(settings: Settings, student: Path) -> None:
     if free_bytes < need_bytes:
         raise UserError(
             f"{free_bytes / 2**20:,.0f} MiB free on the disk of {settings.run.dir}",
-            expected=f"{need_bytes / 2**20:,.0f} MiB for {checkpoints} checkpoints and {policies} policy versions",
-            next_step="Free space, set run.dir to another disk, or lower checkpoint.keep and checkpoint.keep_policies.",
+            expected=f"{need_bytes / 2**20:,.0f} MiB for {checkpoints} checkpoints and {policies} "
+            "policy versions",
+            next_step="Free space, set run.dir to another disk, or lower checkpoint.keep and "
+            "checkpoint.keep_policies.",
         )
-
-
-def parameters(directory: Path) -> int:
-    """Parameters of the safetensors files in `directory`, by their headers; 0 without such files.
-
-    Raises:
-        UserError: a file is cut short, or is none.
-    """
-    return sum(_header_parameters(path) for path in directory.glob("*.safetensors"))
-
-
-def _header_parameters(path: Path) -> int:
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        header = file.read(min(header_bytes, path.stat().st_size))
-    try:
-        tensors = {
-            name: entry for name, entry in json.loads(header).items() if name != "__metadata__"
-        }
-    except ValueError:
-        tensors = {}
-    expected_bytes = (
-        8 + header_bytes + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-    )
-    if not tensors or path.stat().st_size != expected_bytes:
-        raise UserError(
-            f"{path} has {path.stat().st_size:,} bytes and is no whole safetensors file",
-            expected=f"{expected_bytes:,} bytes, by its header"
-            if tensors
-            else "a header and the tensors it tells of",
-            next_step="Save or download the model again.",
-        )
-    return sum(math.prod(entry["shape"]) for entry in tensors.values())
 
 
 def check_resume(
@@ -299,20 +131,22 @@ def check_resume(
         refuse_differences(ours, theirs)
 
 
-def _route_hint(ours: Plan, theirs: Plan) -> str:
-    """What to set, where leaving a stage out of `deployment.stages` has turned it off."""
-    changed = set(ours.route) ^ set(theirs.route)
-    return "Set " + " and ".join(
-        f"{name} as it was" for stage, name in SWITCHES.items() if stage in changed
+def _refuse_other_route(ours: Plan, theirs: Plan, in_flight: Callable[[], int]) -> None:
+    if ours.route == theirs.route:
+        return
+    our_route = " → ".join(ours.streams)
+    their_route = " → ".join(theirs.streams)
+    raise UserError(
+        f"the settings route rollouts by {our_route}, but run {theirs.run!r} by {their_route}, "
+        f"with {in_flight()} rollouts in flight on that route",
+        expected="the route that the run was started with",
+        next_step=f"{_route_hint(ours, theirs)}, or choose another run.name for a new run.",
+        exit=Exit.REFUSED,
     )
 
 
-def _refuse_other_route(ours: Plan, theirs: Plan, in_flight: Callable[[], int]) -> None:
-    if ours.route != theirs.route:
-        raise UserError(
-            f"the settings route rollouts by {' → '.join(ours.streams)}, but run {theirs.run!r} by {' → '.join(theirs.streams)}, "
-            f"with {in_flight()} rollouts in flight on that route",
-            expected="the route that the run was started with",
-            next_step=f"{_route_hint(ours, theirs)}, or choose another run.name for a new run.",
-            exit=Exit.REFUSED,
-        )
+def _route_hint(ours: Plan, theirs: Plan) -> str:
+    """What to set, where leaving a stage out of `deployment.stages` has turned it off."""
+    changed = set(ours.route) ^ set(theirs.route)
+    switches = [f"{name} as it was" for stage, name in SWITCHES.items() if stage in changed]
+    return f"Set {' and '.join(switches)}"

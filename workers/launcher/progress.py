@@ -86,7 +86,7 @@ class Display:
         self._console.print(table)
 
     def show(self, view: RunView) -> None:
-        """Show `view`: on a terminal now, elsewhere if it is time for a line and it says anything new."""
+        """Show `view`: on a terminal now, elsewhere when a line is due and says anything new."""
         if self._live:
             self._live.update(panel(self._run, view))
             return

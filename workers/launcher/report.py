@@ -1,4 +1,4 @@
-"""What a run came to: `report.json`, and `curves.png` beside it, from the files in its directory."""
+"""What a run came to: `report.json` and `curves.png`, from the files in its directory."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def _earlier_usage(path: Path) -> dict[str, Any]:
 def summary(rows: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str, Any]:
     """The report of these metrics and evaluations.
 
-    `seconds` is the wall-clock time of training: over all steps, the time since the step before was
-    done or, for the first step after a start, since all stages were ready and the first ticket was
-    issued. Waiting, publishing and checkpoints are in it; start-up, and the time between an
-    interruption and the resume, are not. `last` of a metric is the mean of the last 10 steps.
-    `publish_bytes` is the mean size of an update, `delta_share` that of the share of weights that
+    `seconds` is the wall-clock time of training, the sum over all steps. A step's time begins when
+    the step before is done; for the first after a start, when all stages are ready and the first
+    ticket is issued. Waiting, publishing and checkpoints count; start-up, and the time between an
+    interruption and the resume, do not. `last` of a metric is the mean of the last 10 steps.
+    `publish_bytes` is the mean size of an update; `delta_share` the mean share of weights that
     changed in a step, None without deltas.
     """
     seconds = sum(value for _, value in points(rows, "elapsed_s"))

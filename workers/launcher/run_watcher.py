@@ -36,14 +36,13 @@ class RunWatcher:
         self._polling.start()
 
     def stop(self) -> None:
-        """End the thread, so that its bus may be closed; one that hangs with its Redis is left
-        behind.
-        """
+        """End the thread, so that its bus may be closed. One that hangs is left behind."""
         self._polling.stop()
 
     def finished(self, since: float) -> bool | None:
-        """Whether the run was over at some time after `since` (monotonic seconds); None while there
-        is no later snapshot.
+        """Whether the run was over at some time after `since` (monotonic seconds).
+
+        None while there is no later snapshot.
         """
         return self.latest.finished if self.latest.taken > since else None
 
@@ -57,9 +56,7 @@ class RunWatcher:
 
 
 class MetricsTail:
-    """The newest rows of a run's `metrics.jsonl`, read as they are appended. A file that shrank was
-    cut back by a resume.
-    """
+    """The newest rows of a run's `metrics.jsonl`, read as they are appended."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -73,8 +70,9 @@ class MetricsTail:
 
     @property
     def step_seconds(self) -> float | None:
-        """Seconds per step over the last ten; None before the first. Time between an interruption
-        and its resume is in none.
+        """Seconds per step over the last ten; None before the first.
+
+        The time between an interruption and the resume does not count.
         """
         return self._elapsed_s / len(self.rows) if self.rows else None
 
@@ -97,7 +95,7 @@ class MetricsTail:
         """Take in what was appended since the last call."""
         if not self._path.exists():
             return
-        if self._path.stat().st_size < self._offset:
+        if self._path.stat().st_size < self._offset:  # a resume has cut it back
             self._offset = 0
             self.rows.clear()
         with self._path.open("rb") as file:

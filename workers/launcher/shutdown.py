@@ -1,4 +1,4 @@
-"""The end of a run whose Redis ends with it: not before every worker has learned that it is over."""
+"""The end of a run whose Redis ends with it: only when every worker knows that it is over."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""One launcher for a run: a lock that the kernel drops when its holder dies, with the holder's pid
-in it.
-"""
+"""One launcher for a run: a locked file with its pid, which the kernel unlocks when it dies."""
 
 from __future__ import annotations
 
@@ -34,8 +32,9 @@ def only_launcher(run_dir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
+            pid = file.read().strip() or "unknown"
             raise UserError(
-                f"another `onstream up` (pid {file.read().strip() or 'unknown'}) is running {run_dir}",
+                f"another `onstream up` (pid {pid}) is running {run_dir}",
                 expected="one launcher for a run",
                 next_step="Stop that one first, or choose another run.name.",
                 exit=Exit.REFUSED,

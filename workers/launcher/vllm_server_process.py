@@ -1,6 +1,4 @@
-"""A vLLM server as the launcher sees it: an address that nothing else can take, and whether
-something healthy serves there.
-"""
+"""A vLLM server as the launcher sees it: an address of its own, and whether it is healthy."""
 
 from __future__ import annotations
 
@@ -17,8 +15,7 @@ ANSWER_S = 5.0
 
 
 class ModelServer:
-    """Where the server `name` listens in all its lives, and its health, asked for every quarter of
-    a second.
+    """Where the server `name` listens, also after a restart, and whether it is healthy.
 
     `kind` says what it serves, for the launcher; `log` is its log.
     """
@@ -30,7 +27,8 @@ class ModelServer:
         self._reserved = _reserve()
         self.port: int = self._reserved.getsockname()[1]
         self.base_url = f"http://{HOST}:{self.port}/v1"
-        self.healthy = self.has_served = False
+        self.healthy = False
+        self.has_served = False
         self._told = False
         self._since = time.monotonic()
         self._polling = PollingThread(f"{name}-health", POLL_S, self._look)
@@ -48,19 +46,21 @@ class ModelServer:
         """What has changed since the last call, in a sentence; nothing if nothing has."""
         if self.healthy == self._told:
             return ""
-        self._told, seconds = self.healthy, time.monotonic() - self._since
+        self._told = self.healthy
+        seconds = time.monotonic() - self._since
         self._since = time.monotonic()
-        if self.healthy:
-            return f"{self.name}: healthy at {self.base_url} after {seconds:.0f} s (its log: {self._log})"
-        return f"{self.name}: no longer healthy (its log: {self._log})"
+        if not self._told:
+            return f"{self.name}: no longer healthy (its log: {self._log})"
+        return (
+            f"{self.name}: healthy at {self.base_url} after {seconds:.0f} s (its log: {self._log})"
+        )
 
     def waits(self) -> list[str]:
         """What a run that needs the server waits for, in words."""
         if self.healthy:
             return []
-        return [
-            f"{self.name}: {'not healthy' if self.has_served else 'loading its model'} (its log: {self._log})"
-        ]
+        state = "not healthy" if self.has_served else "loading its model"
+        return [f"{self.name}: {state} (its log: {self._log})"]
 
     def _look(self) -> None:
         self.healthy = self._answers()

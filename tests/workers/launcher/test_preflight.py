@@ -18,12 +18,11 @@ from onstream.pipeline.errors import Exit, UserError
 from onstream.settings.load import load_settings
 from onstream.settings.plan import Plan, make_plan
 from onstream.settings.root import Settings
+from onstream.workers.launcher.model_files import check_model, parameters
 from onstream.workers.launcher.preflight import (
     check_disk,
     check_files,
-    check_model,
     check_resume,
-    parameters,
 )
 from onstream.workers.launcher.single_launcher import only_launcher
 
@@ -223,7 +222,10 @@ def test_a_second_launcher_is_refused_with_the_pid_of_the_first(tmp_path: Path) 
 
 
 def test_the_launcher_imports_no_torch() -> None:
-    program = "import sys, onstream.workers.launcher.launcher, onstream.pipeline.tasks; print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    program = (
+        "import sys, onstream.workers.launcher.launcher, onstream.pipeline.tasks\n"
+        "print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
     result: Any = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
