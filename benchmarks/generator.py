@@ -141,7 +141,8 @@ def main() -> None:
         return random_student(options.hidden, options.layers)
 
     print(
-        f"{student().num_parameters():,} parameters, {options.rollouts} rollouts in groups of {options.group_size}, one thread"
+        f"{student().num_parameters():,} parameters, {options.rollouts} rollouts in groups of "
+        f"{options.group_size}, one thread"
     )
     run_engine(student(), requests[:512], slots)  # warms up
     base = measured(

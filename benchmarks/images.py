@@ -167,7 +167,7 @@ def run_memory(bus: Bus) -> tuple[int, int]:
 
 
 def life_of_a_group(url: str, run: str, image: bytes) -> None:
-    """Print what Redis spends on a group of 16 rollouts over `image`, at every stage of their way."""
+    """Print what Redis spends on a group of 16 rollouts over `image`, stage by stage."""
     bus = connect(url, run, "one")
     lease = bus.lease.acquire(60)
     digest = hashlib.sha256(image).hexdigest()
@@ -175,7 +175,8 @@ def life_of_a_group(url: str, run: str, image: bytes) -> None:
     def tell(when: str) -> None:
         total, of_images = run_memory(bus)
         print(
-            f"  {when:<34}{total:>12,} bytes of memory, {of_images:>9,} of images ({len(image):,} each)"
+            f"  {when:<34}{total:>12,} bytes of memory, {of_images:>9,} of images ({len(image):,} "
+            "each)"
         )
 
     group = [
@@ -233,7 +234,8 @@ def main(seconds: float, rounds: int) -> None:
     named = len(encode(answered(Ticket(1, 0, GROUP, 0, 1, 0, ["train"]), "0" * 64)))
     image = photo(0)
     print(
-        f"a record of {size:,} bytes, {named - size} more where it names an image of {len(image):,} bytes"
+        f"a record of {size:,} bytes, {named - size} more where it names an image of "
+        f"{len(image):,} bytes"
     )
     with tempfile.TemporaryDirectory() as data:
         server = EmbeddedRedis(Path(data), max_memory_mb=2048)
@@ -257,7 +259,8 @@ def main(seconds: float, rounds: int) -> None:
                     sum(cpu.values()) / (rate * seconds) * 1e6
                 )
                 print(
-                    f"chain of four processes, {answer.__name__:<16}{rate:>9,.0f} rollouts/s{cpu_line(cpu)}"
+                    f"chain of four processes, {answer.__name__:<16}{rate:>9,.0f} "
+                    f"rollouts/s{cpu_line(cpu)}"
                 )
         server.stop()
     of, cpu_us = (
@@ -272,7 +275,8 @@ def main(seconds: float, rounds: int) -> None:
     share = median(one / other for one, other in zip(rates["shared"], rates["text"], strict=True))
     verdict = "reached" if share >= TARGET_SHARE else "MISSED"
     print(
-        f"with images {share:.2f} of text, the median of the rounds; by CPU {cpu_us['text'] / cpu_us['shared']:.2f}"
+        f"with images {share:.2f} of text, the median of the rounds; by CPU "
+        f"{cpu_us['text'] / cpu_us['shared']:.2f}"
     )
     print(f"target {TARGET_SHARE}: {verdict}")
     raise SystemExit(share < TARGET_SHARE)

@@ -141,7 +141,7 @@ def compare_writing(model: Path, count: int) -> Table:
 
 
 def compare_scoring(model: Path, groups: int) -> Table:
-    """How many tokens a second the local teacher scores, and vLLM in process, without HTTP between."""
+    """Print how many tokens a second the local teacher scores, and vLLM in process."""
     requests = to_score(model, groups, 8)
     tokens, table = (
         sum(request.tokens for request in requests),

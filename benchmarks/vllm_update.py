@@ -155,7 +155,8 @@ def main() -> None:
         )
     Console().print(
         table,
-        f"{options.in_flight} requests in flight, {options.rounds} updates of {options.model} a mode",
+        f"{options.in_flight} requests in flight, {options.rounds} updates of {options.model} a "
+        "mode",
         sep="\n",
     )
 

@@ -62,8 +62,9 @@ class ChunkReader:
 class ChunkWriter(ChunkReader):
     """The trainer's end.
 
-    Weights take at most `share` of Redis's maxmemory; the rest is for records. A new full set is written beside the old one where both have room, and replaces it otherwise. If
-    records have filled Redis, the writer waits for up to `patience_s`.
+    Weights take at most `share` of Redis's maxmemory; the rest is for records. A new full set is
+    written beside the old one where both have room, and replaces it otherwise. If records have
+    filled Redis, the writer waits for up to `patience_s`.
     """
 
     def __init__(self, store: WeightStore, lease: Lease, share: float, patience_s: float) -> None:

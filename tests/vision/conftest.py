@@ -48,7 +48,8 @@ def directory(
     family: VlmFamily = request.param
     if family != "llava" and find_spec("torchvision") is None:
         pytest.skip(
-            "the processors of the Qwen families need torchvision: `make test` has it, and tests/vision/__init__.py says how"
+            "the processors of the Qwen families need torchvision: `make test` has it, and "
+            "tests/vision/__init__.py says how"
         )
     made = write_tiny(tmp_path_factory.mktemp(family), family)
     return family, made

@@ -74,7 +74,8 @@ def test_sixteen_rollouts_over_a_megapixel_add_it_to_redis_once_until_the_last_h
     assert image_bytes(bus) == len(picture.data)
     bus.lease.acknowledge(bus.lease.current, {entry.id: entry.number for entry in entries[-1:]})
     print(
-        f"an image of {held:,} bytes; memory {before:,} before, {generated:,} generated, {but_one:,} settled but one, {memory(bus):,} after"
+        f"an image of {held:,} bytes; memory {before:,} before, {generated:,} generated, "
+        f"{but_one:,} settled but one, {memory(bus):,} after"
     )
     assert memory(bus) - before < 10_000
     assert (
@@ -101,6 +102,7 @@ def test_nothing_large_passes_through_a_hop(bus: Bus, tiny: Tiny, tmp_path: Path
         )
     large, small, text = (max(sizes[name]) for name in (pictures[0].digest, pictures[1].digest, ""))
     print(
-        f"records without the ids of their prompts: {large} bytes with 1,048,576 pixels, {small} with 1,024, {text} with none"
+        f"records without the ids of their prompts: {large} bytes with 1,048,576 pixels, {small} "
+        f"with 1,024, {text} with none"
     )
     assert max(large, small) - text < NAMED_BYTES

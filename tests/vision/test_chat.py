@@ -31,9 +31,12 @@ GROUP = 2
 WRITTEN = "red blue"
 OF_PARTS = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<|vision_start|><|image_pad|>' }}{% endfor %}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}"
-    "{{ '<|vision_end|>' if message['role'] != 'assistant' }}{% endfor %}{{ 'ASSISTANT: ' if add_generation_prompt }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ "
+    "'<|vision_start|><|image_pad|>' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] "
+    "}}{% endfor %}"
+    "{{ '<|vision_end|>' if message['role'] != 'assistant' }}{% endfor %}{{ 'ASSISTANT: ' if "
+    "add_generation_prompt }}"
 )
 
 pytestmark = pytest.mark.timeout(60)

@@ -72,7 +72,7 @@ def a_case(tiny: Tiny) -> Case:
 
 @torch.no_grad()
 def one_by_one(tiny: Tiny, case: Case) -> list[Tensor]:
-    """Logprobs [C, V] of each sequence, by the model's own forward on the processor's own tensors."""
+    """Logprobs [C, V] of each sequence, by the model's forward on the processor's own tensors."""
     found = []
     for prompt, completion, names in zip(case.prompts, case.completions, case.images, strict=True):
         row = torch.from_numpy(np.concatenate((prompt, completion))).long()[None]
@@ -146,7 +146,7 @@ def test_a_placeholder_written_in_a_text_is_found_out(tiny: Tiny) -> None:
 
 
 def test_a_placeholder_written_in_an_answer_is_found_out(tiny: Tiny) -> None:
-    """Whoever wrote it: with no image to go with it, it would take the place of another sample's."""
+    """Without an image of its own it would take the place of another sample's."""
     features = tiny.vision.features(noise(1))
     shown = np.array([60, *features.token_ids, 70], dtype=np.int32)
     stray = np.array([61, tiny.vision.placeholder_id, 71], dtype=np.int32)

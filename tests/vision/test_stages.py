@@ -104,6 +104,7 @@ def test_every_bad_image_is_a_dead_letter_with_the_reason_and_the_run_goes_on(
     whole = good.data_url.split(",")[1]
     still, turned = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
     with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent_url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         bad = {
             "data:image/png;base64,####": "not base64",
             "data:image/png;base64," + whole[:400]: "the image is broken",
@@ -118,7 +119,7 @@ def test_every_bad_image_is_a_dead_letter_with_the_reason_and_the_run_goes_on(
                 still, "WEBP", save_all=True, append_images=[turned]
             ).data_url: "an animation of 2 frames",
             "https://example.org/cat.png": "images.allowed_hosts: 127.0.0.1",
-            f"http://127.0.0.1:{silent.getsockname()[1]}/cat.png": "took longer than images.fetch_timeout",
+            f"{silent_url}/cat.png": "took longer than images.fetch_timeout",
             "http://127.0.0.1:port/": "cannot be fetched",
             "file:///etc/passwd": "neither a data URL nor http",
             "": "has no URL",

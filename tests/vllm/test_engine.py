@@ -92,7 +92,8 @@ def test_logprobs_are_those_of_the_distribution_that_was_sampled_from(
             for request in requests
         )
         print(
-            f"{sampling or 'temperature 1'}: vLLM and transformers differ by at most {worst:.1e} nats"
+            f"{sampling or 'temperature 1'}: vLLM and transformers differ by at most {worst:.1e} "
+            "nats"
         )
         assert worst < CLOSE_NATS
 
@@ -193,7 +194,8 @@ def test_every_token_is_of_the_version_that_its_span_names_through_updates_under
         for request in requests
     )
     print(
-        f"{mode}: at most {worst:.1e} nats; {sum(number > 1 for number in spans)} of {len(spans)} completions in several spans"
+        f"{mode}: at most {worst:.1e} nats; {sum(number > 1 for number in spans)} of {len(spans)} "
+        "completions in several spans"
     )
     assert worst < CLOSE_NATS
     assert max(spans) == 1 if mode == "wait" else max(spans) > 1
@@ -214,7 +216,8 @@ def test_kept_keys_and_values_make_tokens_that_no_version_alone_would_have_drawn
     assert max(gap[: spans[0].end].max() for spans, gap in found) < CLOSE_NATS
     after = np.concatenate([gap[spans[0].end :] for spans, gap in found])
     print(
-        f"after the update: {after.mean():.2f} nats from the new version in the mean, at most {after.max():.2f}"
+        f"after the update: {after.mean():.2f} nats from the new version in the mean, at most "
+        f"{after.max():.2f}"
     )
     assert after.size and np.median(after) > 0.1
 

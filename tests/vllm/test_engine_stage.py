@@ -102,7 +102,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def test_a_late_joiner_loads_the_newest_version_before_its_first_rollout_and_goes_on_with_it_past_a_torn_one(
+def test_a_late_joiner_loads_the_newest_version_first_and_goes_on_with_it_past_a_torn_one(
     generator: Callable[[], Generator],
     announced: Announcements,
     student: Student,
@@ -169,6 +169,7 @@ def test_the_first_token_of_a_new_version_comes_while_requests_are_in_flight(
         engine._stop_ids = stop_ids
     told = ", ".join(f"{one:.3f}" for one in seconds)
     print(
-        f"{mode}: {told} s from the announcement to the first token, with {IN_FLIGHT} requests in flight"
+        f"{mode}: {told} s from the announcement to the first token, with {IN_FLIGHT} requests in "
+        "flight"
     )
     assert engine.version == begin + 3

@@ -117,6 +117,7 @@ def test_a_teacher_that_would_judge_images_blind_is_refused_at_the_start(
     )
     with pytest.raises(
         UserError,
-        match=r"would score them without: the protocol is vllm-completions, which sends token ids alone",
+        match=r"would score them without: the protocol is vllm-completions, which sends token ids "
+        r"alone",
     ):
         ExternalTeacher(settings, bus).setup()

@@ -159,8 +159,8 @@ def test_more_likeliest_tokens_than_the_server_gives_are_refused_with_its_limit(
     server: VllmServer, student_dir: Path, bus: Bus
 ) -> None:
     assert (
-        "Set trainer.loss.teacher_top_k = 20, or raise the server's own limit (vLLM: --max-logprobs)"
-        in refusal(configure(server, student_dir, top_k=24), bus)
+        "Set trainer.loss.teacher_top_k = 20, or raise the server's own limit (vLLM: "
+        "--max-logprobs)" in refusal(configure(server, student_dir, top_k=24), bus)
     )
 
 

@@ -130,7 +130,7 @@ def worst_gap(
 
 
 def a_b_a(engine: ServerEngine, models: Models) -> tuple[list[GenerationRequest], list[Completion]]:
-    """72 requests, of which 12 come after each update, while the weights go from A to B and back."""
+    """72 requests, 12 of them after each update, while the weights go from A to B and back."""
     requests = some_requests(48)
     engine.load(policy_of(1, models[1]))
     engine.add(requests)
@@ -159,7 +159,8 @@ def test_weights_go_from_a_to_b_and_back_under_load_and_each_token_is_of_the_ver
     exact = worst_gap(models, requests, finished, stale=mode == "keep")
     alone = worst_gap(models, requests, fresh)
     print(
-        f"{mode}: {len(crossed)} of {len(finished)} completions are of several versions; at most {exact:.1e} nats from transformers"
+        f"{mode}: {len(crossed)} of {len(finished)} completions are of several versions; at most "
+        f"{exact:.1e} nats from transformers"
     )
     assert exact < CLOSE_NATS, "with keep, transformers is given the same stale keys and values"
     assert alone < CLOSE_NATS, "nobody finds another version's keys and values in the prefix cache"
@@ -205,7 +206,7 @@ def test_a_file_that_is_torn_is_never_loaded_and_what_runs_goes_on_with_the_vers
     assert len(list((tmp_path / "shared").iterdir())) == 2
 
 
-def test_a_server_that_is_killed_and_comes_back_with_its_first_weights_gets_the_newest_before_it_writes(
+def test_a_server_that_comes_back_with_its_first_weights_gets_the_newest_before_it_writes(
     student_server: VllmServer, make: Callable[..., ServerEngine], models: Models
 ) -> None:
     engine = make()

@@ -84,6 +84,7 @@ def test_the_example_learns_from_a_server_that_is_started_killed_started_again_a
     assert (audit["lost"], audit["duplicated"], audit["dead"]) == (0, 0, 0)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     print(
-        f"step 1, by its own version: mean |trainer - generator| {rows[0]['mismatch_fresh_mean']:.2g} nats"
+        "step 1, by its own version: mean |trainer - generator| "
+        f"{rows[0]['mismatch_fresh_mean']:.2g} nats"
     )
     assert rows[0]["mismatch_fresh_mean"] < 1e-4

@@ -301,7 +301,8 @@ def test_an_allowed_host_is_fetched_from(host: str) -> None:
         ("gone.png", "status 404; expected 200"),
         (
             "moved.png",
-            "status 302 .to 'http://example.org/red.png'; redirects are not followed.; expected 200",
+            "status 302 .to 'http://example.org/red.png'; redirects are not followed.; expected "
+            "200",
         ),
         ("slow.png", "took longer than images.fetch_timeout, 0.5 s"),
     ],

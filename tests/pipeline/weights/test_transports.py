@@ -36,7 +36,7 @@ def fetched(reader: PolicyFetcher, policy: LoadedPolicy) -> LoadedPolicy:
 
 
 @pytest.mark.parametrize("full_every", [None, 10], ids=["full sets", "deltas"])
-def test_over_50_updates_a_reader_that_keeps_up_one_that_misses_some_and_one_that_joins_late_get_every_bit(
+def test_over_50_updates_readers_that_keep_up_miss_some_or_join_late_get_every_bit(
     transport: Transport,
     full_every: int | None,
     record_testsuite_property: Callable[[str, object], None],
@@ -62,7 +62,8 @@ def test_over_50_updates_a_reader_that_keeps_up_one_that_misses_some_and_one_tha
     mean = sum(sizes[1:]) / UPDATES
     record_testsuite_property(f"{transport.name}, {full_every}: bytes an update", mean)
     print(
-        f"{transport.name}, full_every={full_every}: {mean:,.0f} bytes an update, a full set has {full_bytes:,}"
+        f"{transport.name}, full_every={full_every}: {mean:,.0f} bytes an update, a full set has "
+        f"{full_bytes:,}"
     )
     if full_every is None:
         assert (set(sizes), set(shares)) == ({full_bytes}, {None})

@@ -3,12 +3,14 @@ tokenizer.
 """
 
 PLAIN = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ':' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ':' + message['content'] + "
+    "'<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"
 )
 
 TRIMMING = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] | trim + '<|im_end|>' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "| trim + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -20,13 +22,16 @@ ENDLESS = (  # leaves out the end of the last turn
 
 THINKING = (  # renders reasoning, and drops it once a later user message has come
     "{% set last = namespace(user=-1) %}"
-    "{% for message in messages %}{% if message['role'] == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% if message['role'] == 'user' %}{% set last.user = loop.index0 "
+    "%}{% endif %}{% endfor %}"
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' and message['reasoning_content'] and loop.index0 > last.user %}"
+    "{% if message['role'] == 'assistant' and message['reasoning_content'] and loop.index0 > "
+    "last.user %}"
     "{{ '<think>\n' + message['reasoning_content'].strip('\n') + '\n</think>\n\n' }}{% endif %}"
     "{{ message['content'] }}"
     "{% for call in message['tool_calls'] or [] %}"
-    "{{ '<call>' + call['function']['name'] + ' ' + (call['function']['arguments'] | tojson) + '</call>' }}{% endfor %}"
+    "{{ '<call>' + call['function']['name'] + ' ' + (call['function']['arguments'] | tojson) + "
+    "'</call>' }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -40,12 +45,14 @@ SCAFFOLD = (
 )
 
 PREFILLED = (  # the generation prompt opens the reasoning, which the finished answer does not show
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ':' + message['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ':' + message['content'] + "
+    "'<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant:<think>' }}{% endif %}"
 )
 
 FICKLE = (  # renders what came before in another way once an answer follows
-    "{% for message in messages %}{{ message['role'] + (messages | length | string) + message['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% for message in messages %}{{ message['role'] + (messages | length | string) + "
+    "message['content'] + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}"
 )
 

@@ -34,13 +34,8 @@ LOGPROBS = np.array([-0.5, -1.0, -2.0], dtype=np.float32)
         (7, -0.5, -0.5, False, 0.0),
         (7, -0.75, -0.5, False, 0.25),
         (3, -0.25, -1.0, False, 0.75),
-        (
-            3,
-            -0.875,
-            -1.0,
-            False,
-            0.375,
-        ),  # the trainer's choice cannot be likelier to the engine than the engine's own: -0.5 to -0.875
+        # to the engine, the trainer's choice cannot be likelier than its own: -0.5 to -0.875
+        (3, -0.875, -1.0, False, 0.375),
         (9, -0.25, -2.0, True, 1.75),
         (9, -2.0, -2.0, True, 1.5),
     ],

@@ -141,7 +141,8 @@ CASES: dict[str, tuple[str, list[dict[str, Any]], list[dict[str, Any]], list[str
         [USER],
         [assistant(None, tool_calls=[call("add", '{"a":1}')])],
         [
-            '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n|<call>add {"a": 1}</call><|im_end|>'
+            '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n|<call>add {"a": '
+            "1}</call><|im_end|>"
         ],
     ),
     "what a tool answers is read, not trained": (

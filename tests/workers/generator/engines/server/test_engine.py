@@ -183,7 +183,7 @@ def test_of_two_servers_the_one_that_could_not_load_a_version_gets_no_request_un
     assert versions(until(engine, 8)) == {2} and ill.asked_for > before
 
 
-def test_a_server_that_fails_while_its_weights_are_replaced_stays_paused_and_what_it_wrote_is_written_elsewhere(
+def test_a_server_that_fails_while_it_loads_stays_paused_and_others_write_on(
     servers: Callable[[], HandWrittenVllm], make: Callable[..., ServerEngine]
 ) -> None:
     well = servers()
@@ -230,7 +230,7 @@ def test_an_update_that_somebody_left_open_is_closed_first(
     assert engine.problem == "" and server.label.startswith("1.")
 
 
-def test_what_a_server_wrote_with_weights_that_nobody_here_gave_it_is_thrown_away_and_asked_for_again(
+def test_what_a_server_wrote_with_unknown_weights_is_thrown_away_and_asked_for_again(
     servers: Callable[[], HandWrittenVllm], make: Callable[..., ServerEngine]
 ) -> None:
     server = servers()

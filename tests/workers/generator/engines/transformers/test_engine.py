@@ -409,7 +409,7 @@ def test_in_bfloat16_logprobs_are_those_of_a_bfloat16_forward_pass(student: Any)
         assert np.abs(chosen(plain, one.token_ids) - one.logprobs).max() < 0.15
 
 
-def test_waiting_for_what_runs_writes_each_completion_under_one_version_and_starts_no_other_meanwhile(
+def test_with_wait_each_completion_has_one_version_and_no_other_starts_meanwhile(
     student: Any, other_weights: dict[str, torch.Tensor], plain_logprobs: Callable[..., Any]
 ) -> None:
     engine = TransformersEngine(student, (), slots=4, on_new_weights="wait")

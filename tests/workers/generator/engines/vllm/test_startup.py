@@ -39,7 +39,8 @@ def test_a_generator_that_is_to_use_vllm_where_it_is_not_installed_says_how_to_i
     monkeypatch.setattr(engines, "vllm_importable", lambda: False)
     with pytest.raises(
         SettingsError,
-        match=r'inference.engine = "vllm", which is not installed here.*pip install .onstream\[vllm\]',
+        match=r'inference.engine = "vllm", which is not installed here.*pip install '
+        r".onstream\[vllm\]",
     ):
         open_student(settings_of(student_dir))
 
