@@ -161,9 +161,9 @@ def sent_and_fetched(
 ) -> tuple[float, float, float]:
     """Bytes of an update, and the median CPU seconds that it takes the trainer and a generator."""
     took: list[tuple[float, float, float]] = []
-    with opened(transport, parameters) as (outlet, shelf):
-        sender = PolicySender(outlet, 10**6 if deltas else None)
-        reader = PolicyFetcher(shelf, deltas=deltas)
+    with opened(transport, parameters) as (writer, store_reader):
+        sender = PolicySender(writer, 10**6 if deltas else None)
+        reader = PolicyFetcher(store_reader, deltas=deltas)
         for policy in versions(parameters, share):
             sending = seconds(partial(sender.send, policy))
             fetching = seconds(partial(reader.fetch, announced(policy)))

@@ -96,11 +96,9 @@ def _remember_error(logger: WrappedLogger, method: str, event: EventDict) -> Eve
     """Keep the last error for the heartbeat: a worker's log may be on another machine."""
     global _last_error
     if event.get("level") in ("error", "critical"):
-        cause = (
-            event.get("error")
-            or event.get("reason")
-            or (sys.exc_info()[1] if event.get("exc_info") else None)
-        )
+        cause = event.get("error") or event.get("reason")
+        if not cause and event.get("exc_info"):
+            cause = sys.exc_info()[1]
         text = f"{event.get('event')}: {cause}" if cause else str(event.get("event"))
         _last_error = LoggedError(text[:ERROR_CHARACTERS], time.time())
     return event

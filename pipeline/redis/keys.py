@@ -177,4 +177,4 @@ class ScoreKeys:
     size: str = "{onstream:scores}:bytes"
     """String: bytes of all scores."""
     teachers: str = "{onstream:scores}:teachers"
-    """Hash: by name, what each teacher scored a text that it was probed with."""
+    """Hash: by name, what each teacher scored a text that it was checked with."""

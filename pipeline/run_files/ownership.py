@@ -88,9 +88,8 @@ class Ownership:
             yield
 
     def _read(self) -> tuple[int, str]:
-        epoch, _, owner = (
-            os.pread(self._file, 4096, 0).decode(errors="replace").strip().partition(" ")
-        )
+        text = os.pread(self._file, 4096, 0).decode(errors="replace").strip()
+        epoch, _, owner = text.partition(" ")
         return (int(epoch), owner) if epoch.isdecimal() else (0, "")
 
     @contextmanager

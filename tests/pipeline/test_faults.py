@@ -59,7 +59,7 @@ POINTS = {
     "renewing": Point("RENEW", keeps=True),
     "heartbeat": Point("HEARTBEAT", keeps=True),
     "asking-whether-the-run-has-ended": Point("EXISTS finished", keeps=True),
-    "settling": Point("HOP"),
+    "moving-on": Point("HOP"),
     "ending-its-read": Point("CLIENT UNBLOCK", keeps=True, told_to_stop=True),
     "giving-back": Point("GIVE_BACK", keeps=True, told_to_stop=True),
     "retiring": Point("RETIRE", keeps=True, told_to_stop=True),

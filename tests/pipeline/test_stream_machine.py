@@ -1,6 +1,7 @@
-"""Whatever order issuing, reading, settling, dying, reaping and acknowledging come in, every number
-is in one place: a machine of rules over a real Redis, with workers that are killed, fall asleep,
-and do late what they were about to do."""
+"""Every number is in one place, in whatever order workers read, move on, die, sleep and come late.
+
+A machine of rules over a real Redis.
+"""
 
 from __future__ import annotations
 
@@ -63,9 +64,8 @@ class Streams(RuleBasedStateMachine):
         self.lease = self.trainer.lease.acquire(600)
         self.issued = 0
         self.hands: dict[str, list[Entry]] = {name: [] for name in WORKERS}
-        self.late: list[
-            tuple[str, list[Move]]
-        ] = []  # what workers were about to settle when they fell asleep
+        # what workers were about to move on when they fell asleep
+        self.late: list[tuple[str, list[Move]]] = []
         self.taken: dict[bytes, Entry] = {}  # the trainer's entries that no checkpoint holds
         self.payable: dict[bytes, int] = {}  # numbers by the entries whose checkpoint is durable
         self.settled: set[int] = set()
@@ -94,7 +94,7 @@ class Streams(RuleBasedStateMachine):
         self.hands[name] += self.buses[name].streams.read(WORKERS[name], count)
 
     @rule(name=workers, count=counts, dead=st.booleans(), repeats=st.booleans())
-    def settle(self, name: str, count: int, dead: bool, repeats: bool) -> None:
+    def move_on(self, name: str, count: int, dead: bool, repeats: bool) -> None:
         """Move some of what is in hand on, or give it up."""
         moves = [self._move(name, entry, dead) for entry in self.hands[name][:count]]
         del self.hands[name][:count]
@@ -103,7 +103,7 @@ class Streams(RuleBasedStateMachine):
 
     @rule(name=workers, count=counts, dead=st.booleans())
     def fall_asleep(self, name: str, count: int, dead: bool) -> None:
-        """About to settle, but not yet."""
+        """About to move entries on, but not yet."""
         self.late.append(
             (name, [self._move(name, entry, dead) for entry in self.hands[name][:count]])
         )
@@ -150,7 +150,7 @@ class Streams(RuleBasedStateMachine):
         self.hands[name] = []
 
     @rule(name=workers)
-    def bury(self, name: str) -> None:
+    def forget_dead(self, name: str) -> None:
         """Forget consumers, however lately they were heard of."""
         self.buses[name].streams.forget_dead_consumers(WORKERS[name], -1)
 

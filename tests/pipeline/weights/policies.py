@@ -61,7 +61,7 @@ class Transport:
         (self.run_dir / "model").mkdir(exist_ok=True)
         return DirectoryWriter(self.run_dir, self.run_dir / "model")
 
-    def shelf(self) -> StoreReader:
+    def store_reader(self) -> StoreReader:
         return (
             ChunkReader(self.bus.weights) if self.name == "redis" else DirectoryReader(self.run_dir)
         )
@@ -70,4 +70,4 @@ class Transport:
         return PolicySender(self.outlet(), full_every)
 
     def reader(self) -> PolicyFetcher:
-        return PolicyFetcher(self.shelf(), deltas=True)
+        return PolicyFetcher(self.store_reader(), deltas=True)

@@ -79,14 +79,14 @@ def test_weights_that_change_everywhere_go_whole(transport: Transport) -> None:
         sent = sender.send(policy)
         assert sent.update_bytes == policy.data.size
         fetched(reader, policy)
-        assert all(part.base is None for part in transport.shelf().parts())
+        assert all(part.base is None for part in transport.store_reader().parts())
 
 
 def test_only_the_newest_full_set_and_the_deltas_since_are_offered(transport: Transport) -> None:
     sender = transport.sender(full_every=4)
     for policy in course(7):
         sender.send(policy)
-    found = {(part.number, part.base is not None) for part in transport.shelf().parts()}
+    found = {(part.number, part.base is not None) for part in transport.store_reader().parts()}
     if transport.name == "filesystem":
         found -= {
             (0, False)
@@ -102,7 +102,7 @@ def test_deltas_that_have_come_to_the_size_of_a_full_set_are_followed_by_one(
     most = 0.0
     for policy in course(30, rate=1e-3):
         sent = sender.send(policy)
-        parts = transport.shelf().parts()
+        parts = transport.store_reader().parts()
         newest_full = max(part.number for part in parts if part.base is None)
         since = sum(part.size_bytes for part in parts if part.base and part.number > newest_full)
         most = max(most, since / policy.data.size)
@@ -120,7 +120,9 @@ def test_a_reader_without_the_base_starts_from_the_full_set_and_the_deltas_that_
     late = transport.reader()
     fetched(late, policies[-1])
     deltas = sum(
-        part.size_bytes for part in transport.shelf().parts() if part.base and part.number > 0
+        part.size_bytes
+        for part in transport.store_reader().parts()
+        if part.base and part.number > 0
     )
     assert late.fetched_bytes == policies[0].data.size + deltas
 
@@ -188,8 +190,8 @@ def test_a_delta_that_is_damaged_is_not_loaded_and_the_base_stays_what_it_was(
     base = fetched(reader, policies[1])
     before = base.data.copy()
     sender.send(policies[2])
-    delta = next(part for part in transport.shelf().parts() if part.number == 2)
-    good = transport.shelf().read(delta)
+    delta = next(part for part in transport.store_reader().parts() if part.number == 2)
+    good = transport.store_reader().read(delta)
     for at in (delta.size_bytes - 1, delta.size_bytes // 2, 3):
         bad = good.copy()
         bad[at] ^= 1

@@ -30,7 +30,7 @@ SAMPLE = Sample(
 )
 
 
-def bury(
+def add_dead_letter(
     bus: Bus, number: int, reason: str, payload: bytes | None = None, stage: str = "verify"
 ) -> None:
     if payload is None:
@@ -55,8 +55,8 @@ def test_letters_are_grouped_by_stage_and_by_reason_but_for_its_numbers(
     bus: Bus, tmp_path: Path
 ) -> None:
     for number, reason in ((1, "4 times in vain"), (2, "5 times in vain"), (3, "too long")):
-        bury(bus, number, reason)
-    bury(bus, 4, "too long", stage="generate")
+        add_dead_letter(bus, number, reason)
+    add_dead_letter(bus, 4, "too long", stage="generate")
     found = dead_by_reason(bus, tmp_path)
     assert [(group["stage"], group["reason"], group["uids"]) for group in found["reasons"]] == [
         ("verify", "4 times in vain", [f"{bus.run}/1", f"{bus.run}/2"]),
@@ -67,7 +67,7 @@ def test_letters_are_grouped_by_stage_and_by_reason_but_for_its_numbers(
 
 def test_spilled_letters_are_listed_with_those_in_redis(bus: Bus, tmp_path: Path) -> None:
     for number in range(1, 6):
-        bury(bus, number, "gave up")
+        add_dead_letter(bus, number, "gave up")
     spill_dead(bus, tmp_path / FILE, keep=2)
     [group] = dead_by_reason(bus, tmp_path)["reasons"]
     assert sorted(group["uids"]) == [f"{bus.run}/{number}" for number in range(1, 6)]
@@ -78,7 +78,7 @@ def test_the_failing_record_is_readable_its_arrays_as_numbers(bus: Bus, tmp_path
     info = {"answer": "a"}
     route: list[StageName] = ["verify", "train"]
     rollout = Rollout(7, 0, 1, 0, messages, info, [SAMPLE], 1.0, "stop", route)
-    bury(bus, 7, "gave up", encode(rollout))
+    add_dead_letter(bus, 7, "gave up", encode(rollout))
     [letter] = letters_of(bus, tmp_path, f"{bus.run}/7")
     assert letter["stage"] == "verify"
     assert letter["reason"] == "gave up"
@@ -93,7 +93,7 @@ def test_the_failing_record_is_readable_its_arrays_as_numbers(bus: Bus, tmp_path
 
 
 def test_bytes_that_are_no_record_are_shown_with_the_reason(bus: Bus, tmp_path: Path) -> None:
-    bury(bus, 0, "does not decode", b"\xff\x00rubbish")
+    add_dead_letter(bus, 0, "does not decode", b"\xff\x00rubbish")
     [letter] = letters_of(bus, tmp_path, "0")
     assert letter["record"] is None
     assert "do not decode" in letter["problem"]
@@ -102,7 +102,7 @@ def test_bytes_that_are_no_record_are_shown_with_the_reason(bus: Bus, tmp_path: 
 
 def test_letters_are_chosen_by_number_by_reason_or_all_at_once(bus: Bus, tmp_path: Path) -> None:
     for number, reason in ((1, "4 times in vain"), (2, "5 times in vain"), (3, "too long")):
-        bury(bus, number, reason)
+        add_dead_letter(bus, number, reason)
     assert ask_trainer(bus, tmp_path, "requeue", ["3"], None, everything=False) == [f"{bus.run}/3"]
     ask_trainer(bus, tmp_path, "purge", [], "4 times in vain", everything=False)
     assert requests_of(bus) == [("requeue", 3), ("purge", 1), ("purge", 2)]
@@ -110,7 +110,7 @@ def test_letters_are_chosen_by_number_by_reason_or_all_at_once(bus: Bus, tmp_pat
 
 
 def test_what_has_no_number_can_be_purged_and_not_asked_for_anew(bus: Bus, tmp_path: Path) -> None:
-    bury(bus, 0, "does not decode", b"rubbish")
+    add_dead_letter(bus, 0, "does not decode", b"rubbish")
     assert ask_trainer(bus, tmp_path, "requeue", [], None, everything=True) == []
     assert ask_trainer(bus, tmp_path, "purge", [], None, everything=True) == [f"{bus.run}/0"]
 
@@ -121,7 +121,7 @@ def test_what_has_no_number_can_be_purged_and_not_asked_for_anew(bus: Bus, tmp_p
 def test_a_choice_of_nothing_or_of_what_is_not_there_is_refused(
     bus: Bus, tmp_path: Path, rollouts: list[str], reason: str | None
 ) -> None:
-    bury(bus, 1, "gave up")
+    add_dead_letter(bus, 1, "gave up")
     with pytest.raises(UserError):
         ask_trainer(bus, tmp_path, "purge", rollouts, reason, everything=False)
     assert requests_of(bus) == []
@@ -130,7 +130,7 @@ def test_a_choice_of_nothing_or_of_what_is_not_there_is_refused(
 def test_the_commands_print_what_they_found_and_say_that_no_trainer_is_there(
     bus: Bus, redis_url: str, tmp_path: Path
 ) -> None:
-    bury(bus, 1, "gave up")
+    add_dead_letter(bus, 1, "gave up")
     (tmp_path / bus.run).mkdir()
     (tmp_path / bus.run / "settings.toml").write_text(
         f'[run]\nname = "{bus.run}"\ndir = "{tmp_path}"\n'
@@ -151,5 +151,7 @@ def test_the_commands_print_what_they_found_and_say_that_no_trainer_is_there(
 def test_arrays_of_every_length_read_back(bus: Bus, tmp_path: Path) -> None:
     ids = np.arange(300, dtype=np.int32)
     long = Sample(ids_bytes(ids), b"", b"", b"", [], "")
-    bury(bus, 8, "gave up", encode(Rollout(8, 0, 1, 0, [], {}, [long], 1.0, "stop", ["train"])))
+    add_dead_letter(
+        bus, 8, "gave up", encode(Rollout(8, 0, 1, 0, [], {}, [long], 1.0, "stop", ["train"]))
+    )
     assert letters_of(bus, tmp_path, "8")[0]["record"]["samples"][0]["prompt_ids"] == ids.tolist()

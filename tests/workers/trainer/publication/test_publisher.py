@@ -30,7 +30,7 @@ CHANGES = {
 }
 
 
-def shelf(job: Run) -> StoreReader:
+def store_reader(job: Run) -> StoreReader:
     return (
         ChunkReader(job.bus.weights)
         if job.settings().weights.transport == "redis"
@@ -62,12 +62,12 @@ def test_a_step_says_how_many_bytes_it_published_and_what_share_of_the_weights_c
 def test_every_version_can_be_had_by_a_reader_that_keeps_up_and_the_newest_by_one_that_joins(
     job: Run,
 ) -> None:
-    steady = PolicyFetcher(shelf(job), deltas=True)
+    steady = PolicyFetcher(store_reader(job), deltas=True)
     for step in range(7):
         job.until(step)
         policy = job.bus.state.newest_policy()
         assert policy is not None and policy.number == step
-        for reader in (steady, PolicyFetcher(shelf(job), deltas=True)):
+        for reader in (steady, PolicyFetcher(store_reader(job), deltas=True)):
             assert reader.fetch(policy).digest == policy.digest
 
 
@@ -81,18 +81,18 @@ def test_a_killed_trainer_replays_without_publishing_anew_and_goes_on_where_it_w
     job: Run, killed_at: int
 ) -> None:
     job.until(killed_at)
-    before = {part.place for part in shelf(job).parts()}
+    before = {part.place for part in store_reader(job).parts()}
     rows = job.rows()
     newest = job.bus.state.newest_policy()
     assert newest is not None
     job.start()
-    assert {part.place for part in shelf(job).parts()} == before
+    assert {part.place for part in store_reader(job).parts()} == before
     job.until(killed_at)
-    assert {part.place for part in shelf(job).parts()} == before
+    assert {part.place for part in store_reader(job).parts()} == before
     assert job.bus.state.newest_policy() == newest
     assert job.rows()[-1]["publish_bytes"] == 0
     assert [row["delta_share"] for row in job.rows()] == [row["delta_share"] for row in rows]
-    reader = PolicyFetcher(shelf(job), deltas=True)
+    reader = PolicyFetcher(store_reader(job), deltas=True)
     reader.fetch(newest)
     job.to_the_end()
     policy = job.bus.state.newest_policy()
