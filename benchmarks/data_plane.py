@@ -270,8 +270,9 @@ def timed(
     once: Callable[[], int],
     before: Callable[[], None] = lambda: None,
 ) -> None:
-    """Print the rate of `once`, which returns how many records it moved; `before` prepares each
-    call, untimed.
+    """Print the rate of `once`, which returns how many records it moved.
+
+    `before` prepares each call, untimed.
     """
     moved = 0
     spent = 0.0

@@ -12,8 +12,9 @@ from onstream.pipeline.errors import UserError
 
 
 def import_function(path: str, *, setting: str) -> Callable[..., Any]:
-    """The function that `path` names as `module:function`. `setting` is where `path` stands, for
-    messages.
+    """The function that `path` names as `module:function`.
+
+    `setting` is where `path` stands, for messages.
 
     Modules in the working directory are found too, but after all others: a `redis.py` that lies
     there must not take the place of ours.

@@ -62,8 +62,9 @@ class Endpoint:
         return decoded(await self._ask("GET", f"{self._api}/models"))
 
     async def post(self, path: str, body: dict[str, Any]) -> bytes:
-        """The reply to `body` at `path` from the server's root. Paths under `/v1/` are taken from
-        where the address has its OpenAI routes.
+        """The reply to `body` at `path` from the server's root.
+
+        Paths under `/v1/` are taken from where the address has its OpenAI routes.
 
         Raises:
             EndpointFault: no reply, or one of a server that failed; another try may help.
@@ -166,8 +167,9 @@ def _line(text: str) -> str:
 
 
 def _retry_after_s(header: str | None, now: float) -> float | None:
-    """The seconds that a `Retry-After` header asks for, by a number or a date. None where there is
-    no such header, or no sense in it.
+    """The seconds that a `Retry-After` header asks for, by a number or a date.
+
+    None where there is no such header, or no sense in it.
     """
     if header is None:
         return None

@@ -114,8 +114,9 @@ class EndpointPool(Generic[E]):
         return f"{down} of {len(self.endpoints)} endpoints are down: {complaints}"
 
     async def open(self, *, patient: bool) -> None:
-        """Check every endpoint. Those that do not answer are tried again later. One must answer,
-        unless `patient`.
+        """Check every endpoint.
+
+        Those that do not answer are tried again later. One must answer, unless `patient`.
 
         Raises:
             UserError: an endpoint answers and cannot be used, or none answers at all.
@@ -151,8 +152,10 @@ class EndpointPool(Generic[E]):
     async def ask(
         self, request: Callable[[E], Awaitable[T]], of: E | None = None
     ) -> EndpointReply[T]:
-        """The answer to `request`. Returns when some endpoint has given it, however long all are
-        down. With `of`, that endpoint alone is asked, unless it is down.
+        """The answer to `request`.
+
+        Returns when some endpoint has given it, however long all are down. With `of`, that endpoint
+        alone is asked, unless it is down.
 
         Raises:
             RequestRefused: an endpoint refuses this one, or fails at it although it answers others.
@@ -177,8 +180,9 @@ class EndpointPool(Generic[E]):
     async def attempts(
         self, request: Callable[[E], Awaitable[T]], of: E | None = None
     ) -> EndpointReply[T]:
-        """The answer to `request`, which is sent again up to `max_retries` times, after random and
-        growing waits.
+        """The answer to `request`.
+
+        It is sent again up to `max_retries` times, after random and growing waits.
 
         Raises:
             RequestRefused: an endpoint refuses it.
@@ -216,6 +220,7 @@ class EndpointPool(Generic[E]):
     @asynccontextmanager
     async def _turn(self, of: E | None) -> AsyncIterator[E]:
         """The endpoint with the fewest requests in flight, as soon as one has room for another.
+
         With `of`, that one, unless it is down.
         """
         async with self._changed:
@@ -253,8 +258,10 @@ class EndpointPool(Generic[E]):
             self._count_failure(endpoint, str(fault))
 
     def _count_refusal(self, endpoint: E, reason: str) -> None:
-        """A server that refuses one request after the other is checked anew, where the check is
-        conclusive. Otherwise its refusal shows that it works.
+        """Count a refusal as a failure where the check is conclusive.
+
+        So a server that refuses one request after the other is checked anew. Elsewhere a refusal
+        shows that the server works.
         """
         if self._conclusive:
             self._count_failure(endpoint, reason)

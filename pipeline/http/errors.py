@@ -4,8 +4,10 @@ from __future__ import annotations
 
 
 class EndpointError(Exception):
-    """A request without an answer. `status` is the reply's HTTP status; None where there was no
-    reply, or where the reply was found wrong here.
+    """A request without an answer.
+
+    `status` is the reply's HTTP status; None where there was no reply, or where the reply was found
+    wrong here.
     """
 
     def __init__(self, message: str, *, status: int | None = None) -> None:
@@ -14,8 +16,9 @@ class EndpointError(Exception):
 
 
 class EndpointFault(EndpointError):
-    """The endpoint failed, and the request is not the cause: it is worth sending again, there or
-    elsewhere.
+    """The endpoint failed, and the request is not the cause.
+
+    It is worth sending again, there or elsewhere.
 
     `retry_after_s` is how long the server asked for no requests. `breaks` is False for a server
     that is only busy: this does not count towards its circuit breaker.
@@ -39,6 +42,7 @@ class BadReply(EndpointFault):
 
 
 class RequestRefused(EndpointError):
-    """The server refuses this request for its content. Sending it again would not help; another
-    request may pass.
+    """The server refuses this request for its content.
+
+    Sending it again would not help; another request may pass.
     """

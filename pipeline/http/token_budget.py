@@ -1,6 +1,4 @@
-"""The token budget of a stage: what endpoints may read and write for it in one run, over all
-workers and restarts.
-"""
+"""The token budget of a stage in one run, over all workers and restarts."""
 
 from __future__ import annotations
 

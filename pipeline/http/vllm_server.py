@@ -20,8 +20,10 @@ def become_server(
     deployment: DeploymentSettings,
     variables: Mapping[str, str] | None = None,
 ) -> NoReturn:
-    """Turn this process into the server. Of a variable that is set twice, `variables` wins over the
-    environment, and the environment over what the device needs.
+    """Turn this process into the server.
+
+    Of a variable that is set twice, `variables` wins over the environment, and the environment over
+    what the device needs.
     """
     environ = vllm_environment(device_of(deployment)) | dict(os.environ) | dict(variables or {})
     os.execve(sys.executable, [sys.executable, "-P", "-m", SERVER, *arguments], environ)

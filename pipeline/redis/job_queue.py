@@ -39,8 +39,10 @@ SHORT_LIVED_S = 3600
 
 @dataclass(frozen=True)
 class JobRow:
-    """What is known of one job. `result` is what it returned, `reason` is why it failed, and
-    `tries` counts the tries that have begun.
+    """What is known of one job.
+
+    `result` is what it returned, `reason` is why it failed, and `tries` counts the tries that have
+    begun.
     """
 
     kind: str
@@ -89,8 +91,9 @@ class JobQueue:
         again: bool = False,
         time_limit_s: int | None = None,
     ) -> bool:
-        """Ask for the job `kind` of `key` (a step, say); returns False where it was asked for
-        before.
+        """Ask for the job `kind` of `key` (a step, say).
+
+        Returns False where it was asked for before.
 
         With `again`, an earlier one that has ended does not count. `time_limit_s` stands in for
         `jobs.time_limit`.
@@ -190,8 +193,9 @@ def ask_pinned(
     *args: Any,
     again: bool = False,
 ) -> bool:
-    """Ask for a job on a policy version; returns False where it was asked for before. The version
-    stays on disk until the job has ended.
+    """Ask for a job on a policy version; returns False where it was asked for before.
+
+    The version stays on disk until the job has ended.
 
     Raises:
         redis.RedisError: Redis is away, or full.
@@ -215,8 +219,9 @@ def pin_use(kind: str, key: str) -> str:
 
 
 def _job_id(run: str, kind: str, key: str) -> str:
-    """The id of the job in RQ, which takes letters, digits, - and _ alone. A digest tells keys
-    apart that differ in other characters.
+    """The id of the job in RQ, which takes letters, digits, - and _ alone.
+
+    A digest tells keys apart that differ in other characters.
     """
     digest = hashlib.blake2s(f"{run}/{key}".encode(), digest_size=6).hexdigest()
     readable = re.sub("[^A-Za-z0-9-]", "-", f"{run}-{kind}-{key}")[:100]

@@ -1,6 +1,4 @@
-"""What a task is: problems by index, in an order given by the seed, and held-out problems that are
-never trained on.
-"""
+"""What a task is: problems by index, in an order given by the seed, and held-out problems."""
 
 from __future__ import annotations
 
@@ -32,8 +30,10 @@ MAX_DRAWS = 4096
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem. The scorer gets `info` beside the completion; `info["answer"]` is the right
-    answer where there is one.
+    """One problem.
+
+    The scorer gets `info` beside the completion; `info["answer"]` is the right answer where there
+    is one.
     """
 
     messages: list[Message]
@@ -41,8 +41,9 @@ class Problem:
 
 
 class Task(Protocol):
-    """Problems by index. The same settings give the same problems in every process, so records
-    carry the index alone.
+    """Problems by index.
+
+    The same settings give the same problems in every process, so records carry the index alone.
     """
 
     @property
@@ -93,8 +94,9 @@ class ProceduralTask:
 
     @cached_property
     def _held_out(self) -> list[Problem]:
-        """The first `samples` different held-out questions. They are made at their first use, since
-        only evaluations need them.
+        """The first `samples` different held-out questions.
+
+        They are made at their first use, since only evaluations need them.
         """
         random = Random("held-out")
         found = dict[bytes, Problem]()
@@ -122,8 +124,9 @@ class ProceduralTask:
 
 
 class FiniteTask:
-    """Problems from a list, reshuffled each epoch. In place of a row that asks the same as a
-    held-out one, the next row is taken.
+    """Problems from a list, reshuffled each epoch.
+
+    In place of a row that asks the same as a held-out one, the next row is taken.
     """
 
     def __init__(

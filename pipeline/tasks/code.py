@@ -90,8 +90,10 @@ def program_of(completion: str) -> str:
 
 
 def score_program(sandbox: Sandbox, program: str, tests: object, wall_s: float) -> dict[str, float]:
-    """1 if `program` passes every test, else 0. Parts are `passed`, the share of tests that it
-    passes, and `program_<reason>` = 1 for the first failure.
+    """1 if `program` passes every test, else 0.
+
+    Parts are `passed`, the share of tests that it passes, and `program_<reason>` = 1 for the first
+    failure.
 
     Tests are Python code that is appended to the program, or a list of `{"input", "output"}`: what
     it reads, and what it has to write. White space at the ends of lines and of the whole does not
@@ -117,9 +119,7 @@ def score_program(sandbox: Sandbox, program: str, tests: object, wall_s: float) 
 
 
 def _runs(program: str, tests: object) -> Iterator[tuple[str, bytes, str | None]]:
-    """The runs: source, standard input, and the output expected (None: only the exit status
-    counts).
-    """
+    """The runs: source, standard input, and the expected output (None: any)."""
     if isinstance(tests, str) and tests.strip():
         yield f"{program}\n\n{tests}\n", b"", None
         return

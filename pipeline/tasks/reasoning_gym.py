@@ -39,8 +39,7 @@ def gym_draw(settings: Settings) -> Draw:
 
 
 def gym_scorer(settings: Settings) -> Scorer:
-    """The data set's own scorer, which gets what stands in `<answer>…</answer>`, or else the whole
-    answer.
+    """The data set's own scorer, which gets the text in `<answer>…</answer>`, or the answer.
 
     Raises:
         UserError: as `gym_draw`.

@@ -13,8 +13,9 @@ MAX_PARTS = 64
 
 
 class RolloutError(Exception):
-    """Raised by a scorer when the rollout is at fault: the rollout scores 0. Any other exception is
-    a failure of the scorer.
+    """Raised by a scorer when the rollout is at fault: the rollout scores 0.
+
+    Any other exception is a failure of the scorer.
     """
 
 
@@ -23,8 +24,9 @@ class ScoreError(ValueError):
 
 
 def match_answer(completion: str, info: dict[str, Any]) -> dict[str, float]:
-    """1 for exactly `info["answer"]`, else 0. The part `similarity` is the share of characters in
-    place; it is shown, not rewarded.
+    """1 for exactly `info["answer"]`, else 0.
+
+    The part `similarity` is the share of characters in place; it is shown, not rewarded.
 
     >>> match_answer("maertz", {"answer": "maerts"})
     {'reward': 0.0, 'similarity': 0.8333333333333334}
@@ -38,15 +40,14 @@ def match_answer(completion: str, info: dict[str, Any]) -> dict[str, float]:
 
 
 def answer_text(completion: str) -> str:
-    """The answer in a completion: what follows its reasoning (`</think>`), without white space at
-    the ends.
-    """
+    """The answer in a completion: what follows `</think>`, without white space at the ends."""
     return completion.rpartition("</think>")[2].strip()
 
 
 def read_score(score: object) -> tuple[float, dict[str, float]]:
-    """The reward and its parts. The reward of a mapping is `reward`, or the sum of all parts where
-    there is none.
+    """The reward and its parts.
+
+    The reward of a mapping is its part `reward`, or the sum of all parts where there is none.
 
     >>> read_score({"format": 0.5, "answer": 1.0})
     (1.5, {'format': 0.5, 'answer': 1.0})

@@ -1,5 +1,6 @@
-"""Held-out problems with one another's images: a student that answers them as well as before does
-not use the images.
+"""Held-out problems with one another's images.
+
+A student that answers them as well as before does not use the images.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from onstream.pipeline.tasks.base import Problem, Task
 
 
 def swapped_problems(task: Task) -> dict[int, Problem]:
-    """The held-out problems of `task` by index, each with the images of the next one that has
-    another answer. Its own answer stays the right one.
+    """The held-out problems of `task` by index, with one another's images.
+
+    Each has those of the next problem that has another answer. Its own answer stays the right one.
 
     Left out are problems without images, and those for which no other one has as many images.
 

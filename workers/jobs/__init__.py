@@ -1,3 +1,1 @@
-"""Work beside the training: evaluations, exports, pruning and sweeps, each a job with a hard time
-limit.
-"""
+"""Work beside the training, each piece a job with a hard time limit."""

@@ -19,8 +19,9 @@ NOT_THE_MODELS = ("optimizer.pt", "trainer.json", "manifest.json")
 
 
 def export(settings: Settings, version: int | None, out: Path) -> int:
-    """Write `version` (by default the newest on disk) to `out` as Hugging Face files; returns its
-    number. An adapter is merged into its base.
+    """Write `version` (by default the newest on disk) to `out` as Hugging Face files.
+
+    Returns its number. An adapter is merged into its base.
 
     Raises:
         UserError: the run has no such version, `out` is there already, or the model cannot be

@@ -56,8 +56,9 @@ context: JobContext | None = None
 
 
 def job(function: Callable[P, T]) -> Callable[P, T]:
-    """Makes `function` a job: it runs at low priority, and a `UserError` in it is not tried
-    again.
+    """Makes `function` a job.
+
+    It runs at low priority, and is not tried again after a `UserError`.
     """
 
     @wraps(function)
@@ -116,8 +117,9 @@ def export(version: int, to: str | None, dtype: str | None, upload: bool) -> dic
 
 @job
 def prune() -> dict[str, Any]:
-    """Remove pins of jobs that are gone and, where no trainer is at work, old policies and
-    checkpoints.
+    """Remove pins of jobs that are gone, and old policies and checkpoints.
+
+    The latter only where no trainer is at work.
     """
     settings = _context().settings
     removed: dict[str, Any] = {"pins": _drop_stale_pins(settings)}
@@ -136,9 +138,7 @@ def prune() -> dict[str, Any]:
 
 @job
 def sweep() -> dict[str, Any]:
-    """Forget consumers that died, drop pins of jobs that are gone, and count the dead letters by
-    reason.
-    """
+    """Forget dead consumers, drop pins of jobs that are gone, and count dead letters by reason."""
     settings = _context().settings
     with _bus() as bus:
         buried = sum(
@@ -208,8 +208,9 @@ def _bus() -> Iterator[Bus]:
 
 
 def _refuse_other_plan(settings: Settings, bus: Bus) -> None:
-    """Raise UserError where this worker's `run` settings are not the run's: its evaluations would
-    not compare with the others.
+    """Raise UserError where this worker's `run` settings are not the run's.
+
+    Its evaluations would not compare with the others.
     """
     if (data := bus.state.plan()) is not None:
         refuse_differences(make_plan(settings), Plan.decode(data))

@@ -1,6 +1,4 @@
-"""`onstream worker jobs`: RQ's worker, with a time limit that holds, a drain that ends, and
-heartbeats like every other worker's.
-"""
+"""`onstream worker jobs`: RQ's worker, with hard time limits, a drain, and heartbeats."""
 
 from __future__ import annotations
 
@@ -50,8 +48,9 @@ log = get_logger()
 
 
 class JobsWorker(Worker):  # type: ignore[misc]  # RQ has no types
-    """Runs one job after the other, each in a process of its own. At its time limit, or when it has
-    ended, that process is killed with all it has started.
+    """Runs one job after the other, each in a process of its own.
+
+    At its time limit, or when it has ended, that process is killed with all it has started.
 
     Told to stop, the worker gives the job in hand `delivery.drain` seconds to finish. After that
     the job is killed and goes back to the queue, and the try does not count.
@@ -130,8 +129,10 @@ class JobsWorker(Worker):  # type: ignore[misc]  # RQ has no types
         self._kill("the worker stops")
 
     def _kill(self, why: str) -> None:
-        """Kill the job's process and all below it. Processes that it has orphaned are children of
-        this worker by now; `execute_job` kills them when the job has ended.
+        """Kill the job's process and all below it.
+
+        Processes that it has orphaned are children of this worker by now; `execute_job` kills them
+        when the job has ended.
         """
         if horse := self.horse_pid:
             log.warning("killing the job in hand", job=self.current, why=why)
@@ -162,8 +163,7 @@ def _set_function(job: Job) -> None:
 
 
 class JobsMonitor(threading.Thread):
-    """Beats once a second, asks for sweeps, and ends the worker once the run has ended and no job
-    is left.
+    """Sends heartbeats, asks for sweeps, and ends the worker after the run and its last job.
 
     Consumes nothing; waits for its interval; is unblocked by `stop`; produces heartbeats, sweeps
     and one SIGTERM.
@@ -186,8 +186,9 @@ class JobsMonitor(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        """The thread's body. It outlasts an outage of Redis: the worker itself decides when that
-        has lasted too long.
+        """The thread's body.
+
+        It outlasts an outage of Redis: the worker itself decides when that has lasted too long.
         """
         while not self._stopping.wait(BEAT_S):
             try:

@@ -1,6 +1,4 @@
-"""Whether a teacher can score a student's tokens: same vocabulary, same chat template, enough
-context.
-"""
+"""Whether a teacher can score a student's tokens: vocabulary, chat template, context."""
 
 from __future__ import annotations
 

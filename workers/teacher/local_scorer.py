@@ -1,6 +1,4 @@
-"""The teacher in this process: a transformers model over packed batches, shared prompts computed
-once.
-"""
+"""The teacher in this process: a transformers model over packed batches with shared prompts."""
 
 from __future__ import annotations
 
@@ -108,8 +106,9 @@ class LocalScorer:
 
 
 def _split(scored: TokenLogprobs, lengths: Sequence[int]) -> list[Scores]:
-    """The scores of each of S completions of `lengths` [S] tokens, cut out of the fields of all of
-    them, which stand one after the other.
+    """The scores of each of S completions of `lengths` [S] tokens.
+
+    The fields hold those of all completions, one after the other.
     """
     ends = np.cumsum(lengths)[:-1]
 
@@ -128,8 +127,9 @@ def _split(scored: TokenLogprobs, lengths: Sequence[int]) -> list[Scores]:
 
 
 def _first_rows(head: nn.Linear, rows: int) -> nn.Linear:
-    """The output projection onto the first `rows` entries, in the same memory; `head` itself where
-    it has no more.
+    """The output projection onto the first `rows` entries, in the same memory.
+
+    `head` itself where it has no more.
     """
     if head.out_features <= rows:
         return head

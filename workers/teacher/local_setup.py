@@ -18,8 +18,9 @@ from onstream.workers.teacher.model_info import load_model_info
 
 
 def load_local(settings: Settings, images: FetchImages = no_images) -> LocalScorer:
-    """The teacher `teacher_inference.model.name`; where none is named, the student's starting
-    model.
+    """The teacher `teacher_inference.model.name`.
+
+    Where none is named, the student's starting model.
 
     `images` gives the bytes of images by digest; by default there are none.
 

@@ -43,9 +43,7 @@ def load_model_info(name: str) -> ModelInfo:
 
 
 def _end_ids(tokenizer: PreTrainedTokenizerBase, config: Any) -> frozenset[int]:
-    """Every token that ends a turn, by the tokenizer or by the configuration, which may name
-    several.
-    """
+    """Every token that ends a turn, by the tokenizer or by the configuration."""
     configured = getattr(config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return frozenset(int(token) for token in [tokenizer.eos_token_id, *listed] if token is not None)

@@ -59,8 +59,7 @@ def arguments(settings: Settings, port: int, context: int) -> list[str]:
 
 
 def context_tokens(settings: Settings) -> int:
-    """The context that the server is given: twice the longest sample that was found, or as much as
-    the teacher has.
+    """The server's context: twice the longest sample that was found, or all that the teacher has.
 
     A server keeps memory for one sequence of its whole context, and may not have it for the
     teacher's whole context.

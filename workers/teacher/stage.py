@@ -92,8 +92,9 @@ class Teacher:
         self._in_hand.setdefault(rollout.group, []).append(delivery)
 
     def _next_slice(self) -> list[Delivery]:
-        """About one forward pass of rollouts, taken out of hand: group by group, the oldest group
-        first, and at least one rollout.
+        """About one forward pass of rollouts, taken out of hand.
+
+        Groups go in the order in which they came; at least one rollout is taken.
         """
         taken: list[Delivery] = []
         tokens = 0

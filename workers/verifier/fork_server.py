@@ -1,5 +1,4 @@
-"""The process that scorer processes are forked from: single-threaded, with the scorer imported
-once.
+"""The single-threaded process that scorer processes are forked from.
 
 A fork of this process takes a few milliseconds. The verifier itself has threads and must not fork.
 `onstream.workers.verifier.fork_server_client` runs it as

@@ -31,8 +31,7 @@ class ScoringRequest(msgspec.Struct, array_like=True, frozen=True):
 
 # scorer process -> verifier: one frame each, in the order of the requests
 class Verdict(msgspec.Struct, array_like=True, frozen=True):
-    """The result of one request: a reward and its parts, or `unscored`, the reason why there is
-    none.
+    """The result of one request: a reward and its parts, or why there is none (`unscored`).
 
     `retires` says that the process ends after this verdict, and that the next request is not the
     cause.
@@ -46,8 +45,10 @@ class Verdict(msgspec.Struct, array_like=True, frozen=True):
 
 # verifier -> fork server
 class Start(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """The first message: the settings of task and verification, as JSON, and the memory that one
-    scorer process may take.
+    """The first message.
+
+    It has the settings of task and verification, as JSON, and the memory that one scorer process
+    may take.
     """
 
     settings: bytes
@@ -80,8 +81,9 @@ class ScorerNotLoaded(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class ScorerExited(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """The process of `slot` has ended: its exit status, or the negative number of the signal that
-    killed it.
+    """The process of `slot` has ended.
+
+    `status` is its exit status, or the negative number of the signal that killed it.
     """
 
     slot: int

@@ -1,5 +1,6 @@
-"""A pool of scorer processes: each completion is scored in a process that can be killed, within a
-time limit of its own.
+"""A pool of scorer processes.
+
+Each completion is scored in a process that can be killed, within a time limit of its own.
 """
 
 from __future__ import annotations

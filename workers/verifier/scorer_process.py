@@ -25,8 +25,9 @@ _decode_requests = msgspec.msgpack.Decoder(list[ScoringRequest]).decode
 
 
 def serve(connection: socket.socket, scorer: Scorer, max_memory_bytes: int) -> None:
-    """Serve `connection` until its other end is closed. The first frame, an empty one, says that
-    the process is ready.
+    """Serve `connection` until its other end is closed.
+
+    The first frame, an empty one, says that the process is ready.
     """
     _confine(max_memory_bytes)
     connection.sendall(framed(b""))
@@ -92,8 +93,9 @@ def _confine(max_memory_bytes: int) -> None:
 
 
 def _limit_memory(max_memory_bytes: int) -> None:
-    """Allow so much beyond what is mapped by now. When the machine's memory runs out, the kernel
-    is to kill this process first.
+    """Allow so much beyond what is mapped by now.
+
+    When the machine's memory runs out, the kernel is to kill this process first.
     """
     with open("/proc/self/statm") as sizes:
         mapped_bytes = int(sizes.read().split()[0]) * resource.getpagesize()

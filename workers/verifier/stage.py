@@ -1,6 +1,4 @@
-"""The worker that verifies rollouts: the task's scorer scores each answer, in a process that can be
-killed.
-"""
+"""The worker that verifies rollouts: it has the task's scorer score each answer."""
 
 from __future__ import annotations
 
@@ -33,8 +31,7 @@ log = get_logger()
 
 
 class Verifier:
-    """Takes rollouts, adds a reward and its parts, or the reason why there is none, and sends them
-    on.
+    """Takes rollouts, adds a reward or the reason why there is none, and sends them on.
 
     A rollout that ran past its time limit, ended its process or was refused by the scorer gets the
     reward 0 and a part that says so. One whose scorer failed gets no reward, and `unscored` says
@@ -132,8 +129,9 @@ class Verifier:
         return Outcome(delivery, rollout)
 
     def _count_trouble(self, trouble: str, number: int, reason: str | None) -> None:
-        """Count it, and log the 1st, 2nd, 4th, 8th … of its kind: a scorer that always fails must
-        not flood the log.
+        """Count it, and log the 1st, 2nd, 4th, 8th … of its kind.
+
+        A scorer that always fails must not flood the log.
         """
         self._troubles[trouble] += 1
         times = self._troubles[trouble]

@@ -1,5 +1,7 @@
-"""Slow verifications as jobs: the verifier keeps the entry's lease alive, and the job itself moves
-the entry on when it has a verdict.
+"""Slow verifications as jobs.
+
+The verifier keeps the entry's lease alive, and the job itself moves the entry on when it has a
+verdict.
 
 A job gets the id of an entry, not the rollout. It moves the entry by the same fenced script as a
 verifier. So a job that runs twice, or whose verifier has died, does no harm: whoever comes first
@@ -58,15 +60,17 @@ class VerificationJobs:
         self._jobs.close()
 
     def submit(self, delivery: Delivery) -> None:
-        """Take `delivery` in hand. The next `collect` asks for its job, unless a verifier that died
-        has asked for it already.
+        """Take `delivery` in hand.
+
+        The next `collect` asks for its job, unless a verifier that died has asked for it already.
         """
         self._in_hand[delivery.entry_id] = delivery
         self._next_poll = 0.0
 
     def collect(self) -> list[Outcome]:
-        """The outcomes of the jobs that have ended, looked up every `POLL_S`: the entry has moved
-        on by then, and only this verifier's count waits for it.
+        """The outcomes of the jobs that have ended, looked up every `POLL_S`.
+
+        The entry has moved on by then, and only this verifier's count waits for it.
         """
         if not self._in_hand or time.monotonic() < self._next_poll:
             return []
@@ -112,8 +116,9 @@ def _key(entry_id: bytes) -> str:
 
 
 def verify_entry(settings: Settings, bus: Bus, entry_id: str) -> dict[str, Any]:
-    """Score the rollout in the entry `entry_id` and move it on, unless somebody has: the body of a
-    job. Returns what the job shows.
+    """Score the rollout in the entry `entry_id` and move it on, unless somebody has.
+
+    This is the body of a job; it returns the job's result.
     """
     taken = time.time()
     entry = bus.streams.look_at("verify", entry_id.encode())

@@ -1,5 +1,6 @@
 """The processes between a scorer and the program it runs: `python -I -S jail.py SPEC_FD STATUS_FD`.
-Standard library alone.
+
+It needs the standard library alone.
 
 There are three processes. This one leaves the machine's namespaces. Its child is the first process
 of the new ones; when it ends, the kernel ends all others there. The child of that one becomes the
@@ -73,8 +74,9 @@ def die_with(parent: int) -> None:
 
 
 def isolate(spec: dict[str, Any]) -> list[str]:
-    """Leave the machine's namespaces as far as is permitted; returns the means that are
-    in force, as in `onstream.pipeline.tasks.sandbox`.
+    """Leave the machine's namespaces as far as is permitted.
+
+    Returns the means that are in force, as in `onstream.pipeline.tasks.sandbox`.
     """
     isolation = ["user"] if os.getuid() == 0 else []
     if os.getuid() and unshare(CLONE_NEWUSER):
@@ -102,8 +104,10 @@ def isolate(spec: dict[str, Any]) -> list[str]:
 
 
 def build_root(spec: dict[str, Any], isolation: list[str]) -> None:
-    """Make a file system for the program: the system's libraries and this Python to read, a small
-    place in memory to write, and nothing else.
+    """Make a file system for the program.
+
+    It can read the system's libraries and this Python, write to a small place in memory, and see
+    nothing else.
     """
     mount("none", "/", "", MS_REC | MS_PRIVATE)
     root = spec["scratch"]
@@ -175,8 +179,9 @@ def become_program(spec: dict[str, Any]) -> None:
 
 
 def first_process(spec: dict[str, Any], isolation: list[str], status: int) -> None:
-    """Start the program, reap what it leaves, and tell how it ended. When this process ends, the
-    kernel ends all others of its namespace.
+    """Start the program, reap what it leaves, and tell how it ended.
+
+    When this process ends, the kernel ends all others of its namespace.
     """
     if "files" in isolation:
         build_root(spec, isolation)

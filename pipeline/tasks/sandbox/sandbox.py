@@ -86,8 +86,9 @@ class Sandbox:
         return [name for name in (*REQUIRED, *OPTIONAL) if name not in result.isolation]
 
     def run(self, program: str, given: bytes, *, wall_s: float | None = None) -> ProgramResult:
-        """Run the Python `program` with `given` on its standard input, for up to `wall_s` seconds,
-        by default those of the settings.
+        """Run the Python `program` with `given` on its standard input.
+
+        It may take `wall_s` seconds, by default those of the settings.
 
         Raises:
             SandboxError: it could not be started.
@@ -148,8 +149,9 @@ class Sandbox:
     def _watch(
         self, jail: subprocess.Popen[bytes], status: int, deadline: float, wall_s: float
     ) -> ProgramResult:
-        """Read what the program writes until it ends, writes too much, or its time is over. Then
-        end all of it.
+        """Read what the program writes until it ends, writes too much, or its time is over.
+
+        Then end all of it.
         """
         assert jail.stdout is not None
         output = bytearray()
@@ -188,8 +190,10 @@ class Sandbox:
             return
 
     def _end(self, jail: subprocess.Popen[bytes], *, own_processes: bool) -> None:
-        """Kill all that was started. In a process namespace of its own, the kernel kills it with
-        its first process; elsewhere it is found by its user.
+        """Kill all that was started.
+
+        In a process namespace of its own, the kernel kills it with its first process; elsewhere it
+        is found by its user.
         """
         kill_group(jail.pid)
         jail.wait(END_S)
@@ -227,9 +231,7 @@ class Sandbox:
 
 
 def _fields(message: bytes) -> dict[str, Any]:
-    """The status that the jail has told so far: how it is isolated, then how the program ended, or
-    what stopped it.
-    """
+    """The jail's status so far: its isolation, then how the program ended or what stopped it."""
     lines = message.split(b"\n")[:-1]
     return {name: value for line in lines for name, value in json.loads(line).items()}
 

@@ -44,8 +44,9 @@ def processes_of(user: int) -> list[str]:
 
 
 def leaves_nothing(sandbox: Sandbox) -> bool:
-    """Whether all that a program started is gone; the kernel may take a moment to bury what was
-    killed.
+    """Whether all that a program started is gone.
+
+    The kernel may take a moment to bury what was killed.
     """
     deadline = time.monotonic() + 3
     while processes_of(sandbox._user) and time.monotonic() < deadline:

@@ -22,8 +22,9 @@ def scorer_of(model_dir: Path, **teacher: object) -> LocalScorer:
 
 
 def some_requests(seed: int = 0) -> list[ScoreRequest]:
-    """Three groups of 5, 1 and 3 samples, mixed, of different lengths; one completion is a single
-    token.
+    """Three groups of 5, 1 and 3 samples, mixed, of different lengths.
+
+    One completion is a single token.
     """
     random = np.random.default_rng(seed)
     prompts = [random.integers(8, 128, length).astype(np.int32) for length in (19, 30, 3)]

@@ -1,5 +1,6 @@
-"""Scorers that do what no scorer should. `info["do"]` names one, so that a pool meets several among
-honest ones.
+"""Scorers that do what no scorer should.
+
+`info["do"]` names one, so that a pool meets several among honest ones.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Teachers that run elsewhere and are asked for logprobs over HTTP. docs/teachers.md is their
-manual.
-"""
+"""Teachers that run elsewhere, asked for logprobs over HTTP. docs/teachers.md is the manual."""
 
 from onstream.workers.teacher.external.stage import ExternalTeacher
 

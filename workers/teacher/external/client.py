@@ -1,6 +1,4 @@
-"""The external teacher as its worker sees it: requests go out, replies come in, in a thread of
-their own.
-"""
+"""The external teacher as its worker sees it: requests go out, and replies come in by a thread."""
 
 from __future__ import annotations
 

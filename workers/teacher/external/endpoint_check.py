@@ -1,6 +1,4 @@
-"""What an endpoint must show before anything is sent to it: at the start, and whenever it comes
-back.
-"""
+"""The check of an endpoint, at the start and whenever it comes back."""
 
 from __future__ import annotations
 
@@ -99,9 +97,7 @@ class EndpointCheck:
         return self.teacher.model.name
 
     async def _choose_protocol(self, endpoint: TeacherEndpoint) -> Tried:
-        """The first protocol that gives the logprobs of a prompt, and as many likeliest tokens as
-        are asked for.
-        """
+        """The first protocol that gives a prompt's logprobs and the `top_k` likeliest tokens."""
         refusals: dict[str, EndpointError] = {}
         most = -1  # likeliest tokens that some protocol gives; -1 while none gives logprobs
         for protocol in load_variants(self.teacher.client.protocol):
@@ -172,8 +168,9 @@ class EndpointCheck:
     async def _check_context(
         self, endpoint: TeacherEndpoint, protocol: TeacherProtocol, context: int | None
     ) -> None:
-        """By what the server says of its context. Where it says nothing, by sending a sample as
-        long as the longest.
+        """Check that the longest sample fits the endpoint's context.
+
+        A server that does not tell its context is sent a sample of that length.
         """
         longest = self.student.longest_sample
         if context is not None and context < longest + 1:

@@ -1,6 +1,4 @@
-"""Requests to an external teacher about rollouts with images: with all their images, or not at
-all.
-"""
+"""Requests to an external teacher about rollouts with images."""
 
 from __future__ import annotations
 

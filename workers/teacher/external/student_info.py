@@ -1,5 +1,6 @@
-"""What the check of an external teacher needs of the student: its tokenizer, requests to be scored
-at the start, and the longest sample it may write.
+"""What the check of an external teacher needs of the student.
+
+That is its tokenizer, requests to be scored at the start, and the longest sample it may write.
 """
 
 from __future__ import annotations
@@ -71,8 +72,9 @@ def load_student_info(settings: Settings) -> StudentInfo:
 
 
 def make_check_request(student: ModelInfo, longest_sample: int) -> ScoreRequest:
-    """What each endpoint scores at the start: a question by the chat template, then a text with
-    many kinds of characters.
+    """What each endpoint scores at the start.
+
+    It is a question by the chat template, then a text with many kinds of characters.
     """
     question = prompt_ids(student, [{"role": "user", "content": "1 + 1 = ?"}])
     text = student.tokenizer.encode(TEXT, add_special_tokens=False)

@@ -38,8 +38,9 @@ class TokenizeReply(msgspec.Struct):
 async def compare_by_routes(
     student: ModelInfo, endpoint: Endpoint, model: str
 ) -> TokenizeReply | None:
-    """Compare by the server's own tokenizer; returns its reply about a text, None where the server
-    has no `/tokenize`.
+    """Compare by the server's own tokenizer.
+
+    Returns its reply about a text, None where the server has no `/tokenize`.
 
     Compared are a text, the special tokens, the end of turn, ids from the whole vocabulary, and the
     chat template.
@@ -61,8 +62,7 @@ async def compare_by_routes(
 
 
 def compare_by_texts(student: ModelInfo, endpoint: Endpoint, texts: dict[int, str]) -> None:
-    """Compare the texts that came with logprobs, by token id, with those of the student's
-    tokenizer.
+    """Compare the texts that came with logprobs with those of the student's tokenizer.
 
     Raises:
         UserError: one differs by more than white space.
@@ -118,8 +118,9 @@ def _token_at(student: ModelInfo, ids: list[int], at: int) -> str:
 
 
 async def _check_decoding(student: ModelInfo, endpoint: Endpoint, model: str) -> None:
-    """Have ids from the student's whole vocabulary decoded. The last ones show a vocabulary that is
-    shorter.
+    """Have ids from the student's whole vocabulary decoded.
+
+    The last ones show a vocabulary that is shorter.
     """
     ids = np.unique(np.linspace(0, len(student.tokenizer) - 1, DECODED_IDS).astype(int)).tolist()
     try:

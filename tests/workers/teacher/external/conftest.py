@@ -38,8 +38,9 @@ def servers() -> Iterator[Servers]:
 
 @pytest.fixture
 def configure(model_dir: Path) -> Configure:
-    """Settings of a run with the given servers as its teacher; keywords are the client's settings,
-    `top_k` and `score_cache`.
+    """Settings of a run with the given servers as its teacher.
+
+    Keywords are the client's settings, `top_k` and `score_cache`.
     """
 
     def make(

@@ -23,8 +23,9 @@ class TeacherProtocol(ABC):
 
     @classmethod
     def variants(cls) -> Sequence[Self]:
-        """The forms of the protocol that an endpoint is tried with, in order. One, unless servers
-        differ in details.
+        """The forms of the protocol that an endpoint is tried with, in order.
+
+        One, unless servers differ in details.
         """
         return (cls(),)
 
@@ -35,22 +36,21 @@ class TeacherProtocol(ABC):
 
     @abstractmethod
     def body(self, model: str, request: ScoreRequest, top_k: int) -> dict[str, Any]:
-        """The JSON to send. `top_k` likeliest tokens of each position are asked for beside the
-        sampled one; 0 for none.
+        """The JSON to send.
+
+        It asks for the `top_k` likeliest tokens of each position beside the sampled one.
         """
 
     @abstractmethod
     def scores(self, reply: bytes, request: ScoreRequest, top_k: int) -> Scores:
-        """The completion's scores: logprobs [C] in nats, and the k likeliest [C, k] of each
-        position.
+        """The completion's scores: logprobs [C] in nats, and the k likeliest tokens [C, k].
 
         Raises:
             BadReply: the reply is not what was asked for.
         """
 
     def texts(self, reply: bytes, request: ScoreRequest) -> dict[int, str]:
-        """The completion's token ids with their texts, as far as the server gives them; by default
-        none.
+        """The completion's token ids with their texts, as far as the server gives them.
 
         Raises:
             BadReply: the reply is not what was asked for.

@@ -73,8 +73,9 @@ class Echo(TeacherProtocol):
         return body
 
     def scores(self, reply: bytes, request: ScoreRequest, top_k: int) -> Scores:
-        """As in the base class. Tokens that come as texts are taken in order: there is nothing to
-        look them up by.
+        """As in the base class.
+
+        Tokens that come as texts are taken in order: there is nothing to look them up by.
         """
         echoed = _echoed(reply)
         start = len(request.prompt_ids)

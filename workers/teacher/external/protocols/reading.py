@@ -62,8 +62,9 @@ def scores_of_pairs(
 
 
 def with_likeliest(scores: Scores, positions: Sequence[Position], top_k: int) -> Scores:
-    """`scores` with the k likeliest tokens of each of `positions`, likeliest first. The tail is the
-    trainer's to compute.
+    """`scores` with the k likeliest tokens of each of `positions`, likeliest first.
+
+    The tail is the trainer's to compute.
 
     Raises:
         BadReply: there are fewer positions than completion tokens, or fewer than k at one.

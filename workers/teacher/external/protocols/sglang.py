@@ -36,8 +36,9 @@ class Sglang(TeacherProtocol):
     path: ClassVar[str] = "/generate"
 
     def body(self, model: str, request: ScoreRequest, top_k: int) -> dict[str, Any]:
-        """As in the base class. Logprobs begin at the prompt's last token; versions differ in
-        whether they list that one.
+        """As in the base class.
+
+        Logprobs begin at the prompt's last token; versions differ in whether they list that one.
         """
         return {
             "model": model,

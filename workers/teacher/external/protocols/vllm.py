@@ -115,9 +115,7 @@ def _first_choice(reply: bytes) -> _VllmCompletionsChoice:
 
 
 def _scores(positions: _PromptLogprobs | None, request: ScoreRequest, top_k: int) -> Scores:
-    """The scores in a `prompt_logprobs` list: one dict a token of prompt and completion, None for
-    the first.
-    """
+    """The scores in a `prompt_logprobs` list: one dict a token, None for the first token."""
     if positions is None:
         raise BadReply("a reply without prompt_logprobs")
     if len(positions) != request.tokens:
