@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 
 from onstream.pipeline.redis.access import redis_url
 from onstream.pipeline.redis.bus import Bus
@@ -13,6 +14,7 @@ from onstream.pipeline.telemetry import get_logger
 from onstream.settings.plan import Plan, make_plan
 from onstream.settings.root import Settings
 from onstream.workers.trainer.durability import checkpoint
+from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
 from onstream.workers.trainer.durability.checkpoint import Checkpoint
 from onstream.workers.trainer.durability.checkpointing import Checkpointing
 from onstream.workers.trainer.durability.operator_requests import OperatorRequestHandler
@@ -23,6 +25,7 @@ from onstream.workers.trainer.evaluations import Evaluations
 from onstream.workers.trainer.metrics_files import MetricsFiles
 from onstream.workers.trainer.publication.policy_probe import prober
 from onstream.workers.trainer.publication.publisher import Publisher, nccl_transfer, student_files
+from onstream.workers.trainer.recovery import Recovery
 from onstream.workers.trainer.ticket_issuer import TicketIssuer
 from onstream.workers.trainer.ticket_planner import TicketPlanner
 from onstream.workers.trainer.trainer import Trainer
@@ -32,7 +35,7 @@ log = get_logger()
 
 
 def start_trainer(settings: Settings, bus: Bus, stats: Stats) -> Trainer:
-    """Become the run's trainer, and take it up where its newest whole checkpoint left it.
+    """Become the run's trainer, and resume it from its newest whole checkpoint.
 
     `stats` is what the trainer tells of itself in its heartbeat.
 
@@ -43,109 +46,158 @@ def start_trainer(settings: Settings, bus: Bus, stats: Stats) -> Trainer:
     plan = make_plan(settings)
     files = Ownership(settings.run_dir)
     lease = become_trainer(bus, settings.delivery.lease, files)
-    directory = RunDirectory(bus, lease, files, settings.run_dir)
     with bus.lease.writing(lease):
         found = checkpoint.load_newest(settings.run_dir / checkpoint.FOLDER)
         agree_on_plan(bus, lease, plan, settings, found.state if found else None)
+    directory = RunDirectory(bus, lease, files, settings.run_dir)
     with contextlib.ExitStack() as opened:
-        trainer = _build(settings, bus, stats, plan, lease, directory, found, opened)
+        trainer = _Builder(settings, plan, bus, lease, directory, found, opened).build(stats)
         trainer.begin()
         opened.pop_all()  # from here on the trainer closes them
     return trainer
 
 
-def _build(
-    settings: Settings,
-    bus: Bus,
-    stats: Stats,
-    plan: Plan,
-    lease: Lease,
-    directory: RunDirectory,
-    found: Checkpoint | None,
-    opened: contextlib.ExitStack,
-) -> Trainer:
-    """The trainer at the checkpoint `found`. `opened` closes its parts if a later one fails."""
-    state = found.state if found else None
-    training = _training(settings, bus, found)
-    opened.callback(training.close)
-    with directory.changing():
-        checkpointing = Checkpointing(bus, lease, directory.path, settings.checkpoint, state)
-        planner = _ticket_planner(settings, plan, checkpointing.requeued)
-        requests = OperatorRequestHandler(
-            bus, lease, directory.path, checkpointing.acknowledgements, planner
+@dataclass(frozen=True)
+class _Builder:
+    """Builds a trainer at the checkpoint `found`; `opened` closes parts if a later one fails."""
+
+    settings: Settings
+    plan: Plan
+    bus: Bus
+    lease: Lease
+    directory: RunDirectory
+    found: Checkpoint | None
+    opened: contextlib.ExitStack
+
+    def build(self, stats: Stats) -> Trainer:
+        training = self._training()
+        with self.directory.changing():
+            checkpointing = self._checkpointing()
+            planner = self._ticket_planner(checkpointing.requeued)
+            acknowledgements = checkpointing.acknowledgements
+            requests = OperatorRequestHandler(
+                self.bus, self.lease, self.directory.path, acknowledgements, planner
+            )
+            metrics = self._metrics(training.step)
+            publisher = self._publisher(training)
+            # The weights of the checkpoint were announced before, as a rule: then this announces
+            # nothing. It does where the run is new, or Redis has lost its data.
+            policy = publisher.publish(training.step, training.learner.published_state())
+            recording = self._recording(policy.digest)
+        evaluations = self._evaluations()
+        tickets = self._ticket_issuer(planner, requests, acknowledgements)
+        return Trainer(
+            settings=self.settings,
+            bus=self.bus,
+            lease=self.lease,
+            directory=self.directory,
+            training=training,
+            tickets=tickets,
+            checkpointing=checkpointing,
+            requests=requests,
+            publisher=publisher,
+            policy=policy,
+            recording=recording,
+            metrics=metrics,
+            evaluations=evaluations,
+            recovery=Recovery(
+                self.bus,
+                self.lease,
+                self.plan,
+                self.directory,
+                training,
+                tickets,
+                acknowledgements,
+                requests,
+                publisher,
+                evaluations,
+            ),
+            stats=stats,
         )
-        metrics = MetricsFiles(settings, training.step)
-        opened.callback(metrics.close)
-        publisher = Publisher(
-            bus,
-            lease,
-            settings,
-            student_files(directory.path, training.learner),
-            nccl_transfer(bus, lease, settings),
-            prober(training.learner, settings.inference),
+
+    def _training(self) -> Training:
+        state = self.found.state if self.found else None
+        training = Training(
+            self.settings,
+            learner_at(self.settings, self.found),
+            worker=self.bus.consumer,
+            step=state.step if state else 0,
+            dropped=state.dropped if state else None,
+            images=self.bus.images.read,
         )
-        opened.callback(publisher.close)
-        # The weights of the checkpoint were announced before, as a rule: then this announces
-        # nothing. It does where Redis lost its data, or the run is new.
-        policy = publisher.publish(training.step, training.learner.published_state())
-        recording = Recording(settings, found, policy.digest, bus.images.read)
-        opened.callback(recording.close)
-    evaluations = None
-    if settings.eval.interval:
-        evaluations = Evaluations(settings, redis_url(settings), directory.path)
-        opened.callback(evaluations.close)
-    return Trainer(
-        settings=settings,
-        plan=plan,
-        bus=bus,
-        lease=lease,
-        directory=directory,
-        training=training,
-        tickets=TicketIssuer(
-            bus,
-            lease,
+        self.opened.callback(training.close)
+        if self.found:
+            log.info(
+                "resuming",
+                checkpoint=str(self.found.path),
+                step=self.found.state.step,
+                issued=self.found.state.issued,
+            )
+        return training
+
+    def _checkpointing(self) -> Checkpointing:
+        return Checkpointing(
+            self.bus,
+            self.lease,
+            self.directory.path,
+            self.settings.checkpoint,
+            self.found.state if self.found else None,
+        )
+
+    def _ticket_planner(self, requeued: dict[int, int]) -> TicketPlanner:
+        orchestrator = self.settings.orchestrator
+        return TicketPlanner(
+            seed=self.settings.run.seed,
+            group_size=orchestrator.group_size,
+            batch_size=orchestrator.batch_size,
+            max_off_policy_steps=orchestrator.max_off_policy_steps,
+            max_steps=self.settings.trainer.max_steps,
+            route=self.plan.route,
+            requeued=requeued,
+        )
+
+    def _ticket_issuer(
+        self,
+        planner: TicketPlanner,
+        requests: OperatorRequestHandler,
+        acknowledgements: Acknowledgements,
+    ) -> TicketIssuer:
+        return TicketIssuer(
+            self.bus,
+            self.lease,
             planner,
             requests,
-            checkpointing.acknowledgements,
-            streams=plan.streams,
-            max_backlog=settings.orchestrator.max_backlog,
-            issued=state.issued if state else 0,
-        ),
-        checkpointing=checkpointing,
-        requests=requests,
-        publisher=publisher,
-        policy=policy,
-        recording=recording,
-        metrics=metrics,
-        evaluations=evaluations,
-        stats=stats,
-    )
-
-
-def _training(settings: Settings, bus: Bus, found: Checkpoint | None) -> Training:
-    training = Training(
-        settings,
-        learner_at(settings, found),
-        worker=bus.consumer,
-        step=found.state.step if found else 0,
-        dropped=found.state.dropped if found else None,
-        images=bus.images.read,
-    )
-    if found:
-        log.info(
-            "resuming", checkpoint=str(found.path), step=training.step, issued=found.state.issued
+            acknowledgements,
+            streams=self.plan.streams,
+            max_backlog=self.settings.orchestrator.max_backlog,
+            issued=self.found.state.issued if self.found else 0,
         )
-    return training
 
+    def _metrics(self, step: int) -> MetricsFiles:
+        metrics = MetricsFiles(self.settings, step)
+        self.opened.callback(metrics.close)
+        return metrics
 
-def _ticket_planner(settings: Settings, plan: Plan, requeued: dict[int, int]) -> TicketPlanner:
-    orchestrator = settings.orchestrator
-    return TicketPlanner(
-        seed=settings.run.seed,
-        group_size=orchestrator.group_size,
-        batch_size=orchestrator.batch_size,
-        max_off_policy_steps=orchestrator.max_off_policy_steps,
-        max_steps=settings.trainer.max_steps,
-        route=plan.route,
-        requeued=requeued,
-    )
+    def _publisher(self, training: Training) -> Publisher:
+        publisher = Publisher(
+            self.bus,
+            self.lease,
+            self.settings,
+            student_files(self.directory.path, training.learner),
+            nccl_transfer(self.bus, self.lease, self.settings),
+            prober(training.learner, self.settings.inference),
+        )
+        self.opened.callback(publisher.close)
+        return publisher
+
+    def _recording(self, digest: str) -> Recording:
+        recording = Recording(self.settings, self.found, digest, self.bus.images.read)
+        self.opened.callback(recording.close)
+        return recording
+
+    def _evaluations(self) -> Evaluations | None:
+        if not self.settings.eval.interval:
+            return None
+        evaluations = Evaluations(self.settings, redis_url(self.settings), self.directory.path)
+        self.opened.callback(evaluations.close)
+        return evaluations

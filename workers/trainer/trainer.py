@@ -6,23 +6,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from onstream.pipeline.records import PolicyVersion, Ticket, Tombstone
+from onstream.pipeline.records import PolicyVersion, Ticket
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.stage import Delivery, Stats
 from onstream.pipeline.telemetry import get_logger
-from onstream.settings.plan import Plan
 from onstream.settings.root import Settings
 from onstream.workers.trainer.durability.checkpointing import Checkpointing, TrainerPosition
 from onstream.workers.trainer.durability.operator_requests import OperatorRequestHandler
 from onstream.workers.trainer.durability.recording import Recording
-from onstream.workers.trainer.durability.resume import lost_numbers, unsettled_dead
 from onstream.workers.trainer.durability.run_directory import RunDirectory
 from onstream.workers.trainer.evaluations import Evaluations
 from onstream.workers.trainer.metrics_files import MetricsFiles
 from onstream.workers.trainer.publication.publisher import Publisher
+from onstream.workers.trainer.recovery import Recovery
 from onstream.workers.trainer.status import status_text
 from onstream.workers.trainer.step_clock import StepClock
 from onstream.workers.trainer.ticket_issuer import TicketIssuer
@@ -33,6 +33,7 @@ log = get_logger()
 READ_AHEAD = 256  # records
 
 
+@dataclass(kw_only=True, eq=False)
 class Trainer:
     """The trainer of a run that is open, put together by `onstream.workers.trainer.start`.
 
@@ -40,43 +41,23 @@ class Trainer:
     memory; only a durable checkpoint acknowledges it.
     """
 
-    def __init__(
-        self,
-        *,
-        settings: Settings,
-        plan: Plan,
-        bus: Bus,
-        lease: Lease,
-        directory: RunDirectory,
-        training: Training,
-        tickets: TicketIssuer,
-        checkpointing: Checkpointing,
-        requests: OperatorRequestHandler,
-        publisher: Publisher,
-        policy: PolicyVersion,
-        recording: Recording,
-        metrics: MetricsFiles,
-        evaluations: Evaluations | None,
-        stats: Stats,
-    ) -> None:
-        self.settings = settings
-        self.plan = plan
-        self.bus = bus
-        self.lease = lease
-        self.directory = directory
-        self.training = training
-        self.tickets = tickets
-        self.checkpointing = checkpointing
-        self.acknowledgements = checkpointing.acknowledgements
-        self.requests = requests
-        self.publisher = publisher
-        self.policy = policy
-        self.recording = recording
-        self.metrics = metrics
-        self.evaluations = evaluations
-        self.stats = stats
-        self.clock = StepClock()
-        self.finished = False
+    settings: Settings
+    bus: Bus
+    lease: Lease
+    directory: RunDirectory
+    training: Training
+    tickets: TicketIssuer
+    checkpointing: Checkpointing
+    requests: OperatorRequestHandler
+    publisher: Publisher
+    policy: PolicyVersion
+    recording: Recording
+    metrics: MetricsFiles
+    evaluations: Evaluations | None
+    recovery: Recovery
+    stats: Stats
+    clock: StepClock = field(default_factory=StepClock)
+    finished: bool = False
 
     @property
     def step(self) -> int:
@@ -90,7 +71,7 @@ class Trainer:
 
     def begin(self) -> None:
         """Settle and reissue what got lost before this trainer; reopen a run that goes on."""
-        self.recover()
+        self.recovery.run(self.policy)
         # A run that has ended is resumed for its purges alone.
         self.requests.poll(self.step + 1)
         if not self.run_ended and self.bus.state.finished():
@@ -123,7 +104,7 @@ class Trainer:
                 step=self.step,
                 issued=self.tickets.issued,
             )
-            self.recover()
+            self.recovery.run(self.policy)
         self._take(new)
         self._advance()
         if self.busy:
@@ -154,9 +135,10 @@ class Trainer:
             self.evaluations.close()
 
     def _take(self, new: Sequence[Delivery]) -> None:
+        acknowledgements = self.checkpointing.acknowledgements
         for delivery in new:
             record = delivery.record
-            if not isinstance(record, Ticket) and self.acknowledgements.take(delivery):
+            if not isinstance(record, Ticket) and acknowledgements.take(delivery):
                 self.training.take(record, delivery.taken)
 
     def _advance(self) -> None:
@@ -169,7 +151,7 @@ class Trainer:
             result = self.training.advance()
             for timed in result.considered:
                 self.recording.record(timed.record, timed.taken)
-        self.acknowledgements.settle(result.settled)
+        self.checkpointing.acknowledgements.settle(result.settled)
 
     def _take_step(self) -> None:
         """Take one step, publish its weights, settle its rollouts, and write its metrics.
@@ -184,7 +166,7 @@ class Trainer:
             state = self.training.learner.published_state()
             self.policy = self.publisher.publish(self.step, state)
             self.clock.published()
-            self.acknowledgements.settle(result.settled)
+            self.checkpointing.acknowledgements.settle(result.settled)
             self.recording.stepped(self.step, self.policy.digest, result.row)
             row = {**result.row, **self._metrics_of_the_moment()}
             if self.evaluations:
@@ -248,51 +230,6 @@ class Trainer:
             log.info("checkpoint", step=self.step, seconds=round(time.monotonic() - started, 3))
         self.clock.start_waiting()
 
-    # Lost data ------------------------------------------------------------------------------------
-
-    def recover(self) -> None:
-        """Compare what Redis has with what it should have, and mend the difference.
-
-        At the start, and whenever Redis may have lost data under a trainer at work: then what the
-        trainer remembers counts, not the checkpoint.
-        """
-        # First of all: what gets lost while this looks is noticed by the next call.
-        self.bus.lease.may_have_lost_data = False
-        self._restore_redis()
-        self._settle_unsettled_dead()
-        self._reissue_lost_numbers()
-        held = self.bus.images.holding_numbers()
-        self.bus.images.release(self.lease, self.acknowledgements.settled_for_good(held))
-        if self.evaluations:
-            self.evaluations.request_again(self.step)
-
-    def _restore_redis(self) -> None:
-        """Give Redis the count of tickets, the plan, the newest policy and the requeued numbers."""
-        self.tickets.restore_count()
-        self.bus.lease.write_plan(self.lease, self.plan.encode())
-        with self.directory.changing():
-            self.publisher.restore(self.policy, self.training.learner.published_state)
-        self.requests.restore_requeued()
-
-    def _settle_unsettled_dead(self) -> None:
-        """Let dead letters count whose tombstones went with a checkpoint that was lost."""
-        known = self.acknowledgements.known()
-        for number in unsettled_dead(self.bus, known, self.directory.path):
-            self.acknowledgements.take_without_entry(number)
-            tombstone = Tombstone(number, "train", "found among the dead letters")
-            self.training.take(tombstone, time.time())
-
-    def _reissue_lost_numbers(self) -> None:
-        known = self.acknowledgements.known()
-        lost = lost_numbers(self.bus, known, self.tickets.issued, self.directory.path)
-        if lost:
-            log.error(
-                "rollouts got lost with redis's data; issuing them again",
-                count=len(lost),
-                numbers=lost.ranges()[:20],
-            )
-        self.tickets.reissue(lost, self.step)
-
     # Status ---------------------------------------------------------------------------------------
 
     def _update_stats(self) -> None:
@@ -309,5 +246,5 @@ class Trainer:
             "step": self.step,
             "issued": self.tickets.issued,
             "outstanding": self.tickets.outstanding,
-            "unacked_bytes": self.acknowledgements.unacked_bytes,
+            "unacked_bytes": self.checkpointing.acknowledgements.unacked_bytes,
         }

@@ -65,7 +65,9 @@ def test_a_trainer_whose_redis_is_emptied_under_it_asks_again_for_what_is_lost_a
     assert job.trainer.lease.epoch == epoch + 1 and bus.state.issued() >= issued
     policy = bus.state.newest_policy()
     assert (
-        policy is not None and policy.number == 3 and bus.state.plan() == job.trainer.plan.encode()
+        policy is not None
+        and policy.number == 3
+        and bus.state.plan() == job.trainer.recovery.plan.encode()
     )
     job.to_the_end()
     assert job.counts() == {"issued": 48, "trained": 48}

@@ -1,0 +1,90 @@
+"""Finds what Redis has lost, restores it, and reissues the numbers that went with it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from onstream.pipeline.records import PolicyVersion, Tombstone
+from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.trainer_lease import Lease
+from onstream.pipeline.telemetry import get_logger
+from onstream.settings.plan import Plan
+from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
+from onstream.workers.trainer.durability.operator_requests import OperatorRequestHandler
+from onstream.workers.trainer.durability.resume import lost_numbers, unsettled_dead
+from onstream.workers.trainer.durability.run_directory import RunDirectory
+from onstream.workers.trainer.evaluations import Evaluations
+from onstream.workers.trainer.publication.publisher import Publisher
+from onstream.workers.trainer.ticket_issuer import TicketIssuer
+from onstream.workers.trainer.training import Training
+
+log = get_logger()
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Compares what Redis has with what it should have, and mends the difference.
+
+    At the start, and whenever Redis may have lost data under a trainer at work: then what the
+    trainer remembers counts, not the checkpoint.
+    """
+
+    bus: Bus
+    lease: Lease
+    plan: Plan
+    directory: RunDirectory
+    training: Training
+    tickets: TicketIssuer
+    acknowledgements: Acknowledgements
+    requests: OperatorRequestHandler
+    publisher: Publisher
+    evaluations: Evaluations | None
+
+    def run(self, policy: PolicyVersion) -> None:
+        """Mend what is lost; `policy` is the newest version.
+
+        Raises:
+            LeaseLost: another trainer took over.
+            UserError: the disk is full, or Redis has no room for the weights.
+        """
+        # First of all: what gets lost from here on is noticed by the next call.
+        self.bus.lease.may_have_lost_data = False
+        self._restore_redis(policy)
+        self._settle_unsettled_dead()
+        self._reissue_lost_numbers()
+        self._release_images()
+        if self.evaluations:
+            self.evaluations.request_again(self.training.step)
+
+    def _restore_redis(self, policy: PolicyVersion) -> None:
+        """Give Redis the count of tickets, the plan, the newest policy and the requeued numbers."""
+        self.tickets.restore_count()
+        self.bus.lease.write_plan(self.lease, self.plan.encode())
+        with self.directory.changing():
+            self.publisher.restore(policy, self.training.learner.published_state)
+        self.requests.restore_requeued()
+
+    def _settle_unsettled_dead(self) -> None:
+        """Let dead letters count whose tombstones went with a checkpoint that was lost."""
+        known = self.acknowledgements.known()
+        for number in unsettled_dead(self.bus, known, self.directory.path):
+            self.acknowledgements.take_without_entry(number)
+            tombstone = Tombstone(number, "train", "found among the dead letters")
+            self.training.take(tombstone, time.time())
+
+    def _reissue_lost_numbers(self) -> None:
+        known = self.acknowledgements.known()
+        lost = lost_numbers(self.bus, known, self.tickets.issued, self.directory.path)
+        if lost:
+            log.error(
+                "rollouts got lost with redis's data; issuing them again",
+                count=len(lost),
+                numbers=lost.ranges()[:20],
+            )
+        self.tickets.reissue(lost, self.training.step)
+
+    def _release_images(self) -> None:
+        """Let go of images that numbers hold which no trainer will look at again."""
+        held = self.bus.images.holding_numbers()
+        self.bus.images.release(self.lease, self.acknowledgements.settled_for_good(held))
