@@ -156,8 +156,8 @@ class Trainer:
     def _take_step(self) -> None:
         """Take one step, publish its weights, settle its rollouts, and write its metrics.
 
-        Published first, and only then in the files: after a kill in between, the checkpoint's
-        successor takes the step again, comes to the same digest, and announces nothing anew.
+        Published first: a checkpoint never names a version that nobody could load. After a kill in
+        between, the next trainer takes the step again and announces nothing: the digest is the same.
         """
         self.clock.start_step()
         result = self.training.take_step()
