@@ -157,7 +157,7 @@ class Trainer:
         """Take one step, publish its weights, settle its rollouts, and write its metrics.
 
         Published first: a checkpoint never names a version that nobody could load. After a kill in
-        between, the next trainer takes the step again and announces nothing: the digest is the same.
+        between, the next trainer takes the step again and announces nothing: its digest is known.
         """
         self.clock.start_step()
         result = self.training.take_step()
