@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from onstream.pipeline.records import PolicyVersion, Tombstone
 from onstream.pipeline.redis.bus import Bus
-from onstream.pipeline.redis.trainer_lease import Lease
+from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.plan import Plan
 from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
