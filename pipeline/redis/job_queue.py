@@ -28,7 +28,7 @@ FUNCTIONS: dict[str, str] = {
 }
 """The function that a jobs worker calls for each kind. It calls no other, whatever Redis holds."""
 FORMER_MODULE = "workers.jobs.tasks."
-"""Where the functions were before 0.2: jobs that were queued then still name them."""
+"""Where the functions were before there was one package: jobs queued then still name them."""
 SERIALIZER = "json"
 CALL_TIMEOUT_S = 5.0
 OPEN = ("queued", "started", "scheduled", "deferred", "ready_to_enqueue", "created")
