@@ -63,3 +63,12 @@ def test_every_redis_key_is_on_the_page(page: str) -> None:
     assert {"stream:", "issued", "weights:"} <= keys
     text = (DOCS / page).read_text()
     assert [key for key in sorted(keys) if f"`{key}" not in text] == []
+
+
+def test_every_module_that_the_upgrade_names_exists() -> None:
+    rows = re.findall(
+        r"^\| `[\w.]+` \| `onstream\.([\w.]+)` \|", (DOCS / "upgrading.md").read_text(), re.M
+    )
+    assert len(rows) > 100
+    paths = [ROOT / row.replace(".", "/") for row in rows]
+    assert [p for p in paths if not (p.is_dir() or p.with_suffix(".py").exists())] == []
