@@ -78,9 +78,8 @@ def test_three_verifiers_in_mid_run_share_the_load_within_seconds(run: Project) 
         ]
 
     wait_for(lambda: len(done()) == 3, "three verifiers at work", 60)
-    print(
-        f"scaled in {scaled_s:.1f} s, all three at work {time.monotonic() - started:.1f} s after the command"
-    )
+    at_work_s = time.monotonic() - started
+    print(f"scaled in {scaled_s:.1f} s, all three at work {at_work_s:.1f} s after the command")
     run.gets_on()
 
 
@@ -88,7 +87,10 @@ def test_without_generators_the_run_waits_says_for_what_and_goes_on(run: Project
     said = len(run.said())
     run.compose("up", "-d", "--no-recreate", "--scale", "verifier=3", "--scale", "generator=0")
     assert run.containers("generator") == []
-    waits = "generate: [0-9]+ records wait and no worker takes them; start one with `onstream worker generator`"
+    waits = (
+        "generate: [0-9]+ records wait and no worker takes them; "
+        "start one with `onstream worker generator`"
+    )
     wait_for(
         lambda: re.search(waits, run.said()[said:]), "the word that generators are missing", 90
     )
@@ -137,7 +139,7 @@ def test_docker_kill_counts_as_a_stop_and_docker_start_goes_on(run: Project) -> 
     run.gets_on()
 
 
-def test_stop_drains_within_30_seconds_and_up_resumes_from_the_last_checkpoint_and_returns_by_itself(
+def test_stop_drains_within_30_seconds_and_up_resumes_from_the_last_checkpoint_and_returns(
     run: Project,
 ) -> None:
     started = time.monotonic()

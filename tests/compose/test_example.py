@@ -64,7 +64,7 @@ def test_no_container_runs_as_root_but_the_one_that_prepares(finished: Project) 
     assert set(users.values()) == {"1000:1000"}
 
 
-def test_secrets_are_in_no_log_no_plan_and_in_what_docker_tells_of_no_service_that_does_not_need_them(
+def test_secrets_are_in_no_log_no_plan_and_docker_tells_them_of_no_service_without_need(
     finished: Project,
 ) -> None:
     mount = f"{finished.name}_secrets:/secrets"

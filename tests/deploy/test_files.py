@@ -70,9 +70,7 @@ def test_the_settings_in_compose_and_the_stack_are_those_of_now() -> None:
     )
 
 
-def test_every_setting_reaches_every_worker_by_its_own_name_but_for_secrets_and_what_compose_decides() -> (
-    None
-):
+def test_every_setting_reaches_every_worker_but_for_secrets_and_what_compose_decides() -> None:
     for service in WORKERS:
         missing = {variable_of(name) for name in known()} - set(SERVICES[service]["environment"])
         assert all(

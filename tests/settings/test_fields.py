@@ -6,9 +6,7 @@ from onstream.settings.docs import PAGE, text
 from onstream.settings.fields import known, sections
 
 
-def test_every_setting_has_a_scope_a_docstring_and_where_it_is_a_number_bounds_on_both_sides_and_a_unit() -> (
-    None
-):
+def test_every_setting_has_a_scope_and_a_docstring_and_numbers_have_bounds_and_a_unit() -> None:
     unitless = {"run.seed"}  # a name more than a number
     for setting in known().values():
         assert setting.scope.kind in ("run", "worker"), setting.name

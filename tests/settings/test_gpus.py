@@ -70,8 +70,10 @@ def test_more_gpus_than_there_are_is_refused_with_the_sum() -> None:
     settings, plan = made(*STARTED, "deployment.workers.generator=3")
     [problem] = gpu_problems(settings, plan, ["0", "1", "2"])
     assert str(problem) == (
-        "train 1 + inference 3 + teacher 2 = 6 GPUs (deployment.num_teacher_gpus = 2); expected workers that fit the 3 found here. "
-        "Lower deployment.num_teacher_gpus, or set deployment.share_gpus = true with deployment.gpu_memory_shares, "
+        "train 1 + inference 3 + teacher 2 = 6 GPUs (deployment.num_teacher_gpus = 2); "
+        "expected workers that fit the 3 found here. "
+        "Lower deployment.num_teacher_gpus, or set deployment.share_gpus = true with "
+        "deployment.gpu_memory_shares, "
         'or deployment.device = "cpu".'
     )
 
@@ -84,9 +86,9 @@ def test_shared_gpus_take_workers_until_their_memory_is_given_away() -> None:
     assert memory_share(settings, "verifier") is None
     crowded, crowd = made(*STARTED, *SHARED, "deployment.workers.generator=2")
     [problem] = gpu_problems(crowded, crowd, ["0"])
-    assert (
-        problem.got
-        == "train 1 × 0.5 + inference 2 × 0.2 + teacher 2 × 0.15 = 1.2 GPUs (deployment.num_teacher_gpus = 2)"
+    assert problem.got == (
+        "train 1 × 0.5 + inference 2 × 0.2 + teacher 2 × 0.15 = 1.2 GPUs "
+        "(deployment.num_teacher_gpus = 2)"
     )
     assert gpu_problems(crowded, crowd, ["0", "1"]) == []
 
@@ -99,8 +101,8 @@ def test_shared_gpus_need_every_share_stated() -> None:
         "deployment.gpu_memory_shares.teacher",
     )
     assert (
-        "share_gpus = true without deployment.gpu_memory_shares.inference, deployment.gpu_memory_shares.teacher"
-        in problem.got
+        "share_gpus = true without deployment.gpu_memory_shares.inference, "
+        "deployment.gpu_memory_shares.teacher" in problem.got
     )
 
 

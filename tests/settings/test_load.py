@@ -113,13 +113,12 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one_in_every_source(
         f"unknown setting {given}; expected the name of a setting. Did you mean {near}?"
     ]
     assert problems(environ={variable: "1"}) == [
-        f"unknown setting: the environment variable {variable}; expected the name of a setting. Did you mean {near_variable}?"
+        f"unknown setting: the environment variable {variable}; expected the name of a setting. "
+        f"Did you mean {near_variable}?"
     ]
     [from_file] = problems(files=(file,))
-    assert (
-        f"in {file}; expected the name of a setting. Did you mean {near.partition('.')[0] if 'traner' in given else near}?"
-        in from_file
-    )
+    meant = near.partition(".")[0] if "traner" in given else near
+    assert f"in {file}; expected the name of a setting. Did you mean {meant}?" in from_file
 
 
 def test_every_problem_of_every_source_is_told_at_once(tmp_path: Path) -> None:
@@ -146,9 +145,11 @@ def test_every_problem_of_every_source_is_told_at_once(tmp_path: Path) -> None:
         "orchestrator.batch_size = 0; expected greater",
         "--set nonsense; expected section.name=value",
         "trainer.optim.betas=x; expected JSON",
-        "trainer.loss.type = dpo (from ONSTREAM_TRAINER__LOSS__TYPE); expected 'rl', 'sft' or 'custom'",
+        "trainer.loss.type = dpo (from ONSTREAM_TRAINER__LOSS__TYPE); "
+        "expected 'rl', 'sft' or 'custom'",
         "ONSTREAM_UNKNOWN",
-        "trainer.loss.teacher_tau = 0.0 with trainer.loss.adv_tau = 0.0; expected a teacher or rewards to learn from",
+        "trainer.loss.teacher_tau = 0.0 with trainer.loss.adv_tau = 0.0; "
+        "expected a teacher or rewards to learn from",
     ):
         assert part in text
 

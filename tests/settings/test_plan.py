@@ -232,8 +232,8 @@ def test_a_refusal_names_every_setting_that_differs_with_both_values() -> None:
         )
     assert caught.value.exit is Exit.REFUSED
     assert (
-        'model.name (here "other", the run has "Qwen/Qwen3-0.6B"); trainer.loss.kl_tau (here 0.5, the run has 0.001)'
-        in str(caught.value)
+        'model.name (here "other", the run has "Qwen/Qwen3-0.6B"); '
+        "trainer.loss.kl_tau (here 0.5, the run has 0.001)" in str(caught.value)
     )
     assert "max_steps" not in str(caught.value)
 

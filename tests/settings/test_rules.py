@@ -40,7 +40,8 @@ REFUSED = [
     ),
     (
         [*ENDPOINT, "trainer.loss.teacher_tau=1", "deployment.num_teacher_gpus=1"],
-        'orchestrator.teacher_model.model.name = "big" with model.name = "Qwen/Qwen3-0.6B" with deployment.num_teacher_gpus = 1',
+        'orchestrator.teacher_model.model.name = "big" with model.name = "Qwen/Qwen3-0.6B" '
+        "with deployment.num_teacher_gpus = 1",
         "expected one teacher",
     ),
     (
@@ -284,7 +285,8 @@ WARNED = [
             "inference.client.base_url=http://127.0.0.1:8000",
             "deployment.num_infer_gpus=2",
         ],
-        "deployment.num_infer_gpus has no effect: the student's servers are those of inference.client.base_url",
+        "deployment.num_infer_gpus has no effect: the student's servers are those of "
+        "inference.client.base_url",
     ),
     (
         ["inference.engine=server", "inference.client.base_url=http://a:8000"],

@@ -119,8 +119,9 @@ def test_each_part_of_the_teacher_has_another_gpu_even_where_gpus_are_shared() -
     }
     [problem] = gpu_problems(settings, made, ["4"])
     assert str(problem) == (
-        "train 1 × 0.3 + inference 1 × 0.3 + teacher 2 × 0.3 = 1.2 GPUs (deployment.num_teacher_gpus = 2); expected workers that fit the 1 "
-        "found here, each part of the teacher on another one. Lower deployment.num_teacher_gpus or the shares. "
+        "train 1 × 0.3 + inference 1 × 0.3 + teacher 2 × 0.3 = 1.2 GPUs "
+        "(deployment.num_teacher_gpus = 2); expected workers that fit the 1 found here, each part "
+        "of the teacher on another one. Lower deployment.num_teacher_gpus or the shares. "
         'teacher_inference.engine = "transformers" starts no vLLM server.'
     )
 

@@ -45,9 +45,7 @@ def test_verification_that_is_asked_for_explicitly_waits_for_a_verifier() -> Non
     assert any("No verifier worker is started here" in warning for warning in warnings_of(settings))
 
 
-def test_an_external_teacher_takes_the_place_of_a_local_one_that_is_left_out_under_a_name_of_its_own() -> (
-    None
-):
+def test_an_external_teacher_takes_the_place_of_a_local_one_that_is_left_out() -> None:
     settings = load_settings(
         overrides=[*TAUGHT, *ENDPOINT, *COMPOSED, "deployment.workers.teacher=0"], environ={}
     )

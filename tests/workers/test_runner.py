@@ -69,7 +69,8 @@ def test_a_worker_that_asks_endpoints_needs_their_addresses(
     write_plan(bus, scored)
     with pytest.raises(
         UserError,
-        match=r"a teacher-external worker .* Set orchestrator\.teacher_model for a teacher-external",
+        match=r"a teacher-external worker .* "
+        r"Set orchestrator\.teacher_model for a teacher-external",
     ):
         run_kind("teacher-external", scored)
 
@@ -127,7 +128,7 @@ def test_a_worker_waits_for_the_plan_saying_so_and_stops_cleanly_when_told_to(
     ]
 
 
-def test_an_admitted_worker_takes_changeable_settings_of_its_own_and_exits_0_when_the_run_is_finished(
+def test_an_admitted_worker_takes_changeable_settings_of_its_own_and_exits_0(
     settings: Settings, bus: Bus
 ) -> None:
     write_plan(bus, settings)
@@ -156,14 +157,18 @@ def test_the_kinds_of_the_slim_image_come_up_where_torch_is_not_installed(kind: 
     module = {"jobs": "onstream.workers.jobs.worker"}.get(kind) or class_path(
         kind, Settings()
     ).partition(":")[0]  # type: ignore[arg-type]
-    code = f"import sys\nsys.modules['torch'] = None\nimport {module}, onstream.workers.runner\nprint('numpy' in sys.modules)"
+    code = (
+        "import sys\nsys.modules['torch'] = None\n"
+        f"import {module}, onstream.workers.runner\nprint('numpy' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "True\n", done.stderr
 
 
 def test_a_tokenizer_loads_where_torch_is_not_installed() -> None:
     code = (
-        "import sys\nsys.modules['torch'] = None\nfrom onstream.workers.teacher.model_info import load_model_info\n"
+        "import sys\nsys.modules['torch'] = None\n"
+        "from onstream.workers.teacher.model_info import load_model_info\n"
         "print(load_model_info('examples/reverse-text/student').context_tokens)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -172,7 +177,11 @@ def test_a_tokenizer_loads_where_torch_is_not_installed() -> None:
 
 @pytest.mark.parametrize("kind", ["generator", "teacher", "trainer"])
 def test_a_kind_that_computes_says_how_to_install_torch(kind: str) -> None:
-    code = f"import sys\nsys.modules['torch'] = None\nsys.argv = ['onstream', 'worker', '{kind}']\nfrom onstream.workers.commands.cli import main\nmain()"
+    code = (
+        "import sys\nsys.modules['torch'] = None\n"
+        f"sys.argv = ['onstream', 'worker', '{kind}']\n"
+        "from onstream.workers.commands.cli import main\nmain()"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == Exit.USAGE
     assert f"a {kind} worker where torch is not installed" in done.stderr

@@ -1,4 +1,4 @@
-"""The Redis that the launcher starts: found, kept, restarted on its data, and gone with its parent."""
+"""The Redis that the launcher starts: found, kept, restarted on its data, gone with its parent."""
 
 from __future__ import annotations
 
@@ -64,8 +64,12 @@ def test_two_servers_never_share_data(
 
 def test_the_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     script = (
-        "import os, signal; from pathlib import Path; from onstream.workers.launcher.embedded_redis import EmbeddedRedis\n"
-        f"server = EmbeddedRedis(Path({str(tmp_path)!r}), max_memory_mb=64); server.start(); print(server.pid, flush=True)\n"
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from onstream.workers.launcher.embedded_redis import EmbeddedRedis\n"
+        f"server = EmbeddedRedis(Path({str(tmp_path)!r}), max_memory_mb=64)\n"
+        "server.start()\n"
+        "print(server.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     root = Path(__file__).parents[3]

@@ -15,7 +15,10 @@ def test_the_last_lines_of_a_log_leave_out_blank_ones(tmp_path: Path) -> None:
 
 
 def test_a_json_line_becomes_text_with_its_traceback() -> None:
-    line = '{"run": "demo", "stage": "train", "event": "stopped", "level": "error", "uid": "demo/7", "exception": "Traceback:\\nKeyError: 3"}'
+    line = (
+        '{"run": "demo", "stage": "train", "event": "stopped", "level": "error", "uid": "demo/7", '
+        '"exception": "Traceback:\\nKeyError: 3"}'
+    )
     assert as_text(line) == ["error: stopped uid='demo/7'", "Traceback:", "KeyError: 3"]
 
 

@@ -114,8 +114,8 @@ def test_a_server_that_ends_before_it_ever_served_stops_the_run_with_its_last_wo
     assert run.up(*SERVED) == Exit.FAILED
     log = run.directory / "logs" / "teacher-server.log"
     assert (
-        f"the run stops: teacher-server exited with 1 (failed)\n  no memory for the model\n  (its log: {log})"
-        in run.printed.getvalue()
+        "the run stops: teacher-server exited with 1 (failed)\n"
+        f"  no memory for the model\n  (its log: {log})" in run.printed.getvalue()
     )
     assert "restarting" not in run.printed.getvalue()
     assert run.pids() == []
@@ -184,7 +184,7 @@ def test_the_worker_of_the_server_has_the_runs_plan_and_no_budget_of_paid_endpoi
     server.stop()
 
 
-def test_the_generator_waits_for_all_servers_of_the_student_and_asks_them_all_and_nothing_of_them_is_left(
+def test_the_generator_waits_for_all_servers_of_the_student_asks_them_all_and_leaves_nothing(
     run: Run,
 ) -> None:
     up = run.directory / "generate.up"

@@ -192,7 +192,8 @@ def test_a_resume_on_another_route_is_refused_with_the_rollouts_in_flight(tmp_pa
     )
     with pytest.raises(
         UserError,
-        match="generate → verify → train, but run 'onstream' by generate → verify → score → train, with 31 rollouts in flight",
+        match="generate → verify → train, but run 'onstream' by generate → verify → score → train, "
+        "with 31 rollouts in flight",
     ):
         check_resume(settings, ours, theirs, lambda: 31)
 

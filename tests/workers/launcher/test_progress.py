@@ -36,7 +36,8 @@ VIEW = RunView(
 
 def test_the_status_line_holds_figures_backlogs_and_what_is_waited_for() -> None:
     assert status_line(VIEW) == (
-        "step 12/60  reward 0.75  teacher_kl 0.03125  432 rollouts/s  staleness 1.2 (max 2)  ETA 0:14  backlog generate 256 score 31  "
+        "step 12/60  reward 0.75  teacher_kl 0.03125  432 rollouts/s  staleness 1.2 (max 2)  "
+        "ETA 0:14  backlog generate 256 score 31  "
         "waiting: score: 31 records wait and no worker takes them"
     )
 
