@@ -45,7 +45,7 @@ def generator(
 ) -> Iterator[Callable[[], Generator]]:
     """Sets up a generator on the session's engine, which it finds as if it had just started it."""
     monkeypatch.setattr(stage, "open_student", lambda settings: student)
-    monkeypatch.setattr(policy_loader, "LOOK_S", 0.0)
+    monkeypatch.setattr(policy_loader, "POLL_S", 0.0)
     monkeypatch.setattr(policy_loader, "RETRY_S", 0.0)
     engine: Any = student.engine
     engine.on_new_weights = "recompute"

@@ -65,28 +65,26 @@ class Watched:
         return self.announced
 
 
-class Missed:
-    """Stands for a receiver, whose engine got the version with the digest `has`, if any, from GPU
-    to GPU.
-    """
+class StandInReceiver:
+    """Stands for a receiver, which got the version with the digest `received`, if any."""
 
     def __init__(self) -> None:
-        self.has = ""
+        self.received = ""
         self.looks = 0
         self.loaded: list[int] = []
-        self.wanted: list[int] = []
+        self.requested: list[int] = []
 
     def look(self) -> None:
         self.looks += 1
 
-    def holds(self, policy: PolicyVersion) -> bool:
-        return policy.digest == self.has
+    def has(self, policy: PolicyVersion) -> bool:
+        return policy.digest == self.received
 
     def load(self, policy: PolicyVersion) -> None:
         self.loaded.append(policy.number)
 
-    def want(self, policy: PolicyVersion) -> None:
-        self.wanted.append(policy.number)
+    def request_file(self, policy: PolicyVersion) -> None:
+        self.requested.append(policy.number)
 
 
 @pytest.fixture
@@ -181,10 +179,10 @@ def test_a_version_that_was_replaced_while_it_was_read_is_followed_by_the_newest
 def test_what_was_received_is_loaded_without_a_file_and_calls_are_looked_for_all_the_time(
     tmp_path: Path,
 ) -> None:
-    receiver = Missed()
+    receiver = StandInReceiver()
     watched = Watched(tmp_path, receiver)
     watched.announced = PolicyVersion(number=1, digest="ab", path="policies/000001", size_bytes=8)
-    receiver.has = "ab"
+    receiver.received = "ab"
     watched.refresh_after(POLL_S)
     watched.refresh_after(POLL_S)
     assert (receiver.loaded, receiver.looks, watched.engine.loaded) == ([1], 2, [])
@@ -192,14 +190,14 @@ def test_what_was_received_is_loaded_without_a_file_and_calls_are_looked_for_all
 
 
 def test_what_was_not_received_is_read_or_asked_for_as_a_file(tmp_path: Path) -> None:
-    receiver = Missed()
+    receiver = StandInReceiver()
     watched = Watched(tmp_path, receiver)
     watched.publish(1, 0.5)
     watched.refresh_after(POLL_S)
-    assert (watched.engine.loaded, receiver.wanted) == ([(1, 0.5)], [])
+    assert (watched.engine.loaded, receiver.requested) == ([(1, 0.5)], [])
     watched.announced = PolicyVersion(number=2, digest="cd", path="policies/000002", size_bytes=8)
     watched.refresh_after(POLL_S)
-    assert receiver.wanted == [2]
+    assert receiver.requested == [2]
     assert (
         watched.policies.problem is not None
         and "there are no weights of version 2" in watched.policies.problem

@@ -98,7 +98,7 @@ def make(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Generator]:
     """A stage that is set up; it looks for a new version at every step."""
-    monkeypatch.setattr(policy_loader, "LOOK_S", 0.0)
+    monkeypatch.setattr(policy_loader, "POLL_S", 0.0)
     monkeypatch.setattr(policy_loader, "RETRY_S", 0.0)
 
     def build(settings: Settings | None = None) -> Generator:

@@ -182,12 +182,12 @@ def test_what_was_received_is_held_until_it_is_loaded(bus: Bus) -> None:
     here = Here(bus)
     sent = policy(3)
     look = here.call(sent)
-    assert not here.receiver.holds(announced(sent))
+    assert not here.receiver.has(announced(sent))
     look()
-    assert here.receiver.holds(announced(sent))
+    assert here.receiver.has(announced(sent))
     here.receiver.load(announced(sent))
     assert here.engine.loaded == [(3, sent.digest)]
-    assert not here.receiver.holds(announced(sent))
+    assert not here.receiver.has(announced(sent))
 
 
 def test_a_transfer_that_hangs_is_given_up_and_the_group_left(bus: Bus) -> None:
@@ -199,14 +199,14 @@ def test_a_transfer_that_hangs_is_given_up_and_the_group_left(bus: Bus) -> None:
     here.now = PATIENCE_S + 1
     look()
     assert here.engine.asked[-1] == "onstream_leave"
-    assert not here.receiver.holds(announced(sent))
+    assert not here.receiver.has(announced(sent))
 
 
 def test_another_models_weights_are_refused_before_they_are_received(bus: Bus) -> None:
     here = Here(bus)
     here.call(policy(3, "v"))()
     assert here.engine.asked == []
-    assert not here.receiver.holds(announced(policy(3, "v")))
+    assert not here.receiver.has(announced(policy(3, "v")))
 
 
 def test_receivers_that_redis_forgot_register_again(bus: Bus) -> None:
