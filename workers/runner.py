@@ -1,6 +1,4 @@
-"""One worker process from its settings to its exit code: Redis, the run's plan, the stage, the
-loop.
-"""
+"""One worker process, from its settings to its exit code."""
 
 from __future__ import annotations
 
@@ -65,8 +63,7 @@ def run_kind(
 
 
 def _refuse_without_torch(kind: WorkerKind) -> None:
-    """Tell in words, and not by an import's traceback, that this installation is one for the other
-    kinds.
+    """Refuse in words, and not by an import's traceback, what this installation cannot run.
 
     Raises:
         UserError: `kind` computes with models, and torch is not installed.
@@ -96,8 +93,9 @@ def stage_class(path: str) -> Callable[[Settings, Bus], Stage]:
 
 
 def _admitted(kind: WorkerKind, settings: Settings, bus: Bus, *, optional: bool) -> bool:
-    """Whether the run's plan, once there is one, has a place for this worker; False when it was
-    told to stop meanwhile.
+    """Whether the run's plan, once there is one, has a place for this worker.
+
+    False, too, when it was told to stop meanwhile.
 
     Raises:
         UserError: it has none, and the worker is not `optional`.
@@ -120,8 +118,10 @@ def _admitted(kind: WorkerKind, settings: Settings, bus: Bus, *, optional: bool)
 
 
 def _refuse_superfluous(kind: WorkerKind, ours: Plan, plan: Plan) -> None:
-    """Raises UserError where rollouts do not pass a worker of `kind`, or our settings give it
-    nothing to work with.
+    """Refuse a worker that no rollout passes, or whose settings give it nothing to work with.
+
+    Raises:
+        UserError: it is one.
     """
     if STAGE_OF[kind] not in plan.streams:
         raise UserError(
@@ -140,8 +140,7 @@ def _refuse_superfluous(kind: WorkerKind, ours: Plan, plan: Plan) -> None:
 
 
 def wait_for_plan(kind: WorkerKind, bus: Bus, *, poll_s: float) -> Plan | None:
-    """The run's plan, which its trainer writes. Waits for it, saying so in the log and in
-    heartbeats.
+    """The run's plan, which its trainer writes. Waits for it, and says so in heartbeats.
 
     Returns None when SIGTERM or SIGINT came first.
 
@@ -166,8 +165,9 @@ def wait_for_plan(kind: WorkerKind, bus: Bus, *, poll_s: float) -> Plan | None:
 
 
 def _limit_gpu_memory(kind: WorkerKind, settings: Settings) -> None:
-    """Keep a worker that shares its GPU within its share of the memory; vLLM, whose processes are
-    others, is told its share.
+    """Keep a worker that shares its GPU within its share of the memory.
+
+    vLLM, whose processes are others, is told its share.
     """
     share = memory_share(settings, kind)
     by_vllm = kind == "generator" and student_engine(settings) == "vllm"
@@ -178,8 +178,9 @@ def _limit_gpu_memory(kind: WorkerKind, settings: Settings) -> None:
 
 
 def _limit_threads(settings: Settings) -> None:
-    """Tell the tensor library its threads before it is imported; the launcher has done so for the
-    workers it starts.
+    """Tell the tensor library its threads before it is imported.
+
+    The launcher has done so for the workers that it starts.
     """
     from onstream.workers.launcher.environment import default_threads
 
