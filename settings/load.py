@@ -1,5 +1,6 @@
-"""Settings from their sources, strongest first: command line, environment, TOML files (a later one
-wins), defaults.
+"""Settings from their sources: command line, environment, TOML files, defaults.
+
+The strongest comes first in this list, and of several TOML files the last one given wins.
 """
 
 from __future__ import annotations
@@ -36,10 +37,9 @@ def load_settings(
     overrides: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
 ) -> Settings:
-    """The settings that `files`, `environ` (by default the process's own) and `overrides`
-    (`"a.b=c"`) add up to.
+    """The settings that files, environment and overrides add up to.
 
-    A file may also be a run's directory or its name: then the settings that the run wrote down.
+    `environ` is by default the process's own, and an override is `"a.b=c"`. A file may also be a run's directory or its name: then the settings that the run wrote down.
 
     Raises:
         SettingsError: carries every problem found, cross-field ones included.

@@ -192,8 +192,9 @@ def _server_gpus(settings: Settings) -> int:
 
 
 def _student_servers(settings: Settings) -> int:
-    """vLLM servers that have to be started here for the engine `server`; 0 where it has addresses,
-    or is not the one that was asked for.
+    """vLLM servers that have to be started here for the engine `server`.
+
+    0 where it has addresses, or is not the engine that was asked for.
     """
     inference = settings.inference
     here = inference.engine == "server" and not inference.client.base_url

@@ -18,8 +18,9 @@ PREFIX = "ONSTREAM_"
 
 @dataclass(frozen=True)
 class SettingsProblem:
-    """One thing to mend. `names` are the settings it concerns, `got` says which value came from
-    where.
+    """One thing to correct.
+
+    `names` are the settings it concerns; `got` says which value came from where.
     """
 
     names: tuple[str, ...]
@@ -84,9 +85,7 @@ def unknown_variable(variable: str) -> SettingsProblem:
 
 
 def setting_of(variable: str) -> Setting | None:
-    """The setting that the environment variable `variable` gives the whole value of; None where
-    there is none.
-    """
+    """The setting whose whole value the environment variable `variable` gives, if there is one."""
     return known().get(variable[len(PREFIX) :].lower().replace("__", "."))
 
 

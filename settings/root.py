@@ -1,6 +1,4 @@
-"""All settings of Onstream in one model. `settings.load` fills it; `settings.plan` says what
-follows from it.
-"""
+"""All settings in one model: `settings.load` fills it, `settings.plan` says what follows."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""`onstream up`: one command that checks the settings, starts Redis and the workers, shows the run
-until it ends, and reports what it came to.
-"""
+"""`onstream up`: starts Redis and the workers, shows the run until it ends, and reports."""
 
 from __future__ import annotations
 
