@@ -45,6 +45,14 @@ def test_every_make_target_of_the_readme_and_the_docs_exists() -> None:
     assert named <= targets
 
 
+def test_ci_runs_the_readmes_own_commands() -> None:
+    loop = re.search(r"for step in ([a-z -]+); do", (ROOT / ".ci" / "run").read_text())
+    assert loop
+    steps = loop[1].split()
+    assert len(steps) == 5
+    assert [step for step in steps if f"`make {step}`" not in README] == []
+
+
 def test_every_command_of_the_readme_and_the_docs_exists() -> None:
     named = {command for page in PAGES for command in re.findall(r"`onstream ([a-z-]+)", page)}
     assert {"up", "check", "worker", "status", "audit"} <= named
