@@ -145,7 +145,7 @@ class Loop:
         groups = self.settings.orchestrator.batch_size // size
         requests = {}
         for group in range(number * groups, (number + 1) * groups):
-            prompt_ids = self.student.prompt_ids(self.task.train(group).messages)
+            prompt_ids = self.student.prompt(self.task.train(group).messages).ids
             for key in range(group * size, (group + 1) * size):
                 seed = key * 7919 + self.settings.run.seed
                 requests[key] = GenerationRequest(

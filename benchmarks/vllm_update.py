@@ -88,7 +88,7 @@ def measure(settings: Settings, directory: Path, rounds: int, in_flight: int) ->
     versions = [
         publish(directory, number, changed(state, number), model) for number in range(rounds + 2)
     ]
-    config = configure(settings)
+    config = configure(settings, images=False)
     from onstream.workers.generator.engines.vllm.engine import VllmEngine
 
     engine = VllmEngine(
