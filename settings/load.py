@@ -39,7 +39,8 @@ def load_settings(
 ) -> Settings:
     """The settings that files, environment and overrides add up to.
 
-    `environ` is by default the process's own, and an override is `"a.b=c"`. A file may also be a run's directory or its name: then the settings that the run wrote down.
+    `environ` is by default the process's own, and an override is `"a.b=c"`. A file may also be a
+    run's directory or its name: then the settings that the run wrote down.
 
     Raises:
         SettingsError: carries every problem found, cross-field ones included.
