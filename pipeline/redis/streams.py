@@ -88,19 +88,10 @@ class Streams:
         """
         wait = ["BLOCK", max(1, round(block_s * 1000))] if block_s > 0 else []
         stream = self._keys.stream(stage)
+        consumer = self._connection.consumer
+        command = ["XREADGROUP", "GROUP", GROUP, consumer, "COUNT", count, *wait]
         try:
-            reply = self._connection.block(
-                "XREADGROUP",
-                "GROUP",
-                GROUP,
-                self._connection.consumer,
-                "COUNT",
-                count,
-                *wait,
-                "STREAMS",
-                stream,
-                ">",
-            )
+            reply = self._connection.block(*command, "STREAMS", stream, ">")
         except ResponseError as error:
             if not str(error).startswith(("NOGROUP", "UNBLOCKED")):
                 raise
