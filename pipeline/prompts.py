@@ -77,6 +77,8 @@ class PromptBuilder:
         Raises:
             ImageError: one cannot be used, there are more than allowed, or the student reads none.
         """
+        if _is_text(messages):
+            return ()
         try:
             urls = image_urls(messages)
         except ValueError as error:
@@ -138,7 +140,11 @@ def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> Ids:
 
     Each image is one placeholder.
     """
-    ids = tokenizer.apply_chat_template(
-        for_template(messages), add_generation_prompt=True, return_dict=False
-    )
+    shown = list(messages) if _is_text(messages) else for_template(messages)
+    ids = tokenizer.apply_chat_template(shown, add_generation_prompt=True, return_dict=False)
     return np.array(ids, dtype=np.int32)
+
+
+def _is_text(messages: Sequence[Message]) -> bool:
+    """Whether no message has content parts, and so none has an image."""
+    return not any(isinstance(message.get("content"), list) for message in messages)

@@ -14,7 +14,7 @@ from onstream.pipeline.records import Ids
 
 if TYPE_CHECKING:
     from onstream.pipeline.images.vision import Vision
-    from onstream.pipeline.models.image_features import ImageFeatures
+    from onstream.pipeline.models.multimodal import ImageFeatures
 
 
 FetchImages = Callable[[Sequence[str]], Sequence[bytes | None]]

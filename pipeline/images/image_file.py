@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from onstream.pipeline.models.image_features import ImageFeatures
+    from onstream.pipeline.models.multimodal import ImageFeatures
 
 FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 _KNOWN = ", ".join(FORMATS)

@@ -16,7 +16,7 @@ from transformers import AutoProcessor
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.images.image_file import ImageError, ImageFile
-from onstream.pipeline.models.image_features import ImageFeatures
+from onstream.pipeline.models.multimodal import ImageFeatures
 from onstream.pipeline.models.tokenizer import cached_first
 from onstream.pipeline.records import Ids
 

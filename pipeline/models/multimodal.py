@@ -1,4 +1,7 @@
-"""Rows that show images: the tensors of their images, and the positions of their tokens.
+"""Images as a model reads them: their tensors, and the positions of their tokens in a row.
+
+Only rows that show images come here. Which tokens and tensors an image has is decided by the
+processor: `onstream.pipeline.images.vision`.
 
 Families with multimodal rotary positions (Qwen-VL) place the tokens of an image by time, height and
 width, and go on after it where its largest side ends. The others count tokens.
@@ -7,6 +10,7 @@ width, and go on after it where its largest side ends. The others count tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +18,47 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from onstream.pipeline.models.image_features import ImageFeatures, joined
 from onstream.pipeline.models.packing import PrefixGroup, SharedPrefixRow
+from onstream.pipeline.records import Ids
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """One image as a model reads it.
+
+    `token_ids` [I] stand for it in the prompt. `tensors` go to the model's vision tower
+    (`pixel_values`, `image_grid_thw`, …).
+    """
+
+    token_ids: Ids
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
 
 Features = Mapping[str, ImageFeatures]
 """Images as a model reads them, by the names that prompts have for them."""
+
+
+def joined(images: Sequence[ImageFeatures]) -> dict[str, Tensor]:
+    """The tensors of several images as one batch, in order; empty for no images.
+
+    Raises:
+        ValueError: the images differ in size, and this family's tensors then fit in no one batch.
+    """
+    if not images:
+        return {}
+    try:
+        return {
+            name: torch.cat([image.tensors[name] for image in images]) for name in images[0].tensors
+        }
+    except RuntimeError as error:
+        raise ValueError(
+            f"images of different sizes do not go into one batch of this model: {error}"
+        ) from error
 
 
 def image_tensors(
@@ -40,8 +80,8 @@ def tensors_for(model: PreTrainedModel, images: Sequence[ImageFeatures]) -> dict
 
 
 def packed_positions(model: PreTrainedModel, packed: SharedPrefixRow, features: Features) -> Tensor:
-    """Positions of a packed row: [1, T], or [3, 1, T] with images in a family that places them."""
-    if not has_spatial_positions(model) or not any(group.images for group in packed.groups):
+    """Positions of a packed row: [1, T], or [3, 1, T] in a family that places images."""
+    if not has_spatial_positions(model):
         return torch.from_numpy(packed.position_ids).to(model.device)[None]
     parts = []
     for group in packed.groups:

@@ -8,9 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.models.attention import SHARED_PREFIX
+from onstream.pipeline.models.forward import SHARED_PREFIX, head_logits, head_of, hidden_states
 from onstream.pipeline.models.loading import set_text_attention, text_config
-from onstream.pipeline.models.logprobs import head_logits, head_of, hidden_states
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}

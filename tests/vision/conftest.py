@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from onstream.pipeline.images import ImageFile
 from onstream.pipeline.images.vision import Vision, load_vision
-from onstream.pipeline.models.image_features import ImageFeatures
 from onstream.pipeline.models.loading import load_model
+from onstream.pipeline.models.multimodal import ImageFeatures
 from onstream.workers.tiny_models.fresh import ModelShape
 from onstream.workers.tiny_models.vlm_families import VlmFamily, write_fresh_vlm
 

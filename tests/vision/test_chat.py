@@ -17,7 +17,7 @@ from transformers import AutoProcessor
 
 from onstream.pipeline.images import ImageFile, Message, referred
 from onstream.pipeline.loop import Worker
-from onstream.pipeline.models.image_features import joined
+from onstream.pipeline.models.multimodal import joined
 from onstream.pipeline.records import Rollout, Ticket, ids_array
 from onstream.pipeline.redis.bus import Bus
 from onstream.settings.root import Settings

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from onstream.pipeline.images import PromptImage
-from onstream.pipeline.models.image_features import joined
 from onstream.pipeline.models.loading import load_model
+from onstream.pipeline.models.multimodal import joined
 from onstream.pipeline.weights import LoadedPolicy
 from onstream.workers.generator.engines.base import Completion, GenerationRequest
 from onstream.workers.generator.engines.transformers.engine import TransformersEngine

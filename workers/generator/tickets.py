@@ -67,8 +67,9 @@ class ImagesToHold:
         Raises:
             ImagesFull: Redis stayed full.
         """
-        self._store.hold(STAGE, self._holds, patience_s=self._patience_s)
-        self._holds.clear()
+        if self._holds:
+            self._store.hold(STAGE, self._holds, patience_s=self._patience_s)
+            self._holds.clear()
 
 
 def rollout_of(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from onstream.pipeline.images.feature_cache import FeatureCache
-from onstream.pipeline.models.logprobs import (
+from onstream.pipeline.models.forward import (
     NO_IMAGES,
     TokenLogprobs,
     head_of,

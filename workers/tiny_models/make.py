@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.images import PromptImage, image_urls
 from onstream.pipeline.images.vision import Vision
-from onstream.pipeline.models.image_features import ImageFeatures
 from onstream.pipeline.models.loading import load_model
+from onstream.pipeline.models.multimodal import ImageFeatures
 from onstream.pipeline.prompts import PromptBuilder, render_prompt
 from onstream.pipeline.tasks import Problem, load_task
 from onstream.pipeline.telemetry import get_logger

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onstream.pipeline.models.logprobs import entropy_of, head_logits
+from onstream.pipeline.models.forward import entropy_of, head_logits
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.images.vision import load_vision
+from onstream.pipeline.models.forward import NO_IMAGES, head_of, hidden_states
 from onstream.pipeline.models.loading import base_of, load_model, resolve_dtype
-from onstream.pipeline.models.logprobs import NO_IMAGES, head_of, hidden_states
 from onstream.pipeline.models.multimodal import Features
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts, single_rows
 from onstream.pipeline.models.prompt_sharing import prepare

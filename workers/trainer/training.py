@@ -18,8 +18,8 @@ import torch
 from msgspec.structs import replace
 
 from onstream.pipeline.images.feature_cache import FeatureCache, FetchImages
+from onstream.pipeline.models.forward import NO_IMAGES
 from onstream.pipeline.models.loading import resolve_device
-from onstream.pipeline.models.logprobs import NO_IMAGES
 from onstream.pipeline.records import Rollout, Timing, Tombstone, ids_array
 from onstream.pipeline.run_files.ledger import Fate, Settled
 from onstream.pipeline.telemetry import get_logger

@@ -14,8 +14,7 @@ from transformers import (
 )
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.models.attention import SHARED_PREFIX
-from onstream.pipeline.models.logprobs import hidden_states
+from onstream.pipeline.models.forward import SHARED_PREFIX, hidden_states
 from onstream.pipeline.models.packing import pack, share_prompts
 from onstream.pipeline.models.prompt_sharing import prepare
 from tests.tiny import Family, sequences, tiny_model

@@ -120,16 +120,16 @@ def test_entries_that_only_the_teacher_has_take_no_probability(model_dir: Path) 
 def test_no_more_positions_than_a_chunk_have_logits_at_once(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import onstream.pipeline.models.logprobs as logprobs
+    import onstream.pipeline.models.forward as forward
 
     seen: list[int] = []
-    head_logits = logprobs.head_logits
+    head_logits = forward.head_logits
 
     def spy(hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
         seen.append(len(hidden))
         return head_logits(hidden, *rest)
 
-    monkeypatch.setattr(logprobs, "head_logits", spy)
+    monkeypatch.setattr(forward, "head_logits", spy)
     requests = some_requests()
     scorer_of(model_dir, head_chunk=8).score(requests, top_k=4)
     assert max(seen) == 8

@@ -248,10 +248,15 @@ class TransformersEngine:
             use_cache=False,
             logits_to_keep=row.last,
             onstream_pass=row.forward_pass,
-            **tensors_for(self._model, [image.features for image in row.images]),
+            **self._image_tensors(row),
         )
         logits: Tensor = output.logits[0]
         return logits
+
+    def _image_tensors(self, row: StepInput) -> dict[str, Tensor]:
+        if not row.images:
+            return {}
+        return tensors_for(self._model, [image.features for image in row.images])
 
     def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The next token of each slot [n] and its logprob [n], from logits [n, V]."""

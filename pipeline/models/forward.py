@@ -1,26 +1,123 @@
-"""Hidden states of packed rows, and logprobs of given tokens, a chunk of positions at a time."""
+"""The forward pass over packed rows: attention, hidden states, and logprobs of given tokens.
+
+Completions share their prompt in a packed row. Linear layers see the row as it is; attention
+gathers its queries and keys from it. It is registered with transformers as
+`onstream_shared_prefix`. The layout travels as a keyword argument through the model's forward to
+each attention layer.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.models.attention import SHARED_PREFIX, layout_of
-from onstream.pipeline.models.loading import text_config
-from onstream.pipeline.models.multimodal import (
-    Features,
-    image_tensors,
-    packed_positions,
-    padded_inputs,
-)
-from onstream.pipeline.models.packing import SharedPrefixRow
+from onstream.pipeline.models import multimodal
+from onstream.pipeline.models.multimodal import Features
+from onstream.pipeline.models.packing import AttentionCall, SharedPrefixRow
 
+SHARED_PREFIX = "onstream_shared_prefix"
 NO_IMAGES: Features = {}
+
+
+@dataclass(frozen=True)
+class DeviceCall:
+    """An `AttentionCall` on the device: flat places in the row, and the mask as sdpa takes it."""
+
+    queries: Tensor  # [b·q]
+    keys: Tensor  # [b·s]
+    rows: int  # b
+    mask: Tensor | None  # [b or 1, 1, q, s]
+
+
+@dataclass(frozen=True)
+class AttentionLayout:
+    """How attention reads one packed row."""
+
+    calls: tuple[DeviceCall, ...]
+    output_index: Tensor  # [T], each token's place in the outputs of all calls, end to end
+
+
+def layout_of(packed: SharedPrefixRow, device: torch.device) -> AttentionLayout:
+    """The attention layout of `packed`, on `device`."""
+    return AttentionLayout(
+        tuple(_to_device(call, device) for call in packed.calls),
+        torch.from_numpy(packed.output_index).to(device),
+    )
+
+
+def _to_device(call: AttentionCall, device: torch.device) -> DeviceCall:
+    queries = torch.from_numpy(call.queries.reshape(-1)).to(device)
+    keys = queries
+    if call.keys is not call.queries:
+        keys = torch.from_numpy(call.keys.reshape(-1)).to(device)
+    mask = None
+    if call.mask is not None:
+        mask = torch.from_numpy(call.mask).to(device)[:, None]
+    return DeviceCall(queries, keys, len(call.queries), mask)
+
+
+def shared_prefix_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    layout: AttentionLayout,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one packed row, in the form in which transformers calls it.
+
+    `query` is [1, heads, T, D], `key` and `value` are [1, kv heads, T, D]. Returns the outputs
+    [1, T, heads, D], and no attention weights.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    queries = _by_token(query)
+    keys = _by_token(key)
+    values = _by_token(value)
+    outputs = []
+    for call in layout.calls:
+        out = scaled_dot_product_attention(
+            _gather(queries, call.queries, call.rows),
+            _gather(keys, call.keys, call.rows),
+            _gather(values, call.keys, call.rows),
+            attn_mask=call.mask,
+            dropout_p=dropout,
+            scale=scaling,
+            is_causal=call.mask is None,
+            enable_gqa=grouped,
+        )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    merged = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return merged.index_select(0, layout.output_index)[None], None
+
+
+def _by_token(states: Tensor) -> Tensor:
+    """[1, heads, T, D] -> [T, heads, D]."""
+    return states[0].transpose(0, 1)
+
+
+def _gather(states: Tensor, places: Tensor, rows: int) -> Tensor:
+    """[T, heads, D] -> [b, heads, q or s, D], at `places` [b·q or b·s]."""
+    gathered = states.index_select(0, places)
+    return gathered.view(rows, -1, *states.shape[1:]).transpose(1, 2)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """No mask by transformers: the layout says which token sees which."""
+
+
+AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
+AttentionMaskInterface.register(SHARED_PREFIX, _no_mask)
 
 
 @dataclass(frozen=True)
@@ -50,16 +147,31 @@ def hidden_states(
     switched the model to it. Other models take one padded row a sequence. `features` holds the
     images that the prompts show.
     """
-    if text_config(model)._attn_implementation != SHARED_PREFIX:
+    if not shares_prompts(model):
         return _padded_hidden_states(model, packed, features)
     row: Tensor = model.base_model(
         input_ids=torch.from_numpy(packed.input_ids).to(model.device)[None],
-        position_ids=packed_positions(model, packed, features),
         use_cache=False,  # with a cache, packed rows are silently wrong, by nats
         layout=layout_of(packed, model.device),
-        **image_tensors(model, packed.groups, features),
+        **_positions_and_images(model, packed, features),
     ).last_hidden_state[0]
     return row.index_select(0, torch.from_numpy(packed.predicted_at).to(model.device))
+
+
+def shares_prompts(model: PreTrainedModel) -> bool:
+    """Whether the model's text attention is the one that reads packed rows."""
+    attention: str = model.config.get_text_config()._attn_implementation
+    return attention == SHARED_PREFIX
+
+
+def _positions_and_images(
+    model: PreTrainedModel, packed: SharedPrefixRow, features: Features
+) -> dict[str, Tensor]:
+    """The positions of a packed row's tokens, and the tensors of the images that it shows."""
+    if any(group.images for group in packed.groups):
+        tensors = multimodal.image_tensors(model, packed.groups, features)
+        return {"position_ids": multimodal.packed_positions(model, packed, features), **tensors}
+    return {"position_ids": torch.from_numpy(packed.position_ids).to(model.device)[None]}
 
 
 def _padded_hidden_states(
@@ -75,7 +187,10 @@ def _padded_hidden_states(
         for group, completion in sequences
     ]
     input_ids = pad_sequence(rows, batch_first=True).to(model.device)
-    images = padded_inputs(model, input_ids, [group for group, _ in sequences], features)
+    images: dict[str, Tensor] = {}
+    if any(group.images for group in packed.groups):
+        shown = [group for group, _ in sequences]
+        images = multimodal.padded_inputs(model, input_ids, shown, features)
     states = model.base_model(input_ids=input_ids, use_cache=False, **images).last_hidden_state
     return torch.cat(
         [

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from onstream.pipeline.models import packing
-from onstream.pipeline.models.attention import SHARED_PREFIX
-from onstream.pipeline.models.logprobs import head_of, hidden_states, token_logprobs
+from onstream.pipeline.models.forward import SHARED_PREFIX, head_of, hidden_states, token_logprobs
 from onstream.pipeline.models.packing import Ids, pack, share_prompts
 from onstream.pipeline.models.prompt_sharing import prepare
 from tests.tiny import Family, sequences, tiny_model
