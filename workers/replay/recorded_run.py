@@ -10,9 +10,9 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.run_files import recording
 from onstream.pipeline.run_files.recording import Frame, RecordFrame, ResumeMark
 from onstream.workers.trainer.durability import checkpoint
+from onstream.workers.trainer.durability.acknowledgements import SettledNumbers
 from onstream.workers.trainer.durability.checkpoint import Checkpoint
 from onstream.workers.trainer.durability.recording import SETTINGS, START, start_of
-from onstream.workers.trainer.durability.settled_numbers import SettledNumbers
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from onstream.workers.trainer.durability.resume import lost_numbers, unsettled_d
 from onstream.workers.trainer.durability.run_directory import RunDirectory
 from onstream.workers.trainer.evaluations import Evaluations
 from onstream.workers.trainer.publication.publisher import Publisher
-from onstream.workers.trainer.ticket_issuer import TicketIssuer
+from onstream.workers.trainer.tickets import TicketIssuer
 from onstream.workers.trainer.training import Training
 
 log = get_logger()

@@ -5,7 +5,7 @@ gives every number a fate.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +22,7 @@ from onstream.workers.trainer.durability.run_directory import RunDirectory
 from onstream.workers.trainer.evaluations import Evaluations
 from onstream.workers.trainer.metrics_files import MetricsFiles
 from onstream.workers.trainer.publication.publisher import Publisher
-from onstream.workers.trainer.recovery import Recovery
-from onstream.workers.trainer.status import status_text
-from onstream.workers.trainer.step_clock import StepClock
-from onstream.workers.trainer.ticket_issuer import TicketIssuer
+from onstream.workers.trainer.tickets import TicketIssuer
 from onstream.workers.trainer.training import Training
 
 log = get_logger()
@@ -33,9 +30,58 @@ log = get_logger()
 READ_AHEAD = 256  # records
 
 
+class StepClock:
+    """Times the steps. Each is `start_step`, `learned`, `published`, `end_step`, in this order."""
+
+    def __init__(self) -> None:
+        now = time.monotonic()
+        self._waiting_since = now
+        self._last_step_ended = now
+        self._started = now
+        self._learned = now
+        self._published = now
+
+    def restart(self) -> None:
+        """Count from now, as if a step had just ended."""
+        self._waiting_since = time.monotonic()
+        self._last_step_ended = self._waiting_since
+
+    def start_waiting(self) -> None:
+        """The trainer waits for data from now on; what it did before (a checkpoint) is no wait."""
+        self._waiting_since = time.monotonic()
+
+    def start_step(self) -> None:
+        """A batch is there."""
+        self._started = time.monotonic()
+
+    def learned(self) -> None:
+        """The optimizer has taken its step."""
+        self._learned = time.monotonic()
+
+    def published(self) -> None:
+        """The new weights are announced."""
+        self._published = time.monotonic()
+
+    def end_step(self, *, rollouts: float, tokens: float) -> dict[str, float]:
+        """The metrics of the step's time, by their names in metrics.jsonl."""
+        now = time.monotonic()
+        elapsed_s = now - self._last_step_ended
+        metrics = {
+            "wait_s": self._started - self._waiting_since,
+            "step_s": self._published - self._started,
+            "publish_s": self._published - self._learned,
+            "tokens_per_s": tokens / (self._learned - self._started),
+            "elapsed_s": elapsed_s,
+            "rollouts_per_s": rollouts / elapsed_s,
+        }
+        self._waiting_since = now
+        self._last_step_ended = now
+        return metrics
+
+
 @dataclass(kw_only=True, eq=False)
 class Trainer:
-    """The trainer of a run that is open, put together by `onstream.workers.trainer.start`.
+    """The trainer of a run that is open, put together by `onstream.workers.trainer.stage`.
 
     What is considered is recorded before a step can depend on it. What is settled is kept in
     memory; only a durable checkpoint acknowledges it.
@@ -54,7 +100,7 @@ class Trainer:
     recording: Recording
     metrics: MetricsFiles
     evaluations: Evaluations | None
-    recovery: Recovery
+    recover: Callable[[PolicyVersion], None]
     stats: Stats
     clock: StepClock = field(default_factory=StepClock)
     finished: bool = False
@@ -71,7 +117,7 @@ class Trainer:
 
     def begin(self) -> None:
         """Settle and reissue what got lost before this trainer; reopen a run that goes on."""
-        self.recovery.run(self.policy)
+        self.recover(self.policy)
         # A run that has ended is resumed for its purges alone.
         self.requests.poll(self.step + 1)
         if not self.run_ended and self.bus.state.finished():
@@ -104,7 +150,7 @@ class Trainer:
                 step=self.step,
                 issued=self.tickets.issued,
             )
-            self.recovery.run(self.policy)
+            self.recover(self.policy)
         self._take(new)
         self._advance()
         if self.busy:
@@ -117,7 +163,6 @@ class Trainer:
             self._checkpoint()
         self.checkpointing.acknowledge()
         self._finish()
-        self._update_stats()
 
     def close(self) -> None:
         """Checkpoint what is not durable yet, and close the files.
@@ -232,17 +277,9 @@ class Trainer:
 
     # Status ---------------------------------------------------------------------------------------
 
-    def _update_stats(self) -> None:
-        """Put into the heartbeat what the trainer does or waits for."""
-        self.stats.detail = status_text(
-            self.training,
-            finished=self.finished,
-            waits_for=self.tickets.waits_for,
-            stalled=self.checkpointing.stalled,
-            batch_size=self.settings.orchestrator.batch_size,
-        )
-        # A new dictionary each time: the heartbeat's thread reads it while this one goes on.
-        self.stats.numbers = {
+    def numbers(self) -> dict[str, int]:
+        """How far the trainer is, for its heartbeat."""
+        return {
             "step": self.step,
             "issued": self.tickets.issued,
             "outstanding": self.tickets.outstanding,

@@ -12,6 +12,7 @@ import pytest
 
 from onstream.pipeline.errors import LeaseLost
 from onstream.pipeline.redis.bus import Bus
+from onstream.settings.plan import make_plan
 from onstream.settings.stages import StageName
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from tests.redis_servers import Pair
@@ -67,7 +68,7 @@ def test_a_trainer_whose_redis_is_emptied_under_it_asks_again_for_what_is_lost_a
     assert (
         policy is not None
         and policy.number == 3
-        and bus.state.plan() == job.trainer.recovery.plan.encode()
+        and bus.state.plan() == make_plan(job.settings()).encode()
     )
     job.to_the_end()
     assert job.counts() == {"issued": 48, "trained": 48}

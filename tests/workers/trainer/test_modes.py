@@ -91,7 +91,7 @@ def test_pure_rl_asks_no_teacher_and_its_metrics_have_no_teacher_kl(
     for row in job.rows():
         assert (row["teacher_kl"], row["scored_by"]) == (None, None)
         assert row["reward"] is not None and row["loss_policy"] != 0
-    assert job.trainer.recovery.plan.route == ("verify", "train")
+    assert job.trainer.tickets.planner.route == ("verify", "train")
 
 
 def test_the_mixed_objective_has_both_terms(run: Callable[..., Run]) -> None:
@@ -102,7 +102,7 @@ def test_the_mixed_objective_has_both_terms(run: Callable[..., Run]) -> None:
         job.bus.state.mark_ready(stage)  # type: ignore[arg-type]
     job.to_the_end(scored)
     [row] = job.rows()
-    assert job.trainer.recovery.plan.route == ("verify", "score", "train")
+    assert job.trainer.tickets.planner.route == ("verify", "score", "train")
     assert (
         row["reward"] is not None
         and row["teacher_kl"] is not None
@@ -116,7 +116,7 @@ def test_hard_distillation_trains_on_what_no_policy_wrote(run: Callable[..., Run
     job.ready()
     job.to_the_end(written_by_a_teacher)
     rows = job.rows()
-    assert job.trainer.recovery.plan.route == ("verify", "train")
+    assert job.trainer.tickets.planner.route == ("verify", "train")
     assert (
         3 < rows[0]["loss"] < 7
     )  # nats a token: random words under an untrained model of 48 tokens, log 48 = 3.9 at best
@@ -138,7 +138,7 @@ def test_hard_distillation_without_verification_goes_straight_to_the_trainer(
     job.bus.state.mark_ready("generate")
     job.to_the_end(lambda ticket, version: written_by_a_teacher(ticket, version, reward=None))
     [row] = job.rows()
-    assert job.trainer.recovery.plan.route == ("train",)
+    assert job.trainer.tickets.planner.route == ("train",)
     assert (row["reward"], row["rollouts"]) == (None, 8)
 
 

@@ -21,7 +21,7 @@ from onstream.settings.root import Settings
 from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
 from onstream.workers.trainer.durability.checkpoint import TrainerState
-from onstream.workers.trainer.ticket_planner import TicketPlanner
+from onstream.workers.trainer.tickets import TicketPlanner
 from onstream.workers.trainer.training import Training
 from tests.workers.trainer.records import rollout, tombstone
 

@@ -14,7 +14,7 @@ from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.redis.operator_requests import OperatorRequest
 from onstream.pipeline.telemetry import get_logger
 from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
-from onstream.workers.trainer.ticket_planner import TicketPlanner
+from onstream.workers.trainer.tickets import TicketPlanner
 
 log = get_logger()
 

@@ -18,8 +18,8 @@ from onstream.pipeline.run_files.ownership import Ownership
 from onstream.settings.plan import Plan, differences, refuse_differences
 from onstream.settings.root import Settings
 from onstream.settings.sections.run import RunSettings
+from onstream.workers.trainer.durability.acknowledgements import SettledNumbers
 from onstream.workers.trainer.durability.checkpoint import TrainerState
-from onstream.workers.trainer.durability.settled_numbers import SettledNumbers
 
 log = structlog.get_logger(__name__)
 

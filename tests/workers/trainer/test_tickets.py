@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from onstream.pipeline.records import Ticket
-from onstream.workers.trainer.ticket_planner import TicketPlanner, sampling_seed
+from onstream.workers.trainer.tickets import TicketPlanner, sampling_seed
 
 PLANNER = TicketPlanner(
     seed=3,
