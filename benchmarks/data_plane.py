@@ -151,11 +151,11 @@ def our_producer(url: str, run: str, size_bytes: int, stop: Event) -> int:
     bus = connect(url, run, "producer")
     return produce(
         bare(url),
-        bus.keys.stream("verify"),
+        bus.keys.streams["verify"],
         size_bytes,
         stop,
         lambda n, payload: {"n": n, "b": payload},
-        bus.keys.stream("train"),
+        bus.keys.streams["train"],
     )
 
 
@@ -291,8 +291,8 @@ def single(url: str, size_bytes: int, seconds: float) -> None:
     bus = connect(url, "single", "one")
     client = bare(url)
     payload = encode(record(1, size_bytes))
-    up = bus.keys.stream("verify")
-    down = bus.keys.stream("train")
+    up = bus.keys.streams["verify"]
+    down = bus.keys.streams["train"]
 
     def fill(count: int = 320) -> None:
         client.delete(up, down)

@@ -124,7 +124,7 @@ def tickets(url: str, run: str, size_bytes: int, stop: Event) -> int:
             "b": encode(Ticket(number, group, GROUP, group, number, 0, ["verify", "train"])),
         }
 
-    return produce(bare(url), keys.stream("generate"), 0, stop, fields, keys.stream("train"))
+    return produce(bare(url), keys.streams["generate"], 0, stop, fields, keys.streams["train"])
 
 
 def answers(url: str, run: str, image_of: Callable[[Ticket], Mapping[str, bytes]]) -> int:

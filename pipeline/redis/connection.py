@@ -161,7 +161,7 @@ class Connection:
         """Create the consumer group of every stream, at its beginning, where it is missing."""
         for stage in STAGES:
             try:
-                self.ask("XGROUP", "CREATE", self.keys.stream(stage), GROUP, "0", "MKSTREAM")
+                self.ask("XGROUP", "CREATE", self.keys.streams[stage], GROUP, "0", "MKSTREAM")
             except OutOfMemoryError as error:
                 if not self._has_group(stage):  # a full Redis does, where the group exists
                     raise self._full(error) from error
@@ -170,8 +170,8 @@ class Connection:
                     raise
 
     def _has_group(self, stage: StageName) -> bool:
-        return bool(self.ask("EXISTS", self.keys.stream(stage))) and bool(
-            self.ask("XINFO", "GROUPS", self.keys.stream(stage))
+        return bool(self.ask("EXISTS", self.keys.streams[stage])) and bool(
+            self.ask("XINFO", "GROUPS", self.keys.streams[stage])
         )
 
     def _full(self, error: Exception) -> UserError:

@@ -86,7 +86,7 @@ class ImageStore:
         patience_s: float,
     ) -> list[Reply]:
         keys = [
-            self._keys.stream(stage),
+            self._keys.streams[stage],
             self._keys.images_held,
             self._keys.images_counted,
             self._keys.images,

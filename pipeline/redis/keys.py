@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,148 +20,81 @@ PARKED: Final = "_parked"
 """The consumer that holds what a draining worker gave back, until a reaper hands it on."""
 
 
-@dataclass(frozen=True)
 class Keys:
     """The keys of one run.
 
     They share a hash tag, so that a script may use several of them on a Redis cluster too.
     """
 
-    run: str
-
-    def _key(self, name: str) -> str:
-        return f"{{onstream:{self.run}}}:{name}"
-
-    def stream(self, stage: StageName) -> str:
-        """Stream of the records that `stage` consumes."""
-        return self._key(f"stream:{stage}")
-
-    def streams(self, stages: Sequence[StageName]) -> list[str]:
-        """Streams of the records that each of `stages` consumes."""
-        return [self.stream(stage) for stage in stages]
-
-    @property
-    def dead(self) -> str:
+    def __init__(self, run: str) -> None:
+        self.run = run
+        self.streams: Mapping[StageName, str] = {
+            stage: self._key(f"stream:{stage}") for stage in STAGES
+        }
+        """Streams of the records that each stage consumes."""
+        self.dead = self._key("dead")
         """Stream of dead letters; no group."""
-        return self._key("dead")
-
-    @property
-    def policies(self) -> str:
+        self.policies = self._key("policies")
         """Stream of announced policy versions; no group."""
-        return self._key("policies")
-
-    @property
-    def policy(self) -> str:
+        self.policy = self._key("policy")
         """String: the newest policy version."""
-        return self._key("policy")
-
-    @property
-    def weights(self) -> str:
+        self.weights = self._key("weights")
         """Hash: the weights that are offered, whole sets and deltas, by place.
 
         Only with `weights.transport = "redis"`.
         """
-        return self._key("weights")
-
-    @property
-    def weight_places(self) -> str:
+        self.weight_places = self._key("weights:places")
         """Set: every place with chunks of weights, finished or not."""
-        return self._key("weights:places")
-
-    def weight_chunks(self, place: str) -> str:
-        """Hash: the chunks of one part of weights, by their index."""
-        return self._key(f"weights:{place}")
-
-    @property
-    def receivers(self) -> str:
+        self.receivers = self._key("weights:receivers")
         """Hash: the generators that take weights from GPU to GPU, and over how many GPUs.
 
         Only with `weights.transport = "nccl"`.
         """
-        return self._key("weights:receivers")
-
-    @property
-    def transfer(self) -> str:
+        self.transfer = self._key("weights:transfer")
         """String: what the trainer asks of the receivers now."""
-        return self._key("weights:transfer")
-
-    def transfer_answers(self, call: str) -> str:
-        """Hash with expiry: what each receiver answered to one call."""
-        return self._key(f"weights:answers:{call}")
-
-    @property
-    def wanted_weights(self) -> str:
+        self.wanted_weights = self._key("weights:wanted")
         """String: the digest of a version that a generator missed and asks for as a file."""
-        return self._key("weights:wanted")
-
-    @property
-    def issued(self) -> str:
+        self.issued = self._key("issued")
         """String: how many tickets were issued; the number of the last one."""
-        return self._key("issued")
-
-    @property
-    def reissued(self) -> str:
+        self.reissued = self._key("reissued")
         """Set: the tokens of the re-issues that were done."""
-        return self._key("reissued")
-
-    @property
-    def epoch(self) -> str:
+        self.epoch = self._key("epoch")
         """String: counts how often the lease was taken; every script of the trainer carries it."""
-        return self._key("epoch")
-
-    @property
-    def lease(self) -> str:
+        self.lease = self._key("lease")
         """String with expiry: who the trainer is."""
-        return self._key("lease")
-
-    @property
-    def plan(self) -> str:
+        self.plan = self._key("plan")
         """String: the run's plan."""
-        return self._key("plan")
+        self.ready = self._key("ready")
+        """Set: the stages of which a worker has been ready once."""
+        self.finished = self._key("finished")
+        """String: present once the run has ended."""
+        self.requests = self._key("requests")
+        """Stream: what operators ask of the trainer; no group."""
+        self.requeued = self._key("requeued")
+        """Hash: the numbers issued in place of dead ones, with the dead numbers."""
+        self.images = self._key("images")
+        """Hash: the bytes of images, by digest."""
+        self.images_counted = self._key("images:counted")
+        """Hash: how many numbers need each image, by digest."""
+        self.images_held = self._key("images:held")
+        """Hash: the digests that each number needs, until it has settled."""
+        self.workers = self._key("workers")
+        """Hash: the last heartbeat of each worker."""
+
+    def _key(self, name: str) -> str:
+        return f"{{onstream:{self.run}}}:{name}"
 
     def spent(self, stage: StageName) -> str:
         """Hash: tokens that each worker of `stage` had endpoints read and write."""
         return self._key(f"spent:{stage}")
 
-    @property
-    def ready(self) -> str:
-        """Set: the stages of which a worker has been ready once."""
-        return self._key("ready")
+    def weight_chunks(self, place: str) -> str:
+        """Hash: the chunks of one part of weights, by their index."""
+        return self._key(f"weights:{place}")
 
-    @property
-    def finished(self) -> str:
-        """String: present once the run has ended."""
-        return self._key("finished")
-
-    @property
-    def requests(self) -> str:
-        """Stream: what operators ask of the trainer; no group."""
-        return self._key("requests")
-
-    @property
-    def requeued(self) -> str:
-        """Hash: the numbers issued in place of dead ones, with the dead numbers."""
-        return self._key("requeued")
-
-    @property
-    def images(self) -> str:
-        """Hash: the bytes of images, by digest."""
-        return self._key("images")
-
-    @property
-    def images_counted(self) -> str:
-        """Hash: how many numbers need each image, by digest."""
-        return self._key("images:counted")
-
-    @property
-    def images_held(self) -> str:
-        """Hash: the digests that each number needs, until it has settled."""
-        return self._key("images:held")
-
-    @property
-    def workers(self) -> str:
-        """Hash: the last heartbeat of each worker."""
-        return self._key("workers")
+    def transfer_answers(self, call: str) -> str:
+        """Hash with expiry: what each receiver answered to one call."""
+        return self._key(f"weights:answers:{call}")
 
 
 @dataclass(frozen=True)

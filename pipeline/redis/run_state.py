@@ -198,7 +198,7 @@ class RunState:
         The trainer's also holds what it has trained on and not yet acknowledged.
         """
         return {
-            stage: int(self._connection.ask("XLEN", self._keys.stream(stage))) for stage in STAGES
+            stage: int(self._connection.ask("XLEN", self._keys.streams[stage])) for stage in STAGES
         }
 
     def pending_counts(self) -> dict[StageName, int]:
@@ -224,7 +224,7 @@ class RunState:
     def _xpending(self, stage: StageName) -> dict[str, Any]:
         try:
             summary: dict[str, Any] = self._connection.ask(
-                "XPENDING", self._keys.stream(stage), GROUP
+                "XPENDING", self._keys.streams[stage], GROUP
             )
         except ResponseError as error:
             if "NOGROUP" in str(error):
@@ -234,7 +234,7 @@ class RunState:
 
     def numbers(self, stage: StageName) -> list[int]:
         """The numbers of all entries in the stream of `stage`, in order."""
-        return list(self._numbers(self._keys.stream(stage)))
+        return list(self._numbers(self._keys.streams[stage]))
 
     def dead_numbers(self) -> list[int]:
         """The numbers of all dead letters still in Redis, in order."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.resources import files
 
 _FOLDER = files("onstream.pipeline.redis") / "lua"
@@ -18,19 +17,16 @@ _FOLDER = files("onstream.pipeline.redis") / "lua"
 
 @dataclass(frozen=True)
 class Script:
-    """Lua source, and the digest that EVALSHA calls it by."""
+    """Lua source, and the SHA-1 that Redis knows the script by."""
 
     source: str
-
-    @cached_property
-    def sha(self) -> str:
-        """The SHA-1 that Redis knows the script by."""
-        return hashlib.sha1(self.source.encode()).hexdigest()
+    sha: str
 
 
 def _script(*names: str) -> Script:
     """The script made of the files `names`, in this order."""
-    return Script("\n".join((_FOLDER / f"{name}.lua").read_text() for name in names))
+    source = "\n".join((_FOLDER / f"{name}.lua").read_text() for name in names)
+    return Script(source, hashlib.sha1(source.encode()).hexdigest())
 
 
 def _fenced(*names: str) -> Script:

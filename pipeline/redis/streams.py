@@ -87,7 +87,7 @@ class Streams:
                 with entries in it, which are then pending with this worker.
         """
         wait = ["BLOCK", max(1, round(block_s * 1000))] if block_s > 0 else []
-        stream = self._keys.stream(stage)
+        stream = self._keys.streams[stage]
         consumer = self._connection.consumer
         command = ["XREADGROUP", "GROUP", GROUP, consumer, "COUNT", count, *wait]
         try:
@@ -110,7 +110,7 @@ class Streams:
 
     def look_at(self, stage: StageName, entry_id: bytes) -> Entry | None:
         """The entry `entry_id`, whoever has it; None when it has moved on. Counts no delivery."""
-        found = self._connection.ask("XRANGE", self._keys.stream(stage), entry_id, entry_id)
+        found = self._connection.ask("XRANGE", self._keys.streams[stage], entry_id, entry_id)
         return next((_entry(found_id, fields, 0) for found_id, fields in found), None)
 
     def pending_rows(
@@ -130,7 +130,7 @@ class Streams:
         whose = [] if consumer is None else [consumer]
         rows = self._connection.ask(
             "XPENDING",
-            self._keys.stream(stage),
+            self._keys.streams[stage],
             GROUP,
             *idle,
             b"(" + after,
@@ -170,7 +170,7 @@ class Streams:
         if not rows:
             return []
         deliveries = {row.id: row.deliveries + 1 for row in rows}
-        stream = self._keys.stream(stage)
+        stream = self._keys.streams[stage]
         idle_ms = round(min_idle_s * 1000)
         claimed = self._connection.ask(
             "XCLAIM", stream, GROUP, self._connection.consumer, idle_ms, *deliveries
@@ -188,7 +188,7 @@ class Streams:
 
         Redis 6.2 would keep them pending for ever.
         """
-        stream = self._keys.stream(stage)
+        stream = self._keys.streams[stage]
         gone = [
             entry_id
             for entry_id in ids
@@ -215,13 +215,13 @@ class Streams:
         for move in moves:
             args += [move.entry_id, len(move.outs)]
             for out in move.outs:
-                key = self._keys.dead if out.to == "dead" else self._keys.stream(out.to)
+                key = self._keys.dead if out.to == "dead" else self._keys.streams[out.to]
                 fields = self._fields(stage, out)
                 args += [targets.setdefault(key, len(targets) + 2), len(fields), *fields]
         return [
             bool(moved)
             for moved in self._connection.run_script(
-                scripts.HOP, [self._keys.stream(stage), *targets], args
+                scripts.HOP, [self._keys.streams[stage], *targets], args
             )
         ]
 
@@ -242,7 +242,7 @@ class Streams:
 
     def renew(self, stage: StageName, ids: Sequence[bytes]) -> int:
         """Renew the leases of entries that are still this worker's; returns how many are."""
-        stream = [self._keys.stream(stage)]
+        stream = [self._keys.streams[stage]]
         return sum(
             int(
                 self._connection.run_script(
@@ -258,7 +258,7 @@ class Streams:
         Returns how many were still this worker's. They are parked with the consumer `PARKED` as
         idle for a day, so that the next scan for idle entries finds them at once.
         """
-        stream = [self._keys.stream(stage)]
+        stream = [self._keys.streams[stage]]
         args = [GROUP, self._connection.consumer, PARKED]
         return sum(
             int(self._connection.run_script(scripts.GIVE_BACK, stream, [*args, *some]))
@@ -273,14 +273,14 @@ class Streams:
         return bool(
             self._connection.run_script(
                 scripts.RETIRE,
-                [self._keys.stream(stage), self._keys.workers],
+                [self._keys.streams[stage], self._keys.workers],
                 [GROUP, self._connection.consumer],
             )
         )
 
     def forget_dead_consumers(self, stage: StageName, idle_s: float) -> int:
         """Delete the consumers of dead workers: nothing pending, and not heard of for `idle_s`."""
-        keys = [self._keys.stream(stage), self._keys.workers]
+        keys = [self._keys.streams[stage], self._keys.workers]
         return int(
             self._connection.run_script(
                 scripts.FORGET_DEAD_CONSUMERS, keys, [GROUP, round(idle_s * 1000)]

@@ -41,6 +41,7 @@ class TrainerLease:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._keys = connection.keys
+        self._working = [self._keys.streams[stage] for stage in WORKING]
         self.current: Lease | None = None
         self.may_have_lost_data = False
         self.full = False
@@ -157,10 +158,10 @@ class TrainerLease:
             )
         keys = [
             self._keys.issued,
-            self._keys.stream("generate"),
+            self._keys.streams["generate"],
             self._keys.requests,
             self._keys.requeued,
-            *self._keys.streams(WORKING),
+            *self._working,
         ]
         args = [expected_issued, max_backlog, len(served)]
         requests = [value for request in served for value in request]
@@ -192,7 +193,7 @@ class TrainerLease:
         Raises:
             LeaseLost: another trainer took over.
         """
-        keys = [self._keys.reissued, self._keys.stream("generate")]
+        keys = [self._keys.reissued, self._keys.streams["generate"]]
         return self._issue(scripts.REISSUE, lease, keys, [token, *_numbered(tickets)])
 
     def set_issued(self, lease: Lease, count: int) -> int:
@@ -224,7 +225,7 @@ class TrainerLease:
             LeaseLost: another trainer took over.
         """
         keys = [
-            self._keys.stream("train"),
+            self._keys.streams["train"],
             self._keys.images_held,
             self._keys.images_counted,
             self._keys.images,

@@ -166,7 +166,7 @@ def test_keda_scales_each_stage_by_the_length_of_the_stream_it_takes_from() -> N
         kind = scaled["spec"]["scaleTargetRef"]["name"]
         (trigger,) = scaled["spec"]["triggers"]
         assert kind in deployments
-        assert trigger["metadata"]["stream"] == Keys(settings.run.name).stream(STAGE_OF[kind])
+        assert trigger["metadata"]["stream"] == Keys(settings.run.name).streams[STAGE_OF[kind]]
         assert trigger["metadata"]["consumerGroup"] == GROUP
         assert scaled["spec"]["minReplicaCount"] == 1
     assert {each["metadata"]["name"] for each in all_objects("ScaledObject")} == {

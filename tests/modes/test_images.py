@@ -51,7 +51,7 @@ def test_a_student_that_sees_learns_to_read_pictures_from_its_teacher(tmp_path: 
     ) as bus:
         unacknowledged = {
             int(fields[b"n"])
-            for _, fields in bus.connection.ask("XRANGE", bus.keys.stream("train"), "-", "+")
+            for _, fields in bus.connection.ask("XRANGE", bus.keys.streams["train"], "-", "+")
         }
         assert set(bus.images.holding_numbers()) == unacknowledged, (
             "images stay for what the last checkpoint alone has seen trained, and for nothing else"

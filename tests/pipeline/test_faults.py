@@ -160,7 +160,7 @@ def issue(bus: Bus, holder: str) -> None:
         max_backlog=100,
     )
     if holder:
-        stream = bus.keys.stream("generate")
+        stream = bus.keys.streams["generate"]
         entries = bus.streams.read("generate", len(NUMBERS))
         bus.connection.ask(
             "XCLAIM", stream, GROUP, holder, 0, *(entry.id for entry in entries), "IDLE", 600_000

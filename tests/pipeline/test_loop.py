@@ -38,7 +38,7 @@ def second_bus(redis_url: str, run_name: str) -> Iterator[Bus]:
 def put(bus: Bus, stage: StageName, *payloads: tuple[int, bytes]) -> None:
     """Write entries as a hop would, from an entry of the tickets' stream made for it."""
     for number, payload in payloads:
-        bus.connection.ask("XADD", bus.keys.stream(stage), "*", "n", number, "b", payload)
+        bus.connection.ask("XADD", bus.keys.streams[stage], "*", "n", number, "b", payload)
 
 
 def issue(bus: Bus, count: int) -> None:
@@ -169,7 +169,7 @@ def test_a_stopped_worker_gives_back_what_it_did_not_finish_uncounted(
     assert [(row.consumer, row.deliveries) for row in rows] == [("_parked", 0)] * 5
     assert (
         bus.connection.ask(
-            "XGROUP", "DELCONSUMER", bus.keys.stream("generate"), "workers", "tester"
+            "XGROUP", "DELCONSUMER", bus.keys.streams["generate"], "workers", "tester"
         )
         == 0
     )

@@ -6,10 +6,10 @@ from typing import get_args
 
 import pytest
 
-from onstream.pipeline.moves import TAKES
 from onstream.pipeline.records import Rollout, Ticket, Tombstone
 from onstream.pipeline.redis.keys import STAGES as STREAMS
 from onstream.pipeline.redis.keys import WORKING
+from onstream.pipeline.stage import TAKES
 from onstream.settings.sections.deployment import GpuMemoryShares
 from onstream.settings.stages import (
     COMPUTING,

@@ -48,7 +48,7 @@ def issue(bus: Bus, lease: Lease, count: int) -> None:
 def test_all_keys_of_a_run_share_one_hash_tag() -> None:
     keys = Keys("demo")
     names = [
-        keys.stream("score"),
+        keys.streams["score"],
         keys.dead,
         keys.policies,
         keys.policy,
@@ -60,7 +60,7 @@ def test_all_keys_of_a_run_share_one_hash_tag() -> None:
     names += [keys.plan, keys.ready, keys.finished, keys.workers]
     assert all(name.startswith("{onstream:demo}:") for name in names)
     assert len(set(names)) == len(names)
-    assert keys.stream("score") == "{onstream:demo}:stream:score"
+    assert keys.streams["score"] == "{onstream:demo}:stream:score"
 
 
 def test_a_hop_moves_an_entry_once_whoever_asks_again(bus: Bus, other: Bus, lease: Lease) -> None:
@@ -324,13 +324,13 @@ def test_only_consumers_without_entries_are_buried(bus: Bus, other: Bus, lease: 
 def test_entries_that_a_person_deleted_are_forgotten(bus: Bus, lease: Lease) -> None:
     issue(bus, lease, 2)
     first, second = bus.streams.read("generate", 2)
-    bus.connection.ask("XDEL", bus.keys.stream("generate"), first.id)
+    bus.connection.ask("XDEL", bus.keys.streams["generate"], first.id)
     assert [entry.id for entry in claim_pending(bus, "generate")] == [second.id]
     assert [row.id for row in bus.streams.pending_rows("generate")] == [second.id]
 
 
 def test_a_stream_that_was_deleted_gets_its_group_again(bus: Bus, lease: Lease) -> None:
-    bus.connection.ask("DEL", bus.keys.stream("generate"))
+    bus.connection.ask("DEL", bus.keys.streams["generate"])
     assert bus.streams.read("generate", 1) == []
     issue(bus, lease, 1)
     assert [entry.number for entry in bus.streams.read("generate", 1)] == [1]

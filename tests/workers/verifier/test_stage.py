@@ -55,7 +55,7 @@ def verify(bus: Bus) -> Iterator[Any]:
         workers[-1].stage.setup()
         for each in rollouts:
             bus.connection.ask(
-                "XADD", bus.keys.stream("verify"), "*", "n", each.number, "b", encode(each)
+                "XADD", bus.keys.streams["verify"], "*", "n", each.number, "b", encode(each)
             )
         while bus.state.backlog()["verify"]:
             workers[-1].turn()
@@ -117,7 +117,7 @@ def test_the_heartbeat_counts_each_kind_of_trouble(bus: Bus) -> None:
     for number in (1, 2, 3):
         bus.connection.ask(
             "XADD",
-            bus.keys.stream("verify"),
+            bus.keys.streams["verify"],
             "*",
             "n",
             number,

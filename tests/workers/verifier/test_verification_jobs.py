@@ -92,7 +92,7 @@ class Site:
         """A rollout for the verifiers."""
         self.bus.connection.ask(
             "XADD",
-            self.bus.keys.stream("verify"),
+            self.bus.keys.streams["verify"],
             "*",
             "n",
             number,
