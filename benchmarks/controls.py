@@ -34,7 +34,7 @@ from onstream.workers.generator.engines.base import Completion, GenerationReques
 from onstream.workers.generator.student import load_student
 from onstream.workers.teacher.local_setup import load_local
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
-from onstream.workers.trainer.batches.train_sample import TrainSample
+from onstream.workers.trainer.batches.train_samples import TrainSample
 from onstream.workers.trainer.learner import Learner
 
 SCORES = (

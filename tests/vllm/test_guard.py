@@ -21,7 +21,7 @@ from onstream.workers.generator.engines.base import GenerationRequest
 from onstream.workers.generator.engines.vllm import startup
 from onstream.workers.generator.guard import FLOAT32_TOLERANCE, Guard
 from onstream.workers.generator.student import open_student
-from onstream.workers.trainer.batches.train_sample import TrainSample
+from onstream.workers.trainer.batches.train_samples import TrainSample
 from onstream.workers.trainer.learner import Learner
 from onstream.workers.trainer.publication.policy_probe import prober
 from tests.vllm.conftest import on_vllm

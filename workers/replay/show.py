@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from onstream.workers.launcher.progress import SHOWN, clock
-from onstream.workers.trainer.batches.sample_rows import sample_row
+from onstream.workers.trainer.metrics_files import sample_row
 
 if TYPE_CHECKING:
     from onstream.workers.replay.player import ReplayedStep

@@ -21,18 +21,43 @@ from onstream.pipeline.models.multimodal import Features
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts, single_rows
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.models.tokenizer import has_vision, load_tokenizer
+from onstream.pipeline.records import Ids
 from onstream.settings.sections.trainer import TrainerSettings
 from onstream.workers.trainer import lora
-from onstream.workers.trainer.batches.train_sample import Ids, TrainSample, check_sample
+from onstream.workers.trainer.batches.train_samples import LossFields, TrainSample, check_sample
 from onstream.workers.trainer.chunked_loss import chunked_loss
 from onstream.workers.trainer.losses import loss_function
-from onstream.workers.trainer.losses.row_loss import RowLoss, StepValues
-from onstream.workers.trainer.losses.row_tokens import gather_tokens
-from onstream.workers.trainer.maths.mismatch import mismatch_metrics
-from onstream.workers.trainer.maths.per_sample_losses import PerSampleLosses
-from onstream.workers.trainer.maths.schedule import learning_rate
+from onstream.workers.trainer.losses.row_loss import RowLoss, StepValues, gather_tokens
+from onstream.workers.trainer.maths.scalars import learning_rate
+from onstream.workers.trainer.maths.step_metrics import PerSampleLosses, mismatch_metrics
 
 __all__ = ["Learner", "TrainSample"]
+
+LEARNER_METRICS = (
+    "loss",
+    "loss_policy",
+    "loss_teacher",
+    "loss_kl",
+    "teacher_kl",
+    "teacher_kl_k3",
+    "entropy",
+    "ratio_mean",
+    "ratio_max",
+    "mismatch_mean",
+    "mismatch_max",
+    "mismatch_fresh_mean",
+    "mismatch_fresh_max",
+    "mismatch_by_staleness",
+    "masked_share",
+    "tail_floored_share",
+    "grad_norm",
+    "lr",
+    "tokens",
+)
+"""Metrics of a step that the learner computes.
+
+None in a row where the loss or the teacher gives them no meaning.
+"""
 
 
 class Learner:
@@ -54,6 +79,8 @@ class Learner:
         self.dtype = resolve_dtype(trainer.dtype, device)
         self.tokenizer = load_tokenizer(model)
         self._loss_function = loss_function(trainer.loss)
+        self._loss_fields = LossFields.of(trainer.loss)
+        self._tail_floor = trainer.loss.teacher_tail_floor
         base = base_of(model)
         self.model = load_model(base or model, dtype=torch.float32, device=device)
         self.padded_because = prepare(self.model)
@@ -84,7 +111,7 @@ class Learner:
         Raises:
             ValueError: it cannot.
         """
-        check_sample(sample, self.trainer.loss, self.vocabulary)
+        check_sample(sample, self._loss_fields, self.vocabulary)
         if sample.images and self.vision is None:
             raise ValueError(
                 f"a sample of group {sample.group} shows {len(sample.images)} images; "
@@ -163,8 +190,7 @@ class Learner:
         values: StepValues,
     ) -> Tensor:
         """The summed loss of one packed row; its metrics go to `values`."""
-        settings = self.trainer.loss
-        tokens = gather_tokens(packed, samples, settings, self.device)
+        tokens = gather_tokens(packed, samples, self._loss_fields, self.device)
         hidden = self.hidden(packed, features)
         if tokens.kept is not None:
             hidden = hidden.index_select(0, tokens.kept)
@@ -172,7 +198,7 @@ class Learner:
             hidden,
             head_of(self.model),
             tokens.targets,
-            RowLoss(settings, self._loss_function, tokens, values),
+            RowLoss(self._loss_function, self._tail_floor, tokens, values),
             chunk=self.trainer.head_chunk,
         )
         if values.per_sample:

@@ -29,17 +29,14 @@ from onstream.workers.trainer.batches.batch_builder import (
     DroppedUnit,
     TrainableUnit,
     TrainingRules,
-)
-from onstream.workers.trainer.batches.rollout_metrics import (
-    LEARNER_METRICS,
     drop_metrics,
     rollout_metrics,
     scored_shares,
 )
-from onstream.workers.trainer.batches.to_samples import training_samples, untrainable
+from onstream.workers.trainer.batches.train_samples import training_samples, untrainable
 from onstream.workers.trainer.durability.checkpoint import OPTIMIZER, Checkpoint
-from onstream.workers.trainer.learner import Learner
-from onstream.workers.trainer.maths.per_sample_losses import PerSampleLosses
+from onstream.workers.trainer.learner import LEARNER_METRICS, Learner
+from onstream.workers.trainer.maths.step_metrics import PerSampleLosses
 
 log = get_logger()
 

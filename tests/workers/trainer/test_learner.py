@@ -19,7 +19,7 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.forward import head_of, hidden_states, token_logprobs
 from onstream.pipeline.models.packing import pack, share_prompts
 from onstream.settings.sections.trainer import OptimSettings, TrainerSettings
-from onstream.workers.trainer.batches.train_sample import TrainSample
+from onstream.workers.trainer.batches.train_samples import TrainSample
 from onstream.workers.trainer.learner import Learner
 from tests.tiny import VOCABULARY, Family, sequences, write_tiny
 

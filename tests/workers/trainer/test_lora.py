@@ -17,7 +17,7 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.loading import ADAPTER_CONFIG, base_of
 from onstream.pipeline.redis.bus import Bus
 from onstream.settings.sections.trainer import TrainerSettings
-from onstream.workers.trainer.batches.train_sample import TrainSample
+from onstream.workers.trainer.batches.train_samples import TrainSample
 from onstream.workers.trainer.learner import Learner
 from tests.tiny import sequences, write_tiny
 from tests.workers.trainer.driver import Run

@@ -10,9 +10,13 @@ from functools import partial
 
 from onstream.settings.sections.losses import CustomLoss, Loss, RlLoss
 from onstream.workers.trainer.losses.custom import load_custom_loss
-from onstream.workers.trainer.losses.inputs import LossFunction, LossInputs, LossValues
-from onstream.workers.trainer.losses.rl import rl_loss
-from onstream.workers.trainer.losses.sft import sft_loss
+from onstream.workers.trainer.maths.loss import (
+    LossFunction,
+    LossInputs,
+    LossValues,
+    rl_loss,
+    sft_loss,
+)
 
 __all__ = ["LossFunction", "LossInputs", "LossValues", "loss_function"]
 
@@ -24,7 +28,17 @@ def loss_function(settings: Loss) -> LossFunction:
         UserError: a custom loss cannot be imported, or does not work on a made-up batch.
     """
     if isinstance(settings, RlLoss):
-        return partial(rl_loss, settings)
+        return partial(
+            rl_loss,
+            teacher_tau=settings.teacher_tau,
+            adv_tau=settings.adv_tau,
+            kl_tau=settings.kl_tau,
+            reverse_kl_clip=settings.reverse_kl_clip,
+            trust_region=settings.trust_region,
+            trust_low=settings.trust_low,
+            trust_high=settings.trust_high,
+            max_log_ratio=settings.max_log_ratio,
+        )
     if isinstance(settings, CustomLoss):
         return load_custom_loss(settings)
     return sft_loss

@@ -12,7 +12,7 @@ from torch import Tensor
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.import_path import import_function
 from onstream.settings.sections.losses import CustomLoss
-from onstream.workers.trainer.losses.inputs import LossFunction, LossInputs, LossValues
+from onstream.workers.trainer.maths.loss import LossFunction, LossInputs, LossValues
 
 SETTING = "trainer.loss.function"
 _TOKENS = 5  # of the made-up batch

@@ -1,18 +1,31 @@
-"""The loss of one packed row, chunk by chunk, with the metrics that every loss has."""
+"""The loss of one packed row, chunk by chunk, with the metrics that every loss has.
+
+The loss-mask tokens of the row are gathered from its samples first, as tensors.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from onstream.settings.sections.losses import Loss
-from onstream.workers.trainer.chunked_loss import TrainerLogprobs
-from onstream.workers.trainer.losses.inputs import LossFunction, LossInputs
-from onstream.workers.trainer.losses.row_tokens import RowTokens
-from onstream.workers.trainer.maths.loss import reverse_kl, reverse_kl_k3, tail_from_top
-from onstream.workers.trainer.maths.mismatch import MismatchTally
-from onstream.workers.trainer.maths.per_sample_losses import PerSampleLosses
-from onstream.workers.trainer.maths.step_metrics import StepMetrics
+from onstream.pipeline.models.packing import SharedPrefixRow
+from onstream.pipeline.records import Ids, Logprobs
+from onstream.workers.trainer.batches.train_samples import LossFields, TrainSample
+from onstream.workers.trainer.chunked_loss import TargetTokens, TrainerLogprobs
+from onstream.workers.trainer.maths.loss import (
+    LossFunction,
+    LossInputs,
+    reverse_kl,
+    reverse_kl_k3,
+    tail_from_top,
+)
+from onstream.workers.trainer.maths.scalars import UNWRITTEN
+from onstream.workers.trainer.maths.step_metrics import MismatchTally, PerSampleLosses, StepMetrics
 
 
 class StepValues:
@@ -25,13 +38,16 @@ class StepValues:
 
 
 class RowLoss:
-    """The loss of a row's tokens, in the form in which `chunked_loss` calls it."""
+    """The loss of a row's tokens, in the form in which `chunked_loss` calls it.
+
+    `tail_floor` is the least probability of a tail that is computed from the top k.
+    """
 
     def __init__(
-        self, settings: Loss, loss: LossFunction, tokens: RowTokens, step: StepValues
+        self, loss: LossFunction, tail_floor: float, tokens: RowTokens, step: StepValues
     ) -> None:
-        self._settings = settings
         self._loss = loss
+        self._tail_floor = tail_floor
         self._tokens = tokens
         self._step = step
 
@@ -69,9 +85,7 @@ class RowLoss:
         if self._tokens.teacher_top is None or self._tokens.teacher_tail is None:
             return None
         given = self._tokens.teacher_tail[at]
-        computed, floored = tail_from_top(
-            self._tokens.teacher_top[at], self._settings.teacher_tail_floor
-        )
+        computed, floored = tail_from_top(self._tokens.teacher_top[at], self._tail_floor)
         missing = given.isnan()
         self._step.metrics.add({"tail_floored_share": missing * floored})
         return torch.where(missing, computed, given)
@@ -95,3 +109,120 @@ class RowLoss:
 
 def _part(values: Tensor | None, at: slice) -> Tensor | None:
     return None if values is None else values[at]
+
+
+@dataclass(frozen=True)
+class RowTokens:
+    """The N loss-mask tokens of one packed row. What the loss does not read is None."""
+
+    kept: Tensor | None  # [N], which of the row's targets they are; None: all
+    targets: TargetTokens
+    generator_logprobs: Tensor | None  # [N]
+    advantage: Tensor  # [N]
+    teacher_logprobs: Tensor | None  # [N]
+    teacher_top: Tensor | None  # [N, k]
+    teacher_tail: Tensor | None  # [N], NaN where it is to be computed from the top k
+    staleness: Tensor  # [N]
+    ages: tuple[int, ...]  # every staleness that a token has, of those that a policy wrote
+
+
+def gather_tokens(
+    packed: SharedPrefixRow,
+    samples: Sequence[TrainSample],
+    fields: LossFields,
+    device: torch.device,
+) -> RowTokens:
+    """What a loss that reads `fields` is given of `samples`, in the order of the row's targets."""
+    row = _Row(packed, [samples[place] for place in packed.sequences], device)
+    staleness = row.concatenated([_staleness(sample) for sample in row.samples])
+    return RowTokens(
+        kept=None if row.mask.all() else torch.from_numpy(row.mask.nonzero()[0]).to(device),
+        targets=_targets(row, fields),
+        generator_logprobs=_generator_logprobs(row, fields),
+        advantage=row.repeated([sample.advantage for sample in row.samples]),
+        teacher_logprobs=_teacher_logprobs(row, fields),
+        teacher_top=_teacher_top(row, fields),
+        teacher_tail=_teacher_tail(row, fields),
+        staleness=torch.from_numpy(staleness).to(device),
+        ages=tuple(int(age) for age in np.unique(staleness) if age != UNWRITTEN),
+    )
+
+
+class _Row:
+    """The samples of a row in the order of its targets; makes tensors of their arrays."""
+
+    def __init__(
+        self, packed: SharedPrefixRow, samples: list[TrainSample], device: torch.device
+    ) -> None:
+        self.packed = packed
+        self.samples = samples
+        self.device = device
+        self.mask = np.concatenate([sample.loss_mask for sample in samples]).astype(bool)
+
+    def concatenated(self, values: Sequence[npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:
+        """Arrays of a value a token, one a sample, as one without the tokens outside the mask."""
+        kept: npt.NDArray[np.generic] = np.concatenate(values)[self.mask]
+        return kept
+
+    def tensor(self, values: Sequence[npt.NDArray[np.generic]]) -> Tensor:
+        """The same, on the device."""
+        return torch.from_numpy(self.concatenated(values)).to(self.device)
+
+    def repeated(self, values: Sequence[float]) -> Tensor:
+        """A value a sample, repeated for each of its tokens."""
+        each = np.repeat(np.array(values, dtype=np.float32), self.packed.lengths)
+        return torch.from_numpy(each[self.mask]).to(self.device)
+
+
+def _targets(row: _Row, fields: LossFields) -> TargetTokens:
+    temperatures = top_ids = None
+    if fields.generator and any(sample.temperature != 1.0 for sample in row.samples):
+        temperatures = row.repeated([sample.temperature for sample in row.samples])
+    if fields.top_k:
+        top_ids = row.tensor(_present([sample.teacher_top_ids for sample in row.samples])).long()
+    ids = torch.from_numpy(row.packed.targets[row.mask]).to(row.device)
+    return TargetTokens(ids, temperatures, top_ids)
+
+
+def _generator_logprobs(row: _Row, fields: LossFields) -> Tensor | None:
+    if not fields.generator:
+        return None
+    return row.tensor([sample.generator_logprobs for sample in row.samples])
+
+
+def _teacher_logprobs(row: _Row, fields: LossFields) -> Tensor | None:
+    """None too where a sample has none, as it may be where they are for the metrics alone."""
+    given = _present([sample.teacher_logprobs for sample in row.samples])
+    if not fields.teacher or len(given) < len(row.samples):
+        return None
+    return row.tensor(given)
+
+
+def _teacher_top(row: _Row, fields: LossFields) -> Tensor | None:
+    if not fields.top_k:
+        return None
+    return row.tensor(_present([sample.teacher_top_logprobs for sample in row.samples]))
+
+
+def _teacher_tail(row: _Row, fields: LossFields) -> Tensor | None:
+    if not fields.top_k:
+        return None
+    return row.tensor([_tail(sample) for sample in row.samples])
+
+
+def _tail(sample: TrainSample) -> Logprobs:
+    """The tail's logprobs [C], NaN where the teacher gave none."""
+    if sample.teacher_tail_logprobs is not None:
+        return sample.teacher_tail_logprobs
+    return np.full(len(sample.completion_ids), np.nan, dtype=np.float32)
+
+
+def _staleness(sample: TrainSample) -> Ids:
+    """[C], `UNWRITTEN` everywhere where nobody said who wrote it."""
+    if sample.staleness is not None:
+        return sample.staleness
+    return np.full(len(sample.completion_ids), UNWRITTEN, dtype=np.int32)
+
+
+def _present(arrays: Sequence[Ids | Logprobs | None]) -> list[Ids | Logprobs]:
+    return [array for array in arrays if array is not None]

@@ -1,4 +1,4 @@
-"""The formulas of the losses, token by token: tensors in, tensors out.
+"""The losses and their formulas, token by token: tensors in, tensors out.
 
 docs/objective.md has them with their signs and references. Logprobs are in nats and named by who
 computed them. Every tensor is [N] over loss-mask tokens unless its shape is given. Every function
@@ -7,13 +7,134 @@ returns one value a token; the caller sums and divides.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 TrustRegion = Literal["signed", "symmetric", "none"]
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """N tokens of the loss mask. All but `token_ids` is float32; logprobs are in nats.
+
+    `trainer_logprobs`, `trainer_top_logprobs` and `trainer_tail_logprobs` carry the gradient. A
+    tensor that the loss does not need, by its settings, is None.
+
+    A loss is called for a part of a step's tokens at a time: it must not depend on N, nor on other
+    tokens of the call.
+    """
+
+    token_ids: Tensor
+    """[N], int64: the tokens that were sampled."""
+    trainer_logprobs: Tensor
+    """[N], by the weights being trained: at the temperature of sampling where the loss reads the
+    generator's logprobs, else at temperature 1."""
+    trainer_logprobs_unscaled: Tensor
+    """[N], the same at temperature 1, without gradient."""
+    entropy: Tensor
+    """[N], of the trainer's distribution at the temperature of `trainer_logprobs`, no gradient."""
+    advantage: Tensor
+    """[N], the rollout's reward less its group's mean; 0 where there is no reward."""
+    generator_logprobs: Tensor | None = None
+    """[N], by the policy version that sampled the token, at the temperature of sampling."""
+    teacher_logprobs: Tensor | None = None
+    """[N], by the teacher, at temperature 1."""
+    teacher_top_logprobs: Tensor | None = None
+    """[N, k], the teacher's likeliest tokens, likeliest first, at temperature 1."""
+    teacher_tail_logprobs: Tensor | None = None
+    """[N], all other tokens together, by the teacher."""
+    trainer_top_logprobs: Tensor | None = None
+    """[N, k], of the teacher's likeliest tokens, by the weights being trained, at temperature 1."""
+    trainer_tail_logprobs: Tensor | None = None
+    """[N], all other tokens together, by the weights being trained."""
+
+
+@dataclass(frozen=True)
+class LossValues:
+    """What a loss makes of N tokens: `loss` [N], and values for the metrics, each [N].
+
+    The metrics are the mean of each of `means` and the largest of each of `maxima`, over the step.
+    """
+
+    loss: Tensor
+    means: Mapping[str, Tensor] = field(default_factory=dict)
+    maxima: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+LossFunction = Callable[[LossInputs], LossValues]
+"""A loss whose coefficients are given."""
+
+
+def rl_loss(
+    inputs: LossInputs,
+    *,
+    teacher_tau: float,
+    adv_tau: float,
+    kl_tau: float,
+    reverse_kl_clip: float | None,
+    trust_region: TrustRegion,
+    trust_low: float,
+    trust_high: float,
+    max_log_ratio: float,
+) -> LossValues:
+    """`rl`: rewards and the teacher's judgement of the student's own tokens.
+
+    The teacher's term is the sampled token's, or the one over the teacher's likeliest tokens where
+    they are given.
+    """
+    assert inputs.generator_logprobs is not None
+    terms = policy_loss(
+        inputs.trainer_logprobs,
+        inputs.generator_logprobs,
+        adv_tau * inputs.advantage,
+        teacher_tau * _sampled_teacher_advantage(inputs, reverse_kl_clip),
+        kl_tau=kl_tau,
+        trust_region=trust_region,
+        trust_low=trust_low,
+        trust_high=trust_high,
+        max_log_ratio=max_log_ratio,
+    )
+    teacher = terms.teacher
+    if inputs.teacher_top_logprobs is not None:
+        teacher = teacher_tau * _reverse_kl_over_top_k(inputs)
+    means = {
+        "loss_policy": terms.reward,
+        "loss_teacher": teacher,
+        "loss_kl": terms.drift,
+        "ratio_mean": terms.ratio,
+        "masked_share": 1 - terms.keep,
+    }
+    return LossValues(terms.reward + teacher + terms.drift, means, {"ratio_max": terms.ratio})
+
+
+def sft_loss(inputs: LossInputs) -> LossValues:
+    """`sft`: −log p of each token at temperature 1, whatever it was sampled at."""
+    return LossValues(negative_log_likelihood(inputs.trainer_logprobs))
+
+
+def _sampled_teacher_advantage(inputs: LossInputs, clip: float | None) -> Tensor:
+    """−reverse_kl [N] in the sampled form; else 0."""
+    trainer = inputs.trainer_logprobs_unscaled
+    teacher = inputs.teacher_logprobs
+    if teacher is None or inputs.teacher_top_logprobs is not None:
+        return torch.zeros_like(trainer)
+    return -reverse_kl(trainer, teacher, clip)
+
+
+def _reverse_kl_over_top_k(inputs: LossInputs) -> Tensor:
+    """The reverse KL [N] over the teacher's likeliest tokens and the tail."""
+    assert inputs.trainer_top_logprobs is not None and inputs.trainer_tail_logprobs is not None
+    assert inputs.teacher_top_logprobs is not None and inputs.teacher_tail_logprobs is not None
+    return top_k_reverse_kl(
+        inputs.trainer_top_logprobs,
+        inputs.trainer_tail_logprobs,
+        inputs.teacher_top_logprobs,
+        inputs.teacher_tail_logprobs,
+    )
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from onstream.pipeline.records import Rollout, Ticket, Timing
-from onstream.workers.trainer.batches.batch_builder import TrainableUnit
-from onstream.workers.trainer.batches.rollout_metrics import (
+from onstream.workers.trainer.batches.batch_builder import (
+    TrainableUnit,
     drop_metrics,
     rollout_metrics,
     scored_shares,

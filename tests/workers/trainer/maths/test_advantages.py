@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from onstream.workers.trainer.maths.advantages import group_advantages
+from onstream.workers.trainer.maths.scalars import group_advantages
 
 
 def test_an_advantage_is_the_reward_less_the_groups_mean() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from onstream.workers.trainer.maths.schedule import learning_rate
+from onstream.workers.trainer.maths.scalars import learning_rate
 
 
 def rates(steps: int, **arguments: Any) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onstream.pipeline.records import VersionSpan
 from onstream.workers.trainer.batches.batch_builder import oldest_version
-from onstream.workers.trainer.maths.staleness import UNWRITTEN, staleness, token_staleness
+from onstream.workers.trainer.maths.scalars import UNWRITTEN, staleness, token_staleness
 from tests.workers.trainer.records import rollout
 
 

@@ -17,7 +17,7 @@ from onstream.pipeline.records import Probe, ids_array, logprobs_array
 from onstream.pipeline.redis.bus import Bus
 from onstream.settings.sections.inference import InferenceSettings
 from onstream.settings.sections.trainer import TrainerSettings
-from onstream.workers.trainer.batches.train_sample import TrainSample
+from onstream.workers.trainer.batches.train_samples import TrainSample
 from onstream.workers.trainer.learner import Learner
 from onstream.workers.trainer.publication.policy_probe import PROMPTS, TOP, prober
 from tests.tiny import sequences, tiny_tokenizer, write_tiny

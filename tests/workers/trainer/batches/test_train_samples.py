@@ -17,9 +17,12 @@ from onstream.pipeline.records import (
     mask_bytes,
 )
 from onstream.workers.trainer.batches.batch_builder import TrainableUnit
-from onstream.workers.trainer.batches.sample_rows import sample_rows
-from onstream.workers.trainer.batches.to_samples import training_samples, untrainable
-from onstream.workers.trainer.batches.train_sample import TrainSample
+from onstream.workers.trainer.batches.train_samples import (
+    TrainSample,
+    training_samples,
+    untrainable,
+)
+from onstream.workers.trainer.metrics_files import sample_rows
 from tests.workers.trainer.driver import rollout
 
 

@@ -1,0 +1,221 @@
+"""The samples that the learner trains on, made from records, and whether they can be trained on.
+
+Bytes become arrays, rewards become advantages. One bad value would spoil a whole step, so every
+sample is checked before it is in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onstream.pipeline.records import (
+    Ids,
+    Logprobs,
+    Mask,
+    Rollout,
+    Sample,
+    ids_array,
+    logprobs_array,
+    mask_array,
+)
+from onstream.settings.sections.losses import Loss
+from onstream.workers.trainer.batches.batch_builder import TrainableUnit
+from onstream.workers.trainer.maths.scalars import group_advantages, token_staleness
+
+
+@dataclass
+class TrainSample:
+    """One prompt and completion with all that its loss reads.
+
+    P prompt tokens, C completion tokens, k teacher alternatives. Logprobs are in nats: the
+    generator's at the sampling temperature, the teacher's at temperature 1. No loss reads
+    `staleness`; it is for the metrics.
+    """
+
+    prompt_ids: Ids  # [P]
+    completion_ids: Ids  # [C]
+    loss_mask: Mask  # [C]
+    generator_logprobs: Logprobs  # [C]
+    teacher_logprobs: Logprobs | None = None  # [C]
+    teacher_top_ids: Ids | None = None  # [C, k]
+    teacher_top_logprobs: Logprobs | None = None  # [C, k]
+    teacher_tail_logprobs: Logprobs | None = None  # [C], None where an endpoint gave only the top k
+    advantage: float = 0.0
+    group: int = 0
+    temperature: float = 1.0
+    staleness: Ids | None = None  # [C], steps; UNWRITTEN where no policy wrote
+    images: tuple[str, ...] = ()  # the digests of those that the prompt shows, in order
+
+
+@dataclass(frozen=True)
+class LossFields:
+    """Which fields of its samples a loss reads, read off its settings once."""
+
+    generator: bool
+    teacher: bool  # where a sample has them
+    teacher_needed: bool
+    top_k: int  # the teacher's likeliest tokens of each position; 0: none
+
+    @classmethod
+    def of(cls, loss: Loss) -> LossFields:
+        """Those that `loss` reads."""
+        return cls(
+            generator=loss.reads_generator,
+            teacher=loss.reads_teacher,
+            teacher_needed=loss.needs_teacher,
+            top_k=loss.teacher_top_k if loss.needs_top_k else 0,
+        )
+
+
+def untrainable(
+    rollout: Rollout, *, group_size: int, check: Callable[[TrainSample], None]
+) -> str | None:
+    """Why `rollout` cannot be trained on, in words; None where it can.
+
+    `check` raises ValueError for a sample that no step could take.
+    """
+    group = (rollout.number - 1) // group_size
+    if (rollout.group, rollout.group_size) != (group, group_size):
+        return (
+            f"it says group {rollout.group} of {rollout.group_size}; "
+            f"its number belongs to group {group} of {group_size}"
+        )
+    if not rollout.samples:
+        return "it has no samples"
+    try:
+        for sample in rollout.samples:
+            check(_train_sample(sample, rollout, advantage=0.0, version=0))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def training_samples(
+    batch: Sequence[TrainableUnit], *, normalize: bool, version: int
+) -> list[TrainSample]:
+    """The samples of the live rollouts of `batch`, each with its rollout's advantage in its unit.
+
+    The weights of `version` take the step; the staleness of the tokens counts from it.
+    """
+    samples = []
+    for unit in batch:
+        rewards = [rollout.reward for rollout in unit.rollouts]
+        advantages = group_advantages(rewards, normalize=normalize)
+        for rollout, advantage in zip(unit.rollouts, advantages, strict=True):
+            for sample in rollout.samples:
+                samples.append(_train_sample(sample, rollout, advantage, version))
+    return samples
+
+
+def _train_sample(sample: Sample, rollout: Rollout, advantage: float, version: int) -> TrainSample:
+    completion_ids = ids_array(sample.completion_ids)
+    return TrainSample(
+        prompt_ids=ids_array(sample.prompt_ids),
+        completion_ids=completion_ids,
+        loss_mask=mask_array(sample.loss_mask),
+        generator_logprobs=logprobs_array(sample.generator_logprobs),
+        teacher_logprobs=_logprobs(sample.teacher_logprobs),
+        teacher_top_ids=_top_ids(sample),
+        teacher_top_logprobs=_top_logprobs(sample),
+        teacher_tail_logprobs=_logprobs(sample.teacher_tail_logprobs),
+        advantage=advantage,
+        group=rollout.group,
+        temperature=rollout.temperature,
+        images=tuple(sample.images),
+        staleness=np.array(
+            token_staleness(sample.version_spans, len(completion_ids), version), dtype=np.int32
+        ),
+    )
+
+
+def _logprobs(field: bytes | None) -> Logprobs | None:
+    return None if field is None else logprobs_array(field)
+
+
+def _top_ids(sample: Sample) -> Ids | None:
+    field = sample.teacher_top_ids
+    return None if field is None else ids_array(field).reshape(len(sample.loss_mask), -1)
+
+
+def _top_logprobs(sample: Sample) -> Logprobs | None:
+    field = sample.teacher_top_logprobs
+    return None if field is None else logprobs_array(field).reshape(len(sample.loss_mask), -1)
+
+
+def check_sample(sample: TrainSample, fields: LossFields, vocabulary: int) -> None:
+    """Make sure that a step can train on `sample`: one bad value would spoil the whole step.
+
+    Raises:
+        ValueError: one of the `fields` is missing, has another length than the completion
+            or is not finite; or an id is not in the vocabulary.
+    """
+    _check_ids(sample, vocabulary)
+    if fields.top_k:
+        _check_top(sample, min(fields.top_k, vocabulary - 1), vocabulary)
+    for name in _logprobs_read(sample, fields):
+        _check_logprobs(sample, name, getattr(sample, name))
+
+
+def _logprobs_read(sample: TrainSample, fields: LossFields) -> list[str]:
+    """The fields with logprobs that a loss reads of `sample`, or would if they were there."""
+    read = []
+    if fields.generator:
+        read.append("generator_logprobs")
+    if fields.teacher_needed or (fields.teacher and sample.teacher_logprobs is not None):
+        read.append("teacher_logprobs")
+    if fields.top_k:
+        read.append("teacher_top_logprobs")
+        if sample.teacher_tail_logprobs is not None:
+            read.append("teacher_tail_logprobs")
+    return read
+
+
+def _check_ids(sample: TrainSample, vocabulary: int) -> None:
+    prompt = len(sample.prompt_ids)
+    tokens = len(sample.completion_ids)
+    if not tokens or not prompt:
+        raise ValueError(
+            f"{_name(sample)} has {prompt} prompt and {tokens} completion tokens; "
+            "expected ≥ 1 of each"
+        )
+    if len(sample.loss_mask) != tokens:
+        raise ValueError(
+            f"{_name(sample)} has a loss mask of {len(sample.loss_mask)}; "
+            f"expected its {tokens} completion tokens"
+        )
+    for ids in (sample.prompt_ids, sample.completion_ids):
+        _check_in_vocabulary(sample, "the token ids", ids, vocabulary)
+
+
+def _check_top(sample: TrainSample, top_k: int, vocabulary: int) -> None:
+    expected = (len(sample.completion_ids), top_k)
+    for name in ("teacher_top_ids", "teacher_top_logprobs"):
+        found = getattr(sample, name)
+        if found is None or found.shape != expected:
+            shape = getattr(found, "shape", None)
+            raise ValueError(f"{_name(sample)} has {name} of shape {shape}; expected {expected}")
+    assert sample.teacher_top_ids is not None
+    _check_in_vocabulary(sample, "teacher_top_ids", sample.teacher_top_ids, vocabulary)
+
+
+def _check_in_vocabulary(sample: TrainSample, what: str, ids: Ids, vocabulary: int) -> None:
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        raise ValueError(
+            f"{_name(sample)} has {what} {ids.min()} to {ids.max()}; expected 0 to {vocabulary - 1}"
+        )
+
+
+def _check_logprobs(sample: TrainSample, name: str, logprobs: Logprobs | None) -> None:
+    tokens = len(sample.completion_ids)
+    if logprobs is None or len(logprobs) != tokens:
+        count = "no" if logprobs is None else len(logprobs)
+        raise ValueError(f"{_name(sample)} has {count} {name}; expected {tokens}, one a token")
+    if not np.isfinite(logprobs).all():
+        raise ValueError(f"{_name(sample)} has {name} that are not finite; expected nats, ≤ 0")
+
+
+def _name(sample: TrainSample) -> str:
+    return f"a sample of group {sample.group}"
