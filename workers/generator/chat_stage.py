@@ -42,13 +42,13 @@ from onstream.workers.generator.reconstruction import (
     ReconstructionError,
     Reconstructor,
 )
-from onstream.workers.generator.student_model import load_student_model
-from onstream.workers.generator.tickets import (
+from onstream.workers.generator.stage import (
     STAGE,
     ImagesToHold,
     rollout_of,
     split_unusable,
 )
+from onstream.workers.generator.student import load_student_model
 
 if TYPE_CHECKING:
     from onstream.pipeline.redis.bus import Bus

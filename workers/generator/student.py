@@ -1,24 +1,76 @@
-"""The student with an engine: conversations in, completions out."""
+"""The student: how its prompts are built, and with an engine, how its completions are written."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from onstream.pipeline.images import Message, PromptImage
+from onstream.pipeline.images import Message, PromptImage, grey_image
 from onstream.pipeline.models.loading import limit_gpu_memory
-from onstream.pipeline.prompts import Prompt
+from onstream.pipeline.models.tokenizer import has_vision, load_configs, load_tokenizer
+from onstream.pipeline.prompts import Prompt, PromptBuilder, prompt_builder, render_prompt
 from onstream.pipeline.records import Ids
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.engines import student_engine
 from onstream.settings.gpus import memory_share
 from onstream.settings.root import Settings
 from onstream.workers.generator.engines import open_engine
-from onstream.workers.generator.engines.base import Engine, UnsupportedModel
-from onstream.workers.generator.student_model import StudentModel, load_student_model
+from onstream.workers.generator.engines.base import Engine, GenerationRequest, UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig
+
+TEST_IMAGE = 64, 48
+"""Width and height, in pixels, of the image that an engine is tested with."""
 
 log = get_logger()
+
+
+@dataclass(frozen=True)
+class StudentModel:
+    """What is known of a student without its weights. Every engine is opened with one."""
+
+    name: str | Path
+    settings: Settings
+    tokenizer: Any
+    config: PretrainedConfig
+    generation_config: GenerationConfig
+    prompts: PromptBuilder
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether it is a vision-language model."""
+        return has_vision(self.config)
+
+    @property
+    def max_context(self) -> int | None:
+        """The most tokens that the model takes; None where its configuration names no bound."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    @cached_property
+    def stop_ids(self) -> set[int]:
+        """Every token that ends a turn."""
+        return stop_ids(self.tokenizer, self.config, self.generation_config)
+
+    def prompt(self, messages: list[Message]) -> Prompt:
+        """The conversation through the chat template, up to where the answer begins.
+
+        Raises:
+            ImageError: one of its images cannot be used.
+        """
+        images = self.prompts.images_of(messages)
+        return self.prompts.build(render_prompt(self.tokenizer, messages), messages, images)
+
+    def test_request(self) -> GenerationRequest | None:
+        """A request with an image, to test an engine with; None for a student that reads none."""
+        if not self.reads_images:
+            return None
+        part = {"type": "image_url", "image_url": {"url": grey_image(*TEST_IMAGE).data_url}}
+        prompt = self.prompt([{"role": "user", "content": [part]}])
+        return GenerationRequest(0, prompt.ids, max_tokens=1, seed=0, images=prompt.images)
 
 
 class PromptTooLong(ValueError):
@@ -70,6 +122,25 @@ def _of_images(images: Sequence[PromptImage]) -> str:
     return f", {tokens} of them of its {len(images)} images" if images else ""
 
 
+def require_possible(request: GenerationRequest, max_context: int | None) -> None:
+    """Check that there is something to write, and that it fits.
+
+    Raises:
+        ValueError: an empty prompt, no token to write, or more tokens than `max_context`.
+    """
+    prompt_tokens = len(request.prompt_ids)
+    total = prompt_tokens + request.max_tokens
+    if not prompt_tokens or request.max_tokens < 1:
+        raise ValueError(
+            f"request {request.key} has {prompt_tokens} prompt tokens "
+            f"and asks for {request.max_tokens}"
+        )
+    if max_context is not None and total > max_context:
+        raise ValueError(
+            f"request {request.key} may come to {total} tokens; the model takes {max_context}"
+        )
+
+
 def open_student(settings: Settings) -> Student:
     """The student with the engine that `inference.engine` means here.
 
@@ -100,3 +171,35 @@ def load_student(name: str | Path, settings: Settings) -> Student:
     """
     model = load_student_model(name, settings)
     return Student(model, open_engine("transformers", model))
+
+
+def load_student_model(name: str | Path, settings: Settings) -> StudentModel:
+    """The student `name`, a model id or directory.
+
+    Raises:
+        UserError: there is no such model, or it has no usable tokenizer or image processor.
+    """
+    tokenizer = load_tokenizer(name)
+    config, generation_config = load_configs(name)
+    prompts = prompt_builder(name, config, settings)
+    return StudentModel(name, settings, tokenizer, config, generation_config, prompts)
+
+
+def stop_ids(tokenizer: Any, config: Any, generation_config: Any) -> set[int]:
+    """Every token that ends a turn, by the tokenizer or either configuration.
+
+    A placeholder of images ends a turn too: there is no image to continue with. As the last token
+    it is predicted, and never read.
+    """
+    named = [
+        tokenizer.eos_token_id,
+        config.get_text_config().eos_token_id,
+        getattr(generation_config, "eos_token_id", None),
+        getattr(config, "image_token_id", None),
+        getattr(config, "video_token_id", None),
+    ]
+    stops = set[int]()
+    for value in named:
+        tokens = value if isinstance(value, list) else [value]  # a configuration may name several
+        stops |= {int(token) for token in tokens if token is not None}
+    return stops

@@ -14,7 +14,7 @@ from onstream.settings.sections.inference import EngineName
 
 if TYPE_CHECKING:
     from onstream.workers.generator.engines.base import Engine
-    from onstream.workers.generator.student_model import StudentModel
+    from onstream.workers.generator.student import StudentModel
 
 
 @dataclass(frozen=True)

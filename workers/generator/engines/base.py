@@ -56,25 +56,6 @@ class Completion:
     version_spans: list[VersionSpan]
 
 
-def require_possible(request: GenerationRequest, max_context: int | None) -> None:
-    """Check that there is something to write, and that it fits.
-
-    Raises:
-        ValueError: an empty prompt, no token to write, or more tokens than `max_context`.
-    """
-    prompt_tokens = len(request.prompt_ids)
-    total = prompt_tokens + request.max_tokens
-    if not prompt_tokens or request.max_tokens < 1:
-        raise ValueError(
-            f"request {request.key} has {prompt_tokens} prompt tokens "
-            f"and asks for {request.max_tokens}"
-        )
-    if max_context is not None and total > max_context:
-        raise ValueError(
-            f"request {request.key} may come to {total} tokens; the model takes {max_context}"
-        )
-
-
 class Engine(Protocol):
     """Writes many completions at once. Not thread-safe: one thread adds, steps and loads."""
 

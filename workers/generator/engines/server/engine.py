@@ -14,12 +14,12 @@ from onstream.pipeline.http import EventLoopThread, RequestRefused
 from onstream.pipeline.images.vllm_prompts import VllmPrompts
 from onstream.pipeline.weights import LoadedPolicy
 from onstream.settings.root import Settings
-from onstream.workers.generator.engines.base import Completion, GenerationRequest, require_possible
+from onstream.workers.generator.engines.base import Completion, GenerationRequest
 from onstream.workers.generator.engines.server.check import TEXT, ServerCheck
 from onstream.workers.generator.engines.server.policy_files import ServerFiles
 from onstream.workers.generator.engines.server.server_group import ServerGroup
 from onstream.workers.generator.engines.vllm.request import VllmRequest
-from onstream.workers.generator.student_model import StudentModel
+from onstream.workers.generator.student import StudentModel, require_possible
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

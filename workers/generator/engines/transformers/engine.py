@@ -32,24 +32,21 @@ from onstream.pipeline.models.multimodal import (
 from onstream.pipeline.models.weight_shapes import WeightShapes
 from onstream.pipeline.records import FinishReason, Ids, VersionSpan
 from onstream.pipeline.weights import LoadedPolicy, WeightsError
-from onstream.workers.generator.engines.base import (
-    Completion,
-    GenerationRequest,
-    require_possible,
+from onstream.workers.generator.engines.base import Completion, GenerationRequest
+from onstream.workers.generator.engines.transformers.decoding_step import (
+    PromptKey,
+    SequenceState,
+    StepInput,
+    draw,
+    step_input,
+    uniforms,
 )
-from onstream.workers.generator.engines.transformers.sampling import draw, uniforms
 from onstream.workers.generator.engines.transformers.slot_cache import (
     ATTENTION,
     SlotCache,
     UnsupportedAttention,
 )
-from onstream.workers.generator.engines.transformers.step_input import (
-    PromptKey,
-    SequenceState,
-    StepInput,
-    step_input,
-)
-from onstream.workers.generator.student_model import StudentModel
+from onstream.workers.generator.student import StudentModel, require_possible
 
 _SAMPLED_AT_ONCE = 1 << 24
 """Elements of [rows, vocabulary] whose float64 cumulative sum exists at once."""

@@ -18,7 +18,7 @@ from onstream.settings.problems import SettingsError
 from onstream.settings.root import Settings
 from onstream.settings.rules.engines import vllm_missing
 from onstream.workers.generator.engines.base import UnsupportedModel
-from onstream.workers.generator.student_model import StudentModel
+from onstream.workers.generator.student import StudentModel
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
