@@ -22,8 +22,7 @@ from onstream.pipeline.images.vision import load_vision
 from onstream.pipeline.models.loading import load_model
 from onstream.pipeline.weights import LoadedPolicy
 from onstream.workers.generator.engines.base import Completion
-from onstream.workers.generator.engines.vllm.images import input_of
-from onstream.workers.generator.engines.vllm.request import VllmRequest
+from onstream.workers.generator.engines.vllm.request import VllmRequest, input_of
 from onstream.workers.generator.student import Student, open_student
 from onstream.workers.tiny_models.vlm_families import VlmFamily
 from tests.vision.conftest import Tiny, noise, write_tiny

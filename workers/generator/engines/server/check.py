@@ -22,8 +22,11 @@ from onstream.workers.generator.engines.server.student_server import (
     WEIGHT_INFO,
     StudentServer,
 )
-from onstream.workers.generator.engines.vllm.images import fields_of, require_same_tokens
-from onstream.workers.generator.engines.vllm.request import VllmRequest
+from onstream.workers.generator.engines.vllm.request import (
+    VllmRequest,
+    fields_of,
+    require_same_tokens,
+)
 
 CHECK_S = 30.0
 CLIENT = "inference.client"

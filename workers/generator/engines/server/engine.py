@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import queue
+import secrets
+from collections import deque
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, wait
-from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.http import EventLoopThread, RequestRefused
 from onstream.pipeline.images.vllm_prompts import VllmPrompts
-from onstream.pipeline.weights import LoadedPolicy
+from onstream.pipeline.weights import LoadedPolicy, WeightsError
 from onstream.settings.root import Settings
 from onstream.workers.generator.engines.base import Completion, GenerationRequest
 from onstream.workers.generator.engines.server.check import TEXT, ServerCheck
-from onstream.workers.generator.engines.server.policy_files import ServerFiles
 from onstream.workers.generator.engines.server.server_group import ServerGroup
 from onstream.workers.generator.engines.vllm.request import VllmRequest
 from onstream.workers.generator.student import StudentModel, require_possible
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 POLL_S = 0.02
 CLOSE_S = 10.0
+KEPT_FILES = 2
+"""Versions whose files stay: the newest, and the one before, which a slow server may still read."""
 
 
 def open_engine(student: StudentModel) -> ServerEngine:
@@ -181,7 +186,7 @@ class ServerEngine:
     def _take_finished(self) -> list[tuple[VllmRequest, Future[None]]]:
         """All that is finished. Waits a moment where nothing is."""
         taken: list[tuple[VllmRequest, Future[None]]] = []
-        with suppress(queue.Empty):
+        with contextlib.suppress(queue.Empty):
             if self._active:
                 taken.append(self._finished.get(timeout=POLL_S))
             while self._active > len(taken):
@@ -200,3 +205,50 @@ class ServerEngine:
                 "inference.client.base_url says which servers are asked.",
             ) from refusal
         return request.completion()
+
+
+class ServerFiles:
+    """Policy versions as files in `directory`, which the servers share.
+
+    None: among the temporary files, for servers on this machine.
+    """
+
+    def __init__(self, directory: Path | None, run: str) -> None:
+        self._directory = directory
+        self._prefix = f"onstream-{run}-{secrets.token_hex(4)}"
+        self._files: deque[Path] = deque()  # two for each version: unfinished, and finished
+
+    def put(self, policy: LoadedPolicy) -> Path:
+        """A file with the weights of `policy`. A temporary one is removed with `policy`.
+
+        Raises:
+            WeightsError: it cannot be written.
+        """
+        try:
+            if self._directory is None:
+                return policy.file()
+            return self._write(self._directory, policy)
+        except OSError as error:
+            raise WeightsError(
+                f"version {policy.number} cannot be put where the servers read it: {error}"
+            ) from error
+
+    def close(self) -> None:
+        """Remove all files."""
+        self._remove_oldest(keep=0)
+
+    def _write(self, directory: Path, policy: LoadedPolicy) -> Path:
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"{self._prefix}-{policy.number:06d}-{policy.digest[:12]}.safetensors"
+        unfinished = path.with_suffix(".unfinished")
+        if path not in self._files:
+            self._files += [unfinished, path]
+        unfinished.write_bytes(policy.data.data)
+        os.replace(unfinished, path)
+        self._remove_oldest(keep=2 * KEPT_FILES)
+        return path
+
+    def _remove_oldest(self, *, keep: int) -> None:
+        while len(self._files) > keep:
+            with contextlib.suppress(FileNotFoundError):
+                self._files.popleft().unlink()

@@ -27,8 +27,12 @@ from onstream.workers.generator.engines.server.student_server import (
     ServerUpdate,
     StudentServer,
 )
-from onstream.workers.generator.engines.vllm.images import fields_of, require_same_tokens
-from onstream.workers.generator.engines.vllm.request import ABORTED, VllmRequest
+from onstream.workers.generator.engines.vllm.request import (
+    ABORTED,
+    VllmRequest,
+    fields_of,
+    require_same_tokens,
+)
 
 SECTION = "inference"
 ENDS = (ABORTED, *get_args(FinishReason))

@@ -24,8 +24,7 @@ from onstream.pipeline.models.weight_shapes import WeightShapes
 from onstream.pipeline.weights import LoadedPolicy, WeightsError
 from onstream.workers.generator.engines.base import Completion, GenerationRequest
 from onstream.workers.generator.engines.vllm.extension import READING, READY, RECEIVED
-from onstream.workers.generator.engines.vllm.images import input_of
-from onstream.workers.generator.engines.vllm.request import VllmRequest
+from onstream.workers.generator.engines.vllm.request import VllmRequest, input_of
 from onstream.workers.generator.student import require_possible
 
 if TYPE_CHECKING:

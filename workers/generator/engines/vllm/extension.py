@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +42,11 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+from vllm.model_executor.models.clip import CLIPVisionModel
+from vllm.model_executor.models.utils import AutoWeightsLoader
 
 from onstream.pipeline.weights import WeightsError, read_file
 from onstream.pipeline.weights.nccl_transfer import PolicyHeader
-from onstream.workers.generator.engines.vllm.clip_weights import read_either_names
 from onstream.workers.generator.engines.vllm.nccl_group import GroupMember
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ BACKEND = "disk"
 READING = "reading"
 READY = "ready"
 RECEIVED = "received"  # stands for a path where weights were received
+CLIP_PREFIX = "vision_model."  # of the weights of a CLIP tower in older files
 RELOAD_LOG = "vllm.model_executor.model_loader.reload.layerwise"
 
 
@@ -220,6 +222,26 @@ def repack_tied_head(model: Any) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
+def read_either_clip_names() -> None:
+    """Make vLLM load a CLIP vision tower by its weights' older names and by its newer ones.
+
+    vLLM 0.32 knows only the older ones, which are all under `vision_model`. transformers 5 writes
+    them without it, and so do the trainer's updates.
+    """
+    CLIPVisionModel.load_weights = _load_clip_tower
+
+
+def _load_clip_tower(tower: Any, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+    """Load the tower; returns the names of what was loaded."""
+    renamed = ((_older_clip_name(name), weight) for name, weight in weights)
+    loaded: set[str] = AutoWeightsLoader(tower).load_weights(renamed)
+    return loaded
+
+
+def _older_clip_name(name: str) -> str:
+    return name if name.startswith(CLIP_PREFIX) else CLIP_PREFIX + name
+
+
 @contextmanager
 def _quiet_reload() -> Iterator[None]:
     """Silence the reload's warning that a tied head is not in the file: it need not be."""
@@ -232,6 +254,6 @@ def _quiet_reload() -> Iterator[None]:
         log.setLevel(level)
 
 
-read_either_names()
+read_either_clip_names()
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, FileTransferEngine)

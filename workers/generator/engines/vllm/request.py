@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.images.vllm_prompts import VllmPrompts
 from onstream.pipeline.records import FinishReason, VersionSpan
 from onstream.workers.generator.engines.base import Completion, GenerationRequest
+
+if TYPE_CHECKING:
+    from vllm.inputs.engine import EngineInput
 
 ABORTED = "abort"
 UNFILTERED = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
@@ -106,3 +111,44 @@ class VllmRequest:
         text = f"{self.request.seed}/{len(self.token_ids)}"
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") >> 1
+
+
+def input_of(request: VllmRequest, vllm_prompts: VllmPrompts, renderer: Any) -> EngineInput:
+    """The prompt, its images and what has been written, as vLLM's own `renderer` makes them.
+
+    Of an image in its cache vLLM sends its processes only the digest. So inputs must reach them in
+    the order in which they are made, and none may be made while an update clears the caches.
+
+    Raises:
+        UserError: vLLM reads other tokens than the student's processor made.
+    """
+    asked = request.request
+    prompt = vllm_prompts.prompt(asked.prompt_ids, asked.images, request.token_ids)
+    [rendered] = renderer.render_cmpl([prompt])
+    require_same_tokens(rendered["prompt_token_ids"], request)
+    result: EngineInput = rendered
+    return result
+
+
+def fields_of(request: VllmRequest, vllm_prompts: VllmPrompts) -> dict[str, Any]:
+    """The same as fields of a request to a server, whose answer tells what it read."""
+    asked = request.request
+    return vllm_prompts.fields(asked.prompt_ids, asked.images, request.token_ids)
+
+
+def require_same_tokens(theirs: Sequence[int], request: VllmRequest) -> None:
+    """Check that vLLM made the same tokens of a prompt with images as the student's processor.
+
+    Raises:
+        UserError: it made others.
+    """
+    ours = request.prompt_ids
+    if list(theirs) == ours:
+        return
+    raise UserError(
+        f"of a prompt with {len(request.request.images)} images vLLM makes {len(theirs)} tokens "
+        f"that are not the {len(ours)} that the student's processor makes",
+        expected="the same tokens: the trainer would see another prompt than was answered",
+        next_step='Set inference.engine = "transformers".',
+        exit=Exit.REFUSED,
+    )
