@@ -32,7 +32,7 @@ from onstream.settings.root import Settings
 from onstream.workers.evaluation.greedy import evaluate
 from onstream.workers.generator.engines.base import Completion, GenerationRequest
 from onstream.workers.generator.student import load_student
-from onstream.workers.teacher.local_setup import load_local
+from onstream.workers.teacher.local_scorer import load_local
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
 from onstream.workers.trainer.batches.train_samples import TrainSample
 from onstream.workers.trainer.learner import Learner

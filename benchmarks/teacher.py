@@ -28,7 +28,7 @@ from onstream.pipeline.models.loading import load_model
 from onstream.pipeline.models.tokenizer import load_tokenizer
 from onstream.pipeline.tasks import load_task
 from onstream.settings.root import Settings
-from onstream.workers.teacher.local_setup import load_local
+from onstream.workers.teacher.local_scorer import load_local
 from onstream.workers.teacher.scorer import ScoreRequest
 from onstream.workers.tiny_models.fresh import write_fresh
 from onstream.workers.tiny_models.recipes import RECIPES

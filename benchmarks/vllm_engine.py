@@ -34,7 +34,7 @@ from benchmarks.teacher import rollouts as to_score
 from onstream.settings.root import Settings
 from onstream.workers.generator.engines.base import Engine, GenerationRequest
 from onstream.workers.generator.student import load_student, open_student
-from onstream.workers.teacher.local_setup import load_local
+from onstream.workers.teacher.local_scorer import load_local
 from onstream.workers.tiny_models.fresh import ModelShape, write_fresh
 
 KINDS = {"short": ((24, 33), (5, 12)), "long": ((100, 161), (64, 193))}

@@ -5,11 +5,17 @@ failed, takes out an endpoint that keeps failing, and keeps to a rate. `TokenBud
 tokens of a run. `EventLoopThread` is the thread that all of this runs in.
 """
 
-from onstream.pipeline.http.endpoint import Endpoint, decoded
+from onstream.pipeline.http.endpoint import (
+    BadReply,
+    Endpoint,
+    EndpointError,
+    EndpointFault,
+    RequestRefused,
+    decoded,
+    require_model,
+)
 from onstream.pipeline.http.endpoint_pool import EndpointPool, EndpointReply
-from onstream.pipeline.http.errors import BadReply, EndpointError, EndpointFault, RequestRefused
 from onstream.pipeline.http.event_loop import EventLoopThread
-from onstream.pipeline.http.served_models import require_model
 from onstream.pipeline.http.token_budget import TokenBudget
 
 __all__ = [

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 import httpx
 import msgspec
 
-from onstream.pipeline.http.errors import BadReply, EndpointFault, RequestRefused
+from onstream.pipeline.errors import UserError
 from onstream.settings.decoding import UNDECODABLE
 from onstream.settings.sections.client import EndpointSettings
 
@@ -20,6 +20,53 @@ NOT_THE_REQUESTS_FAULT = {401, 402, 403, 404, 405, 407, 408, 409, 421, 423, 425,
 """Statuses 4xx about the caller, the address or the moment. Any other 4xx refuses the request."""
 MESSAGE_CHARACTERS = 300
 MAX_RETRY_AFTER_S = 600.0
+NAMES_SHOWN = 5
+KEY_REFUSED = (401, 403)
+
+
+class EndpointError(Exception):
+    """A request without an answer.
+
+    `status` is the reply's HTTP status; None where there was no reply, or where the reply was found
+    wrong here.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class EndpointFault(EndpointError):
+    """The endpoint failed, and the request is not the cause.
+
+    It is worth sending again, there or elsewhere.
+
+    `retry_after_s` is how long the server asked for no requests. `breaks` is False for a server
+    that is only busy: this does not count towards its circuit breaker.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        retry_after_s: float | None = None,
+        breaks: bool = True,
+    ) -> None:
+        super().__init__(message, status=status)
+        self.retry_after_s = retry_after_s
+        self.breaks = breaks
+
+
+class BadReply(EndpointFault):
+    """A reply with a status of success and the wrong content."""
+
+
+class RequestRefused(EndpointError):
+    """The server refuses this request for its content.
+
+    Sending it again would not help; another request may pass.
+    """
 
 
 class Endpoint:
@@ -193,4 +240,65 @@ def http_client(client: EndpointSettings) -> httpx.AsyncClient:
         headers=headers,
         timeout=httpx.Timeout(client.timeout, connect=client.connect_timeout, pool=None),
         limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+    )
+
+
+async def require_model(
+    endpoint: Endpoint, model: str, section: str, named: str = ""
+) -> dict[str, Any]:
+    """The entry of `model` in the endpoint's list of models.
+
+    Messages name the endpoint's settings by `section`, and the setting with the model's name by
+    `named`, by default `section`.model.name.
+
+    Raises:
+        UserError: the endpoint refuses the key, has no list, or does not list the model.
+        EndpointFault: it did not answer.
+    """
+    listing = await _listing(endpoint, section)
+    entries = listing.get("data") if isinstance(listing, dict) else None
+    models = {
+        entry["id"]: entry for entry in entries or () if isinstance(entry, dict) and "id" in entry
+    }
+    if model in models:
+        return dict(models[model])
+    names = ", ".join(repr(name) for name in list(models)[:NAMES_SHOWN]) or "none"
+    more = f" and {len(models) - NAMES_SHOWN} more" if len(models) > NAMES_SHOWN else ""
+    setting = named or f"{section}.model.name"
+    raise UserError(
+        f"{setting} = {model!r}, which {endpoint.name} does not serve",
+        expected=f"one of the models it lists: {names}{more}",
+        next_step=f"Correct the name. Where the list is not complete, set "
+        f"{section}.client.skip_model_check = true.",
+    )
+
+
+async def _listing(endpoint: Endpoint, section: str) -> Any:
+    try:
+        return await endpoint.models()
+    except EndpointError as error:
+        if error.status in KEY_REFUSED:
+            raise key_refused(endpoint, error, section) from error
+        if not isinstance(error, BadReply) and _may_pass(error.status):
+            raise
+        raise UserError(
+            f"{endpoint.name} has no list of models ({error})",
+            expected="an OpenAI-compatible address, which usually ends in /v1",
+            next_step=f"Correct {section}.client.base_url, or set "
+            f"{section}.client.skip_model_check = true.",
+        ) from error
+
+
+def _may_pass(status: int | None) -> bool:
+    """Whether the endpoint may have a list all the same, once its trouble is over."""
+    return status is None or status >= 500 or status in (408, 429)
+
+
+def key_refused(endpoint: Endpoint, error: Exception, section: str) -> UserError:
+    """The error for an endpoint that wants another key."""
+    variable = "ONSTREAM_" + section.replace(".", "__").upper() + "__CLIENT__API_KEY"
+    return UserError(
+        f"{endpoint.name} refuses this worker ({error})",
+        expected="a key or headers that it accepts",
+        next_step=f"Set {section}.client.api_key ({variable}) or {section}.client.headers.",
     )

@@ -14,8 +14,13 @@ import httpx
 import tenacity
 
 from onstream.pipeline.errors import Exit, UserError
-from onstream.pipeline.http.endpoint import Endpoint, http_client
-from onstream.pipeline.http.errors import EndpointError, EndpointFault, RequestRefused
+from onstream.pipeline.http.endpoint import (
+    Endpoint,
+    EndpointError,
+    EndpointFault,
+    RequestRefused,
+    http_client,
+)
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.sections.client import EndpointSettings
 

@@ -19,7 +19,7 @@ from rq import Queue, Retry
 from rq.exceptions import DuplicateJobError
 from rq.job import Job
 
-from onstream.pipeline.weights.pins import pin, unpin
+from onstream.pipeline.weights.directory_store import pin, unpin
 from onstream.settings.sections.jobs import JobsSettings
 
 JobKind = Literal["evaluate", "export", "prune", "sweep", "verify"]

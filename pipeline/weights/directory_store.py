@@ -43,6 +43,8 @@ _NOT_LINKED = (
     ".index.json",
     ".onnx",
 )
+_PINNED = "pinned"
+"""The folder of the versions that must stay on disk: one empty file per version and use."""
 
 
 def publish(
@@ -272,3 +274,34 @@ def _discard(path: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def pin(run_dir: Path, version: int, use: str) -> bool:
+    """Keep `version` for `use` until it is unpinned; False if it was pinned for that already."""
+    path = _pin_file(run_dir, version, use)
+    path.parent.mkdir(exist_ok=True)
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def unpin(run_dir: Path, version: int, use: str) -> None:
+    """Say that `use` no longer needs `version`."""
+    _pin_file(run_dir, version, use).unlink(missing_ok=True)
+
+
+def pins(run_dir: Path) -> set[tuple[int, str]]:
+    """Every pinned version, with its use."""
+    names = [path.name.partition(".") for path in (run_dir / _PINNED).glob("[0-9]*.*")]
+    return {(int(version), use) for version, _, use in names}
+
+
+def pinned(run_dir: Path) -> set[int]:
+    """Every pinned version."""
+    return {version for version, _ in pins(run_dir)}
+
+
+def _pin_file(run_dir: Path, version: int, use: str) -> Path:
+    return run_dir / _PINNED / f"{version:06d}.{use}"

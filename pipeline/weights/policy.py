@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import fcntl
 import hashlib
+import os
 import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onstream.pipeline.weights.safetensors_layout import layout_of, view
-from onstream.pipeline.weights.scratch_files import scratch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Bytes = NDArray[np.uint8]
 WEIGHTS_FILE = "model.safetensors"
+
+# Each process that writes files for others of this machine has one directory among the temporary
+# files ($TMPDIR), and keeps a lock on a file in it. The kernel drops the lock with the process,
+# however it ended and in whatever container it ran. The next process that needs such a directory
+# removes those without a lock.
+_SCRATCH_PREFIX = "onstream-policies-"
+_SCRATCH_LOCK = "lock"
 
 
 class WeightsError(Exception):
@@ -139,3 +148,36 @@ def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors[name] = tensor.detach().cpu().contiguous()
         seen |= {same, storage}
     return tensors
+
+
+@cache
+def scratch() -> Path:
+    """This process's directory. It is removed when the process ends normally.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    _remove_abandoned()
+    # Made under a hidden name and renamed once it is locked: in between, others would take it for
+    # the directory of a dead process.
+    hidden = Path(tempfile.mkdtemp(prefix=f".{_SCRATCH_PREFIX}"))
+    descriptor = os.open(hidden / _SCRATCH_LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    directory = hidden.rename(hidden.with_name(hidden.name.removeprefix(".")))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
+def _remove_abandoned() -> None:
+    for lock in Path(tempfile.gettempdir()).glob(f"{_SCRATCH_PREFIX}*/{_SCRATCH_LOCK}"):
+        try:
+            descriptor = os.open(lock, os.O_RDWR)
+        except OSError:  # another user's, or removed by now
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+        except BlockingIOError:
+            pass  # its process is alive
+        finally:
+            os.close(descriptor)

@@ -19,7 +19,7 @@ import numpy as np
 from onstream.settings.load import load_settings
 from onstream.workers.generator.engines.base import GenerationRequest
 from onstream.workers.generator.student import load_student
-from onstream.workers.teacher.local_setup import load_local
+from onstream.workers.teacher.local_scorer import load_local
 from onstream.workers.teacher.scorer import ScoreRequest
 
 SETTINGS = load_settings([sys.argv[1]], environ={})

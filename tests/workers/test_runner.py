@@ -168,7 +168,7 @@ def test_the_kinds_of_the_slim_image_come_up_where_torch_is_not_installed(kind: 
 def test_a_tokenizer_loads_where_torch_is_not_installed() -> None:
     code = (
         "import sys\nsys.modules['torch'] = None\n"
-        "from onstream.workers.teacher.model_info import load_model_info\n"
+        "from onstream.workers.teacher.compatibility import load_model_info\n"
         "print(load_model_info('examples/reverse-text/student').context_tokens)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

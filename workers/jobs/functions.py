@@ -27,7 +27,7 @@ from onstream.pipeline.redis.keys import WORKING
 from onstream.pipeline.redis.lease import LeaseHeld
 from onstream.pipeline.run_files.ownership import Ownership
 from onstream.pipeline.telemetry import get_logger
-from onstream.pipeline.weights.pins import pinned, pins, unpin
+from onstream.pipeline.weights.directory_store import pinned, pins, unpin
 from onstream.settings.plan import Plan, make_plan, refuse_differences
 from onstream.settings.root import Settings
 from onstream.workers.inspection.dead_letters import without_numbers

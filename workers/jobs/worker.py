@@ -29,7 +29,7 @@ from onstream.pipeline.redis.job_queue import (
 )
 from onstream.pipeline.stage import Stats
 from onstream.pipeline.telemetry import get_logger
-from onstream.pipeline.weights.pins import pins, unpin
+from onstream.pipeline.weights.directory_store import pins, unpin
 from onstream.settings.root import Settings
 from onstream.workers.jobs import functions
 from onstream.workers.jobs.functions import JobContext

@@ -9,9 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from onstream.pipeline.images.feature_cache import FeatureCache
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.images import grey_image
+from onstream.pipeline.images.feature_cache import FeatureCache, FetchImages, no_images
+from onstream.pipeline.images.vision import Vision, load_vision
 from onstream.pipeline.models.forward import (
     NO_IMAGES,
     TokenLogprobs,
@@ -19,9 +22,18 @@ from onstream.pipeline.models.forward import (
     hidden_states,
     token_logprobs,
 )
+from onstream.pipeline.models.loading import load_model, resolve_device, resolve_dtype
 from onstream.pipeline.models.multimodal import Features
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts
+from onstream.pipeline.models.prompt_sharing import prepare
+from onstream.pipeline.models.tokenizer import has_vision
+from onstream.pipeline.telemetry import get_logger
+from onstream.settings.root import Settings
+from onstream.workers.teacher.compatibility import check_compatible, load_model_info
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
+
+CHECKED_SIZES = ((32, 32), (448, 336), (300, 900))
+"""Width and height, in pixels, of the images that the processors are compared on."""
 
 
 class LocalScorer:
@@ -138,3 +150,66 @@ def _first_rows(head: nn.Linear, rows: int) -> nn.Linear:
     if head.bias is not None:
         cut.bias = nn.Parameter(head.bias[:rows], requires_grad=False)
     return cut
+
+
+def load_local(settings: Settings, images: FetchImages = no_images) -> LocalScorer:
+    """The teacher `teacher_inference.model.name`.
+
+    Where none is named, the student's starting model.
+
+    `images` gives the bytes of images by digest; by default there are none.
+
+    Raises:
+        UserError: there is no such model, or it cannot score this student's tokens.
+    """
+    local = settings.teacher_inference
+    name = local.model.name or settings.model.name
+    student = load_model_info(settings.model.name)
+    teacher = load_model_info(name)
+    check_compatible(student, teacher, settings.inference.sampling.max_completion)
+    device = resolve_device(settings.deployment.device)
+    model = load_model(name, dtype=resolve_dtype(local.dtype, device), device=device)
+    if reason := prepare(model):
+        get_logger().warning(
+            "shared prompts are scored once a rollout", teacher=name, reason=reason
+        )
+    vision = load_vision(name) if has_vision(model.config) else None
+    if vision and has_vision(AutoConfig.from_pretrained(settings.model.name)):
+        check_image_tokens(load_vision(settings.model.name), vision, settings.model.name, name)
+    return LocalScorer(
+        name,
+        model,
+        context_tokens=teacher.context_tokens,
+        vocabulary_size=min(student.vocabulary_size, teacher.vocabulary_size),
+        max_batch_tokens=local.max_batch_tokens,
+        head_chunk=local.head_chunk,
+        features=FeatureCache(vision, images, settings.images.keep_bytes) if vision else None,
+    )
+
+
+def check_image_tokens(
+    student: Vision, teacher: Vision, student_name: str, teacher_name: str
+) -> None:
+    """Check that both processors put the same tokens into a prompt.
+
+    Raises:
+        UserError: they differ in the tokens, or their number, for an image of some size.
+    """
+    for width, height in CHECKED_SIZES:
+        picture = grey_image(width, height)
+        ours = student.features(picture).token_ids
+        theirs = teacher.features(picture).token_ids
+        if not np.array_equal(ours, theirs):
+            raise UserError(
+                f"of an image of {width} × {height} the processor of {student_name} makes "
+                f"{len(ours)} tokens, {_tokens_shown(ours)}, "
+                f"and that of {teacher_name} {len(theirs)}, {_tokens_shown(theirs)}",
+                expected="processors that put the same tokens into a prompt",
+                next_step="Use a teacher of the student's family, with the same sizes in "
+                "preprocessor_config.json.",
+            )
+
+
+def _tokens_shown(ids: np.ndarray[tuple[int, ...], np.dtype[np.int32]]) -> str:
+    kinds = ", ".join(map(str, dict.fromkeys(ids.tolist())))
+    return f"of the ids {kinds}"

@@ -11,9 +11,8 @@ from onstream.settings.devices import device_of
 from onstream.settings.gpus import memory_share
 from onstream.settings.plan import make_plan
 from onstream.settings.root import Settings
-from onstream.workers.teacher.compatibility import check_compatible
+from onstream.workers.teacher.compatibility import check_compatible, load_model_info
 from onstream.workers.teacher.external.student_info import load_student_info
-from onstream.workers.teacher.model_info import load_model_info
 
 MAX_LOGPROBS = 20
 """vLLM's own default."""

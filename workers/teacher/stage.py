@@ -9,8 +9,7 @@ from onstream.pipeline.records import Rollout, StageName
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.settings.root import Settings
-from onstream.workers.teacher.score_requests import objection, request_of, write_scores
-from onstream.workers.teacher.scorer import TokenScorer
+from onstream.workers.teacher.scorer import TokenScorer, objection, request_of, write_scores
 
 ROOM = 256
 """Rollouts in hand at once: enough for the groups among them to be whole when they come from a busy
@@ -140,7 +139,7 @@ class Teacher:
 
 
 def _load_local(settings: Settings, bus: Bus) -> TokenScorer:
-    from onstream.workers.teacher.local_setup import load_local  # imports torch
+    from onstream.workers.teacher.local_scorer import load_local  # imports torch
 
     return load_local(settings, bus.images.read)
 

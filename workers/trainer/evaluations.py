@@ -9,7 +9,7 @@ import msgspec
 from redis.exceptions import RedisError
 
 from onstream.pipeline.telemetry import get_logger
-from onstream.pipeline.weights.pins import pinned
+from onstream.pipeline.weights.directory_store import pinned
 from onstream.settings.root import Settings
 
 if TYPE_CHECKING:

@@ -12,6 +12,8 @@ from typing import Any
 
 import msgspec
 
+from onstream.pipeline.records import Rollout
+
 PACKET_BYTES = 1 << 17
 
 _LENGTH = struct.Struct("<I")
@@ -120,3 +122,15 @@ class Frames:
 def framed(body: bytes) -> bytes:
     """`body` as a frame."""
     return _LENGTH.pack(len(body)) + body
+
+
+def final_answer(rollout: Rollout) -> str:
+    """What the scorer gets: the text of the last sample, which comes after all tool calls."""
+    return rollout.samples[-1].completion_text if rollout.samples else ""
+
+
+def write_verdict(rollout: Rollout, verdict: Verdict) -> None:
+    """Write `verdict` into `rollout`."""
+    rollout.reward = verdict.reward
+    rollout.reward_parts = verdict.parts
+    rollout.unscored = verdict.unscored

@@ -23,7 +23,7 @@ from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Delivery, Outcome, complete_stage
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
-from onstream.workers.verifier.scorer_messages import Verdict
+from onstream.workers.verifier.scorer_messages import Verdict, final_answer, write_verdict
 from onstream.workers.verifier.scorer_pool import ScorerPool
 
 MAX_IN_HAND = 64
@@ -145,15 +145,3 @@ def _verdict(settings: Settings, rollout: Rollout) -> Verdict:
         return found[0][1]
     finally:
         pool.close()
-
-
-def final_answer(rollout: Rollout) -> str:
-    """What the scorer gets: the text of the last sample, which comes after all tool calls."""
-    return rollout.samples[-1].completion_text if rollout.samples else ""
-
-
-def write_verdict(rollout: Rollout, verdict: Verdict) -> None:
-    """Write `verdict` into `rollout`."""
-    rollout.reward = verdict.reward
-    rollout.reward_parts = verdict.parts
-    rollout.unscored = verdict.unscored

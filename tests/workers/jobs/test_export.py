@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.job_queue import JobQueue
-from onstream.pipeline.weights.pins import pinned
+from onstream.pipeline.weights.directory_store import pinned
 from onstream.settings.root import Settings
 from onstream.workers.commands.cli import cli
 from onstream.workers.jobs import functions

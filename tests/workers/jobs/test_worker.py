@@ -26,7 +26,7 @@ from onstream.pipeline.redis.job_queue import (
     current_function,
     queue_name,
 )
-from onstream.pipeline.weights.pins import pinned
+from onstream.pipeline.weights.directory_store import pinned
 from onstream.settings.root import Settings
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 

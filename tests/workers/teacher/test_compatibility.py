@@ -7,8 +7,7 @@ import pytest
 from tokenizers import AddedToken
 
 from onstream.pipeline.errors import UserError
-from onstream.workers.teacher.compatibility import check_compatible, first_difference
-from onstream.workers.teacher.model_info import ModelInfo
+from onstream.workers.teacher.compatibility import ModelInfo, check_compatible, first_difference
 from onstream.workers.tiny_models.character_tokenizer import character_tokenizer
 
 

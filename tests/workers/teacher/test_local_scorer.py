@@ -10,8 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from onstream.settings.root import Settings
-from onstream.workers.teacher.local_scorer import LocalScorer
-from onstream.workers.teacher.local_setup import load_local
+from onstream.workers.teacher.local_scorer import LocalScorer, load_local
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
 
 

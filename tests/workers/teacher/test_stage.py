@@ -29,7 +29,7 @@ from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Delivery, Outcome
 from onstream.settings.root import Settings
 from onstream.settings.sections.run import DeliverySettings
-from onstream.workers.teacher.local_setup import load_local
+from onstream.workers.teacher.local_scorer import load_local
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
 from onstream.workers.teacher.stage import ROOM, Teacher
 from onstream.workers.tiny_models.fresh import ModelShape, write_fresh

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from onstream.pipeline.redis.job_queue import JobQueue
-from onstream.pipeline.weights.pins import pin, pinned, pins, unpin
+from onstream.pipeline.weights.directory_store import pin, pinned, pins, unpin
 from onstream.settings.sections.jobs import JobsSettings
 from onstream.workers.launcher.report import build
 from tests.workers.trainer.driver import Run

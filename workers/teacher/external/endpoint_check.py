@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from onstream.pipeline.errors import UserError
 from onstream.pipeline.http import (
     BadReply,
+    Endpoint,
     EndpointError,
     EndpointFault,
     RequestRefused,
     require_model,
 )
+from onstream.pipeline.http.endpoint import key_refused
 from onstream.pipeline.records import Logprobs
 from onstream.settings.sections.client import TeacherModelSettings
-from onstream.workers.teacher.external import check_errors as errors
-from onstream.workers.teacher.external.endpoint import TeacherEndpoint
+from onstream.settings.teacher_protocols import TEACHER_PROTOCOLS
+from onstream.workers.teacher.external.endpoint import IMAGE_PROTOCOL, TeacherEndpoint
 from onstream.workers.teacher.external.protocols import TeacherProtocol, load_variants
 from onstream.workers.teacher.external.student_info import StudentInfo
 from onstream.workers.teacher.external.vocabulary import compare_by_routes, compare_by_texts
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
 
-SECTION = errors.SECTION
 CHECK_S = 8.0
 SAME_NATS = 0.05
 """Mean distance of two scores of one text by one endpoint. With bfloat16 in changing batches it
@@ -31,6 +34,7 @@ stays below this.
 """
 ALIKE_NATS = 0.2
 """The same between endpoints, whose hardware and precision may differ."""
+SECTION = "orchestrator.teacher_model"
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class EndpointCheck:
             self.reference = logprobs
         nats = distance(self.reference, logprobs)
         if nats > ALIKE_NATS:
-            raise errors.other_weights(endpoint, nats, ALIKE_NATS, self._model)
+            raise _other_weights(endpoint, nats, ALIKE_NATS, self._model)
 
     async def _check(self, endpoint: TeacherEndpoint) -> Logprobs:
         listed = {}
@@ -112,8 +116,8 @@ class EndpointCheck:
                 request = self.student.check_request
                 return await self._ask(endpoint, protocol, request, self.top_k)
         if most >= 0:
-            raise errors.too_few_likeliest(endpoint, self.top_k, most)
-        raise errors.no_logprobs(endpoint, refusals)
+            raise _too_few_likeliest(endpoint, self.top_k, most)
+        raise _no_logprobs(endpoint, refusals)
 
     async def _most_likeliest(self, endpoint: TeacherEndpoint, protocol: TeacherProtocol) -> int:
         """The most likeliest tokens that `protocol` gives here, up to `top_k`, found by halving.
@@ -174,21 +178,21 @@ class EndpointCheck:
         """
         longest = self.student.longest_sample
         if context is not None and context < longest + 1:
-            raise errors.context_too_short(endpoint, f"{context} tokens", longest)
+            raise _context_too_short(endpoint, f"{context} tokens", longest)
         if context is None:
             ids = np.resize(self.student.check_request.completion_ids, longest)
             try:
                 await self._ask(endpoint, protocol, ScoreRequest(ids[:-1], ids[-1:]), 0)
             except RequestRefused as refusal:
                 found = f"too short for {longest} tokens ({refusal})"
-                raise errors.context_too_short(endpoint, found, longest) from refusal
+                raise _context_too_short(endpoint, found, longest) from refusal
 
     async def _check_repeatable(self, endpoint: TeacherEndpoint, first: Tried) -> None:
         request = self.student.check_request
         again = await self._ask(endpoint, first.protocol, request, self.top_k)
         nats = distance(first.scores.logprobs, again.scores.logprobs)
         if nats > SAME_NATS:
-            raise errors.not_repeatable(endpoint, nats, SAME_NATS)
+            raise _not_repeatable(endpoint, nats, SAME_NATS)
 
     async def _check_images(
         self, endpoint: TeacherEndpoint, protocol: TeacherProtocol, request: ScoreRequest
@@ -201,9 +205,81 @@ class EndpointCheck:
                 )
             await self._ask(endpoint, protocol, request, self.top_k)
         except RequestRefused as refusal:
-            raise errors.no_images(endpoint, refusal) from refusal
+            raise _no_images(endpoint, refusal) from refusal
 
 
 def distance(some: Logprobs, others: Logprobs) -> float:
     """The mean distance [nats] of two scores of one text."""
     return float(np.abs(some.astype(np.float64) - others).mean())
+
+
+def _other_weights(endpoint: Endpoint, nats: float, bound: float, model: str) -> UserError:
+    """It scores the check's text otherwise than the first endpoint did."""
+    return UserError(
+        f"{endpoint.name} scores one text {nats:.3g} nats a token away from what this teacher "
+        "scored it first",
+        expected=f"at most {bound:g}, from one teacher with the same weights everywhere",
+        next_step=f"Serve {model!r} with the same weights at every address of "
+        f"{SECTION}.client.base_url.",
+    )
+
+
+def _not_repeatable(endpoint: Endpoint, nats: float, bound: float) -> UserError:
+    """It scores one text differently each time."""
+    return UserError(
+        f"the teacher at {endpoint.name} scored one text twice, {nats:.3g} nats a token apart",
+        expected=f"at most {bound:g}: its scores would be mostly noise",
+        next_step=f"Check that {SECTION}.client.base_url is one server, or several with the same "
+        "weights.",
+    )
+
+
+def _too_few_likeliest(endpoint: Endpoint, top_k: int, most: int) -> UserError:
+    """It gives fewer likeliest tokens than `trainer.loss.teacher_top_k`."""
+    gives = "no likeliest tokens beside the one asked for"
+    if most:
+        gives = f"the {most} likeliest tokens of a position at most"
+    return UserError(
+        f"trainer.loss.teacher_top_k = {top_k}, but the teacher at {endpoint.name} gives {gives}",
+        expected=f"teacher_top_k ≤ {most}, or a server that gives more",
+        next_step=f"Set trainer.loss.teacher_top_k = {most}, or raise the server's own limit "
+        "(vLLM: --max-logprobs).",
+    )
+
+
+def _no_logprobs(endpoint: Endpoint, refusals: Mapping[str, EndpointError]) -> Exception:
+    """No protocol gave the logprobs of a prompt. `refusals` has what came instead, by protocol."""
+    answers = "; ".join(f"{name}: {fault}" for name, fault in refusals.items())
+    statuses = {fault.status or 0 for fault in refusals.values()}
+    if statuses <= {401}:
+        return key_refused(endpoint, next(iter(refusals.values())), SECTION)
+    if all(status >= 500 or status == 429 for status in statuses):
+        return EndpointFault(answers, status=max(statuses))
+    return UserError(
+        f"the teacher at {endpoint.name} returns no logprobs of a prompt ({answers})",
+        expected=f"a server that speaks {', '.join(TEACHER_PROTOCOLS)}",
+        next_step=f"Correct {SECTION}.client.base_url, or serve the teacher with vLLM. Chat "
+        "endpoints can be teachers by orchestrator.teacher_rollout_model alone.",
+    )
+
+
+def _context_too_short(endpoint: Endpoint, context: str, longest: int) -> UserError:
+    """A sample of `longest` tokens does not fit its context."""
+    return UserError(
+        f"the context of the teacher at {endpoint.name} is {context}",
+        expected=f"at least {longest + 1}: a sample of up to {longest} tokens, prompt and "
+        "completion, and one more that scoring takes",
+        next_step="Lower inference.sampling.max_completion, or serve the teacher with a longer "
+        "context (vLLM: --max-model-len).",
+    )
+
+
+def _no_images(endpoint: Endpoint, refusal: Exception) -> UserError:
+    """It cannot be sent the images of the task's prompts."""
+    return UserError(
+        f"the task's prompts hold images, and the teacher at {endpoint.name} would score them "
+        f"without: {refusal}",
+        expected=f"a vLLM server of the student's family, asked by the protocol {IMAGE_PROTOCOL}",
+        next_step="Serve such a teacher with --enable-scale-out, or score with a local one "
+        "(docs/images.md).",
+    )

@@ -17,7 +17,7 @@ from onstream.pipeline.prompts import Prompt, PromptBuilder, prompt_builder, ren
 from onstream.pipeline.tasks import load_task
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
-from onstream.workers.teacher.model_info import ModelInfo, load_model_info
+from onstream.workers.teacher.compatibility import ModelInfo, load_model_info
 from onstream.workers.teacher.scorer import ScoreRequest
 
 PROMPTS = 64

@@ -12,9 +12,8 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.http import Endpoint, EndpointError, EndpointFault, RequestRefused, decoded
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.decoding import UNDECODABLE
-from onstream.workers.teacher.compatibility import CONVERSATION
+from onstream.workers.teacher.compatibility import CONVERSATION, ModelInfo
 from onstream.workers.teacher.external.student_info import TEXT, prompt_ids
-from onstream.workers.teacher.model_info import ModelInfo
 
 SPECIAL_TOKENS = 64
 DECODED_IDS = 256

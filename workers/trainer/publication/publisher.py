@@ -22,8 +22,8 @@ from onstream.pipeline.weights import (
     StoreWriter,
     VersionId,
 )
+from onstream.pipeline.weights.directory_store import pinned
 from onstream.pipeline.weights.nccl_transfer import TransferCoordinator
-from onstream.pipeline.weights.pins import pinned
 from onstream.pipeline.weights.redis_store import ChunkWriter
 from onstream.settings import engines
 from onstream.settings.problems import SettingsError

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from onstream.workers.teacher.external.protocols.base import TeacherProtocol
-from onstream.workers.teacher.external.protocols.reading import (
+from onstream.workers.teacher.external.protocols.base import (
+    TeacherProtocol,
     decode_reply,
     scores_of_pairs,
     sent_ids,

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import msgspec
 
 from onstream.pipeline.http import BadReply, RequestRefused
-from onstream.workers.teacher.external.protocols.base import TeacherProtocol
-from onstream.workers.teacher.external.protocols.reading import (
+from onstream.workers.teacher.external.protocols.base import (
+    TeacherProtocol,
     decode_reply,
     scores_of_pairs,
     sent_ids,
