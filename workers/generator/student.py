@@ -17,7 +17,8 @@ from onstream.pipeline.telemetry import get_logger
 from onstream.settings.engines import student_engine
 from onstream.settings.gpus import memory_share
 from onstream.settings.root import Settings
-from onstream.workers.generator.engines import open_engine
+from onstream.settings.sections.inference import EngineName
+from onstream.workers.generator.engines import engine_module
 from onstream.workers.generator.engines.base import Engine, GenerationRequest, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def open_student(settings: Settings) -> Student:
     model = load_student_model(settings.model.name, settings)
     name = student_engine(settings)
     try:
-        return Student(model, open_engine(name, model))
+        return Student(model, _open_engine(name, model))
     except UnsupportedModel as error:
         if settings.inference.engine != "auto":
             raise
@@ -159,7 +160,7 @@ def open_student(settings: Settings) -> Student:
     share = memory_share(settings, "generator")
     if share is not None:
         limit_gpu_memory(share)
-    return Student(model, open_engine("transformers", model))
+    return Student(model, _open_engine("transformers", model))
 
 
 def load_student(name: str | Path, settings: Settings) -> Student:
@@ -170,7 +171,17 @@ def load_student(name: str | Path, settings: Settings) -> Student:
             it.
     """
     model = load_student_model(name, settings)
-    return Student(model, open_engine("transformers", model))
+    return Student(model, _open_engine("transformers", model))
+
+
+def _open_engine(name: EngineName, model: StudentModel) -> Engine:
+    """The engine `name`, ready to write with the weights that `model` starts with.
+
+    Raises:
+        UserError: something that the engine needs is not installed, or it cannot serve the model.
+    """
+    engine: Engine = engine_module(name).open_engine(model)
+    return engine
 
 
 def load_student_model(name: str | Path, settings: Settings) -> StudentModel:

@@ -7,14 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
+from types import ModuleType
 
 from onstream.pipeline.errors import UserError
 from onstream.settings.sections.inference import EngineName
-
-if TYPE_CHECKING:
-    from onstream.workers.generator.engines.base import Engine
-    from onstream.workers.generator.student import StudentModel
 
 
 @dataclass(frozen=True)
@@ -33,22 +29,20 @@ ENGINES: dict[EngineName, EngineSpec] = {
 }
 
 
-def open_engine(name: EngineName, student: StudentModel) -> Engine:
-    """The engine `name`, ready to write with the weights that `student` starts with.
+def engine_module(name: EngineName) -> ModuleType:
+    """The module of the engine `name`, whose `open_engine` opens it.
 
     Only this engine's module is imported: each of them imports what only it needs.
 
     Raises:
-        UserError: something that the engine needs is not installed, or it cannot serve the model.
+        UserError: something that the engine needs is not installed.
     """
     spec = ENGINES[name]
     try:
-        module = import_module(spec.module)
+        return import_module(spec.module)
     except ModuleNotFoundError as error:
         raise UserError(
             f'inference.engine = "{name}" cannot be loaded: {error}',
             expected=spec.needs,
             next_step="Install it, or choose another inference.engine.",
         ) from error
-    engine: Engine = module.open_engine(student)
-    return engine
