@@ -8,8 +8,8 @@ from onstream.pipeline.images.image_file import (
     ImageLimits,
     PromptImage,
     grey_image,
+    read_image,
 )
-from onstream.pipeline.images.image_url import read_image
 from onstream.pipeline.images.message_parts import (
     Message,
     for_template,

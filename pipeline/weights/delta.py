@@ -20,8 +20,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from onstream.pipeline.weights.policy import Bytes, LoadedPolicy, WeightsError
-from onstream.pipeline.weights.safetensors_layout import TensorLocation, layout_of
+from onstream.pipeline.weights.policy import (
+    Bytes,
+    LoadedPolicy,
+    TensorLocation,
+    WeightsError,
+    layout_of,
+)
 
 _LONGEST = {1: 1 << 8, 2: 1 << 16}  # bytes of a distance -> the longest that fits
 _FORMAT = {"format": "onstream-delta/1"}

@@ -18,8 +18,7 @@ import numpy as np
 
 from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.redis.transfer_state import TransferState
-from onstream.pipeline.weights.policy import LoadedPolicy, WeightsError
-from onstream.pipeline.weights.safetensors_layout import layout_of, view
+from onstream.pipeline.weights.policy import LoadedPolicy, WeightsError, layout_of, view
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,8 +11,7 @@ from onstream.pipeline.http import EndpointPool, EndpointReply, EventLoopThread
 from onstream.pipeline.records import Logprobs
 from onstream.settings.root import Settings
 from onstream.settings.sections.client import TeacherModelSettings
-from onstream.workers.teacher.external.endpoint import TeacherEndpoint
-from onstream.workers.teacher.external.endpoint_check import SECTION, EndpointCheck
+from onstream.workers.teacher.external.endpoint import SECTION, EndpointCheck, TeacherEndpoint
 from onstream.workers.teacher.external.student_info import load_student_info
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from onstream.pipeline.records import Logprobs, ids_array, ids_bytes, logprobs_array, logprobs_bytes
 from onstream.pipeline.redis.score_store import ScoreStore
-from onstream.workers.teacher.external.endpoint_check import SAME_NATS, distance
+from onstream.workers.teacher.external.endpoint import SAME_NATS, distance
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
 
 

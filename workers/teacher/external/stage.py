@@ -14,7 +14,7 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.settings.root import Settings
 from onstream.workers.teacher.external.client import TeacherClient
-from onstream.workers.teacher.external.endpoint_check import SECTION
+from onstream.workers.teacher.external.endpoint import SECTION
 from onstream.workers.teacher.external.score_cache import ScoreCache
 from onstream.workers.teacher.scorer import (
     ScoreRequest,
