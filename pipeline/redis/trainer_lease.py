@@ -16,7 +16,7 @@ import structlog
 from redis.exceptions import OutOfMemoryError, ResponseError
 
 from onstream.pipeline.errors import LeaseLost
-from onstream.pipeline.records import PolicyVersion, Ticket, encode
+from onstream.pipeline.records import PolicyVersion, StageName, Ticket, encode
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection, batched
 from onstream.pipeline.redis.keys import GROUP, WORKING
@@ -34,8 +34,11 @@ class TrainerLease:
     """What only the trainer may do. `current` is the lease held, which the worker loop renews.
 
     `may_have_lost_data` is set once Redis may have lost data. Whoever clears it first compares what
-    Redis has with what it should have. `full` tells whether the last tickets were refused because
-    Redis has no memory for them.
+    Redis has with what it should have.
+
+    No ticket is issued until each of `required_stages` has been ready. Where the last tickets were
+    refused, `missing_stages` are those that are not, and `full` tells whether Redis has no memory
+    for them.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -45,6 +48,8 @@ class TrainerLease:
         self.current: Lease | None = None
         self.may_have_lost_data = False
         self.full = False
+        self.required_stages: Sequence[StageName] = ()
+        self.missing_stages: list[StageName] = []
 
     def acquire(self, ttl_s: float, files: Ownership | None = None) -> Lease:
         """Become the run's trainer, and claim its `files`.
@@ -144,8 +149,8 @@ class TrainerLease:
         each.
 
         Returns False, with nothing issued, while a working stream holds more than `max_backlog`
-        records, or Redis is `full`, or it has forgotten tickets before these (then
-        `may_have_lost_data` is set).
+        records, or stages are missing, or Redis is `full`, or it has forgotten tickets before these
+        (then `may_have_lost_data` is set).
 
         Raises:
             LeaseLost: another trainer took over.
@@ -163,20 +168,36 @@ class TrainerLease:
             self._keys.requeued,
             *self._working,
         ]
-        args = [expected_issued, max_backlog, len(served)]
         requests = [value for request in served for value in request]
-        return self._issue(scripts.ISSUE, lease, keys, [*args, *requests, *_numbered(tickets)])
+        args = [
+            len(served),
+            expected_issued,
+            max_backlog,
+            *self.required_stages,
+            *requests,
+            *_numbered(tickets),
+        ]
+        return self._issue(scripts.ISSUE, lease, keys, args)
 
     def _issue(
         self, script: scripts.Script, lease: Lease, keys: Sequence[str], args: Sequence[Any]
     ) -> bool:
-        """Whether the tickets in `args` are issued. None are while Redis is full, nor after it has
-        lost tickets.
+        """Whether the tickets in `args` are issued.
+
+        None are while a stage is missing or Redis is full, nor after it has lost tickets.
         """
         was_full = self.full
         self.full = False
+        self.missing_stages = []
+        keys = [self._keys.ready, *keys]
+        args = [len(self.required_stages), *args]
         try:
-            return bool(self.fenced(script, lease, keys, args))
+            reply = self.fenced(script, lease, keys, args)
+            if isinstance(reply, list):
+                missing = {stage.decode() for stage in reply}
+                self.missing_stages = [s for s in self.required_stages if s in missing]
+                return False
+            return bool(reply)
         except DataLost:
             self.may_have_lost_data = True
         except OutOfMemoryError:
@@ -188,13 +209,14 @@ class TrainerLease:
     def reissue(self, lease: Lease, token: str, tickets: Sequence[Ticket]) -> bool:
         """Issue numbers again that were lost with Redis's data, once for each `token`.
 
-        Returns False, with nothing issued, when Redis is full.
+        Returns False, with nothing issued, when Redis is full or stages are missing.
 
         Raises:
             LeaseLost: another trainer took over.
         """
         keys = [self._keys.reissued, self._keys.streams["generate"]]
-        return self._issue(scripts.REISSUE, lease, keys, [token, *_numbered(tickets)])
+        args = [token, *self.required_stages, *_numbered(tickets)]
+        return self._issue(scripts.REISSUE, lease, keys, args)
 
     def set_issued(self, lease: Lease, count: int) -> int:
         """Raise the count of issued tickets to `count`, where it is lower; returns what it is now.

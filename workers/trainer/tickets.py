@@ -22,7 +22,7 @@ from onstream.workers.trainer.durability.acknowledgements import Acknowledgement
 log = get_logger()
 
 TICKETS_AT_ONCE = 512
-READY_POLL_S = 0.05
+RETRY_S = 0.05
 
 IssueRequeued = Callable[[Sequence[Ticket], int, int], int]
 """Gives places of tickets, after so many issued and with such a backlog at most, to requeued
@@ -126,13 +126,13 @@ class TicketIssuer:
         self.planner = planner
         self._issue_requeued = issue_requeued
         self._acknowledgements = acknowledgements
-        self._streams = streams
         self._max_backlog = max_backlog
         self.issued = issued
+        bus.lease.required_stages = [stage for stage in streams if stage != "train"]
         self.opened = False
         """Whether all stages have been ready since this trainer started."""
         self.waits_for = "the stages of the route"
-        self._next_poll = 0.0
+        self._next_try = 0.0
         self._lost: list[Ticket] = []
 
     @property
@@ -166,12 +166,19 @@ class TicketIssuer:
             LeaseLost: another trainer took over.
         """
         tickets = self.planner.due(version=step, issued=self.issued, outstanding=self.outstanding)
-        if not (tickets or self._lost) or not self._stages_ready():
+        if not (tickets or self._lost) or time.monotonic() < self._next_try:
             return
+        self.waits_for = ""
         self._issue_lost()
-        requeued = self._issue_requeued(tickets, self.issued, self._max_backlog)
-        self.issued += requeued
-        self._issue_new(tickets[requeued:])
+        if not self.waits_for:
+            requeued = self._issue_requeued(tickets, self.issued, self._max_backlog)
+            self.issued += requeued
+            self._issue_new(tickets[requeued:])
+        if self.waits_for:
+            self._next_try = time.monotonic() + RETRY_S
+        if not self._bus.lease.missing_stages:
+            self.opened = True
+            self._bus.lease.required_stages = ()
 
     def _issue_lost(self) -> None:
         while self._lost:
@@ -180,7 +187,7 @@ class TicketIssuer:
             # it because the same numbers may get lost a second time.
             token = f"{self._lease.epoch}/{some[0].number}"
             if not self._bus.lease.reissue(self._lease, token, some):
-                self.waits_for = "room in Redis for tickets that got lost"
+                self._wait_for("room in Redis for tickets that got lost")
                 return
             self._lost = self._lost[TICKETS_AT_ONCE:]
 
@@ -193,16 +200,11 @@ class TicketIssuer:
                 reason = "the backlog is at orchestrator.max_backlog"
                 if self._bus.lease.full:
                     reason = "Redis is full"
-                self.waits_for = f"room for tickets: {reason}"
+                self._wait_for(f"room for tickets: {reason}")
                 return
             self.issued += len(some)
 
-    def _stages_ready(self) -> bool:
-        """Whether nothing is waited for; Redis is asked now and then, not with every record."""
-        if self.waits_for and time.monotonic() >= self._next_poll:
-            self._next_poll = time.monotonic() + READY_POLL_S
-            ready = {*self._bus.state.ready_stages(), "train"}
-            missing = [stage for stage in self._streams if stage not in ready]
-            self.waits_for = f"{', '.join(missing)}: not ready yet" if missing else ""
-            self.opened = self.opened or not missing
-        return not self.waits_for
+    def _wait_for(self, what: str) -> None:
+        """Note what the refused tickets wait for: stages that are not ready, or else `what`."""
+        missing = self._bus.lease.missing_stages
+        self.waits_for = f"{', '.join(missing)}: not ready yet" if missing else what

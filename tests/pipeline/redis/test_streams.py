@@ -129,6 +129,20 @@ def test_tickets_are_issued_once_however_often_the_call_is_repeated(bus: Bus, le
     ]
 
 
+def test_no_ticket_until_each_stage_of_the_route_has_been_ready(bus: Bus, lease: Lease) -> None:
+    bus.lease.required_stages = ["generate", "verify"]
+    bus.state.mark_ready("generate")
+
+    assert not bus.lease.issue(lease, 0, [ticket(1)], max_backlog=10)
+    assert not bus.lease.reissue(lease, "token", [ticket(1)])
+    assert bus.lease.missing_stages == ["verify"]
+    assert bus.state.issued() == 0 and bus.streams.read("generate", 10) == []
+
+    bus.state.mark_ready("verify")
+    assert bus.lease.issue(lease, 0, [ticket(1)], max_backlog=10)
+    assert bus.lease.missing_stages == []
+
+
 def test_tickets_that_do_not_follow_on_the_count_are_refused(bus: Bus, lease: Lease) -> None:
     issue(bus, lease, 2)
     with pytest.raises(ValueError, match="do not follow on 2"):
