@@ -17,8 +17,12 @@ from onstream.pipeline.run_files.recording import RecordingError
 from onstream.settings.toml import shown, toml_text
 from onstream.workers.launcher.metric_rows import read_rows
 from onstream.workers.replay.recorded_run import RecordedRun, ReplayStart, run_dir_of
-from onstream.workers.replay.result import ReplayResult
-from onstream.workers.replay.show import ReplayProgress, replay_rows, step_text
+from onstream.workers.replay.result import (
+    ReplayProgress,
+    ReplayResult,
+    replay_rows,
+    step_text,
+)
 from onstream.workers.replay.what_if import WhatIf
 
 if TYPE_CHECKING:
