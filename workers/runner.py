@@ -12,8 +12,7 @@ from collections.abc import Callable
 from onstream.pipeline import telemetry
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.processes import StopSignals
-from onstream.pipeline.redis.access import connect, redis_url
-from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.bus import Bus, connect, redis_url
 from onstream.pipeline.stage import Stage, Stats
 from onstream.settings.devices import device_of
 from onstream.settings.engines import student_engine

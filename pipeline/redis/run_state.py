@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 from redis.exceptions import ResponseError
@@ -18,7 +18,9 @@ from onstream.pipeline.records import PolicyVersion, StageName, decode_policy
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection
 from onstream.pipeline.redis.keys import GROUP, STAGES
-from onstream.pipeline.stage import Stats
+
+if TYPE_CHECKING:
+    from onstream.pipeline.stage import Stats
 
 PAGE = 500
 STARTED = time.time()

@@ -7,7 +7,7 @@ import socket
 from dataclasses import dataclass
 
 from onstream.pipeline.errors import Exit
-from onstream.pipeline.redis.access import redis_url
+from onstream.pipeline.redis.bus import redis_url
 from onstream.pipeline.redis.connection import OUTAGE, Connection
 from onstream.pipeline.redis.run_state import RunState, WorkerState
 from onstream.settings.root import Settings

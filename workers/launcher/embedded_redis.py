@@ -25,7 +25,7 @@ from redis.exceptions import BusyLoadingError, ConnectionError
 from redis.retry import Retry
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.redis.access import EMBEDDED_ADDRESS
+from onstream.pipeline.redis.bus import EMBEDDED_ADDRESS
 
 START_TIMEOUT_S = 60.0  # reading a large append-only file back takes a while
 LOCK_TIMEOUT_S = 10.0

@@ -6,8 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from onstream.pipeline.redis.access import connect, redis_url, running_server
-from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.bus import Bus, connect, redis_url, running_server
 from onstream.settings.root import Settings
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 

@@ -10,8 +10,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from onstream.pipeline.redis.access import redis_url
-from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.bus import Bus, redis_url
 from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.run_files.ownership import Ownership
 from onstream.pipeline.stage import Delivery, Outcome, Stats

@@ -12,8 +12,7 @@ from rich.console import Console
 
 from onstream.pipeline import telemetry
 from onstream.pipeline.records import PolicyVersion, StageName, Ticket
-from onstream.pipeline.redis.access import running_server
-from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.bus import Bus, running_server
 from onstream.pipeline.redis.image_store import ImageHold
 from onstream.pipeline.redis.run_state import VERSION
 from onstream.pipeline.redis.streams import Move, Out

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.redis.access import connect
+from onstream.pipeline.redis.bus import connect
 from onstream.pipeline.redis.job_queue import FUNCTIONS
 from onstream.settings.root import Settings
 from onstream.workers.jobs.functions import job

@@ -36,7 +36,7 @@ from tests.workers.verifier.test_stage import MISBEHAVING, rollout
 pytestmark = pytest.mark.timeout(60)
 RUN_JOBS = """
 import sys
-from onstream.pipeline.redis.access import connect
+from onstream.pipeline.redis.bus import connect
 from onstream.settings.root import Settings
 from onstream.workers.jobs.worker import run_jobs
 

@@ -11,8 +11,7 @@ from msgspec.structs import replace
 
 from onstream.pipeline import weights
 from onstream.pipeline.records import PolicyVersion
-from onstream.pipeline.redis.access import redis_url
-from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.bus import Bus, redis_url
 from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.weights import (
     DirectoryWriter,
