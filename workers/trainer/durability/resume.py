@@ -1,4 +1,4 @@
-"""Resuming a run: who may be its trainer, whether the settings fit, and what got lost meanwhile."""
+"""Resuming a run: who may be its trainer, and whether the settings fit."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import structlog
 
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.redis.bus import Bus
-from onstream.pipeline.redis.dead_letters import dead_numbers
 from onstream.pipeline.redis.keys import STAGES
 from onstream.pipeline.redis.lease import Lease, while_it_may_expire
 from onstream.pipeline.run_files.json_lines import JsonLines
-from onstream.pipeline.run_files.ledger import RangeSet
 from onstream.pipeline.run_files.ownership import Ownership
 from onstream.settings.plan import Plan, differences, refuse_differences
 from onstream.settings.root import Settings
@@ -63,31 +61,6 @@ def agree_on_plan(
     fresh = run_dir / f"{PLAN}.new"
     fresh.write_bytes(ours.encode())
     fresh.rename(run_dir / PLAN)
-
-
-def lost_numbers(bus: Bus, known: RangeSet, issued: int, run_dir: Path) -> RangeSet:
-    """The numbers up to `issued` that are neither `known` nor in any stream or dead letter.
-
-    `known` are those that have settled or are in the trainer's hands.
-    """
-    known = known.copy()
-    # In the order of the flow: a record that moves meanwhile is met at least once.
-    for stage in STAGES:
-        for number in bus.state.numbers(stage):
-            known.add(number)
-    for number in dead_numbers(bus, run_dir):
-        known.add(number)
-    return RangeSet.of(known.missing(issued))
-
-
-def unsettled_dead(bus: Bus, known: RangeSet, run_dir: Path) -> list[int]:
-    """Numbers of dead letters whose tombstones are gone, and that have not settled.
-
-    Their tombstones were acknowledged by a checkpoint that was lost since.
-    """
-    # Dead letters before streams: who dies in between has its tombstone in the streams.
-    dead = {number for number in dead_numbers(bus, run_dir) if number > 0 and number not in known}
-    return sorted(dead.difference(*(bus.state.numbers(stage) for stage in STAGES))) if dead else []
 
 
 def _plan_of_the_run(bus: Bus, run_dir: Path) -> Plan | None:
