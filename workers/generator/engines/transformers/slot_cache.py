@@ -161,7 +161,8 @@ def slot_attention(
     assert onstream_pass is not None
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    keys, values = onstream_pass.cache.layer(int(module.layer_idx), key, value)  # type: ignore[arg-type]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    keys, values = onstream_pass.cache.layer(layer, key, value)
     out = []
     if onstream_pass.prompts is not None:
         out.append(_attend_prompts(onstream_pass.prompts, q, k, v, keys, values, scale))
