@@ -13,7 +13,7 @@ from rich.console import Console
 from onstream.pipeline import telemetry
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.processes import StopSignals
-from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.bus import Bus, connect
 from onstream.settings.devices import gpus_found
 from onstream.settings.plan import Plan, make_plan
 from onstream.settings.redis import address
@@ -277,13 +277,7 @@ def _embedded_redis(settings: Settings) -> EmbeddedRedis | None:
 
 def _connect(settings: Settings, redis: EmbeddedRedis | None) -> Bus:
     url = address(settings.redis) or "" if redis is None else redis.url
-    return Bus.connect(
-        url,
-        settings.run.name,
-        consumer=f"launcher-{os.getpid()}",
-        block_s=settings.redis.block,
-        connect_timeout_s=settings.redis.connect_timeout,
-    )
+    return connect(settings, url, consumer=f"launcher-{os.getpid()}")
 
 
 def _check_resume(settings: Settings, plan: Plan, bus: Bus) -> None:
