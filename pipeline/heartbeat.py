@@ -17,6 +17,7 @@ from onstream.pipeline.errors import Exit
 from onstream.pipeline.records import StageName
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.connection import OUTAGE
+from onstream.pipeline.redis.run_end import RunEnd
 from onstream.pipeline.stage import Stats
 from onstream.settings.sections.run import DeliverySettings
 
@@ -54,14 +55,17 @@ class LoopState:
 
 class Heartbeat(threading.Thread):
     """Consumes nothing; waits for its next beat; is unblocked by `wake`; produces heartbeats,
-    renewed leases and unblocked reads.
+    renewed leases and unblocked reads. `run_end` says when the run has ended.
     """
 
-    def __init__(self, bus: Bus, loop: LoopState, delivery: DeliverySettings) -> None:
+    def __init__(
+        self, bus: Bus, loop: LoopState, delivery: DeliverySettings, run_end: RunEnd
+    ) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self._bus = bus
         self._loop = loop
         self._delivery = delivery
+        self._run_end = run_end
         self._interval_s = min(BEAT_S, delivery.lease / 4, delivery.max_handle / 4)
         # the put of a SimpleQueue, unlike the set of an Event, is safe in a signal handler
         self._wakes: queue.SimpleQueue[bool] = queue.SimpleQueue()
@@ -128,7 +132,7 @@ class Heartbeat(threading.Thread):
             loop.stage, stats, state=loop.state, in_hand=len(loop.in_hand)
         )
         self._written = time.monotonic()
-        if loop.state == "running" and not loop.finished and self._bus.state.finished():
+        if loop.state == "running" and not loop.finished and self._run_end.reached():
             loop.finished = True
             self._bus.connection.unblock()
 

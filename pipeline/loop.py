@@ -19,6 +19,7 @@ from onstream.pipeline.heartbeat import Heartbeat, LoopState
 from onstream.pipeline.processes import StopSignals
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.connection import OUTAGE
+from onstream.pipeline.redis.run_end import RunEnd
 from onstream.pipeline.redis.run_state import FAILED
 from onstream.pipeline.redis.streams import Entry, Move, PendingRow
 from onstream.pipeline.stage import (
@@ -42,14 +43,16 @@ IMPATIENT_S = 1.0
 """A second signal so long after the first is a person's, not an echo of the terminal."""
 
 
-def run_worker(stage: Stage, bus: Bus, delivery: DeliverySettings, *, block_s: float) -> Exit:
-    """Work as `stage` until the run has finished, or SIGTERM or SIGINT says to stop; for the main
-    thread alone.
+def run_worker(
+    stage: Stage, bus: Bus, delivery: DeliverySettings, *, block_s: float, max_steps: int = 0
+) -> Exit:
+    """Work as `stage` until the run has ended, or SIGTERM or SIGINT says to stop; for the main
+    thread alone. An end before `max_steps` that was there already does not count.
 
     Raises:
         UserError: the stage cannot work with these settings.
     """
-    return Worker(stage, bus, delivery, block_s).run()
+    return Worker(stage, bus, delivery, block_s, max_steps).run()
 
 
 class Interrupted(Exception):
@@ -65,14 +68,22 @@ class Worker:
     leaves its stream in the same script that writes what comes of it.
     """
 
-    def __init__(self, stage: Stage, bus: Bus, delivery: DeliverySettings, block_s: float) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        bus: Bus,
+        delivery: DeliverySettings,
+        block_s: float,
+        max_steps: int = 0,
+    ) -> None:
         self.stage = stage
         self.bus = bus
         self.delivery = delivery
         self.block_s = block_s
         self.state = LoopState(stage.name, stage.holds_entries, stage.stats)
         self.intake = Intake(bus, self.state, delivery)
-        self.heartbeat = Heartbeat(bus, self.state, delivery)
+        run_end = RunEnd(bus.state, max_steps)
+        self.heartbeat = Heartbeat(bus, self.state, delivery, run_end)
         self.signals = StopSignals(self._stop)
         self.outage_since: float | None = None
 

@@ -58,6 +58,7 @@ def run_kind(
             bus,
             settings.delivery,
             block_s=settings.redis.block,
+            max_steps=settings.trainer.max_steps,
         )
 
 

@@ -136,8 +136,13 @@ class RunState:
         return plan
 
     def finished(self) -> bool:
-        """Whether the run has ended."""
-        return bool(self._connection.ask("EXISTS", self._keys.finished))
+        """Whether the run has ended; see `RunEnd` for one that may be given more steps."""
+        return self.finished_by() is not None
+
+    def finished_by(self) -> int | None:
+        """The epoch of the trainer that ended the run; None where it has not ended."""
+        epoch = self._connection.ask("GET", self._keys.finished)
+        return None if epoch is None else int(epoch)
 
     def write_heartbeat(
         self,

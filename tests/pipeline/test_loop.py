@@ -15,8 +15,16 @@ import pytest
 
 from onstream.pipeline.errors import Exit, LeaseLost, UserError
 from onstream.pipeline.loop import Worker, run_worker
-from onstream.pipeline.records import Rollout, StageName, Tombstone, decode_work, encode
+from onstream.pipeline.records import (
+    PolicyVersion,
+    Rollout,
+    StageName,
+    Tombstone,
+    decode_work,
+    encode,
+)
 from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.redis.run_state import WorkerState
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Delivery, Outcome
@@ -53,6 +61,10 @@ def finish(bus: Bus) -> None:
     lease = bus.lease.acquire(5)
     bus.lease.finish(lease)
     bus.lease.release(lease)
+
+
+def announce(bus: Bus, lease: Lease, step: int) -> None:
+    bus.lease.announce(lease, PolicyVersion(step, f"digest {step}", "policies/x", 1))
 
 
 def stop_when(condition: Callable[[], bool]) -> threading.Thread:
@@ -288,6 +300,35 @@ def test_every_worker_ends_when_the_run_has_finished(bus: Bus, second_bus: Bus) 
     finish(second_bus)
     assert run_worker(stage, bus, LASTING, block_s=5) == Exit.OK
     assert stage.closed is True
+
+
+def test_a_worker_that_is_up_before_a_finished_run_goes_on_stays_and_does_its_part(
+    bus: Bus, second_bus: Bus
+) -> None:
+    """The earlier end of the run must not send it away: its trainer is about to undo that."""
+
+    def trainer() -> None:
+        beats = set[bytes]()
+        while len(beats) < 3:  # it has looked for the end of the run by then
+            beats.update(second_bus.connection.ask("HVALS", second_bus.keys.workers))
+            time.sleep(0.01)
+        lease = second_bus.lease.acquire(30)
+        second_bus.lease.reopen(lease)
+        second_bus.lease.issue(lease, 0, [ticket(1), ticket(2)], max_backlog=1000)
+        while second_bus.state.backlog()["verify"] < 2:
+            time.sleep(0.01)
+        announce(second_bus, lease, step=4)
+        second_bus.lease.finish(lease)
+
+    lease = second_bus.lease.acquire(5)
+    announce(second_bus, lease, step=2)
+    second_bus.lease.finish(lease)
+    second_bus.lease.release(lease)
+    threading.Thread(target=trainer, daemon=True).start()
+    stage = Passing("generate")
+    assert run_worker(stage, bus, DeliverySettings(lease=0.5), block_s=0.05, max_steps=4) == Exit.OK
+    assert stage.closed is True
+    assert second_bus.state.backlog()["verify"] == 2
 
 
 def test_a_signal_ends_a_blocked_read_at_once(bus: Bus, second_bus: Bus) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from onstream.pipeline.records import StageName
+from onstream.pipeline.redis.run_end import RunEnd
 from onstream.pipeline.redis.run_state import RunState
 from onstream.settings.stages import KINDS_OF, WORK_STAGES
 
@@ -37,8 +38,8 @@ class RunSnapshot:
     unreachable: str = ""
 
 
-def take_snapshot(state: RunState) -> RunSnapshot:
-    """A snapshot of the run now."""
+def take_snapshot(state: RunState, run_end: RunEnd | None = None) -> RunSnapshot:
+    """A snapshot of the run now; `run_end` decides whether it has ended, if given."""
     # Before the first question: what is read later may be younger than the snapshot says, and must
     # not be older. Who waits for the end of a run asks whether it was seen after a moment.
     taken = time.monotonic()
@@ -50,7 +51,7 @@ def take_snapshot(state: RunState) -> RunSnapshot:
     return RunSnapshot(
         taken=taken,
         ready=frozenset(state.ready_stages()),
-        finished=state.finished(),
+        finished=run_end.reached() if run_end else state.finished(),
         version=policy.number if policy else 0,
         backlog=state.backlog(),
         in_hand=state.pending_counts(),

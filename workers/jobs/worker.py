@@ -27,6 +27,7 @@ from onstream.pipeline.redis.job_queue import (
     pin_use,
     queue_name,
 )
+from onstream.pipeline.redis.run_end import RunEnd
 from onstream.pipeline.stage import Stats
 from onstream.pipeline.telemetry import get_logger
 from onstream.pipeline.weights.directory_store import pins, unpin
@@ -174,6 +175,7 @@ class JobsMonitor(threading.Thread):
         self._settings = settings
         self._bus = bus
         self._jobs = jobs
+        self._run_end = RunEnd(bus.state, settings.trainer.max_steps)
         self.worker = worker
         self._stopping = threading.Event()
         self._idle = False
@@ -204,7 +206,7 @@ class JobsMonitor(threading.Thread):
             detail=current or f"waits for {self.waits_for}",
         )
         self._bus.state.write_heartbeat("jobs", stats, in_hand=int(bool(current)))
-        if self._bus.state.finished():
+        if self._run_end.reached():
             self._end_when_idle()
         elif self.waits_for == JOBS:
             self._ask_for_sweep()

@@ -108,7 +108,7 @@ class Launcher:
         self._run_dir = settings.run_dir
         environ = environment(settings.deployment, plan.workers, redis.url if redis else None)
         self._supervisor = Supervisor(environ, settings.deployment.max_restarts, self._say)
-        self._watcher = RunWatcher(bus.state, WATCH_S)
+        self._watcher = RunWatcher(bus.state, WATCH_S, settings.trainer.max_steps)
         self._metrics = MetricsTail(self._run_dir / "metrics.jsonl")
         self._cpu = CpuUsage(self._supervisor, redis)
         self._processes = RunProcesses(
@@ -160,7 +160,7 @@ class Launcher:
         self._metrics.read()
         for sentence in self._processes.servers.news():
             self._say(sentence)
-        self._supervisor.poll(progress=self._step, finished=self._over)
+        self._supervisor.poll(progress=self._step, finished=self._watcher.finished)
         if self._final_evaluation_due and self._trainer is not None and self._trainer.done:
             self._final_evaluation_due = False
             self._metrics.read()  # the last step may have been written since the read above
@@ -168,18 +168,6 @@ class Launcher:
         self._cpu.look(self._metrics)
         self._display.show(self._view())
         time.sleep(TICK_S)
-
-    def _over(self, since: float) -> bool | None:
-        """Whether the run was over at some time after `since` (monotonic seconds).
-
-        None while nobody knows: also while a trainer here has not ended. A run that had finished
-        counts as finished until its trainer has resumed it, and a worker that was ready before
-        then has left by mistake.
-        """
-        finished = self._watcher.finished(since)
-        trainer = self._trainer
-        trainer_ended = trainer is None or trainer.done or trainer.clean_exit_at is not None
-        return finished if trainer_ended or not finished else None
 
     def _keep_redis(self) -> None:
         if self._redis is not None and not self._redis.alive:

@@ -11,6 +11,7 @@ import msgspec
 from redis.exceptions import RedisError
 
 from onstream.pipeline.records import RecordError
+from onstream.pipeline.redis.run_end import RunEnd
 from onstream.pipeline.redis.run_state import RunState
 from onstream.workers.inspection.run_snapshot import RunSnapshot, take_snapshot
 from onstream.workers.launcher.polling import PollingThread
@@ -21,14 +22,17 @@ RECENT_STEPS = 10
 class RunWatcher:
     """Takes a snapshot of the run's `state` every `interval_s`, in a thread.
 
+    The run ends after `max_steps`; an earlier end that was there already does not count.
+
     In a thread because a Redis that hangs must not stop the supervision of the workers.
 
     Consumes nothing; waits for replies and its interval; is unblocked by `stop`; produces `latest`.
     """
 
-    def __init__(self, state: RunState, interval_s: float) -> None:
+    def __init__(self, state: RunState, interval_s: float, max_steps: int = 0) -> None:
         self.latest = RunSnapshot()
         self._state = state
+        self._run_end = RunEnd(state, max_steps)
         self._polling = PollingThread("watcher", interval_s, self._look)
 
     def start(self) -> None:
@@ -48,7 +52,7 @@ class RunWatcher:
 
     def _look(self) -> None:
         try:
-            self.latest = take_snapshot(self._state)
+            self.latest = take_snapshot(self._state, self._run_end)
         except (RedisError, RecordError, OSError) as error:
             self.latest = replace(
                 self.latest, unreachable=f"the run's state cannot be read from Redis ({error})"

@@ -17,6 +17,7 @@ import pytest
 from rq import Queue
 
 import tests.workers.jobs.worker_process as misbehaving
+from onstream.pipeline.records import PolicyVersion
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.job_queue import (
     JobKind,
@@ -185,6 +186,22 @@ def test_a_worker_ends_by_itself_when_the_run_has_and_nothing_is_left_to_do(
     bus.lease.finish(bus.lease.acquire(30))
     assert start().wait(25) == 0
     assert ended(jobs, "answer").status == "finished"
+
+
+def test_a_worker_that_is_up_before_a_finished_run_goes_on_stays(
+    jobs: JobQueue, start: Start, bus: Bus
+) -> None:
+    lease = bus.lease.acquire(30)
+    bus.lease.announce(lease, PolicyVersion(2, "digest 2", "policies/x", 1))
+    bus.lease.finish(lease)
+    worker = start(trainer={"max_steps": 4})
+    beats = set[bytes]()
+    # In its third beat, a worker that believed the run to be over would end.
+    until(lambda: beats.update(bus.connection.ask("HVALS", bus.keys.workers)) or len(beats) > 3)
+    assert worker.poll() is None
+    bus.lease.release(lease)
+    bus.lease.finish(bus.lease.acquire(30))
+    assert worker.wait(25) == 0
 
 
 def test_it_says_in_heartbeats_that_it_lives(jobs: JobQueue, start: Start, bus: Bus) -> None:

@@ -6,7 +6,7 @@ the other workers wait for the end of the run. `eval RUN --version N` appends to
 `teacher-server` and `student-server` stand in for vLLM: a health page, and a child process that
 would outlive it. A file `<run directory>/<stage>` holds what a stage shall do instead: `exit CODE
 WORDS` once it has started, or `hold` (train: stay at step 3 until the file is gone; a server: do
-not serve until then).
+not serve until then). While there is `train.late`, the trainer does not take its lease.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from pathlib import Path
 
 import click
 
+from onstream.pipeline.records import PolicyVersion
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.lease import Lease, LeaseHeld
+from onstream.pipeline.redis.run_end import RunEnd
 from onstream.pipeline.stage import Stats
 from onstream.settings.load import load_settings
 from onstream.settings.plan import make_plan
@@ -66,7 +68,8 @@ def worker(
     (settings.run_dir / f"{stage}.up").write_text(" ".join(asked.base_url) if asked else "")
     if stage == "train":
         train(settings, bus)
-    wait_until(bus.state.finished)
+    else:
+        wait_until(RunEnd(bus.state, settings.trainer.max_steps).reached)
 
 
 def served(files: tuple[Path, ...], overrides: tuple[str, ...], port: int) -> None:
@@ -102,7 +105,10 @@ class Healthy(BaseHTTPRequestHandler):
 
 def train(settings: Settings, bus: Bus) -> None:
     """Take the steps that are missing, then end the run."""
+    late = settings.run_dir / "train.late"
+    wait_until(lambda: not late.exists())
     lease = take_lease(bus)
+    bus.lease.reopen(lease)
     bus.lease.write_plan(lease, make_plan(settings).encode())
     metrics = settings.run_dir / "metrics.jsonl"
     done = metrics.read_text().count("\n") if metrics.exists() else 0
@@ -119,6 +125,7 @@ def train(settings: Settings, bus: Bus) -> None:
             }
             file.write(json.dumps(row) + "\n")
             file.flush()
+            bus.lease.announce(lease, PolicyVersion(step, f"digest {step}", "", 1))
             if step == 3:
                 wait_until(lambda: not (settings.run_dir / "train").exists())
     bus.lease.finish(lease)

@@ -121,6 +121,24 @@ def test_a_run_goes_from_one_command_to_its_report_and_on_from_there(run: Run) -
     ] == [0, 5, 8]
 
 
+def test_a_finished_run_goes_on_though_its_workers_are_up_long_before_its_trainer(
+    run: Run,
+) -> None:
+    assert run.up() == Exit.OK
+    late = run.directory / "train.late"
+    late.touch()
+    for stage in ("generate", "verify"):
+        (run.directory / f"{stage}.up").unlink()
+
+    def both_are_up() -> bool:
+        return all((run.directory / f"{stage}.up").exists() for stage in ("generate", "verify"))
+
+    run.when(both_are_up, late.unlink)
+    assert run.up("trainer.max_steps=8", "deployment.max_restarts=0") == Exit.OK
+    assert run.read("report.json")["steps"] == 8
+    assert "restarting" not in run.printed.getvalue()
+
+
 def test_a_worker_that_refuses_stops_the_run_with_its_last_words(run: Run) -> None:
     run.orders("verify", "exit 2 no such scorer")
     run.orders("train", "hold")
