@@ -6,8 +6,8 @@ import difflib
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.import_path import import_function
-from onstream.pipeline.tasks.base import Problem, ProceduralTask, Task
-from onstream.pipeline.tasks.builtin import BUILTIN, builtin_draw
+from onstream.pipeline.tasks.base import Problem, Task
+from onstream.pipeline.tasks.procedural import BUILTIN, ProceduralTask, builtin_draw
 from onstream.pipeline.tasks.scorers import (
     RolloutError,
     Score,

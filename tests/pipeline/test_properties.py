@@ -1,10 +1,7 @@
-"""What holds of ranges, records, hops and frames, whatever the numbers."""
+"""What holds of records and hops, whatever the numbers."""
 
 from __future__ import annotations
 
-import itertools
-
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,47 +24,11 @@ from onstream.pipeline.records import (
     logprobs_bytes,
 )
 from onstream.pipeline.redis.streams import HOP_BYTES, HOP_RECORDS, Move, Out, hop_batches
-from onstream.pipeline.run_files.ledger import RangeSet
-from onstream.workers.verifier.scorer_messages import Frames, framed
 
 pytestmark = pytest.mark.timeout(40)
 
-numbers = st.integers(1, 60)
-spans = st.tuples(numbers, numbers).map(lambda pair: (min(pair), max(pair)))
 names = st.sampled_from(["generate", "verify", "score", "train"])
 bytes_fields = st.none() | st.binary(max_size=64)
-
-
-@given(st.lists(st.tuples(st.sampled_from(["add", "discard"]), spans)))
-def test_a_range_set_is_the_set_of_its_numbers(steps: list[tuple[str, tuple[int, int]]]) -> None:
-    ranges = RangeSet()
-    plain = set[int]()
-    for step, (first, last) in steps:
-        if step == "add":
-            ranges.add(first, last)
-            plain |= set(range(first, last + 1))
-        else:
-            ranges.discard(first)
-            plain.discard(first)
-        assert (list(ranges), len(ranges)) == (sorted(plain), len(plain))
-        pairs = ranges.ranges()
-        assert all(a <= b for a, b in pairs) and all(
-            before[1] + 1 < after[0] for before, after in itertools.pairwise(pairs)
-        )
-    assert all((number in ranges) == (number in plain) for number in range(62))
-    assert list(ranges.missing(61)) == [number for number in range(1, 62) if number not in plain]
-    assert (
-        RangeSet(msgspec.json.decode(msgspec.json.encode(ranges.ranges())))
-        == ranges.copy()
-        == ranges
-    )
-
-
-@given(st.sets(numbers), st.sets(numbers))
-def test_an_update_is_a_union(left: set[int], right: set[int]) -> None:
-    ranges = RangeSet.of(left)
-    ranges.update(RangeSet.of(right))
-    assert list(ranges) == sorted(left | right)
 
 
 samples = st.builds(
@@ -188,14 +149,3 @@ def test_a_hop_is_cut_into_batches_that_keep_order_and_bounds(sizes: list[int]) 
     assert all(
         len(batch) == 1 or sum(move.size_bytes for move in batch) <= HOP_BYTES for batch in batches
     )
-
-
-@given(st.lists(st.binary(max_size=50)), st.lists(st.integers(1, 30)))
-def test_frames_come_back_however_the_stream_was_cut(bodies: list[bytes], cuts: list[int]) -> None:
-    stream = b"".join(framed(body) for body in bodies)
-    frames = Frames(1 << 10)
-    found = []
-    for cut in [*cuts, len(stream)]:
-        found += list(frames.feed(stream[:cut]))
-        stream = stream[cut:]
-    assert found == bodies

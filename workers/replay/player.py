@@ -24,7 +24,7 @@ from onstream.workers.trainer.batches.batch_builder import TrainableUnit
 from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.durability.checkpoint import TrainerState
 from onstream.workers.trainer.durability.recording import conditions
-from onstream.workers.trainer.maths.step_metrics import PerSampleLosses
+from onstream.workers.trainer.losses.row_loss import PerSampleLosses
 from onstream.workers.trainer.publication.publisher import student_files
 from onstream.workers.trainer.training import Training, learner_at
 

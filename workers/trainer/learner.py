@@ -27,9 +27,14 @@ from onstream.workers.trainer import lora
 from onstream.workers.trainer.batches.train_samples import LossFields, TrainSample, check_sample
 from onstream.workers.trainer.chunked_loss import chunked_loss
 from onstream.workers.trainer.losses import loss_function
-from onstream.workers.trainer.losses.row_loss import RowLoss, StepValues, gather_tokens
+from onstream.workers.trainer.losses.row_loss import (
+    PerSampleLosses,
+    RowLoss,
+    StepValues,
+    gather_tokens,
+    mismatch_metrics,
+)
 from onstream.workers.trainer.maths.scalars import learning_rate
-from onstream.workers.trainer.maths.step_metrics import PerSampleLosses, mismatch_metrics
 
 __all__ = ["Learner", "TrainSample"]
 

@@ -11,10 +11,9 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import dead_numbers
 from onstream.pipeline.redis.keys import STAGES
 from onstream.pipeline.redis.lease import Lease
-from onstream.pipeline.run_files.ledger import RangeSet
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.plan import Plan
-from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
+from onstream.workers.trainer.durability.acknowledgements import Acknowledgements, RangeSet
 from onstream.workers.trainer.durability.operator_requests import OperatorRequestHandler
 from onstream.workers.trainer.durability.run_directory import RunDirectory
 from onstream.workers.trainer.evaluations import Evaluations

@@ -36,7 +36,7 @@ from onstream.workers.trainer.batches.batch_builder import (
 from onstream.workers.trainer.batches.train_samples import training_samples, untrainable
 from onstream.workers.trainer.durability.checkpoint import OPTIMIZER, Checkpoint
 from onstream.workers.trainer.learner import LEARNER_METRICS, Learner
-from onstream.workers.trainer.maths.step_metrics import PerSampleLosses
+from onstream.workers.trainer.losses.row_loss import PerSampleLosses
 
 log = get_logger()
 

@@ -7,20 +7,14 @@ Verifier and fork server speak over a packet socket, one message a packet.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
-from onstream.pipeline.records import Rollout
-
 PACKET_BYTES = 1 << 17
 
-_LENGTH = struct.Struct("<I")
-
-
-class WireError(ValueError):
-    """Bytes from a scorer process that are no frame or no verdict."""
+LENGTH = struct.Struct("<I")
+"""What comes before each frame: its length in bytes."""
 
 
 # verifier -> scorer process: a list of these in one frame
@@ -90,47 +84,3 @@ class ScorerExited(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
     slot: int
     status: int
-
-
-class Frames:
-    """Cuts the bytes of a stream into frames."""
-
-    def __init__(self, max_bytes: int) -> None:
-        """A frame of more than `max_bytes` is an error."""
-        self._buffer = bytearray()
-        self._max_bytes = max_bytes
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """The frames that are complete with `data`.
-
-        Raises:
-            WireError: a frame is too long.
-        """
-        self._buffer += data
-        while len(self._buffer) >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._buffer)
-            if length > self._max_bytes:
-                raise WireError(f"a frame of {length} bytes; expected at most {self._max_bytes}")
-            end = _LENGTH.size + length
-            if len(self._buffer) < end:
-                return
-            frame = bytes(self._buffer[_LENGTH.size : end])
-            del self._buffer[:end]
-            yield frame
-
-
-def framed(body: bytes) -> bytes:
-    """`body` as a frame."""
-    return _LENGTH.pack(len(body)) + body
-
-
-def final_answer(rollout: Rollout) -> str:
-    """What the scorer gets: the text of the last sample, which comes after all tool calls."""
-    return rollout.samples[-1].completion_text if rollout.samples else ""
-
-
-def write_verdict(rollout: Rollout, verdict: Verdict) -> None:
-    """Write `verdict` into `rollout`."""
-    rollout.reward = verdict.reward
-    rollout.reward_parts = verdict.parts
-    rollout.unscored = verdict.unscored

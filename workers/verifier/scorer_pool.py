@@ -15,18 +15,17 @@ from typing import Any
 
 import msgspec
 
+from onstream.pipeline.records import Rollout
 from onstream.settings.decoding import UNDECODABLE
 from onstream.settings.root import Settings
 from onstream.settings.sections.orchestrator import OrchestratorSettings
 from onstream.workers.verifier.fork_server_client import ForkServerClient
 from onstream.workers.verifier.scorer_messages import (
-    Frames,
+    LENGTH,
     ScorerExited,
     ScoringRequest,
     Start,
     Verdict,
-    WireError,
-    framed,
 )
 
 MAX_BATCH = 64
@@ -46,6 +45,37 @@ CRASHED = Verdict(0.0, {"crashed": 1.0})
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_verdict = msgspec.msgpack.Decoder(Verdict).decode
+
+
+class WireError(ValueError):
+    """Bytes from a scorer process that are no frame or no verdict."""
+
+
+class Frames:
+    """Cuts the bytes of a stream into frames."""
+
+    def __init__(self, max_bytes: int) -> None:
+        """A frame of more than `max_bytes` is an error."""
+        self._buffer = bytearray()
+        self._max_bytes = max_bytes
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The frames that are complete with `data`.
+
+        Raises:
+            WireError: a frame is too long.
+        """
+        self._buffer += data
+        while len(self._buffer) >= LENGTH.size:
+            (length,) = LENGTH.unpack_from(self._buffer)
+            if length > self._max_bytes:
+                raise WireError(f"a frame of {length} bytes; expected at most {self._max_bytes}")
+            end = LENGTH.size + length
+            if len(self._buffer) < end:
+                return
+            frame = bytes(self._buffer[LENGTH.size : end])
+            del self._buffer[:end]
+            yield frame
 
 
 @dataclass
@@ -174,7 +204,7 @@ class ScorerPool:
                 batch = [self._queue.popleft() for _ in range(count)]
                 process.requests.extend(batch)
                 body = _encode([queued.request for queued in batch])
-                process.unsent = memoryview(framed(body))
+                process.unsent = memoryview(LENGTH.pack(len(body)) + body)
                 process.since = time.monotonic()
                 self._send(process)
 
@@ -288,6 +318,18 @@ class ScorerPool:
                 f"{self._failed_starts} scorer processes in a row ended as they started, "
                 f"the last with status {status}"
             )
+
+
+def final_answer(rollout: Rollout) -> str:
+    """What the scorer gets: the text of the last sample, which comes after all tool calls."""
+    return rollout.samples[-1].completion_text if rollout.samples else ""
+
+
+def write_verdict(rollout: Rollout, verdict: Verdict) -> None:
+    """Write `verdict` into `rollout`."""
+    rollout.reward = verdict.reward
+    rollout.reward_parts = verdict.parts
+    rollout.unscored = verdict.unscored
 
 
 def _start_message(settings: Settings) -> Start:

@@ -14,10 +14,9 @@ import traceback
 import msgspec
 
 from onstream.pipeline.tasks.scorers import RolloutError, Scorer, read_score
-from onstream.workers.verifier.scorer_messages import Frames, ScoringRequest, Verdict, framed
+from onstream.workers.verifier.scorer_messages import LENGTH, ScoringRequest, Verdict
 
 MAX_REASON_CHARACTERS = 500
-MAX_REQUESTS_BYTES = 1 << 32
 _PR_SET_PDEATHSIG = 1
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -30,20 +29,24 @@ def serve(connection: socket.socket, scorer: Scorer, max_memory_bytes: int) -> N
     The first frame, an empty one, says that the process is ready.
     """
     _confine(max_memory_bytes)
-    connection.sendall(framed(b""))
+    _send(connection, b"")
     pid = os.getpid()
-    frames = Frames(MAX_REQUESTS_BYTES)
-    while data := connection.recv(1 << 18):
-        for frame in frames.feed(data):
-            for request in _decode_requests(frame):
+    with connection.makefile("rb") as incoming:
+        while header := incoming.read(LENGTH.size):
+            (length,) = LENGTH.unpack(header)
+            for request in _decode_requests(incoming.read(length)):
                 verdict = score_completion(scorer, request)
                 if os.getpid() != pid:
                     os._exit(0)  # the scorer forked, and this is the copy, which returns as well
                 if _has_left_processes():
                     verdict = msgspec.structs.replace(verdict, retires=True)
-                connection.sendall(framed(_encode(verdict)))
+                _send(connection, _encode(verdict))
                 if verdict.retires:
                     return
+
+
+def _send(connection: socket.socket, body: bytes) -> None:
+    connection.sendall(LENGTH.pack(len(body)) + body)
 
 
 def score_completion(scorer: Scorer, request: ScoringRequest) -> Verdict:

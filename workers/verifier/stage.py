@@ -11,8 +11,8 @@ from onstream.pipeline.records import StageName
 from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
-from onstream.workers.verifier.scorer_messages import Verdict, final_answer, write_verdict
-from onstream.workers.verifier.scorer_pool import ScorerPool
+from onstream.workers.verifier.scorer_messages import Verdict
+from onstream.workers.verifier.scorer_pool import ScorerPool, final_answer, write_verdict
 from onstream.workers.verifier.verification_jobs import SLOW_S, VerificationJobs
 
 if TYPE_CHECKING:

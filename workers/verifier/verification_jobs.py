@@ -23,8 +23,8 @@ from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Delivery, Outcome, complete_stage
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
-from onstream.workers.verifier.scorer_messages import Verdict, final_answer, write_verdict
-from onstream.workers.verifier.scorer_pool import ScorerPool
+from onstream.workers.verifier.scorer_messages import Verdict
+from onstream.workers.verifier.scorer_pool import ScorerPool, final_answer, write_verdict
 
 MAX_IN_HAND = 64
 POLL_S = 0.25

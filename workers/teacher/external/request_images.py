@@ -12,7 +12,8 @@ from onstream.pipeline.images.vision import load_vision
 from onstream.pipeline.images.vllm_prompts import KEPT, VllmPrompts
 from onstream.pipeline.records import Sample, ids_array
 from onstream.settings.root import Settings
-from onstream.workers.teacher.scorer import ScoreRequest, request_of
+from onstream.workers.teacher.scorer import ScoreRequest
+from onstream.workers.teacher.stage import request_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

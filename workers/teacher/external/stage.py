@@ -16,13 +16,8 @@ from onstream.settings.root import Settings
 from onstream.workers.teacher.external.client import TeacherClient
 from onstream.workers.teacher.external.endpoint import SECTION
 from onstream.workers.teacher.external.score_cache import ScoreCache
-from onstream.workers.teacher.scorer import (
-    ScoreRequest,
-    Scores,
-    objection,
-    request_of,
-    write_scores,
-)
+from onstream.workers.teacher.scorer import ScoreRequest, Scores
+from onstream.workers.teacher.stage import objection, request_of, write_scores
 
 if TYPE_CHECKING:
     from onstream.workers.teacher.external.request_images import RequestImages

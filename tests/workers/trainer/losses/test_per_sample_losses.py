@@ -9,7 +9,7 @@ import pytest
 from onstream.pipeline.records import Rollout
 from onstream.workers.trainer.batches.batch_builder import TrainableUnit
 from onstream.workers.trainer.batches.train_samples import training_samples
-from onstream.workers.trainer.maths.step_metrics import PerSampleLosses
+from onstream.workers.trainer.losses.row_loss import PerSampleLosses
 from onstream.workers.trainer.training import learner_at
 from tests.workers.trainer.records import rollout
 from tests.workers.trainer.test_training import settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onstream.workers.trainer.maths.step_metrics import MismatchTally, mismatch_metrics
+from onstream.workers.trainer.losses.row_loss import MismatchTally, mismatch_metrics
 
 
 def test_tokens_are_told_apart_by_their_staleness_over_all_rows() -> None:
