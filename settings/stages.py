@@ -22,7 +22,8 @@ RecordName = Literal["Ticket", "Rollout", "Tombstone"]
 class WorkerSpec:
     """One kind of worker.
 
-    `class_path` is `module:class` of its stage, imported only in the worker's own process;
+    `class_path` is `module:name` of its stage's class, or of a function that makes the stage. It is
+    imported only in the worker's own process.
     `chat_class_path` takes its place in hard distillation, where completions come from an endpoint.
     `gpu_share` is the name of its share in `deployment.gpu_memory_shares`: only a kind that
     computes models has one, and it needs torch.
@@ -108,7 +109,9 @@ STAGES: tuple[StageSpec, ...] = (
         "train",
         takes=("Rollout", "Tombstone"),
         workers=(
-            WorkerSpec("trainer", "onstream.workers.trainer.stage:TrainerStage", gpu_share="train"),
+            WorkerSpec(
+                "trainer", "onstream.workers.trainer.startup:trainer_stage", gpu_share="train"
+            ),
         ),
         is_work=False,
     ),

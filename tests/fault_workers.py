@@ -10,7 +10,7 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome
 from onstream.settings.root import Settings
 from onstream.settings.sections.run import DeliverySettings
-from onstream.workers.trainer.stage import TrainerStage
+from onstream.workers.trainer.startup import trainer_stage
 from onstream.workers.verifier.stage import Verifier
 from tests.pipeline.stages import Passing
 
@@ -44,7 +44,7 @@ def train(name: str, url: str, settings: str) -> None:
     bus = Bus.connect(
         url, parsed.run.name, consumer=name, block_s=BLOCK_S, connect_timeout_s=PATIENCE_S
     )
-    sys.exit(run_worker(TrainerStage(parsed, bus), bus, parsed.delivery, block_s=BLOCK_S))
+    sys.exit(run_worker(trainer_stage(parsed, bus), bus, parsed.delivery, block_s=BLOCK_S))
 
 
 def verify(name: str, url: str, settings: str) -> None:

@@ -59,7 +59,7 @@ def _imported(file: Path, modules: set[str]) -> Iterator[str]:
 
 
 def room_of(module: str) -> str:
-    """`pipeline.redis.streams` is in `pipeline`, `workers.trainer.stage` in `workers.trainer`."""
+    """`pipeline.redis.streams` is in `pipeline`, `workers.trainer.trainer` in `workers.trainer`."""
     parts = module.split(".")
     return ".".join(parts[:2]) if parts[0] == "workers" else parts[0]
 

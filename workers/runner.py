@@ -86,7 +86,7 @@ def class_path(kind: WorkerKind, settings: Settings) -> str:
 
 
 def stage_class(path: str) -> Callable[[Settings, Bus], Stage]:
-    """The class at `path` (`module:class`), imported only now: some bring torch with them."""
+    """What makes the stage at `path` (`module:name`), imported only now: some bring torch."""
     module, _, name = path.partition(":")
     made: Callable[[Settings, Bus], Stage] = getattr(importlib.import_module(module), name)
     return made

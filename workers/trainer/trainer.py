@@ -1,5 +1,7 @@
-"""The trainer: issues tickets, trains on what comes back, publishes weights, takes checkpoints, and
-gives every number a fate.
+"""The trainer at work, and the stage `train` by which the worker loop drives it.
+
+It issues tickets, trains on what comes back, publishes weights, takes checkpoints, and gives every
+number a fate.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from typing import Any
 from onstream.pipeline.records import PolicyVersion, Ticket
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.lease import Lease
-from onstream.pipeline.stage import Delivery, Stats
+from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
+from onstream.settings.stages import StageName
 from onstream.workers.trainer.durability.checkpointing import Checkpointing, TrainerPosition
 from onstream.workers.trainer.durability.operator_requests import OperatorRequestHandler
 from onstream.workers.trainer.durability.recording import Recording
@@ -81,7 +84,7 @@ class StepClock:
 
 @dataclass(kw_only=True, eq=False)
 class Trainer:
-    """The trainer of a run that is open, put together by `onstream.workers.trainer.stage`.
+    """The trainer of a run that is open, put together by `onstream.workers.trainer.startup`.
 
     What is considered is recorded before a step can depend on it. What is settled is kept in
     memory; only a durable checkpoint acknowledges it.
@@ -285,3 +288,99 @@ class Trainer:
             "outstanding": self.tickets.outstanding,
             "unacked_bytes": self.checkpointing.acknowledgements.unacked_bytes,
         }
+
+
+class TrainerStage:
+    """The stage `train`. It holds its entries: checkpoints acknowledge them, no hop moves them on.
+
+    Consumes rollouts and tombstones. Waits for the stages of the route to be ready, then for a
+    batch of complete units. Is unblocked by the entry that completes the last of them. Produces
+    tickets, policy versions, checkpoints and metrics.
+    """
+
+    name: StageName = "train"
+    holds_entries = True
+
+    def __init__(
+        self, settings: Settings, bus: Bus, start: Callable[[Settings, Bus, Stats], Trainer]
+    ) -> None:
+        self._settings = settings
+        self._bus = bus
+        self._start = start
+        self._trainer: Trainer | None = None
+        self.stats = Stats(detail="starting")
+
+    def setup(self) -> None:
+        """Become the run's trainer, resume it, and publish its weights.
+
+        Raises:
+            UserError: another trainer has the run, the settings are not the run's, the student
+                cannot be loaded, or the disk is full.
+        """
+        self._trainer = self._start(self._settings, self._bus, self.stats)
+
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer at work, after `setup`."""
+        assert self._trainer is not None, "setup() comes first"
+        return self._trainer
+
+    @property
+    def room(self) -> int:
+        """How many more records the trainer wants now."""
+        return self.trainer.room
+
+    @property
+    def busy(self) -> bool:
+        """Whether a batch waits to be trained."""
+        return self.trainer.busy
+
+    def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
+        """Take `new` and do one slice of work. Returns no outcomes: entries are held.
+
+        Raises:
+            LeaseLost: another trainer took over.
+            UserError: the disk is full, and stayed so.
+        """
+        self.trainer.handle(new)
+        self._update_stats()
+        return []
+
+    def close(self, *, finished: bool) -> None:
+        """Checkpoint what is not durable yet, and close the files."""
+        self.trainer.close()
+
+    def _update_stats(self) -> None:
+        """Put into the heartbeat what the trainer does or waits for."""
+        self.stats.detail = status_text(self.trainer, self._settings.orchestrator.batch_size)
+        # A new dictionary each time: the heartbeat's thread reads it while this one goes on.
+        self.stats.numbers = self.trainer.numbers()
+
+
+def status_text(trainer: Trainer, batch_size: int) -> str:
+    """What `trainer` does or waits for, in words."""
+    training = trainer.training
+    if trainer.finished:
+        return f"finished after step {training.step}"
+    if trainer.tickets.waits_for:
+        return f"waits for {trainer.tickets.waits_for}"
+    if trainer.checkpointing.stalled:
+        return "waits for a checkpoint: none could be written, see the log"
+    missing = training.batches.missing()
+    return (
+        f"step {training.step + 1} of {training.max_steps}; "
+        f"{sum(missing.values())} rollouts of {len(missing)} open groups to come"
+        f"{_none_right(training, batch_size)}"
+    )
+
+
+def _none_right(training: Training, batch_size: int) -> str:
+    """A warning where a batch's worth of completions came and none was right enough to train on."""
+    wrong = training.dropped["not_verified"]
+    verified_alone = training.batches.rules.least_reward is not None
+    if not verified_alone or training.batches.complete_units or wrong < batch_size:
+        return ""
+    return (
+        f"; none of the {wrong} completions since the last step was right, "
+        'and keep = "verified" trains on no others'
+    )

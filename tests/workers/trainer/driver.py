@@ -30,7 +30,7 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.settings.root import Settings
 from onstream.workers.inspection.audit import audit, counted
-from onstream.workers.trainer.stage import TrainerStage
+from onstream.workers.trainer.startup import trainer_stage
 from onstream.workers.trainer.trainer import Trainer
 
 Answer = Callable[[Ticket, int], Rollout | Tombstone]
@@ -128,7 +128,7 @@ class Run:
     def start(self, **changes: Any) -> Trainer:
         """A new trainer process, which takes the run up."""
         settings = self.settings(**changes)
-        stage = TrainerStage(settings, self.bus)
+        stage = trainer_stage(settings, self.bus)
         self.worker = Worker(stage, self.bus, settings.delivery, block_s=0.01)
         stage.setup()
         self.trainer = stage.trainer

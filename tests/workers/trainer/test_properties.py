@@ -59,7 +59,7 @@ class Trained:
 
 
 class Life:
-    """A trainer from the checkpoint `state` on, as onstream.workers.trainer.stage puts its parts
+    """A trainer from the checkpoint `state` on, as onstream.workers.trainer.startup puts its parts
     together.
     """
 

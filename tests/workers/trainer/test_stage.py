@@ -16,7 +16,7 @@ from onstream.pipeline.loop import run_worker
 from onstream.pipeline.records import Rollout, Ticket, Tombstone, decode_work, encode
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Move, Out
-from onstream.workers.trainer.stage import TrainerStage
+from onstream.workers.trainer.startup import trainer_stage
 from tests.workers.trainer.driver import Run, dead, rollout
 
 NAMES = (
@@ -322,7 +322,7 @@ def test_the_worker_loop_runs_it_to_its_end_and_frees_the_lease(
     )
     try:
         assert (
-            run_worker(TrainerStage(settings, bus), bus, settings.delivery, block_s=0.1) == Exit.OK
+            run_worker(trainer_stage(settings, bus), bus, settings.delivery, block_s=0.1) == Exit.OK
         )
     finally:
         generator.join()

@@ -201,7 +201,7 @@ class Sends:
 @pytest.fixture
 def sends(monkeypatch: pytest.MonkeyPatch) -> Sends:
     sends = Sends()
-    monkeypatch.setattr("onstream.workers.trainer.stage.nccl_transfer", lambda *_: sends)
+    monkeypatch.setattr("onstream.workers.trainer.startup.nccl_transfer", lambda *_: sends)
     return sends
 
 

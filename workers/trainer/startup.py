@@ -1,23 +1,17 @@
-"""The stage `train`, as the worker loop drives it: a thin shell around the trainer.
-
-How a trainer starts is here too: it takes the run's lease, resumes the run, and its parts are put
-together.
-"""
+"""How a trainer starts: it takes the run's lease, resumes the run, and puts its parts together."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onstream.pipeline.redis.bus import Bus, redis_url
 from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.run_files.ownership import Ownership
-from onstream.pipeline.stage import Delivery, Outcome, Stats
+from onstream.pipeline.stage import Stats
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.plan import Plan, make_plan
 from onstream.settings.root import Settings
-from onstream.settings.stages import StageName
 from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
 from onstream.workers.trainer.durability.checkpoint import Checkpoint
@@ -32,103 +26,15 @@ from onstream.workers.trainer.publication.policy_probe import prober
 from onstream.workers.trainer.publication.publisher import Publisher, nccl_transfer, student_files
 from onstream.workers.trainer.recovery import Recovery
 from onstream.workers.trainer.tickets import TicketIssuer, TicketPlanner
-from onstream.workers.trainer.trainer import Trainer
+from onstream.workers.trainer.trainer import Trainer, TrainerStage
 from onstream.workers.trainer.training import Training, learner_at
 
 log = get_logger()
 
 
-class TrainerStage:
-    """The stage `train`. It holds its entries: checkpoints acknowledge them, no hop moves them on.
-
-    Consumes rollouts and tombstones. Waits for the stages of the route to be ready, then for a
-    batch of complete units. Is unblocked by the entry that completes the last of them. Produces
-    tickets, policy versions, checkpoints and metrics.
-    """
-
-    name: StageName = "train"
-    holds_entries = True
-
-    def __init__(self, settings: Settings, bus: Bus) -> None:
-        self._settings = settings
-        self._bus = bus
-        self._trainer: Trainer | None = None
-        self.stats = Stats(detail="starting")
-
-    def setup(self) -> None:
-        """Become the run's trainer, resume it, and publish its weights.
-
-        Raises:
-            UserError: another trainer has the run, the settings are not the run's, the student
-                cannot be loaded, or the disk is full.
-        """
-        self._trainer = start_trainer(self._settings, self._bus, self.stats)
-
-    @property
-    def trainer(self) -> Trainer:
-        """The trainer at work, after `setup`."""
-        assert self._trainer is not None, "setup() comes first"
-        return self._trainer
-
-    @property
-    def room(self) -> int:
-        """How many more records the trainer wants now."""
-        return self.trainer.room
-
-    @property
-    def busy(self) -> bool:
-        """Whether a batch waits to be trained."""
-        return self.trainer.busy
-
-    def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
-        """Take `new` and do one slice of work. Returns no outcomes: entries are held.
-
-        Raises:
-            LeaseLost: another trainer took over.
-            UserError: the disk is full, and stayed so.
-        """
-        self.trainer.handle(new)
-        self._update_stats()
-        return []
-
-    def close(self, *, finished: bool) -> None:
-        """Checkpoint what is not durable yet, and close the files."""
-        self.trainer.close()
-
-    def _update_stats(self) -> None:
-        """Put into the heartbeat what the trainer does or waits for."""
-        self.stats.detail = status_text(self.trainer, self._settings.orchestrator.batch_size)
-        # A new dictionary each time: the heartbeat's thread reads it while this one goes on.
-        self.stats.numbers = self.trainer.numbers()
-
-
-def status_text(trainer: Trainer, batch_size: int) -> str:
-    """What `trainer` does or waits for, in words."""
-    training = trainer.training
-    if trainer.finished:
-        return f"finished after step {training.step}"
-    if trainer.tickets.waits_for:
-        return f"waits for {trainer.tickets.waits_for}"
-    if trainer.checkpointing.stalled:
-        return "waits for a checkpoint: none could be written, see the log"
-    missing = training.batches.missing()
-    return (
-        f"step {training.step + 1} of {training.max_steps}; "
-        f"{sum(missing.values())} rollouts of {len(missing)} open groups to come"
-        f"{_none_right(training, batch_size)}"
-    )
-
-
-def _none_right(training: Training, batch_size: int) -> str:
-    """A warning where a batch's worth of completions came and none was right enough to train on."""
-    wrong = training.dropped["not_verified"]
-    verified_alone = training.batches.rules.least_reward is not None
-    if not verified_alone or training.batches.complete_units or wrong < batch_size:
-        return ""
-    return (
-        f"; none of the {wrong} completions since the last step was right, "
-        'and keep = "verified" trains on no others'
-    )
+def trainer_stage(settings: Settings, bus: Bus) -> TrainerStage:
+    """The stage `train`, whose `setup` starts the trainer."""
+    return TrainerStage(settings, bus, start_trainer)
 
 
 def start_trainer(settings: Settings, bus: Bus, stats: Stats) -> Trainer:
