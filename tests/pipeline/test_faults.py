@@ -58,7 +58,7 @@ POINTS = {
     "reading": Point("XREADGROUP"),
     "renewing": Point("RENEW", keeps=True),
     "heartbeat": Point("HEARTBEAT", keeps=True),
-    "asking-whether-the-run-has-ended": Point("EXISTS finished", keeps=True),
+    "asking-whether-the-run-has-ended": Point("GET finished", keeps=True),
     "moving-on": Point("HOP"),
     "ending-its-read": Point("CLIENT UNBLOCK", keeps=True, told_to_stop=True),
     "giving-back": Point("GIVE_BACK", keeps=True, told_to_stop=True),
