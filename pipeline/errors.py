@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from pathlib import Path
 
 
 class Exit(IntEnum):
@@ -28,6 +29,15 @@ class UserError(Exception):
         self.next_step = next_step
         self.exit = exit
         super().__init__(f"{got}; expected {expected}. {next_step}")
+
+
+def looked_in(path: Path) -> str:
+    """Where a `path` that is not there was looked for, for a message; nothing if it says so itself.
+
+    >>> looked_in(Path("/data/problems.jsonl"))
+    ''
+    """
+    return "" if path.is_absolute() else f" in {Path.cwd()}"
 
 
 class LeaseLost(Exception):

@@ -8,30 +8,32 @@ from rich.console import Console
 from rich.markup import escape
 
 from onstream.pipeline.errors import Exit
-from onstream.settings.devices import gpus_found
 from onstream.settings.fields import known
-from onstream.settings.gpus import gpu_problems
 from onstream.settings.load import Resolved
 from onstream.settings.plan import Plan, make_plan
 from onstream.settings.problems import SettingsProblem
 from onstream.settings.root import Settings
 from onstream.settings.rules import warnings_of
-from onstream.settings.rules.engines import engine_problems
 from onstream.settings.sections.client import EndpointSettings
 from onstream.settings.toml import shown
 
 
-def report(resolved: Resolved, console: Console, *, everything: bool) -> Exit:
+def report(
+    resolved: Resolved,
+    problems_here: Sequence[SettingsProblem],
+    console: Console,
+    *,
+    everything: bool,
+) -> Exit:
     """Print all there is to say of `resolved`; with `everything`, settings at their defaults too.
 
-    Returns `Exit.USAGE` where there are problems.
+    `problems_here` are those that this machine has with the settings. Returns `Exit.USAGE` where
+    there are problems.
     """
-    problems = list(resolved.problems)
+    problems = [*resolved.problems, *problems_here]
     settings = resolved.settings
     if settings is not None:
         plan = make_plan(settings)
-        problems += engine_problems(settings, plan)
-        problems += gpu_problems(settings, plan, gpus_found())
         _print_settings(settings, resolved.origins, console, everything=everything)
         _print_plan(plan, settings, console)
         _print_warnings(warnings_of(settings), console)

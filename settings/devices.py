@@ -12,12 +12,20 @@ from typing import Literal
 
 from onstream.settings.sections.deployment import DeploymentSettings
 
+UNCOUNTED = ("dxg", "nvhost-gpu")
+"""The device files of GPUs that CUDA has and that are not numbered: those of WSL and of Jetson."""
+
 
 def device_of(deployment: DeploymentSettings) -> Literal["cpu", "cuda"]:
     """Where models run: as `deployment.device` says, or on CUDA where a GPU is found."""
     if deployment.device != "auto":
         return deployment.device
     return "cuda" if gpus_found() else "cpu"
+
+
+def has_uncounted_gpu(devices: Path = Path("/dev")) -> bool:
+    """Whether this machine may have a GPU that `gpus_found` does not find."""
+    return any((devices / name).exists() for name in UNCOUNTED)
 
 
 def gpus_found(devices: Path = Path("/dev"), environ: Mapping[str, str] = os.environ) -> list[str]:

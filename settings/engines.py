@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from typing import Literal
 
 from onstream.settings.devices import device_of
+from onstream.settings.extras import installed
 from onstream.settings.root import Settings
 from onstream.settings.sections.inference import EngineName
 
@@ -46,10 +46,8 @@ they come from, if any."""
 
 
 def vllm_importable() -> bool:
-    """Whether vLLM is installed here. It is found, not imported: that would take ten seconds."""
-    spec = find_spec("vllm")
-    # A directory of that name in the working directory has no origin.
-    return spec is not None and spec.origin is not None
+    """Whether vLLM is installed here."""
+    return installed("vllm")
 
 
 def student_engine(settings: Settings) -> EngineName:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from onstream.settings.devices import has_uncounted_gpu
 from onstream.settings.engines import student_engine
 from onstream.settings.plan import Plan
 from onstream.settings.problems import SettingsProblem
@@ -28,6 +29,9 @@ def gpu_problems(settings: Settings, plan: Plan, gpus: Sequence[str]) -> list[Se
     Nothing is wrong where no setting says how many GPUs are needed: then they share what there is.
     """
     deployment = settings.deployment
+    no_gpu = plan.device == "cuda" and not gpus and not has_uncounted_gpu()
+    if no_gpu and _computing(settings, plan):
+        return [_NO_GPU]
     says_how_many = (
         deployment.num_teacher_gpus is not None
         or plan.teacher_server
@@ -41,6 +45,14 @@ def gpu_problems(settings: Settings, plan: Plan, gpus: Sequence[str]) -> list[Se
     if placement(settings, plan, gpus) is None:
         return [_too_few(settings, plan, gpus)]
     return []
+
+
+_NO_GPU = SettingsProblem(
+    ("deployment.device",),
+    'deployment.device = "cuda", and no GPU is found here',
+    "a GPU of NVIDIA: a file /dev/nvidia0, and no empty CUDA_VISIBLE_DEVICES",
+    'Set deployment.device = "cpu", or look at nvidia-smi and CUDA_VISIBLE_DEVICES.',
+)
 
 
 def placement(settings: Settings, plan: Plan, gpus: Sequence[str]) -> dict[Place, str] | None:

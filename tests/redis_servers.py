@@ -11,7 +11,7 @@ from typing import Self
 
 from redis import Redis
 
-from onstream.workers.launcher.embedded_redis import find_server
+from onstream.workers.launcher.redis_binary import find_server
 
 
 class Server:

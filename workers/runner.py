@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import os
 import socket
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from onstream.pipeline.redis.bus import Bus, connect, redis_url
 from onstream.pipeline.stage import Stage, Stats
 from onstream.settings.devices import device_of
 from onstream.settings.engines import student_engine
+from onstream.settings.extras import installed, missing_package
 from onstream.settings.gpus import memory_share
 from onstream.settings.plan import Plan, make_plan, refuse_differences
 from onstream.settings.root import Settings
@@ -68,13 +68,8 @@ def _refuse_without_torch(kind: WorkerKind) -> None:
     Raises:
         UserError: `kind` computes with models, and torch is not installed.
     """
-    if kind in COMPUTING and importlib.util.find_spec("torch") is None:
-        raise UserError(
-            f"a {kind} worker where torch is not installed",
-            expected="torch, which holds the models of generators, local teachers and the trainer",
-            next_step="Install it: pip install 'onstream[train]'. Of the images, `cpu` and `cuda` "
-            "have it, and `slim` has not.",
-        )
+    if kind in COMPUTING and not installed("torch"):
+        raise missing_package("torch", f"a {kind} worker")
 
 
 def class_path(kind: WorkerKind, settings: Settings) -> str:

@@ -19,6 +19,7 @@ from onstream.pipeline.images.image_file import ImageError, ImageFile
 from onstream.pipeline.models.multimodal import ImageFeatures
 from onstream.pipeline.models.tokenizer import cached_first
 from onstream.pipeline.records import Ids
+from onstream.settings.extras import install_command
 
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 """What a processor returns of a prompt's text; everything else is of its images."""
@@ -120,7 +121,7 @@ def load_vision(name: str | Path) -> Vision:
         raise UserError(
             f"the processor of {name} cannot be loaded: {' '.join(str(error).split())[:300]}",
             expected="the libraries that this family's image processor is written for",
-            next_step="Install them: `pip install 'onstream[vision]'`.",
+            next_step=f"{install_command('vision')}.",
         ) from error
     has_token = isinstance(getattr(processor, "image_token", None), str)
     if not has_token or not hasattr(processor, "image_processor"):

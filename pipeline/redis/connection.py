@@ -18,6 +18,7 @@ from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
     ConnectionError,
+    InvalidResponse,
     NoPermissionError,
     NoScriptError,
     OutOfMemoryError,
@@ -91,11 +92,20 @@ class Connection:
         self.client.close()
 
     def check(self) -> None:
-        """Reach the server, refuse one that cannot carry a run, and create the streams' groups.
+        """Check the server as `check_server` does, and create the streams' groups.
+
+        Raises:
+            UserError: as `check_server`.
+        """
+        self.check_server()
+        self.create_groups()
+
+    def check_server(self) -> None:
+        """Reach the server, and refuse one that cannot carry a run. Changes nothing.
 
         Raises:
             UserError: Redis does not answer, wants another password, is too old, or may evict
-                keys.
+                keys; or the server is no Redis.
         """
         try:
             self.patiently(self.client.ping)
@@ -108,9 +118,14 @@ class Connection:
             raise self._locked(error) from error
         except OUTAGE as error:
             raise self._unreachable(error) from error
+        except InvalidResponse as error:
+            raise UserError(
+                f"what answers at {self._where} is no Redis ({error})",
+                expected="a server that talks the protocol of Redis",
+                next_step="Correct the host and the port of redis.url.",
+            ) from error
         self._refuse_unfit(info)
         self._server = info.get("run_id")
-        self.create_groups()
 
     def server_changed(self) -> bool:
         """Whether another server process answers than at the last call of this or of `check`."""

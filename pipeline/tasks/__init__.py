@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.import_path import import_function
@@ -29,6 +30,7 @@ __all__ = [
     "ScoreError",
     "Scorer",
     "Task",
+    "is_on_hub",
     "load_scorer",
     "load_task",
     "read_score",
@@ -66,6 +68,12 @@ def load_task(settings: Settings) -> Task:
         samples=settings.eval.samples,
         system_prompt=task.system_prompt,
     )
+
+
+def is_on_hub(settings: Settings) -> bool:
+    """Whether the task's problems are those of a data set that this machine has not."""
+    name = settings.task.name
+    return name.startswith(HUGGING_FACE) and not Path(name.removeprefix(HUGGING_FACE)).exists()
 
 
 def load_scorer(settings: Settings) -> Scorer:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.tasks.base import FiniteTask, Problem
 from onstream.pipeline.tasks.rows import RowError, RowReader
+from onstream.settings.extras import missing_by_import
 from onstream.settings.root import Settings
 
 if TYPE_CHECKING:
@@ -81,8 +82,7 @@ def load_huggingface(settings: Settings) -> FiniteTask:
 
 def _load(path: str, split: str, args: dict[str, Any]) -> Dataset:
     """A split, or a slice of it such as `train[:100]`. A local file has one split, of any name."""
-    import datasets
-
+    datasets = _library(path)
     datasets.disable_progress_bars()
     local = Path(path)
     kind = FORMATS.get(Path(path).suffix)
@@ -96,6 +96,16 @@ def _load(path: str, split: str, args: dict[str, Any]) -> Dataset:
     except Exception as error:  # the library raises dozens of types, from several packages
         first_line = str(error).strip().partition("\n")[0]
         raise _not_loaded(path, split, f"{type(error).__name__}: {first_line}") from error
+
+
+def _library(path: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        if missing := missing_by_import(error, f"task.name = hf:{path}"):
+            raise missing from error
+        raise
+    return datasets
 
 
 def _saved(saved: Any, split: str) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from onstream.pipeline.errors import UserError
+from onstream.pipeline.errors import UserError, looked_in
 from onstream.pipeline.tasks.base import FiniteTask, Problem
 from onstream.pipeline.tasks.rows import RowError, RowReader, finite_task, shown
 from onstream.settings.decoding import UNDECODABLE
@@ -48,7 +48,7 @@ def read_problems(path: Path, reader: RowReader) -> list[Problem]:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read: {error.strerror}",
+            f"{path}{looked_in(path)} cannot be read: {error.strerror}",
             expected="a JSONL file",
             next_step="Correct `task.path` or `task.eval_path`.",
         ) from error

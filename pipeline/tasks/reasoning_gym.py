@@ -11,6 +11,7 @@ from typing import Any
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.tasks.base import Draw
 from onstream.pipeline.tasks.scorers import Scorer, answer_text
+from onstream.settings.extras import missing_package
 from onstream.settings.root import Settings
 
 SIZE = 20_000
@@ -66,11 +67,7 @@ def _dataset(settings: Settings) -> Any:
     try:
         from reasoning_gym.factory import DATASETS, create_dataset
     except ImportError as error:
-        raise UserError(
-            f"task {settings.task.name} without reasoning-gym ({error})",
-            expected="it installed",
-            next_step="pip install 'onstream[tasks]'.",
-        ) from error
+        raise missing_package("reasoning_gym", f"task.name = {settings.task.name}") from error
     import reasoning_gym  # noqa: F401  # importing the package registers its data sets
 
     if name not in DATASETS:

@@ -24,6 +24,25 @@ def stages_once(settings: Settings) -> Iterator[SettingsProblem]:
         )
 
 
+REDIS_SCHEMES = ("redis", "rediss", "unix")
+
+
+def redis_address(settings: Settings) -> Iterator[SettingsProblem]:
+    """`redis.url` is an address of a Redis."""
+    url = settings.redis.url
+    scheme, sign, _ = url.get_secret_value().partition("://") if url is not None else ("", "", "")
+    if url is None or (sign and scheme in REDIS_SCHEMES):
+        return
+    # The rest of the address may hold a password.
+    got = f"begins with {scheme}://" if sign else "has no scheme"
+    yield SettingsProblem(
+        ("redis.url",),
+        f"redis.url {got}",
+        "redis://host:6379/0, rediss://host:6379/0 (TLS) or unix:///path",
+        "Correct redis.url.",
+    )
+
+
 def redis_login(settings: Settings) -> Iterator[SettingsProblem]:
     """Passwords and certificates of Redis fit its address."""
     redis = settings.redis
@@ -76,4 +95,4 @@ def deployment_warnings(settings: Settings) -> Iterator[str]:
         )
 
 
-DEPLOYMENT_RULES = (stages_once, redis_login)
+DEPLOYMENT_RULES = (stages_once, redis_address, redis_login)

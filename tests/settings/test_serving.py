@@ -16,6 +16,7 @@ from onstream.settings.load import load_settings, resolve
 from onstream.settings.plan import Plan, make_plan, refuse_differences
 from onstream.settings.rules import problems_of
 from onstream.settings.rules.engines import engine_problems
+from onstream.workers.launcher.preflight import find_problems
 
 CUDA = "deployment.device=cuda"
 SERVED = ("trainer.loss.teacher_tau=0.5", "teacher_inference.engine=vllm")
@@ -142,14 +143,16 @@ def test_vllm_that_is_asked_for_and_missing_is_refused_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     printed = io.StringIO()
+    resolved = resolve(overrides=[*SERVED, TWO], environ={})
     report(
-        resolve(overrides=[*SERVED, TWO], environ={}),
+        resolved,
+        find_problems(resolved, online=False),
         Console(file=printed, width=200),
         everything=False,
     )
     assert "Qwen/Qwen3-0.6B beside the run by a vLLM server\n" in printed.getvalue()
     assert 'teacher_inference.engine = "vllm", which is not installed here' in printed.getvalue()
-    assert "pip install 'onstream[vllm]'" in printed.getvalue()
+    assert "pip install '.[vllm]'" in printed.getvalue()
     monkeypatch.setattr(engines, "vllm_importable", lambda: True)
     settings = load_settings(overrides=[*SERVED, TWO], environ={})
     assert engine_problems(settings, make_plan(settings)) == []

@@ -185,7 +185,7 @@ def test_a_kind_that_computes_says_how_to_install_torch(kind: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == Exit.USAGE
     assert f"a {kind} worker where torch is not installed" in done.stderr
-    assert "pip install 'onstream[train]'" in done.stderr
+    assert "pip install '.[train]'" in done.stderr
 
 
 def test_an_optional_worker_that_the_run_has_no_place_for_leaves_and_is_not_waited_for(

@@ -13,11 +13,21 @@ from onstream.workers.commands.options import settings_sources
 @click.command()
 @settings_sources
 @click.option("--all", "everything", is_flag=True, help="Print settings at their defaults too.")
-def check(files: tuple[Path, ...], overrides: tuple[str, ...], everything: bool) -> Exit:
-    """Print the settings, the plan and every problem."""
+@click.option("--online", is_flag=True, help="Ask Redis, the endpoints and the hub as well.")
+def check(
+    files: tuple[Path, ...], overrides: tuple[str, ...], everything: bool, online: bool
+) -> Exit:
+    """Print the settings, the plan and every problem.
+
+    Looks for all that can be known before a model is loaded, as `onstream up` does: models, task,
+    scorer, packages, GPUs, Redis and disk. Nothing is started, and no network is asked.
+    """
     from rich.console import Console
 
     from onstream.settings.check import report
     from onstream.settings.load import resolve
+    from onstream.workers.launcher.preflight import find_problems
 
-    return report(resolve(files, overrides), Console(), everything=everything)
+    resolved = resolve(files, overrides)
+    found = find_problems(resolved, online=online)
+    return report(resolved, found, Console(), everything=everything)

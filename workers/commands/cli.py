@@ -7,6 +7,7 @@ and only then imports what does the work: `--help` and a mistyped option answer 
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import click
 
@@ -73,6 +74,30 @@ def main(arguments: list[str] | None = None) -> None:
         click.echo("stopped", err=True)
         sys.exit(STOPPED)
     except UserError as error:
-        click.echo(f"onstream: {error}", err=True)
-        sys.exit(error.exit)
+        _tell(error)
+    except ImportError as error:
+        # Imported here: `--help` must not load what tells the extras.
+        from onstream.settings.extras import missing_by_import
+
+        missing = missing_by_import(error, f"`{_command(arguments)}`")
+        if missing is None:
+            raise
+        _tell(missing)
     sys.exit(code or Exit.OK)
+
+
+def _tell(error: UserError) -> NoReturn:
+    click.echo(f"onstream: {error}", err=True)
+    sys.exit(error.exit)
+
+
+def _command(arguments: list[str] | None) -> str:
+    """The command without its arguments: `onstream models make`."""
+    words = ["onstream"]
+    group: click.Command = cli
+    for word in sys.argv[1:] if arguments is None else arguments:
+        if not isinstance(group, click.Group) or word not in group.commands:
+            break
+        group = group.commands[word]
+        words.append(word)
+    return " ".join(words)

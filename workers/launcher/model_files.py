@@ -10,17 +10,18 @@ import math
 from pathlib import Path
 from typing import Any
 
-from onstream.pipeline.errors import UserError
+from onstream.pipeline.errors import UserError, looked_in
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 HUB_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 """What is fetched of a hub model to look at it: all but its weights."""
 
 
-def local_model(name: str) -> Path:
+def local_model(name: str, *, ask_hub: bool = True) -> Path | None:
     """The directory of a model: itself, or the small files of a hub model.
 
-    Those are fetched unless they are in the local cache.
+    Those are fetched unless they are in the local cache. Without `ask_hub` they are not: then
+    nothing is known of a hub model that is not there, and the result is None.
 
     Raises:
         UserError: no such directory, or the hub does not give such a model.
@@ -31,15 +32,15 @@ def local_model(name: str) -> Path:
     in_a_directory = path.parent != Path(".") and path.parent.is_dir()
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or in_a_directory:
         raise UserError(
-            f"no model directory {name}",
+            f"no model directory {name}{looked_in(path)}",
             expected="a directory in Hugging Face form",
             next_step="Check the path, or make the pair of an example with "
             f"`onstream models make TASK --out {path.parent}`.",
         )
-    return _hub_files(name)
+    return _hub_files(name, ask_hub=ask_hub)
 
 
-def _hub_files(name: str) -> Path:
+def _hub_files(name: str, *, ask_hub: bool) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -50,6 +51,8 @@ def _hub_files(name: str) -> Path:
         pass  # not in the cache: ask the hub
     except HFValidationError as error:
         raise _no_such_model(name, error) from error
+    if not ask_hub:
+        return None
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, OSError, ValueError) as error:
@@ -66,16 +69,18 @@ def _no_such_model(name: str, error: Exception) -> UserError:
     )
 
 
-def check_model(name: str, setting: str) -> Path:
+def check_model(name: str, setting: str, *, ask_hub: bool = True) -> Path | None:
     """Check that the model `name`, the value of `setting`, has weights and a tokenizer for chat.
 
-    Returns its directory.
+    Returns its directory; None for a hub model that is not in the local cache, without `ask_hub`.
 
     Raises:
         UserError: there is no such model, a file of it is missing or no JSON, or there is no chat
             template.
     """
-    directory = local_model(name)
+    directory = local_model(name, ask_hub=ask_hub)
+    if directory is None:
+        return None
     expected = "the config.json of a model in Hugging Face form"
     _json_file(directory / "config.json", setting, expected)
     # A hub model's weights are fetched later, by whoever loads it first.

@@ -1,67 +1,229 @@
 """What can be known to be wrong before the first worker starts.
 
-Reads files. Imports no torch, but for a loss of the user's own, and no transformers.
+One list of checks, which `onstream check` prints and `onstream up` stops at. They read files.
+They import no torch, but for a loss of the user's own, and no transformers.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.errors import Exit, UserError, looked_in
+from onstream.settings.devices import gpus_found
+from onstream.settings.extras import installed, missing_by_import, missing_package
 from onstream.settings.gpus import gpu_problems
-from onstream.settings.plan import Plan, refuse_differences
-from onstream.settings.problems import SettingsError
+from onstream.settings.load import Resolved
+from onstream.settings.plan import Plan, make_plan, refuse_differences
+from onstream.settings.problems import SettingsError, SettingsProblem
+from onstream.settings.redis import TLS
 from onstream.settings.root import Settings
 from onstream.settings.rules.engines import engine_problems
-from onstream.settings.stages import SWITCHES
+from onstream.settings.stages import COMPUTING, SWITCHES
 from onstream.workers.launcher.model_files import check_model, parameters
+from onstream.workers.launcher.redis_binary import find_server
 
 FLOAT32_BYTES = 4
 TRAINED_BYTES = 3 * FLOAT32_BYTES
 """Of one parameter in a checkpoint: its master weight and AdamW's two moments."""
 
 
-def check_gpus(settings: Settings, plan: Plan, gpus: Sequence[str]) -> None:
-    """Check that the workers that start here find room on `gpus`, and vLLM where they need it.
+@dataclass(frozen=True)
+class Subject:
+    """What is checked. `ask_hub` lets a check ask the Hugging Face hub."""
+
+    settings: Settings
+    plan: Plan
+    ask_hub: bool
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing to look at. `sections` begin the names of the settings that it reads."""
+
+    sections: tuple[str, ...]
+    look: Callable[[Subject], None]
+
+
+def find_problems(resolved: Resolved, *, online: bool) -> list[SettingsProblem]:
+    """What is wrong with the settings on this machine; with `online`, with what they name too.
+
+    A check is left out where the settings that it reads are wrong themselves.
+    """
+    if resolved.settings is None:
+        return []
+    subject = Subject(resolved.settings, make_plan(resolved.settings), ask_hub=online)
+    wrong = [name for problem in resolved.problems for name in problem.names]
+    found = _found(CHECKS, subject, wrong)
+    if online:
+        from onstream.workers.launcher.online_checks import endpoint_problems, redis_problems
+
+        found += redis_problems(subject.settings)
+        found += endpoint_problems(subject.settings, subject.plan)
+    return found
+
+
+def refuse_problems(settings: Settings, plan: Plan) -> None:
+    """Check all that can be checked before the run's Redis is asked.
+
+    Raises:
+        SettingsError: carries every problem found.
+    """
+    if problems := _found(CHECKS, Subject(settings, plan, ask_hub=True)):
+        raise SettingsError(problems)
+
+
+def _found(
+    checks: Sequence[Check], subject: Subject, wrong: Sequence[str] = ()
+) -> list[SettingsProblem]:
+    """What `checks` find, each problem once; none of those that read the settings `wrong`."""
+    usable = [
+        check for check in checks if not any(name.startswith(check.sections) for name in wrong)
+    ]
+    return list(dict.fromkeys(problem for check in usable for problem in _look(check, subject)))
+
+
+def _look(check: Check, subject: Subject) -> Iterator[SettingsProblem]:
+    try:
+        check.look(subject)
+    except SettingsError as error:
+        yield from error.problems
+    except UserError as error:
+        yield SettingsProblem((), error.got, error.expected, error.next_step)
+    except ImportError as error:
+        missing = missing_by_import(error, "onstream")
+        if missing is None:
+            raise
+        # Whoever needs the package is named by `check_packages`.
+
+
+def check_gpus(subject: Subject) -> None:
+    """Check that the workers that start here find GPUs, and vLLM where they need it.
 
     Raises:
         SettingsError: they do not.
     """
-    if problems := engine_problems(settings, plan) + gpu_problems(settings, plan, gpus):
+    settings = subject.settings
+    plan = subject.plan
+    problems = engine_problems(settings, plan) + gpu_problems(settings, plan, gpus_found())
+    if problems:
         raise SettingsError(problems)
 
 
-def check_files(settings: Settings, teacher: str | None) -> None:
-    """Check the models, the task and the disk that the run will need.
+def check_torch(subject: Subject) -> None:
+    """Check that torch is installed where workers start that compute models.
+
+    Raises:
+        UserError: it is not.
+    """
+    kinds = [kind for kind in COMPUTING if subject.plan.workers.get(kind)]
+    if kinds and not installed("torch"):
+        raise missing_package("torch", f"workers ({', '.join(kinds)})")
+
+
+def check_packages(subject: Subject) -> None:
+    """Check that the packages of the trainer's work are installed, where one starts.
+
+    Raises:
+        UserError: one is not.
+    """
+    if not subject.plan.workers.get("trainer"):
+        return
+    if subject.settings.trainer.lora is not None and not installed("peft"):
+        raise missing_package("peft", "trainer.lora")
+    if installed("torch") and not installed("matplotlib"):
+        raise missing_package("matplotlib", "the curves of a run")
+
+
+def check_redis(subject: Subject) -> None:
+    """Check that there is an address of a Redis, with its files, or a Redis to start.
+
+    Raises:
+        UserError: neither, or a file is missing.
+    """
+    redis = subject.settings.redis
+    if redis.url is None and not subject.plan.workers.get("trainer"):
+        raise UserError(
+            "no trainer is started here, and there is no redis.url",
+            expected="the address of the Redis of the run that these workers join",
+            next_step="Set redis.url (ONSTREAM_REDIS__URL), or let `train` into deployment.stages.",
+        )
+    if redis.url is None:
+        find_server(redis.server_bin)
+    for name in TLS:
+        path: Path | None = getattr(redis, name)
+        if path is not None and not path.is_file():
+            raise UserError(
+                f"redis.{name} = {path}{looked_in(path)}, which is no file",
+                expected="a PEM file",
+                next_step="Correct the path.",
+            )
+
+
+def check_student(subject: Subject) -> None:
+    """Check the student's files, and the disk that its checkpoints need.
 
     Raises:
         UserError: something is missing or unfit.
     """
-    student = check_model(settings.model.name, "model.name")
-    if teacher is not None and teacher != settings.model.name:
-        check_model(teacher, "teacher_inference.model.name")
-    check_task(settings)
-    check_loss(settings)
-    check_disk(settings, student)
+    settings = subject.settings
+    student = check_model(settings.model.name, "model.name", ask_hub=subject.ask_hub)
+    if student is not None:
+        check_disk(settings, student)
 
 
-def check_task(settings: Settings) -> None:
-    """Load the task and its scorer once, so that a wrong name, file or line is told here.
+def check_teacher(subject: Subject) -> None:
+    """Check the files of the teacher beside the run.
+
+    Raises:
+        UserError: something is missing or unfit.
+    """
+    teacher = subject.plan.teacher
+    if teacher is not None and teacher != subject.settings.model.name:
+        check_model(teacher, "teacher_inference.model.name", ask_hub=subject.ask_hub)
+
+
+def check_task(subject: Subject) -> None:
+    """Load the task once, so that a wrong name, file or line is told here.
 
     Raises:
         UserError: the task cannot be used; the message names the file and line where there is one.
     """
-    from onstream.pipeline.tasks import load_scorer, load_task
+    from onstream.pipeline.tasks import is_on_hub, load_task
     from onstream.pipeline.tasks.swapped_images import swapped_problems
 
+    settings = subject.settings
+    if is_on_hub(settings) and not subject.ask_hub:
+        if not installed("datasets"):
+            raise missing_package("datasets", f"task.name = {settings.task.name}")
+        return
     task = load_task(settings)
     task.train(0)
     if settings.eval.samples and settings.eval.swap_images:
         swapped_problems(task)
-    if settings.orchestrator.verification.enabled is not False:
-        load_scorer(settings)
+
+
+def check_scorer(subject: Subject) -> None:
+    """Import the scorer once.
+
+    Raises:
+        UserError: it cannot be imported, or not be used here.
+    """
+    from onstream.pipeline.tasks import load_scorer
+
+    if subject.settings.orchestrator.verification.enabled is not False:
+        load_scorer(subject.settings)
+
+
+def check_user_loss(subject: Subject) -> None:
+    """Check the loss of the user's own.
+
+    Raises:
+        UserError: as `check_loss`.
+    """
+    check_loss(subject.settings)
 
 
 def check_loss(settings: Settings) -> None:
@@ -99,6 +261,20 @@ def check_disk(settings: Settings, student: Path) -> None:
             next_step="Free space, set run.dir to another disk, or lower checkpoint.keep and "
             "checkpoint.keep_policies.",
         )
+
+
+CHECKS = (
+    Check(("deployment", "inference", "teacher_inference"), check_gpus),
+    Check(("deployment",), check_torch),
+    Check(("deployment", "trainer.lora"), check_packages),
+    Check(("deployment", "redis", "run"), check_redis),
+    Check(("model", "checkpoint", "run"), check_student),
+    Check(("deployment", "model", "teacher_inference", "trainer.loss"), check_teacher),
+    Check(("task", "eval", "run"), check_task),
+    Check(("task", "orchestrator.verification"), check_scorer),
+    Check(("trainer.loss",), check_user_loss),
+)
+"""All of them, in the order of telling."""
 
 
 def check_resume(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.loading import base_of, load_model
 from onstream.pipeline.models.tokenizer import load_tokenizer
+from onstream.settings.extras import missing_package
 from onstream.settings.sections.trainer import LoraSettings
 
 if TYPE_CHECKING:
@@ -133,11 +134,7 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise UserError(
-            "trainer.lora is set, and peft is not installed",
-            expected="peft",
-            next_step="Install it: pip install 'onstream[lora]'.",
-        ) from error
+        raise missing_package("peft", "trainer.lora") from error
     return peft
 
 

@@ -169,3 +169,28 @@ def test_models_make_offers_every_family() -> None:
 
     [option] = [option for option in make.params if option.name == "family"]
     assert set(option.type.to_info_dict()["choices"]) == set(get_args(VlmFamily))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["eval", "{run}"], "`onstream eval`"),
+        (["export", "{run}", "--out", "{run}/out"], "`onstream export`"),
+        (["models", "make", "reverse-text", "--out", "{run}/out"], "`onstream models make`"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_command_without_torch_says_what_to_install(
+    tmp_path: Path, words: list[str], named: str
+) -> None:
+    (tmp_path / "settings.toml").write_text(f'[model]\nname = "{tmp_path}"\n')
+    arguments = [word.format(run=tmp_path) for word in words]
+    code = (
+        "import sys\nsys.modules['torch'] = None\n"
+        f"from onstream.workers.commands.cli import main\nmain({arguments!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"onstream: {named} where torch is not installed" in done.stderr
+    assert "pip install '.[train]'" in done.stderr
+    assert "Traceback" not in done.stderr

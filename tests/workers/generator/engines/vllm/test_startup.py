@@ -40,7 +40,7 @@ def test_a_generator_that_is_to_use_vllm_where_it_is_not_installed_says_how_to_i
     with pytest.raises(
         SettingsError,
         match=r'inference.engine = "vllm", which is not installed here.*pip install '
-        r".onstream\[vllm\]",
+        r"'\.\[vllm\]'",
     ):
         open_student(settings_of(student_dir))
 
