@@ -66,6 +66,11 @@ class OrchestratorSettings(Section):
     is dropped. 0 is exact on-policy training."""
     max_backlog: Annotated[int, WORKER, Unit("rollouts"), Field(ge=1, le=10**7)] = 16384
     """No new tickets while a working stream holds more records than this."""
+    max_dropped_groups: Annotated[int, WORKER, Unit("groups"), Field(ge=0, le=10**6)] = 64
+    """The run stops when so many groups in a row, besides those that may be on their way, were
+    dropped and none could train: unscored, cut off, stale or dead. 0: it never does. Whole answers
+    that are not right, which `keep = "verified"` leaves out, do not count.
+    """
     use_token_client: Annotated[bool, RUN] = True
     """`true`: rollouts are token ids in and out. `false`: chat messages, from whose text the
     student's tokens are reconstructed, as `orchestrator.teacher_rollout_model` needs."""

@@ -25,6 +25,7 @@ from onstream.settings.stages import COMPUTING, SWITCHES
 from onstream.workers.launcher.model_files import check_model, parameters
 from onstream.workers.launcher.redis_binary import find_server
 
+PROBLEMS_TRIED = 3
 FLOAT32_BYTES = 4
 TRAINED_BYTES = 3 * FLOAT32_BYTES
 """Of one parameter in a checkpoint: its master weight and AdamW's two moments."""
@@ -206,15 +207,22 @@ def check_task(subject: Subject) -> None:
 
 
 def check_scorer(subject: Subject) -> None:
-    """Import the scorer once.
+    """Import the scorer, and try it on the first problems where rollouts will be verified.
 
     Raises:
-        UserError: it cannot be imported, or not be used here.
+        UserError: it cannot be imported, or not be used here, or it fails on every answer.
     """
-    from onstream.pipeline.tasks import load_scorer
+    from onstream.pipeline.tasks import is_on_hub, load_scorer, load_task
+    from onstream.workers.verifier.scorer_trial import try_scorer
 
-    if subject.settings.orchestrator.verification.enabled is not False:
-        load_scorer(subject.settings)
+    settings = subject.settings
+    if settings.orchestrator.verification.enabled is False:
+        return
+    load_scorer(settings)
+    needs_hub = is_on_hub(settings) and not subject.ask_hub
+    if "verify" in subject.plan.streams and not needs_hub:
+        task = load_task(settings)
+        try_scorer(settings, [task.train(index) for index in range(PROBLEMS_TRIED)])
 
 
 def check_user_loss(subject: Subject) -> None:
@@ -271,7 +279,7 @@ CHECKS = (
     Check(("model", "checkpoint", "run"), check_student),
     Check(("deployment", "model", "teacher_inference", "trainer.loss"), check_teacher),
     Check(("task", "eval", "run"), check_task),
-    Check(("task", "orchestrator.verification"), check_scorer),
+    Check(("task", "eval", "run", "orchestrator.verification"), check_scorer),
     Check(("trainer.loss",), check_user_loss),
 )
 """All of them, in the order of telling."""

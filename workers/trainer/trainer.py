@@ -18,6 +18,7 @@ from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
 from onstream.settings.stages import StageName
+from onstream.workers.trainer.drops_in_a_row import DropsInARow
 from onstream.workers.trainer.durability.checkpointing import Checkpointing, TrainerPosition
 from onstream.workers.trainer.durability.operator_requests import OperatorRequestHandler
 from onstream.workers.trainer.durability.recording import Recording
@@ -108,6 +109,9 @@ class Trainer:
     clock: StepClock = field(default_factory=StepClock)
     finished: bool = False
 
+    def __post_init__(self) -> None:
+        self._drops = DropsInARow(self.settings)
+
     @property
     def step(self) -> int:
         """How many steps are taken."""
@@ -145,7 +149,7 @@ class Trainer:
 
         Raises:
             LeaseLost: another trainer took over.
-            UserError: the disk is full, and stayed so.
+            UserError: the disk is full, and stayed so; or nothing that comes can be trained on.
         """
         if self.bus.lease.may_have_lost_data:
             log.warning(
@@ -159,6 +163,7 @@ class Trainer:
         if self.busy:
             self._take_step()
             self._advance()
+        self._stop_where_nothing_trains()
         self._write_requested_weights()
         self.requests.poll(self.step + 1)
         self._issue_tickets()
@@ -200,6 +205,21 @@ class Trainer:
             for timed in result.considered:
                 self.recording.record(timed.record, timed.taken)
         self.checkpointing.acknowledgements.settle(result.settled)
+        self._drops.consider(timed.record for timed in result.considered)
+        can_train = self.training.batch is not None or self.training.batches.complete_units > 0
+        self._drops.settle(result.settled, can_train=can_train)
+
+    def _stop_where_nothing_trains(self) -> None:
+        """End a run that would generate for ever.
+
+        The checkpoint comes first: without it the run, once mended, would take the same rollouts
+        again and stop again.
+        """
+        problem = self._drops.problem
+        if problem is not None:
+            self._checkpoint()
+            self.checkpointing.acknowledge()
+            raise problem
 
     def _take_step(self) -> None:
         """Take one step, publish its weights, settle its rollouts, and write its metrics.
@@ -215,6 +235,7 @@ class Trainer:
             self.policy = self.publisher.publish(self.step, state)
             self.clock.published()
             self.checkpointing.acknowledgements.settle(result.settled)
+            self._drops.settle(result.settled, can_train=True)
             self.recording.stepped(self.step, self.policy.digest, result.row)
             row = {**result.row, **self._metrics_of_the_moment()}
             if self.evaluations:

@@ -58,18 +58,26 @@ def score_completion(scorer: Scorer, request: ScoringRequest) -> Verdict:
         return Verdict(0.0, {"rollout_error": 1.0})
     # sys.exit() and the like in a scorer are its failures too, and must not end the process
     except BaseException as error:
-        return Verdict(unscored=_reason(error))
+        return Verdict(unscored=_reason(error, scorer))
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, scorer: Scorer) -> str:
     """The error and where it came from, on one short line that always encodes."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    place = _place(error, scorer)
     try:
         text = f"{type(error).__name__}: {error}"
     except Exception:  # an exception of the user's own whose text fails
         text = type(error).__name__
     return text.encode(errors="replace").decode()[:MAX_REASON_CHARACTERS] + place
+
+
+def _place(error: BaseException, scorer: Scorer) -> str:
+    """The file and line of `error`; those of the scorer itself where the call of it failed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames and frames[-1].filename != __file__:
+        return f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})"
+    code = getattr(scorer, "__code__", None)
+    return f" ({os.path.basename(code.co_filename)}:{code.co_firstlineno})" if code else ""
 
 
 def _has_left_processes() -> bool:

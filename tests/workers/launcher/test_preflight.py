@@ -203,6 +203,54 @@ def test_a_check_that_reads_a_wrong_setting_is_left_out(tmp_path: Path) -> None:
     assert problem.startswith("task.name = ")
 
 
+def problems_with_scorer(directory: Path, name: str, source: str, *overrides: str) -> list[str]:
+    """What is told of a scorer, in a module of the working directory that no other test has."""
+    Path(f"{name}.py").write_text(source)
+    return problems(directory, f"task.scorer={name}:score", "eval.samples=2", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "reason"),
+    [
+        (
+            "scorer_of_one_argument",
+            "def score(completion):\n    return 1.0\n",
+            "TypeError: score() takes 1 positional argument but 2 were given "
+            "(scorer_of_one_argument.py:1)",
+        ),
+        (
+            "scorer_without_key",
+            "def score(completion, info):\n    return float(info['solution'])\n",
+            "KeyError: 'solution' (scorer_without_key.py:2)",
+        ),
+        (
+            "scorer_of_words",
+            "def score(completion, info):\n    return 'right'\n",
+            "ScoreError: the score is 'right'; expected a number",
+        ),
+    ],
+)
+def test_a_scorer_that_always_fails_is_refused_before_the_start_with_its_exception_and_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, source: str, reason: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    [problem] = problems_with_scorer(tmp_path, name, source)
+    assert f"the scorer failed on all 9 answers that it was tried on: {reason}" in problem
+
+
+def test_a_scorer_that_fails_on_some_answers_or_is_not_used_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    picky = "def score(completion, info):\n    return 1 / (completion == info['answer'])\n"
+    assert problems_with_scorer(tmp_path, "picky_scorer", picky) == []
+    one_argument = "def score(completion):\n    return 1.0\n"
+    teacher = f"teacher_inference.model.name={make_model(tmp_path / 'teacher')}"
+    without = ["orchestrator.verification.enabled=false", "trainer.loss.adv_tau=0"]
+    taught = [teacher, "trainer.loss.teacher_tau=1"]
+    assert problems_with_scorer(tmp_path, "unused_scorer", one_argument, *without, *taught) == []
+
+
 @pytest.mark.parametrize("name", ["./nothing", "no/such/directory"])
 def test_a_missing_model_directory_is_named(name: str) -> None:
     with pytest.raises(UserError, match=f"no model directory {name}"):
