@@ -11,11 +11,10 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from onstream.pipeline.records import Rollout
 from onstream.settings.decoding import UNDECODABLE
 from onstream.settings.root import Settings
 from onstream.settings.sections.orchestrator import OrchestratorSettings
@@ -27,6 +26,10 @@ from onstream.workers.verifier.scorer_messages import (
     Start,
     Verdict,
 )
+
+if TYPE_CHECKING:
+    # Its import brings numpy, and the scorer is tried before anything may be slow.
+    from onstream.pipeline.records import Rollout
 
 MAX_BATCH = 64
 BATCH_S = 0.02
