@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -22,6 +23,7 @@ from tests.vllm.server import VllmServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 CONTEXT = 512
+ALWAYS_ACTIVE = 24
 Models = Mapping[int, Any]
 
 
@@ -130,7 +132,11 @@ def worst_gap(
 
 
 def a_b_a(engine: ServerEngine, models: Models) -> tuple[list[GenerationRequest], list[Completion]]:
-    """72 requests, 12 of them after each update, while the weights go from A to B and back."""
+    """Requests while the weights go from A to B and back; 12 of them after each update.
+
+    However long an update takes, requests are under way when it comes: those that finish are
+    followed by others.
+    """
     requests = some_requests(48)
     engine.load(policy_of(1, models[1]))
     engine.add(requests)
@@ -139,7 +145,11 @@ def a_b_a(engine: ServerEngine, models: Models) -> tuple[list[GenerationRequest]
         engine.load(policy_of(version, models[version]))
         while engine.version < version:
             finished += engine.step()
-        late = some_requests(12, first=100 * version)
+            if engine.active < ALWAYS_ACTIVE:
+                more = some_requests(12, first=len(requests))
+                requests += more
+                engine.add(more)
+        late = some_requests(12, first=len(requests))
         requests += late
         engine.add(late)
         finished += until(engine, 8)
@@ -237,3 +247,42 @@ def test_a_second_generator_takes_the_server_and_the_first_one_stops(
         until(first, 1)
     second.add(some_requests(1))
     assert [span.version for span in until(second, 1)[0].version_spans] == [1]
+
+
+def test_an_update_of_its_own_that_is_applied_late_is_replaced_and_stops_nobody(
+    student_server: VllmServer, make: Callable[..., ServerEngine], models: Models, tmp_path: Path
+) -> None:
+    engine = make(weights_dir=str(tmp_path / "shared"))
+    first = policy_of(1, models[1])
+    engine.load(first)
+    with httpx.Client(base_url=student_server.base_url.removesuffix("/v1"), timeout=60) as server:
+        label = server.get("/weight_info").json()["weight_version"]
+        [path] = (tmp_path / "shared").iterdir()
+        engine.load(policy_of(2, models[2]))
+        while engine.version < 2:
+            engine.step()
+        apply_update(server, str(path), first.digest, label)
+        assert server.get("/weight_info").json()["weight_version"] == label
+        requests = some_requests(12)
+        engine.add(requests)
+        finished = until(engine, 12)
+        assert server.get("/weight_info").json()["weight_version"].startswith("2.")
+    assert {span.version for one in finished for span in one.version_spans} == {2}
+    assert worst_gap(models, requests, finished) < CLOSE_NATS
+
+
+def apply_update(server: httpx.Client, path: str, digest: str, label: str) -> None:
+    """What the engine asks of a server for an update, all of it late."""
+    stage = {"method": "onstream_stage", "args": [path, digest]}
+    server.post("/collective_rpc", json=stage).raise_for_status()
+    staged: list[str] = []
+    while staged != ["ready"]:
+        reply = server.post("/collective_rpc", json={"method": "onstream_staged", "args": []})
+        staged = reply.json()["results"]
+    server.post("/pause?mode=keep&clear_cache=true", json={}).raise_for_status()
+    server.post("/start_weight_update", json={}).raise_for_status()
+    info = {"path": path, "digest": digest}
+    server.post("/update_weights", json={"update_info": info}).raise_for_status()
+    finish = {"weight_version": label}
+    server.post("/finish_weight_update", json=finish).raise_for_status()
+    server.post("/resume", json={}).raise_for_status()

@@ -6,6 +6,7 @@ import asyncio
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -44,7 +45,8 @@ class ServerGroup:
 
     A server belongs to the generator whose name is in the label of its weights. A generator that
     starts takes its servers over, since the one before it may be dead. One that finds another's
-    label on its server stops (`displaced`).
+    label on its server stops (`displaced`). One that finds an older label of its own, of an update
+    that it had given up and that was applied late, puts the newest weights there again.
 
     `version` is the version of the next request; −1 before the first.
 
@@ -125,11 +127,15 @@ class ServerGroup:
         The salt separates its prefix cache by version: a request finds no keys and values of
         another one there.
         """
+        if self._on_new_weights == "keep" and not server.label:
+            async with server.lock:
+                pass  # its weights are being replaced, and there is no salt for the new ones yet
+        asked_of = server.label
         body = {
             "model": self._model,
             "token_ids": request.prompt_ids,
             "sampling_params": request.sampling_params(self._stop_ids),
-            "cache_salt": server.label,
+            "cache_salt": asked_of,
         }
         if request.request.images:
             body |= fields_of(request, self._vllm_prompts)
@@ -137,10 +143,14 @@ class ServerGroup:
         if request.request.images:
             require_same_tokens(part.prompt_ids, request)
         for span in part.labels:
-            if not self._is_ours(span.version):
+            if not self._is_ours(span.version) or _is_older(span.version, asked_of):
                 raise self._lost_weights(server, span.version)
         if part.finish_reason not in ENDS:
             raise BadReply(f"an answer that ended by {part.finish_reason!r}")
+        if self._on_new_weights == "keep" and _began_after_an_update(part, asked_of):
+            # With `keep` the prefix cache outlives the update, and what the older salt found there
+            # may be the older version's. Nothing in the spans would say so: ask again.
+            return replace(part, token_ids=[], logprobs=[], labels=[], finish_reason=ABORTED)
         return part
 
     async def _update_all(self) -> None:
@@ -162,7 +172,7 @@ class ServerGroup:
     async def _admit(self, server: StudentServer) -> None:
         """Check a server and update it, at the start and whenever it comes back."""
         if server.label and (found := await server.found_label()) != server.label:
-            if LABEL.fullmatch(found):
+            if self._is_anothers(found):
                 raise self._lost_weights(server, found)
             server.label = ""
         await self._check(server)
@@ -180,13 +190,17 @@ class ServerGroup:
         match = LABEL.fullmatch(label)
         return match is not None and match["owner"] == self._owner
 
-    def _lost_weights(self, server: StudentServer, found: str) -> EndpointFault:
-        """The fault of a server that has the weights `found` instead of this generator's.
+    def _is_anothers(self, label: str) -> bool:
+        return LABEL.fullmatch(label) is not None and not self._is_ours(label)
 
-        It was started again, or another generator has taken it over.
+    def _lost_weights(self, server: StudentServer, found: str) -> EndpointFault:
+        """The fault of a server that has the weights `found` instead of this generator's newest.
+
+        It was started again, another generator has taken it over, or an update of this generator's
+        own, whose reply was lost, was applied after a newer one.
         """
         server.label = ""
-        if LABEL.fullmatch(found):
+        if self._is_anothers(found):
             self.displaced = UserError(
                 f"another generator has put its weights on {server.name} (it calls them {found!r})",
                 expected="servers of one generator alone, which replaces their weights",
@@ -194,13 +208,27 @@ class ServerGroup:
                 f"{SECTION}.client.base_url.",
                 exit=Exit.REFUSED,
             )
-        fault = EndpointFault(
-            "it was started again, or loaded by somebody else: "
-            f"it holds weights that it calls {found!r}"
-        )
+        if self._is_ours(found):
+            cause = "an update that was given up has reached it late"
+        else:
+            cause = "it was started again, or loaded by somebody else"
+        fault = EndpointFault(f"{cause}: it holds weights that it calls {found!r}")
         self.pool.mark_down(server, str(fault))
         return fault
 
 
 def _number(label: str) -> int:
     return int(label.partition(".")[0])
+
+
+def _began_after_an_update(part: PartialCompletion, asked_of: str) -> bool:
+    """Whether an update came between the asking and the first token."""
+    return bool(part.labels) and part.labels[0].version != asked_of
+
+
+def _is_older(label: str, asked_of: str) -> bool:
+    """Whether `label` is of an older version than the server was known to have when it was asked.
+
+    That a newer one came meanwhile is no fault: a request goes on across an update.
+    """
+    return bool(asked_of) and _number(label) < _number(asked_of)

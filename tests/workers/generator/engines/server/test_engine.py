@@ -255,6 +255,27 @@ def test_a_server_that_another_generator_has_taken_stops_this_one(
     assert stopped.value.exit == Exit.REFUSED
 
 
+def test_an_update_of_its_own_that_is_applied_late_is_replaced_and_stops_nobody(
+    servers: Callable[[], HandWrittenVllm], make: Callable[..., ServerEngine]
+) -> None:
+    server = servers()
+    engine = make(server)
+    engine.load(version(1))
+    given_up = server.label
+    engine.load(version(2))
+    while engine.version < 2:
+        engine.step()
+    server.label = given_up  # found by the next request
+    engine.add(asked(3))
+    assert versions(until(engine, 3)) == {2} and server.label.startswith("2.")
+    server.label = given_up  # found by the next update
+    engine.load(version(3))
+    while engine.version < 3:
+        engine.step()
+    engine.add(asked(3))
+    assert versions(until(engine, 3)) == {3} and server.label.startswith("3.")
+
+
 def test_a_request_that_a_server_refuses_ends_the_engine_with_its_words(
     servers: Callable[[], HandWrittenVllm], make: Callable[..., ServerEngine]
 ) -> None:
