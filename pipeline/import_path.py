@@ -6,9 +6,20 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from onstream.pipeline.errors import UserError
+
+
+def search_modules_in(directory: Path | None) -> None:
+    """Find modules in `directory` too, by default the working directory.
+
+    After all others: a `redis.py` that lies there must not take the place of ours.
+    """
+    place = str(directory or Path.cwd())
+    if place not in sys.path:
+        sys.path.append(place)
 
 
 def import_function(path: str, *, setting: str) -> Callable[..., Any]:
@@ -16,15 +27,13 @@ def import_function(path: str, *, setting: str) -> Callable[..., Any]:
 
     `setting` is where `path` stands, for messages.
 
-    Modules in the working directory are found too, but after all others: a `redis.py` that lies
-    there must not take the place of ours.
+    Modules in the working directory are found too, as `search_modules_in` says.
 
     Raises:
         UserError: the module cannot be imported or has no such function.
     """
     module_name, _, names = path.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    search_modules_in(None)
     try:
         found: Any = importlib.import_module(module_name)
         for name in names.split("."):
@@ -41,5 +50,6 @@ def _cannot_be_used(path: str, setting: str, reason: str) -> UserError:
     return UserError(
         f"`{setting}` = {path!r} cannot be used: {reason}",
         expected="an importable `module:function`",
-        next_step=f"Put its module in {os.getcwd()} or on PYTHONPATH, or correct the name.",
+        next_step=f"Put its module in {os.getcwd()}, in run.modules or on PYTHONPATH, or correct "
+        "the name.",
     )

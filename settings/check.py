@@ -66,7 +66,7 @@ def _print_settings(
 def _print_plan(plan: Plan, settings: Settings, console: Console) -> None:
     streams = [f"{{onstream:{plan.run}}}:stream:{stage}" for stage in plan.streams]
     rows = {
-        "run": f"{plan.run} in {settings.run_dir}",
+        "run": f"{plan.run} in {settings.run_dir.absolute()}",
         "route": " → ".join(plan.streams),
         "workers": ", ".join(f"{kind} × {count}" for kind, count in plan.workers.items()),
         "streams": ", ".join(streams),

@@ -16,6 +16,7 @@ from onstream.settings.decoding import UNDECODABLE
 from onstream.settings.devices import device_of
 from onstream.settings.engines import teacher_engine
 from onstream.settings.fields import Setting, known
+from onstream.settings.paths import given_paths, with_absolute_paths
 from onstream.settings.retired import RETIRED, says_nothing
 from onstream.settings.root import Settings
 from onstream.settings.route import external_teacher, local_teacher, rollout_teacher, route_of
@@ -35,7 +36,8 @@ class Plan(msgspec.Struct, frozen=True):
     GPUs the vLLM server takes that is started here to serve `teacher`, 1 on a CPU; 0 where none is.
     `student_servers` is how many vLLM servers are started here for the generator to ask.
     `run_settings` are the settings of scope `run` by dotted name, of which those in `changeable`
-    may change on resume.
+    may change on resume. Paths are absolute; `given` has those that were not, as they were given:
+    a worker on another machine may have the same files elsewhere.
     """
 
     run: str
@@ -50,6 +52,7 @@ class Plan(msgspec.Struct, frozen=True):
     changeable: tuple[str, ...]
     teacher_server: int = 0
     student_servers: int = 0
+    given: dict[str, str] = {}
 
     def kinds(self, stage: StageName) -> list[WorkerKind]:
         """The kinds of worker that serve `stage` by this plan."""
@@ -98,6 +101,9 @@ class Difference:
 
 def make_plan(settings: Settings) -> Plan:
     """The plan that follows from `settings`."""
+    given = given_paths(settings)
+    local_given = local_teacher(settings)
+    settings = with_absolute_paths(settings)
     route = route_of(settings)
     shared = [setting for setting in known().values() if _is_shared(setting, settings)]
     values = {setting.name: setting.value(settings) for setting in shared}
@@ -107,6 +113,8 @@ def make_plan(settings: Settings) -> Plan:
         # One teacher, wherever it runs: a worker may join with endpoints of its own, or with a
         # model of its own.
         values |= dict.fromkeys(TEACHER_NAMES, external or local)
+        if not external and local_given is not None and local_given != local:
+            given |= dict.fromkeys(TEACHER_NAMES, local_given)
     workers = _workers(settings, route)
     teacher_server = _serves_teacher(settings) and workers["teacher-external"] > 0
     return Plan(
@@ -122,7 +130,22 @@ def make_plan(settings: Settings) -> Plan:
         changeable=tuple(setting.name for setting in shared if setting.scope.changeable),
         teacher_server=_server_gpus(settings) if teacher_server else 0,
         student_servers=_student_servers(settings) if workers["generator"] else 0,
+        given=given,
     )
+
+
+def under_name(plan: Plan, run: str) -> Plan:
+    """`plan` as that of the run `run`, whose directory was copied or renamed."""
+    settings = {**plan.run_settings, "run.name": run}
+    return msgspec.structs.replace(plan, run=run, run_settings=settings)
+
+
+def with_given_paths(ours: Plan, theirs: Plan) -> Plan:
+    """`ours` with the paths that `theirs` was given too, where both mean the same files."""
+    known_there = {
+        name: path for name, path in theirs.given.items() if _same_files(name, ours, theirs)
+    }
+    return msgspec.structs.replace(ours, given={**known_there, **ours.given})
 
 
 def _is_shared(setting: Setting, settings: Settings) -> bool:
@@ -137,9 +160,18 @@ def differences(ours: Plan, theirs: Plan) -> list[Difference]:
         here = ours.run_settings.get(name)
         there = theirs.run_settings.get(name)
         gone = says_nothing(name, there) or _of_another_type(name, ours, theirs)
-        if here != there and not gone:
+        if here != there and not gone and not _same_files(name, ours, theirs):
             found.append(Difference(name, here, there, changeable=name in ours.changeable))
     return found
+
+
+def _same_files(name: str, ours: Plan, theirs: Plan) -> bool:
+    """Whether both plans name the same path, as it was given or with where it was found."""
+    if name not in ours.given and name not in theirs.given:
+        return False
+    here = {ours.run_settings.get(name), ours.given.get(name)}
+    there = {theirs.run_settings.get(name), theirs.given.get(name)}
+    return bool((here & there) - {None})
 
 
 def _of_another_type(name: str, ours: Plan, theirs: Plan) -> bool:

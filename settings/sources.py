@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, TomlConfigSetting
 from pydantic_settings import SettingsError as SourceError
 from pydantic_settings.sources.utils import parse_env_vars
 
+from onstream.pipeline.errors import looked_in
 from onstream.settings.fields import HIDDEN, known
 from onstream.settings.problems import PREFIX, SettingsProblem, setting_of, unknown_variable
 from onstream.settings.retired import without_other_types, without_retired
@@ -95,7 +96,8 @@ def _of_file(file: Path | str, problems: list[SettingsProblem]) -> Iterable[Frag
     path = settings_file(file)
     if not path.exists():
         expected = "a TOML file, or the directory or name of a run"
-        problems.append(SettingsProblem((), f"no file {path}", expected, "Check the path."))
+        got = f"no file {path}{looked_in(path)}"
+        problems.append(SettingsProblem((), got, expected, "Check the path."))
         return
     try:
         values = TomlConfigSettingsSource(_SETTINGS, path).toml_data

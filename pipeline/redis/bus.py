@@ -95,19 +95,24 @@ def redis_url(settings: Settings) -> str:
 
 
 def running_server(run_dir: Path) -> str | None:
-    """The URL of the server that `onstream up` runs for the run; None if none answers."""
+    """The URL of the server that `onstream up` runs for the run; None if none answers.
+
+    That of another run does not count: the directory may be a copy of its own.
+    """
     address_file = run_dir / EMBEDDED_ADDRESS
     if not address_file.exists():
         return None
     url = address_file.read_text().strip()
     client = Redis.from_url(url, socket_timeout=5)
     try:
-        client.ping()
+        data = client.config_get("dir")["dir"]
     except RedisError:
         return None  # its launcher was killed, and the server with it; the file stayed
     finally:
         client.close()
-    return url
+    return (
+        url if Path(str(data)).resolve() == (run_dir / EMBEDDED_ADDRESS).parent.resolve() else None
+    )
 
 
 def connect(settings: Settings, url: str, *, consumer: str) -> Bus:

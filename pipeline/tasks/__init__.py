@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.import_path import import_function
+from onstream.pipeline.import_path import import_function, search_modules_in
 from onstream.pipeline.tasks.base import Problem, Task
 from onstream.pipeline.tasks.procedural import BUILTIN, ProceduralTask, builtin_draw
 from onstream.pipeline.tasks.scorers import (
@@ -89,6 +89,7 @@ def load_scorer(settings: Settings) -> Scorer:
 
         return code_scorer(settings)
     if settings.task.scorer:
+        search_modules_in(settings.run.modules)
         return import_function(settings.task.scorer, setting="task.scorer")
     if name.startswith(GYM):
         from onstream.pipeline.tasks.reasoning_gym import gym_scorer

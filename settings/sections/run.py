@@ -25,6 +25,9 @@ class RunSettings(Section):
     """
     dir: Annotated[Path, WORKER] = Path("runs")
     """Directory that holds the run's directory."""
+    modules: Annotated[Path | None, WORKER] = None
+    """Directory with modules of your own, for `task.scorer` and `trainer.loss.function`. Unset: the
+    working directory."""
 
 
 class ModelSettings(Section):

@@ -17,6 +17,7 @@ from onstream.workers.commands.check import check
 from onstream.workers.commands.dead import dead
 from onstream.workers.commands.evaluate import evaluate
 from onstream.workers.commands.export import export
+from onstream.workers.commands.fork import fork
 from onstream.workers.commands.health import health
 from onstream.workers.commands.jobs import jobs
 from onstream.workers.commands.models import models
@@ -47,6 +48,7 @@ for command in (
     dead,
     evaluate,
     export,
+    fork,
     health,
     jobs,
     models,

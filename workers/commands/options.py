@@ -68,7 +68,12 @@ def load(files: Sequence[Path], overrides: Sequence[str]) -> Settings:
     # Imported here: pydantic takes longer to import than `--help` may take.
     from onstream.settings.load import load_settings
 
-    return load_settings(files, overrides)
+    settings = load_settings(files, overrides)
+    if settings.run.modules is not None:
+        from onstream.pipeline.import_path import search_modules_in
+
+        search_modules_in(settings.run.modules)
+    return settings
 
 
 def _set_option(help_text: str) -> Callable[[Command], Command]:

@@ -14,7 +14,8 @@ from onstream.pipeline import telemetry
 from onstream.pipeline.errors import Exit
 from onstream.pipeline.processes import StopSignals
 from onstream.pipeline.redis.bus import Bus, connect
-from onstream.settings.plan import Plan, make_plan
+from onstream.settings.paths import with_absolute_paths
+from onstream.settings.plan import Plan, make_plan, under_name
 from onstream.settings.redis import address
 from onstream.settings.root import Settings
 from onstream.settings.toml import toml_text
@@ -68,10 +69,13 @@ def up(
         _check_resume(settings, plan, bus)
         # Only now: a launcher that is refused must leave the run's own settings as they were.
         if trains:
-            (settings.run_dir / "settings.toml").write_text(toml_text(settings), encoding="utf-8")
+            text = toml_text(with_absolute_paths(settings))
+            (settings.run_dir / "settings.toml").write_text(text, encoding="utf-8")
         stack.enter_context(_own_log(settings))
         stack.enter_context(stop)
         display = stack.enter_context(_display(settings, console))
+        if renaming := _renaming(settings):
+            display.say(renaming)
         # Whether the run may exist has been decided here: a trainer that is started again would
         # find its own.
         options = [part for one in [*overrides, "run.resume=auto"] for part in ("--set", one)]
@@ -265,9 +269,26 @@ def _check_resume(settings: Settings, plan: Plan, bus: Bus) -> None:
 
 def _existing_plan(settings: Settings, bus: Bus) -> Plan | None:
     """The plan that the run was started with; from the run directory if another Redis held it."""
-    written = settings.run_dir / "plan.json"
-    data = bus.state.plan() or (written.read_bytes() if written.exists() else None)
-    return None if data is None else Plan.decode(data)
+    if (data := bus.state.plan()) is not None:
+        return Plan.decode(data)
+    written = _written_plan(settings)
+    return written and under_name(written, settings.run.name)
+
+
+def _written_plan(settings: Settings) -> Plan | None:
+    path = settings.run_dir / "plan.json"
+    return Plan.decode(path.read_bytes()) if path.exists() else None
+
+
+def _renaming(settings: Settings) -> str | None:
+    """What there is to say of a run whose directory was copied or renamed; None of another one."""
+    written = _written_plan(settings)
+    if written is None or written.run == settings.run.name:
+        return None
+    return (
+        f"{settings.run_dir} was the directory of run {written.run}, and was copied or renamed: it "
+        f"goes on as run {settings.run.name}, from its newest checkpoint"
+    )
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ def teacher_overrides(settings: Settings, plan: Plan, servers: Sequence[ModelSer
     }
     section = "orchestrator.teacher_model"
     return [
-        f"{section}.model.name={plan.teacher}",
+        f"{section}.model.name={settings.teacher_inference.model.name or settings.model.name}",
         *(f"{section}.client.{name}={value}" for name, value in client.items()),
     ]
 

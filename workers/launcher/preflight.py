@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onstream.pipeline.errors import Exit, UserError, looked_in
+from onstream.pipeline.import_path import search_modules_in
 from onstream.settings.devices import gpus_found
 from onstream.settings.extras import installed, missing_by_import, missing_package
 from onstream.settings.gpus import gpu_problems
@@ -182,7 +183,7 @@ def check_teacher(subject: Subject) -> None:
         UserError: something is missing or unfit.
     """
     teacher = subject.plan.teacher
-    if teacher is not None and teacher != subject.settings.model.name:
+    if teacher is not None and teacher != subject.plan.student:
         check_model(teacher, "teacher_inference.model.name", ask_hub=subject.ask_hub)
 
 
@@ -231,6 +232,7 @@ def check_user_loss(subject: Subject) -> None:
     Raises:
         UserError: as `check_loss`.
     """
+    search_modules_in(subject.settings.run.modules)
     check_loss(subject.settings)
 
 

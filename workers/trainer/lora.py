@@ -17,6 +17,7 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.loading import base_of, load_model
 from onstream.pipeline.models.tokenizer import load_tokenizer
 from onstream.settings.extras import missing_package
+from onstream.settings.paths import absolute_model
 from onstream.settings.sections.trainer import LoraSettings
 
 if TYPE_CHECKING:
@@ -65,9 +66,12 @@ def _new_adapter(model: PreTrainedModel, lora: LoraSettings) -> Any:
         # same adapter.
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return peft.get_peft_model(model, config)
+            wrapped = peft.get_peft_model(model, config)
     except ValueError as error:
         raise _no_such_layers(model, lora, error) from error
+    if base := config.base_model_name_or_path:
+        config.base_model_name_or_path = absolute_model(base)
+    return wrapped
 
 
 @contextmanager

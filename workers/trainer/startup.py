@@ -51,7 +51,7 @@ def start_trainer(settings: Settings, bus: Bus, stats: Stats) -> Trainer:
     lease = become_trainer(bus, settings.delivery.lease, files)
     with bus.lease.writing(lease):
         found = checkpoint.load_newest(settings.run_dir / checkpoint.FOLDER)
-        agree_on_plan(bus, lease, plan, settings, found.state if found else None)
+        plan = agree_on_plan(bus, lease, plan, settings, found.state if found else None)
     directory = RunDirectory(bus, lease, files, settings.run_dir)
     with contextlib.ExitStack() as opened:
         trainer = _Builder(settings, plan, bus, lease, directory, found, opened).build(stats)

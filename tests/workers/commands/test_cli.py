@@ -147,7 +147,7 @@ def test_a_command_on_a_run_that_does_not_exist_says_so() -> None:
     done = onstream("audit", "no-such-run")
     assert done.returncode == 2
     expected = "expected a TOML file, or the directory or name of a run"
-    assert f"no file no-such-run; {expected}" in done.stderr
+    assert f"no file no-such-run in {Path.cwd()}; {expected}" in done.stderr
 
 
 def test_a_worker_without_a_redis_says_what_to_set(tmp_path: Path) -> None:

@@ -139,6 +139,22 @@ def test_a_finished_run_goes_on_though_its_workers_are_up_long_before_its_traine
     assert "restarting" not in run.printed.getvalue()
 
 
+def test_a_run_goes_on_from_any_directory_by_its_own_settings(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run.overrides[2] = "model.name=student"
+    assert run.up() == Exit.OK
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    settings = load_settings([run.directory], ["trainer.max_steps=8"], environ={})
+    more = ["trainer.max_steps=8"]
+    console = Console(file=run.printed, width=200)
+    assert launcher.up(settings, [run.directory], more, console) == Exit.OK
+    assert run.read("report.json")["steps"] == 8
+
+
 def test_a_worker_that_refuses_stops_the_run_with_its_last_words(run: Run) -> None:
     run.orders("verify", "exit 2 no such scorer")
     run.orders("train", "hold")

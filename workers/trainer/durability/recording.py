@@ -17,6 +17,7 @@ from onstream.pipeline.run_files.durable import sync
 from onstream.pipeline.run_files.recording import Recorder, ResumeMark, StepMark
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.fields import known
+from onstream.settings.paths import with_absolute_paths
 from onstream.settings.root import Settings
 from onstream.settings.toml import toml_text
 from onstream.workers.trainer.durability.checkpoint import (
@@ -168,7 +169,8 @@ def _begin(directory: Path, settings: Settings, found: Checkpoint | None) -> Non
     unfinished = directory.with_name(f".{directory.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    (unfinished / SETTINGS).write_text(toml_text(settings), encoding="utf-8")
+    text = toml_text(with_absolute_paths(settings))
+    (unfinished / SETTINGS).write_text(text, encoding="utf-8")
     if found:
         shutil.copytree(found.path, unfinished / START, copy_function=_link)
     sync_tree(unfinished)

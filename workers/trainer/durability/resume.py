@@ -13,7 +13,13 @@ from onstream.pipeline.redis.keys import STAGES
 from onstream.pipeline.redis.lease import Lease, while_it_may_expire
 from onstream.pipeline.run_files.json_lines import JsonLines
 from onstream.pipeline.run_files.ownership import Ownership
-from onstream.settings.plan import Plan, differences, refuse_differences
+from onstream.settings.plan import (
+    Plan,
+    differences,
+    refuse_differences,
+    under_name,
+    with_given_paths,
+)
 from onstream.settings.root import Settings
 from onstream.settings.sections.run import RunSettings
 from onstream.workers.trainer.durability.acknowledgements import SettledNumbers
@@ -40,11 +46,11 @@ def become_trainer(bus: Bus, ttl_s: float, files: Ownership) -> Lease:
 
 def agree_on_plan(
     bus: Bus, lease: Lease, ours: Plan, settings: Settings, state: TrainerState | None
-) -> None:
+) -> Plan:
     """Write our plan as the run's, after making sure that the run was started with it.
 
     `state` is that of the newest checkpoint, where there is one. Changeable settings that changed
-    are recorded with its step.
+    are recorded with its step. Returns the plan as it was written.
 
     Raises:
         UserError: the run exists and must not, or the reverse, or it was started with other
@@ -57,17 +63,25 @@ def agree_on_plan(
         refuse_differences(ours, theirs)
         _refuse_route(bus, ours, theirs, state)
         _record_changes(run_dir, ours, theirs, state.step if state else 0)
+        ours = with_given_paths(ours, theirs)
     bus.lease.write_plan(lease, ours.encode())
     fresh = run_dir / f"{PLAN}.new"
     fresh.write_bytes(ours.encode())
     fresh.rename(run_dir / PLAN)
+    return ours
 
 
 def _plan_of_the_run(bus: Bus, run_dir: Path) -> Plan | None:
+    """The plan in Redis, else that in the run's directory, which may have been renamed since."""
     stored = bus.state.plan()
-    if stored is None and (run_dir / PLAN).exists():
-        stored = (run_dir / PLAN).read_bytes()
-    return None if stored is None else Plan.decode(stored)
+    if stored is not None:
+        return Plan.decode(stored)
+    if not (run_dir / PLAN).exists():
+        return None
+    written = Plan.decode((run_dir / PLAN).read_bytes())
+    if written.run != bus.run:
+        log.warning("the directory of the run was copied or renamed", was=written.run, now=bus.run)
+    return under_name(written, bus.run)
 
 
 def _refuse_resume(run: RunSettings, run_dir: Path, *, exists: bool) -> None:
