@@ -7,7 +7,9 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from redis.exceptions import RedisError
 from rich.console import Console
 
 from onstream.pipeline import telemetry
@@ -20,10 +22,12 @@ from onstream.settings.redis import address
 from onstream.settings.root import Settings
 from onstream.settings.toml import toml_text
 from onstream.workers.inspection.audit import audit
-from onstream.workers.launcher import preflight, report
+from onstream.workers.inspection.dead_letters import dead_by_reason
+from onstream.workers.launcher import ending, preflight, report
 from onstream.workers.launcher.cpu_usage import CpuUsage
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from onstream.workers.launcher.environment import environment
+from onstream.workers.launcher.finished_run import finished_step, refuse_changes
 from onstream.workers.launcher.processes import RunProcesses
 from onstream.workers.launcher.progress import Display, RunView, result_table
 from onstream.workers.launcher.run_view import run_view
@@ -66,7 +70,14 @@ def up(
             redis.start()
         bus = _connect(settings, redis)
         stack.callback(bus.close)
-        _check_resume(settings, plan, bus)
+        existing = _existing_plan(settings, bus)
+        _check_resume(settings, plan, existing, bus)
+        if trains and existing and (step := finished_step(settings, bus)) is not None:
+            refuse_changes(plan, existing, step)
+            # A Redis that ends with the run stays until the workers of other containers have seen
+            # the end, which takes the whole way.
+            if not settings.redis.shut_down:
+                return _show_finished(settings, step, console)
         # Only now: a launcher that is refused must leave the run's own settings as they were.
         if trains:
             text = toml_text(with_absolute_paths(settings))
@@ -192,10 +203,12 @@ class Launcher:
         ends_redis = self._settings.redis.shut_down and self._redis is None
         if ends_redis:
             wait_until_alone(self._bus.state, self._say, lambda: self._stop.requests > 0)
-        self._report()
+        written = self._report()
+        for sentence in ending.sentences(written, self._run_dir):
+            self._say(sentence)
         if ends_redis and not self._stop.requests:
             self._bus.connection.shut_down()
-        return Exit.OK
+        return Exit.FAILED if ending.nothing_learnt(written) else Exit.OK
 
     def _stopped_by_request(self) -> Exit:
         self._say(
@@ -238,11 +251,21 @@ class Launcher:
             children, within_s=within_s, hurry=lambda: self._stop.requests > 1, tick=tick
         )
 
-    def _report(self) -> None:
-        written = report.build(self._run_dir, self._cpu.report())
+    def _report(self) -> dict[str, Any]:
+        written = report.build(self._run_dir, self._cpu.report(), self._dead_letters())
         self._display.result(result_table(written))
         for name in ("curves.png", "report.json"):
             self._say(f"{self._run_dir / name}")
+        return written
+
+    def _dead_letters(self) -> list[dict[str, Any]]:
+        """How many dead letters there are of each stage and reason."""
+        try:
+            groups = dead_by_reason(self._bus, self._run_dir)["reasons"]
+        except RedisError as error:
+            self._say(f"the dead letters cannot be read ({error})")
+            return []
+        return [{name: group[name] for name in ("stage", "reason", "count")} for group in groups]
 
 
 def _embedded_redis(settings: Settings) -> EmbeddedRedis | None:
@@ -260,11 +283,25 @@ def _connect(settings: Settings, redis: EmbeddedRedis | None) -> Bus:
     return connect(settings, url, consumer=f"launcher-{os.getpid()}")
 
 
-def _check_resume(settings: Settings, plan: Plan, bus: Bus) -> None:
+def _show_finished(settings: Settings, step: int, console: Console | None) -> Exit:
+    """Say that the run has finished, and what it came to."""
+    with _display(settings, console) as display:
+        display.say(
+            f"run {settings.run.name} is already finished at step {step}. For more steps raise "
+            "trainer.max_steps; for a new run choose another run.name."
+        )
+        written = report.of_finished(settings.run_dir)
+        display.result(result_table(written))
+        for sentence in ending.sentences(written, settings.run_dir):
+            display.say(sentence)
+    return Exit.FAILED if ending.nothing_learnt(written) else Exit.OK
+
+
+def _check_resume(settings: Settings, plan: Plan, existing: Plan | None, bus: Bus) -> None:
     def in_flight() -> int:
         return len(audit(settings.run_dir, bus)["in_flight"])
 
-    preflight.check_resume(settings, plan, _existing_plan(settings, bus), in_flight)
+    preflight.check_resume(settings, plan, existing, in_flight)
 
 
 def _existing_plan(settings: Settings, bus: Bus) -> Plan | None:

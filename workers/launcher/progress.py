@@ -174,10 +174,14 @@ def result_table(report: Mapping[str, Any]) -> Table:
         "rollouts": f"{report['rollouts']} ({_figure(report['rollouts_per_s'])} a second)",
         "eval (exact, held out)": _change(evaluation, "before", "after"),
     }
+    if _differs(evaluation.get("reward"), evaluation):
+        rows["eval (reward, held out)"] = _change(evaluation["reward"], "before", "after")
     if swapped := evaluation.get("swapped"):
         rows["eval (images swapped)"] = _change(swapped, "before", "after")
     rows["teacher_kl (nats a token)"] = _change(report["teacher_kl"], "first", "last")
     rows["reward"] = _change(report["reward"], "first", "last")
+    if truncated := report.get("truncated_share"):
+        rows["cut off at max_completion"] = f"{truncated:.1%}"
     if cpu_seconds := report.get("cpu_seconds"):
         seconds = [f"{kind} {used:.1f}" for kind, used in cpu_seconds.items()]
         rows["CPU seconds"] = "  ".join(seconds)
@@ -185,6 +189,11 @@ def result_table(report: Mapping[str, Any]) -> Table:
     for title, figure in rows.items():
         table.add_row(title, figure)
     return table
+
+
+def _differs(reward: Mapping[str, Any] | None, exact: Mapping[str, Any]) -> bool:
+    """Whether held-out rewards tell more than the share of exact answers does."""
+    return reward is not None and any(reward[at] != exact[at] for at in ("before", "after"))
 
 
 def _change(figures: Mapping[str, Any], start: str, end: str) -> str:

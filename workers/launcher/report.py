@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import fsum
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,20 @@ EVALUATED = ("version", "exact", "exact_swapped")
 USAGE = ("cpu_seconds", "cpu_seconds_startup")
 
 
-def build(run_dir: Path, usage: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def build(
+    run_dir: Path,
+    usage: Mapping[str, Any] | None = None,
+    dead_letters: Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Write `report.json` and `curves.png` into `run_dir` and return the report.
 
-    `usage` holds the CPU seconds, which only a launcher that saw the training knows. Without it,
-    those of an earlier report stay.
+    `usage` holds the CPU seconds, which only a launcher that saw the training knows, and
+    `dead_letters` how many there are of each stage and reason. Without them, those of an earlier
+    report stay.
     """
     rows = read_rows(run_dir / "metrics.jsonl")
     evals = read_rows(run_dir / "evals.jsonl")
-    if usage is None:
-        usage = _earlier_usage(run_dir / "report.json")
-    report = summary(rows, evals) | dict(usage)
+    report = summary(rows, evals) | _seen(run_dir, usage, dead_letters)
     text = msgspec.json.format(msgspec.json.encode(report), indent=2)
     temporary = run_dir / "report.json.tmp"
     temporary.write_bytes(text + b"\n")
@@ -38,9 +41,26 @@ def build(run_dir: Path, usage: Mapping[str, Any] | None = None) -> dict[str, An
     return report
 
 
-def _earlier_usage(path: Path) -> dict[str, Any]:
+def of_finished(run_dir: Path) -> dict[str, Any]:
+    """The report of a run that has finished; nothing is written."""
+    rows = read_rows(run_dir / "metrics.jsonl")
+    evals = read_rows(run_dir / "evals.jsonl")
+    return summary(rows, evals) | _seen(run_dir, None, None)
+
+
+def _seen(
+    run_dir: Path,
+    usage: Mapping[str, Any] | None,
+    dead_letters: Sequence[Mapping[str, Any]] | None,
+) -> dict[str, Any]:
+    """What no file but an earlier report has."""
+    path = run_dir / "report.json"
     earlier: dict[str, Any] = msgspec.json.decode(path.read_bytes()) if path.exists() else {}
-    return {name: earlier[name] for name in USAGE if name in earlier}
+    if usage is None:
+        usage = {name: earlier[name] for name in USAGE if name in earlier}
+    if dead_letters is None:
+        dead_letters = earlier.get("dead_letters", [])
+    return {**usage, "dead_letters": dead_letters}
 
 
 def summary(rows: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str, Any]:
@@ -51,7 +71,8 @@ def summary(rows: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str
     ticket is issued. Waiting, publishing and checkpoints count; start-up, and the time between an
     interruption and the resume, do not. `last` of a metric is the mean of the last 10 steps.
     `publish_bytes` is the mean size of an update; `delta_share` the mean share of weights that
-    changed in a step, None without deltas.
+    changed in a step, None without deltas. `dropped` and `dead` count the rollouts that no step
+    trained on; `steps_without_gradient` the steps whose gradient was 0.
     """
     seconds = sum(value for _, value in points(rows, "elapsed_s"))
     rollouts = int(sum(number(row, "rollouts") or 0 for row in rows))
@@ -73,14 +94,35 @@ def summary(rows: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str
         "tokens": int(sum(number(row, "tokens") or 0 for row in rows)),
         "publish_bytes": mean(rows, "publish_bytes"),
         "delta_share": mean(rows, "delta_share"),
+        "truncated_share": mean(rows, "truncated_share"),
+        "unscored": _unscored(rows),
+        "dropped": {
+            "stale": _total(rows, "dropped_stale"),
+            "other": _total(rows, "dropped_other"),
+        },
+        "dead": _total(rows, "dead"),
+        "steps_without_gradient": sum(number(row, "grad_norm") == 0 for row in rows),
     }
+
+
+def _unscored(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How many trained rollouts have no reward, and the commonest reason of the last such step."""
+    reasons = [row["unscored_reason"] for row in rows if row.get("unscored_reason")]
+    return {
+        "rollouts": _total(rows, "unscored"),
+        "reason": reasons[-1] if reasons else None,
+    }
+
+
+def _total(rows: list[dict[str, Any]], name: str) -> int:
+    return int(sum(number(row, name) or 0 for row in rows))
 
 
 def evaluations(evals: list[dict[str, Any]]) -> dict[str, Any]:
     """Exact-match shares of the first policy (`before`) and of the last one evaluated (`after`).
 
     `swapped`, where that was asked for, has the shares of the same two where each prompt was shown
-    another one's images.
+    another one's images. `reward` has their mean rewards.
     """
     last_of = {int(row["version"]): row for row in latest(evals)}
     before = last_of.get(0)
@@ -90,13 +132,15 @@ def evaluations(evals: list[dict[str, Any]]) -> dict[str, Any]:
         "after": after and after["exact"],
         "version": after and after["version"],
         "samples": (after or before or {}).get("samples"),
-        **_swapped(before or {}, after or {}),
+        **_change("swapped", "exact_swapped", before or {}, after or {}),
+        **_change("reward", "reward", before or {}, after or {}),
     }
 
 
-def _swapped(before: Row, after: Row) -> dict[str, Any]:
-    shares = {"before": before.get("exact_swapped"), "after": after.get("exact_swapped")}
-    return {"swapped": shares} if any(share is not None for share in shares.values()) else {}
+def _change(name: str, field: str, before: Row, after: Row) -> dict[str, Any]:
+    """`field` of two evaluations, under `name`; nothing where neither has it."""
+    values = {"before": before.get(field), "after": after.get(field)}
+    return {name: values} if any(value is not None for value in values.values()) else {}
 
 
 def latest(evals: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ from onstream.workers.trainer.batches.batch_builder import (
     drop_metrics,
     rollout_metrics,
     scored_shares,
+    unscored_reason,
 )
 from onstream.workers.trainer.batches.train_samples import training_samples, untrainable
 from onstream.workers.trainer.durability.checkpoint import OPTIMIZER, Checkpoint
@@ -168,6 +169,7 @@ class Training:
             **rollout_metrics(batch, self.step),
             **drop_metrics(self.dropped),
             "scored_by": scored_shares(batch),
+            "unscored_reason": unscored_reason(batch),
         }
         self.step += 1
         self.dropped.clear()

@@ -128,6 +128,8 @@ def train(settings: Settings, bus: Bus) -> None:
             bus.lease.announce(lease, PolicyVersion(step, f"digest {step}", "", 1))
             if step == 3:
                 wait_until(lambda: not (settings.run_dir / "train").exists())
+    checkpoint = settings.run_dir / "checkpoints" / f"step-{settings.trainer.max_steps:06}"
+    checkpoint.mkdir(parents=True, exist_ok=True)
     bus.lease.finish(lease)
 
 

@@ -121,6 +121,39 @@ def test_a_run_goes_from_one_command_to_its_report_and_on_from_there(run: Run) -
     ] == [0, 5, 8]
 
 
+def test_a_finished_run_is_told_at_once_with_its_report_and_starts_no_worker(run: Run) -> None:
+    assert run.up() == Exit.OK
+    said = run.printed.getvalue()
+    assert "finished after step 5" in said
+    assert f"export {run.directory} --out demo-model" in said
+    logs = {path: path.stat().st_mtime_ns for path in (run.directory / "logs").iterdir()}
+    run.printed.truncate(0)
+    assert run.up() == Exit.OK
+    said = run.printed.getvalue()
+    assert "run demo is already finished at step 5" in said
+    assert "teacher_kl (nats a token)" in said
+    assert {path: path.stat().st_mtime_ns for path in (run.directory / "logs").iterdir()} == logs
+
+
+def test_a_finished_run_with_other_settings_is_refused_instead_of_posing_as_a_new_one(
+    run: Run,
+) -> None:
+    assert run.up() == Exit.OK
+    with pytest.raises(UserError, match="already finished at step 5") as refused:
+        run.up("trainer.optim.lr=0.05")
+    assert refused.value.exit is Exit.REFUSED
+    assert "trainer.optim.lr (here 0.05, the run has " in refused.value.got
+    assert "Raise trainer.max_steps above 5, or choose another run.name" in str(refused.value)
+    assert load_settings([run.directory], environ={}).trainer.optim.lr != 0.05
+
+
+def test_a_finished_run_whose_last_evaluation_is_missing_is_evaluated(run: Run) -> None:
+    assert run.up() == Exit.OK
+    (run.directory / "evals.jsonl").unlink()
+    assert run.up() == Exit.OK
+    assert run.read("report.json")["eval"]["after"] == 0.55
+
+
 def test_a_finished_run_goes_on_though_its_workers_are_up_long_before_its_trainer(
     run: Run,
 ) -> None:

@@ -146,3 +146,30 @@ def test_a_run_without_a_step_has_a_report_and_no_picture(tmp_path: Path) -> Non
     report = build(tmp_path)
     assert (report["steps"], report["seconds"], report["rollouts_per_s"]) == (0, 0, None)
     assert not (tmp_path / "curves.png").exists()
+
+
+def test_what_was_unscored_cut_off_dropped_and_dead_is_counted_over_all_steps() -> None:
+    rows = [
+        row(1, unscored=64, unscored_reason="KeyError: 'a' (s.py:2)", truncated_share=1.0, dead=3),
+        row(2, unscored=0, truncated_share=0.8, dropped_stale=4, dropped_other=8, grad_norm=0.0),
+    ]
+    report = summary(rows, [])
+    assert report["unscored"] == {"rollouts": 64, "reason": "KeyError: 'a' (s.py:2)"}
+    assert report["truncated_share"] == pytest.approx(0.9)
+    assert report["dropped"] == {"stale": 4, "other": 8}
+    assert (report["dead"], report["steps_without_gradient"]) == (3, 1)
+
+
+def test_the_held_out_reward_stands_beside_the_exact_answers() -> None:
+    evals = [
+        {"version": version, "exact": 0.0, "reward": reward, "samples": 8}
+        for version, reward in ((0, 0.25), (5, 0.75))
+    ]
+    found = summary([row(5)], evals)["eval"]
+    assert found["reward"] == {"before": 0.25, "after": 0.75}
+
+
+def test_dead_letters_stay_in_a_report_that_is_written_again(tmp_path: Path) -> None:
+    dead = [{"stage": "generate", "reason": "the prompt is too long", "count": 12}]
+    assert build(tmp_path, {}, dead)["dead_letters"] == dead
+    assert build(tmp_path)["dead_letters"] == dead

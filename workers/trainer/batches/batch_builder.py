@@ -260,6 +260,13 @@ def scored_shares(batch: Sequence[TrainableUnit]) -> dict[str, float] | None:
     return {name: count / len(rollouts) for name, count in sorted(counts.items())} or None
 
 
+def unscored_reason(batch: Sequence[TrainableUnit]) -> str | None:
+    """The commonest reason why rollouts of `batch` have no reward; None where all have one."""
+    rollouts = [rollout for unit in batch for rollout in unit.rollouts]
+    reasons = Counter(rollout.unscored for rollout in rollouts if rollout.unscored is not None)
+    return reasons.most_common(1)[0][0] if reasons else None
+
+
 def drop_metrics(dropped: Mapping[str, int]) -> Metrics:
     """How many numbers settled untrained since the step before, from the counts by fate."""
     other = sum(count for fate, count in dropped.items() if fate not in ("stale", "dead"))
