@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.tasks.sandbox import REQUIRED, ProgramResult, Sandbox, SandboxError
+from onstream.pipeline.tasks.code_tests import judge
+from onstream.pipeline.tasks.sandbox import REQUIRED, Sandbox, SandboxError
 from onstream.pipeline.tasks.scorers import Score, Scorer, answer_text
 from onstream.settings.root import Settings
 
@@ -47,7 +48,7 @@ def code_scorer(settings: Settings) -> Scorer:
         return score_program(
             Sandbox(verification.sandbox),
             program_of(completion),
-            info.get("tests"),
+            info,
             verification.sandbox.wall,
         )
 
@@ -89,49 +90,63 @@ def program_of(completion: str) -> str:
     return str(blocks[-1]) if blocks else answer
 
 
-def score_program(sandbox: Sandbox, program: str, tests: object, wall_s: float) -> dict[str, float]:
-    """1 if `program` passes every test, else 0.
+def score_program(sandbox: Sandbox, program: str, info: dict[str, Any], wall_s: float) -> Score:
+    """1 if `program` passes every test of the problem `info`, else 0.
 
     Parts are `passed`, the share of tests that it passes, and `program_<reason>` = 1 for the first
     failure.
 
-    Tests are Python code that is appended to the program, or a list of `{"input", "output"}`: what
-    it reads, and what it has to write. White space at the ends of lines and of the whole does not
-    count. `wall_s` bounds all tests together.
+    `tests` are Python code, which calls what the program defines, or a list of `{"input",
+    "output"}`: what it reads, and what it has to write. White space at the ends of lines and of
+    the whole does not count. `wall_s` bounds all tests together.
 
     Raises:
         ValueError: `tests` are neither.
     """
-    end = time.monotonic() + wall_s
-    failures = []
-    runs = list(_runs(program, tests))
-    for source, given, expected in runs:
-        left_s = end - time.monotonic()
-        failure = "timed_out"
-        if left_s > 0:
-            failure = _failure(sandbox.run(source, given, wall_s=left_s), expected)
-        if failure:
-            failures.append(failure)
-    score = {"reward": float(not failures), "passed": (len(runs) - len(failures)) / len(runs)}
-    if failures:
-        score[f"program_{failures[0]}"] = 1.0
+    tests = info.get("tests")
+    if isinstance(tests, str) and tests.strip():
+        failures = [_judged(sandbox, program, tests, info.get("entry_point"), wall_s)]
+    else:
+        failures = list(_output_failures(sandbox, program, _listed(tests), wall_s))
+    reasons = [failure for failure in failures if failure]
+    score = {
+        "reward": float(not reasons),
+        "passed": (len(failures) - len(reasons)) / len(failures),
+    }
+    if reasons:
+        score[f"program_{reasons[0]}"] = 1.0
     return score
 
 
-def _runs(program: str, tests: object) -> Iterator[tuple[str, bytes, str | None]]:
-    """The runs: source, standard input, and the expected output (None: any)."""
-    if isinstance(tests, str) and tests.strip():
-        yield f"{program}\n\n{tests}\n", b"", None
-        return
+def _judged(sandbox: Sandbox, program: str, tests: str, entry_point: object, wall_s: float) -> str:
+    if entry_point is not None and not isinstance(entry_point, str):
+        raise ValueError(f"the problem's `entry_point` is {entry_point!r}; expected a name")
+    return judge(sandbox, program, tests, entry_point, wall_s)
+
+
+def _output_failures(
+    sandbox: Sandbox, program: str, tests: list[dict[str, str]], wall_s: float
+) -> Iterator[str]:
+    """For each test, why the program does not pass it; empty where it does."""
+    end = time.monotonic() + wall_s
+    for test in tests:
+        left_s = end - time.monotonic()
+        if left_s <= 0:
+            yield "timed_out"
+            continue
+        result = sandbox.run(program, test.get("input", "").encode(), wall_s=left_s)
+        yield result.failure or _wrong_output(result.output, test["output"])
+
+
+def _listed(tests: object) -> list[dict[str, str]]:
     if not isinstance(tests, list) or not tests:
         raise ValueError(
             f"the problem's `tests` are {type(tests).__name__}; "
             "expected Python code or a list of input and output"
         )
-    for test in tests:
-        if not _is_test(test):
-            raise ValueError("a test is not {'input': text, 'output': text}")
-        yield program, test.get("input", "").encode(), test["output"]
+    if not all(_is_test(test) for test in tests):
+        raise ValueError("a test is not {'input': text, 'output': text}")
+    return tests
 
 
 def _is_test(test: object) -> bool:
@@ -142,11 +157,8 @@ def _is_test(test: object) -> bool:
     )
 
 
-def _failure(result: ProgramResult, expected: str | None) -> str:
-    """Why a run did not pass; empty where it did."""
-    if result.failure is not None:
-        return result.failure
-    right = expected is None or _lines(result.output.decode(errors="replace")) == _lines(expected)
+def _wrong_output(output: bytes, expected: str) -> str:
+    right = _lines(output.decode(errors="replace")) == _lines(expected)
     return "" if right else "wrong_output"
 
 

@@ -1,10 +1,11 @@
 """Runs programs that nobody has read. docs/sandbox.md says what holds them."""
 
-from onstream.pipeline.tasks.sandbox.sandbox import (
-    REQUIRED,
+from onstream.pipeline.tasks.sandbox.running_program import (
     ProgramResult,
-    Sandbox,
+    RunningProgram,
     SandboxError,
+    watch,
 )
+from onstream.pipeline.tasks.sandbox.sandbox import REQUIRED, Sandbox
 
-__all__ = ["REQUIRED", "ProgramResult", "Sandbox", "SandboxError"]
+__all__ = ["REQUIRED", "ProgramResult", "RunningProgram", "Sandbox", "SandboxError", "watch"]

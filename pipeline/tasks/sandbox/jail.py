@@ -39,7 +39,6 @@ MS_RELATIME = 1 << 21
 ST_RELATIME = 4096
 SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
-PROGRAM = "program.py"
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -173,7 +172,7 @@ def become_program(spec: dict[str, Any]) -> None:
         signal.signal(number, signal.SIG_DFL)
     os.execve(
         spec["python"],
-        [spec["python"], "-I", "-S", "-B", PROGRAM],
+        [spec["python"], "-I", "-S", "-B", *spec["arguments"]],
         {"PATH": "/usr/bin:/bin", "HOME": spec["scratch"], "LANG": "C.UTF-8"},
     )
 
@@ -185,10 +184,12 @@ def first_process(spec: dict[str, Any], isolation: list[str], status: int) -> No
     """
     if "files" in isolation:
         build_root(spec, isolation)
-    path = os.path.join(spec["scratch"], PROGRAM)
-    with open(path, "w", encoding="utf-8", errors="replace") as file:
-        file.write(spec["program"])
-    os.chmod(path, 0o444)
+    for name, text in spec["files"].items():
+        path = os.path.join(spec["scratch"], name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+        os.chmod(path, 0o444)
     if os.getuid() == 0:
         os.chown(spec["scratch"], spec["user"], spec["user"])
     tell(status, {"isolation": isolation})

@@ -10,18 +10,21 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import selectors
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
-from onstream.pipeline.processes import kill_group
+from onstream.pipeline.tasks.sandbox.running_program import (
+    ProgramResult,
+    RunningProgram,
+    SandboxError,
+    watch,
+)
 from onstream.settings.sections.orchestrator import SandboxSettings
 
 JAIL = Path(__file__).with_name("jail.py")
@@ -35,29 +38,9 @@ USERS = 4336
 TRIAL_PROGRAM = "import os, sys\nprint(sum(range(10)))"
 TRIAL_OUTPUT = b"45"
 TRIAL_S = 10.0
-END_S = 5.0
-ALL_GONE = b'{"gone": true}\n'
-"""What is noted where the jail ended without a last message."""
+PROGRAM = "program.py"
 
 _runs = itertools.count()
-Failure = Literal["timed_out", "output_limit", "cpu_limit", "killed", "failed"]
-
-
-@dataclass(frozen=True)
-class ProgramResult:
-    """How a program ended: its output, and its failure if there was one, which `message` explains.
-
-    `isolation` names the means of REQUIRED and OPTIONAL that were in force.
-    """
-
-    output: bytes
-    failure: Failure | None
-    message: str = ""
-    isolation: tuple[str, ...] = ()
-
-
-class SandboxError(RuntimeError):
-    """The sandbox itself failed. Nothing is known of the program."""
 
 
 class Sandbox:
@@ -94,31 +77,50 @@ class Sandbox:
             SandboxError: it could not be started.
         """
         wall_s = self._settings.wall if wall_s is None else wall_s
+        deadline = time.monotonic() + wall_s
+        with self.start({PROGRAM: program}, [PROGRAM], given) as running:
+            watch([running], deadline)
+        return running.result(wall_s)
+
+    def start(
+        self,
+        files: Mapping[str, str],
+        arguments: Sequence[str],
+        given: bytes,
+        descriptors: Sequence[int] = (),
+    ) -> RunningProgram:
+        """Start Python with `arguments` in a jail, in a directory that has `files`.
+
+        It reads `given` on its standard input and inherits `descriptors`.
+        """
         # Another user for each run: dead processes of the last run that nobody has waited for
         # count against the limit of its user.
         self._user = FIRST_USER + (os.getpid() * 64 + next(_runs)) % USERS
         scratch = tempfile.mkdtemp(prefix="onstream-")
+        spec = self._spec(files, arguments, scratch)
         status, status_end = os.pipe()
         try:
-            with tempfile.TemporaryFile() as spec, tempfile.TemporaryFile() as stdin:
+            with tempfile.TemporaryFile() as spec_file, tempfile.TemporaryFile() as stdin:
                 stdin.write(given)
                 stdin.seek(0)
-                spec.write(json.dumps(self._spec(program, scratch)).encode())
-                spec.seek(0)
-                jail = self._start(spec, stdin, status_end)
-            os.close(status_end)
-            status_end = -1
-            return self._watch(jail, status, time.monotonic() + wall_s, wall_s)
-        finally:
+                spec_file.write(json.dumps(spec).encode())
+                spec_file.seek(0)
+                jail = _start_jail(spec_file, stdin, status_end, descriptors)
+        except BaseException:
             os.close(status)
-            if status_end >= 0:
-                os.close(status_end)
             shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        finally:
+            os.close(status_end)
+        return RunningProgram(jail, status, scratch, self._user, self._settings.output)
 
-    def _spec(self, program: str, scratch: str) -> dict[str, Any]:
+    def _spec(
+        self, files: Mapping[str, str], arguments: Sequence[str], scratch: str
+    ) -> dict[str, Any]:
         limits = self._settings
         return {
-            "program": program,
+            "files": dict(files),
+            "arguments": list(arguments),
             "scratch": scratch,
             "python": os.path.realpath(sys.executable),
             "prefix": sys.base_prefix,
@@ -133,118 +135,17 @@ class Sandbox:
             "processes": limits.processes,
         }
 
-    def _start(self, spec: IO[bytes], stdin: IO[bytes], status: int) -> subprocess.Popen[bytes]:
-        python = [os.path.realpath(sys.executable), "-I", "-S", "-B"]
-        command = [*python, str(JAIL), str(spec.fileno()), str(status)]
-        return subprocess.Popen(
-            command,
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={},
-            pass_fds=[spec.fileno(), status],
-            start_new_session=True,
-        )
 
-    def _watch(
-        self, jail: subprocess.Popen[bytes], status: int, deadline: float, wall_s: float
-    ) -> ProgramResult:
-        """Read what the program writes until it ends, writes too much, or its time is over.
-
-        Then end all of it.
-        """
-        assert jail.stdout is not None
-        output = bytearray()
-        message = b""
-        with jail.stdout, selectors.DefaultSelector() as selector:
-            selector.register(jail.stdout, selectors.EVENT_READ)
-            selector.register(status, selectors.EVENT_READ)
-            while (
-                not _is_over(message)
-                and len(output) <= self._settings.output
-                and (left_s := deadline - time.monotonic()) > 0
-            ):
-                for key, _ in selector.select(left_s):
-                    data = os.read(key.fd, 1 << 16)
-                    if key.fd == status:
-                        message += data or ALL_GONE
-                    elif data:
-                        output += data
-                    else:
-                        selector.unregister(key.fileobj)
-            status_fields = _fields(message)
-            self._end(jail, own_processes="processes" in status_fields.get("isolation", ()))
-            if _is_over(message):
-                self._drain(jail.stdout, output)
-        return self._result(bytes(output), status_fields, wall_s)
-
-    def _drain(self, stdout: IO[bytes], output: bytearray) -> None:
-        """Read what was written before the end. All processes that could write are gone."""
-        os.set_blocking(stdout.fileno(), False)
-        try:
-            while len(output) <= self._settings.output and (
-                data := os.read(stdout.fileno(), 1 << 16)
-            ):
-                output += data
-        except BlockingIOError:
-            return
-
-    def _end(self, jail: subprocess.Popen[bytes], *, own_processes: bool) -> None:
-        """Kill all that was started.
-
-        In a process namespace of its own, the kernel kills it with its first process; elsewhere it
-        is found by its user.
-        """
-        kill_group(jail.pid)
-        jail.wait(END_S)
-        if os.geteuid() == 0 and not own_processes:
-            self._kill_user()
-
-    def _kill_user(self) -> None:
-        """Kill whatever runs as the program's user, by one call that no fork escapes."""
-        killer = os.fork()
-        if not killer:
-            try:
-                os.setresuid(self._user, self._user, self._user)
-                os.kill(-1, signal.SIGKILL)
-            finally:
-                os._exit(0)
-        os.waitpid(killer, 0)
-
-    def _result(self, output: bytes, fields: dict[str, Any], wall_s: float) -> ProgramResult:
-        if "error" in fields:
-            raise SandboxError(f"the sandbox could not start a program: {fields['error']}")
-        isolation = tuple(fields.get("isolation", ()))
-        if os.geteuid() == 0 or "processes" in isolation:
-            isolation = (*isolation, "kill")
-        most = self._settings.output
-        if len(output) > most:
-            message = f"it wrote more than {most} bytes"
-            return ProgramResult(output[:most], "output_limit", message, isolation)
-        if "gone" in fields:
-            message = "all of it was killed, perhaps for want of memory"
-            return ProgramResult(output, "killed", message, isolation)
-        if "code" not in fields:
-            message = f"it ran longer than {wall_s:g} s"
-            return ProgramResult(output, "timed_out", message, isolation)
-        return ProgramResult(output, *_ending(fields["code"]), isolation)
-
-
-def _fields(message: bytes) -> dict[str, Any]:
-    """The jail's status so far: its isolation, then how the program ended or what stopped it."""
-    lines = message.split(b"\n")[:-1]
-    return {name: value for line in lines for name, value in json.loads(line).items()}
-
-
-def _is_over(message: bytes) -> bool:
-    return not {"code", "error", "gone"}.isdisjoint(_fields(message))
-
-
-def _ending(code: int) -> tuple[Failure | None, str]:
-    if code == -signal.SIGXCPU:
-        return "cpu_limit", "it used more CPU time than it may"
-    if code < 0:
-        return "killed", f"it was killed by {signal.Signals(-code).name}"
-    if code > 0:
-        return "failed", f"it ended with status {code}"
-    return None, ""
+def _start_jail(
+    spec: IO[bytes], stdin: IO[bytes], status: int, descriptors: Sequence[int]
+) -> subprocess.Popen[bytes]:
+    python = [os.path.realpath(sys.executable), "-I", "-S", "-B"]
+    return subprocess.Popen(
+        [*python, str(JAIL), str(spec.fileno()), str(status)],
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={},
+        pass_fds=[spec.fileno(), status, *descriptors],
+        start_new_session=True,
+    )
