@@ -213,10 +213,9 @@ class ProgramServer:
         return pack(value, self._refer)
 
     def _refer(self, value: Any) -> Any:
-        kind = type(value)
         if isinstance(value, types.ModuleType):
             return ["module", value.__name__, self._number(value)]
-        if kind is TestsObject:
+        if isinstance(value, TestsObject):
             return ["handle", value._handle]
         if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
             return ["builtin", value.__name__]

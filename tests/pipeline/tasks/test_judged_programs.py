@@ -24,6 +24,14 @@ BOUND = {"wall": 1.0}
 
 LIES = [name for name in ATTACKS if "everything" in name or name.startswith("another ma")]
 
+COMPARISONS = [
+    "assert abs(solve(4) - 8) < 1e-9",
+    "import math\nassert math.isclose(solve(4), 8)",
+    "assert math.isclose(solve(4), 8)",
+    "assert solve(4) >= 8 and solve(4) <= 8",
+    "assert {8: True}.get(solve(4))",
+]
+
 
 def scorer(**limits: Any) -> Scorer:
     verification = {"sandbox": LIMITS | limits}
@@ -64,20 +72,15 @@ def test_an_attack_on_tests_that_are_code_scores_0(score_briefly: Scorer, name: 
 
 
 @pytest.mark.parametrize("name", LIES)
-@pytest.mark.parametrize(
-    "tests",
-    [
-        "assert abs(solve(4) - 8) < 1e-9",
-        "import math\nassert math.isclose(solve(4), 8)",
-        "assert math.isclose(solve(4), 8)",
-        "assert solve(4) >= 8 and solve(4) <= 8",
-        "assert {8: True}.get(solve(4))",
-    ],
-)
+@pytest.mark.parametrize("tests", COMPARISONS)
 def test_no_object_lies_its_way_through_one_comparison(
     score: Scorer, name: str, tests: str
 ) -> None:
     assert reward(score, ATTACKS[name], tests) == 0.0
+
+
+@pytest.mark.parametrize("tests", COMPARISONS)
+def test_the_right_number_passes_each_comparison(score: Scorer, tests: str) -> None:
     assert reward(score, "def solve(n):\n    return 2 * n", tests) == 1.0
 
 
