@@ -50,6 +50,11 @@ def content(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no plain content")
 
 
+def is_builtin(kind: type) -> bool:
+    """Whether `kind` is Python's own, under its own name."""
+    return getattr(builtins, kind.__name__, None) is kind
+
+
 class TestsObject:
     """Something of the tests' that they passed as an argument. It stays in the checker."""
 
@@ -217,7 +222,7 @@ class ProgramServer:
             return ["module", value.__name__, self._number(value)]
         if isinstance(value, TestsObject):
             return ["handle", value._handle]
-        if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
+        if isinstance(value, type) and is_builtin(value):
             return ["builtin", value.__name__]
         if isinstance(value, type) and issubclass(value, BaseException):
             names = [each.__name__ for each in value.__mro__ if issubclass(each, BaseException)]
