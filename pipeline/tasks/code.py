@@ -23,6 +23,8 @@ _MEANING = {
     "files": "a file system of its own (programs read what any user of this machine may read)",
     "processes": "a process tree of its own",
     "network": "a network of its own (programs may open connections)",
+    "calls": "a filter of system calls (memory of memfd and System V is then without a bound)",
+    "memory": "a way to see its memory (each process is bounded, and not all of them together)",
 }
 
 

@@ -18,7 +18,7 @@ class SandboxSettings(Section):
     cpu: Annotated[float, WORKER, Unit("s"), Field(ge=1, le=3600)] = 5.0
     """CPU time of each process, in whole seconds."""
     memory: Annotated[int, WORKER, Unit("MiB"), Field(ge=32, le=1 << 20)] = 256
-    """Address space of each process."""
+    """Address space of each process, and the memory of all its processes together."""
     processes: Annotated[int, WORKER, Unit("processes"), Field(ge=1, le=4096)] = 16
     """Processes and threads that a program may have at once."""
     file_size: Annotated[int, WORKER, Unit("MiB"), Field(ge=1, le=1 << 16)] = 16

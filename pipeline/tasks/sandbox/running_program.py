@@ -107,6 +107,8 @@ class RunningProgram:
         isolation = tuple(fields.get("isolation", ()))
         if os.geteuid() == 0 or "processes" in isolation:
             isolation = (*isolation, "kill")
+        if "filter" in fields:
+            isolation = (*isolation, "calls")
         output = bytes(self.output)
         most = self._max_output_bytes
         if len(output) > most:

@@ -31,7 +31,7 @@ JAIL = Path(__file__).with_name("jail.py")
 REQUIRED = ("user", "kill")
 """Without these the program could read the environment of the process that runs it, or outlive it.
 """
-OPTIONAL = ("files", "processes", "network")
+OPTIONAL = ("files", "processes", "network", "calls", "memory")
 FIRST_USER = 61184
 """The first user id of a range that no system gives to people."""
 USERS = 4336

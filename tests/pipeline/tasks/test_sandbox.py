@@ -170,6 +170,42 @@ def test_limits_bind(sandbox: Sandbox, program: str) -> None:
     assert sandbox.run(program, b"").failure in ("failed", "killed")
 
 
+OVER_MEMORY = {
+    "memory of memfds": "import os\nfor _ in range(40):\n"
+    "    os.write(os.memfd_create('x'), bytes(900_000 * 4))\nprint('held')",
+    "shared memory of System V": "import ctypes\nlibc = ctypes.CDLL(None)\n"
+    "libc.shmat.restype = ctypes.c_void_p\nfor _ in range(20):\n"
+    "    key = libc.shmget(0, 8 << 20, 0o1600)\n    assert key >= 0\n"
+    "    place = libc.shmat(key, 0, 0)\n    ctypes.memset(place, 1, 8 << 20)\n"
+    "    libc.shmdt(ctypes.c_void_p(place))\nprint('held')",
+    "children": "import os, time\nfor _ in range(4):\n    if not os.fork():\n"
+    "        held = bytearray(b'x' * (40 << 20))\n        time.sleep(9)\ntime.sleep(9)",
+    "shared mappings of children": "import mmap, os, time\nfor _ in range(4):\n"
+    "    if not os.fork():\n        held = mmap.mmap(-1, 40 << 20)\n"
+    "        held.write(b'x' * (40 << 20))\n        time.sleep(9)\ntime.sleep(9)",
+    "a file system of its own": "import ctypes\nlibc = ctypes.CDLL(None)\n"
+    "assert libc.unshare(0x10020000) == 0",
+}
+
+
+@pytest.mark.parametrize("program", OVER_MEMORY.values(), ids=OVER_MEMORY)
+def test_all_its_memory_together_is_bounded(sandbox: Sandbox, program: str) -> None:
+    if {"calls", "memory"} & set(sandbox.missing()):
+        pytest.skip("this machine permits no such bound")
+    assert sandbox.run(program, b"").failure in ("failed", "memory_limit")
+    assert leaves_nothing(sandbox)
+
+
+def test_children_that_share_their_memory_stay_within_the_bound(sandbox: Sandbox) -> None:
+    shared = (
+        "import os, time\nheld = bytearray(b'x' * (40 << 20))\nfor _ in range(4):\n"
+        "    if not os.fork():\n        time.sleep(0.2)\n        os._exit(0)\n"
+        "for _ in range(4): os.wait()\nprint('done')"
+    )
+    result = sandbox.run(shared, b"")
+    assert (result.output, result.failure) == (b"done\n", None)
+
+
 def test_it_runs_as_nobody_in_particular_without_a_way_up(sandbox: Sandbox) -> None:
     [user, privileges] = sandbox.run(
         "import os\nprint(os.getuid())\nprint(open('/proc/self/status').read())", b""
