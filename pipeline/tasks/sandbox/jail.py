@@ -212,8 +212,8 @@ def filter_calls() -> bool:
     steps = [(load, 0, 0, 4), (equal, 1, 0, architecture), (end, 0, 0, kill), (load, 0, 0, 0)]
     # Numbers from here on are the x32 calls, another way to the same ones.
     steps += [(at_least, 0, 1, 0x40000000), (end, 0, 0, error | ENOSYS)]
-    for number, code in refused.items():
-        steps += [(equal, 0, 1, number), (end, 0, 0, error | code)]
+    for number, errno in refused.items():
+        steps += [(equal, 0, 1, number), (end, 0, 0, error | errno)]
     steps += [(equal, 0, 3, clone), (load, 0, 0, 16), (has_any, 0, 1, NEW_NAMESPACES)]
     steps += [(end, 0, 0, error | EPERM), (end, 0, 0, allow)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
