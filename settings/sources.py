@@ -10,6 +10,7 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -97,7 +98,7 @@ def _of_file(file: Path | str, problems: list[SettingsProblem]) -> Iterable[Frag
     if not path.exists():
         expected = "a TOML file, or the directory or name of a run"
         got = f"no file {path}{looked_in(path)}"
-        problems.append(SettingsProblem((), got, expected, "Check the path."))
+        problems.append(SettingsProblem((), got, expected, f"Check the path.{_near_run(path)}"))
         return
     try:
         values = TomlConfigSettingsSource(_SETTINGS, path).toml_data
@@ -113,6 +114,15 @@ def _of_file(file: Path | str, problems: list[SettingsProblem]) -> Iterable[Frag
     if path != Path(file):  # the run is where its file is, wherever it was moved
         run = path.resolve().parent
         yield Fragment(str(path), {"run": {"dir": str(run.parent), "name": run.name}})
+
+
+def _near_run(path: Path) -> str:
+    """A question that names the run whose name is nearest to that of `path`, where one is near."""
+    folders = (path.parent, Path("runs"))
+    runs = [file.parent for folder in folders for file in folder.glob("*/settings.toml")]
+    near = get_close_matches(path.name, [run.name for run in runs], n=1)
+    meant = next((run for run in runs if run.name in near), None)
+    return f" Did you mean {meant}?" if meant else ""
 
 
 def _is_of_a_run(path: Path) -> bool:

@@ -65,11 +65,12 @@ def waits(
     stages: Sequence[StageName],
     started: Mapping[StageName, int],
     kinds: Mapping[StageName, Sequence[str]] = KINDS_OF,
+    worker_command: str = "onstream worker {kind}",
 ) -> list[str]:
     """What the run waits for, a sentence each.
 
     `started` counts the workers that the launcher itself runs, by stage. `kinds` are the workers
-    that serve each stage; by default all that can.
+    that serve each stage; by default all that can. `worker_command` starts one of a kind.
 
     >>> waits(RunSnapshot(ready=frozenset({"verify"}), backlog={"verify": 7}), ["verify"], {})
     ['verify: 7 records wait and no worker takes them; start one with `onstream worker verifier`']
@@ -78,16 +79,16 @@ def waits(
         return [snapshot.unreachable]
     found: dict[str, list[str]] = {}
     for stage in stages:
-        if why := _wait(snapshot, stage, started.get(stage, 0), kinds[stage]):
+        commands = [f"`{worker_command.format(kind=kind)}`" for kind in kinds[stage]]
+        if why := _wait(snapshot, stage, started.get(stage, 0), " or ".join(commands)):
             found.setdefault(why, []).append(stage)
     return [f"{', '.join(together)}: {why}" for why, together in found.items()]
 
 
-def _wait(snapshot: RunSnapshot, stage: StageName, started: int, kinds: Sequence[str]) -> str:
-    """Why `stage` keeps the run waiting; nothing if it does not."""
+def _wait(snapshot: RunSnapshot, stage: StageName, started: int, commands: str) -> str:
+    """Why `stage` keeps the run waiting; nothing if it does not. `commands` start a worker."""
     present = snapshot.workers.get(stage, ())
     backlog = snapshot.backlog.get(stage, 0)
-    commands = " or ".join(f"`onstream worker {kind}`" for kind in kinds)
     remedy = "one is starting" if started or present else f"start one with {commands}"
     if stage not in snapshot.taking and backlog:
         return f"{backlog} records wait and no worker takes them; {remedy}"

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from onstream.pipeline.command_line import command
 from onstream.pipeline.records import StageName
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.keys import STAGES
 from onstream.pipeline.redis.run_state import VERSION, PendingSummary, WorkerState
+from onstream.pipeline.run_files.ledger import Ledger
 from onstream.settings.plan import Plan
-from onstream.settings.stages import KINDS_OF
+from onstream.workers.inspection.run_phase import Phase, RunFiles
 from onstream.workers.inspection.run_snapshot import RunSnapshot, take_snapshot, waits
 from onstream.workers.inspection.tables import add_row, plain_table
 
@@ -38,11 +41,11 @@ COPIED = (
 NO_PLAN = "the run has no plan yet: no trainer has started"
 
 
-def status(bus: Bus) -> dict[str, Any]:
+def status(bus: Bus, files: RunFiles | None = None) -> dict[str, Any]:
     """The state of the run now, as JSON data.
 
-    `backlog` counts the records of a stage that wait or are in hand. `waits` has sentences: what
-    the run waits for.
+    `files` is what its directory says. `backlog` counts the records of a stage that wait or are in
+    hand. `waits` has sentences: what the run waits for; `next` has what to do, with commands.
     """
     data = bus.state.plan()
     plan = Plan.decode(data) if data else None
@@ -52,9 +55,17 @@ def status(bus: Bus) -> dict[str, Any]:
     pending = {stage: bus.state.pending_summary(stage) for stage in STAGES}
     images, image_bytes = bus.images.count()
     workers = _workers(bus, pending)
+    alive = {worker["worker"] for worker in workers if worker["alive"]}
+    phase = _phase(snapshot, plan, at_work=bool(alive), files=files)
+    backlog = dict(snapshot.backlog)
+    if files is not None and not alive:
+        backlog["train"] = _unsettled(bus, files.directory)
     return {
         "run": bus.run,
         "version": VERSION,
+        "phase": phase,
+        "copied_from": files.copied_from if files else None,
+        "step": files.step if files else None,
         "started": plan is not None,
         "finished": snapshot.finished,
         "route": route,
@@ -63,21 +74,90 @@ def status(bus: Bus) -> dict[str, Any]:
         "dead": bus.state.dead_count(),
         "images": {"held": images, "bytes": image_bytes},
         "stages": {
-            stage: _stage(stage, snapshot, pending[stage]) for stage in STAGES if stage in route
+            stage: _stage(snapshot, stage, backlog[stage], pending[stage], alive)
+            for stage in STAGES
+            if stage in route
         },
         "workers": [worker for worker in workers if worker["alive"]],
         "gone": [worker for worker in workers if not worker["alive"]],
         "last_dead": _last_dead(bus),
-        "waits": _waits(snapshot, plan),
+        "waits": _waits(snapshot, plan, files) if phase in ("running", "not started") else [],
+        "next": next_steps(phase, files),
     }
 
 
-def _stage(stage: StageName, snapshot: RunSnapshot, pending: PendingSummary) -> dict[str, Any]:
+def status_of_files(files: RunFiles, why: str) -> dict[str, Any]:
+    """What can be said of a run whose Redis cannot be asked, for the reason `why`."""
+    plan = files.plan
     return {
-        "ready": stage in snapshot.ready,
-        "backlog": snapshot.backlog[stage],
-        "in_hand": pending.count,
-        "oldest_in_hand_s": pending.oldest_s,
+        "run": files.directory.name,
+        "version": VERSION,
+        "phase": files.phase,
+        "copied_from": files.copied_from,
+        "step": files.step,
+        "started": plan is not None,
+        "finished": files.phase == "finished",
+        "route": list(plan.streams) if plan else list(STAGES),
+        "policy_version": files.step,
+        "redis": why,
+        "next": next_steps(files.phase, files),
+    }
+
+
+def next_steps(phase: Phase, files: RunFiles | None) -> list[str]:
+    """What to do with a run in `phase`, a sentence each."""
+    if files is None:
+        return []
+    run = files.directory
+    match phase:
+        case "stopped":
+            return [f"it goes on with `{command()} up {run}`"]
+        case "copied":
+            return [f"it goes on under its own name with `{command()} up {run}`"]
+        case "finished":
+            return [
+                f"the trained model: `{command()} export {run} --out {run.name}-model`",
+                f"more steps: `{command()} up {run} --set trainer.max_steps={2 * files.step}`",
+            ]
+    return []
+
+
+def _phase(
+    snapshot: RunSnapshot, plan: Plan | None, *, at_work: bool, files: RunFiles | None
+) -> Phase:
+    """Where the run stands: by Redis where that knows the run, else by its files."""
+    if plan is None:
+        return files.phase if files else "not started"
+    if snapshot.finished:
+        return "finished"
+    if at_work or (files is not None and files.launched):
+        return "running"
+    return "stopped"
+
+
+def _unsettled(bus: Bus, run_dir: Path) -> int:
+    """How many entries of the trainer's stream a trainer would still have to consider.
+
+    The others are settled, and wait to be acknowledged.
+    """
+    settled = {line.number for line in Ledger(run_dir / "trained.jsonl").read()}
+    return sum(number not in settled for number in bus.state.numbers("train"))
+
+
+def _stage(
+    snapshot: RunSnapshot,
+    stage: StageName,
+    backlog: int,
+    pending: PendingSummary,
+    alive: Set[str],
+) -> dict[str, Any]:
+    """One stage. Only what living workers have counts as in hand: the rest waits for one."""
+    in_hand = sum(count for worker, count in pending.by_worker.items() if worker in alive)
+    return {
+        "ready": stage in snapshot.ready and bool(alive),
+        "backlog": backlog,
+        "in_hand": in_hand,
+        "oldest_in_hand_s": pending.oldest_s if in_hand else None,
     }
 
 
@@ -93,13 +173,13 @@ def _last_dead(bus: Bus) -> dict[str, Any] | None:
     }
 
 
-def _waits(snapshot: RunSnapshot, plan: Plan | None) -> list[str]:
-    if snapshot.finished:
-        return []
+def _waits(snapshot: RunSnapshot, plan: Plan | None, files: RunFiles | None) -> list[str]:
     if plan is None:
-        return [NO_PLAN, *waits(snapshot, STAGES, {}, KINDS_OF)]
+        return [NO_PLAN]
     kinds = {stage: plan.kinds(stage) for stage in plan.streams}
-    return waits(snapshot, plan.streams, {}, kinds)
+    run = f" {files.directory}" if files else ""
+    worker_command = f"{command()} worker {{kind}}{run}"
+    return waits(snapshot, plan.streams, {}, kinds, worker_command)
 
 
 def _workers(bus: Bus, pending: Mapping[StageName, PendingSummary]) -> list[dict[str, Any]]:
@@ -124,31 +204,40 @@ def _worker(state: WorkerState, holds: int) -> dict[str, Any]:
 
 
 def show(state: dict[str, Any], console: Console) -> None:
-    """Print what `status` returned, for people."""
-    for sentence in _heading(state):
+    """Print what `status` or `status_of_files` returned, for people."""
+    _say(console, _heading(state))
+    if "redis" in state:
+        _say(console, f"its Redis cannot be asked: {state['redis']}")
+    else:
+        _show_redis(state, console)
+    for sentence in state["next"]:
         _say(console, sentence)
+
+
+def _show_redis(state: dict[str, Any], console: Console) -> None:
+    counts = f"{state['issued']} rollouts issued, {state['dead']} dead letters"
+    _say(console, f"route {' → '.join(state['route'])}; {counts}")
+    images = state["images"]
+    if images["held"]:
+        _say(console, f"{images['held']} images held, {images['bytes'] / 1e6:.1f} MB")
     _say(console, "")
     console.print(_stage_table(state["stages"]))
-    console.print(_worker_table(state["workers"]))
+    if state["workers"]:
+        console.print(_worker_table(state["workers"]))
     for sentence in _problems(state):
         _say(console, sentence)
     for sentence in state["waits"]:
         _say(console, f"waits: {sentence}")
 
 
-def _heading(state: dict[str, Any]) -> Iterator[str]:
-    phase = "running" if state["started"] else "not started"
-    if state["finished"]:
-        phase = "finished"
+def _heading(state: dict[str, Any]) -> str:
+    phase = state["phase"]
+    if phase == "copied":
+        phase = f"copied from run {state['copied_from']}"
     version = state["policy_version"]
-    if version is None:
-        version = "none"
-    yield f"run {state['run']}: {phase}, policy version {version}"
-    counts = f"{state['issued']} rollouts issued, {state['dead']} dead letters"
-    yield f"route {' → '.join(state['route'])}; {counts}"
-    images = state["images"]
-    if images["held"]:
-        yield f"{images['held']} images held, {images['bytes'] / 1e6:.1f} MB"
+    if phase in ("stopped", "finished") and state["step"] is not None:
+        phase += f" at step {state['step']}"
+    return f"run {state['run']}: {phase}, policy version {'none' if version is None else version}"
 
 
 def _stage_table(stages: dict[str, Any]) -> Table:

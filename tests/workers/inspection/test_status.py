@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from onstream.pipeline import telemetry
@@ -19,10 +21,13 @@ from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Stats
 from onstream.settings.load import load_settings
 from onstream.settings.plan import make_plan
+from onstream.settings.root import Settings
 from onstream.settings.sections.run import LogSettings
+from onstream.settings.toml import toml_text
 from onstream.workers.inspection.status import show, status
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from onstream.workers.launcher.open_run import open_run
+from onstream.workers.launcher.single_launcher import only_launcher
 from tests.entries import claim_pending
 
 
@@ -146,5 +151,117 @@ def test_the_command_starts_the_redis_of_a_run_that_stands_still(
         return done.stdout
 
     assert json.loads(printed("--json"))["issued"] == 1
-    assert "run still: not started" in printed()
+    assert "run still: not started, policy version none" in printed()
     assert "waits: the run has no plan yet" in printed()
+
+
+def made_run(directory: Path, *, steps: int, max_steps: int = 4, name: str = "demo") -> Settings:
+    """The files that a run of so many steps leaves, on an embedded Redis that knows it."""
+    overrides = [f"run.dir={directory}", f"run.name={name}", f"trainer.max_steps={max_steps}"]
+    settings = load_settings(overrides=overrides, environ={})
+    (settings.run_dir / "checkpoints" / f"step-{steps:06}").mkdir(parents=True)
+    (settings.run_dir / "settings.toml").write_text(toml_text(settings))
+    plan = make_plan(settings).encode()
+    (settings.run_dir / "plan.json").write_bytes(plan)
+    server = EmbeddedRedis(settings.run_dir / "redis", max_memory_mb=64)
+    server.start()
+    try:
+        with open_run(settings, purpose="trainer") as bus:
+            lease = bus.lease.acquire(30)
+            bus.lease.write_plan(lease, plan)
+            bus.lease.announce(lease, PolicyVersion(steps, "d", "policies/x", 1))
+            assert bus.lease.issue(lease, 0, [ticket(1), ticket(2)], max_backlog=10)
+            entries = bus.streams.read("generate", 2)
+            bus.streams.move(
+                "generate", [Move(e.id, [Out("train", e.number, b"x")]) for e in entries]
+            )
+            assert len(bus.streams.read("train", 2)) == 2
+            for stage in ("generate", "verify", "train"):
+                bus.state.mark_ready(stage)
+            if steps >= max_steps:
+                bus.lease.finish(lease)
+            bus.lease.release(lease)
+    finally:
+        server.stop()
+    (settings.run_dir / "trained.jsonl").write_text(
+        '{"number":1,"fate":"trained","step":1}\n{"number":2,"fate":"trained","step":1}\n'
+    )
+    return settings
+
+
+def told(*arguments: str, cwd: Path) -> str:
+    command = [sys.executable, "-P", "-m", "onstream", "status", *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def test_a_finished_run_has_nothing_in_hand_and_nobody_ready_and_names_what_comes_next(
+    tmp_path: Path,
+) -> None:
+    run = made_run(tmp_path, steps=4).run_dir
+    state = json.loads(told(str(run), "--json", cwd=tmp_path))
+    assert (state["phase"], state["finished"], state["step"]) == ("finished", True, 4)
+    assert state["stages"]["train"] == {
+        "ready": False,
+        "backlog": 0,
+        "in_hand": 0,
+        "oldest_in_hand_s": None,
+    }
+    shown = told(str(run), cwd=tmp_path)
+    assert shown.startswith("run demo: finished at step 4, policy version 4\n")
+    assert f"export {run} --out demo-model`" in shown
+    assert "waits" not in shown
+
+
+def test_a_run_that_was_stopped_is_not_called_running_and_says_how_it_goes_on(
+    tmp_path: Path,
+) -> None:
+    run = made_run(tmp_path, steps=2).run_dir
+    shown = told(str(run), cwd=tmp_path)
+    assert shown.startswith("run demo: stopped at step 2, policy version 2\n")
+    assert f"it goes on with `{sys.executable} -m onstream up {run}`" in shown
+    assert "start one with" not in shown
+
+
+def test_a_run_under_a_launcher_is_running(tmp_path: Path) -> None:
+    settings = made_run(tmp_path, steps=2)
+    with only_launcher(settings.run_dir):
+        assert told(str(settings.run_dir), cwd=tmp_path).startswith("run demo: running, ")
+
+
+def test_a_copied_run_is_told_from_one_that_never_started(tmp_path: Path) -> None:
+    run = made_run(tmp_path, steps=2).run_dir
+    copy = tmp_path / "second"
+    shutil.copytree(run, copy)
+    shown = told(str(copy), cwd=tmp_path)
+    assert shown.startswith("run second: copied from run demo")
+    assert f"it goes on under its own name with `{sys.executable} -m onstream up {copy}`" in shown
+
+
+@pytest.mark.parametrize(("steps", "phase"), [(2, "stopped"), (4, "finished")])
+def test_files_tell_where_a_run_stands_when_its_redis_is_gone(
+    tmp_path: Path, steps: int, phase: str
+) -> None:
+    run = made_run(tmp_path, steps=steps).run_dir
+    shutil.rmtree(run / "redis")
+    shown = told(str(run), cwd=tmp_path)
+    assert shown.startswith(f"run demo: {phase} at step {steps}, policy version {steps}\n")
+    assert "its Redis cannot be asked: " in shown
+
+
+def test_without_a_run_the_runs_are_listed_and_an_unknown_name_suggests_one(
+    tmp_path: Path,
+) -> None:
+    made_run(tmp_path / "runs", steps=4)
+    made_run(tmp_path / "runs", steps=2, name="other")
+    rows = json.loads(told("--json", cwd=tmp_path))
+    assert rows == [
+        {"run": "runs/demo", "phase": "finished", "step": 4, "max_steps": 4},
+        {"run": "runs/other", "phase": "stopped", "step": 2, "max_steps": 4},
+    ]
+    shown = told(cwd=tmp_path).splitlines()
+    assert [line.split() for line in shown[1:3]] == [
+        ["runs/demo", "finished", "step", "4", "of", "4"],
+        ["runs/other", "stopped", "step", "2", "of", "4"],
+    ]
+    assert "Did you mean runs/demo?" in told("dmeo", cwd=tmp_path)
