@@ -82,6 +82,17 @@ def get_logger() -> structlog.typing.FilteringBoundLogger:
     return logger
 
 
+def is_logged(before: int, now: int) -> bool:
+    """Whether what has happened `now` times, and `before` times at the last look, is logged.
+
+    It is at the 1st, 2nd, 4th, 8th … time: what always happens must not flood the log.
+
+    >>> [count for count in range(1, 20) if is_logged(count - 1, count)]
+    [1, 2, 4, 8, 16]
+    """
+    return before.bit_length() < now.bit_length()
+
+
 class _Identity:
     """Adds who writes the line; no context variables, as threads do not inherit them."""
 

@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onstream.workers.commands.options import version_option, with_run_settings
+from onstream.workers.commands.options import (
+    prints_json,
+    unless_terminal_option,
+    version_option,
+    with_run_settings,
+)
 
 if TYPE_CHECKING:
     from onstream.settings.root import Settings
@@ -16,11 +21,19 @@ if TYPE_CHECKING:
 @click.command("eval")
 @with_run_settings
 @version_option
-def evaluate(settings: Settings, version: int | None) -> None:
+@unless_terminal_option
+def evaluate(settings: Settings, version: int | None, as_json: bool) -> None:
     """Evaluate a policy version on the held-out prompts.
 
-    Answers are greedy. The result is printed, and added to the run's evals.jsonl.
+    Answers are greedy. The result is added to the run's evals.jsonl, and printed: a table on a
+    terminal, else JSON.
     """
-    from onstream.workers.evaluation.versions import evaluate_version
+    from rich.console import Console
 
-    click.echo(json.dumps(evaluate_version(settings, version)))
+    from onstream.workers.evaluation.versions import evaluate_version, show
+
+    row = evaluate_version(settings, version)
+    if prints_json(as_json):
+        click.echo(json.dumps(row))
+    else:
+        show(row, settings.run.name, Console())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+unless_terminal_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON, on a terminal too."
+)
 worker_kind_argument = click.argument("kind", type=click.Choice(KINDS), metavar="KIND")
 version_option = click.option(
     "--version",
@@ -74,6 +78,11 @@ def load(files: Sequence[Path], overrides: Sequence[str]) -> Settings:
 
         search_modules_in(settings.run.modules)
     return settings
+
+
+def prints_json(as_json: bool) -> bool:
+    """Whether a command prints JSON: where it was asked for, or its output is no terminal."""
+    return as_json or not sys.stdout.isatty()
 
 
 def _set_option(help_text: str) -> Callable[[Command], Command]:

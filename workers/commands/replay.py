@@ -30,6 +30,9 @@ from onstream.workers.commands.options import existing_run
     show_default=True,
     help="Show so many samples of the last step.",
 )
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as JSON, and the rest to stderr."
+)
 def replay(
     run: Path,
     overrides: tuple[str, ...],
@@ -37,6 +40,7 @@ def replay(
     stop_at: int | None,
     out: Path | None,
     worst: int,
+    as_json: bool,
 ) -> Exit:
     """Train a recorded run again and compare the weights.
 
@@ -44,8 +48,15 @@ def replay(
     and names the first step that does. With --set, a setting of the trainer is changed to see what
     it would have done; then a difference is no fault.
     """
+    from onstream.workers.replay.output import output_of
     from onstream.workers.replay.replay import replay
 
     return replay(
-        run, overrides, from_step=from_step, stop_at=stop_at, out=out, worst=worst, say=click.echo
+        run,
+        overrides,
+        from_step=from_step,
+        stop_at=stop_at,
+        out=out,
+        worst=worst,
+        output=output_of(as_json),
     )

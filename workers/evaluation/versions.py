@@ -6,6 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from onstream.pipeline import telemetry
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.run_files.json_lines import JsonLines
@@ -30,6 +34,22 @@ def evaluate_version(settings: Settings, version: int | None) -> dict[str, Any]:
     evals.sync()
     evals.close()
     return row
+
+
+def show(row: dict[str, Any], run: str, console: Console) -> None:
+    """Print a line of `evals.jsonl` for people."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_row("run", Text(run))
+    for name, value in row.items():
+        if name != "time":
+            table.add_row(name, Text(_figure(value)))
+    console.print(table)
+
+
+def _figure(value: Any) -> str:
+    if value is None:
+        return "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def find_version(settings: Settings, version: int | None) -> tuple[Path, int]:

@@ -10,8 +10,8 @@ from rich.text import Text
 
 def plain_table(*names: str) -> Table:
     """An empty table without lines, with a column for each of `names`."""
-    # Folded: a name that rich cuts in a narrow terminal cannot be copied.
-    columns = [Column(name, overflow="fold") for name in names]
+    # Folded: a name that rich cuts in a narrow terminal cannot be copied. The headings stay whole.
+    columns = [Column(name, overflow="fold", min_width=len(name)) for name in names]
     return Table(*columns, box=None, pad_edge=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from textwrap import wrap
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+LONGEST_LINE = 159
+"""Of a status where standard output is no terminal."""
 SHOWN = ("reward", "teacher_kl", "loss")
 
 
@@ -50,7 +53,7 @@ class RunView:
 class Display:
     """Shows views of the run, and prints sentences that stay.
 
-    On a terminal the last view stays at the bottom; elsewhere a view is a line.
+    On a terminal the last view stays at the bottom; elsewhere a view is a line or a few.
     """
 
     def __init__(self, run: str, console: Console, interval_s: float) -> None:
@@ -61,7 +64,7 @@ class Display:
         if console.is_terminal:
             self._live = Live(console=console, refresh_per_second=8, transient=True)
         self._shown = float("-inf")
-        self._last_line = ""
+        self._last_lines: list[str] = []
 
     def __enter__(self) -> Display:
         if self._live:
@@ -93,22 +96,24 @@ class Display:
         if time.monotonic() - self._shown < self._interval_s:
             return
         self._shown = time.monotonic()
-        line = status_line(view)
-        if line != self._last_line:
-            self._last_line = line
-            self.say(line)
+        lines = status_lines(view)
+        if lines != self._last_lines:
+            self._last_lines = lines
+            for line in lines:
+                self.say(line)
 
 
-def status_line(view: RunView) -> str:
-    """The run in one line, what it waits for last."""
+def status_lines(view: RunView) -> list[str]:
+    """The run in a line, and what it waits for in others; none is longer than `LONGEST_LINE`."""
     parts = [f"step {view.step}/{view.max_steps}", *_figures(view)]
     if any(stage.backlog for stage in view.stages):
         parts.append(
             "backlog " + " ".join(f"{stage.name} {stage.backlog}" for stage in view.stages)
         )
-    if view.waits:
-        parts.append(f"waiting: {'; '.join(view.waits)}")
-    return "  ".join(parts)
+    lines = wrap("  ".join(parts), LONGEST_LINE, subsequent_indent="  ")
+    for sentence in view.waits:
+        lines += wrap(f"  waiting: {sentence}", LONGEST_LINE, subsequent_indent="    ")
+    return lines
 
 
 def panel(run: str, view: RunView) -> Group:
@@ -116,7 +121,7 @@ def panel(run: str, view: RunView) -> Group:
     bar = Table.grid(padding=(0, 1))
     bar.add_row(
         Text(run, style="bold"),
-        ProgressBar(total=max(view.max_steps, 1), completed=view.step, width=40),
+        ProgressBar(total=max(view.max_steps, 1), completed=view.step, width=30),
         f"step {view.step}/{view.max_steps}",
     )
     lines: list[Any] = [bar]
@@ -128,11 +133,12 @@ def panel(run: str, view: RunView) -> Group:
 
 
 def _stage_table(stages: Sequence[StageView]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=True)
     for title in ("stage", "workers", "state"):
-        table.add_column(title)
-    table.add_column("backlog", justify="right")
-    table.add_column("", overflow="ellipsis", no_wrap=True)
+        table.add_column(title, no_wrap=True)
+    table.add_column("backlog", justify="right", no_wrap=True)
+    # It alone gives way in a narrow terminal.
+    table.add_column("", overflow="ellipsis", no_wrap=True, ratio=1)
     for stage in stages:
         workers = max(stage.processes, stage.heartbeats)
         table.add_row(stage.name, str(workers), _state(stage), str(stage.backlog), stage.detail)

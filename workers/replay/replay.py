@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from onstream.pipeline import telemetry
 from onstream.pipeline.errors import Exit, UserError
@@ -16,19 +16,18 @@ from onstream.pipeline.run_files.json_lines import JsonLines
 from onstream.pipeline.run_files.recording import RecordingError
 from onstream.settings.toml import shown, toml_text
 from onstream.workers.launcher.metric_rows import read_rows
+from onstream.workers.replay.output import ReplayOutput
 from onstream.workers.replay.recorded_run import RecordedRun, ReplayStart, run_dir_of
 from onstream.workers.replay.result import (
     ReplayProgress,
     ReplayResult,
     replay_rows,
-    step_text,
+    worst_rows,
 )
 from onstream.workers.replay.what_if import WhatIf
 
 if TYPE_CHECKING:
     from onstream.workers.replay.player import Player, ReplayedStep
-
-Say = Callable[[str], None]
 
 
 def replay(
@@ -39,7 +38,7 @@ def replay(
     stop_at: int | None,
     out: Path | None,
     worst: int,
-    say: Say,
+    output: ReplayOutput,
 ) -> Exit:
     """Replay the recording of `run` into `out`.
 
@@ -58,20 +57,26 @@ def replay(
         start = recorded_run.start(from_step)
     except RecordingError as error:
         raise _damaged(error) from error
-    return Replay(recorded_run, start, out, what_if, say).run(stop_at, worst)
+    return Replay(recorded_run, start, out, what_if, output).run(stop_at, worst)
 
 
 class Replay:
     """One replay, from what it says at its start to its result."""
 
     def __init__(
-        self, recorded_run: RecordedRun, start: ReplayStart, out: Path, what_if: WhatIf, say: Say
+        self,
+        recorded_run: RecordedRun,
+        start: ReplayStart,
+        out: Path,
+        what_if: WhatIf,
+        output: ReplayOutput,
     ) -> None:
         self._recorded_run = recorded_run
         self._start = start
         self._out = out
         self._what_if = what_if
-        self._say = say
+        self._output = output
+        self._say = output.say
         self._run_name = recorded_run.run_dir.name
         self._settings = what_if.settings_at(start.opened)
         self._changed = what_if.changed(start.opened)
@@ -90,9 +95,25 @@ class Replay:
         if last is not None:
             checkpoint = player.save()
             compared = bool(self._changed) or not self._result.equal
-            self._say(step_text(last, worst, self._run_name, compared=compared))
+            self._output.step(last, worst, self._run_name, compared=compared)
             self._compare_checkpoint(last.number, checkpoint)
-        return self._end(player.missed, damage)
+        code = self._end(player.missed, damage)
+        if last is not None:
+            self._output.result(self._data(last, worst, damage))
+        return code
+
+    def _data(
+        self, last: ReplayedStep, worst: int, damage: RecordingError | None
+    ) -> dict[str, Any]:
+        """The result as JSON data, with the metrics and samples of the last step."""
+        return {
+            "run": str(self._recorded_run.run_dir),
+            "out": str(self._out),
+            **self._result.data(),
+            "damage": str(damage) if damage else None,
+            "metrics": last.row,
+            "samples": worst_rows(last, worst, self._run_name),
+        }
 
     def _player(self) -> Player:
         """The player, in a directory of its own."""

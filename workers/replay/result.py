@@ -74,6 +74,19 @@ class ReplayResult:
         """Whether nothing differs that should not."""
         return self.equal or bool(self.changed)
 
+    def data(self) -> dict[str, Any]:
+        """The result as JSON data."""
+        other = self.first_other_metrics
+        return {
+            "steps": self.steps,
+            "equal": self.equal,
+            "changed": list(self.changed),
+            "first_other_weights": self.first_other_weights,
+            "first_other_metrics": other and {"step": other[0], "names": other[1]},
+            "missed": self.missed,
+            "other_files": self.other_files,
+        }
+
     def lines(self) -> list[str]:
         """The result in words; nothing where no step was replayed."""
         if not self.steps:
@@ -196,6 +209,11 @@ def _losses(step: ReplayedStep, samples: range) -> dict[str, float | None]:
     }
 
 
+def worst_rows(step: ReplayedStep, worst: int, run: str) -> list[dict[str, Any]]:
+    """The rows of the `worst` rollouts of the step, by their share in its loss."""
+    return sorted(replay_rows(step, run), key=lambda row: -row["loss_share"])[:worst]
+
+
 def step_text(step: ReplayedStep, worst: int, run: str, *, compared: bool) -> str:
     """The metrics of a step, and the `worst` samples by their share in its loss.
 
@@ -205,25 +223,27 @@ def step_text(step: ReplayedStep, worst: int, run: str, *, compared: bool) -> st
     lines = [f"step {step.number}:"]
     for name, value in step.row.items():
         if value is not None and name != "step":
-            lines.append(f"  {name:<24}{_text(value)}{_recorded_text(recorded, name, value)}")
-    rows = sorted(replay_rows(step, run), key=lambda row: -row["loss_share"])[:worst]
+            lines.append(f"  {name:<24}{figure_text(value)}{recorded_text(recorded, name, value)}")
+    rows = worst_rows(step, worst, run)
     if rows:
         lines.append(
             f"the {len(rows)} samples with the largest part in its loss, "
             f"of {step.row['rollouts']:g}:"
         )
     for row in rows:
-        figures = [f"{name} {_text(row[name])}" for name in FIGURES if row[name] is not None]
+        figures = [f"{name} {figure_text(row[name])}" for name in FIGURES if row[name] is not None]
         lines.append(f"  {row['uid']}  {'  '.join(figures)}")
         lines += [f"    {text[:TEXT_SHOWN]!r}" for text in row["completions"]]
     return "\n".join(lines)
 
 
-def _recorded_text(recorded: dict[str, Any], name: str, value: Any) -> str:
+def recorded_text(recorded: dict[str, Any], name: str, value: Any) -> str:
+    """The `recorded` value of a metric, for the end of a line, where it is not `value`."""
     if name not in recorded or recorded[name] == value:
         return ""
-    return f"  (recorded: {_text(recorded[name])})"
+    return f"  (recorded: {figure_text(recorded[name])})"
 
 
-def _text(value: Any) -> str:
+def figure_text(value: Any) -> str:
+    """A metric as a person reads it."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -388,11 +388,11 @@ def status_text(trainer: Trainer, batch_size: int) -> str:
     if trainer.checkpointing.stalled:
         return "waits for a checkpoint: none could be written, see the log"
     missing = training.batches.missing()
-    return (
-        f"step {training.step + 1} of {training.max_steps}; "
-        f"{sum(missing.values())} rollouts of {len(missing)} open groups to come"
-        f"{_none_right(training, batch_size)}"
-    )
+    more = "waits for rollouts"
+    if missing:
+        more = f"waits for {sum(missing.values())} more rollouts of {len(missing)} groups"
+    step = f"step {training.step + 1} of {training.max_steps}"
+    return f"{step}; {more}{_none_right(training, batch_size)}"
 
 
 def _none_right(training: Training, batch_size: int) -> str:

@@ -22,7 +22,7 @@ from onstream.pipeline.models.forward import NO_IMAGES
 from onstream.pipeline.models.loading import resolve_device
 from onstream.pipeline.records import Rollout, Timing, Tombstone, ids_array
 from onstream.pipeline.run_files.ledger import Fate, Settled
-from onstream.pipeline.telemetry import get_logger
+from onstream.pipeline.telemetry import get_logger, is_logged
 from onstream.settings.root import Settings
 from onstream.workers.trainer.batches.batch_builder import (
     BatchBuilder,
@@ -101,6 +101,7 @@ class Training:
         self.batches = self._no_batches()
         self.batch: list[TrainableUnit] | None = None
         self.dropped: Counter[str] = Counter(dropped)
+        self._dropped_in_all = Counter[str]()
         self._worker = worker
         self._group_size = settings.orchestrator.group_size
         self._normalize = settings.trainer.loss.normalize_advantage
@@ -225,12 +226,17 @@ class Training:
     def _drop(self, result: AdvanceResult) -> None:
         for unit in self.batches.drop(self.step):
             result.settled.extend(self._settle(unit))
-            log.info(
-                "dropped",
-                group=unit.group,
-                reasons=dict(Counter(unit.dropped.values())),
-                dead=len(unit.dead),
-            )
+            fates = Counter[str](unit.dropped.values())
+            fates["dead"] += len(unit.dead)
+            for fate, count in fates.items():
+                self._log_dropped(fate, count, unit.group)
+
+    def _log_dropped(self, fate: str, count: int, group: int) -> None:
+        """Count `count` rollouts of `group` that met `fate`, and log it now and then."""
+        before = self._dropped_in_all[fate]
+        self._dropped_in_all[fate] += count
+        if is_logged(before, before + count):
+            log.info("rollouts are dropped", reason=fate, so_far=before + count, group=group)
 
     def _settle(self, unit: TrainableUnit | DroppedUnit) -> list[Settled]:
         """Fix the fates of a unit's members in the step that is being gathered."""

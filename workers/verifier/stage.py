@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from onstream.pipeline.records import StageName
 from onstream.pipeline.stage import Delivery, Outcome, Stats
-from onstream.pipeline.telemetry import get_logger
+from onstream.pipeline.telemetry import get_logger, is_logged
 from onstream.settings.root import Settings
 from onstream.workers.verifier.scorer_messages import Verdict
 from onstream.workers.verifier.scorer_pool import ScorerPool, final_answer, write_verdict
@@ -131,7 +131,7 @@ class Verifier:
         self._troubles[trouble] += 1
         times = self._troubles[trouble]
         self.stats.add(trouble, 1)
-        if times & (times - 1) == 0:
+        if is_logged(times - 1, times):
             log.warning(
                 "a rollout could not be scored as usual",
                 number=number,

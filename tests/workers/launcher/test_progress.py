@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -14,7 +15,7 @@ from onstream.workers.launcher.progress import (
     clock,
     panel,
     result_table,
-    status_line,
+    status_lines,
 )
 
 VIEW = RunView(
@@ -35,17 +36,32 @@ VIEW = RunView(
 
 
 def test_the_status_line_holds_figures_backlogs_and_what_is_waited_for() -> None:
-    assert status_line(VIEW) == (
+    assert status_lines(VIEW) == [
         "step 12/60  reward 0.75  teacher_kl 0.03125  432 rollouts/s  staleness 1.2 (max 2)  "
-        "ETA 0:14  backlog generate 256 score 31  "
-        "waiting: score: 31 records wait and no worker takes them"
+        "ETA 0:14  backlog generate 256 score 31",
+        "  waiting: score: 31 records wait and no worker takes them",
+    ]
+
+
+def test_no_line_of_the_status_is_longer_than_159_characters() -> None:
+    path = "/home/me/" + "long/" * 40
+    view = replace(
+        VIEW,
+        metrics={**VIEW.metrics, "loss": 123456.789},
+        stages=[StageView(name, 1, 1, True, 123456) for name in ("generate", "verify", "score")],
+        waits=(f"generate, score: not ready: {'loads a model; ' * 20}", path),
     )
+    lines = status_lines(view)
+    assert max(map(len, lines)) < 160
+    assert "".join(lines).replace(" ", "").endswith(path)
 
 
 def test_before_anything_flows_the_status_line_says_only_what_is_waited_for() -> None:
     stages = (StageView("generate", 1, 0, False, 0),)
     assert (
-        status_line(RunView(0, 60, stages=stages, waits=["generate is not ready: starting"]))
+        "".join(
+            status_lines(RunView(0, 60, stages=stages, waits=["generate is not ready: starting"]))
+        )
         == "step 0/60  waiting: generate is not ready: starting"
     )
 
@@ -56,7 +72,7 @@ def test_without_a_terminal_the_same_line_is_not_printed_twice() -> None:
         display.show(VIEW)
         display.show(VIEW)
         display.show(RunView(13, 60))
-    assert text.getvalue().splitlines() == [status_line(VIEW), "step 13/60"]
+    assert text.getvalue().splitlines() == [*status_lines(VIEW), "step 13/60"]
 
 
 def test_without_a_terminal_lines_keep_their_interval() -> None:
@@ -76,6 +92,19 @@ def test_on_a_terminal_the_panel_shows_the_stages_and_what_is_waited_for() -> No
     assert ["generate", "1", "ready", "256"] in shown
     assert ["score", "0", "absent", "31"] in shown
     assert shown[-1][:2] == ["waiting:", "score:"]
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_a_narrow_terminal_cuts_no_heading_and_no_number(width: int) -> None:
+    text = io.StringIO()
+    details = ("loads the teacher from " + "/long" * 30, "waits for policy version 13, " * 5)
+    stages = [StageView("generate", 12, 1, True, 16384, detail) for detail in details]
+    console = Console(file=text, width=width, force_terminal=True, color_system=None)
+    console.print(panel("a-run-with-quite-a-long-name", replace(VIEW, stages=stages)))
+    shown = [line.split() for line in text.getvalue().splitlines()]
+    assert ["stage", "workers", "state", "backlog"] in shown
+    assert [row[:4] for row in shown].count(["generate", "12", "ready", "16384"]) == 2
+    assert max(len(line.rstrip()) for line in text.getvalue().splitlines()) <= width
 
 
 def test_a_sentence_with_brackets_is_not_taken_for_markup() -> None:

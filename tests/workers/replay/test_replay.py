@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from rich.console import Console
 
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.redis.bus import Bus
@@ -21,7 +23,9 @@ from onstream.pipeline.run_files.recording import (
     StepMark,
     frames,
 )
+from onstream.workers.replay.output import JsonOutput, ReplayOutput, TableOutput
 from onstream.workers.replay.replay import replay
+from onstream.workers.replay.result import FIGURES
 from tests.tiny import write_tiny
 from tests.workers.trainer.driver import Run
 
@@ -67,7 +71,7 @@ class Command:
             stop_at=stop_at,
             out=self.out,
             worst=worst,
-            say=self.said.append,
+            output=ReplayOutput(self.said.append),
         )
 
     def rows(self, name: str) -> list[dict[str, Any]]:
@@ -270,7 +274,15 @@ def test_a_damaged_checkpoint_is_refused_by_name(command: Command) -> None:
 
 def test_a_run_that_was_not_recorded_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no recording/; .*trainer.record = true"):
-        replay(tmp_path, [], from_step=None, stop_at=None, out=None, worst=0, say=print)
+        replay(
+            tmp_path,
+            [],
+            from_step=None,
+            stop_at=None,
+            out=None,
+            worst=0,
+            output=ReplayOutput(print),
+        )
 
 
 def test_an_existing_directory_is_not_written_over(command: Command) -> None:
@@ -288,3 +300,24 @@ def test_replays_go_beside_their_run_by_default_each_to_its_own_directory(comman
         "run-replay",
         "run-replay-2",
     ]
+
+
+def test_on_a_terminal_the_last_step_is_in_tables_and_json_has_it_all(
+    command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = io.StringIO()
+    wide = Console(file=text, width=160, force_terminal=True, color_system=None)
+    arguments: dict[str, Any] = {"from_step": None, "stop_at": 2, "worst": 2}
+    outputs = (TableOutput(wide), JsonOutput())
+    for at, output in enumerate(outputs):
+        out = command.out.with_name(f"out-{at}")
+        assert replay(command.run, [], out=out, output=output, **arguments) is Exit.OK
+    rows = [line.split() for line in text.getvalue().splitlines()]
+    assert ["step", "2", "replayed", "recorded", "where", "other"] in rows
+    assert ["rollouts", "8"] in rows
+    assert ["rollout", *FIGURES, "completion"] in rows
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert (result["steps"], result["equal"], result["metrics"]["step"]) == ([1, 2], True, 2)
+    assert len(result["samples"]) == 2
+    assert "steps 1 to 2: " in printed.err

@@ -59,7 +59,7 @@ def test_the_first_ticket_waits_for_every_stage_of_the_route_and_says_so(
     while not bus.state.issued():
         job.turn()
     assert bus.state.issued() == 16
-    assert job.trainer.stats.detail == "step 1 of 6; 0 rollouts of 0 open groups to come"
+    assert job.trainer.stats.detail == "step 1 of 6; waits for rollouts"
 
 
 def test_a_step_publishes_a_version_and_writes_every_metric(

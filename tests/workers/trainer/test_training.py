@@ -102,6 +102,19 @@ def test_the_same_stream_gives_the_same_steps_drops_and_weights_however_it_was_r
     assert together.weights == one_by_one.weights
 
 
+def test_drops_are_counted_in_the_log_and_not_told_one_by_one(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = settings(model)
+    training = Training(job, learner_at(job, None), worker="tester", step=2)
+    for number in range(1, 201):
+        training.take(rollout(number, group_size=2, versions=(0,), reward=number % 2), 0.0)
+    assert len(training.advance().settled) == 200
+    told = [line for line in capsys.readouterr().out.splitlines() if "are dropped" in line]
+    assert len(told) == 7
+    assert "so_far=128" in told[-1] and "reason=stale" in told[-1]
+
+
 def test_nothing_is_considered_while_a_batch_waits(model: Path) -> None:
     outcome = Outcome()
     job = settings(model)

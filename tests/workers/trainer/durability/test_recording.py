@@ -16,6 +16,7 @@ from onstream.pipeline.records import Rollout, Ticket, Tombstone, logprobs_bytes
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.run_files import recording
 from onstream.pipeline.run_files.recording import RecordFrame, ResumeMark, StepMark, frames
+from onstream.workers.replay.output import ReplayOutput
 from onstream.workers.replay.replay import replay
 from tests.workers.trainer.driver import CLOCKS, Run, dead, killed, rollout
 
@@ -52,7 +53,7 @@ def assert_replays(job: Run, first: int = 1, last: int = 6) -> None:
             stop_at=None,
             out=out,
             worst=0,
-            say=said.append,
+            output=ReplayOutput(said.append),
         )
         is Exit.OK
     ), "\n".join(said)
