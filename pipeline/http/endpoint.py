@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+import zlib
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -19,6 +20,8 @@ from onstream.settings.sections.client import EndpointSettings
 NOT_THE_REQUESTS_FAULT = {401, 402, 403, 404, 405, 407, 408, 409, 421, 423, 425, 426, 429, 451}
 """Statuses 4xx about the caller, the address or the moment. Any other 4xx refuses the request."""
 MESSAGE_CHARACTERS = 300
+MAX_REPLY_BYTES = 256 << 20
+GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 MAX_RETRY_AFTER_S = 600.0
 NAMES_SHOWN = 5
 KEY_REFUSED = (401, 403)
@@ -74,13 +77,15 @@ class Endpoint:
 
     `down` is the reason why nothing is sent to it, and empty while it serves. On `trial`, one
     request is sent all the same, to see whether it is back. `failures` counts failures in a row.
-    Until `rest_until` (monotonic seconds) it gets nothing, because it asked for that.
+    Until `rest_until` (monotonic seconds) it gets nothing, because it asked for that. A reply of
+    more than `max_reply_bytes`, unpacked, is not read to its end.
     """
 
     def __init__(self, base_url: str, http: httpx.AsyncClient, timeout_s: float) -> None:
         self.name, self._root, self._api = addresses(base_url)
         self._http = http
         self._timeout_s = timeout_s
+        self.max_reply_bytes = MAX_REPLY_BYTES
         self.in_flight = 0
         self.failures = 0
         self.rest_until = 0.0
@@ -132,8 +137,11 @@ class Endpoint:
         headers = {"content-type": "application/json"} if content is not None else None
         try:
             # httpx bounds each single read; bytes that trickle in would outlive its limit
-            async with asyncio.timeout(self._timeout_s):
-                reply = await self._http.request(method, url, content=content, headers=headers)
+            async with (
+                asyncio.timeout(self._timeout_s),
+                self._http.stream(method, url, content=content, headers=headers) as reply,
+            ):
+                body = await body_of(reply, self.max_reply_bytes)
         except TimeoutError as error:
             raise EndpointFault(f"no whole answer within {self._timeout_s:g} s") from error
         except httpx.TimeoutException as error:
@@ -142,8 +150,35 @@ class Endpoint:
             name = type(error).__name__
             raise EndpointFault(f"{name}: {error}" if str(error) else name) from error
         if not reply.is_success:
-            raise _fault(reply)
-        return reply.content
+            raise _fault(reply, body)
+        return body
+
+
+async def body_of(reply: httpx.Response, max_bytes: int) -> bytes:
+    """The body of `reply`, unpacked.
+
+    httpx unpacks a piece of a reply at once, however much comes out of it. This never holds more
+    than `max_bytes` and one piece.
+
+    Raises:
+        BadReply: it has more, or is packed in another way than was asked for.
+    """
+    encoding = reply.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", "", "gzip", "deflate"):
+        raise BadReply(f"a reply packed as {encoding[:40]!r}; expected gzip, deflate or none")
+    unpacker = zlib.decompressobj(GZIP_OR_ZLIB) if encoding in ("gzip", "deflate") else None
+    body = bytearray()
+    try:
+        async for piece in reply.aiter_raw():
+            room = max_bytes + 1 - len(body)
+            body += piece[:room] if unpacker is None else unpacker.decompress(piece, room)
+            if len(body) > max_bytes:
+                raise BadReply(
+                    f"a reply of more than {max_bytes >> 20} MiB, which `client.max_reply` allows"
+                )
+    except zlib.error as error:
+        raise BadReply(f"a reply that is not {encoding} ({error})") from error
+    return bytes(body)
 
 
 def addresses(base_url: str) -> tuple[str, str, str]:
@@ -178,9 +213,9 @@ def decoded(reply: bytes) -> Any:
     return body
 
 
-def _fault(reply: httpx.Response) -> EndpointFault | RequestRefused:
+def _fault(reply: httpx.Response, body: bytes) -> EndpointFault | RequestRefused:
     status = reply.status_code
-    message = f"{status} {_reply_message(reply)}"
+    message = f"{status} {_reply_message(body) or reply.reason_phrase}"
     if 400 <= status < 500 and status not in NOT_THE_REQUESTS_FAULT:
         return RequestRefused(message, status=status)
     retry_after_s = _retry_after_s(reply.headers.get("retry-after"), time.time())
@@ -192,12 +227,11 @@ def _fault(reply: httpx.Response) -> EndpointFault | RequestRefused:
     )
 
 
-def _reply_message(reply: httpx.Response) -> str:
+def _reply_message(body: bytes) -> str:
     try:
-        message = _message(msgspec.json.decode(reply.content))
+        return _message(msgspec.json.decode(body))
     except UNDECODABLE:
-        message = _line(reply.text)
-    return message or reply.reason_phrase
+        return _line(body[: 4 * MESSAGE_CHARACTERS].decode(errors="replace"))
 
 
 def _message(body: Any) -> str:
@@ -232,7 +266,8 @@ def _retry_after_s(header: str | None, now: float) -> float | None:
 
 def http_client(client: EndpointSettings) -> httpx.AsyncClient:
     """An HTTP client for all endpoints, with the settings' headers and key."""
-    headers = {name: value.get_secret_value() for name, value in client.headers.items()}
+    headers = {"accept-encoding": "gzip, deflate"}  # which `body_of` unpacks
+    headers |= {name: value.get_secret_value() for name, value in client.headers.items()}
     if client.api_key is not None:
         headers["authorization"] = f"Bearer {client.api_key.get_secret_value()}"
     connections = client.max_in_flight * max(1, len(client.base_url)) + len(client.base_url)

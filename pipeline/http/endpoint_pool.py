@@ -77,6 +77,8 @@ class EndpointPool(Generic[E]):
         self._role = role
         self._http = http_client(client)
         self.endpoints = [make(url, self._http, client.timeout) for url in client.base_url]
+        for endpoint in self.endpoints:
+            endpoint.max_reply_bytes = client.max_reply << 20
         self.requests = 0
         self.failures = 0
         self._answered = 0

@@ -6,13 +6,15 @@ any pixel is decoded. URLs are `data:`, or http(s) of allowed hosts.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hashlib
 import io
-import time
+import threading
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -30,6 +32,8 @@ MAX_ASPECT = 200
 
 Qwen-VL's processors take no more. Others scale by the shortest side, however long the other is.
 """
+LOOKUP_S = 1.0
+"""How much longer than its limit a fetch is waited for that cannot be cancelled."""
 _DATA = "data:"
 _SHOWN_CHARACTERS = 60  # of a URL in a message
 
@@ -230,21 +234,43 @@ def _require_allowed(parsed: httpx.URL, url: str, limits: ImageLimits) -> None:
 
 
 def _download(url: str, limits: ImageLimits) -> bytes:
-    """The body of the reply, without a content encoding: one could unfold to any size."""
+    """The body of the reply, within `limits.fetch_timeout_s`, headers and all.
+
+    httpx bounds each single read; only a task that can be cancelled bounds them together. It runs
+    in a thread, since callers may have an event loop of their own, or none.
+    """
+    body = Future[bytes]()
+
+    def fetch() -> None:
+        try:
+            body.set_result(asyncio.run(_body(url, limits)))
+        except BaseException as error:
+            body.set_exception(error)
+
+    threading.Thread(target=fetch, name="image", daemon=True).start()
+    try:
+        # Looking up a name cannot be cancelled: its thread is left behind.
+        return body.result(limits.fetch_timeout_s + LOOKUP_S)
+    except TimeoutError as error:
+        raise _too_slow(url, limits) from error
+
+
+async def _body(url: str, limits: ImageLimits) -> bytes:
+    """The body without a content encoding: one could unfold to any size."""
     import httpx
 
-    deadline = time.monotonic() + limits.fetch_timeout_s
     headers = {"Accept-Encoding": "identity"}
     data = bytearray()
-    with httpx.stream("GET", url, timeout=limits.fetch_timeout_s, headers=headers) as reply:
+    async with (
+        asyncio.timeout(limits.fetch_timeout_s),
+        httpx.AsyncClient(timeout=limits.fetch_timeout_s, headers=headers) as client,
+        client.stream("GET", url) as reply,
+    ):
         _require_ok(reply, url)
-        for chunk in reply.iter_raw():
+        async for chunk in reply.aiter_raw():
             data += chunk
             if len(data) > limits.max_bytes:
                 raise too_large(len(data), limits)
-            # httpx's timeout is for each read; a host that sends slowly is caught here.
-            if time.monotonic() > deadline:
-                raise _too_slow(url, limits)
     return bytes(data)
 
 

@@ -49,6 +49,8 @@ class EndpointSettings(Section):
     """The longest that one request may take."""
     connect_timeout: Annotated[float, WORKER, Unit("s"), Field(ge=0.05, le=600)] = 5.0
     """The longest that connecting may take."""
+    max_reply: Annotated[int, WORKER, Unit("MiB"), Field(ge=1, le=1 << 16)] = 256
+    """The longest reply that is read, unpacked; a longer one counts as a failure."""
     max_in_flight: Annotated[int, WORKER, Unit("requests"), Field(ge=1, le=65536)] = 16
     """Requests that one endpoint is given at once."""
     max_retries: Annotated[int, WORKER, Unit("retries"), Field(ge=0, le=1000)] = 5

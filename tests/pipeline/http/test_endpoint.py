@@ -1,13 +1,23 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import tracemalloc
+import zlib
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
 
-from onstream.pipeline.http import BadReply, Endpoint, EndpointFault, RequestRefused, decoded
+from onstream.pipeline.http import (
+    BadReply,
+    Endpoint,
+    EndpointFault,
+    EndpointPool,
+    RequestRefused,
+    decoded,
+)
 from onstream.pipeline.http.endpoint import MAX_RETRY_AFTER_S, addresses, http_client
 from onstream.settings.sections.client import ClientSettings
 from tests.faulty_server import Answer, FaultyServer, cut, drip, status
@@ -151,3 +161,57 @@ def test_openai_routes_are_where_the_address_has_them_and_others_at_the_servers_
 def test_a_success_that_is_none_is_the_endpoints_fault(reply: bytes, words: str) -> None:
     with pytest.raises(BadReply, match=words):
         decoded(reply)
+
+
+def test_a_packed_reply_is_unpacked(server: FaultyServer) -> None:
+    for packed, encoding in ((gzip.compress, "gzip"), (zlib.compress, "deflate")):
+        answer = Answer(body=packed(b'{"text": "hello"}'), headers={"Content-Encoding": encoding})
+        server.faults.append(lambda asked, right, answer=answer: answer)
+        assert ask(server.base_url) == b'{"text": "hello"}'
+
+
+@pytest.mark.parametrize("code", [200, 500])
+def test_a_reply_that_unfolds_past_its_bound_is_not_read_to_its_end(
+    server: FaultyServer, code: int
+) -> None:
+    bomb = Answer(code, gzip.compress(bytes(256 << 20)), {"Content-Encoding": "gzip"})
+    server.faults.append(lambda asked, right: bomb)
+
+    async def once() -> None:
+        async with http_client(ClientSettings()) as http:
+            endpoint = Endpoint(server.base_url, http, 30.0)
+            endpoint.max_reply_bytes = 1 << 20
+            await endpoint.post("/generate", {})
+
+    tracemalloc.start()
+    with pytest.raises(BadReply, match="more than 1 MiB"):
+        asyncio.run(once())
+    _, most_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most_bytes < 16 << 20
+
+
+def test_a_reply_that_is_packed_in_a_way_that_nobody_asked_for_is_the_endpoints_fault(
+    server: FaultyServer,
+) -> None:
+    for encoding, words in (("zstd", "packed as 'zstd'"), ("gzip", "not gzip")):
+        answer = Answer(body=b"nothing packed", headers={"Content-Encoding": encoding})
+        server.faults.append(lambda asked, right, answer=answer: answer)
+        with pytest.raises(BadReply, match=words):
+            ask(server.base_url)
+
+
+def test_the_bound_of_a_reply_is_a_setting() -> None:
+    async def bounds() -> list[int]:
+        client = ClientSettings.model_validate(
+            {"base_url": ["http://a", "http://b"], "max_reply": 2}
+        )
+
+        async def check(endpoint: Endpoint) -> None:
+            raise AssertionError
+
+        pool = EndpointPool(client, Endpoint, model="m", section="s", check=check, conclusive=False)
+        await pool.close()
+        return [endpoint.max_reply_bytes for endpoint in pool.endpoints]
+
+    assert asyncio.run(bounds()) == [2 << 20, 2 << 20]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import io
 import socket
@@ -312,6 +313,25 @@ def test_what_a_host_does_not_give_within_the_limits_is_refused(
 ) -> None:
     with pytest.raises(ImageError, match=reason):
         read_image(f"{host}/{path}", IMPATIENT if path == "slow.png" else FETCHED)
+
+
+def test_a_host_that_drips_headers_is_given_up() -> None:
+    ended = Event()
+
+    def drip(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\n")
+            while not ended.wait(0.05):
+                connection.sendall(b"X-More: x\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = Thread(target=drip, args=(server,))
+        thread.start()
+        with pytest.raises(ImageError, match=r"took longer than images.fetch_timeout, 0.5 s"):
+            read_image(f"http://127.0.0.1:{server.getsockname()[1]}/red.png", IMPATIENT)
+        ended.set()
+        thread.join()
 
 
 def test_a_host_that_does_not_answer_is_given_up() -> None:
