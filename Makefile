@@ -58,8 +58,9 @@ bench-vllm: .venv-vllm/ready ## vLLM beside the built-in engine: rollouts, score
 models: .venv/run ## make the shipped teachers and students again
 	@for task in reverse-text colour-words; do $(BIN)/onstream models make $$task --out examples/$$task || exit 1; done
 
-docs: .venv/run ## write docs/settings.md from the settings' own docstrings
+docs: .venv/run ## write docs/settings.md and docs/metrics.md from what the code says of them
 	@$(BIN)/python -m onstream.settings.docs
+	@$(BIN)/python -m onstream.workers.launcher.metric_docs
 
 lock: .venv/dev ## bring requirements.lock up to date with pyproject.toml
 	@$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-header --no-annotate --quiet --upgrade -o requirements.lock

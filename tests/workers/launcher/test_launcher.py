@@ -108,6 +108,11 @@ def test_a_run_goes_from_one_command_to_its_report_and_on_from_there(run: Run) -
     assert load_settings([run.directory], environ={}).trainer.max_steps == 5
     assert "teacher_kl (nats a token)" in run.printed.getvalue()
     assert run.pids() == []
+    page = (Path(__file__).parents[3] / "docs" / "run-files.md").read_text()
+    left = [path.name + "/" * path.is_dir() for path in run.directory.iterdir()]
+    stand_ins = ("generate", "verify", "score", "train")
+    left = [name for name in left if not name.startswith(stand_ins) or name == "trained.jsonl"]
+    assert [name for name in left if f"`{name}`" not in page] == []
 
     with pytest.raises(UserError, match=r"run\.seed"):
         run.up("run.seed=9")
