@@ -25,7 +25,7 @@ import click
 import psutil
 from redis import Redis
 
-from onstream.pipeline.loop import run_worker
+from onstream.pipeline.loop import Worker, run_worker
 from onstream.pipeline.records import (
     Rollout,
     Sample,
@@ -129,8 +129,12 @@ def produce(
     stop: Event,
     fields: Callable[[int, bytes], dict[str, Any]],
     sink: str,
+    issued: str | None = None,
 ) -> int:
-    """Encode records into `stream`, while few enough are under way to `sink`; returns how many."""
+    """Encode records into `stream`, while few enough are under way to `sink`; returns how many.
+
+    They count as issued in the key `issued`, where there is one.
+    """
     number = 0
     template = record(1, size_bytes)
     while not stop.is_set():
@@ -142,6 +146,8 @@ def produce(
             number += 1
             template.number = number
             pipe.xadd(stream, fields(number, encode(template)))
+        if issued:
+            pipe.set(issued, number)
         pipe.execute()
     return number
 
@@ -156,6 +162,7 @@ def our_producer(url: str, run: str, size_bytes: int, stop: Event) -> int:
         stop,
         lambda n, payload: {"n": n, "b": payload},
         bus.keys.streams["train"],
+        bus.keys.issued,
     )
 
 
@@ -276,13 +283,17 @@ def timed(
     """
     moved = 0
     spent = 0.0
+    cpu = 0.0
     while spent < seconds:
         before()
         started = time.perf_counter()
+        cpu_before = time.process_time()
         moved += once()
+        cpu += time.process_time() - cpu_before
         spent += time.perf_counter() - started
     print(
         f"{what:<42}{moved / spent:>9,.0f} records/s{moved / spent * size_bytes / 1e6:>8,.0f} MB/s"
+        f"{cpu / moved * 1e6:>8,.1f} µs CPU here"
     )
 
 
@@ -290,15 +301,15 @@ def single(url: str, size_bytes: int, seconds: float) -> None:
     """One process: what each call costs alone."""
     bus = connect(url, "single", "one")
     client = bare(url)
-    payload = encode(record(1, size_bytes))
+    payloads = {number: encode(record(number, size_bytes)) for number in range(1, 321)}
     up = bus.keys.streams["verify"]
     down = bus.keys.streams["train"]
 
-    def fill(count: int = 320) -> None:
+    def fill(entries: Mapping[int, bytes] = payloads) -> None:
         client.delete(up, down)
         bus.connection.create_groups()
         pipe = client.pipeline(transaction=False)
-        for number in range(1, count + 1):
+        for number, payload in entries.items():
             pipe.xadd(up, {"n": number, "b": payload})
         pipe.execute()
 
@@ -323,11 +334,24 @@ def single(url: str, size_bytes: int, seconds: float) -> None:
         "XADD one by one",
         size_bytes,
         seconds,
-        lambda: len([client.xadd(up, {"b": payload}) for _ in range(100)]),
-        lambda: fill(0),
+        lambda: len([client.xadd(up, {"b": payloads[1]}) for _ in range(100)]),
+        lambda: fill({}),
     )
     timed("read, 32 at once", size_bytes, seconds, read, fill)
     timed("hop, 32 in a script", size_bytes, seconds, hop, refill)
+    worker = Worker(Hop(), bus, DeliverySettings(lease=600), block_s=0)
+
+    def turns() -> int:
+        while worker.state.done < 320:
+            worker.turn()
+        return worker.state.done
+
+    def refill_worker() -> None:
+        worker.state.done = 0
+        fill()
+        client.set(bus.keys.issued, 320)
+
+    timed("a worker's turns: read, decode, hop", size_bytes, seconds, turns, refill_worker)
     bus.close()
 
 

@@ -141,9 +141,10 @@ class Worker:
         for entry in entries:
             try:
                 self._refuse_too_often(entry)
-                deliveries.append(delivery_of(entry, self.stage.name))
-            except NotForThisStage as reason:
-                moves.append(dead_letter(entry, self.stage.name, str(reason)))
+                deliveries.append(delivery_of(entry, self.stage.name, self.bus.limits))
+            except NotForThisStage as refusal:
+                refused = replace(entry, number=refusal.number)
+                moves.append(dead_letter(refused, self.stage.name, str(refusal)))
         self._move(moves)
         return deliveries
 
@@ -180,7 +181,8 @@ class Worker:
         if entry.deliveries > most and not self.stage.holds_entries:
             raise NotForThisStage(
                 f"handed out {entry.deliveries - 1} times and never finished; "
-                f"max_deliveries is {most}"
+                f"max_deliveries is {most}",
+                entry.number if self.bus.limits.was_issued(entry.number) else 0,
             )
 
     def _take(self) -> list[Entry]:

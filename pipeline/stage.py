@@ -13,6 +13,7 @@ from typing import Protocol
 
 import structlog
 
+from onstream.pipeline.record_fields import REASON_CHARACTERS
 from onstream.pipeline.records import (
     RecordError,
     Rollout,
@@ -160,28 +161,76 @@ class Stage(Protocol):
 
 
 class NotForThisStage(Exception):
-    """An entry that the stage must not be given; the message is the reason of its dead letter."""
+    """An entry that the stage must not be given; the message is the reason of its dead letter.
+
+    `number` is the rollout that dies of it; 0 where it is none that the run has issued.
+    """
+
+    def __init__(self, reason: str, number: int) -> None:
+        super().__init__(reason)
+        self.number = number
 
 
-def delivery_of(entry: Entry, stage: StageName) -> Delivery:
-    """The delivery of `entry` to `stage`.
+class Limits(Protocol):
+    """Which numbers and policy versions the run has come to."""
+
+    @property
+    def issued(self) -> int: ...
+    @property
+    def version(self) -> int: ...
+    def was_issued(self, number: int) -> bool: ...
+    def was_announced(self, version: int) -> bool: ...
+
+
+def delivery_of(entry: Entry, stage: StageName, limits: Limits) -> Delivery:
+    """The delivery of `entry` to `stage`: the one gate that every record passes at every stage.
 
     Raises:
         NotForThisStage: its bytes are no record, or one that the stage does not take, or one of
-            another number.
+            another number, or of a number or a policy version beyond the `limits`.
     """
     try:
         record = decode_work(entry.payload)
     except RecordError as error:
-        raise NotForThisStage(str(error)) from error
-    if not isinstance(record, TAKES[stage]):
-        raise NotForThisStage(f"a {type(record).__name__} in the stream of {stage}")
-    if record.number != entry.number:
+        number = entry.number if limits.was_issued(entry.number) else 0
+        raise NotForThisStage(str(error), number) from error
+    number = entry.number or record.number
+    if not limits.was_issued(number):
         raise NotForThisStage(
-            f"the entry has the number {entry.number} and its record {record.number}"
+            f"number {number} was never issued; the run has issued 1 to {limits.issued}", 0
         )
+    if not isinstance(record, TAKES[stage]):
+        raise NotForThisStage(f"a {type(record).__name__} in the stream of {stage}", number)
+    if record.number != entry.number:
+        reason = f"the entry has the number {entry.number} and its record {record.number}"
+        raise NotForThisStage(reason, number)
+    if problem := _misplaced(record, stage, limits):
+        raise NotForThisStage(problem, number)
     size_bytes = len(entry.payload)
     return Delivery(entry.id, record.number, record, size_bytes, entry.deliveries, time.time())
+
+
+def _misplaced(record: Work, stage: StageName, limits: Limits) -> str | None:
+    """Why `record` cannot be at `stage` of this run, in words; None where it can."""
+    if isinstance(record, Tombstone):
+        return None
+    version = newest_version(record)
+    if not limits.was_announced(version):
+        return f"policy version {version} was never announced; the newest is {limits.version}"
+    if isinstance(record, Rollout) and record.route[0] != stage:
+        return f"a rollout at {stage} whose route goes on with {' → '.join(record.route)}"
+    return None
+
+
+def newest_version(record: Ticket | Rollout) -> int:
+    """The newest policy version that `record` names; −1 where it names none."""
+    if isinstance(record, Ticket):
+        return record.min_policy_version
+    newest = -1
+    for sample in record.samples:
+        for span in sample.version_spans:
+            newest = max(newest, span.version)
+    return newest
 
 
 def move_of(outcome: Outcome, stage: StageName, worker: str) -> Move:
@@ -213,6 +262,7 @@ def dead_letter(entry: Entry, stage: StageName, reason: str) -> Move:
     known.
     """
     number = entry.number
+    reason = reason[:REASON_CHARACTERS]
     log.error("dead letter", number=number, reason=reason, deliveries=entry.deliveries)
     outs = [Out("dead", number, entry.payload, reason, entry.deliveries)]
     if number > 0:

@@ -12,6 +12,7 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.redis.connection import Connection
 from onstream.pipeline.redis.image_store import ImageStore
 from onstream.pipeline.redis.operator_requests import OperatorRequests
+from onstream.pipeline.redis.run_limits import RunLimits
 from onstream.pipeline.redis.run_state import RunState
 from onstream.pipeline.redis.score_store import ScoreStore
 from onstream.pipeline.redis.streams import Streams
@@ -28,9 +29,10 @@ EMBEDDED_ADDRESS = Path("redis/url")
 class Bus:
     """One connection, and a part for each kind of thing that a run keeps in Redis.
 
-    `streams` carries the work from stage to stage. `state` is what anybody may read, `lease` what
-    only the trainer may write, and `requests` what operators ask of the trainer. `weights`,
-    `images` and `scores` store bytes; `transfer` coordinates weights that go from GPU to GPU.
+    `streams` carries the work from stage to stage. `state` is what anybody may read, `limits` which
+    numbers and versions the run has come to, `lease` what only the trainer may write, and
+    `requests` what operators ask of the trainer. `weights`, `images` and `scores` store bytes;
+    `transfer` coordinates weights that go from GPU to GPU.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -40,6 +42,7 @@ class Bus:
         self.keys = connection.keys
         self.streams = Streams(connection)
         self.state = RunState(connection)
+        self.limits = RunLimits(self.state)
         self.lease = TrainerLease(connection)
         self.requests = OperatorRequests(connection, self.lease)
         self.weights = WeightStore(connection, self.lease)

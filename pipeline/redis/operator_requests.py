@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from onstream.pipeline.record_fields import read_number
 from onstream.pipeline.records import Ticket
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection
@@ -118,7 +119,5 @@ class OperatorRequests:
 
 def _request(entry_id: bytes, fields: dict[bytes, bytes]) -> OperatorRequest:
     kind = fields.get(b"do", b"").decode(errors="replace")
-    number = fields.get(b"n", b"")
-    return OperatorRequest(
-        entry_id, kind, int(number) if number.isdigit() else 0, fields.get(b"letter", b"")
-    )
+    number = read_number(fields.get(b"n", b""))
+    return OperatorRequest(entry_id, kind, number, fields.get(b"letter", b""))

@@ -11,10 +11,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
+import structlog
 from redis.exceptions import ResponseError
 
 from onstream.pipeline import telemetry
-from onstream.pipeline.records import PolicyVersion, StageName, decode_policy
+from onstream.pipeline.record_fields import read_number
+from onstream.pipeline.records import PolicyVersion, RecordError, StageName, decode_policy
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection
 from onstream.pipeline.redis.keys import GROUP, STAGES
@@ -90,6 +92,7 @@ class DeadLetter:
 
 
 _state = msgspec.json.Decoder(WorkerState)
+log = structlog.get_logger(__name__)
 
 
 class RunState:
@@ -102,20 +105,34 @@ class RunState:
     def newest_policy(self) -> PolicyVersion | None:
         """The newest announced policy version.
 
+        Where the key holds something else, written by hand say, it is the last announcement; None
+        where there is none either. The trainer mends the key with `Publisher.mend`.
+        """
+        try:
+            return self.policy_in_key()
+        except RecordError as error:
+            _warn_of_policy(self._keys.policy, str(error))
+        return next(self._announced_backwards(), None)
+
+    def policy_in_key(self) -> PolicyVersion | None:
+        """The policy version in the key of the newest; None where there is no key.
+
         Raises:
-            RecordError: it was announced by another version of this program.
+            RecordError: it holds something else.
         """
         payload = self._connection.ask("GET", self._keys.policy)
         return None if payload is None else decode_policy(payload)
 
     def announced_policies(self) -> list[PolicyVersion]:
-        """Every policy version that was announced, in order.
+        """Every policy version that was announced, in order; without entries that are none."""
+        return list(self._announced_backwards())[::-1]
 
-        Raises:
-            RecordError: one was announced by another version of this program.
-        """
-        entries = self._connection.ask("XRANGE", self._keys.policies, "-", "+")
-        return [decode_policy(fields[b"b"]) for _, fields in entries]
+    def _announced_backwards(self) -> Iterator[PolicyVersion]:
+        for _, fields in self._connection.ask("XREVRANGE", self._keys.policies, "+", "-"):
+            try:
+                yield decode_policy(fields.get(b"b", b""))
+            except RecordError as error:
+                _warn_of_policy(self._keys.policies, str(error))
 
     def mark_ready(self, stage: StageName) -> None:
         """Note that a worker of `stage` has been ready once."""
@@ -128,7 +145,14 @@ class RunState:
 
     def issued(self) -> int:
         """How many tickets were ever issued; the number of the last one."""
-        return int(self._connection.ask("GET", self._keys.issued) or 0)
+        return self.known_issued() or 0
+
+    def known_issued(self) -> int | None:
+        """The same; None where Redis does not know: there was no trainer yet, or data was lost."""
+        count: bytes | None = self._connection.ask("GET", self._keys.issued)
+        if count is None or not count.isdigit():
+            return None
+        return read_number(count)
 
     def plan(self) -> bytes | None:
         """The run's plan, once a trainer has written it."""
@@ -240,18 +264,18 @@ class RunState:
         return summary
 
     def numbers(self, stage: StageName) -> list[int]:
-        """The numbers of all entries in the stream of `stage`, in order."""
+        """The numbers of all entries of the stream of `stage`, in order; 0 where one names none."""
         return list(self._numbers(self._keys.streams[stage]))
 
     def dead_numbers(self) -> list[int]:
-        """The numbers of all dead letters still in Redis, in order."""
+        """The numbers of all dead letters still in Redis, in order; 0 for one that names none."""
         return list(self._numbers(self._keys.dead))
 
     def _numbers(self, stream: str) -> Iterator[int]:
         start = "-"
         while True:
             last, numbers = self._connection.run_script(scripts.NUMBERS, [stream], [start, PAGE])
-            yield from map(int, numbers)
+            yield from map(read_number, numbers)
             if not last:
                 return
             start = f"({last.decode()}"
@@ -281,17 +305,21 @@ class RunState:
             self._connection.ask("XDEL", self._keys.dead, *ids)
 
 
+def _warn_of_policy(key: str, problem: str) -> None:
+    log.warning("no policy version; passed over", key=key, problem=problem)
+
+
 def _letter(entry_id: bytes, fields: dict[bytes, Any]) -> DeadLetter:
     words = {
         name: fields.get(name, b"").decode(errors="replace")
-        for name in (b"n", b"stage", b"why", b"deliveries", b"worker")
+        for name in (b"stage", b"why", b"worker")
     }
     return DeadLetter(
         entry_id=entry_id,
-        number=int(words[b"n"] or 0),
+        number=read_number(fields.get(b"n", b"")),
         stage=words[b"stage"],
         reason=words[b"why"],
-        deliveries=int(words[b"deliveries"] or 0),
+        deliveries=read_number(fields.get(b"deliveries", b"")),
         worker=words[b"worker"],
         payload=fields.get(b"b", b""),
     )

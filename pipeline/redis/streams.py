@@ -9,6 +9,7 @@ from typing import Any, Literal
 import structlog
 from redis.exceptions import ResponseError
 
+from onstream.pipeline.record_fields import read_number
 from onstream.pipeline.records import StageName
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection, batched
@@ -25,7 +26,7 @@ ROWS_AT_ONCE = 1000
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One stream entry in this worker's hands. `number` is 0 where the entry does not say."""
+    """One stream entry in this worker's hands. `number` is 0 where it names none."""
 
     id: bytes
     number: int
@@ -306,7 +307,5 @@ def hop_batches(moves: Sequence[Move]) -> Iterator[list[Move]]:
 def _entry(entry_id: bytes, fields: dict[bytes, bytes] | None, deliveries: int) -> Entry:
     """The entry as workers see it. One that was deleted meanwhile has no number and no payload."""
     fields = fields or {}
-    number = fields.get(b"n", b"")
-    return Entry(
-        entry_id, int(number) if number.isdigit() else 0, fields.get(b"b", b""), deliveries
-    )
+    number = read_number(fields.get(b"n", b""))
+    return Entry(entry_id, number, fields.get(b"b", b""), deliveries)

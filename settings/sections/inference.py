@@ -16,7 +16,7 @@ EngineName = Literal["transformers", "vllm", "server"]
 class SamplingSettings(Section):
     """The distribution that training rollouts are sampled from."""
 
-    temperature: Annotated[float, RUN, Unit("ratio"), Field(gt=0, le=10)] = 1.0
+    temperature: Annotated[float, RUN, Unit("ratio"), Field(ge=0.001, le=10)] = 1.0
     """Sampling temperature. Other than 1 needs `trainer.loss.teacher_top_k` with a teacher."""
     max_completion: Annotated[int, RUN, Unit("tokens"), Field(ge=1, le=1 << 20)] = 512
     """The longest completion, end-of-sequence token included."""

@@ -49,6 +49,11 @@ def put(bus: Bus, stage: StageName, *payloads: tuple[int, bytes]) -> None:
         bus.connection.ask("XADD", bus.keys.streams[stage], "*", "n", number, "b", payload)
 
 
+def trained(number: int) -> bytes:
+    """A rollout as the trainer gets it."""
+    return encode(rollout(ticket(number, ("train",))))
+
+
 def issue(bus: Bus, count: int) -> None:
     lease = bus.lease.acquire(5)
     assert bus.lease.issue(
@@ -456,11 +461,11 @@ def test_the_trainer_reads_its_pending_entries_again_first_and_in_order_whoever_
 def test_the_trainer_is_given_each_entry_once_and_then_finds_what_a_lost_reply_carried(
     bus: Bus, second_bus: Bus
 ) -> None:
-    put(bus, "train", *((number, encode(rollout(ticket(number)))) for number in range(1, 4)))
+    put(bus, "train", *((number, trained(number)) for number in range(1, 4)))
     worker = Worker(Holding(), bus, DeliverySettings(lease=0.5), 0.05)
     worker.turn()
     bus.streams.read("train", 1)
-    put(bus, "train", (4, encode(rollout(ticket(4)))))
+    put(bus, "train", (4, trained(4)))
     bus.streams.read(
         "train", 1
     )  # entry 4 was delivered to this consumer, and the loop never saw it

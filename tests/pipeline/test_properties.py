@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,25 +30,47 @@ from onstream.pipeline.redis.streams import HOP_BYTES, HOP_RECORDS, Move, Out, h
 pytestmark = pytest.mark.timeout(40)
 
 names = st.sampled_from(["generate", "verify", "score", "train"])
-bytes_fields = st.none() | st.binary(max_size=64)
-
-
-samples = st.builds(
-    Sample,
-    prompt_ids=st.binary(max_size=64),
-    completion_ids=st.binary(max_size=64),
-    loss_mask=st.binary(max_size=16),
-    generator_logprobs=st.binary(max_size=64),
-    version_spans=st.lists(
-        st.builds(VersionSpan, st.integers(0, 99), st.integers(0, 99), st.integers(0, 99)),
-        max_size=3,
-    ),
-    completion_text=st.text(max_size=20),
-    teacher_logprobs=bytes_fields,
-    teacher_top_ids=bytes_fields,
-    teacher_top_logprobs=bytes_fields,
-    teacher_tail_logprobs=bytes_fields,
+routes = st.sampled_from(
+    [["train"], ["score", "train"], ["verify", "train"], ["verify", "score", "train"]]
 )
+
+
+ids = st.integers(0, 2**31 - 1)
+logprobs = st.floats(-50, 0, width=32)
+
+
+@st.composite
+def drawn_samples(draw: st.DrawFn) -> Sample:
+    """Samples of a few tokens; some have what a teacher says of them."""
+    tokens = draw(st.integers(1, 6))
+    top_k = draw(st.integers(0, 2))
+    cut = draw(st.integers(0, tokens))
+    version = draw(st.integers(0, 99))
+    sample = Sample(
+        prompt_ids=ids_bytes(draw(st.lists(ids, min_size=1, max_size=6))),
+        completion_ids=ids_bytes(draw(st.lists(ids, min_size=tokens, max_size=tokens))),
+        loss_mask=bytes([1, *draw(st.lists(st.integers(0, 1), min_size=tokens, max_size=tokens))])[
+            :tokens
+        ],
+        generator_logprobs=_logprobs(draw, tokens),
+        version_spans=[VersionSpan(version, 0, cut), VersionSpan(version + 1, cut, tokens)],
+        completion_text=draw(st.text(max_size=20)),
+    )
+    if draw(st.booleans()):
+        sample.teacher_logprobs = _logprobs(draw, tokens)
+    if top_k:
+        top_ids = st.lists(ids, min_size=tokens * top_k, max_size=tokens * top_k)
+        sample.teacher_top_ids = ids_bytes(draw(top_ids))
+        sample.teacher_top_logprobs = logprobs_bytes([math.log(0.9 / top_k)] * tokens * top_k)
+        sample.teacher_tail_logprobs = logprobs_bytes([math.log(0.1)] * tokens)
+    return sample
+
+
+def _logprobs(draw: st.DrawFn, tokens: int) -> bytes:
+    return logprobs_bytes(draw(st.lists(logprobs, min_size=tokens, max_size=tokens)))
+
+
+samples = drawn_samples()
 rollouts = st.builds(
     Rollout,
     number=st.integers(1, 2**50),
@@ -61,10 +85,10 @@ rollouts = st.builds(
         st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.text(max_size=8),
         max_size=3,
     ),
-    samples=st.lists(samples, max_size=3),
+    samples=st.lists(samples, min_size=1, max_size=3),
     temperature=st.floats(0.01, 4),
     finish_reason=st.sampled_from(["stop", "length"]),
-    route=st.lists(names, max_size=3),
+    route=routes,
     timings=st.lists(
         st.builds(Timing, names, st.text(max_size=8), st.floats(0, 1e10), st.floats(0, 1e10)),
         max_size=3,
@@ -81,7 +105,7 @@ tickets = st.builds(
     index=st.integers(0, 2**50),
     seed=st.integers(0, 2**63 - 1),
     min_policy_version=st.integers(0, 2**31),
-    route=st.lists(names, max_size=3),
+    route=routes,
     requeued_from=st.none() | st.integers(1, 2**50),
 )
 tombstones = st.builds(Tombstone, st.integers(1, 2**50), names, st.text(max_size=20))
@@ -119,7 +143,8 @@ def test_bytes_that_were_cut_or_mangled_are_refused_in_words_or_are_a_record(
     try:
         assert isinstance(decode_work(mangled), Ticket | Rollout | Tombstone)
     except RecordError as error:
-        assert f"{len(whole)} bytes do not decode" in str(error)
+        refused = (f"{len(whole)} bytes do not decode", f"{type(record).__name__.lower()} ")
+        assert str(error).startswith(refused)
 
 
 @given(st.binary(max_size=200))

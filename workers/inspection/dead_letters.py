@@ -17,7 +17,7 @@ from onstream.pipeline.records import (
     RecordError,
     Rollout,
     Sample,
-    decode_work,
+    decode_unchecked,
     ids_array,
     logprobs_array,
     mask_array,
@@ -207,7 +207,7 @@ def _readable(run: str, letter: DeadLetter) -> dict[str, Any]:
 def _record(payload: bytes) -> dict[str, Any]:
     """The record in `payload`, its arrays as lists; of bytes that are none, the first of them."""
     try:
-        record = decode_work(payload)
+        record = decode_unchecked(payload)
     except RecordError as error:
         first_bytes = payload[:BYTES_SHOWN].hex(" ")
         return {"record": None, "problem": str(error), "first_bytes": first_bytes}

@@ -16,7 +16,7 @@ import torch
 
 from onstream.pipeline import weights
 from onstream.pipeline.images.feature_cache import FetchImages, no_images
-from onstream.pipeline.records import PolicyVersion, Ticket, decode_work
+from onstream.pipeline.records import PolicyVersion, Ticket, decode_unchecked
 from onstream.pipeline.run_files.recording import Frame, RecordFrame, ResumeMark, StepMark
 from onstream.settings.root import Settings
 from onstream.workers.replay.recorded_run import ReplayStart, settled_in
@@ -141,7 +141,7 @@ class Player:
         return checkpoint.save(directory, state, self.training.save, fence=nullcontext).path
 
     def _take(self, recorded: RecordFrame) -> None:
-        record = decode_work(recorded.payload)
+        record = decode_unchecked(recorded.payload)
         # With another batch size it may have settled before.
         if not isinstance(record, Ticket) and recorded.number not in self.settled:
             self.training.take(record, recorded.taken)

@@ -7,7 +7,7 @@ number a fate.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from onstream.workers.trainer.drops_in_a_row import DropsInARow
 from onstream.workers.trainer.durability.checkpointing import Checkpointing, TrainerPosition
 from onstream.workers.trainer.durability.operator_requests import OperatorRequestHandler
 from onstream.workers.trainer.durability.recording import Recording
+from onstream.workers.trainer.durability.refused_rollouts import write_dead_letters
 from onstream.workers.trainer.durability.run_directory import RunDirectory
 from onstream.workers.trainer.evaluations import Evaluations
 from onstream.workers.trainer.metrics_files import MetricsFiles
@@ -165,6 +166,7 @@ class Trainer:
             self._advance()
         self._stop_where_nothing_trains()
         self._write_requested_weights()
+        self.publisher.mend(self.policy)
         self.requests.poll(self.step + 1)
         self._issue_tickets()
         if self.checkpointing.due(self.step, self.training.max_steps, full=self.bus.lease.full):
@@ -204,10 +206,16 @@ class Trainer:
             result = self.training.advance()
             for timed in result.considered:
                 self.recording.record(timed.record, timed.taken)
+        self._write_dead_letters(result.refused)
         self.checkpointing.acknowledgements.settle(result.settled)
         self._drops.consider(timed.record for timed in result.considered)
         can_train = self.training.batch is not None or self.training.batches.complete_units > 0
         self._drops.settle(result.settled, can_train=can_train)
+
+    def _write_dead_letters(self, reasons: Mapping[int, str]) -> None:
+        if reasons:
+            with self.directory.changing():
+                write_dead_letters(self.bus, self.checkpointing.acknowledgements, reasons)
 
     def _stop_where_nothing_trains(self) -> None:
         """End a run that would generate for ever.

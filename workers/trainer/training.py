@@ -54,10 +54,14 @@ class TimedRecord:
 
 @dataclass(frozen=True)
 class AdvanceResult:
-    """What `Training.advance` did, in order: the records it considered, the numbers it settled."""
+    """What `Training.advance` did, in order: the records it considered, the numbers it settled.
+
+    `refused` are the numbers of rollouts that no step could take, with the reasons.
+    """
 
     considered: list[TimedRecord] = field(default_factory=list)
     settled: list[Settled] = field(default_factory=list)
+    refused: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,10 @@ class Training:
         while self._waiting and self.batches.complete_units < self.batches.units_per_batch:
             timed = self._waiting.popleft()
             result.considered.append(timed)
-            self.batches.add(self._fit_to_train(timed))
+            record = self._fit_to_train(timed)
+            if isinstance(record, Tombstone) and isinstance(timed.record, Rollout):
+                result.refused[record.number] = record.reason
+            self.batches.add(record)
 
     def _fit_to_train(self, timed: TimedRecord) -> Rollout | Tombstone:
         """The record with its timing here, or a tombstone for a rollout that no step could take.
@@ -202,11 +209,6 @@ class Training:
         reason = untrainable(record, group_size=self._group_size, check=self.learner.check)
         reason = reason or self._image_problem(record)
         if reason:
-            log.error(
-                "a rollout cannot be trained on; it counts as dead",
-                number=record.number,
-                reason=reason,
-            )
             return Tombstone(record.number, "train", reason)
         timing = Timing("train", self._worker, timed.taken, timed.taken)
         return replace(record, timings=[*record.timings, timing])

@@ -325,7 +325,7 @@ class ScorerPool:
 
 def final_answer(rollout: Rollout) -> str:
     """What the scorer gets: the text of the last sample, which comes after all tool calls."""
-    return rollout.samples[-1].completion_text if rollout.samples else ""
+    return rollout.samples[-1].completion_text
 
 
 def write_verdict(rollout: Rollout, verdict: Verdict) -> None:

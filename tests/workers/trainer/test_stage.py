@@ -13,7 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onstream.pipeline.errors import Exit
 from onstream.pipeline.loop import run_worker
-from onstream.pipeline.records import Rollout, Ticket, Tombstone, decode_work, encode
+from onstream.pipeline.records import (
+    Rollout,
+    Ticket,
+    Tombstone,
+    decode_work,
+    encode,
+    ids_bytes,
+)
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.workers.trainer.startup import trainer_stage
@@ -211,12 +218,38 @@ def test_a_rollout_that_no_step_can_take_counts_as_dead_and_stops_nothing(
             made.group = 40
         if ticket.number == 7:
             made.samples[0].generator_logprobs = b"odd"
+        if ticket.number == 9:
+            made.samples[0].completion_ids = ids_bytes([48] * len(made.samples[0].loss_mask))
         return made
 
     job = run(trainer__max_steps=2)
     job.ready()
     job.to_the_end(make)
-    assert job.counts() == {"issued": 16, "trained": 13, "dead": 3}
+    assert job.counts() == {"issued": 16, "trained": 12, "dead": 4}
+    reasons = {letter.number: letter.reason for letter in bus.state.dead_letters()}
+    assert sorted(reasons) == [5, 6, 7, 9]
+    assert reasons[6] == "it says group 40 of 4; its number belongs to group 1 of 4"
+    assert "the token ids 48 to 48; expected 0 to 47" in reasons[9]
+
+
+def test_a_rollout_that_the_trainer_gave_up_is_dead_once_whenever_the_trainer_is_killed(
+    run: Callable[..., Run], bus: Bus
+) -> None:
+    def make(ticket: Ticket, version: int) -> Rollout:
+        made = rollout(ticket, version)
+        if ticket.number in (3, 10):
+            made.samples[0].completion_ids = ids_bytes([48] * len(made.samples[0].loss_mask))
+        return made
+
+    job = run(trainer__max_steps=3)
+    job.ready()
+    job.until(1, make)
+    job.start()
+    job.until(2, make)
+    job.start()
+    job.to_the_end(make)
+    assert sorted(letter.number for letter in bus.state.dead_letters()) == [3, 10]
+    assert job.counts() == {"issued": 24, "trained": 22, "dead": 2}
 
 
 def test_a_number_that_comes_twice_is_trained_once(run: Callable[..., Run], bus: Bus) -> None:

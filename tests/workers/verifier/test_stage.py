@@ -11,7 +11,14 @@ import pytest
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.loop import Worker
-from onstream.pipeline.records import Rollout, Sample, decode_work, encode
+from onstream.pipeline.records import (
+    Rollout,
+    Sample,
+    decode_work,
+    encode,
+    ids_bytes,
+    logprobs_bytes,
+)
 from onstream.pipeline.redis.bus import Bus
 from onstream.settings.root import Settings
 from onstream.settings.sections.run import DeliverySettings
@@ -21,7 +28,10 @@ MISBEHAVING = "tests.workers.verifier.misbehaving:score"
 
 
 def rollout(number: int, text: str = "", *earlier: str, **info: Any) -> Rollout:
-    samples = [Sample(b"", b"", b"", b"", [], completion) for completion in (*earlier, text)]
+    samples = [
+        Sample(ids_bytes([1]), ids_bytes([2]), b"\1", logprobs_bytes([-1]), [], completion)
+        for completion in (*earlier, text)
+    ]
     return Rollout(
         number,
         0,
@@ -84,10 +94,13 @@ def test_of_several_samples_the_last_one_holds_the_answer(verify: Any) -> None:
     assert verify(rollout(1, "cba", "let me see", "a tool said so", answer="cba"))[1].reward == 1.0
 
 
-def test_a_rollout_without_samples_is_an_empty_answer(verify: Any) -> None:
+def test_a_rollout_without_samples_is_a_dead_letter(verify: Any, bus: Bus) -> None:
     empty = rollout(1, answer="cba")
     empty.samples = []
-    assert verify(empty)[1].reward == 0.0
+    assert verify(empty) == {}
+    [letter] = bus.state.dead_letters()
+    assert (letter.number, letter.stage) == (1, "verify")
+    assert "Expected `array` of length >= 1" in letter.reason
 
 
 def test_the_records_tell_the_rollouts_fault_from_the_scorers(verify: Any) -> None:

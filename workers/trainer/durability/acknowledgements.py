@@ -185,6 +185,10 @@ class Acknowledgements:
         self._entries_with(number)[delivery.entry_id] = entry
         return first
 
+    def open_entries(self, number: int) -> list[bytes]:
+        """The entries of `number`, which has not settled."""
+        return list(self._open.get(number, ()))
+
     def take_without_entry(self, number: int) -> None:
         """Book a number whose entry is gone for good.
 

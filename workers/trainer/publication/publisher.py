@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from onstream.pipeline import weights
-from onstream.pipeline.records import PolicyVersion
+from onstream.pipeline.records import PolicyVersion, RecordError
 from onstream.pipeline.redis.bus import Bus, redis_url
 from onstream.pipeline.redis.lease import Lease
+from onstream.pipeline.telemetry import get_logger
 from onstream.pipeline.weights import (
     DirectoryWriter,
     LoadedPolicy,
@@ -31,6 +33,10 @@ from onstream.settings.rules.engines import vllm_missing
 from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.publication.nccl_sender import NcclTransfer, address_towards
 from onstream.workers.trainer.publication.policy_probe import Prober
+
+MEND_S = 1.0
+
+log = get_logger()
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,8 +77,10 @@ class Publisher:
         self._unwritten: LoadedPolicy | None = None
         self.sent = SendResult(0, None)
         self._announced: dict[int, str] = {}
+        self._next_look = 0.0
         for policy in bus.state.announced_policies():
-            self._remember(policy)
+            if policy.number <= settings.trainer.max_steps:  # else it is forged
+                self._remember(policy)
 
     def publish(self, number: int, state: Mapping[str, Tensor]) -> PolicyVersion:
         """Give version `number`, the weights `state`, to the generators, and announce it.
@@ -122,6 +130,31 @@ class Publisher:
         if not self._sender.offers(VersionId(policy.number, policy.digest)):
             self._give(LoadedPolicy.of(policy.number, state()), whole=True)
         self._bus.lease.announce(self._lease, policy)
+
+    def mend(self, policy: PolicyVersion) -> None:
+        """Announce the newest version, `policy` as a rule, again where its key holds another value
+        than was announced, written by hand say. Looks every `MEND_S`.
+
+        Raises:
+            LeaseLost: another trainer took over.
+        """
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + MEND_S
+        try:
+            found = self._bus.state.policy_in_key()
+        except RecordError:
+            found = None
+        if found is not None and self._is_announced(found):
+            return
+        # After a return to a checkpoint, a later version than `policy` may be the newest.
+        announced = filter(self._is_announced, self._bus.state.announced_policies())
+        newest = max(announced, key=lambda one: one.number, default=policy)
+        log.error("redis held no policy of this run as the newest; mended", policy=newest.number)
+        self._bus.lease.announce(self._lease, newest)
+
+    def _is_announced(self, policy: PolicyVersion) -> bool:
+        return self._announced.get(policy.number) == policy.digest
 
     @property
     def file_requested(self) -> bool:

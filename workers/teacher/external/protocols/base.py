@@ -19,6 +19,8 @@ from onstream.pipeline.http import BadReply
 from onstream.settings.decoding import UNDECODABLE
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
 
+MOST_ID = (1 << 31) - 1
+
 Position = Mapping[int, float]  # token id -> logprob
 Form = TypeVar("Form")
 
@@ -117,7 +119,8 @@ def with_likeliest(scores: Scores, positions: Sequence[Position], top_k: int) ->
     The tail is the trainer's to compute.
 
     Raises:
-        BadReply: there are fewer positions than completion tokens, or fewer than k at one.
+        BadReply: there are fewer positions than completion tokens, or fewer than k at one, or one
+            that is no token id.
     """
     if top_k == 0:
         return scores
@@ -135,5 +138,11 @@ def with_likeliest(scores: Scores, positions: Sequence[Position], top_k: int) ->
                 f"{len(likeliest)} likeliest tokens at position {at} of the completion "
                 f"where {top_k} were asked for"
             )
-        ids[at], logprobs[at] = zip(*likeliest, strict=True)
+        tokens, logprobs[at] = zip(*likeliest, strict=True)
+        if min(tokens) < 0 or max(tokens) > MOST_ID:
+            raise BadReply(
+                f"the likely tokens {min(tokens)} to {max(tokens)} at position {at} of the "
+                f"completion; expected ids from 0 to {MOST_ID}"
+            )
+        ids[at] = tokens
     return Scores(scores.logprobs, ids, logprobs)
