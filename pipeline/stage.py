@@ -150,8 +150,8 @@ class Stage(Protocol):
     def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
         """Take `new` records and do one bounded slice of work; returns the outcomes that are ready.
 
-        Every delivery gets exactly one outcome, now or in a later call (none from a stage that
-        holds its entries).
+        Every delivery gets exactly one outcome, now or in a later call; from a stage that holds
+        its entries, what it refuses alone.
         """
         ...
 

@@ -24,6 +24,19 @@ def whole_groups(settings: Settings) -> Iterator[SettingsProblem]:
         )
 
 
+def reward_bounds(settings: Settings) -> Iterator[SettingsProblem]:
+    """Some reward is within the bounds."""
+    verification = settings.orchestrator.verification
+    if verification.min_reward >= verification.max_reward:
+        names = ("min_reward", "max_reward")
+        yield problem_with(
+            settings,
+            [f"orchestrator.verification.{name}" for name in names],
+            "a least reward below the greatest",
+            "Correct one of them.",
+        )
+
+
 def learning_signal(settings: Settings) -> Iterator[SettingsProblem]:
     """There is a teacher or a reward to learn from."""
     loss = settings.trainer.loss
@@ -180,6 +193,7 @@ def hard_distillation_warnings(settings: Settings) -> Iterator[str]:
 
 TRAINING_RULES = (
     whole_groups,
+    reward_bounds,
     learning_signal,
     sampling_temperature,
     hard_distillation,

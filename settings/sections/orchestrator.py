@@ -38,6 +38,10 @@ class VerificationSettings(Section):
     """How long a scorer may take for one rollout; past it the rollout scores 0."""
     processes: Annotated[int, WORKER, Unit("processes"), Field(ge=1, le=1024)] = 1
     """Child processes of one verifier; each scores one rollout at a time and can be killed."""
+    min_reward: Annotated[float, WORKER, Unit("reward"), Field(ge=-1e9, le=1e9)] = -1e4
+    """The least reward that counts. A rollout whose scorer gives less is unscored."""
+    max_reward: Annotated[float, WORKER, Unit("reward"), Field(ge=-1e9, le=1e9)] = 1e4
+    """The greatest reward that counts. A rollout whose scorer gives more is unscored."""
     max_memory: Annotated[int, WORKER, Unit("MiB"), Field(ge=64, le=1 << 24)] = 4096
     """Memory that one child process may take beyond what importing the scorer took; a scorer that
     asks for more gets a MemoryError.

@@ -66,6 +66,11 @@ class TrainerSettings(Section):
     """Precision of the computation; master weights and optimizer state are float32. `auto` is
     float32 on a CPU and bfloat16 on CUDA.
     """
+    max_bad_rollouts: Annotated[int, WORKER, Unit("rollouts"), Field(ge=0, le=1 << 20)] = 4
+    """Where the gradient of a step is not finite, up to so many of its rollouts, those with the
+    largest losses, become dead letters, and the step is tried once more. If that fails too, the run
+    stops. 0: it stops at once.
+    """
     sample_interval: Annotated[int, WORKER, Unit("steps"), Field(ge=1, le=10**6)] = 10
     """A few rollouts are written to `samples.jsonl` every so many steps."""
     record: Annotated[bool, WORKER] = False

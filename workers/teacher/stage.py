@@ -7,10 +7,12 @@ from functools import partial
 
 import numpy as np
 
+from onstream.pipeline.record_fields import FieldError
 from onstream.pipeline.records import (
     Rollout,
     Sample,
     StageName,
+    check_teacher,
     ids_array,
     ids_bytes,
     logprobs_bytes,
@@ -127,8 +129,11 @@ class Teacher:
                 outcomes.append(Outcome(delivery, dead=dead))
             else:
                 scorable.append(delivery)
-        self._add_scores([delivery.rollout for delivery in scorable])
-        return outcomes + [Outcome(delivery, delivery.rollout) for delivery in scorable]
+        problems = self._add_scores([delivery.rollout for delivery in scorable])
+        return outcomes + [
+            Outcome(delivery, delivery.rollout, dead=problems.get(delivery.number))
+            for delivery in scorable
+        ]
 
     def _image_problem(self, rollout: Rollout) -> str | None:
         for sample in rollout.samples:
@@ -136,15 +141,21 @@ class Teacher:
                 return reason
         return None
 
-    def _add_scores(self, rollouts: Sequence[Rollout]) -> None:
+    def _add_scores(self, rollouts: Sequence[Rollout]) -> dict[int, str]:
+        """Score `rollouts`; returns why one cannot be used, by number, of those that cannot."""
+        problems = {}
         samples = [sample for rollout in rollouts for sample in rollout.samples]
         if samples:
             requests = [request_of(sample) for sample in samples]
             scored = self._scorer.score(requests, top_k=self._top_k)
-            for sample, scores in zip(samples, scored, strict=True):
+            numbers = [rollout.number for rollout in rollouts for _ in rollout.samples]
+            for number, sample, scores in zip(numbers, samples, scored, strict=True):
                 write_scores(sample, scores)
+                if problem := scores_problem(scores, self._scorer.name):
+                    problems[number] = problem
         for rollout in rollouts:
             rollout.scored_by = self._scorer.name
+        return problems
 
 
 def request_of(sample: Sample) -> ScoreRequest:
@@ -178,6 +189,17 @@ def objection(
             f"token ids from {ids.min()} to {ids.max()}; "
             f"the teacher {teacher} knows 0 to {vocabulary_size - 1}"
         )
+    return None
+
+
+def scores_problem(scores: Scores, teacher: str) -> str | None:
+    """Why the `scores` of the teacher of that name cannot be trained on; None where they can."""
+    sample = Sample(b"", b"", b"", b"", [], "")
+    write_scores(sample, scores)
+    try:
+        check_teacher(sample, len(scores.logprobs))
+    except FieldError as error:
+        return f"the teacher {teacher!r}: {error}"
     return None
 
 

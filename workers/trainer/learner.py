@@ -65,6 +65,21 @@ None in a row where the loss or the teacher gives them no meaning.
 """
 
 
+class GradientNotFinite(UserError):
+    """The gradient of a step has no finite norm; `norm` is what it has."""
+
+    def __init__(self, step: int, norm: float, lr: float) -> None:
+        super().__init__(
+            f"the gradient norm of step {step} is {norm}",
+            expected="a finite gradient",
+            next_step="`onstream dead list` has the rollouts that were given up for it. Where they "
+            f"are as they should be, lower trainer.optim.lr (now {lr:g}). "
+            f"The weights of step {step - 1} are kept.",
+            exit=Exit.REFUSED,
+        )
+        self.norm = norm
+
+
 class Learner:
     """The student with its optimizer: float32 master weights, computed with in `dtype`.
 
@@ -140,7 +155,7 @@ class Learner:
 
         Raises:
             ValueError: a sample cannot be trained on, or no token is in the loss mask.
-            UserError: the gradient is not finite; the weights are as they were.
+            GradientNotFinite: the weights are as they were.
         """
         for sample in samples:
             self.check(sample)
@@ -161,6 +176,19 @@ class Learner:
             **self._update(max_steps),
             "tokens": float(tokens),
         }
+
+    def sample_losses(
+        self, samples: Sequence[TrainSample], *, features: Features = NO_IMAGES
+    ) -> dict[int, float]:
+        """The loss of each of `samples` by its place, for a step that could not be taken.
+
+        Without a token in its loss mask, a sample has none.
+        """
+        values = StepValues(PerSampleLosses())
+        for packed in self._pack_samples(samples):
+            self._loss(packed, samples, features, values)
+        assert values.per_sample is not None
+        return values.per_sample.loss
 
     def _pack_samples(self, samples: Sequence[TrainSample]) -> list[SharedPrefixRow]:
         return self.pack(
@@ -220,7 +248,7 @@ class Learner:
         norm = float(clipped)
         if not math.isfinite(norm):
             self._optimizer.zero_grad()
-            raise _diverged(self.steps + 1, norm, optim.lr)
+            raise GradientNotFinite(self.steps + 1, norm, optim.lr)
         rate = learning_rate(
             self.steps + 1,
             peak=optim.lr,
@@ -291,13 +319,3 @@ class Learner:
                 seen.add(weight.data_ptr())
                 published[name] = weight.detach().to("cpu", self.dtype)
         return published
-
-
-def _diverged(step: int, norm: float, lr: float) -> UserError:
-    return UserError(
-        f"the gradient norm of step {step} is {norm}",
-        expected="a finite gradient",
-        next_step=f"Lower trainer.optim.lr (now {lr:g}) or raise trainer.optim.warmup. "
-        f"The weights of step {step - 1} are kept.",
-        exit=Exit.REFUSED,
-    )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from onstream.pipeline.records import PolicyVersion, Ticket
+from onstream.pipeline.records import PolicyVersion, Rollout, Ticket, Work
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.stage import Delivery, Outcome, Stats
@@ -236,7 +236,7 @@ class Trainer:
         between, the next trainer takes the step again and announces nothing: its digest is known.
         """
         self.clock.start_step()
-        result = self.training.take_step()
+        result = self.training.take_step(give_up=self._write_dead_letters)
         self.clock.learned()
         with self.directory.changing():
             state = self.training.learner.published_state()
@@ -365,15 +365,37 @@ class TrainerStage:
         return self.trainer.busy
 
     def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
-        """Take `new` and do one slice of work. Returns no outcomes: entries are held.
+        """Take `new` and do one slice of work.
+
+        Returns outcomes for what it refuses alone: the other entries are held.
 
         Raises:
             LeaseLost: another trainer took over.
             UserError: the disk is full, and stayed so.
         """
-        self.trainer.handle(new)
+        refused = []
+        taken = []
+        for delivery in new:
+            if reason := self._objection(delivery.record):
+                refused.append(Outcome(delivery, dead=reason))
+            else:
+                taken.append(delivery)
+        self.trainer.handle(taken)
         self._update_stats()
-        return []
+        return refused
+
+    def _objection(self, record: Work) -> str | None:
+        """Why the reward of `record` cannot be trained on; None where it can."""
+        verification = self._settings.orchestrator.verification
+        least = verification.min_reward
+        most = verification.max_reward
+        reward = record.reward if isinstance(record, Rollout) else None
+        if reward is None or least <= reward <= most:
+            return None
+        return (
+            f"the reward is {reward:g}; expected {least:g} to {most:g} "
+            "(orchestrator.verification.min_reward and max_reward)"
+        )
 
     def close(self, *, finished: bool) -> None:
         """Checkpoint what is not durable yet, and close the files."""

@@ -8,7 +8,7 @@ gives the same weights and metrics, however it was cut into reads.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from onstream.pipeline.images.feature_cache import FeatureCache, FetchImages
 from onstream.pipeline.models.forward import NO_IMAGES
 from onstream.pipeline.models.loading import resolve_device
+from onstream.pipeline.models.multimodal import Features
 from onstream.pipeline.records import Rollout, Timing, Tombstone, ids_array
 from onstream.pipeline.run_files.ledger import Fate, Settled
 from onstream.pipeline.telemetry import get_logger, is_logged
@@ -34,12 +35,20 @@ from onstream.workers.trainer.batches.batch_builder import (
     scored_shares,
     unscored_reason,
 )
-from onstream.workers.trainer.batches.train_samples import training_samples, untrainable
+from onstream.workers.trainer.batches.train_samples import (
+    TrainSample,
+    training_samples,
+    untrainable,
+    worst_rollouts,
+)
 from onstream.workers.trainer.durability.checkpoint import OPTIMIZER, Checkpoint
-from onstream.workers.trainer.learner import LEARNER_METRICS, Learner
+from onstream.workers.trainer.learner import LEARNER_METRICS, GradientNotFinite, Learner
 from onstream.workers.trainer.losses.row_loss import PerSampleLosses
 
 log = get_logger()
+
+GiveUp = Callable[[Mapping[int, str]], None]
+"""Hears of rollouts that are given up, with the reasons, by number."""
 
 RIGHT = 1.0  # the reward of an answer that is right in every respect
 
@@ -108,6 +117,7 @@ class Training:
         self._dropped_in_all = Counter[str]()
         self._worker = worker
         self._group_size = settings.orchestrator.group_size
+        self._most_bad = settings.trainer.max_bad_rollouts
         self._normalize = settings.trainer.loss.normalize_advantage
         self._waiting: deque[TimedRecord] = deque()
         self._images: FeatureCache | None = None
@@ -156,16 +166,28 @@ class Training:
         self.learner.save_checkpoint(directory)
         torch.save(self.learner.state(), directory / OPTIMIZER)
 
-    def take_step(self, per_sample: PerSampleLosses | None = None) -> StepResult:
+    def take_step(
+        self, per_sample: PerSampleLosses | None = None, give_up: GiveUp = lambda reasons: None
+    ) -> StepResult:
         """Take the step whose batch is complete; `per_sample` collects the losses of its samples.
+
+        Where its gradient is not finite, it is tried once more without its worst rollouts, which
+        settle as dead. Their numbers and the reasons go to `give_up` before that: whatever comes
+        of the second try, no batch has them again. They follow from the batch alone, so a replay
+        gives up the same.
 
         Raises:
             UserError: the gradient is not finite; the weights are as they were.
         """
-        batch = self.batch or []
+        units = self.batch or []
         self.batch = None
-        learned = self._learn(batch, per_sample)
-        settled = [line for unit in batch for line in self._settle(unit)]
+        try:
+            learned = self._learn(units, per_sample)
+        except GradientNotFinite as error:
+            units = self._without_worst(units, error, give_up)
+            learned = self._learn(units, per_sample)
+        settled = [line for unit in units for line in self._settle(unit)]
+        batch = [unit for unit in units if unit.rollouts]
         row = {
             "step": self.step + 1,
             "policy_version": self.step + 1,
@@ -184,10 +206,42 @@ class Training:
         self, batch: list[TrainableUnit], per_sample: PerSampleLosses | None
     ) -> dict[str, Any]:
         samples = training_samples(batch, normalize=self._normalize, version=self.step)
-        features = NO_IMAGES
-        if self._images:
-            features = self._images.get({digest for one in samples for digest in one.images})
+        features = self._features(samples)
+        if per_sample:
+            per_sample.clear()
         return self.learner.step(samples, self.max_steps, features=features, per_sample=per_sample)
+
+    def _without_worst(
+        self, batch: list[TrainableUnit], error: GradientNotFinite, give_up: GiveUp
+    ) -> list[TrainableUnit]:
+        """`batch` without the rollouts that spoiled its step.
+
+        Raises:
+            GradientNotFinite: `error`: none may be given up, or none would be left.
+        """
+        if not self._most_bad:
+            raise error
+        samples = training_samples(batch, normalize=self._normalize, version=self.step)
+        losses = self.learner.sample_losses(samples, features=self._features(samples))
+        worst = worst_rollouts(batch, losses, self._most_bad)
+        step = self.step + 1
+        give_up(
+            {
+                number: f"the gradient norm of step {step} was {error.norm}; the loss of this "
+                f"rollout was {loss:g}, among the largest"
+                for number, loss in worst.items()
+            }
+        )
+        left = [unit.without(worst) for unit in batch]
+        if not any(unit.rollouts for unit in left):
+            raise error
+        return left
+
+    def _features(self, samples: Sequence[TrainSample]) -> Features:
+        """The images that `samples` show."""
+        if self._images is None:
+            return NO_IMAGES
+        return self._images.get({digest for one in samples for digest in one.images})
 
     def _consider_up_to_a_batch(self, result: AdvanceResult) -> None:
         while self._waiting and self.batches.complete_units < self.batches.units_per_batch:

@@ -5,6 +5,7 @@ Each completion is scored in a process that can be killed, within a time limit o
 
 from __future__ import annotations
 
+import math
 import selectors
 import socket
 import time
@@ -17,7 +18,7 @@ import msgspec
 
 from onstream.settings.decoding import UNDECODABLE
 from onstream.settings.root import Settings
-from onstream.settings.sections.orchestrator import OrchestratorSettings
+from onstream.settings.sections.orchestrator import OrchestratorSettings, VerificationSettings
 from onstream.workers.verifier.fork_server_client import ForkServerClient
 from onstream.workers.verifier.scorer_messages import (
     LENGTH,
@@ -326,6 +327,24 @@ class ScorerPool:
 def final_answer(rollout: Rollout) -> str:
     """What the scorer gets: the text of the last sample, which comes after all tool calls."""
     return rollout.samples[-1].completion_text
+
+
+def within_bounds(verdict: Verdict, verification: VerificationSettings) -> Verdict:
+    """`verdict`, unscored where its reward is out of bounds; without parts that are not finite.
+
+    One absurd reward would take a whole batch's gradient with it.
+    """
+    parts = {name: part for name, part in verdict.parts.items() if math.isfinite(part)}
+    least = verification.min_reward
+    most = verification.max_reward
+    reward = verdict.reward
+    if reward is None or least <= reward <= most:
+        return msgspec.structs.replace(verdict, parts=parts)
+    reason = (
+        f"the scorer gave the reward {reward:g}; expected {least:g} to {most:g} "
+        "(orchestrator.verification.min_reward and max_reward)"
+    )
+    return msgspec.structs.replace(verdict, reward=None, parts=parts, unscored=reason)
 
 
 def write_verdict(rollout: Rollout, verdict: Verdict) -> None:

@@ -12,7 +12,12 @@ from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.pipeline.telemetry import get_logger, is_logged
 from onstream.settings.root import Settings
 from onstream.workers.verifier.scorer_messages import Verdict
-from onstream.workers.verifier.scorer_pool import ScorerPool, final_answer, write_verdict
+from onstream.workers.verifier.scorer_pool import (
+    ScorerPool,
+    final_answer,
+    within_bounds,
+    write_verdict,
+)
 from onstream.workers.verifier.verification_jobs import SLOW_S, VerificationJobs
 
 if TYPE_CHECKING:
@@ -29,8 +34,8 @@ class Verifier:
     """Takes rollouts, adds a reward or the reason why there is none, and sends them on.
 
     A rollout that ran past its time limit, ended its process or was refused by the scorer gets the
-    reward 0 and a part that says so. One whose scorer failed gets no reward, and `unscored` says
-    why.
+    reward 0 and a part that says so. One whose scorer failed, or gave a reward out of bounds, gets
+    no reward, and `unscored` says why.
     """
 
     name: StageName = "verify"
@@ -38,6 +43,7 @@ class Verifier:
 
     def __init__(self, settings: Settings, bus: Bus) -> None:
         verification = settings.orchestrator.verification
+        self._verification = verification
         self._in_jobs = verification.in_jobs
         self._jobs: VerificationJobs | None = None
         if self._in_jobs != "never":
@@ -118,6 +124,7 @@ class Verifier:
 
     def _outcome(self, delivery: Delivery, verdict: Verdict) -> Outcome:
         rollout = delivery.rollout
+        verdict = within_bounds(verdict, self._verification)
         write_verdict(rollout, verdict)
         if trouble := _trouble(verdict):
             self._count_trouble(trouble, delivery.number, verdict.unscored)

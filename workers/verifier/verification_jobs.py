@@ -24,7 +24,12 @@ from onstream.pipeline.stage import Delivery, Outcome, complete_stage
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
 from onstream.workers.verifier.scorer_messages import Verdict
-from onstream.workers.verifier.scorer_pool import ScorerPool, final_answer, write_verdict
+from onstream.workers.verifier.scorer_pool import (
+    ScorerPool,
+    final_answer,
+    within_bounds,
+    write_verdict,
+)
 
 MAX_IN_HAND = 64
 POLL_S = 0.25
@@ -126,7 +131,8 @@ def verify_entry(settings: Settings, bus: Bus, entry_id: str) -> dict[str, Any]:
         return {"moved": False}
     rollout = decode_work(entry.payload)
     assert isinstance(rollout, Rollout), "a verifier has looked at it"
-    write_verdict(rollout, _verdict(settings, rollout))
+    verdict = _verdict(settings, rollout)
+    write_verdict(rollout, within_bounds(verdict, settings.orchestrator.verification))
     complete_stage(rollout, "verify", bus.consumer, taken)
     [moved] = bus.streams.move(
         "verify", [Move(entry.id, [Out(rollout.route[0], rollout.number, encode(rollout))])]

@@ -235,6 +235,26 @@ def test_a_teacher_that_is_not_there_is_refused_by_name(model_dir: Path) -> None
         Teacher(Settings.model_validate(settings), BUS).setup()
 
 
+class Absurd(Recorder):
+    """A teacher that is out of its mind about the prompts that begin with 9."""
+
+    def score(self, requests: Sequence[ScoreRequest], *, top_k: int) -> list[Scores]:
+        scored = super().score(requests, top_k=top_k)
+        for request, scores in zip(requests, scored, strict=True):
+            if request.prompt_ids[0] == 9:
+                scores.logprobs[0] = -3.4e38
+        return scored
+
+
+def test_a_rollout_that_got_absurd_scores_is_a_dead_letter_and_the_others_go_on() -> None:
+    good, bad = stage_with(Absurd()).handle(delivered(rollout(1), rollout(2, prompt=(9, 6))))
+    assert (good.dead, scored(good).number) == (None, 1)
+    assert bad.dead == (
+        "the teacher 'recorder': teacher_logprobs has the values -3.4e+38 to -0.3; "
+        "expected -10000 to 0, in nats"
+    )
+
+
 def test_on_the_streams_a_scored_rollout_goes_to_the_trainer_and_one_too_long_becomes_a_tombstone(
     bus: Bus,
 ) -> None:

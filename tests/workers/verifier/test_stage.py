@@ -124,6 +124,15 @@ def test_the_records_tell_the_rollouts_fault_from_the_scorers(verify: Any) -> No
     assert told[4][2].startswith("KeyError: 'no such thing' (misbehaving.py:")
 
 
+def test_an_absurd_reward_leaves_the_rollout_unscored_with_the_reason(verify: Any) -> None:
+    told = verify(rollout(1, do="give", give=1e30), rollout(2), scorer=MISBEHAVING)
+    assert (told[1].reward, told[2].reward) == (None, 1.0)
+    assert told[1].unscored == (
+        "the scorer gave the reward 1e+30; expected -10000 to 10000 "
+        "(orchestrator.verification.min_reward and max_reward)"
+    )
+
+
 def test_the_heartbeat_counts_each_kind_of_trouble(bus: Bus) -> None:
     worker = worker_of(bus, scorer=MISBEHAVING)
     worker.stage.setup()

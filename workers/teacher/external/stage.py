@@ -17,7 +17,12 @@ from onstream.workers.teacher.external.client import TeacherClient
 from onstream.workers.teacher.external.endpoint import SECTION
 from onstream.workers.teacher.external.score_cache import ScoreCache
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
-from onstream.workers.teacher.stage import objection, request_of, write_scores
+from onstream.workers.teacher.stage import (
+    objection,
+    request_of,
+    scores_problem,
+    write_scores,
+)
 
 if TYPE_CHECKING:
     from onstream.workers.teacher.external.request_images import RequestImages
@@ -211,7 +216,8 @@ class ExternalTeacher:
                 outcomes.append(Outcome(pending.delivery, dead=reason))
                 continue
             pending.scored[reply.at] = scores
-            scored.append((pending.requests[reply.at], scores.answer))
+            if not scores_problem(scores.answer, self._client.name):
+                scored.append((pending.requests[reply.at], scores.answer))
         if self._cache is not None:
             self._cache.keep(scored)
         return outcomes + self._finished()
@@ -234,6 +240,8 @@ class ExternalTeacher:
                     f"and the student knows 0 to {size - 1}"
                 )
                 return Outcome(pending.delivery, dead=reason)
+            if problem := scores_problem(scores, self._client.name):
+                return Outcome(pending.delivery, dead=problem)
             write_scores(sample, scores)
         endpoints = {scored.endpoint for scored in pending.scored.values()}
         rollout.scored_by = ", ".join(sorted(endpoints)) or CACHED

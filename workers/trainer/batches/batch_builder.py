@@ -9,8 +9,8 @@ so the same stream of records gives the same batches.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import fmean, pstdev
 from typing import Literal
@@ -39,6 +39,12 @@ class TrainableUnit:
     staleness: int
     dropped: dict[int, DropReason]
     dead: tuple[int, ...]
+
+    def without(self, numbers: Collection[int]) -> TrainableUnit:
+        """The unit with those of `numbers` dead."""
+        dead = [rollout.number for rollout in self.rollouts if rollout.number in numbers]
+        live = tuple(rollout for rollout in self.rollouts if rollout.number not in numbers)
+        return replace(self, rollouts=live, dead=(*self.dead, *dead))
 
 
 @dataclass(frozen=True)

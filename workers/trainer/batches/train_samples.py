@@ -6,7 +6,8 @@ sample is checked before it is in one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,6 +109,35 @@ def training_samples(
             for sample in rollout.samples:
                 samples.append(_train_sample(sample, rollout, advantage, version))
     return samples
+
+
+def worst_rollouts(
+    batch: Sequence[TrainableUnit], losses: Mapping[int, float], most: int
+) -> dict[int, float]:
+    """Up to `most` rollouts of `batch` that spoiled its step, the worst first: number and loss.
+
+    They are those whose loss is not finite, or, where all are, is at least half of the largest.
+
+    Args:
+        batch: the units of the step.
+        losses: of its samples, by the places that `training_samples` gave them.
+        most: how many to name at most.
+    """
+    sizes = _loss_sizes(batch, losses)
+    limit = max(sizes.values(), default=0.0) / 2
+    worst = sorted(sizes, key=lambda number: (-sizes[number], number))[:most]
+    return {number: sizes[number] for number in worst if sizes[number] >= limit}
+
+
+def _loss_sizes(batch: Sequence[TrainableUnit], losses: Mapping[int, float]) -> dict[int, float]:
+    """|loss| of each rollout of `batch`, by number; infinite where it is not finite."""
+    sizes: dict[int, float] = {}
+    place = 0
+    for rollout in (rollout for unit in batch for rollout in unit.rollouts):
+        loss = sum(abs(losses.get(place + at, 0.0)) for at in range(len(rollout.samples)))
+        place += len(rollout.samples)
+        sizes[rollout.number] = loss if math.isfinite(loss) else math.inf
+    return sizes
 
 
 def _train_sample(sample: Sample, rollout: Rollout, advantage: float, version: int) -> TrainSample:

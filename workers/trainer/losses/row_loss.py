@@ -141,6 +141,12 @@ class PerSampleLosses:
         self.mismatch_max: dict[int, float] = {}
         self._tokens: dict[str, list[Tensor]] = {}
 
+    def clear(self) -> None:
+        """Forget all, for a step that is tried again."""
+        self.loss.clear()
+        self.mismatch_max.clear()
+        self._tokens.clear()
+
     def add(self, **values: Tensor) -> None:
         """Take per-token values of the packed row at hand, each [n]."""
         for name, value in values.items():

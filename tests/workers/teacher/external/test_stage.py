@@ -13,7 +13,7 @@ from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Outcome
 from onstream.settings.sections.run import DeliverySettings
 from onstream.workers.teacher.external.stage import CACHED
-from tests.faulty_server import Fault, cut, drip, status
+from tests.faulty_server import Answer, Asked, Fault, cut, drip, status
 from tests.table_teacher import TableTeacher, wrong_ids
 from tests.workers.teacher.external.conftest import (
     Configure,
@@ -114,6 +114,41 @@ def test_one_rollout_refused_is_a_dead_letter_with_the_servers_words_and_the_oth
         == f"the teacher 'teacher': {server.base_url} refused it: 422 I do not score this"
     )
     assert [check(outcome, server).number for outcome in others] == [2, 3]
+
+
+def of_tokens(logprob: float) -> Fault:
+    """The right reply but for the logprobs of all tokens, which are `logprob`."""
+
+    def fault(asked: Asked, right: Answer) -> Answer:
+        body = right.body
+        for position in body["prompt_logprobs"]:
+            for entry in (position or {}).values():
+                entry["logprob"] = logprob
+        return Answer(body=body)
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("seed", "logprob", "words"),
+    [
+        (31, 0.5, "teacher_logprobs has the values 0.5 to 0.5; expected -10000 to 0, in nats"),
+        (32, -1e20, "teacher_logprobs has the values -1e+20 to -1e+20; expected -10000 to 0"),
+        (33, -0.01, "probabilities that add up to 3.960 to 3.960; expected at most 1, within 0.05"),
+    ],
+)
+def test_absurd_scores_are_a_dead_letter_are_not_kept_and_the_others_go_on(
+    servers: Servers, configure: Configure, stages: Stages, seed: int, logprob: float, words: str
+) -> None:
+    server = servers(seed=seed)
+    settings = configure(server, max_in_flight=1, top_k=4, score_cache=100)
+    stage = stages(settings)
+    server.faults.append(of_tokens(logprob))
+    bad, good = work(stage, delivered(rollout(1), rollout(2)))
+    assert bad.dead is not None and words in bad.dead
+    assert check(good, server).number == 2
+    [again] = work(stages(settings), delivered(rollout(1)))
+    assert check(again, server).scored_by == server.base_url, "the absurd scores were not kept"
 
 
 @pytest.mark.parametrize("code", [401, 403, 404])
