@@ -19,6 +19,7 @@ from onstream.workers.commands.evaluate import evaluate
 from onstream.workers.commands.export import export
 from onstream.workers.commands.fork import fork
 from onstream.workers.commands.health import health
+from onstream.workers.commands.init import init
 from onstream.workers.commands.jobs import jobs
 from onstream.workers.commands.models import models
 from onstream.workers.commands.replay import replay
@@ -50,6 +51,7 @@ for command in (
     export,
     fork,
     health,
+    init,
     jobs,
     models,
     replay,
