@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 from dataclasses import dataclass
-from typing import TextIO
+from typing import TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
@@ -49,7 +49,7 @@ def configure(
     Each has `run`, `stage` and `worker`. A line about a rollout is given `number=`. Lines of
     libraries that log through the standard library take the same form, from level warning on.
     """
-    stream = stream or sys.stderr
+    out = cast(TextIO, LossyStream(stream or sys.stderr))
     processors: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         _Identity(run=run, stage=stage, worker=worker),
@@ -57,13 +57,13 @@ def configure(
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _remember_error,
     ]
-    renderers = _renderers(log, stream)
+    renderers = _renderers(log, out)
     structlog.configure(
         processors=[*processors, *renderers],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[log.level]),
-        logger_factory=structlog.PrintLoggerFactory(stream),
+        logger_factory=structlog.PrintLoggerFactory(out),
     )
-    handler = logging.StreamHandler(stream)
+    handler = logging.StreamHandler(out)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*processors, structlog.stdlib.add_logger_name],
@@ -91,6 +91,36 @@ def is_logged(before: int, now: int) -> bool:
     [1, 2, 4, 8, 16]
     """
     return before.bit_length() < now.bit_length()
+
+
+class LossyStream:
+    """A text stream that drops what it cannot write: a full disk must not end a process.
+
+    That something was dropped is told in a line as soon as there is room.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._dropped = False
+
+    def write(self, text: str) -> int:
+        """Write `text` if that is possible."""
+        try:
+            if self._dropped:
+                self._stream.write("(lines before this one could not be written)\n")
+            self._stream.write(text)
+            self._stream.flush()
+            self._dropped = False
+        except OSError:
+            self._dropped = True
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing: `write` does it."""
+
+    def isatty(self) -> bool:
+        """Whether people read it."""
+        return self._stream.isatty()
 
 
 class _Identity:

@@ -36,6 +36,11 @@ from onstream.pipeline.redis.scripts import Script
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
+
+class WritesRefused(ConnectionError):
+    """Redis cannot write its data to its disk, which is full as a rule, and takes no more."""
+
+
 OUTAGE = (ConnectionError, TimeoutError, ReadOnlyError)
 """What a call raises while Redis is away, loading its data, or failing over."""
 READ_MARGIN_S = 10.0
@@ -217,6 +222,8 @@ class Connection:
         except ResponseError as error:
             if "-READONLY" in str(error):  # Redis 6.2 wraps it in an error of the script
                 raise ReadOnlyError(str(error)) from error
+            if "MISCONF" in str(error):
+                raise WritesRefused(str(error)) from error
             raise
 
     def run_script(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:

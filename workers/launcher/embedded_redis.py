@@ -85,7 +85,9 @@ class EmbeddedRedis:
                 preexec_fn=_die_with_parent,
             )
         self._wait_until_up()
-        (self.data / EMBEDDED_ADDRESS.name).write_text(self.url)
+        address = self.data / EMBEDDED_ADDRESS.name
+        if not address.exists() or address.read_text() != self.url:  # the disk may be full by now
+            address.write_text(self.url)
         return self.url
 
     def stop(self) -> None:
@@ -157,7 +159,8 @@ class EmbeddedRedis:
                 expected=f"Redis {theirs} or newer, since an older one cannot read it",
                 next_step="Set redis.server_bin to the newer server, or choose another run.name.",
             )
-        stamp.write_text(ours)
+        if not stamp.exists() or stamp.read_text() != ours:
+            stamp.write_text(ours)
 
     def _wait_until_up(self) -> None:
         client = Redis(

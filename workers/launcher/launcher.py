@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,11 +26,13 @@ from onstream.workers.inspection.audit import audit
 from onstream.workers.inspection.dead_letters import dead_by_reason
 from onstream.workers.launcher import ending, preflight, report
 from onstream.workers.launcher.cpu_usage import CpuUsage
+from onstream.workers.launcher.disk_watch import DiskWatch
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from onstream.workers.launcher.environment import environment
 from onstream.workers.launcher.finished_run import finished_step, refuse_changes
 from onstream.workers.launcher.processes import RunProcesses
 from onstream.workers.launcher.progress import Display, RunView, result_table
+from onstream.workers.launcher.redis_keeper import RedisKeeper
 from onstream.workers.launcher.run_view import run_view
 from onstream.workers.launcher.run_watcher import MetricsTail, RunWatcher
 from onstream.workers.launcher.shutdown import wait_until_alone
@@ -40,6 +43,7 @@ TICK_S = 0.05
 WATCH_S = 0.25
 DRAIN_MARGIN_S = 10.0
 SERVER_STOP_S = 20.0
+REPORT_RETRY_S = 1.0
 log = telemetry.get_logger()
 
 
@@ -119,7 +123,12 @@ class Launcher:
         self._stop = stop
         self._run_dir = settings.run_dir
         environ = environment(settings.deployment, plan.workers, redis.url if redis else None)
-        self._supervisor = Supervisor(environ, settings.deployment.max_restarts, self._say)
+        self._disk = DiskWatch(self._run_dir)
+        max_restarts = settings.deployment.max_restarts
+        self._supervisor = Supervisor(
+            environ, max_restarts, self._say, excused=lambda: self._disk.full
+        )
+        self._redis_keeper = RedisKeeper(redis, max_restarts, self._say) if redis else None
         self._watcher = RunWatcher(bus.state, WATCH_S, settings.trainer.max_steps)
         self._metrics = MetricsTail(self._run_dir / "metrics.jsonl")
         self._cpu = CpuUsage(self._supervisor, redis)
@@ -127,6 +136,7 @@ class Launcher:
             settings, plan, arguments, self._supervisor, lambda: self._watcher.latest.finished
         )
         self._final_evaluation_due = False
+        self._superseded = False
 
     def run(self) -> Exit:
         """Start everything and see it through."""
@@ -136,7 +146,10 @@ class Launcher:
             while not self._processes.done:
                 if self._stop.requests:
                     return self._stopped_by_request()
-                self._tick()
+                try:
+                    self._tick()
+                except ChildFailed as failure:
+                    self._go_on_without_trainer(failure)
             return self._finished()
         except ChildFailed as failure:
             return self._stopped_by(failure)
@@ -168,6 +181,8 @@ class Launcher:
             self._processes.evaluate(0)
 
     def _tick(self) -> None:
+        for sentence in self._disk.news():
+            self._say(sentence)
         self._keep_redis()
         self._metrics.read()
         for sentence in self._processes.servers.news():
@@ -182,9 +197,36 @@ class Launcher:
         time.sleep(TICK_S)
 
     def _keep_redis(self) -> None:
-        if self._redis is not None and not self._redis.alive:
-            self._say(f"the embedded Redis died; starting it again on {self._redis.data}")
-            self._redis.start()
+        if self._redis_keeper is not None:
+            self._redis_keeper.keep(self._step)
+
+    def _go_on_without_trainer(self, failure: ChildFailed) -> None:
+        """Go on where another trainer, which depends on the Redis of this launcher, has taken over.
+
+        Raises:
+            ChildFailed: it is another failure.
+        """
+        trainer = self._trainer
+        refused = failure.exit is Exit.REFUSED and failure.child is trainer
+        other = self._other_trainer() if self._redis is not None and refused else None
+        if other is None or trainer is None:
+            raise failure
+        trainer.done = True
+        self._processes.trainer = None
+        self._final_evaluation_due = False
+        self._superseded = True
+        self._say(
+            f"{other} has taken the run over. Redis and the other workers stay until the run has "
+            "ended; Ctrl-C stops them, and that trainer with them"
+        )
+
+    def _other_trainer(self) -> str | None:
+        """The name of a living trainer that is not a child of this launcher."""
+        for beat in self._bus.state.workers():
+            ours = beat.host == socket.gethostname() and beat.worker.endswith("-slot0")
+            if beat.stage == "train" and not ours:
+                return beat.worker
+        return None
 
     def _view(self) -> RunView:
         return run_view(
@@ -198,6 +240,9 @@ class Launcher:
 
     def _finished(self) -> Exit:
         self._drain_children(self._processes.running_servers, SERVER_STOP_S)
+        if self._superseded:
+            # The other trainer still writes its last checkpoint.
+            wait_until_alone(self._bus.state, self._say, lambda: self._stop.requests > 0)
         if self._trainer is None:
             return Exit.OK
         ends_redis = self._settings.redis.shut_down and self._redis is None
@@ -244,7 +289,8 @@ class Launcher:
 
     def _drain_children(self, children: Sequence[Child], within_s: float | None) -> None:
         def tick() -> None:
-            self._keep_redis()  # without it no worker could give back what it holds
+            with contextlib.suppress(ChildFailed):  # the run ends as it is
+                self._keep_redis()  # without it no worker could give back what it holds
             time.sleep(TICK_S)
 
         self._supervisor.drain(
@@ -252,11 +298,30 @@ class Launcher:
         )
 
     def _report(self) -> dict[str, Any]:
-        written = report.build(self._run_dir, self._cpu.report(), self._dead_letters())
+        written = self._written_report()
         self._display.result(result_table(written))
         for name in ("curves.png", "report.json"):
             self._say(f"{self._run_dir / name}")
         return written
+
+    def _written_report(self) -> dict[str, Any]:
+        """Write the report, as soon as there is room on the disk.
+
+        Raises:
+            OSError: it cannot be written, and the launcher was told to stop.
+        """
+        dead_letters = self._dead_letters()
+        told = False
+        while True:
+            try:
+                return report.build(self._run_dir, self._cpu.report(), dead_letters)
+            except OSError as error:
+                if self._stop.requests:
+                    raise
+                if not told:
+                    self._say(f"the report cannot be written ({error}); trying again until it can")
+                told = True
+                time.sleep(REPORT_RETRY_S)
 
     def _dead_letters(self) -> list[dict[str, Any]]:
         """How many dead letters there are of each stage and reason."""
@@ -334,9 +399,13 @@ def _own_log(settings: Settings) -> Iterator[None]:
     logs = settings.run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     name = f"launcher-{os.getpid()}"
-    with (logs / "launcher.log").open("a", encoding="utf-8") as stream:
+    stream = (logs / "launcher.log").open("a", encoding="utf-8")
+    try:
         telemetry.configure("launcher", name, settings.run.name, settings.log, stream=stream)
         yield
+    finally:
+        with contextlib.suppress(OSError):  # the disk may be full
+            stream.close()
 
 
 def _display(settings: Settings, console: Console | None) -> Display:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from onstream.pipeline.errors import Exit
 from onstream.pipeline.processes import kill_group
@@ -29,13 +30,20 @@ def always() -> bool:
     return True
 
 
+def never() -> bool:
+    """False."""
+    return False
+
+
 class ChildFailed(Exception):
     """A child will not be started again.
 
     `reason` says why, `log` holds the last lines that it wrote, and `exit` is the code to end with.
+    `child` is which one; None for the embedded Redis.
     """
 
-    def __init__(self, reason: str, log: list[str], exit: Exit) -> None:
+    def __init__(self, reason: str, log: list[str], exit: Exit, child: Child | None = None) -> None:
+        self.child = child
         self.reason = reason
         self.log = log
         self.exit = exit
@@ -91,12 +99,14 @@ class Supervisor:
     """Keeps its children running.
 
     Call everything from one thread, which must outlive the children: the kernel ties them to it.
-    `environ` is what they get; `say` is told of every death and restart in words.
+    `environ` is what they get; `say` is told of every death and restart in words. While `excused()`
+    deaths are not counted: something that passes is their cause.
     """
 
     environ: Mapping[str, str]
     max_restarts: int
     say: Callable[[str], None]
+    excused: Callable[[], bool] = never
     children: list[Child] = field(default_factory=list)
 
     def start(self, child: Child) -> Child:
@@ -181,7 +191,6 @@ class Supervisor:
             self._spawn(child)
 
     def _spawn(self, child: Child) -> None:
-        child.log.parent.mkdir(parents=True, exist_ok=True)
         command = [
             sys.executable,
             "-P",  # the user's directory must not hide our modules, or those of a library
@@ -191,7 +200,7 @@ class Supervisor:
             child.module,
             *child.arguments,
         ]
-        with child.log.open("ab") as log:
+        with self._log_of(child) as log:
             # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which then
             # stops the others in order.
             child.process = subprocess.Popen(
@@ -202,6 +211,15 @@ class Supervisor:
                 env={**self.environ, **child.environ},
                 start_new_session=True,
             )
+
+    def _log_of(self, child: Child) -> BinaryIO:
+        """Where the lines of `child` go; nowhere while the disk has no room for another file."""
+        try:
+            child.log.parent.mkdir(parents=True, exist_ok=True)
+            return child.log.open("ab")
+        except OSError as error:
+            self.say(f"the log of {child.name} is lost: {error}")
+            return Path(os.devnull).open("ab")
 
     def _reap(self, child: Child) -> int | None:
         """The exit code of a process that has ended just now (negative: the signal)."""
@@ -226,10 +244,11 @@ class Supervisor:
     def _handle_death(self, child: Child, why: str, progress: int, code: int | None) -> None:
         """Plan the restart of a child that died; `code` is None for an early clean exit."""
         if code in NOT_MENDABLE:
-            raise ChildFailed(why, _last_lines(child), Exit(code))
+            raise ChildFailed(why, _last_lines(child), Exit(code), child)
         if code is not None and not child.mendable():
             raise ChildFailed(why, _last_lines(child), Exit.FAILED)
-        child.deaths = child.deaths + 1 if progress <= child.progress_at_death else 1
+        if not self.excused():
+            child.deaths = child.deaths + 1 if progress <= child.progress_at_death else 1
         child.progress_at_death = progress
         if child.deaths > self.max_restarts:
             if child.deaths > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 from redis import Redis
 
 from onstream.pipeline.errors import UserError
+from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.redis.connection import WritesRefused
 from onstream.workers.launcher import embedded_redis
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from onstream.workers.launcher.redis_binary import find_server
@@ -27,6 +30,13 @@ def server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
     server.stop()
 
 
+def kill(server: EmbeddedRedis) -> None:
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGKILL)
+    while server.alive:
+        time.sleep(0.001)
+
+
 def client(server: EmbeddedRedis) -> Redis:
     return Redis.from_url(server.url)
 
@@ -37,14 +47,33 @@ def test_the_server_keeps_every_write_when_it_is_killed_and_comes_back_at_the_sa
     url = server.url
     with client(server) as redis:
         redis.set("kept", "yes")
-    assert server.pid is not None
-    os.kill(server.pid, signal.SIGKILL)
-    while server.alive:
-        time.sleep(0.001)
+    kill(server)
 
     assert server.start() == url
     with client(server) as redis:
         assert redis.get("kept") == b"yes"
+
+
+def test_writes_that_redis_refuses_for_its_disk_are_an_outage_that_passes(
+    tmp_path: Path,
+) -> None:
+    """Its directory is gone, which no snapshot survives, in place of a full disk."""
+    server = EmbeddedRedis(tmp_path / "data", max_memory_mb=64)
+    url = server.start()
+    bus = Bus.connect(url, "demo", consumer="a", block_s=0.2, connect_timeout_s=0.2)
+    shutil.rmtree(tmp_path / "data")
+    with client(server) as redis:
+        redis.config_set("save", "3600 1")
+        redis.bgsave()
+        while redis.info("persistence")["rdb_last_bgsave_status"] == "ok":
+            time.sleep(0.01)
+        with pytest.raises(WritesRefused, match="MISCONF"):
+            bus.state.mark_ready("train")
+        redis.config_set("stop-writes-on-bgsave-error", "no")
+        bus.state.mark_ready("train")
+    bus.close()
+    kill(server)  # it would not end without a last snapshot
+    server.stop()
 
 
 def test_the_server_is_bounded_and_never_evicts(server: EmbeddedRedis) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +21,14 @@ import pytest
 from rich.console import Console
 
 from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.records import PolicyVersion
+from onstream.pipeline.redis.bus import Bus, running_server
+from onstream.pipeline.stage import Stats
 from onstream.settings.load import load_settings
-from onstream.workers.launcher import launcher, processes, shutdown
+from onstream.workers.launcher import disk_watch, launcher, processes, shutdown
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from onstream.workers.launcher.environment import default_threads, environment
+from tests.workers.launcher.stand_in import take_lease
 from tests.workers.launcher.test_preflight import make_model
 
 pytestmark = pytest.mark.timeout(30)
@@ -242,6 +247,63 @@ def test_a_redis_that_dies_is_started_again_on_the_same_data(run: Run) -> None:
     run.when(lambda: run.steps() == 3, note)
     assert run.up() == Exit.OK
     assert run.read("report.json")["steps"] == 5
+
+
+def test_a_full_disk_under_the_launchers_own_log_does_not_end_the_run(run: Run) -> None:
+    (run.directory / "logs").mkdir()
+    (run.directory / "logs" / "launcher.log").symlink_to("/dev/full")
+    assert run.up() == Exit.OK
+    assert run.read("report.json")["steps"] == 5
+
+
+def test_while_the_disk_is_full_deaths_do_not_count_and_it_is_said(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The free space is a stub's: no test may fill the disk of the machine."""
+    monkeypatch.setattr(disk_watch, "INTERVAL_S", 0.0)
+    disk = shutil.disk_usage(run.directory)
+    free_again = threading.Event()
+    monkeypatch.setattr(
+        disk_watch, "free_bytes", lambda path: disk.free if free_again.is_set() else 0
+    )
+    run.orders("verify", "exit 1 no space left")
+
+    def room() -> None:
+        (run.directory / "verify").unlink()
+        free_again.set()
+
+    run.when(lambda: run.printed.getvalue().count("verifier-0 exited with 1") == 3, room)
+    assert run.up("deployment.max_restarts=1") == Exit.OK
+    assert "is full: the run waits until there is room" in run.printed.getvalue()
+    assert "has room again: the run goes on" in run.printed.getvalue()
+
+
+def test_a_trainer_that_was_superseded_leaves_redis_to_its_successor(run: Run) -> None:
+    run.orders("train", "hold")
+    successor: list[threading.Thread] = []
+
+    def supersede() -> None:
+        url = running_server(run.directory)
+        assert url is not None
+        bus = Bus.connect(url, "demo", consumer="trainer-other", block_s=0.2, connect_timeout_s=5)
+        bus.state.write_heartbeat("train", Stats())
+        run.orders("train", "exit 3 another trainer took the run over")
+        os.kill(run.pids("worker trainer")[0], signal.SIGKILL)
+        while "trainer-other has taken the run over" not in run.printed.getvalue():
+            time.sleep(0.01)
+        lease = take_lease(bus)
+        bus.lease.announce(lease, PolicyVersion(5, "digest 5", "", 1))
+        bus.lease.finish(lease)
+        bus.state.remove_heartbeat()
+        bus.close()
+
+    run.when(
+        lambda: run.steps() == 3,
+        lambda: successor.append(threading.Thread(target=supersede)) or successor[0].start(),
+    )
+    assert run.up() == Exit.OK
+    successor[0].join()
+    assert "the run stops" not in run.printed.getvalue()
 
 
 def is_server(entry: Path, directory: Path) -> bool:
