@@ -240,9 +240,8 @@ class Launcher:
 
     def _finished(self) -> Exit:
         self._drain_children(self._processes.running_servers, SERVER_STOP_S)
-        if self._superseded:
-            # The other trainer still writes its last checkpoint.
-            wait_until_alone(self._bus.state, self._say, lambda: self._stop.requests > 0)
+        while self._superseded and self._other_trainer() and not self._stop.requests:
+            time.sleep(WATCH_S)  # it still needs Redis: its last acknowledgements, and its lease
         if self._trainer is None:
             return Exit.OK
         ends_redis = self._settings.redis.shut_down and self._redis is None
