@@ -11,7 +11,7 @@ import click
 @click.command()
 @click.argument("directory", metavar="[DIR]", default=".", type=click.Path(path_type=Path))
 def init(directory: Path) -> None:
-    """Write a settings file, problems and a scorer to begin with.
+    """Write settings, problems and a scorer to begin with.
 
     They are written into DIR, by default the working directory, with a small random student. They
     run as they are, and are there to be changed.
