@@ -33,6 +33,10 @@ class Unit:
     name: str
 
 
+class HidesLogin:
+    """Marks a setting with addresses that may hold a user and a password: they are not shown."""
+
+
 class Section(BaseModel):
     """A group of settings. Unknown keys are errors; each field's docstring is its documentation."""
 

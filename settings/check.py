@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from onstream.pipeline.errors import Exit
-from onstream.settings.fields import known
+from onstream.settings.fields import known, without_login
 from onstream.settings.load import Resolved
 from onstream.settings.plan import Plan, make_plan
 from onstream.settings.problems import SettingsProblem
@@ -93,7 +93,7 @@ def _teachers(plan: Plan, settings: Settings) -> Iterator[str]:
 
 
 def _addresses(client: EndpointSettings) -> str:
-    return ", ".join(client.base_url) or "endpoints that other workers know"
+    return ", ".join(without_login(client.base_url)) or "endpoints that other workers know"
 
 
 def _student_servers(plan: Plan, settings: Settings) -> str:
@@ -102,7 +102,7 @@ def _student_servers(plan: Plan, settings: Settings) -> str:
         return f" by {_counted(plan.student_servers, 'vLLM server')} started here"
     addresses = settings.inference.client.base_url
     asks_servers = settings.inference.engine == "server" and plan.rollout_teacher is None
-    return f" at {', '.join(addresses)}" if asks_servers and addresses else ""
+    return f" at {', '.join(without_login(addresses))}" if asks_servers and addresses else ""
 
 
 def _teacher_server(plan: Plan) -> str:

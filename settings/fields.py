@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-from onstream.settings.base import Scope, Unit
+from onstream.settings.base import HidesLogin, Scope, Unit
 from onstream.settings.root import Settings
 
 _PLAIN_TYPES = {
@@ -74,6 +75,11 @@ class Setting:
         annotation = self.field.annotation
         return annotation is SecretStr or SecretStr in get_args(annotation)
 
+    @property
+    def hides_login(self) -> bool:
+        """Whether its value may hold a user and a password, which must not be shown."""
+        return any(isinstance(item, HidesLogin) for item in self.field.metadata)
+
     def value(self, settings: Settings) -> Any:
         """Its value in `settings`, as plain JSON data; a secret that is set reads `***`.
 
@@ -83,7 +89,7 @@ class Setting:
         value = getattr(section, last) if self.applies(settings) else None
         if self.secret and value not in (None, {}):
             return HIDDEN
-        return _plain(value)
+        return without_login(_plain(value)) if self.hides_login else _plain(value)
 
     def applies(self, settings: Settings) -> bool:
         """Whether its section is there, and of a type that has it."""
@@ -107,6 +113,20 @@ class Setting:
 
 
 HIDDEN = "***"
+_LOGIN = re.compile(r"(?P<scheme>\w*:?/+)?[^\s\"'\[\]]*@")
+
+
+def without_login(value: Any) -> Any:
+    """`value`, an address or a list of them, with `***` for users and passwords.
+
+    >>> without_login(["http://me:secret@host/v1", "http://host/v1"])
+    ['http://***@host/v1', 'http://host/v1']
+    """
+    if isinstance(value, list | tuple):
+        return [without_login(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return _LOGIN.sub(lambda found: f"{found['scheme'] or ''}{HIDDEN}@", value)
 
 
 @cache

@@ -8,7 +8,14 @@ from difflib import get_close_matches
 from typing import Any, get_args
 
 from onstream.pipeline.errors import Exit, UserError
-from onstream.settings.fields import HIDDEN, Setting, known, plain_location, sections
+from onstream.settings.fields import (
+    HIDDEN,
+    Setting,
+    known,
+    plain_location,
+    sections,
+    without_login,
+)
 from onstream.settings.retired import RETIRED
 from onstream.settings.root import Settings
 from onstream.settings.toml import shown
@@ -106,11 +113,7 @@ def field_problem(detail: Mapping[str, Any], origins: Mapping[str, str]) -> Sett
         return _of_another_type(setting, detail, origin)
     if detail["type"] == "missing":
         return _missing(name, detail["input"], setting)
-    value = (
-        HIDDEN
-        if setting and setting.secret
-        else _value_text(detail["input"], spelled=origin.startswith(("--set", PREFIX)))
-    )
+    value = _value_text(name, detail["input"], spelled=origin.startswith(("--set", PREFIX)))
     item = "".join(f"[{part}]" for part in location if isinstance(part, int))
     got = f"{name}{item} = {value}{_from(origin)}"
     return SettingsProblem(
@@ -124,7 +127,8 @@ def field_problem(detail: Mapping[str, Any], origins: Mapping[str, str]) -> Sett
 def _of_another_type(setting: Setting, detail: Mapping[str, Any], origin: str) -> SettingsProblem:
     """The problem of a setting that its section has with other values of `type` alone."""
     kind = setting.name.rpartition(".")[0] + ".type"
-    value = _value_text(detail["input"], spelled=origin.startswith(("--set", PREFIX)))
+    spelled = origin.startswith(("--set", PREFIX))
+    value = _value_text(setting.name, detail["input"], spelled=spelled)
     types = " or ".join(f'"{name}"' for name in setting.types)
     return SettingsProblem(
         (setting.name, kind),
@@ -167,14 +171,27 @@ def plain_detail(detail: Mapping[str, Any]) -> dict[str, Any]:
 def _expected(detail: Mapping[str, Any]) -> str:
     a_table = detail["type"] in ("model_type", "model_attributes_type")
     message = "a table" if a_table else str(detail["msg"])
-    for start in ("Input should be ", "Value should have ", "String should "):
+    for start in ("Input should be ", "Value should have ", "Value error, ", "String should "):
         if message.startswith(start):
             return ("text to " if start == "String should " else "") + message[len(start) :]
     return message[:1].lower() + message[1:]
 
 
-def _value_text(value: Any, *, spelled: bool) -> str:
-    """`value` in short; one `spelled` as text by its source reads as it was typed."""
+def without_secrets(name: str, value: Any) -> Any:
+    """`value`, given for the setting, the section or the item `name`, as messages may show it."""
+    within = [
+        setting
+        for known_name, setting in known().items()
+        if f"{known_name}.".startswith(f"{name}.") or f"{name}.".startswith(f"{known_name}.")
+    ]
+    if any(setting.secret for setting in within):
+        return HIDDEN
+    return without_login(value) if any(setting.hides_login for setting in within) else value
+
+
+def _value_text(name: str, value: Any, *, spelled: bool) -> str:
+    """`value` of `name` in short; one `spelled` as text by its source reads as it was typed."""
+    value = without_secrets(name, value)
     try:
         text = value if spelled and isinstance(value, str) else shown(value)
     except TypeError:  # a TOML date, which no setting takes

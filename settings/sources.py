@@ -20,7 +20,13 @@ from pydantic_settings.sources.utils import parse_env_vars
 
 from onstream.pipeline.errors import looked_in
 from onstream.settings.fields import HIDDEN, known
-from onstream.settings.problems import PREFIX, SettingsProblem, setting_of, unknown_variable
+from onstream.settings.problems import (
+    PREFIX,
+    SettingsProblem,
+    setting_of,
+    unknown_variable,
+    without_secrets,
+)
 from onstream.settings.retired import without_other_types, without_retired
 from onstream.settings.root import Settings
 
@@ -192,7 +198,8 @@ def _not_json(origin: str, name: str, text: str) -> SettingsProblem:
     setting = known().get(name)
     expected = f"JSON for {setting.type}" if setting else "a table as JSON"
     next_step = f"It is: {setting.summary}" if setting else "docs/settings.md lists the settings."
-    return SettingsProblem((name,), f"{origin}={text}", expected, next_step)
+    got = f"{origin}={without_secrets(name, text)}"
+    return SettingsProblem((name,), got, expected, next_step)
 
 
 def _with_json_leaves(values: dict[str, Any]) -> dict[str, Any]:
@@ -218,9 +225,13 @@ def _json_or_text(text: str) -> Any:
 
 
 def _without_hidden(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` less the secrets that a run's settings file hides."""
-    shown = {}
-    for key, value in values.items():
-        if value != HIDDEN:
-            shown[key] = _without_hidden(value) if isinstance(value, dict) else value
-    return shown
+    """`values` less the secrets that a run's settings file hides, logins in addresses too."""
+    return {key: _given(value) for key, value in values.items() if value != HIDDEN}
+
+
+def _given(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _without_hidden(value)
+    if isinstance(value, list):
+        return [_given(item) for item in value]
+    return value.replace(f"//{HIDDEN}@", "//") if isinstance(value, str) else value

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from onstream.pipeline.errors import UserError
+from onstream.pipeline.models.pickled import refuse_pickle
 from onstream.pipeline.models.tokenizer import cached_first, has_vision
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -59,8 +60,8 @@ def load_model(name: str | Path, *, dtype: torch.dtype, device: torch.device) ->
     """A causal language model in evaluation mode, with or without a vision tower.
 
     Raises:
-        UserError: there is no such model, it is no causal language model, or its files lack
-            weights.
+        UserError: there is no such model, it is no causal language model, its files lack weights,
+            or its weights are in pickle.
     """
 
     def load(name: str, **where: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -71,10 +72,12 @@ def load_model(name: str | Path, *, dtype: torch.dtype, device: torch.device) ->
             dtype=dtype,
             attn_implementation="sdpa",
             output_loading_info=True,
+            use_safetensors=True,  # weights in pickle could run code while they are read
             **where,
         )
         return loaded
 
+    refuse_pickle(name)
     model, info = cached_first(name, "model", load)
     missing = sorted(info["missing_keys"])
     if missing:  # transformers leaves such weights random, with no more than a warning

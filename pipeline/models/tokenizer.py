@@ -71,7 +71,7 @@ def load_configs(name: str | Path) -> tuple[PretrainedConfig, GenerationConfig]:
 def cached_first(name: str | Path, what: str, load: Callable[..., Loaded]) -> Loaded:
     """`load` from a directory or the local cache, and only then from the hub.
 
-    So what is on this machine needs no network.
+    So what is on this machine needs no network. Code that comes with a model is never run.
 
     Raises:
         UserError: there is no such model, or the hub does not give it.
@@ -80,17 +80,29 @@ def cached_first(name: str | Path, what: str, load: Callable[..., Loaded]) -> Lo
     transformers_logging.disable_progress_bar()
     name = str(name)
     if Path(name).is_dir() or hub_constants.HF_HUB_OFFLINE:
-        attempts: list[dict[str, bool]] = [{"local_files_only": True}]
+        attempts = [{"local_files_only": True}]
     elif name.startswith((".", "/", "~")):
         raise _not_usable(name, what, FileNotFoundError("no such directory"))
     else:
         attempts = [{"local_files_only": True}, {}]
     for where in attempts:
         try:
-            return load(name, **where)
+            # Unset, transformers asks on standard input whether to run a model's own code.
+            return load(name, trust_remote_code=False, **where)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             reason: Exception = error
+    if "trust_remote_code" in str(reason):
+        raise _has_own_code(name, what) from reason
     raise _not_usable(name, what, reason) from reason
+
+
+def _has_own_code(name: str, what: str) -> UserError:
+    return UserError(
+        f"the {what} of {name} is made by Python code that comes with it, which is not run",
+        expected="a model of a family that transformers has itself",
+        next_step="Use such a model, or a variant of this one without `auto_map` in its JSON "
+        "files; see docs/security.md.",
+    )
 
 
 def _not_usable(name: str, what: str, reason: Exception) -> UserError:

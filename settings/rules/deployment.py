@@ -10,6 +10,7 @@ from onstream.settings.problems import SettingsProblem, problem_with
 from onstream.settings.redis import TLS
 from onstream.settings.root import Settings
 from onstream.settings.route import route_of
+from onstream.settings.rules.engines import LOOPBACK
 
 
 def stages_once(settings: Settings) -> Iterator[SettingsProblem]:
@@ -71,8 +72,22 @@ def redis_login(settings: Settings) -> Iterator[SettingsProblem]:
         )
 
 
+def redis_warnings(settings: Settings) -> Iterator[str]:
+    """A Redis that anybody in its network may write to."""
+    redis = settings.redis
+    url = urlsplit(redis.url.get_secret_value()) if redis.url is not None else urlsplit("")
+    remote = url.scheme in ("redis", "rediss") and url.hostname not in (None, *LOOPBACK)
+    if remote and not (url.password or redis.password or redis.tls_cert):
+        yield (
+            f"The Redis at {url.hostname} is on another machine and used without a password: "
+            "whoever reaches it can read and change the run. Give it one, and set redis.password "
+            "(docs/security.md)."
+        )
+
+
 def deployment_warnings(settings: Settings) -> Iterator[str]:
-    """Workers that the run waits for, or that no rollout passes."""
+    """Workers that the run waits for, or that no rollout passes; an open Redis."""
+    yield from redis_warnings(settings)
     plan = make_plan(settings)
     elsewhere = settings.deployment.count_elsewhere
     for stage in plan.streams:

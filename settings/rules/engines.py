@@ -9,7 +9,7 @@ from onstream.settings import engines
 from onstream.settings.devices import device_of
 from onstream.settings.engines import student_engine, taken_arguments
 from onstream.settings.extras import install_command
-from onstream.settings.fields import known
+from onstream.settings.fields import known, without_login
 from onstream.settings.plan import Plan, make_plan
 from onstream.settings.problems import SettingsProblem, problem_with
 from onstream.settings.root import Settings
@@ -173,8 +173,9 @@ def _server_warnings(settings: Settings) -> Iterator[str]:
     remote = [url for url in client.base_url if urlsplit(url).hostname not in LOOPBACK]
     if remote and client.weights_dir is None:
         yield (
-            f"{remote[0]} must read this machine's temporary files to get new weights: where it is "
-            "another machine, set inference.client.weights_dir to a directory that both share."
+            f"{without_login(remote[0])} must read this machine's temporary files to get new "
+            "weights: where it is another machine, set inference.client.weights_dir to a directory "
+            "that both share."
         )
 
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import NoDecode
 
-from onstream.settings.base import RUN, WORKER, Section, Unit
+from onstream.settings.base import RUN, WORKER, HidesLogin, Section, Unit
 from onstream.settings.teacher_protocols import ProtocolName
 
 
@@ -26,17 +27,29 @@ def _listed(value: Any) -> Any:
         return [value.strip()]
 
 
-BaseUrl = Annotated[
-    str, Field(pattern=r"^https?://[^\s/]+"), AfterValidator(lambda url: url.rstrip("/"))
-]
+def _address(url: str) -> str:
+    """`url` without slashes at its end; refused where its parts cannot be told apart."""
+    try:
+        _ = urlsplit(url).port
+    except ValueError:  # whose text may hold a part of a password
+        raise ValueError(
+            "an address such as http://host:8000/v1; in a user or a password, signs such as / "
+            "and @ are written %2F and %40"
+        ) from None
+    return url.rstrip("/")
+
+
+BaseUrl = Annotated[str, Field(pattern=r"^https?://[^\s/]+"), AfterValidator(_address)]
+Addresses = tuple[BaseUrl, ...]
 
 
 class EndpointSettings(Section):
     """How endpoints are reached, and what is asked of them at once."""
 
-    base_url: Annotated[tuple[BaseUrl, ...], NoDecode, BeforeValidator(_listed), WORKER] = ()
+    base_url: Annotated[Addresses, NoDecode, BeforeValidator(_listed), WORKER, HidesLogin()] = ()
     """The endpoints' addresses, such as `["http://teacher-server:8000/v1"]`; requests go to the one
-    with the fewest in flight. The environment may hold one address as it is."""
+    with the fewest in flight. The environment may hold one address as it is. A user and a password
+    in an address are not shown, and not kept in the run's `settings.toml`."""
     api_key: Annotated[SecretStr | None, WORKER] = None
     """Sent as `Authorization: Bearer …`. Best given by the environment."""
     headers: Annotated[dict[str, SecretStr], WORKER] = Field(default_factory=dict)
@@ -81,7 +94,7 @@ class StudentClientSettings(EndpointSettings):
     generator replaces.
     """
 
-    base_url: Annotated[tuple[BaseUrl, ...], NoDecode, BeforeValidator(_listed), WORKER] = ()
+    base_url: Annotated[Addresses, NoDecode, BeforeValidator(_listed), WORKER, HidesLogin()] = ()
     """The servers' addresses, such as `["http://gpu-host:8000"]`, for one generator alone. Unset:
     `onstream up` starts the servers, on `deployment.num_infer_gpus`. The environment may hold one
     address as it is."""

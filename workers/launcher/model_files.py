@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from onstream.pipeline.errors import UserError, looked_in
+from onstream.pipeline.models.pickled import refuse_pickle
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 HUB_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -85,8 +86,9 @@ def check_model(name: str, setting: str, *, ask_hub: bool = True) -> Path | None
     _json_file(directory / "config.json", setting, expected)
     # A hub model's weights are fetched later, by whoever loads it first.
     if directory == Path(name).expanduser():
-        weights = parameters(directory) > 0 or any(directory.glob("*.bin"))
-        _require(weights, f"{setting}: {directory} has no weights", "a file *.safetensors or *.bin")
+        refuse_pickle(directory)
+        weights = parameters(directory) > 0
+        _require(weights, f"{setting}: {directory} has no weights", "a file *.safetensors")
     has_tokenizer = any((directory / file).exists() for file in TOKENIZER_FILES)
     expected = f"one of {', '.join(TOKENIZER_FILES)}"
     _require(has_tokenizer, f"{setting}: {directory} has no tokenizer", expected)

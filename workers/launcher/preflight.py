@@ -7,6 +7,7 @@ They import no torch, but for a loss of the user's own, and no transformers.
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from onstream.settings.plan import Plan, make_plan, refuse_differences
 from onstream.settings.problems import SettingsError, SettingsProblem
 from onstream.settings.redis import TLS
 from onstream.settings.root import Settings
+from onstream.settings.rules.deployment import redis_warnings
 from onstream.settings.rules.engines import engine_problems
 from onstream.settings.stages import COMPUTING, SWITCHES
 from onstream.workers.launcher.model_files import check_model, parameters
@@ -75,6 +77,8 @@ def refuse_problems(settings: Settings, plan: Plan) -> None:
     """
     if problems := _found(CHECKS, Subject(settings, plan, ask_hub=True)):
         raise SettingsError(problems)
+    for warning in redis_warnings(settings):
+        print(f"onstream: {warning}", file=sys.stderr)
 
 
 def _found(

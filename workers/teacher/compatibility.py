@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.models.tokenizer import load_tokenizer
+from onstream.pipeline.models.tokenizer import load_configs, load_tokenizer
 
 CONVERSATION = [
     {"role": "user", "content": "1 + 1"},
@@ -47,7 +47,7 @@ def load_model_info(name: str) -> ModelInfo:
         UserError: it has no usable tokenizer.
     """
     tokenizer = load_tokenizer(name)
-    config = AutoConfig.from_pretrained(name)
+    config, _ = load_configs(name)
     text = config.get_text_config()
     return ModelInfo(
         name,

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.images import grey_image
@@ -26,7 +26,7 @@ from onstream.pipeline.models.loading import load_model, resolve_device, resolve
 from onstream.pipeline.models.multimodal import Features
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts
 from onstream.pipeline.models.prompt_sharing import prepare
-from onstream.pipeline.models.tokenizer import has_vision
+from onstream.pipeline.models.tokenizer import has_vision, load_configs
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
 from onstream.workers.teacher.compatibility import check_compatible, load_model_info
@@ -174,7 +174,7 @@ def load_local(settings: Settings, images: FetchImages = no_images) -> LocalScor
             "shared prompts are scored once a rollout", teacher=name, reason=reason
         )
     vision = load_vision(name) if has_vision(model.config) else None
-    if vision and has_vision(AutoConfig.from_pretrained(settings.model.name)):
+    if vision and has_vision(load_configs(settings.model.name)[0]):
         check_image_tokens(load_vision(settings.model.name), vision, settings.model.name, name)
     return LocalScorer(
         name,

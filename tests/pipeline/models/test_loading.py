@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,40 @@ def test_missing_weights_are_refused_instead_of_drawn_at_random(tmp_path: Path) 
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lack 1 of its weights, model\.norm\.weight first"):
         load_model(tmp_path, dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [load_tokenizer, load_configs, lambda name: load_model(name, dtype=torch.float32, device=CPU)],
+)
+def test_code_that_comes_with_a_model_is_never_run_and_nobody_is_asked(
+    load: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = write_tiny(tmp_path / "model")
+    mark = tmp_path / "mark"
+    (directory / "theirs.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    for name in ("config.json", "tokenizer_config.json"):
+        fields = json.loads((directory / name).read_text())
+        fields |= {"model_type": "theirs", "tokenizer_class": "Theirs"}
+        classes = {name: f"theirs.{name}" for name in ("AutoConfig", "AutoModelForCausalLM")}
+        fields["auto_map"] = classes | {"AutoTokenizer": ["theirs.Theirs", "theirs.Theirs"]}
+        (directory / name).write_text(json.dumps(fields))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+
+    with pytest.raises(UserError) as error:
+        load(directory)
+
+    assert "Python code that comes with it, which is not run" in str(error.value)
+    assert not mark.exists()
+
+
+def test_weights_in_pickle_are_refused_by_name(tmp_path: Path) -> None:
+    directory = write_tiny(tmp_path)
+    weights = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    torch.save(weights, directory / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"in pickle \(pytorch_model.bin\).*safetensors"):
+        load_model(directory, dtype=torch.float32, device=CPU)
 
 
 def test_a_truncated_weight_file_is_refused(tmp_path: Path) -> None:
