@@ -43,6 +43,11 @@ def build_wheel(project: Path, out: Path) -> Path:
     return _build("build_wheel", project, out, "*.whl")
 
 
+def build_editable(project: Path, out: Path) -> Path:
+    """Build the wheel of an editable install of `project`, which leads to its files."""
+    return _build("build_editable", project, out, "*.whl")
+
+
 def _build(function: str, project: Path, out: Path, pattern: str) -> Path:
     out.mkdir()
     subprocess.run(
