@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import ctypes
 import json
 import os
 import socket
@@ -28,18 +29,8 @@ class TestsBroken(Exception):
 
 
 def hide_memory() -> None:
-    """Let no process of this user read this one, where a program may see it at all.
-
-    It does where both see the machine's own /proc.
-    """
-    try:
-        seen_as = os.readlink("/proc/self")
-    except OSError:
-        return
-    if seen_as != str(os.getpid()):
-        import ctypes
-
-        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    """Let no process of this user read this one, should a program see it at all."""
+    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def check(tests: str, entry_point: str | None, link: ProgramLink) -> bool:

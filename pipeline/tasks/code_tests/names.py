@@ -34,6 +34,13 @@ them for their tests.
 """
 
 
+COMPARE = {
+    *("abs", "all", "any", "bool", "dict", "enumerate", "filter", "float", "frozenset", "int"),
+    *("isinstance", "len", "list", "map", "print", "range", "repr", "reversed", "round", "set"),
+    *("sorted", "str", "tuple", "type", "zip", "Exception", "AssertionError", "IndexError"),
+    *("KeyError", "TypeError", "ValueError", "ZeroDivisionError"),
+}
+"""What tests use to compare, rather than test."""
 DATETIME_MODULE = {"date", "datetime", "time", "timedelta", "timezone"}
 
 
@@ -56,9 +63,16 @@ def names_in(tests: ast.Module, entry_point: str | None) -> Names:
     python = {name for name in read if is_pythons(name)} - {entry_point}
     # On the line that binds it, a name may be read before: `f = timed(f)`.
     others = {name for name, line in read.items() if line <= bound.get(name, line)} - python
-    if not others:
-        return Names(frozenset(read), frozenset())
+    others -= _first_lines(tests, _binds_locally).keys()
+    subject = set() if others else _likeliest(python)
+    python -= subject
     return Names(frozenset(read.keys() - python), frozenset(python - bound.keys()))
+
+
+def _likeliest(python: set[str]) -> set[str]:
+    """Which of Python's names in tests that have no others the function under test has."""
+    named = {name for name in python if not hasattr(builtins, name)}
+    return named or python - COMPARE or python
 
 
 def is_pythons(name: str) -> bool:
@@ -99,6 +113,15 @@ def _first_lines(tests: ast.Module, names: Callable[[ast.AST], Iterable[str]]) -
 def _reads(node: ast.AST) -> Iterable[str]:
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
         yield node.id
+
+
+def _binds_locally(node: ast.AST) -> Iterable[str]:
+    """Arguments, and the variables of comprehensions: bound and read on the same line."""
+    if isinstance(node, ast.arg):
+        yield node.arg
+    elif isinstance(node, ast.comprehension):
+        targets = (part for part in ast.walk(node.target) if isinstance(part, ast.Name))
+        yield from (target.id for target in targets)
 
 
 def _binds(node: ast.AST) -> Iterable[str]:

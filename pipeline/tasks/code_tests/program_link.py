@@ -150,7 +150,7 @@ class ProgramLink:
     ) -> Any:
         if kind != "ok":
             raise WireError(f"a message {kind!r}")
-        if after is not None:
+        if after is not None and value is None:
             new_args, new_kwargs = (self._unpack(part) for part in after)
             _refill(args, new_args)
             _refill(kwargs, new_kwargs)
@@ -283,7 +283,8 @@ class _Mirrored(Exception):
 
 def _builtin_type(name: str) -> type:
     kind = getattr(builtins, name)
-    if not isinstance(kind, type) or issubclass(kind, BaseException):
+    ends = isinstance(kind, type) and issubclass(kind, BaseException)
+    if not isinstance(kind, type) or (ends and not issubclass(kind, Exception)):
         raise WireError(f"{name!r} instead of a type")
     return kind
 

@@ -35,6 +35,8 @@ OPTIONAL = ("files", "processes", "network", "calls", "memory")
 FIRST_USER = 61184
 """The first user id of a range that no system gives to people."""
 USERS = 4336
+USERS_OF_ONE = 16
+"""How many of them one process uses in turn."""
 TRIAL_PROGRAM = "import os, sys\nprint(sum(range(10)))"
 TRIAL_OUTPUT = b"45"
 TRIAL_S = 10.0
@@ -95,7 +97,9 @@ class Sandbox:
         """
         # Another user for each run: dead processes of the last run that nobody has waited for
         # count against the limit of its user.
-        self._user = FIRST_USER + (os.getpid() * 64 + next(_runs)) % USERS
+        # Scorer processes beside each other have users of their own, if their ids are near.
+        mine = os.getpid() % (USERS // USERS_OF_ONE)
+        self._user = FIRST_USER + mine * USERS_OF_ONE + next(_runs) % USERS_OF_ONE
         scratch = tempfile.mkdtemp(prefix="onstream-")
         spec = self._spec(files, arguments, scratch)
         status, status_end = os.pipe()

@@ -168,6 +168,22 @@ HONEST: dict[str, Case] = {
         1.0,
     ),
     "text that is not ASCII": ("def f(s): return s[::-1]", "assert f('aé漢😀') == '😀漢éa'", 1.0),
+    "an exception by another name": (
+        "Wrong = ValueError\ndef f(): raise Wrong('x')",
+        "try:\n    f()\n    assert False\nexcept Wrong: pass",
+        1.0,
+    ),
+    "a name of Python's beside others of Python's": (
+        "def sum(a, b): return a + b\ndef abs(x): return 1",
+        "assert abs(sum(10, 15) - 25) < 1e-9",
+        1.0,
+    ),
+    "a name of a module": (
+        "def bisect(f, a, b):\n    while b - a > 1e-9:\n        c = (a + b) / 2\n"
+        "        if f(c) > 0: b = c\n        else: a = c\n    return a\ndef abs(x): return 1",
+        "assert abs(bisect(lambda x: x * x - 2, 0, 2) - 1.41421356) < 1e-6",
+        1.0,
+    ),
     "a name of Python's": ("def sum(a, b): return a + b", "assert sum(10, 15) == 25", 1.0),
     "a module that the program imports": (
         "import math\ndef f(x): return math.sqrt(x)",

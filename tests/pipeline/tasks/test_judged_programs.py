@@ -10,7 +10,13 @@ import pytest
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.tasks import Scorer, load_scorer
 from onstream.settings.root import Settings
-from tests.pipeline.tasks.attacks import ATTACKS, CODE_TESTS, OUTPUT_ATTACKS, OUTPUT_TESTS
+from tests.pipeline.tasks.attacks import (
+    ATTACKS,
+    CODE_TESTS,
+    OUTPUT_ATTACKS,
+    OUTPUT_TESTS,
+    SERVER,
+)
 from tests.pipeline.tasks.honest_programs import HONEST
 
 pytestmark = pytest.mark.skipif(
@@ -82,6 +88,45 @@ def test_no_object_lies_its_way_through_one_comparison(
 @pytest.mark.parametrize("tests", COMPARISONS)
 def test_the_right_number_passes_each_comparison(score: Scorer, tests: str) -> None:
     assert reward(score, "def solve(n):\n    return 2 * n", tests) == 1.0
+
+
+EMPTIES = {
+    "a function": "def f(items):\n    items.clear()\n    return []",
+    "a forged answer": f"{SERVER}\ndef f(items):\n    s = server()\n"
+    "    s._channel.send(['ok', s._nonce, ['list'], [['list', ['list']], ['dict']]])",
+}
+
+
+@pytest.mark.parametrize("program", EMPTIES.values(), ids=EMPTIES)
+def test_a_program_that_empties_the_list_that_it_must_sort_scores_0(
+    score: Scorer, program: str
+) -> None:
+    tests = "items = [3, 1, 2]\nassert f(items) == sorted(items)"
+    assert reward(score, program, tests) == 0.0
+    assert reward(score, "def f(items):\n    return sorted(items)", tests) == 1.0
+
+
+PRIES = """
+def f(given):
+    names = ("__globals__", "__class__", "gi_frame", "f_globals", "__self__", "__init__")
+    for name in names:
+        try:
+            value = getattr(given, name)
+            if name != "__class__" and value is not None and "method" not in str(value):
+                return 42
+        except AttributeError:
+            continue
+    try:
+        return 42 if given("__import__('os')._exit(0)") == 0 else 0
+    except Exception:
+        return 0
+"""
+
+
+@pytest.mark.parametrize("given", ["lambda x: 1", "(x for x in 'a')", "Own()", "Own", "Own().go"])
+def test_what_tests_pass_shows_nothing_of_their_variables(score: Scorer, given: str) -> None:
+    tests = f"class Own:\n    def go(self, *args): return 1\nassert f({given}) == 42"
+    assert reward(score, PRIES, tests) == 0.0
 
 
 @pytest.mark.parametrize("name", OUTPUT_ATTACKS)
