@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -15,6 +16,7 @@ from onstream.settings.root import Settings
 if TYPE_CHECKING:
     from datasets import Dataset
 
+HUB_TIMEOUT_S = 5.0
 FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
 
@@ -86,16 +88,50 @@ def _load(path: str, split: str, args: dict[str, Any]) -> Dataset:
     datasets.disable_progress_bars()
     local = Path(path)
     kind = FORMATS.get(Path(path).suffix)
+    away = False
     try:
         if local.is_file() and kind:
             files = {split.partition("[")[0]: str(local)}
             return datasets.load_dataset(kind, data_files=files, split=split, **args)
         if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
             return _saved(datasets.load_from_disk(path, **args), split)
-        return datasets.load_dataset(path, split=split, **args)
+        with _offline_where_hub_is_away(datasets, path) as away:
+            return datasets.load_dataset(path, split=split, **args)
     except Exception as error:  # the library raises dozens of types, from several packages
+        if away:
+            why = "the hub is out of reach, and the data set is not in the local cache"
+            raise _not_loaded(path, split, why) from error
         first_line = str(error).strip().partition("\n")[0]
         raise _not_loaded(path, split, f"{type(error).__name__}: {first_line}") from error
+
+
+@contextmanager
+def _offline_where_hub_is_away(datasets: Any, path: str) -> Iterator[bool]:
+    """Let `datasets` use its cache alone where the hub does not answer; yields whether that is so.
+
+    The library itself would find out only after half a minute of retries.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if Path(path).exists() or constants.HF_HUB_OFFLINE:
+        yield False
+        return
+    try:
+        HfApi().dataset_info(path, timeout=HUB_TIMEOUT_S)
+        away = False
+    except HfHubHTTPError:
+        away = False  # it answers: the library says what is wrong
+    except Exception:  # of whatever HTTP library the hub's client has
+        away = True
+    modules: tuple[Any, ...] = (constants, datasets.config) if away else ()
+    for module in modules:
+        module.HF_HUB_OFFLINE = True
+    try:
+        yield away
+    finally:
+        for module in modules:
+            module.HF_HUB_OFFLINE = False
 
 
 def _library(path: str) -> Any:

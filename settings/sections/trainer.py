@@ -56,7 +56,7 @@ class LoraSettings(Section):
 class TrainerSettings(Section):
     """The trainer."""
 
-    max_steps: Annotated[int, CHANGEABLE, Unit("steps"), Field(ge=0, le=10**9)] = 100
+    max_steps: Annotated[int, CHANGEABLE, Unit("steps"), Field(ge=1, le=10**9)] = 100
     """The run ends after so many steps."""
     microbatch: Annotated[int, WORKER, Unit("tokens"), Field(ge=16, le=1 << 24)] = 8192
     """Tokens that one forward and backward pass takes, shared prompts counted once."""

@@ -12,7 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from onstream.pipeline.command_line import command
 from onstream.pipeline.errors import UserError
+from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.job_queue import JobQueue, ask_pinned
 from onstream.settings.root import Settings
 from onstream.workers.evaluation.versions import find_version
@@ -24,7 +26,7 @@ SHOWN = 120  # characters of a result
 
 def listed(settings: Settings) -> list[dict[str, Any]]:
     """The jobs of the run as JSON data, the newest first."""
-    with _jobs(settings) as jobs:
+    with _run(settings) as (_, jobs):
         return [asdict(row) for row in jobs.rows()]
 
 
@@ -64,11 +66,12 @@ def ask_evaluation(settings: Settings, version: int | None) -> str:
         UserError: the run has no such version.
     """
     _, version = find_version(settings, version)
-    with _jobs(settings) as jobs:
+    with _run(settings) as (bus, jobs):
         new = ask_pinned(
             jobs, settings.run_dir, "evaluate", version, str(version), version, again=True
         )
-    return _answer(new, f"the evaluation of version {version}")
+        at_once = f"eval {settings.run_dir} --version {version}"
+        return _answer(settings, bus, new, f"the evaluation of version {version}", at_once)
 
 
 def ask_export(
@@ -89,9 +92,10 @@ def ask_export(
     target = str(to.absolute()) if to else None
     key = _export_key(version, target, dtype, upload=upload)
     arguments = (version, target, dtype, upload)
-    with _jobs(settings) as jobs:
+    with _run(settings) as (bus, jobs):
         new = ask_pinned(jobs, settings.run_dir, "export", version, key, *arguments, again=True)
-    return _answer(new, f"the export of version {version}")
+        at_once = f"export {settings.run_dir} --version {version} --out {target or 'DIR'}"
+        return _answer(settings, bus, new, f"the export of version {version}", at_once)
 
 
 def _export_key(version: int, target: str | None, dtype: str | None, *, upload: bool) -> str:
@@ -106,20 +110,29 @@ def _export_key(version: int, target: str | None, dtype: str | None, *, upload: 
 
 def ask_prune(settings: Settings) -> str:
     """Ask for pruning; returns a sentence for the user."""
-    with _jobs(settings) as jobs:
-        return _answer(jobs.ask("prune", "now", again=True), "pruning")
+    with _run(settings) as (bus, jobs):
+        return _answer(settings, bus, jobs.ask("prune", "now", again=True), "pruning")
 
 
-def _answer(new: bool, what: str) -> str:
-    if new:
-        return f"asked for {what}; `onstream jobs` shows how it goes"
-    return f"{what} is under way already"
+def _answer(settings: Settings, bus: Bus, new: bool, what: str, at_once: str = "") -> str:
+    """What the user is told; `at_once` are arguments of `onstream` that do it without a job."""
+    workers = bus.state.workers()
+    if any(worker.stage == "jobs" for worker in workers):
+        if new:
+            return f"asked for {what}; `onstream jobs {settings.run_dir}` shows how it goes"
+        return f"{what} is under way already"
+    sentences = [f"asked for {what}, but no jobs worker is at work: it waits for one"]
+    if workers:
+        sentences.append(f"`{command()} worker jobs {settings.run_dir}` starts one")
+    if at_once:
+        sentences.append(f"`{command()} {at_once}` does it here and now")
+    return "; ".join(sentences)
 
 
 @contextlib.contextmanager
-def _jobs(settings: Settings) -> Iterator[JobQueue]:
+def _run(settings: Settings) -> Iterator[tuple[Bus, JobQueue]]:
     with (
         open_run(settings, purpose="jobs") as bus,
         JobQueue(bus.connection.url, settings.run.name, settings.jobs) as jobs,
     ):
-        yield jobs
+        yield bus, jobs

@@ -21,6 +21,7 @@ from onstream.settings.paths import with_absolute_paths
 from onstream.settings.plan import Plan, make_plan, under_name
 from onstream.settings.redis import address
 from onstream.settings.root import Settings
+from onstream.settings.rules.deployment import deployment_warnings
 from onstream.settings.toml import toml_text
 from onstream.workers.inspection.audit import audit
 from onstream.workers.inspection.dead_letters import dead_by_reason
@@ -175,6 +176,8 @@ class Launcher:
         for sentence in self._processes.start():
             self._say(sentence)
         count = len(self._supervisor.children)
+        for warning in deployment_warnings(self._settings):
+            self._say(warning)
         self._say(f"run {self._plan.run}: {count} processes, logs in {self._run_dir / 'logs'}")
         if self._trainer is not None:
             self._final_evaluation_due = self._settings.eval.samples > 0

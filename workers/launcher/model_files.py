@@ -143,6 +143,21 @@ def _json_file(path: Path, setting: str, expected: str) -> dict[str, Any]:
     return loaded
 
 
+def context_tokens(directory: Path, setting: str) -> int | None:
+    """The longest sequence that the model in `directory` reads; None where it does not say.
+
+    Raises:
+        UserError: its configuration cannot be read.
+    """
+    expected = "the config.json of a model in Hugging Face form"
+    config = _json_file(directory / "config.json", setting, expected)
+    text = config.get("text_config")
+    for part in (text if isinstance(text, dict) else {}, config):
+        if isinstance(part.get("max_position_embeddings"), int):
+            return int(part["max_position_embeddings"])
+    return None
+
+
 def parameters(directory: Path) -> int:
     """Parameters of the safetensors files in `directory`, by their headers; 0 without such files.
 

@@ -22,10 +22,11 @@ from onstream.settings.plan import Plan, make_plan, refuse_differences
 from onstream.settings.problems import SettingsError, SettingsProblem
 from onstream.settings.redis import TLS
 from onstream.settings.root import Settings
+from onstream.settings.route import rollout_teacher
 from onstream.settings.rules.deployment import redis_warnings
 from onstream.settings.rules.engines import engine_problems
 from onstream.settings.stages import COMPUTING, SWITCHES
-from onstream.workers.launcher.model_files import check_model, parameters
+from onstream.workers.launcher.model_files import check_model, context_tokens, parameters
 from onstream.workers.launcher.redis_binary import find_server
 
 PROBLEMS_TRIED = 3
@@ -177,7 +178,27 @@ def check_student(subject: Subject) -> None:
     settings = subject.settings
     student = check_model(settings.model.name, "model.name", ask_hub=subject.ask_hub)
     if student is not None:
+        check_completion(settings, student)
         check_disk(settings, student)
+
+
+def check_completion(settings: Settings, student: Path) -> None:
+    """Check that a completion may fit the student's context, where the student writes it.
+
+    Raises:
+        UserError: it can never.
+    """
+    if rollout_teacher(settings) is not None:
+        return
+    longest = settings.inference.sampling.max_completion
+    context = context_tokens(student, "model.name")
+    if context is not None and longest >= context:
+        raise UserError(
+            f"inference.sampling.max_completion = {longest}, and the context of {student} has "
+            f"{context} tokens",
+            expected="completions that leave room for a prompt",
+            next_step=f"Set inference.sampling.max_completion below {context}.",
+        )
 
 
 def check_teacher(subject: Subject) -> None:
@@ -282,7 +303,7 @@ CHECKS = (
     Check(("deployment",), check_torch),
     Check(("deployment", "trainer.lora"), check_packages),
     Check(("deployment", "redis", "run"), check_redis),
-    Check(("model", "checkpoint", "run"), check_student),
+    Check(("model", "checkpoint", "run", "inference.sampling"), check_student),
     Check(("deployment", "model", "teacher_inference", "trainer.loss"), check_teacher),
     Check(("task", "eval", "run"), check_task),
     Check(("task", "eval", "run", "orchestrator.verification"), check_scorer),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +144,22 @@ def test_an_empty_data_set_is_refused(
 def test_holding_out_every_row_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none to train on"):
         load_task(settings_of(saved(tmp_path / "t.parquet"), samples=10))
+
+
+def test_a_hub_that_is_out_of_reach_is_told_in_plain_words(tmp_path: Path) -> None:
+    """In a process of its own: the library reads the hub's address once."""
+    code = (
+        "from onstream.pipeline.tasks import load_task\n"
+        "from onstream.settings.load import load_settings\n"
+        "load_task(load_settings(overrides=['task.name=hf:some/thing'], environ={}))"
+    )
+    environ = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    environ |= {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+    )
+    assert "the hub is out of reach, and the data set is not in the local cache" in done.stderr
+    assert "Retrying" not in done.stderr

@@ -361,6 +361,12 @@ def test_workers_without_a_trainer_need_a_redis_to_join(run: Run) -> None:
         run.up('deployment.stages=["generate","verify"]')
 
 
+def test_a_needed_stage_without_workers_is_said_at_the_start(run: Run) -> None:
+    assert run.up("deployment.workers.generator=0") == Exit.OK
+    first = run.printed.getvalue().splitlines()[0]
+    assert first.startswith("No generator worker is started here: the run waits until one joins")
+
+
 def test_threads_are_one_on_few_cores_and_shared_out_on_many(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -203,6 +203,18 @@ def test_a_check_that_reads_a_wrong_setting_is_left_out(tmp_path: Path) -> None:
     assert problem.startswith("task.name = ")
 
 
+@pytest.mark.parametrize("part", ["", "text_config"])
+def test_completions_as_long_as_the_context_are_refused(tmp_path: Path, part: str) -> None:
+    context = {"max_position_embeddings": 64}
+    model = make_model(tmp_path / "student")
+    (model / "config.json").write_text(json.dumps({part: context} if part else context))
+    assert problems(tmp_path, "inference.sampling.max_completion=63") == []
+    [problem] = problems(tmp_path, "inference.sampling.max_completion=64")
+    assert problem.startswith(
+        f"inference.sampling.max_completion = 64, and the context of {model} has 64 tokens"
+    )
+
+
 def problems_with_scorer(directory: Path, name: str, source: str, *overrides: str) -> list[str]:
     """What is told of a scorer, in a module of the working directory that no other test has."""
     Path(f"{name}.py").write_text(source)

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onstream.pipeline.errors import Exit
@@ -300,13 +301,9 @@ def test_tickets_wait_for_the_backlog(run: Callable[..., Run], bus: Bus) -> None
     assert bus.state.issued() == 32
 
 
-def test_no_steps_at_all_still_leave_a_checkpoint_and_an_end(
-    run: Callable[..., Run], bus: Bus
-) -> None:
-    job = run(trainer__max_steps=0)
-    job.turn(2)
-    assert bus.state.finished()
-    assert job.checkpoints() == ["step-000000"]
+def test_a_run_of_no_steps_is_refused(run: Callable[..., Run], bus: Bus) -> None:
+    with pytest.raises(ValidationError, match="greater than or equal to 1"):
+        run(trainer__max_steps=0)
     assert bus.state.issued() == 0
 
 
