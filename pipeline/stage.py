@@ -38,6 +38,12 @@ TAKES: dict[StageName, tuple[type[Work], ...]] = {
 }
 
 
+VERSIONS_AHEAD = 16
+"""How far ahead of what Redis knows the version of a rollout under way may be. A replica that has
+taken over may not know the newest ones yet. The trainer, which announces them, knows all.
+"""
+
+
 @dataclass(frozen=True)
 class Delivery:
     """One stream entry in this worker's hands.
@@ -179,7 +185,7 @@ class Limits(Protocol):
     @property
     def version(self) -> int: ...
     def was_issued(self, number: int) -> bool: ...
-    def was_announced(self, version: int) -> bool: ...
+    def was_announced(self, version: int, ahead: int = 0) -> bool: ...
 
 
 def delivery_of(entry: Entry, stage: StageName, limits: Limits) -> Delivery:
@@ -215,7 +221,8 @@ def _misplaced(record: Work, stage: StageName, limits: Limits) -> str | None:
     if isinstance(record, Tombstone):
         return None
     version = newest_version(record)
-    if not limits.was_announced(version):
+    passing = isinstance(record, Rollout) and stage != "train"
+    if not limits.was_announced(version, VERSIONS_AHEAD if passing else 0):
         return f"policy version {version} was never announced; the newest is {limits.version}"
     if isinstance(record, Rollout) and record.route[0] != stage:
         return f"a rollout at {stage} whose route goes on with {' → '.join(record.route)}"

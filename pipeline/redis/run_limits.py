@@ -17,6 +17,11 @@ class RunLimits:
         self._issued: int = 0
         self._version: int = -1
 
+    def note(self, *, issued: int = 0, version: int = -1) -> None:
+        """Take in what the trainer, whose own doing both are, knows before Redis does."""
+        self._issued = max(self._issued, issued)
+        self._version = max(self._version, version)
+
     def was_issued(self, number: int) -> bool:
         """Whether the run has issued `number`."""
         if number <= self._issued:
@@ -25,8 +30,9 @@ class RunLimits:
         self._issued = max(self._issued, issued or 0)
         return issued is None or number <= self._issued
 
-    def was_announced(self, version: int) -> bool:
-        """Whether the run has announced `version`, or a newer one."""
+    def was_announced(self, version: int, ahead: int = 0) -> bool:
+        """Whether the run has announced `version`, or one at most `ahead` older."""
+        version -= ahead
         if version <= self._version:
             return True
         newest = self._state.newest_policy()

@@ -7,10 +7,16 @@ import os
 from pathlib import Path
 
 
-def digest_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+def digest_of(path: Path, size_bytes: int | None = None) -> str:
+    """The SHA-256 of a file, or of its first `size_bytes` bytes, in hexadecimal."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if size_bytes is None:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while size_bytes > 0 and (part := file.read(min(size_bytes, 1 << 20))):
+            digest.update(part)
+            size_bytes -= len(part)
+        return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

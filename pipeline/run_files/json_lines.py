@@ -44,6 +44,24 @@ class JsonLines:
         self._file.close()
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; none if it does not exist.
+
+    A last line that a kill cut short is left out.
+
+    Raises:
+        ValueError: another line than the last is not a JSON object.
+    """
+    if not path.exists():
+        return []
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    lines = [line for line in whole.split(b"\n") if line]
+    try:
+        return [msgspec.json.decode(line, type=dict[str, Any]) for line in lines]
+    except UNDECODABLE as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
     """Cut `path` before its first line that is torn or that `keep` refuses.
 

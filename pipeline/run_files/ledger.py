@@ -13,7 +13,11 @@ from typing import Literal
 
 import msgspec
 
+from onstream.pipeline.run_files.durable import digest_of
 from onstream.settings.decoding import UNDECODABLE
+
+LEDGER = "trained.jsonl"
+"""The ledger's name in the run's directory."""
 
 Fate = Literal["trained", "dead", "stale", "not_verified", "group_dead", "purged"]
 
@@ -32,6 +36,11 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @property
+    def size_bytes(self) -> int:
+        """The file's size in bytes; 0 where there is none."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
     def append(self, lines: Iterable[Settled]) -> int:
         """Write `lines` and sync them; returns the file's size in bytes, for the checkpoint."""
         encode = msgspec.json.Encoder().encode
@@ -46,7 +55,7 @@ class Ledger:
 
         Returns how many bytes it is too short (0 in an intact run).
         """
-        have = self.path.stat().st_size if self.path.exists() else 0
+        have = self.size_bytes
         if have > size_bytes:
             os.truncate(self.path, size_bytes)
         return max(0, size_bytes - have)
@@ -73,3 +82,14 @@ class Ledger:
                     yield decode(line)
                 except UNDECODABLE as error:
                     raise ValueError(f"{self.path}, line {at}: {error}") from error
+
+
+def ledger_differs(path: Path, size_bytes: int, digest: str | None) -> bool:
+    """Whether the first `size_bytes` of the ledger `path` are others than a checkpoint remembers by
+    their SHA-256; a checkpoint of an earlier version remembers none.
+    """
+    if digest is None:
+        return False
+    if not path.exists():
+        return size_bytes > 0
+    return digest_of(path, size_bytes) != digest

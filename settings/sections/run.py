@@ -19,9 +19,10 @@ class RunSettings(Section):
     """Name of the run: its directory under `run.dir`, and the hash tag of its keys in Redis."""
     seed: Annotated[int, RUN, Field(ge=0, le=2**31 - 1)] = 0
     """Seed of the order of problems, of sampling, and of whatever else is drawn at random."""
-    resume: Annotated[Literal["auto", "never", "must"], WORKER] = "auto"
+    resume: Annotated[Literal["auto", "never", "must", "restart"], WORKER] = "auto"
     """`auto` resumes a run that exists under the same plan, `never` refuses one that exists, `must`
-    refuses one that does not.
+    refuses one that does not. `restart` lets a run begin again at step 0 whose checkpoints, or
+    whose directory, are lost.
     """
     dir: Annotated[Path, WORKER] = Path("runs")
     """Directory that holds the run's directory."""

@@ -225,14 +225,14 @@ def test_every_stage_refuses_what_was_never_issued_or_announced(bus: Bus, stage:
     issue(bus, 8)
     put(bus, stage, 1, at(stage, 1, version=3))
     put(bus, stage, 9, at(stage, 9))
-    put(bus, stage, 2, at(stage, 2, version=4))
+    put(bus, stage, 2, at(stage, 2, version=20))
     put(bus, stage, b"9" * 30, at(stage, 3))
     put(bus, stage, b"9" * 5000, b"no record")
     put(bus, stage, 4, at("train" if stage == "verify" else "verify", 4))
 
     assert accepted(bus, stage) == [1]
     letters = {letter.number: letter.reason for letter in bus.state.dead_letters()}
-    assert letters[2] == "policy version 4 was never announced; the newest is 3"
+    assert letters[2] == "policy version 20 was never announced; the newest is 3"
     assert letters[3] == "the entry has the number 0 and its record 3"
     assert "a rollout at" in letters[4]
     refused = [letter.reason for letter in bus.state.dead_letters() if not letter.number]
@@ -248,6 +248,16 @@ def test_a_ticket_for_a_version_to_come_does_not_fill_the_generator(bus: Bus) ->
     assert accepted(bus, "generate") == []
     [letter] = bus.state.dead_letters()
     assert letter.reason == "policy version 1000000000000 was never announced; the newest is 3"
+
+
+def test_a_version_that_a_replica_does_not_know_yet_is_the_trainers_to_judge(bus: Bus) -> None:
+    issue(bus, 8)
+    for stage in STAGES[1:]:
+        put(bus, stage, 2, at(stage, 2, version=4))
+    assert [accepted(bus, stage) for stage in STAGES[1:]] == [[2], [2], []]
+    bus.limits.note(version=4)
+    put(bus, "train", 2, at("train", 2, version=4))
+    assert 2 in accepted(bus, "train")
 
 
 def test_where_redis_has_forgotten_what_was_issued_nothing_is_refused_for_it(bus: Bus) -> None:

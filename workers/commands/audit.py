@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def audit(settings: Settings, uids: bool) -> Exit:
     """Print as JSON what became of every rollout.
 
-    Exits with 1 if any is lost or duplicated.
+    Exits with 1 if any is lost or duplicated, or if streams, ledger and metrics hold what the run
+    never issued or contradict one another.
     """
     from onstream.workers.inspection.audit import audit, counted
     from onstream.workers.launcher.open_run import open_run
@@ -30,4 +31,5 @@ def audit(settings: Settings, uids: bool) -> Exit:
     with open_run(settings, purpose="audit") as bus:
         found = audit(settings.run_dir, bus)
     click.echo(json.dumps(found if uids else counted(found), indent=2))
-    return Exit.FAILED if found["lost"] or found["duplicated"] else Exit.OK
+    failed = found["lost"] or found["duplicated"] or "beyond" in found
+    return Exit.FAILED if failed else Exit.OK

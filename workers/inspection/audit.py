@@ -5,22 +5,31 @@ It is proven from the ledger and the streams, and not from counters.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from onstream.pipeline.records import StageName
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import dead_numbers
 from onstream.pipeline.redis.keys import STAGES
-from onstream.pipeline.run_files.ledger import Ledger, Settled
+from onstream.pipeline.run_files.json_lines import read_rows
+from onstream.pipeline.run_files.ledger import LEDGER, Ledger, Settled, ledger_differs
+from onstream.settings.decoding import UNDECODABLE
 
 DROPPED = ("stale", "not_verified", "group_dead", "purged")
 
 
 def audit(run_dir: Path, bus: Bus) -> dict[str, Any]:
     """The rollouts of a run by what became of them, written `run/17`.
+
+    Only what was issued counts. `beyond` says, in sentences, what else the streams and the ledger
+    hold, and where the ledger, its checkpoint and the metrics contradict one another; it is there
+    only where there is something to say.
 
     issued = trained + dropped + dead + in_flight + lost. `dropped` has a list for each reason.
     `duplicated` are those that were settled twice or that two entries carry; it and `lost` should
@@ -34,7 +43,7 @@ def audit(run_dir: Path, bus: Bus) -> dict[str, Any]:
     streams = {stage: bus.state.numbers(stage) for stage in STAGES}
     dead = dead_numbers(bus, run_dir)
     in_two_entries = _in_two_entries(bus, streams)
-    ledger = list(Ledger(run_dir / "trained.jsonl").read())
+    ledger = list(Ledger(run_dir / LEDGER).read())
 
     fates: dict[int, str] = {line.number: line.fate for line in ledger}
     in_streams = {number for numbers in streams.values() for number in numbers}
@@ -52,6 +61,7 @@ def audit(run_dir: Path, bus: Bus) -> dict[str, Any]:
             numbers["lost"].append(number)
     # An entry of a settled rollout only waits for its acknowledgement.
     duplicated = _settled_twice(ledger) | (in_two_entries - fates.keys())
+    problems = contradictions(run_dir, ledger, streams, bus.state.issued())
     return {
         "issued": _names(bus.run, issued),
         "trained": _names(bus.run, numbers["trained"]),
@@ -60,15 +70,66 @@ def audit(run_dir: Path, bus: Bus) -> dict[str, Any]:
         "in_flight": _names(bus.run, numbers["in_flight"]),
         "lost": _names(bus.run, numbers["lost"]),
         "duplicated": _names(bus.run, sorted(duplicated)),
+        **({"beyond": problems} if problems else {}),
     }
+
+
+def contradictions(
+    run_dir: Path,
+    ledger: Sequence[Settled],
+    streams: Mapping[StageName, Sequence[int]],
+    issued: int,
+) -> list[str]:
+    """What cannot be true of a run that has issued the numbers 1 … `issued`, in sentences."""
+    found = []
+    for stage, numbers in streams.items():
+        if count := sum(not 0 < number <= issued for number in numbers):
+            found.append(f"the stream of {stage} has {count} entries of numbers never issued")
+    if count := sum(not 0 < line.number <= issued for line in ledger):
+        found.append(f"the ledger has {count} lines of numbers never issued")
+    mark = _newest_mark(run_dir)
+    if mark and ledger_differs(run_dir / LEDGER, mark.ledger_bytes, mark.ledger_digest):
+        found.append(f"the ledger is not the one that the checkpoint of step {mark.step} remembers")
+    trained = Counter(line.step for line in ledger if line.fate == "trained")
+    rows = {row["step"]: row["rollouts"] for row in read_rows(run_dir / "metrics.jsonl")}
+    last = max(trained, default=0)
+    counted = sum(count for step, count in rows.items() if step <= last)
+    if rows and counted != trained.total():
+        found.append(
+            f"the metrics count {counted:g} rollouts trained up to step {last}, "
+            f"the ledger {trained.total()}"
+        )
+    return found
+
+
+class LedgerMark(msgspec.Struct, frozen=True):
+    """What a checkpoint remembers of the ledger, among the fields of its `trainer.json`."""
+
+    sequence: int
+    step: int
+    ledger_bytes: int
+    ledger_digest: str | None = None
+
+
+def _newest_mark(run_dir: Path) -> LedgerMark | None:
+    """That of the newest checkpoint; read without the trainer's modules, which need torch."""
+    marks = []
+    for path in run_dir.glob("checkpoints/step-*/trainer.json"):
+        # One that is pruned meanwhile, or torn, has no say.
+        with contextlib.suppress(OSError, *UNDECODABLE):
+            marks.append(msgspec.json.decode(path.read_bytes(), type=LedgerMark))
+    return max(marks, key=lambda mark: mark.sequence, default=None)
 
 
 def counted(found: dict[str, Any]) -> dict[str, Any]:
-    """How many rollouts each list of an audit has."""
-    return {
-        name: counted(members) if isinstance(members, dict) else len(members)
-        for name, members in found.items()
-    }
+    """How many rollouts each list of an audit has; `beyond` as it is."""
+    return {name: _count(name, members) for name, members in found.items()}
+
+
+def _count(name: str, members: Any) -> Any:
+    if isinstance(members, dict):
+        return counted(members)
+    return members if name == "beyond" else len(members)
 
 
 def _settled_twice(ledger: Sequence[Settled]) -> set[int]:
@@ -85,7 +146,8 @@ def _in_two_entries(bus: Bus, streams: Mapping[StageName, Sequence[int]]) -> set
     """
     found: set[int] = set()
     for numbers in streams.values():
-        found.update(number for number, entries in Counter(numbers).items() if entries > 1)
+        entries = Counter(number for number in numbers if number)  # 0: it names none
+        found.update(number for number, count in entries.items() if count > 1)
     in_later_streams: set[int] = set()
     for stage in reversed(STAGES):
         suspects = in_later_streams.intersection(streams[stage])

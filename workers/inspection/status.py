@@ -17,7 +17,7 @@ from onstream.pipeline.records import StageName
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.keys import STAGES
 from onstream.pipeline.redis.run_state import VERSION, PendingSummary, WorkerState
-from onstream.pipeline.run_files.ledger import Ledger
+from onstream.pipeline.run_files.ledger import LEDGER, Ledger
 from onstream.settings.plan import Plan
 from onstream.workers.inspection.run_phase import Phase, RunFiles
 from onstream.workers.inspection.run_snapshot import RunSnapshot, take_snapshot, waits
@@ -140,7 +140,7 @@ def _unsettled(bus: Bus, run_dir: Path) -> int:
 
     The others are settled, and wait to be acknowledged.
     """
-    settled = {line.number for line in Ledger(run_dir / "trained.jsonl").read()}
+    settled = {line.number for line in Ledger(run_dir / LEDGER).read()}
     return sum(number not in settled for number in bus.state.numbers("train"))
 
 

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.run_files.durable import digest_of
 from onstream.pipeline.run_files.json_lines import JsonLines, cut
+from onstream.pipeline.run_files.ledger import LEDGER
 from onstream.settings.load import load_settings
 from onstream.settings.paths import with_absolute_paths
 from onstream.settings.plan import Plan, under_name
@@ -24,7 +25,6 @@ from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.durability.checkpoint import MANIFEST, OPTIMIZER, STATE, Checkpoint
 from onstream.workers.trainer.durability.resume import CHANGES, PLAN
 
-LEDGER = "trained.jsonl"
 BY_STEP = ("metrics.jsonl", "samples.jsonl", CHANGES)
 """Files of JSON lines that each carry the step that they belong to."""
 

@@ -25,6 +25,7 @@ from onstream.pipeline.redis.dead_letters import all_letters
 from onstream.pipeline.redis.job_queue import JobQueue, pin_use
 from onstream.pipeline.redis.keys import WORKING
 from onstream.pipeline.redis.lease import LeaseHeld
+from onstream.pipeline.run_files.json_lines import read_rows
 from onstream.pipeline.run_files.ownership import Ownership
 from onstream.pipeline.telemetry import get_logger
 from onstream.pipeline.weights.directory_store import pinned, pins, unpin
@@ -32,7 +33,6 @@ from onstream.settings.plan import Plan, make_plan, refuse_differences
 from onstream.settings.root import Settings
 from onstream.workers.inspection.dead_letters import without_numbers
 from onstream.workers.jobs.export import run_upload, write_export
-from onstream.workers.launcher.metric_rows import read_rows
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.run_files.json_lines import read_rows
 from onstream.settings.plan import Plan, differences
 from onstream.settings.root import Settings
-from onstream.workers.launcher.metric_rows import read_rows
 from onstream.workers.trainer.durability import checkpoint
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from onstream.pipeline.run_files.json_lines import read_rows
 from onstream.settings.devices import gpus_found
 from onstream.settings.gpus import Place, gpus_of, placement
 from onstream.settings.plan import Plan
 from onstream.settings.root import Settings
 from onstream.settings.stages import START_ORDER, WorkerKind
-from onstream.workers.launcher.metric_rows import read_rows
 from onstream.workers.launcher.model_servers import KINDS as SERVER_KINDS
 from onstream.workers.launcher.model_servers import ModelServers, may_ask
 from onstream.workers.launcher.supervisor import Child, Supervisor

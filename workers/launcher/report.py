@@ -10,8 +10,9 @@ from typing import Any
 
 import msgspec
 
+from onstream.pipeline.run_files.json_lines import read_rows
 from onstream.workers.launcher.curves import draw
-from onstream.workers.launcher.metric_rows import Row, largest, mean, number, points, read_rows
+from onstream.workers.launcher.metric_rows import Row, largest, mean, number, points
 
 LAST_STEPS = 10
 EVALUATED = ("version", "exact", "exact_swapped")

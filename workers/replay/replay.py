@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 from onstream.pipeline import telemetry
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.run_files import recording
-from onstream.pipeline.run_files.json_lines import JsonLines
+from onstream.pipeline.run_files.json_lines import JsonLines, read_rows
 from onstream.pipeline.run_files.recording import RecordingError
 from onstream.settings.toml import shown, toml_text
-from onstream.workers.launcher.metric_rows import read_rows
 from onstream.workers.replay.output import ReplayOutput
 from onstream.workers.replay.recorded_run import RecordedRun, ReplayStart, run_dir_of
 from onstream.workers.replay.result import (

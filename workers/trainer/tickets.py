@@ -154,6 +154,7 @@ class TicketIssuer:
                 issued=self.issued,
             )
         self.issued = self._bus.lease.set_issued(self._lease, self.issued)
+        self._bus.limits.note(issued=self.issued)
 
     def reissue(self, numbers: Iterable[int], step: int) -> None:
         """Issue lost `numbers` again, before anything else."""
@@ -174,6 +175,7 @@ class TicketIssuer:
             requeued = self._issue_requeued(tickets, self.issued, self._max_backlog)
             self.issued += requeued
             self._issue_new(tickets[requeued:])
+        self._bus.limits.note(issued=self.issued)
         if self.waits_for:
             self._next_try = time.monotonic() + RETRY_S
         if not self._bus.lease.missing_stages:

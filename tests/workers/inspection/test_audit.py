@@ -155,3 +155,33 @@ def test_a_dead_number_that_was_purged_is_dropped_as_such_and_no_duplicate(
     found = audit(tmp_path, bus)
     assert found["dropped"]["purged"] == uids(bus, 1)
     assert (found["dead"], found["duplicated"], found["lost"]) == ([], [], [])
+
+
+def test_what_was_never_issued_is_told_and_settles_nothing(bus: Bus, tmp_path: Path) -> None:
+    issue(bus, 2)
+    move(bus, "generate", [1], "train")
+    for number in (b"7", b"9" * 30, b"9" * 5000, b"odd"):
+        bus.connection.ask("XADD", bus.keys.streams["verify"], "*", "n", number, "b", b"")
+    Ledger(tmp_path / "trained.jsonl").append([Settled(1, "trained", 1), Settled(5, "trained", 1)])
+    found = audit(tmp_path, bus)
+    assert found["beyond"] == [
+        "the stream of verify has 4 entries of numbers never issued",
+        "the ledger has 1 lines of numbers never issued",
+    ]
+    assert found["trained"] == uids(bus, 1)
+    assert (found["lost"], found["duplicated"]) == ([], [])
+    assert counted(found)["beyond"] == found["beyond"]
+
+
+def test_a_ledger_that_says_other_than_the_metrics_is_told(bus: Bus, tmp_path: Path) -> None:
+    issue(bus, 3)
+    move(bus, "generate", [1, 2, 3])
+    lines = [Settled(number, "trained", 1) for number in (1, 2, 3)]
+    Ledger(tmp_path / "trained.jsonl").append(lines)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "rollouts": 3}\n{"step": 2, "rollouts": 4}\n')
+    assert "beyond" not in audit(tmp_path, bus), "step 2 is in no checkpoint yet"
+    metrics.write_text('{"step": 1, "rollouts": 2}\n')
+    assert audit(tmp_path, bus)["beyond"] == [
+        "the metrics count 2 rollouts trained up to step 1, the ledger 3"
+    ]

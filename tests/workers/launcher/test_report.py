@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from onstream.workers.launcher.metric_rows import read_rows
+from onstream.pipeline.run_files.json_lines import read_rows
 from onstream.workers.launcher.report import build, summary
 
 

@@ -32,6 +32,7 @@ MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.pt"
 _NAME = re.compile(r"^step-(\d{6,})(?:\.(\d+))?$")
 _TEMPORARY = ".writing-"
+_TORN = "torn-"
 
 log = get_logger()
 
@@ -47,6 +48,8 @@ class TrainerState(msgspec.Struct, frozen=True):
     before this one held: their entries may be acknowledged. `requeued` gives the dead number for
     each number that was issued in place of one. `dropped` counts what was dropped since the last
     step, by fate. `recorded` is the length of the recording in bytes, where there is one.
+    `ledger_digest` is the SHA-256 of the first `ledger_bytes` of the ledger; None in a checkpoint
+    of an earlier version.
     """
 
     sequence: int
@@ -60,6 +63,7 @@ class TrainerState(msgspec.Struct, frozen=True):
     requeued: dict[int, int] = {}
     dropped: dict[str, int] = {}
     recorded: int | None = None
+    ledger_digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,11 @@ def complete(directory: Path) -> list[Checkpoint]:
     ]
 
 
+def torn(directory: Path) -> list[Path]:
+    """The checkpoints under `directory` that were set aside as torn."""
+    return sorted(directory.glob(f"{_TORN}step-*"))
+
+
 def by_step(directory: Path) -> dict[int, Path]:
     """The newest checkpoint of each step under `directory`. Their digests are not checked."""
     return {_order(path)[0]: path for path in reversed(_newest_first(directory))}
@@ -189,7 +198,7 @@ def _read(path: Path) -> Checkpoint:
 
 def _set_aside(path: Path, problem: str) -> None:
     """Rename a torn checkpoint: retention would count it among the newest."""
-    aside = path.with_name(f"torn-{path.name}")
+    aside = path.with_name(f"{_TORN}{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
     log.error(

@@ -10,7 +10,8 @@ from pathlib import Path
 from onstream.pipeline.records import PolicyVersion
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.lease import Lease
-from onstream.pipeline.run_files.ledger import Ledger
+from onstream.pipeline.run_files.durable import digest_of
+from onstream.pipeline.run_files.ledger import LEDGER, Ledger, ledger_differs
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.sections.trainer import CheckpointSettings
 from onstream.workers.trainer.durability import checkpoint
@@ -66,8 +67,8 @@ class Checkpointing:
         self.acknowledgements = Acknowledgements(state)
         self.totals: dict[str, float] = dict(state.totals) if state else {}
         self.requeued: dict[int, int] = dict(state.requeued) if state else {}
-        self._ledger = Ledger(run_dir / "trained.jsonl")
-        self._ledger_bytes = self._cut_ledger(state.ledger_bytes if state else 0)
+        self._ledger = Ledger(run_dir / LEDGER)
+        self._ledger_bytes = self._cut_ledger(state)
 
     def saved(self, step: int) -> bool:
         """Whether a checkpoint holds all there is at `step`."""
@@ -130,19 +131,25 @@ class Checkpointing:
             self._bus.lease.acknowledge(self._lease, entries)
             self.acknowledgements.released(entries)
 
-    def _cut_ledger(self, size_bytes: int) -> int:
-        """Cut the ledger to `size_bytes`, as the checkpoint remembers it; returns its size now.
+    def _cut_ledger(self, state: TrainerState | None) -> int:
+        """Cut the ledger to the size that the checkpoint remembers; returns its size now.
 
-        Lines of a checkpoint that was never finished go. A ledger that is shorter than that is
-        written anew from the checkpoint.
+        Lines of a checkpoint that was never finished go. A ledger that is shorter than that, or
+        has other bytes, is written anew from the checkpoint.
         """
-        if not self._ledger.cut(size_bytes):
+        size_bytes = state.ledger_bytes if state else 0
+        short = self._ledger.cut(size_bytes)
+        if not short and (state is None or not self._ledger_differs(state)):
             return size_bytes
         log.error(
-            "the ledger is shorter than the checkpoint remembers; writing it anew from it",
+            "the ledger is not what the checkpoint remembers; writing it anew from it",
             path=str(self._ledger.path),
+            missing_bytes=short,
         )
         return self._ledger.rewrite(self.acknowledgements.settled.lines(self._saved_step))
+
+    def _ledger_differs(self, state: TrainerState) -> bool:
+        return ledger_differs(self._ledger.path, state.ledger_bytes, state.ledger_digest)
 
     def _many_bytes_unsaved(self) -> bool:
         # Half of the bound: what a checkpoint settles waits for the one after it while as much
@@ -156,6 +163,8 @@ class Checkpointing:
         In this order: a kill between the two leaves ledger lines that no checkpoint knows, and the
         next trainer cuts them off. The other way round their fates would be missing for good.
         """
+        # The folder first: where it is missing beside a ledger with lines, it was lost.
+        self._directory.mkdir(parents=True, exist_ok=True)
         with self._bus.lease.writing(self._lease):
             self._ledger.cut(self._ledger_bytes)  # an attempt that failed may have left its lines
             ledger_bytes = self._ledger.append(self.acknowledgements.unsaved_lines)
@@ -171,6 +180,7 @@ class Checkpointing:
             requeued=self.requeued,
             dropped=position.dropped,
             recorded=position.recorded,
+            ledger_digest=digest_of(self._ledger.path, ledger_bytes),
         )
         # The model takes its time. Only the rename is fenced: a trainer whose lease has passed to
         # another one meanwhile must not put its checkpoint among the successor's.

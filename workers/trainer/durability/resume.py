@@ -12,6 +12,7 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.keys import STAGES
 from onstream.pipeline.redis.lease import Lease, while_it_may_expire
 from onstream.pipeline.run_files.json_lines import JsonLines
+from onstream.pipeline.run_files.ledger import LEDGER, Ledger
 from onstream.pipeline.run_files.ownership import Ownership
 from onstream.settings.plan import (
     Plan,
@@ -22,6 +23,7 @@ from onstream.settings.plan import (
 )
 from onstream.settings.root import Settings
 from onstream.settings.sections.run import RunSettings
+from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.durability.acknowledgements import SettledNumbers
 from onstream.workers.trainer.durability.checkpoint import TrainerState
 
@@ -54,11 +56,13 @@ def agree_on_plan(
 
     Raises:
         UserError: the run exists and must not, or the reverse, or it was started with other
-            settings.
+            settings, or its checkpoints are lost.
     """
     run_dir = settings.run_dir
     theirs = _plan_of_the_run(bus, run_dir)
     _refuse_resume(settings.run, run_dir, exists=theirs is not None or state is not None)
+    if state is None and settings.run.resume != "restart":
+        _refuse_restart(bus, run_dir)
     if theirs is not None:
         refuse_differences(ours, theirs)
         _refuse_route(bus, ours, theirs, state)
@@ -97,6 +101,31 @@ def _refuse_resume(run: RunSettings, run_dir: Path, *, exists: bool) -> None:
             f"run {run.name!r} exists neither in {run_dir} nor in Redis, and run.resume = 'must'",
             expected="a run to go on with",
             next_step="Correct run.name or run.dir, or set run.resume = 'auto' to start it.",
+            exit=Exit.REFUSED,
+        )
+
+
+def _refuse_restart(bus: Bus, run_dir: Path) -> None:
+    """Refuse to begin a run at step 0 that has had a checkpoint, all of which are lost.
+
+    A run that was killed before its first checkpoint goes on: all it has had is in Redis still.
+    """
+    folder = run_dir / checkpoint.FOLDER
+    issued = bus.state.issued()
+    lost = None
+    if aside := checkpoint.torn(folder):
+        kept = ", ".join(path.name for path in aside)
+        lost = f"every checkpoint of run {bus.run!r} in {folder} is torn (kept as {kept})"
+    elif issued and not (run_dir / PLAN).exists():
+        lost = f"Redis has {issued} rollouts of run {bus.run!r}, and {run_dir} has nothing of it"
+    elif Ledger(run_dir / LEDGER).size_bytes and not folder.exists():
+        lost = f"{run_dir} has the ledger of run {bus.run!r} and no {checkpoint.FOLDER}/"
+    if lost is not None:
+        raise UserError(
+            lost,
+            expected="a whole checkpoint to go on from",
+            next_step="Restore the run's directory, or correct run.dir. To begin again at step 0, "
+            'set run.resume = "restart"; or choose another run.name.',
             exit=Exit.REFUSED,
         )
 

@@ -220,6 +220,7 @@ class Publisher:
         Where its number had other weights before, what was announced after those does not count:
         it came of a training that is not gone on with.
         """
+        self._bus.limits.note(version=policy.number)
         if self._announced.get(policy.number) != policy.digest:
             later = [number for number in self._announced if number > policy.number]
             for number in later:
