@@ -8,7 +8,7 @@ FAST := tests/settings tests/deploy tests/pipeline --ignore tests/pipeline/weigh
   tests/workers/trainer/batches tests/test_layers.py tests/test_docs.py tests/test_readme.py
 TORCHVISION := torchvision==0.28.0
 
-.PHONY: help up lint test-fast test test-workers test-units test-runs test-modes test-vllm test-compose chaos bench bench-vllm models docs lock clean
+.PHONY: help up lint test-fast test test-workers test-units test-runs test-modes test-models test-vllm test-compose chaos bench bench-vllm models models-table docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -39,6 +39,9 @@ test-runs: .venv/vision
 test-modes: .venv/dev .venv-vllm/ready ## whole runs of the modes that docs/modes.md describes, and one whose processes are killed, on this machine's CPU
 	@$(BIN)/python -m pytest tests/modes tests/chaos
 
+test-models: .venv/dev ## every family of language models that transformers has, tiny: exact, or refused
+	@$(BIN)/python -m pytest tests/models
+
 chaos: .venv/dev ## a long run whose every process is killed, Redis too, and the audit after it
 	@$(BIN)/python -m tests.chaos
 
@@ -58,7 +61,14 @@ bench-vllm: .venv-vllm/ready ## vLLM beside the built-in engine: rollouts, score
 models: .venv/run ## make the shipped teachers and students again
 	@for task in reverse-text colour-words; do $(BIN)/onstream models make $$task --out examples/$$task || exit 1; done
 
+<<<<<<< HEAD
 docs: .venv/run ## write docs/settings.md and docs/metrics.md from what the code says of them
+=======
+models-table: .venv/dev ## write docs/models.md: what each family of models comes to
+	@$(BIN)/python -m tests.models.table
+
+docs: .venv/run ## write docs/settings.md from the settings' own docstrings
+>>>>>>> 50dee66 (Every family of language models is exact or refused: trials longer than the windows, longrope, causality, images of Gemma, gpt-oss; a sweep over 132 families and its table)
 	@$(BIN)/python -m onstream.settings.docs
 	@$(BIN)/python -m onstream.workers.launcher.metric_docs
 

@@ -8,9 +8,12 @@ each attention layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -19,11 +22,15 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.models import multimodal
+from onstream.pipeline.models.loading import text_config
 from onstream.pipeline.models.multimodal import Features
-from onstream.pipeline.models.packing import AttentionCall, SharedPrefixRow
+from onstream.pipeline.models.packing import AttentionCall, PrefixGroup, SharedPrefixRow
+from onstream.pipeline.models.trial import decoder_of, row_dependent_positions
 
 SHARED_PREFIX = "onstream_shared_prefix"
 NO_IMAGES: Features = {}
+MORE_THAN_PLAIN = ("sliding_window", "softcap", "s_aux", "position_bias")
+"""What a family hands to its attention that is more than softmax(q·k)·v over the whole past."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +80,19 @@ def shared_prefix_attention(
     layout: AttentionLayout,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one packed row, in the form in which transformers calls it.
 
     `query` is [1, heads, T, D], `key` and `value` are [1, kv heads, T, D]. Returns the outputs
     [1, T, heads, D], and no attention weights.
+
+    Raises:
+        ValueError: the layer's attention is more than that.
     """
+    for name in MORE_THAN_PLAIN:
+        if others.get(name) is not None:
+            raise ValueError(f"a layer's attention has {name}")
     grouped = query.shape[1] != key.shape[1]
     queries = _by_token(query)
     keys = _by_token(key)
@@ -149,7 +162,7 @@ def hidden_states(
     """
     if not shares_prompts(model):
         return _padded_hidden_states(model, packed, features)
-    row: Tensor = model.base_model(
+    row: Tensor = decoder_of(model)(
         input_ids=torch.from_numpy(packed.input_ids).to(model.device)[None],
         use_cache=False,  # with a cache, packed rows are silently wrong, by nats
         layout=layout_of(packed, model.device),
@@ -177,27 +190,40 @@ def _positions_and_images(
 def _padded_hidden_states(
     model: PreTrainedModel, packed: SharedPrefixRow, features: Features
 ) -> Tensor:
-    """The same from rows padded on the right.
+    """The same from rows padded on the right; from one row at a time where neighbours would matter.
 
     There is no mask: the model is causal, so no position that is read sees the padding.
     """
     sequences = [(group, completion) for group in packed.groups for completion in group.completions]
+    together = len(sequences)
+    if row_dependent_positions(text_config(model)):
+        together = 1
+    states = []
+    for first in range(0, len(sequences), together):
+        states += _padded_batch(model, sequences[first : first + together], features)
+    return torch.cat(states)
+
+
+def _padded_batch(
+    model: PreTrainedModel,
+    sequences: Sequence[tuple[PrefixGroup, npt.NDArray[np.integer]]],
+    features: Features,
+) -> list[Tensor]:
+    """The hidden states that predict the completion of each sequence, [C, H] each."""
     rows = [
         torch.cat((torch.from_numpy(group.prompt_ids), torch.from_numpy(completion[:-1])))
         for group, completion in sequences
     ]
     input_ids = pad_sequence(rows, batch_first=True).to(model.device)
     images: dict[str, Tensor] = {}
-    if any(group.images for group in packed.groups):
-        shown = [group for group, _ in sequences]
+    shown = [group for group, _ in sequences]
+    if any(group.images for group in shown):
         images = multimodal.padded_inputs(model, input_ids, shown, features)
-    states = model.base_model(input_ids=input_ids, use_cache=False, **images).last_hidden_state
-    return torch.cat(
-        [
-            states[row, len(group.prompt_ids) - 1 : len(rows[row])]
-            for row, (group, _) in enumerate(sequences)
-        ]
-    )
+    states = decoder_of(model)(input_ids=input_ids, use_cache=False, **images).last_hidden_state
+    return [
+        states[row, len(group.prompt_ids) - 1 : len(rows[row])]
+        for row, (group, _) in enumerate(sequences)
+    ]
 
 
 def head_of(model: PreTrainedModel) -> nn.Linear:

@@ -67,15 +67,24 @@ def load_model(name: str | Path, *, dtype: torch.dtype, device: torch.device) ->
     def load(name: str, **where: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
         config = AutoConfig.from_pretrained(base_of(name) or name, **where)
         family = AutoModelForImageTextToText if has_vision(config) else AutoModelForCausalLM
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = family.from_pretrained(
-            name,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            use_safetensors=True,  # weights in pickle could run code while they are read
-            **where,
-        )
-        return loaded
+
+        def load_with(attention: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+            loaded: tuple[PreTrainedModel, dict[str, Any]] = family.from_pretrained(
+                name,
+                dtype=dtype,
+                attn_implementation=attention,
+                output_loading_info=True,
+                use_safetensors=True,  # weights in pickle could run code while they are read
+                **where,
+            )
+            return loaded
+
+        try:
+            return load_with("sdpa")
+        except ValueError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            return load_with("eager")  # gpt-oss: its attention has sinks, which sdpa cannot have
 
     refuse_pickle(name)
     model, info = cached_first(name, "model", load)

@@ -9,6 +9,7 @@ width, and go on after it where its largest side ends. The others count tokens.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from onstream.pipeline.models.packing import PrefixGroup, SharedPrefixRow
+from onstream.pipeline.models.trial import decoder_of
 from onstream.pipeline.records import Ids
 
 
@@ -38,6 +40,8 @@ class ImageFeatures:
         """Memory of the tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+
+TOKEN_KINDS = ("mm_token_type_ids", "token_type_ids")
 
 Features = Mapping[str, ImageFeatures]
 """Images as a model reads them, by the names that prompts have for them."""
@@ -103,7 +107,7 @@ def prompt_positions(
     if not images:
         return torch.arange(ids.shape[1]).expand(3, -1)
     grids = {name: tensor for name, tensor in joined(images).items() if name.endswith("_grid_thw")}
-    positions: Tensor = model.base_model.get_rope_index(
+    positions: Tensor = decoder_of(model).get_rope_index(
         ids, mm_token_type_ids=token_kinds(model, ids), **grids
     )[0]
     return positions[:, 0]
@@ -112,14 +116,29 @@ def prompt_positions(
 def padded_inputs(
     model: PreTrainedModel, input_ids: Tensor, groups: Sequence[PrefixGroup], features: Features
 ) -> dict[str, Tensor]:
-    """What `model` needs beside `input_ids` [rows, S] to find the positions itself.
+    """What `model` needs beside `input_ids` [rows, S] to find positions and mask itself.
 
     Each row is one of `groups`.
     """
     tensors = image_tensors(model, groups, features)
-    if tensors and has_spatial_positions(model):
-        tensors["mm_token_type_ids"] = token_kinds(model, input_ids)
+    if tensors and (name := token_kinds_argument(model)):
+        tensors[name] = token_kinds(model, input_ids)
     return tensors
+
+
+def token_kinds_argument(model: PreTrainedModel) -> str | None:
+    """The argument by which `model` is told which tokens are of images; None where it takes none.
+
+    Families with spatial positions need it for those, Gemma's for the mask: the tokens of an image
+    see one another there, later ones too.
+    """
+    taken = inspect.signature(decoder_of(model).forward).parameters
+    return next((name for name in TOKEN_KINDS if name in taken), None)
+
+
+def images_see_themselves(model: PreTrainedModel) -> bool:
+    """Whether the tokens of an image see the later ones of the same image."""
+    return token_kinds_argument(model) is not None and not has_spatial_positions(model)
 
 
 def token_kinds(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
@@ -130,4 +149,4 @@ def token_kinds(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 def has_spatial_positions(model: PreTrainedModel) -> bool:
     """Whether the model gives the tokens of images positions in time, height and width."""
-    return hasattr(model.base_model, "get_rope_index")
+    return hasattr(decoder_of(model), "get_rope_index")

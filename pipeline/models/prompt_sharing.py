@@ -8,12 +8,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.models.forward import SHARED_PREFIX, head_logits, head_of, hidden_states
+from onstream.pipeline.models.forward import (
+    SHARED_PREFIX,
+    head_logits,
+    head_of,
+    hidden_states,
+    shares_prompts,
+)
 from onstream.pipeline.models.loading import set_text_attention, text_config
+from onstream.pipeline.models.multimodal import images_see_themselves
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts
-
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
-"""Largest difference accepted, relative to the largest value. Wrong results are off by far more."""
+from onstream.pipeline.models.tokenizer import has_vision
+from onstream.pipeline.models.trial import (
+    agree,
+    alone,
+    name_of,
+    require_causal,
+    row_dependent_positions,
+    short_windows,
+)
 
 
 def prepare(model: PreTrainedModel) -> str | None:
@@ -23,23 +36,55 @@ def prepare(model: PreTrainedModel) -> str | None:
     takes padded rows, which are as right and slower.
 
     Raises:
-        UserError: its logits are scaled, capped or otherwise more than its last hidden states times
-            its output layer.
+        UserError: it is not causal, padded rows do not give what single rows give, or its logits
+            are scaled, capped or otherwise more than its last hidden states times its output layer.
     """
     row = _trial_row(text_config(model).vocab_size)
     _check_head(model, row)
     before = text_config(model)._attn_implementation
-    reason = _limited_attention(model) or _difference(model, row)
+    with short_windows(model):
+        expected = _alone_hidden_states(model, row)
+        _check_padded(model, row, expected)
+        reason = _limited_attention(model) or _difference(model, row, expected)
     if reason:
         set_text_attention(model, before)
     return reason
 
 
 def _trial_row(vocabulary: int) -> SharedPrefixRow:
-    ids = np.random.default_rng(0).integers(0, vocabulary, 32)
-    prompts = [ids[:7], ids[:7], ids[:7], ids[8:13]]
-    completions = [ids[13:18], ids[18:20], ids[20:21], ids[21:28]]
-    return pack(share_prompts(prompts, completions), max_tokens=64)[0]
+    """Sequences of 7 to 46 tokens, two groups of them: longer than a window of the trial."""
+    ids = np.random.default_rng(0).integers(0, vocabulary, 96)
+    prompts = [ids[:23], ids[:23], ids[:23], ids[23:28]]
+    completions = [ids[28:51], ids[51:55], ids[55:56], ids[56:58]]
+    return pack(share_prompts(prompts, completions), max_tokens=256)[0]
+
+
+@torch.no_grad()
+def _alone_hidden_states(model: PreTrainedModel, row: SharedPrefixRow) -> Tensor:
+    """What `hidden_states` must give: from each sequence alone, by the model's own code."""
+    states = []
+    for group in row.groups:
+        start = len(group.prompt_ids)
+        for completion in group.completions:
+            sequence = torch.from_numpy(np.concatenate((group.prompt_ids, completion)))
+            states.append(alone(model, sequence)[start - 1 : -1])
+    return torch.cat(states)
+
+
+@torch.no_grad()
+def _check_padded(model: PreTrainedModel, row: SharedPrefixRow, expected: Tensor) -> None:
+    longest = row.groups[0]
+    require_causal(
+        model, torch.from_numpy(np.concatenate((longest.prompt_ids, longest.completions[0])))
+    )
+    found = hidden_states(model, row)
+    if not agree(found, expected, model.dtype):
+        raise UserError(
+            f"the hidden states of {name_of(model)} differ by up to "
+            f"{(found - expected).abs().max():.2g} between a padded batch and single sequences",
+            expected="a model whose sequences do not change one another",
+            next_step="Use a model of another family, such as Qwen, Llama or Mistral.",
+        )
 
 
 @torch.no_grad()
@@ -49,17 +94,22 @@ def _check_head(model: PreTrainedModel, row: SharedPrefixRow) -> None:
     input_ids = sequence.to(model.device)[None]
     head = head_of(model)
     expected = model(input_ids=input_ids, use_cache=False).logits[0].float()
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0]
+    hidden = alone(model, sequence)
+    if hidden.shape[-1] != head.in_features:
+        raise _no_plain_head(model)
     found = head_logits(hidden, head.weight, head.bias)
     # The small logits of random tokens would not show a cap, so it is read from the configuration.
     capped = getattr(text_config(model), "final_logit_softcapping", None)
-    if capped or not _agree(found, expected, model.dtype):
-        name = f"{model.config.name_or_path} ({model.config.model_type})"
-        raise UserError(
-            f"the logits of {name} are not a plain projection of its hidden states",
-            expected="a model without logit scaling or soft-capping",
-            next_step="Use a model of another family, such as Qwen, Llama or Mistral.",
-        )
+    if capped or not agree(found, expected, model.dtype):
+        raise _no_plain_head(model)
+
+
+def _no_plain_head(model: PreTrainedModel) -> UserError:
+    return UserError(
+        f"the logits of {name_of(model)} are not a plain projection of its hidden states",
+        expected="a model without logit scaling or soft-capping",
+        next_step="Use a model of another family, such as Qwen, Llama or Mistral.",
+    )
 
 
 def _limited_attention(model: PreTrainedModel) -> str | None:
@@ -68,6 +118,10 @@ def _limited_attention(model: PreTrainedModel) -> str | None:
     A short row would not show it.
     """
     config = text_config(model)
+    if reason := row_dependent_positions(config):
+        return reason
+    if has_vision(model.config) and images_see_themselves(model):
+        return "the tokens of its images see one another"
     if getattr(config, "attn_logit_softcapping", None):
         return "its attention scores are capped"
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -78,21 +132,18 @@ def _limited_attention(model: PreTrainedModel) -> str | None:
 
 
 @torch.no_grad()
-def _difference(model: PreTrainedModel, row: SharedPrefixRow) -> str | None:
+def _difference(model: PreTrainedModel, row: SharedPrefixRow, expected: Tensor) -> str | None:
     """The reason where shared prompts do not give the hidden states that single rows give.
 
     Leaves the model switched to shared prompts.
     """
-    expected = hidden_states(model, row)
     try:
         set_text_attention(model, SHARED_PREFIX)
+        if not shares_prompts(model):
+            return "its attention does not go through the AttentionInterface"
         found = hidden_states(model, row)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         return f"its code takes no attention function: {' '.join(str(error).split())[:200]}"
-    if _agree(found, expected, model.dtype):
+    if agree(found, expected, model.dtype):
         return None
     return f"its hidden states would differ by up to {(found - expected).abs().max():.2g}"
-
-
-def _agree(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    return bool((found - expected).abs().max() <= _TOLERANCE[dtype] * expected.abs().max())

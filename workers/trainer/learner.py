@@ -16,11 +16,12 @@ from torch import Tensor
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.images.vision import load_vision
 from onstream.pipeline.models.forward import NO_IMAGES, head_of, hidden_states
-from onstream.pipeline.models.loading import base_of, load_model, resolve_dtype
+from onstream.pipeline.models.loading import base_of, load_model, resolve_dtype, text_config
 from onstream.pipeline.models.multimodal import Features
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts, single_rows
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.models.tokenizer import has_vision, load_tokenizer
+from onstream.pipeline.models.trial import most_tokens
 from onstream.pipeline.records import Ids
 from onstream.settings.sections.trainer import TrainerSettings
 from onstream.workers.trainer import lora
@@ -132,6 +133,13 @@ class Learner:
             ValueError: it cannot.
         """
         check_sample(sample, self._loss_fields, self.vocabulary)
+        tokens = len(sample.prompt_ids) + len(sample.completion_ids)
+        most = most_tokens(text_config(self.model))
+        if most is not None and tokens > most:
+            raise ValueError(
+                f"a sample of group {sample.group} has {tokens} tokens; expected at most {most}, "
+                "beyond which this model's rotary positions depend on the sequences before"
+            )
         if sample.images and self.vision is None:
             raise ValueError(
                 f"a sample of group {sample.group} shows {len(sample.images)} images; "

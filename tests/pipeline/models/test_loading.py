@@ -12,8 +12,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.models.loading import load_model, resolve_device, resolve_dtype
+from onstream.pipeline.models.loading import (
+    load_model,
+    resolve_device,
+    resolve_dtype,
+    text_config,
+)
 from onstream.pipeline.models.tokenizer import load_configs, load_tokenizer
+from tests.models.exactness import scoring_gap
+from tests.models.families import tiny_model as tiny_family
 from tests.tiny import tiny_tokenizer, write_tiny
 
 CPU = torch.device("cpu")
@@ -131,3 +138,11 @@ def test_auto_precision_follows_the_device() -> None:
     assert resolve_dtype("auto", CPU) == torch.float32
     assert resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
     assert resolve_dtype("bfloat16", CPU) == torch.bfloat16
+
+
+def test_a_model_whose_attention_sdpa_cannot_compute_is_loaded_with_its_own(tmp_path: Path) -> None:
+    written = tiny_family("gpt_oss")
+    written.save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype=torch.float32, device=torch.device("cpu"))
+    assert text_config(model)._attn_implementation == "eager"
+    assert scoring_gap(model) < 1e-4

@@ -29,6 +29,7 @@ from onstream.pipeline.models.multimodal import (
     prompt_positions,
     tensors_for,
 )
+from onstream.pipeline.models.trial import row_dependent_positions, short_windows
 from onstream.pipeline.models.weight_shapes import WeightShapes
 from onstream.pipeline.records import FinishReason, Ids, VersionSpan
 from onstream.pipeline.weights import LoadedPolicy, WeightsError
@@ -316,13 +317,21 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _require_exact(self) -> None:
-        """Write a few tokens of two prompts, one of them shared, and compare their logprobs.
+        """Write a few tokens of three prompts, two of them the same, and compare their logprobs.
 
-        They must be those of one plain forward pass over each completion.
+        They must be those of one plain forward pass over each completion. The prompts are longer
+        than the windows, which are made short for this.
         """
-        plain = text_config(self._model)._attn_implementation
-        size = self._model.config.get_text_config().vocab_size
-        prompts = [np.arange(1, count, dtype=np.int32) % size for count in (7, 7, 4)]
+        config = text_config(self._model)
+        if reason := row_dependent_positions(config):
+            raise _cannot_serve(self._model, reason)
+        with short_windows(self._model):
+            self._compare_with_plain(config._attn_implementation)
+        set_text_attention(self._model, ATTENTION)
+
+    def _compare_with_plain(self, plain: str) -> None:
+        size = text_config(self._model).vocab_size
+        prompts = [np.arange(1, count, dtype=np.int32) % size for count in (23, 23, 5)]
         try:
             set_text_attention(self._model, ATTENTION)
             completions = self._write_some(prompts)
@@ -340,15 +349,14 @@ class TransformersEngine:
                 self._model,
                 f"its logprobs differ by {gap:.2g} nats from those of a plain forward pass",
             )
-        set_text_attention(self._model, ATTENTION)
 
     def _write_some(self, prompts: Sequence[Ids]) -> list[Completion]:
-        """Three tokens after each of `prompts`, whichever tokens they are."""
+        """Six tokens after each of `prompts`, whichever tokens they are."""
         stop = self._stop
         self._stop = frozenset()
         self.add(
             [
-                GenerationRequest(key, prompt, max_tokens=3, seed=key)
+                GenerationRequest(key, prompt, max_tokens=6, seed=key)
                 for key, prompt in enumerate(prompts)
             ]
         )

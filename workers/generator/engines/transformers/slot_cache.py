@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from onstream.pipeline.models.forward import MORE_THAN_PLAIN
+
 ATTENTION = "onstream_slots"
 _FIRST_CAPACITY = 64
 
@@ -180,7 +182,7 @@ def _refuse(
 ) -> None:
     if onstream_pass is None or attention_mask is not None:
         raise UnsupportedAttention("the model does not pass keyword arguments on to its attention")
-    for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
+    for name in MORE_THAN_PLAIN:
         if kwargs.get(name) is not None:
             raise UnsupportedAttention(f"a layer's attention has {name}")
 

@@ -1,0 +1,120 @@
+"""Tiny models of the families of transformers, with random weights."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+VOCABULARY = 96
+LAYERS = 4
+SPREAD = 3.0
+"""Weights so wide that attention matters: with those of a fresh model, hardly anything does."""
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "n_embd": 32,
+    "d_model": 32,
+    "intermediate_size": 48,
+    "n_inner": 48,
+    "ffn_dim": 48,
+    "num_hidden_layers": LAYERS,
+    "n_layer": LAYERS,
+    "num_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    "num_attention_heads": 4,
+    "n_head": 4,
+    "num_heads": 4,
+    "decoder_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "n_positions": 512,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "ssm_state_size": 8,
+    "n_groups": 2,
+}
+"""What is made small, by the names that configurations have for it."""
+
+LATENT = {  # attention over compressed keys and values: the sizes of a head are their own
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+}
+OWN: dict[str, dict[str, Any]] = {
+    "codegen": {"rotary_dim": 8, "n_ctx": 512},
+    "gptj": {"rotary_dim": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
+    "glm4_moe_lite": LATENT,
+    "glm_moe_dsa": LATENT,
+    "minicpm3": LATENT,
+    "longcat_flash": LATENT,
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+}
+"""What a family needs beside or instead."""
+
+
+def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
+    """A small configuration of `family`, with `changes`; its kinds of layers are all there."""
+    kind = CONFIG_MAPPING[family]
+    default = kind()
+    taken = inspect.signature(kind.__init__).parameters
+    given = {name: size for name, size in SIZES.items() if hasattr(default, name) or name in taken}
+    layers = getattr(default, "layer_types", None)
+    if layers:
+        given["layer_types"] = (list(dict.fromkeys(layers)) * LAYERS)[:LAYERS]
+    return kind(**given | OWN.get(family, {}) | changes)
+
+
+def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
+    """A float32 model of `tiny_config`, the same each time, with sdpa where the family has it."""
+    return model_of(tiny_config(family, **changes))
+
+
+def model_of(config: PretrainedConfig) -> PreTrainedModel:
+    """The same for a configuration."""
+    torch.manual_seed(0)
+    try:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    except ValueError:  # the family has no sdpa
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return spread(model)
+
+
+def spread(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with wide weights, in evaluation mode."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(SPREAD if weight.ndim > 1 else 1.0)
+    return model.eval()

@@ -1,0 +1,93 @@
+"""Writes docs/models.md: what each family comes to in the sweep of tests/models.
+
+`python -m tests.models.table`, or `make models-table`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from onstream.pipeline.models.prompt_sharing import prepare
+from tests.models.exactness import Refused, generator_gap, scoring_gap
+from tests.models.families import tiny_model
+from tests.models.test_families import FAMILIES
+
+TARGET = Path("docs/models.md")
+HEAD = """# Which models
+
+Which families of causal language models train, score and generate here, found by a sweep over
+tiny models with random weights (`make test-models`): prompts of 2 to 230 tokens, completions of 1
+to 50, groups of four, each against the model's own forward over one sequence alone. A cell is the
+largest difference in nats, in float32, or the reason of the refusal. **A family that is not exact
+is refused before a run starts; it is never accepted and wrong.**
+
+- *trainer and teacher*: `packed` computes a group's prompt once; `padded` takes a row for each
+  sequence, as right and slower.
+- *built-in generator*: `inference.engine = "transformers"`. Where it refuses, `inference.engine =
+  "vllm"` or `"server"` writes the rollouts, if vLLM has the family; the guard compares what it
+  writes with the trainer ([engines.md](engines.md#the-guard-is-it-the-trainers-policy)).
+
+The same checks run on your own model at every start, with its windows made short, so that a
+prompt of the check is longer than them.
+
+- Rotary positions of the type `longrope` depend on the longest row of a batch: each sequence is
+  computed alone, and the built-in generator refuses them.
+- With `dynamic`, sequences beyond `max_position_embeddings` are refused.
+- Where the tokens of an image see one another (Gemma), rows are padded.
+- Attention that sdpa cannot compute, as gpt-oss's with its sinks, is loaded with the model's own.
+
+"""
+
+
+def main() -> int:
+    """Write the table; families are measured one after the other."""
+    rows = ["| family | trainer and teacher | built-in generator |", "|---|---|---|"]
+    for at, family in enumerate(FAMILIES, 1):
+        rows.append(row_of(family))
+        print(f"{at}/{len(FAMILIES)} {rows[-1]}", flush=True)
+    when = datetime.date.today().isoformat()
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}"
+    TARGET.write_text(HEAD + "\n".join(rows) + f"\n\nMade on {when} with {versions}.\n")
+    return 0
+
+
+def row_of(family: str) -> str:
+    """A line of the table."""
+    generator = cell(generator_gap, tiny_model(family))
+    model = tiny_model(family)
+    scoring = cell(scoring_gap, model)
+    if not scoring.startswith("refused"):
+        reason = prepare(tiny_model(family))
+        how = f"padded: {short(reason)}" if reason else "packed"
+        scoring = f"{scoring}, {how}"
+    return f"| {family} | {scoring} | {generator} |"
+
+
+def cell(measure: Callable[[PreTrainedModel], float], model: PreTrainedModel) -> str:
+    """The largest difference, rounded up to one digit, or why it is refused."""
+    try:
+        return f"{measure(model):.0e} nats"
+    except Refused as refusal:
+        return f"refused: {short(str(refusal))}"
+
+
+def short(reason: str) -> str:
+    """The reason without the model's name and what to do."""
+    reason = reason.partition(";")[0]
+    reason = re.sub(r"^the generator cannot serve \w+: ", "", reason)
+    reason = re.sub(r"by up to [\d.e+-]+|by [\d.e+-]+ nats", "by too much", reason)
+    reason = re.sub(r"^the logits of +\(\S+\) ", "its logits ", reason)
+    reason = re.sub(r"^ *\(\S+\) ", "it ", reason)
+    return reason.replace("|", "\\|")[:100]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Families in which the tokens of an image see one another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PreTrainedModel,
+)
+
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.models.forward import head_logits, head_of, hidden_states
+from onstream.pipeline.models.multimodal import ImageFeatures
+from onstream.pipeline.models.packing import Ids, pack, share_prompts
+from onstream.pipeline.models.prompt_sharing import prepare
+from tests.models.families import SIZES, spread
+
+IMAGE = 90
+IMAGE_TOKENS = 4
+TEXT = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size")} | {
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 8,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def gemma3() -> PreTrainedModel:
+    config = Gemma3Config(
+        text_config=TEXT,
+        vision_config=VISION,
+        mm_tokens_per_image=IMAGE_TOKENS,
+        image_token_index=IMAGE,
+        image_token_id=IMAGE,
+    )
+    torch.manual_seed(0)
+    return spread(Gemma3ForConditionalGeneration(config))
+
+
+def picture(seed: int) -> ImageFeatures:
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    return ImageFeatures(np.full(IMAGE_TOKENS, IMAGE, dtype=np.int32), {"pixel_values": pixels})
+
+
+def test_the_tokens_of_an_image_see_one_another_as_in_the_models_own_code() -> None:
+    model = gemma3()
+    features = {name: picture(seed) for seed, name in enumerate(("one", "two"))}
+    prompts, completions, images = a_batch()
+    expected = [
+        plain(model, *one, features) for one in zip(prompts, completions, images, strict=True)
+    ]
+    assert "images see one another" in (prepare(model) or "")
+    head = head_of(model)
+    worst = 0.0
+    with torch.no_grad():
+        for packed in pack(share_prompts(prompts, completions, images), 1000):
+            states = hidden_states(model, packed, features)
+            logprobs = head_logits(states, head.weight, head.bias).log_softmax(-1)
+            for at, found in zip(packed.sequences, logprobs.split(packed.lengths), strict=True):
+                worst = max(worst, float((found - expected[at]).abs().max()))
+    print(f"gemma3: largest difference {worst:.1e} nats")
+    assert worst < 1e-4
+
+
+def a_batch() -> tuple[list[Ids], list[Ids], list[tuple[str, ...]]]:
+    """Groups over one image, over another, over none; completions of 2 and 21 tokens."""
+    random = np.random.default_rng(1)
+    shown = np.full(IMAGE_TOKENS, IMAGE)
+    prompts, completions, images = [], [], []
+    for name in ("one", "two", None):
+        text = random.integers(3, 80, 12)
+        prompt = np.concatenate((text[:3], shown, text[3:])) if name else text
+        for tokens in (2, 21):
+            prompts.append(prompt)
+            completions.append(random.integers(3, 80, tokens))
+            images.append((name,) if name else ())
+    return prompts, completions, images
+
+
+@torch.no_grad()
+def plain(
+    model: PreTrainedModel,
+    prompt: Ids,
+    completion: Ids,
+    images: tuple[str, ...],
+    features: dict[str, ImageFeatures],
+) -> torch.Tensor:
+    """Logprobs [C, V], by the model's own forward with what its processor would give it."""
+    ids = torch.from_numpy(np.concatenate((prompt, completion)))[None]
+    inputs: dict[str, Any] = {}
+    if images:
+        inputs = dict(features[images[0]].tensors) | {"token_type_ids": (ids == IMAGE).int()}
+    logits = model(input_ids=ids, use_cache=False, **inputs).logits[0]
+    return logits[len(prompt) - 1 : -1].log_softmax(-1)
+
+
+def test_a_model_whose_text_sees_what_follows_is_refused() -> None:
+    text = {name: size for name, size in TEXT.items() if name != "sliding_window"}
+    config = PaliGemmaConfig(
+        text_config=text | {"model_type": "gemma", "layer_types": None},
+        vision_config=VISION | {"model_type": "siglip_vision_model", "projection_dim": 32},
+        image_token_index=IMAGE,
+        projection_dim=32,
+        hidden_size=32,
+    )
+    torch.manual_seed(0)
+    model = spread(PaliGemmaForConditionalGeneration(config))
+    with pytest.raises(UserError, match="is not causal"):
+        prepare(model)
