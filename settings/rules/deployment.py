@@ -95,7 +95,7 @@ def deployment_warnings(settings: Settings) -> Iterator[str]:
         if not any(plan.workers[kind] or elsewhere(kind) for kind in kinds):
             yield (
                 f"No {kinds[0]} worker is started here: the run waits until one joins "
-                f"(onstream worker {kinds[0]})."
+                f"(onstream worker {kinds[0]} {settings.run_dir})."
             )
     for stage, why in (
         ("verify", "orchestrator.verification.enabled = false"),
@@ -106,7 +106,7 @@ def deployment_warnings(settings: Settings) -> Iterator[str]:
     if plan.workers.get("jobs") == 0 and not elsewhere("jobs"):
         yield (
             "No jobs worker is started here: evaluations and verifications in jobs wait until one "
-            "joins (onstream worker jobs)."
+            f"joins (onstream worker jobs {settings.run_dir})."
         )
 
 

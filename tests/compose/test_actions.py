@@ -89,7 +89,7 @@ def test_without_generators_the_run_waits_says_for_what_and_goes_on(run: Project
     assert run.containers("generator") == []
     waits = (
         "generate: [0-9]+ records wait and no worker takes them; "
-        "start one with `onstream worker generator`"
+        "start one with `onstream worker generator [^`]+`"
     )
     wait_for(
         lambda: re.search(waits, run.said()[said:]), "the word that generators are missing", 90

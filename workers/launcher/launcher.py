@@ -14,6 +14,7 @@ from redis.exceptions import RedisError
 from rich.console import Console
 
 from onstream.pipeline import telemetry
+from onstream.pipeline.command_line import command
 from onstream.pipeline.errors import Exit
 from onstream.pipeline.processes import StopSignals
 from onstream.pipeline.redis.bus import Bus, connect
@@ -239,6 +240,7 @@ class Launcher:
             self._metrics,
             self._watcher.latest,
             self._processes,
+            f"{command()} worker {{kind}} {self._run_dir}",
         )
 
     def _finished(self) -> Exit:

@@ -17,8 +17,9 @@ def run_view(
     metrics: MetricsTail,
     snapshot: RunSnapshot,
     processes: RunProcesses,
+    worker_command: str,
 ) -> RunView:
-    """The view of the run now."""
+    """The view of the run now; `worker_command` starts a worker of a `{kind}`."""
     return RunView(
         step=step,
         max_steps=max_steps,
@@ -26,7 +27,7 @@ def run_view(
         rollouts_per_s=metrics.rollouts_per_s,
         eta_s=_eta_s(metrics, max_steps - step),
         stages=[_stage_view(stage, plan, snapshot, processes) for stage in plan.streams],
-        waits=_waits(plan, snapshot, processes),
+        waits=_waits(plan, snapshot, processes, worker_command),
     )
 
 
@@ -58,11 +59,14 @@ def _backlog(snapshot: RunSnapshot, stage: StageName) -> int:
     return max(0, backlog - snapshot.in_hand.get(stage, 0))
 
 
-def _waits(plan: Plan, snapshot: RunSnapshot, processes: RunProcesses) -> list[str]:
+def _waits(
+    plan: Plan, snapshot: RunSnapshot, processes: RunProcesses, worker_command: str
+) -> list[str]:
     """What the run waits for. Servers come first: their workers wait for them in turn."""
     if snapshot.finished or not snapshot.taken:
         evaluations = processes.running_evaluations
         return [f"{child.name}: the held-out prompts are being answered" for child in evaluations]
     kinds = {stage: plan.kinds(stage) for stage in plan.streams}
     started = {stage: processes.unfinished(kinds[stage]) for stage in kinds}
-    return [*processes.servers.waits(), *waits(snapshot, plan.streams, started, kinds)]
+    stages = waits(snapshot, plan.streams, started, kinds, worker_command)
+    return [*processes.servers.waits(), *stages]
