@@ -6,19 +6,22 @@ a pipe that the program has no end of, and bears the secret.
 
 from __future__ import annotations
 
+import _socket
 import ast
 import builtins
 import ctypes
 import json
 import os
-import socket
 import sys
 import types
-from typing import Any, NoReturn
 
 from onstream.pipeline.tasks.code_tests.names import names_in, pythons
 from onstream.pipeline.tasks.code_tests.program_link import ProgramExit, ProgramLink
 from onstream.pipeline.tasks.code_tests.wire import Channel
+
+TYPE_CHECKING = False  # as typing has it, whose import takes long where each try pays for it
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 TESTS = "tests.py"
 PR_SET_DUMPABLE = 4
@@ -68,12 +71,12 @@ def _namespace(tree: ast.Module, entry_point: str | None, link: ProgramLink) -> 
     """The names that the tests find: Python's own, and those of the program that they read."""
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
-    names = names_in(tree, entry_point)
+    programs, own = names_in(tree, entry_point)
     found = module.__dict__
     found["__builtins__"] = builtins
-    modules = (name for name in names.python if not hasattr(builtins, name))
+    modules = (name for name in own if not hasattr(builtins, name))
     found.update({name: pythons(name, tree) for name in modules})
-    wanted = names.program | ({entry_point} if entry_point else set())
+    wanted = programs | ({entry_point} if entry_point else set())
     found.update({name: link.named(name) for name in wanted & link.start()})
     return found
 
@@ -91,7 +94,7 @@ def main() -> NoReturn:
     channel, report_end = map(int, sys.argv[1:])
     sys.argv = [TESTS]  # which `unittest.main()` reads
     request = json.load(sys.stdin)
-    link = ProgramLink(Channel(socket.socket(fileno=channel)))
+    link = ProgramLink(Channel(_socket.socket(fileno=channel)))
     try:
         passed = check(request["tests"], request["entry_point"], link)
         outcome = {"outcome": "passed" if passed else "failed"}

@@ -11,9 +11,11 @@ import ast
 import builtins
 import importlib
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+
+TYPE_CHECKING = False  # as typing has it, whose import takes long where each try pays for it
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
 
 HELPERS = {
     **dict.fromkeys(
@@ -44,20 +46,12 @@ COMPARE = {
 DATETIME_MODULE = {"date", "datetime", "time", "timedelta", "timezone"}
 
 
-@dataclass(frozen=True)
-class Names:
-    """The names that tests read and do not bind first.
+def names_in(tests: ast.Module, entry_point: str | None) -> tuple[set[str], set[str]]:
+    """The names that `tests` read and do not bind first: the program's, and Python's.
 
-    `program` are looked for in the program. `python` stand for Python's own, whatever the program
-    has by that name.
+    The latter stand for Python's own, whatever the program has by that name. `entry_point` names
+    the function under test for certain.
     """
-
-    program: frozenset[str]
-    python: frozenset[str]
-
-
-def names_in(tests: ast.Module, entry_point: str | None) -> Names:
-    """The names that `tests` read. `entry_point` names the function under test for certain."""
     bound = _first_lines(tests, _binds)
     read = _first_lines(tests, _reads)
     python = {name for name in read if is_pythons(name)} - {entry_point}
@@ -66,7 +60,7 @@ def names_in(tests: ast.Module, entry_point: str | None) -> Names:
     others -= _first_lines(tests, _binds_locally).keys()
     subject = set() if others else _likeliest(python)
     python -= subject
-    return Names(frozenset(read.keys() - python), frozenset(python - bound.keys()))
+    return read.keys() - python, python - bound.keys()
 
 
 def _likeliest(python: set[str]) -> set[str]:

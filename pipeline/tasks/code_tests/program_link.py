@@ -9,14 +9,17 @@ from __future__ import annotations
 import builtins
 import importlib
 import operator
-import secrets
+import os
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable
-from typing import Any
 
 from onstream.pipeline.tasks.code_tests.remote import Remote
 from onstream.pipeline.tasks.code_tests.wire import Channel, WireError, pack, unpack
+
+TYPE_CHECKING = False  # as typing has it, whose import takes long where each try pays for it
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 HIDDEN = (
     types.FunctionType,
@@ -120,7 +123,7 @@ class ProgramLink:
         if self.fault:
             raise ProgramFault(self.fault)
         self.calls += 1
-        nonce = secrets.token_hex(8)  # what was sent before this call cannot be its answer
+        nonce = os.urandom(8).hex()  # what was sent before this call cannot be its answer
         self._send(["call", nonce, function, self._pack(list(args)), self._pack(kwargs)])
         is_next = function == ["operation", "next"]
         while True:

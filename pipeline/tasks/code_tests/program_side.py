@@ -11,17 +11,19 @@ uses something that the tests passed; `["answer", …]` follows.
 
 from __future__ import annotations
 
+import _socket
 import builtins
-import enum
 import operator
-import socket
 import sys
 import types
 from collections import deque
-from collections.abc import Callable
-from typing import Any
 
 from onstream.pipeline.tasks.code_tests.wire import Channel, WireError, pack, unpack
+
+TYPE_CHECKING = False  # as typing has it, whose import takes long where each try pays for it
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 PROGRAM = "program.py"
 OWN_FRAMES = 40
@@ -234,7 +236,8 @@ class ProgramServer:
 
     def _has_own_methods(self, value: Any) -> bool:
         """Whether tests may want more of an instance of a subclass than what it holds."""
-        if isinstance(value, enum.Enum):
+        enum = sys.modules.get("enum")
+        if enum is not None and isinstance(value, enum.Enum):
             return True
         return type(value).__module__ == "__main__" and not isinstance(value, (*NUMBERS, *TEXTS))
 
@@ -265,7 +268,7 @@ class ProgramServer:
 
 def main() -> None:
     """Run the program on standard input's place, and serve."""
-    connection = socket.socket(fileno=int(sys.argv[1]))
+    connection = _socket.socket(fileno=int(sys.argv[1]))
     with open(PROGRAM, encoding="utf-8", errors="replace") as file:
         source = file.read()
     server = ProgramServer(Channel(connection))

@@ -6,20 +6,17 @@ Nothing here lets the program decide a comparison, or lets it see what it is com
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+TYPE_CHECKING = False  # as typing has it, whose import takes long where each try pays for it
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TypeVar
 
-T = TypeVar("T", bool, int, float, str)
+    T = TypeVar("T", bool, int, float, str)
+    Caller = Callable[..., Any]
 
 OPEN_DUNDERS = ("__name__", "__qualname__", "__doc__", "__annotations__")
 """Attributes with two underscores that are asked for; no other is, since Python asks for them on
 its own account."""
-
-
-class Caller(Protocol):
-    """Calls something in the program's process."""
-
-    def __call__(self, function: list[Any], *args: Any, **kwargs: Any) -> Any: ...
 
 
 class Remote:

@@ -8,12 +8,17 @@ It needs the standard library alone, and runs in both jails.
 from __future__ import annotations
 
 import json
-import socket
 import struct
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Any
+
+TYPE_CHECKING = False  # as typing has it, whose import takes long where each try pays for it
+if TYPE_CHECKING:
+    import _socket
+    from collections.abc import Callable, Iterable
+    from typing import Any
+
+    Refer = Callable[[Any], Any]
 
 MAX_FRAME_BYTES = 4 << 20
 MAX_DEPTH = 100
@@ -39,9 +44,6 @@ TEXTS = {
 
 _LENGTH = struct.Struct("<I")
 
-Refer = Callable[[Any], Any]
-"""Gives the data for a value that is not plain."""
-
 
 class WireError(Exception):
     """What arrived is no frame or no value, or something cannot be sent."""
@@ -50,7 +52,7 @@ class WireError(Exception):
 class Channel:
     """Sends and receives messages on a stream socket."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: _socket.socket) -> None:
         self._connection = connection
 
     def send(self, message: list[Any]) -> None:

@@ -6,6 +6,14 @@ from onstream.pipeline.tasks.sandbox.running_program import (
     SandboxError,
     watch,
 )
-from onstream.pipeline.tasks.sandbox.sandbox import REQUIRED, Sandbox
+from onstream.pipeline.tasks.sandbox.sandbox import REQUIRED, Sandbox, encoded
 
-__all__ = ["REQUIRED", "ProgramResult", "RunningProgram", "Sandbox", "SandboxError", "watch"]
+__all__ = [
+    "REQUIRED",
+    "ProgramResult",
+    "RunningProgram",
+    "Sandbox",
+    "SandboxError",
+    "encoded",
+    "watch",
+]

@@ -1,6 +1,7 @@
-"""The processes between a scorer and the program it runs: `python -I -S jail.py SPEC_FD STATUS_FD`.
+"""The processes between a scorer and the program it runs.
 
-It needs the standard library alone.
+It needs the standard library alone, and of that what is quick to import, since every program pays
+for it. `onstream.pipeline.tasks.sandbox.sandbox` hands it over compiled.
 
 There are three processes. This one leaves the machine's namespaces. Its child is the first process
 of the new ones; when it ends, the kernel ends all others there. The child of that one becomes the
@@ -10,16 +11,18 @@ the status says so.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import json
 import os
 import resource
-import signal
 import struct
-import sys
-from collections.abc import Callable
-from typing import Any
+
+TYPE_CHECKING = False  # as typing has it, whose import takes long where each try pays for it
+if TYPE_CHECKING:
+    import signal
+    from collections.abc import Callable
+    from typing import Any
+else:
+    import _signal as signal
 
 PR_SET_PDEATHSIG = 1
 PR_SET_SECCOMP = 22
@@ -76,6 +79,16 @@ FILTERS: dict[str, tuple[int, int, dict[int, int]]] = {
 }
 
 libc = ctypes.CDLL(None, use_errno=True)
+
+
+class NoErrors:
+    """Passes over an OSError, as `contextlib.suppress` does."""
+
+    def __enter__(self) -> None:
+        """Nothing to do."""
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        return kind is not None and issubclass(kind, OSError)
 
 
 def checked(result: int, what: str) -> None:
@@ -136,7 +149,7 @@ def isolate(spec: dict[str, Any]) -> list[str]:
     if "ipc" in isolation:
         # Of the new namespace. Without it, this would be the machine's.
         for name in ("shmmni", "msgmni"):
-            with contextlib.suppress(OSError), open(f"/proc/sys/kernel/{name}", "w") as file:
+            with NoErrors(), open(f"/proc/sys/kernel/{name}", "w") as file:
                 file.write("0")
     unshare(CLONE_NEWUTS)
     return isolation
@@ -161,7 +174,7 @@ def build_root(spec: dict[str, Any], isolation: list[str]) -> None:
     os.makedirs(f"{root}/proc")
     if "processes" in isolation:
         # A container that hides parts of its own /proc allows no other; the program then has none.
-        with contextlib.suppress(OSError):
+        with NoErrors():
             mount("proc", f"{root}/proc", "proc", MS_NOSUID | MS_NODEV)
     os.makedirs(f"{root}/work")
     os.chroot(root)
@@ -250,11 +263,11 @@ def first_process(spec: dict[str, Any], isolation: list[str], status: int) -> No
     """
     if "files" in isolation:
         build_root(spec, isolation)
-    for name, text in spec["files"].items():
+    for name, content in spec["files"].items():
         path = os.path.join(spec["scratch"], name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
+        with open(path, "wb") as file:
+            file.write(content)
         os.chmod(path, 0o444)
     if os.getuid() == 0:
         os.chown(spec["scratch"], spec["user"], spec["user"])
@@ -300,7 +313,7 @@ def watched_processes(spec: dict[str, Any], isolation: list[str]) -> Callable[[]
     def of_the_user() -> list[str]:
         found = []
         for name in everyone():
-            with contextlib.suppress(OSError):
+            with NoErrors():
                 found += [name] if os.stat(f"/proc/{name}").st_uid == spec["user"] else []
         return found
 
@@ -323,7 +336,7 @@ def memory_sum(pids: list[str], file_name: str, fields: tuple[str, ...]) -> int:
     total = 0
     for pid in pids:
         # It may end while its file is read.
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/{file_name}") as file:
+        with NoErrors(), open(f"/proc/{pid}/{file_name}") as file:
             total += sum(int(line.split()[1]) for line in file if line.startswith(fields))
     return total << 10
 
@@ -338,17 +351,13 @@ def attempt(step: Callable[..., None], *arguments: Any, status: int) -> None:
 
 
 def tell(status: int, message: dict[str, Any]) -> None:
-    """One line of status."""
-    os.write(status, json.dumps(message).encode() + b"\n")
+    """One line of status, in Python's notation."""
+    os.write(status, repr(message).encode(errors="backslashreplace") + b"\n")
 
 
-def main() -> None:
-    """Read the spec, isolate, and wait for the first process."""
-    spec_fd = int(sys.argv[1])
-    status = int(sys.argv[2])
+def main(spec: dict[str, Any], status: int) -> None:
+    """Isolate, and wait for the first process."""
     os.set_inheritable(status, False)
-    with open(spec_fd, encoding="utf-8") as file:
-        spec = json.load(file)
     die_with(spec["parent"])
     isolation = isolate(spec)
     me = os.getpid()
@@ -359,7 +368,3 @@ def main() -> None:
             os._exit(1)
         attempt(first_process, spec, isolation, status, status=status)
     os.waitpid(first, 0)
-
-
-if __name__ == "__main__":
-    main()

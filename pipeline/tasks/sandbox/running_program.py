@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import ast
 import os
 import selectors
 import shutil
@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 from onstream.pipeline.processes import kill_group
 
 END_S = 5.0
-ALL_GONE = b'{"gone": true}\n'
+ALL_GONE = b"{'gone': True}\n"
 """What is noted where the jail ended without a last message."""
 
 Failure = Literal["timed_out", "output_limit", "cpu_limit", "memory_limit", "killed", "failed"]
@@ -129,7 +129,9 @@ class RunningProgram:
     def _fields(self) -> dict[str, Any]:
         """The jail's status: its isolation, then how the program ended or what stopped it."""
         lines = self._message.split(b"\n")[:-1]
-        return {name: value for line in lines for name, value in json.loads(line).items()}
+        return {
+            name: value for line in lines for name, value in ast.literal_eval(line.decode()).items()
+        }
 
     @property
     def _has_ended(self) -> bool:

@@ -8,7 +8,7 @@ what is not permitted.
 from __future__ import annotations
 
 import itertools
-import json
+import marshal
 import os
 import shutil
 import subprocess
@@ -16,7 +16,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from types import CodeType
 from typing import IO, Any
 
 from onstream.pipeline.tasks.sandbox.running_program import (
@@ -28,6 +30,12 @@ from onstream.pipeline.tasks.sandbox.running_program import (
 from onstream.settings.sections.orchestrator import SandboxSettings
 
 JAIL = Path(__file__).with_name("jail.py")
+START_JAIL = (
+    "import marshal, sys\nwith open(int(sys.argv[1]), 'rb') as file:\n"
+    "    jail = {'__name__': 'jail'}\n    exec(marshal.load(file), jail)\n"
+    "    spec = marshal.load(file)\njail['main'](spec, int(sys.argv[2]))"
+)
+"""Runs the jail's code, which this process has compiled: each program would wait for that."""
 REQUIRED = ("user", "kill")
 """Without these the program could read the environment of the process that runs it, or outlive it.
 """
@@ -80,13 +88,13 @@ class Sandbox:
         """
         wall_s = self._settings.wall if wall_s is None else wall_s
         deadline = time.monotonic() + wall_s
-        with self.start({PROGRAM: program}, [PROGRAM], given) as running:
+        with self.start({PROGRAM: encoded(program)}, [PROGRAM], given) as running:
             watch([running], deadline)
         return running.result(wall_s)
 
     def start(
         self,
-        files: Mapping[str, str],
+        files: Mapping[str, bytes],
         arguments: Sequence[str],
         given: bytes,
         descriptors: Sequence[int] = (),
@@ -107,7 +115,7 @@ class Sandbox:
             with tempfile.TemporaryFile() as spec_file, tempfile.TemporaryFile() as stdin:
                 stdin.write(given)
                 stdin.seek(0)
-                spec_file.write(json.dumps(spec).encode())
+                spec_file.write(marshal.dumps(_jail_code()) + marshal.dumps(spec))
                 spec_file.seek(0)
                 jail = _start_jail(spec_file, stdin, status_end, descriptors)
         except BaseException:
@@ -119,7 +127,7 @@ class Sandbox:
         return RunningProgram(jail, status, scratch, self._user, self._settings.output)
 
     def _spec(
-        self, files: Mapping[str, str], arguments: Sequence[str], scratch: str
+        self, files: Mapping[str, bytes], arguments: Sequence[str], scratch: str
     ) -> dict[str, Any]:
         limits = self._settings
         return {
@@ -140,12 +148,22 @@ class Sandbox:
         }
 
 
+def encoded(program: str) -> bytes:
+    """`program` as a file: what cannot be written reads `?`."""
+    return program.encode(errors="replace")
+
+
+@cache
+def _jail_code() -> CodeType:
+    return compile(JAIL.read_text(encoding="utf-8"), str(JAIL), "exec", dont_inherit=True)
+
+
 def _start_jail(
     spec: IO[bytes], stdin: IO[bytes], status: int, descriptors: Sequence[int]
 ) -> subprocess.Popen[bytes]:
     python = [os.path.realpath(sys.executable), "-I", "-S", "-B"]
     return subprocess.Popen(
-        [*python, str(JAIL), str(spec.fileno()), str(status)],
+        [*python, "-c", START_JAIL, str(spec.fileno()), str(status)],
         stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -206,7 +206,7 @@ ATTACKS = {
     "open('usercustomize.py', 'w').write('import os; os._exit(0)')\ndef solve(n):\n    return 0",
     "other modules in the place of ours": "import os\n"
     "for name in ('wire', 'checker_side', 'names'):\n"
-    "    path = f'lib/onstream/pipeline/tasks/code_tests/{name}.py'\n"
+    "    path = f'lib/onstream/pipeline/tasks/code_tests/{name}.pyc'\n"
     "    try:\n        os.chmod(path, 0o777)\n"
     "        open(path, 'w').write('import os; os._exit(0)')\n"
     "    except OSError:\n        os.rename('lib', 'old') if os.path.exists('lib') else None\n"
