@@ -178,7 +178,7 @@ def test_models_make_offers_every_family() -> None:
         (["export", "{run}", "--out", "{run}/out"], "`onstream export`"),
         (["models", "make", "reverse-text", "--out", "{run}/out"], "`onstream models make`"),
     ],
-    ids=lambda words: words[0],
+    ids=["eval", "export", "models make"],
 )
 def test_a_command_without_torch_says_what_to_install(
     tmp_path: Path, words: list[str], named: str

@@ -106,7 +106,7 @@ def test_images_to_swap_are_looked_for_before_the_start(tmp_path: Path) -> None:
         (["deployment.device=cuda"], 'deployment.device = "cuda", and no GPU is found here'),
         (['deployment.stages=["verify"]'], "no trainer is started here, and there is no redis.url"),
     ],
-    ids=" ".join,
+    ids=lambda words: words if isinstance(words, str) else " ".join(words),
 )
 def test_check_and_up_tell_the_same_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], words: str
