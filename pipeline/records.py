@@ -276,8 +276,8 @@ def check_sample(sample: Sample) -> int:
         FieldError: a field does not fit its C completion tokens.
     """
     tokens = len(sample.loss_mask)
-    check_ids("prompt_ids", sample.prompt_ids)
-    check_ids("completion_ids", sample.completion_ids, tokens or None)
+    check_ids("prompt_ids", sample.prompt_ids, len(sample.prompt_ids) // 4)
+    check_ids("completion_ids", sample.completion_ids, tokens)
     trained_tokens = check_mask(sample.loss_mask)
     check_logprobs("generator_logprobs", sample.generator_logprobs, tokens)
     end = 0
@@ -296,6 +296,8 @@ def check_teacher(sample: Sample, tokens: int) -> None:
     """Raise FieldError where what the teacher said of `sample` is no distribution over tokens."""
     if sample.teacher_logprobs is not None:
         check_logprobs("teacher_logprobs", sample.teacher_logprobs, tokens)
+    if not tokens:
+        return
     ids = sample.teacher_top_ids
     top = sample.teacher_top_logprobs
     tail = sample.teacher_tail_logprobs
@@ -318,7 +320,7 @@ def check_teacher(sample: Sample, tokens: int) -> None:
 def check_probe(probe: Probe) -> None:
     """Raise FieldError unless `probe` has k ≥ 1 likeliest tokens for each of its prompts."""
     for prompt in probe.prompts:
-        check_ids("a prompt of the probe", prompt)
+        check_ids("a prompt of the probe", prompt, len(prompt) // 4)
     values = len(probe.top_ids) // 4
     if not probe.prompts or not values or values % len(probe.prompts):
         raise FieldError(f"a probe of {len(probe.prompts)} prompts with {values} likeliest tokens")

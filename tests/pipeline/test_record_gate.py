@@ -112,7 +112,7 @@ REFUSED = {
     "masks all 0": (of_sample(loss_mask=b"\0" * 4), "no token is in a loss mask"),
     "a generator's 3e38": (
         of_sample(generator_logprobs=logprobs(3e38)),
-        "generator_logprobs has the values -1 to 3e+38; expected -10000 to 0, in nats",
+        "generator_logprobs has the values -1 to 3e+38; expected -32768 to 0, in nats",
     ),
     "a generator's −3e38": (of_sample(generator_logprobs=logprobs(-3e38)), "values -3e+38 to -1"),
     "a generator's NaN": (of_sample(generator_logprobs=logprobs(math.nan)), "values nan to nan"),
@@ -156,6 +156,38 @@ def test_a_field_out_of_its_bounds_is_refused_by_name(name: str) -> None:
     with pytest.raises(RecordError) as refusal:
         decode_work(encode(made))
     assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize("tokens", [4, 5000])
+@pytest.mark.parametrize(
+    ("value", "passes"),
+    [
+        (0.0, True),
+        (1e-6, True),
+        (-30000.0, True),
+        (0.002, False),
+        (-32769.0, False),
+        (math.inf, False),
+        (-math.inf, False),
+        (math.nan, False),
+        (-math.nan, False),
+    ],
+)
+def test_a_logprob_is_judged_the_same_in_short_and_in_long_completions(
+    value: float, passes: bool, tokens: int
+) -> None:
+    made = rollout(ticket(1), tokens=tokens)
+    values = [-1.0] * tokens
+    values[tokens // 2] = value
+    made.samples[0].generator_logprobs = logprobs_bytes(values)
+    if passes:
+        assert decode_work(encode(made)) == made
+    else:
+        with pytest.raises(RecordError, match="expected -32768 to 0, in nats"):
+            decode_work(encode(made))
+    made.samples[0].completion_ids = ids_bytes([-1, *range(tokens - 1)])
+    with pytest.raises(RecordError, match="completion_ids has a token id below 0"):
+        decode_work(encode(made))
 
 
 @pytest.mark.parametrize(

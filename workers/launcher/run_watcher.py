@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 from redis.exceptions import RedisError
 
-from onstream.pipeline.records import RecordError
 from onstream.pipeline.redis.run_end import RunEnd
 from onstream.pipeline.redis.run_state import RunState
 from onstream.workers.inspection.run_snapshot import RunSnapshot, take_snapshot
@@ -53,7 +52,7 @@ class RunWatcher:
     def _look(self) -> None:
         try:
             self.latest = take_snapshot(self._state, self._run_end)
-        except (RedisError, RecordError, OSError) as error:
+        except (RedisError, OSError) as error:
             self.latest = replace(
                 self.latest, unreachable=f"the run's state cannot be read from Redis ({error})"
             )

@@ -251,7 +251,7 @@ def test_a_rollout_that_got_absurd_scores_is_a_dead_letter_and_the_others_go_on(
     assert (good.dead, scored(good).number) == (None, 1)
     assert bad.dead == (
         "the teacher 'recorder': teacher_logprobs has the values -3.4e+38 to -0.3; "
-        "expected -10000 to 0, in nats"
+        "expected -32768 to 0, in nats"
     )
 
 

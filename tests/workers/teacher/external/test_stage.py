@@ -132,8 +132,8 @@ def of_tokens(logprob: float) -> Fault:
 @pytest.mark.parametrize(
     ("seed", "logprob", "words"),
     [
-        (31, 0.5, "teacher_logprobs has the values 0.5 to 0.5; expected -10000 to 0, in nats"),
-        (32, -1e20, "teacher_logprobs has the values -1e+20 to -1e+20; expected -10000 to 0"),
+        (31, 0.5, "teacher_logprobs has the values 0.5 to 0.5; expected -32768 to 0, in nats"),
+        (32, -1e20, "teacher_logprobs has the values -1e+20 to -1e+20; expected -32768 to 0"),
         (33, -0.01, "probabilities that add up to 3.960 to 3.960; expected at most 1, within 0.05"),
     ],
 )
