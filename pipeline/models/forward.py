@@ -162,7 +162,7 @@ def hidden_states(
     """
     if not shares_prompts(model):
         return _padded_hidden_states(model, packed, features)
-    row: Tensor = decoder_of(model)(
+    row: Tensor = model.base_model(  # the decoder, in every family that allows shared prompts
         input_ids=torch.from_numpy(packed.input_ids).to(model.device)[None],
         use_cache=False,  # with a cache, packed rows are silently wrong, by nats
         layout=layout_of(packed, model.device),

@@ -12,8 +12,7 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.redis.connection import Connection
 from onstream.pipeline.redis.image_store import ImageStore
 from onstream.pipeline.redis.operator_requests import OperatorRequests
-from onstream.pipeline.redis.run_limits import RunLimits
-from onstream.pipeline.redis.run_state import RunState
+from onstream.pipeline.redis.run_state import RunLimits, RunState
 from onstream.pipeline.redis.score_store import ScoreStore
 from onstream.pipeline.redis.streams import Streams
 from onstream.pipeline.redis.trainer_lease import TrainerLease

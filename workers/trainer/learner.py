@@ -105,6 +105,7 @@ class Learner:
         base = base_of(model)
         self.model = load_model(base or model, dtype=torch.float32, device=device)
         self.padded_because = prepare(self.model)
+        self._most_tokens = most_tokens(text_config(self.model))
         self._adapter = None
         if trainer.lora:
             self._adapter = lora.attach(self.model, trainer.lora, saved=model if base else None)
@@ -134,11 +135,11 @@ class Learner:
         """
         check_sample(sample, self._loss_fields, self.vocabulary)
         tokens = len(sample.prompt_ids) + len(sample.completion_ids)
-        most = most_tokens(text_config(self.model))
-        if most is not None and tokens > most:
+        if self._most_tokens is not None and tokens > self._most_tokens:
             raise ValueError(
-                f"a sample of group {sample.group} has {tokens} tokens; expected at most {most}, "
-                "beyond which this model's rotary positions depend on the sequences before"
+                f"a sample of group {sample.group} has {tokens} tokens; expected at most "
+                f"{self._most_tokens}, beyond which this model's rotary positions depend on the "
+                "sequences before"
             )
         if sample.images and self.vision is None:
             raise ValueError(

@@ -25,9 +25,8 @@ from onstream.workers.trainer.durability.recording import Recording
 from onstream.workers.trainer.durability.refused_rollouts import write_dead_letters
 from onstream.workers.trainer.durability.run_directory import RunDirectory
 from onstream.workers.trainer.evaluations import Evaluations
-from onstream.workers.trainer.metrics_files import MetricsFiles
+from onstream.workers.trainer.metrics_files import MetricsFiles, StepClock
 from onstream.workers.trainer.publication.publisher import Publisher
-from onstream.workers.trainer.step_clock import StepClock
 from onstream.workers.trainer.tickets import TicketIssuer
 from onstream.workers.trainer.training import Training
 
