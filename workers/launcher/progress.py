@@ -9,7 +9,7 @@ from textwrap import wrap
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -17,6 +17,8 @@ from rich.text import Text
 
 LONGEST_LINE = 159
 """Of a status where standard output is no terminal."""
+RESULT_WIDTH = 50
+"""Of a figure in the result, so that it fits a terminal of 80 columns beside its title."""
 SHOWN = ("reward", "teacher_kl", "loss")
 
 
@@ -110,7 +112,8 @@ def status_lines(view: RunView) -> list[str]:
         parts.append(
             "backlog " + " ".join(f"{stage.name} {stage.backlog}" for stage in view.stages)
         )
-    lines = wrap("  ".join(parts), LONGEST_LINE, subsequent_indent="  ")
+    first, *more = filled(parts, LONGEST_LINE - 2)
+    lines = [first, *(f"  {line}" for line in more)]
     for sentence in view.waits:
         lines += wrap(f"  waiting: {sentence}", LONGEST_LINE, subsequent_indent="    ")
     return lines
@@ -126,10 +129,35 @@ def panel(run: str, view: RunView) -> Group:
     )
     lines: list[Any] = [bar]
     if figures := _figures(view):
-        lines.append(Text("  ".join(figures)))
+        lines.append(_Figures(figures))
     lines.append(_stage_table(view.stages))
     lines += [Text(f"waiting: {sentence}", style="yellow") for sentence in view.waits]
     return Group(*lines)
+
+
+class _Figures:
+    """Figures in as few lines as the terminal's width allows, none broken in its middle."""
+
+    def __init__(self, figures: Sequence[str]) -> None:
+        self._figures = figures
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from map(Text, filled(self._figures, options.max_width))
+
+
+def filled(parts: Sequence[str], width: int) -> list[str]:
+    """`parts` in lines of up to `width` characters, where no single part is longer.
+
+    >>> filled(["loss 1.5", "reward 0.75", "ETA 0:07"], 21)
+    ['loss 1.5  reward 0.75', 'ETA 0:07']
+    """
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + 2 + len(part) <= width:
+            lines[-1] += f"  {part}"
+        else:
+            lines.append(part)
+    return lines
 
 
 def _stage_table(stages: Sequence[StageView]) -> Table:
@@ -190,7 +218,7 @@ def result_table(report: Mapping[str, Any]) -> Table:
         rows["cut off at max_completion"] = f"{truncated:.1%}"
     if cpu_seconds := report.get("cpu_seconds"):
         seconds = [f"{kind} {used:.1f}" for kind, used in cpu_seconds.items()]
-        rows["CPU seconds"] = "  ".join(seconds)
+        rows["CPU seconds"] = "\n".join(filled(seconds, RESULT_WIDTH))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for title, figure in rows.items():
         table.add_row(title, figure)

@@ -17,6 +17,7 @@ from onstream.workers.launcher.progress import (
     result_table,
     status_lines,
 )
+from onstream.workers.launcher.report import summary
 
 VIEW = RunView(
     step=12,
@@ -105,6 +106,18 @@ def test_a_narrow_terminal_cuts_no_heading_and_no_number(width: int) -> None:
     assert ["stage", "workers", "state", "backlog"] in shown
     assert [row[:4] for row in shown].count(["generate", "12", "ready", "16384"]) == 2
     assert max(len(line.rstrip()) for line in text.getvalue().splitlines()) <= width
+    assert "staleness 1.2 (max 2)" in text.getvalue()
+
+
+def test_the_result_breaks_no_figure_of_many() -> None:
+    text = io.StringIO()
+    report = summary([], []) | {
+        "cpu_seconds": dict.fromkeys(("trainer", "teacher", "generator", "verifier", "eval"), 12.5)
+    }
+    Console(file=text, width=80).print(result_table(report))
+    shown = [line.split() for line in text.getvalue().splitlines()]
+    assert ["CPU", "seconds", "trainer", "12.5", "teacher", "12.5", "generator", "12.5"] in shown
+    assert ["verifier", "12.5", "eval", "12.5"] in shown
 
 
 def test_a_sentence_with_brackets_is_not_taken_for_markup() -> None:
