@@ -130,9 +130,9 @@ class Rollout(msgspec.Struct, tag="rollout/1", array_like=True):
     temperature: Temperature
     finish_reason: FinishReason
     route: Route
-    timings: list[Timing] = []
+    timings: Annotated[list[Timing], Meta(max_length=256)] = []
     reward: Reward | None = None
-    reward_parts: dict[str, Finite] = {}
+    reward_parts: Annotated[dict[str, Finite], Meta(max_length=256)] = {}
     unscored: Reason | None = None
     scored_by: Name | None = None
 

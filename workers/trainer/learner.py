@@ -113,6 +113,8 @@ class Learner:
         if self.vision and not trainer.train_vision:
             self.model.get_encoder(modality="image").requires_grad_(False)
         self.vocabulary: int = self.model.get_input_embeddings().num_embeddings
+        context: int | None = getattr(text_config(self.model), "max_position_embeddings", None)
+        self.context_tokens = context
         self.steps = 0
         self._optimizer = self._new_optimizer()
 
@@ -135,6 +137,11 @@ class Learner:
         """
         check_sample(sample, self._loss_fields, self.vocabulary)
         tokens = len(sample.prompt_ids) + len(sample.completion_ids)
+        if self.context_tokens is not None and tokens > self.context_tokens:
+            raise ValueError(
+                f"a sample of group {sample.group} has {tokens} tokens; "
+                f"expected at most the student's context of {self.context_tokens}"
+            )
         if self._most_tokens is not None and tokens > self._most_tokens:
             raise ValueError(
                 f"a sample of group {sample.group} has {tokens} tokens; expected at most "

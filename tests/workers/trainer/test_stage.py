@@ -221,14 +221,17 @@ def test_a_rollout_that_no_step_can_take_counts_as_dead_and_stops_nothing(
             made.samples[0].generator_logprobs = b"odd"
         if ticket.number == 9:
             made.samples[0].completion_ids = ids_bytes([48] * len(made.samples[0].loss_mask))
+        if ticket.number == 10:
+            made.samples[0].prompt_ids = ids_bytes([2] * 3_000_000)
         return made
 
     job = run(trainer__max_steps=2)
     job.ready()
     job.to_the_end(make)
-    assert job.counts() == {"issued": 16, "trained": 12, "dead": 4}
+    assert job.counts() == {"issued": 16, "trained": 11, "dead": 5}
     reasons = {letter.number: letter.reason for letter in bus.state.dead_letters()}
-    assert sorted(reasons) == [5, 6, 7, 9]
+    assert sorted(reasons) == [5, 6, 7, 9, 10]
+    assert "expected at most the student's context of" in reasons[10]
     assert reasons[6] == "it says group 40 of 4; its number belongs to group 1 of 4"
     assert "the token ids 48 to 48; expected 0 to 47" in reasons[9]
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 import onstream.pipeline.weights.redis_store
+from onstream.pipeline.records import decode_policy, encode
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.weights import (
     DirectoryReader,
@@ -20,6 +22,7 @@ from onstream.pipeline.weights import (
     WeightsError,
 )
 from onstream.pipeline.weights.redis_store import ChunkReader
+from onstream.workers.trainer.publication import publisher
 from tests.workers.trainer.driver import Run
 
 CHANGES = {
@@ -265,3 +268,25 @@ def test_a_trainer_that_was_killed_sends_the_newest_version_again_and_announces_
     assert sends.sent == [5]
     direct.to_the_end()
     assert direct.announced() == list(range(7))
+
+
+def test_a_key_of_the_newest_version_that_was_overwritten_or_deleted_is_mended(
+    run: Callable[..., Run], bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "MEND_S", 0.0)
+    job = run(trainer__max_steps=3)
+    job.ready()
+    job.until(2)
+    key = bus.keys.policy
+    whole = bus.connection.ask("GET", key)
+    newest = decode_policy(whole)
+    forged = replace(newest, number=10**12)
+    for value in (b"\xc1 garbage", encode(forged), encode(replace(newest, digest="other"))):
+        bus.connection.ask("SET", key, value)
+        job.turn()
+        assert bus.connection.ask("GET", key) == whole
+    bus.connection.ask("DEL", key)
+    job.turn()
+    assert bus.connection.ask("GET", key) == whole
+    job.to_the_end()
+    assert job.counts() == {"issued": 24, "trained": 24}
