@@ -297,12 +297,15 @@ WARNED = [
         "inference.tensor_parallel_size has no effect: the student's engine is transformers",
     ),
     ([*TEACHER, STAGES('["generate", "score", "train"]')], "adv_tau has no effect"),
-    ([*TEACHER, STAGES('["generate", "verify", "train"]')], "onstream worker teacher)"),
+    (
+        [*TEACHER, STAGES('["generate", "verify", "train"]')],
+        "onstream worker teacher runs/onstream)",
+    ),
     (
         [*ENDPOINT, "trainer.loss.teacher_tau=1", "deployment.workers.teacher_external=0"],
-        "onstream worker teacher-external)",
+        "onstream worker teacher-external runs/onstream)",
     ),
-    (["deployment.workers.generator=0"], "onstream worker generator)"),
+    (["deployment.workers.generator=0"], "onstream worker generator runs/onstream)"),
     (
         [*HARD, "inference.sampling.temperature=0.9"],
         "inference.sampling.temperature has no effect",

@@ -14,7 +14,7 @@ import types
 from collections import Counter, OrderedDict, defaultdict, deque
 
 from onstream.pipeline.tasks.code_tests.remote import Remote
-from onstream.pipeline.tasks.code_tests.wire import Channel, WireError, pack, unpack
+from onstream.pipeline.tasks.code_tests.wire import Channel, ChannelError, pack, unpack
 
 TYPE_CHECKING = False  # as typing has it, whose import takes long where each try pays for it
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class ProgramLink:
             value = None
             try:
                 if rest.pop(0) != nonce:
-                    raise WireError("an answer to another call")
+                    raise ChannelError("an answer to another call")
                 if kind == "back":
                     self._answer(*rest)
                     continue
@@ -152,7 +152,7 @@ class ProgramLink:
         self, kind: str, args: list[Any], kwargs: dict[str, Any], value: Any, after: Any = None
     ) -> Any:
         if kind != "ok":
-            raise WireError(f"a message {kind!r}")
+            raise ChannelError(f"a message {kind!r}")
         if after is not None and value is None:
             new_args, new_kwargs = (self._unpack(part) for part in after)
             _refill(args, new_args)
@@ -190,7 +190,7 @@ class ProgramLink:
                 return kind
         if "Exception" in names:
             return ProgramError
-        raise WireError(f"an exception of class {names[:1]}")
+        raise ChannelError(f"an exception of class {names[:1]}")
 
     def _mirrored(self, number: int, names: list[str]) -> type[BaseException]:
         """The class here that stands for an exception class of the program."""
@@ -209,7 +209,7 @@ class ProgramLink:
         args = self._unpack(packed)
         kwargs = self._unpack(packed_keywords)
         if type(handle) is not int or not 0 <= handle < len(self._passed):
-            raise WireError("nothing that was passed")
+            raise ChannelError("nothing that was passed")
         try:
             answer = ["ok", self._pack(_use(self._passed[handle], operation, args, kwargs))]
         except StopIteration:
@@ -223,13 +223,13 @@ class ProgramLink:
     def _send(self, message: list[Any]) -> None:
         try:
             self._channel.send(message)
-        except (OSError, WireError) as error:
+        except (OSError, ChannelError) as error:
             raise self._broken(str(error)) from error
 
     def _receive(self) -> list[Any]:
         try:
             return self._channel.receive()
-        except WireError as error:
+        except ChannelError as error:
             raise self._broken(str(error)) from error
 
     def _broken(self, reason: str) -> ProgramFault:
@@ -272,7 +272,7 @@ class ProgramLink:
         if tag == "object":
             [has_content] = rest
             return Remote(self.call, int(key), has_content is True)
-        raise WireError(f"an unknown tag {tag!r}")
+        raise ChannelError(f"an unknown tag {tag!r}")
 
 
 class _Mirrored(Exception):
@@ -288,7 +288,7 @@ def _builtin_type(name: str) -> type:
     kind = getattr(builtins, name)
     ends = isinstance(kind, type) and issubclass(kind, BaseException)
     if not isinstance(kind, type) or (ends and not issubclass(kind, Exception)):
-        raise WireError(f"{name!r} instead of a type")
+        raise ChannelError(f"{name!r} instead of a type")
     return kind
 
 

@@ -18,7 +18,7 @@ import sys
 import types
 from collections import deque
 
-from onstream.pipeline.tasks.code_tests.wire import Channel, WireError, pack, unpack
+from onstream.pipeline.tasks.code_tests.wire import Channel, ChannelError, pack, unpack
 
 TYPE_CHECKING = False  # as typing has it, whose import takes long where each try pays for it
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class ProgramServer:
         while True:
             try:
                 message = self._channel.receive()
-            except WireError:
+            except ChannelError:
                 return
             self._answer(message)
 
@@ -184,7 +184,7 @@ class ProgramServer:
             answer = ["raised", nonce, *self._error(error)]
         try:
             self._channel.send(answer)
-        except WireError as error:
+        except ChannelError as error:
             self._channel.send(["raised", nonce, ["ValueError"], ["list", str(error)], "", {}])
 
     def _call(self, nonce: str, function: Any, packed: Any, packed_keywords: Any) -> list[Any]:
@@ -263,7 +263,7 @@ class ProgramServer:
         if tag == "operation":
             found = self._operations.get(name) or getattr(builtins, name, None)
             return found or getattr(operator, name)
-        raise WireError(f"an unknown reference {tag!r}")
+        raise ChannelError(f"an unknown reference {tag!r}")
 
 
 def main() -> None:

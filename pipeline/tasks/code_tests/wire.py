@@ -45,7 +45,7 @@ TEXTS = {
 _LENGTH = struct.Struct("<I")
 
 
-class WireError(Exception):
+class ChannelError(Exception):
     """What arrived is no frame or no value, or something cannot be sent."""
 
 
@@ -59,30 +59,30 @@ class Channel:
         """Send `message`.
 
         Raises:
-            WireError: it is too long.
+            ChannelError: it is too long.
             OSError: the other side is gone.
         """
         data = json.dumps(message, separators=(",", ":")).encode()
         if len(data) > MAX_FRAME_BYTES:
-            raise WireError(f"{len(data)} bytes; expected at most {MAX_FRAME_BYTES}")
+            raise ChannelError(f"{len(data)} bytes; expected at most {MAX_FRAME_BYTES}")
         self._connection.sendall(_LENGTH.pack(len(data)) + data)
 
     def receive(self) -> list[Any]:
         """The next message.
 
         Raises:
-            WireError: none, since the other side is gone, or what came is no message.
+            ChannelError: none, since the other side is gone, or what came is no message.
         """
         (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
         if length > MAX_FRAME_BYTES:
-            raise WireError(f"a message of {length} bytes; expected at most {MAX_FRAME_BYTES}")
+            raise ChannelError(f"a message of {length} bytes; expected at most {MAX_FRAME_BYTES}")
         data = self._exactly(length)
         try:
             message = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise WireError(f"a message that is not JSON ({error})") from error
+            raise ChannelError(f"a message that is not JSON ({error})") from error
         if not isinstance(message, list) or not message:
-            raise WireError("a message that is no list")
+            raise ChannelError("a message that is no list")
         return message
 
     def _exactly(self, size: int) -> bytes:
@@ -91,9 +91,9 @@ class Channel:
             try:
                 part = self._connection.recv(min(size - len(data), 1 << 16))
             except OSError as error:
-                raise WireError(f"the other side is gone ({error})") from error
+                raise ChannelError(f"the other side is gone ({error})") from error
             if not part:
-                raise WireError("the other side is gone")
+                raise ChannelError("the other side is gone")
             data += part
         return bytes(data)
 
@@ -102,7 +102,7 @@ def pack(value: Any, refer: Refer, depth: int = 0) -> Any:
     """`value` as data that JSON can hold. `refer` names what is not plain data.
 
     Raises:
-        WireError: it is nested too deep.
+        ChannelError: it is nested too deep.
     """
     kind = type(value)
     if value is None or kind in (bool, float, str):
@@ -110,7 +110,7 @@ def pack(value: Any, refer: Refer, depth: int = 0) -> Any:
     if kind is int:
         return value if value.bit_length() <= WIDE_BITS else ["int", hex(value)]
     if depth > MAX_DEPTH:
-        raise WireError(f"a value nested deeper than {MAX_DEPTH}")
+        raise ChannelError(f"a value nested deeper than {MAX_DEPTH}")
     if kind in SEQUENCES:
         return [SEQUENCES[kind], *[pack(item, refer, depth + 1) for item in value]]
     if kind is dict:
@@ -145,12 +145,12 @@ def unpack(data: Any, resolve: Callable[[list[Any]], Any]) -> Any:
     """The value that `pack` made `data` of. `resolve` gives what a reference stands for.
 
     Raises:
-        WireError: it is no such data.
+        ChannelError: it is no such data.
     """
     if data is None or type(data) in (bool, int, float, str):
         return data
     if type(data) is not list or not data or type(data[0]) is not str:
-        raise WireError("a value without a tag")
+        raise ChannelError("a value without a tag")
     tag = data[0]
     if tag in BUILDERS:
         items = [unpack(item, resolve) for item in data[1:]]
@@ -161,14 +161,14 @@ def unpack(data: Any, resolve: Callable[[list[Any]], Any]) -> Any:
     try:
         return _unpack_small(tag, data[1:], resolve)
     except (TypeError, ValueError, KeyError, ArithmeticError) as error:
-        raise WireError(f"a value of type {tag!r} that is none ({error})") from error
+        raise ChannelError(f"a value of type {tag!r} that is none ({error})") from error
 
 
 def _built(kind: Callable[[Iterable[Any]], Any], items: Iterable[Any]) -> Any:
     try:
         return kind(items)
     except (TypeError, ValueError) as error:
-        raise WireError(f"a {kind} with items that it cannot have ({error})") from error
+        raise ChannelError(f"a {kind} with items that it cannot have ({error})") from error
 
 
 def _unpack_small(tag: str, parts: list[Any], resolve: Callable[[list[Any]], Any]) -> Any:
