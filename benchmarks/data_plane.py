@@ -142,12 +142,12 @@ def produce(
             time.sleep(0.002)
             continue
         pipe = client.pipeline(transaction=False)
+        if issued:
+            pipe.set(issued, number + BATCH)
         for _ in range(BATCH):
             number += 1
             template.number = number
             pipe.xadd(stream, fields(number, encode(template)))
-        if issued:
-            pipe.set(issued, number)
         pipe.execute()
     return number
 

@@ -28,6 +28,8 @@ PAGE = 500
 STARTED = time.time()
 VERSION = version("onstream")
 FAILED = "failed"
+UNKNOWN_S = 0.5
+"""How long Redis is not asked again for the count of tickets, where it has none."""
 ALIVE_S = 10.0
 FORGOTTEN_S = 3600.0
 
@@ -315,6 +317,7 @@ class RunLimits:
     def __init__(self, state: RunState) -> None:
         self._state = state
         self._issued: int = 0
+        self._unknown_until = 0.0
         self._version: int = -1
 
     def note(self, *, issued: int = 0, version: int = -1) -> None:
@@ -324,11 +327,14 @@ class RunLimits:
 
     def was_issued(self, number: int) -> bool:
         """Whether the run has issued `number`."""
-        if number <= self._issued:
+        if number <= self._issued or time.monotonic() < self._unknown_until:
             return True
         issued = self._state.known_issued()
-        self._issued = max(self._issued, issued or 0)
-        return issued is None or number <= self._issued
+        if issued is None:
+            self._unknown_until = time.monotonic() + UNKNOWN_S
+            return True
+        self._issued = max(self._issued, issued)
+        return number <= self._issued
 
     def was_announced(self, version: int, ahead: int = 0) -> bool:
         """Whether the run has announced `version`, or one at most `ahead` older."""
@@ -342,7 +348,7 @@ class RunLimits:
         if version > self._version:
             # A trainer that went back to a checkpoint has announced a lower number than before.
             announced = [policy.number for policy in self._state.announced_policies()]
-            self._version = max(self._version, *announced)
+            self._version = max([self._version, *announced])
         return version <= self._version
 
     @property

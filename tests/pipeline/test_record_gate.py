@@ -292,6 +292,13 @@ def test_a_version_that_a_replica_does_not_know_yet_is_the_trainers_to_judge(bus
     assert 2 in accepted(bus, "train")
 
 
+def test_a_version_beyond_the_newest_is_refused_where_the_announcements_are_gone(bus: Bus) -> None:
+    issue(bus, 8)
+    bus.connection.ask("DEL", bus.keys.policies)
+    put(bus, "train", 2, at("train", 2, version=4))
+    assert accepted(bus, "train") == []
+
+
 def test_where_redis_has_forgotten_what_was_issued_nothing_is_refused_for_it(bus: Bus) -> None:
     put(bus, "verify", 9, at("verify", 9, version=7))
     assert (accepted(bus, "verify"), bus.state.dead_letters()) == ([9], [])
