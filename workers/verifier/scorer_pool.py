@@ -51,7 +51,7 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode_verdict = msgspec.msgpack.Decoder(Verdict).decode
 
 
-class WireError(ValueError):
+class FrameError(ValueError):
     """Bytes from a scorer process that are no frame or no verdict."""
 
 
@@ -67,13 +67,13 @@ class Frames:
         """The frames that are complete with `data`.
 
         Raises:
-            WireError: a frame is too long.
+            FrameError: a frame is too long.
         """
         self._buffer += data
         while len(self._buffer) >= LENGTH.size:
             (length,) = LENGTH.unpack_from(self._buffer)
             if length > self._max_bytes:
-                raise WireError(f"a frame of {length} bytes; expected at most {self._max_bytes}")
+                raise FrameError(f"a frame of {length} bytes; expected at most {self._max_bytes}")
             end = LENGTH.size + length
             if len(self._buffer) < end:
                 return
@@ -248,7 +248,7 @@ class ScorerPool:
                     self._take_frame(process, frame)
         except BlockingIOError:
             return
-        except (ConnectionResetError, WireError, *UNDECODABLE):
+        except (ConnectionResetError, FrameError, *UNDECODABLE):
             # It died, or the scorer wrote to its socket. Nothing that follows can be trusted.
             pass
         self._end(process)
@@ -258,7 +258,7 @@ class ScorerPool:
             process.ready = True
             self._failed_starts = 0
         elif not process.requests:
-            raise WireError("a verdict without a request")
+            raise FrameError("a verdict without a request")
         else:
             verdict = _decode_verdict(frame)
             self._finish_first(process, verdict)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onstream.workers.verifier.scorer_messages import LENGTH
-from onstream.workers.verifier.scorer_pool import Frames, WireError
+from onstream.workers.verifier.scorer_pool import FrameError, Frames
 
 
 @given(st.lists(st.binary(max_size=50)), st.lists(st.integers(1, 30)))
@@ -22,5 +22,5 @@ def test_frames_come_back_however_the_stream_was_cut(bodies: list[bytes], cuts: 
 
 
 def test_a_frame_over_the_bound_is_refused_by_its_length_alone() -> None:
-    with pytest.raises(WireError, match="a frame of 1025 bytes; expected at most 1024"):
+    with pytest.raises(FrameError, match="a frame of 1025 bytes; expected at most 1024"):
         list(Frames(1 << 10).feed(LENGTH.pack(1025)))
