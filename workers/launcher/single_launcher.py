@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from onstream.pipeline.errors import Exit, UserError
+
+PATIENCE_S = 1.0
+"""`onstream status` holds the lock for a moment, to see whether a launcher has it."""
 
 
 @contextmanager
@@ -28,9 +33,7 @@ def only_launcher(run_dir: Path) -> Iterator[None]:
             next_step="Set run.dir to another one.",
         ) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not _locked(file):
             file.seek(0)
             pid = file.read().strip() or "unknown"
             raise UserError(
@@ -38,8 +41,21 @@ def only_launcher(run_dir: Path) -> Iterator[None]:
                 expected="one launcher for a run",
                 next_step="Stop that one first, or choose another run.name.",
                 exit=Exit.REFUSED,
-            ) from error
+            )
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _locked(file: IO[str]) -> bool:
+    """Whether this process has got the lock of `file`, soon enough."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)

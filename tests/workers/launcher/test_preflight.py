@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -420,3 +422,13 @@ def test_the_launcher_imports_no_torch() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert result.stdout == "[]\n"
+
+
+def test_a_launcher_that_starts_while_status_looks_at_the_run_starts_all_the_same(
+    tmp_path: Path,
+) -> None:
+    with (tmp_path / "launcher.pid").open("a+") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.1, fcntl.flock, (looking.fileno(), fcntl.LOCK_UN)).start()
+        with only_launcher(tmp_path):
+            assert (tmp_path / "launcher.pid").read_text() == str(os.getpid())
