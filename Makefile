@@ -61,14 +61,10 @@ bench-vllm: .venv-vllm/ready ## vLLM beside the built-in engine: rollouts, score
 models: .venv/run ## make the shipped teachers and students again
 	@for task in reverse-text colour-words; do $(BIN)/onstream models make $$task --out examples/$$task || exit 1; done
 
-<<<<<<< HEAD
-docs: .venv/run ## write docs/settings.md and docs/metrics.md from what the code says of them
-=======
 models-table: .venv/dev ## write docs/models.md: what each family of models comes to
 	@$(BIN)/python -m tests.models.table
 
-docs: .venv/run ## write docs/settings.md from the settings' own docstrings
->>>>>>> 50dee66 (Every family of language models is exact or refused: trials longer than the windows, longrope, causality, images of Gemma, gpt-oss; a sweep over 132 families and its table)
+docs: .venv/run ## write docs/settings.md and docs/metrics.md from what the code says of them
 	@$(BIN)/python -m onstream.settings.docs
 	@$(BIN)/python -m onstream.workers.launcher.metric_docs
 
