@@ -56,18 +56,6 @@ def row_dependent_positions(config: PretrainedConfig) -> str | None:
     return None
 
 
-def most_tokens(config: PretrainedConfig) -> int | None:
-    """The longest sequence that comes to the same after whatever others; None: any does.
-
-    Beyond it, rotary positions of the type `dynamic` keep the frequencies of the longest sequence
-    so far.
-    """
-    if "dynamic" not in _rope_types(config):
-        return None
-    tokens: int = config.max_position_embeddings
-    return tokens
-
-
 def _rope_types(config: PretrainedConfig) -> set[str]:
     """They are given once, or for each kind of layer."""
     given = getattr(config, "rope_parameters", None) or {}

@@ -59,7 +59,9 @@ def test_a_longer_sample_is_not_trained_on_with_dynamic_positions(tmp_path: Path
     character_tokenizer().save_pretrained(tmp_path)
     learner = Learner(tmp_path, TRAINER, torch.device("cpu"))
     learner.check(sample_of(60, 4))
-    with pytest.raises(ValueError, match="has 65 tokens; expected at most 64"):
+    with pytest.raises(
+        ValueError, match="has 65 tokens; expected at most the student's context of 64"
+    ):
         learner.check(sample_of(60, 5))
 
 

@@ -21,7 +21,6 @@ from onstream.pipeline.models.multimodal import Features
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts, single_rows
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.models.tokenizer import has_vision, load_tokenizer
-from onstream.pipeline.models.trial import most_tokens
 from onstream.pipeline.records import Ids
 from onstream.settings.sections.trainer import TrainerSettings
 from onstream.workers.trainer import lora
@@ -105,7 +104,6 @@ class Learner:
         base = base_of(model)
         self.model = load_model(base or model, dtype=torch.float32, device=device)
         self.padded_because = prepare(self.model)
-        self._most_tokens = most_tokens(text_config(self.model))
         self._adapter = None
         if trainer.lora:
             self._adapter = lora.attach(self.model, trainer.lora, saved=model if base else None)
@@ -141,12 +139,6 @@ class Learner:
             raise ValueError(
                 f"a sample of group {sample.group} has {tokens} tokens; "
                 f"expected at most the student's context of {self.context_tokens}"
-            )
-        if self._most_tokens is not None and tokens > self._most_tokens:
-            raise ValueError(
-                f"a sample of group {sample.group} has {tokens} tokens; expected at most "
-                f"{self._most_tokens}, beyond which this model's rotary positions depend on the "
-                "sequences before"
             )
         if sample.images and self.vision is None:
             raise ValueError(
