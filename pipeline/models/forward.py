@@ -20,10 +20,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from onstream.pipeline.errors import UserError
 from onstream.pipeline.models import multimodal
 from onstream.pipeline.models.loading import text_config
 from onstream.pipeline.models.multimodal import Features
+from onstream.pipeline.models.output_head import OutputHead
 from onstream.pipeline.models.packing import AttentionCall, PrefixGroup, SharedPrefixRow
 from onstream.pipeline.models.trial import decoder_of, row_dependent_positions
 
@@ -226,29 +226,6 @@ def _padded_batch(
     ]
 
 
-def head_of(model: PreTrainedModel) -> nn.Linear:
-    """The model's output projection, [V, H].
-
-    Raises:
-        UserError: the model has no linear one.
-    """
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise UserError(
-            f"the output layer of {model.config.name_or_path} is a {type(head).__name__}",
-            expected="a linear layer over the vocabulary",
-            next_step="Use a causal language model of another family.",
-        )
-    return head
-
-
-def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Float32 logits [n, V] of `hidden` [n, H], multiplied in the precision of `hidden`."""
-    if bias is not None:
-        bias = bias.to(hidden.dtype)
-    return nn.functional.linear(hidden, weight.to(hidden.dtype), bias).float()
-
-
 def entropy_of(probabilities: Tensor, logits: Tensor, normaliser: Tensor) -> Tensor:
     """Entropy [n] of softmax(logits), without another [n, V] tensor.
 
@@ -260,7 +237,7 @@ def entropy_of(probabilities: Tensor, logits: Tensor, normaliser: Tensor) -> Ten
 @torch.no_grad()
 def token_logprobs(
     hidden: Tensor,
-    head: nn.Linear,
+    head: OutputHead,
     targets: Tensor,
     *,
     temperature: float = 1.0,
@@ -288,10 +265,10 @@ def token_logprobs(
 
 
 def _chunk_logprobs(
-    hidden: Tensor, targets: Tensor, head: nn.Linear, temperature: float, top_k: int
+    hidden: Tensor, targets: Tensor, head: OutputHead, temperature: float, top_k: int
 ) -> tuple[Tensor, ...]:
     """Sampled [n] and entropy [n]; with `top_k` also ids [n, k], logprobs [n, k] and tail [n]."""
-    logits = head_logits(hidden, head.weight, head.bias)
+    logits = head.logits(hidden)
     if temperature != 1.0:
         logits /= temperature
     normaliser = logits.logsumexp(-1)

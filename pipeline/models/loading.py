@@ -79,6 +79,8 @@ def load_model(name: str | Path, *, dtype: torch.dtype, device: torch.device) ->
             )
             return loaded
 
+        if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+            return load_with("eager")  # Gemma 2: sdpa would leave the cap out without a word
         try:
             return load_with("sdpa")
         except ValueError as error:

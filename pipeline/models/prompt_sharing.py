@@ -10,13 +10,12 @@ from transformers import PreTrainedModel
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.forward import (
     SHARED_PREFIX,
-    head_logits,
-    head_of,
     hidden_states,
     shares_prompts,
 )
 from onstream.pipeline.models.loading import set_text_attention, text_config
 from onstream.pipeline.models.multimodal import images_see_themselves
+from onstream.pipeline.models.output_head import head_of
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts
 from onstream.pipeline.models.tokenizer import has_vision
 from onstream.pipeline.models.trial import (
@@ -37,7 +36,7 @@ def prepare(model: PreTrainedModel) -> str | None:
 
     Raises:
         UserError: it is not causal, padded rows do not give what single rows give, or its logits
-            are scaled, capped or otherwise more than its last hidden states times its output layer.
+            are more than its last hidden states times its output layer, scaled or capped.
     """
     row = _trial_row(text_config(model).vocab_size)
     _check_head(model, row)
@@ -95,19 +94,16 @@ def _check_head(model: PreTrainedModel, row: SharedPrefixRow) -> None:
     head = head_of(model)
     expected = model(input_ids=input_ids, use_cache=False).logits[0].float()
     hidden = alone(model, sequence)
-    if hidden.shape[-1] != head.in_features:
-        raise _no_plain_head(model)
-    found = head_logits(hidden, head.weight, head.bias)
-    # The small logits of random tokens would not show a cap, so it is read from the configuration.
-    capped = getattr(text_config(model), "final_logit_softcapping", None)
-    if capped or not agree(found, expected, model.dtype):
-        raise _no_plain_head(model)
+    if hidden.shape[-1] != head.weight.shape[1]:
+        raise _unknown_head(model)
+    if not agree(head.logits(hidden), expected, model.dtype):
+        raise _unknown_head(model)
 
 
-def _no_plain_head(model: PreTrainedModel) -> UserError:
+def _unknown_head(model: PreTrainedModel) -> UserError:
     return UserError(
-        f"the logits of {name_of(model)} are not a plain projection of its hidden states",
-        expected="a model without logit scaling or soft-capping",
+        f"the logits of {name_of(model)} are not a projection of its hidden states",
+        expected="one linear layer, its logits scaled or capped at most",
         next_step="Use a model of another family, such as Qwen, Llama or Mistral.",
     )
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.models.forward import head_logits, head_of, hidden_states
+from onstream.pipeline.models.forward import hidden_states
+from onstream.pipeline.models.output_head import head_of
 from onstream.pipeline.models.packing import Ids, pack, share_prompts
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.workers.generator.engines.base import Completion, GenerationRequest
@@ -63,7 +64,7 @@ def scoring_gap(model: PreTrainedModel) -> float:
     head = head_of(model)
     worst = 0.0
     for packed in pack(share_prompts(prompts, completions), 2000):
-        logits = head_logits(hidden_states(model, packed), head.weight, head.bias)
+        logits = head.logits(hidden_states(model, packed))
         targets = torch.from_numpy(packed.targets).long()
         found = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
         for at, part in zip(packed.sequences, found.split(list(packed.lengths)), strict=True):

@@ -105,8 +105,9 @@ def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
 def model_of(config: PretrainedConfig) -> PreTrainedModel:
     """The same for a configuration."""
     torch.manual_seed(0)
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
     try:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     except ValueError:  # the family has no sdpa
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     return spread(model)

@@ -42,7 +42,7 @@ prompt of the check is longer than them.
   computed alone, and the built-in generator refuses them.
 - With `dynamic`, sequences beyond `max_position_embeddings` are refused.
 - Where the tokens of an image see one another (Gemma), rows are padded.
-- Attention that sdpa cannot compute, as gpt-oss's with its sinks, is loaded with the model's own.
+- Attention that sdpa cannot compute (gpt-oss's sinks, Gemma 2's caps) is the model's own code.
 
 """
 

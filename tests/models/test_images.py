@@ -16,8 +16,9 @@ from transformers import (
 )
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.models.forward import head_logits, head_of, hidden_states
+from onstream.pipeline.models.forward import hidden_states
 from onstream.pipeline.models.multimodal import ImageFeatures
+from onstream.pipeline.models.output_head import head_of
 from onstream.pipeline.models.packing import Ids, pack, share_prompts
 from onstream.pipeline.models.prompt_sharing import prepare
 from tests.models.families import SIZES, spread
@@ -75,7 +76,7 @@ def test_the_tokens_of_an_image_see_one_another_as_in_the_models_own_code() -> N
     with torch.no_grad():
         for packed in pack(share_prompts(prompts, completions, images), 1000):
             states = hidden_states(model, packed, features)
-            logprobs = head_logits(states, head.weight, head.bias).log_softmax(-1)
+            logprobs = head.logits(states).log_softmax(-1)
             for at, found in zip(packed.sequences, logprobs.split(packed.lengths), strict=True):
                 worst = max(worst, float((found - expected[at]).abs().max()))
     print(f"gemma3: largest difference {worst:.1e} nats")

@@ -13,9 +13,10 @@ from transformers import AutoProcessor
 from onstream.pipeline.images import ImageFile
 from onstream.pipeline.images.feature_cache import FeatureCache
 from onstream.pipeline.images.vision import PlaceholderMismatch
-from onstream.pipeline.models.forward import SHARED_PREFIX, head_of, hidden_states
+from onstream.pipeline.models.forward import SHARED_PREFIX, hidden_states
 from onstream.pipeline.models.loading import text_config
 from onstream.pipeline.models.multimodal import joined
+from onstream.pipeline.models.output_head import head_of
 from onstream.pipeline.models.packing import Ids, pack, share_prompts, single_rows
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.records import ids_array, ids_bytes
@@ -100,8 +101,10 @@ def test_a_batch_with_images_gives_the_models_own_logprobs(
     got: dict[int, Tensor] = {}
     with torch.no_grad():
         for packed in pack(arrange(case.prompts, case.completions, case.images), max_tokens):
-            logprobs = head_of(tiny.model)(hidden_states(tiny.model, packed, features)).log_softmax(
-                -1
+            logprobs = (
+                head_of(tiny.model)
+                .logits(hidden_states(tiny.model, packed, features))
+                .log_softmax(-1)
             )
             got |= dict(zip(packed.sequences, logprobs.split(packed.lengths), strict=True))
     worst = max(float((got[at] - wanted[at]).abs().max()) for at in range(len(wanted)))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from onstream.pipeline.errors import UserError
@@ -18,12 +18,12 @@ from onstream.pipeline.images.vision import Vision, load_vision
 from onstream.pipeline.models.forward import (
     NO_IMAGES,
     TokenLogprobs,
-    head_of,
     hidden_states,
     token_logprobs,
 )
 from onstream.pipeline.models.loading import load_model, resolve_device, resolve_dtype
 from onstream.pipeline.models.multimodal import Features
+from onstream.pipeline.models.output_head import OutputHead, head_of
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.models.tokenizer import has_vision, load_configs
@@ -138,18 +138,9 @@ def _split(scored: TokenLogprobs, lengths: Sequence[int]) -> list[Scores]:
     return [Scores(*fields) for fields in zip(logprobs, *top, strict=True)]
 
 
-def _first_rows(head: nn.Linear, rows: int) -> nn.Linear:
-    """The output projection onto the first `rows` entries, in the same memory.
-
-    `head` itself where it has no more.
-    """
-    if head.out_features <= rows:
-        return head
-    cut = nn.Linear(head.in_features, rows, bias=head.bias is not None, device="meta")
-    cut.weight = nn.Parameter(head.weight[:rows], requires_grad=False)
-    if head.bias is not None:
-        cut.bias = nn.Parameter(head.bias[:rows], requires_grad=False)
-    return cut
+def _first_rows(head: OutputHead, rows: int) -> OutputHead:
+    """The output layer onto the first `rows` entries, in the same memory."""
+    return head.with_weight(head.weight[:rows])
 
 
 def load_local(settings: Settings, images: FetchImages = no_images) -> LocalScorer:

@@ -14,9 +14,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from onstream.pipeline.models.forward import entropy_of, head_logits
+from onstream.pipeline.models.forward import entropy_of
+from onstream.pipeline.models.output_head import OutputHead
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ TokenLoss = Callable[[slice, TrainerLogprobs], Tensor]
 
 
 def chunked_loss(
-    hidden: Tensor, head: nn.Linear, targets: TargetTokens, token_loss: TokenLoss, *, chunk: int
+    hidden: Tensor, head: OutputHead, targets: TargetTokens, token_loss: TokenLoss, *, chunk: int
 ) -> Tensor:
     """Σ token_loss over the N positions of `hidden` [N, H].
 
@@ -63,7 +64,7 @@ def chunked_loss(
     at once. `token_loss` is called once a chunk, in order.
     """
     apply: Any = _ChunkedLoss.apply
-    loss: Tensor = apply(hidden, head.weight, head.bias, targets, token_loss, chunk)
+    loss: Tensor = apply(hidden, head.weight, head.bias, head, targets, token_loss, chunk)
     return loss
 
 
@@ -74,22 +75,27 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        head: OutputHead,
         targets: TargetTokens,
         token_loss: TokenLoss,
         chunk: int,
     ) -> Tensor:
         compute_weight = weight.to(hidden.dtype)
+        compute_head = head.with_weight(compute_weight)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight) if weight.requires_grad else None
         grad_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             at = slice(start, min(start + chunk, len(hidden)))
-            logits = head_logits(hidden[at], compute_weight, bias)
+            logits = compute_head.transformed(hidden[at])
+            slope = head.slope(logits)
             loss, grad_logits = _loss_and_gradient(
                 logits, targets.chunk(at), partial(token_loss, at)
             )
             del logits  # its memory is the gradient's, or free for the next chunk's
+            if not isinstance(slope, float) or slope != 1.0:
+                grad_logits *= slope
             total += loss
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
@@ -107,7 +113,7 @@ class _ChunkedLoss(torch.autograd.Function):
         # In place: the layer's gradient is as large as the layer. A second backward pass would
         # scale it twice, but autograd refuses one.
         scaled = (None if saved is None else saved.mul_(upstream) for saved in ctx.saved_tensors)
-        return (*scaled, None, None, None)
+        return (*scaled, None, None, None, None)
 
 
 def _loss_and_gradient(

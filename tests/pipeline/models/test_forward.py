@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from onstream.pipeline.models import packing
-from onstream.pipeline.models.forward import SHARED_PREFIX, head_of, hidden_states, token_logprobs
+from onstream.pipeline.models.forward import SHARED_PREFIX, hidden_states, token_logprobs
+from onstream.pipeline.models.output_head import OutputHead, head_of
 from onstream.pipeline.models.packing import Ids, pack, share_prompts
 from onstream.pipeline.models.prompt_sharing import prepare
 from tests.tiny import Family, sequences, tiny_model
@@ -36,7 +37,7 @@ def packed_logprobs(
     """The same from packed rows."""
     logprobs: dict[int, Tensor] = {}
     for packed in pack(share_prompts(prompts, completions), max_tokens):
-        logits = head_of(model)(hidden_states(model, packed))
+        logits = head_of(model).logits(hidden_states(model, packed))
         sampled = logits.log_softmax(-1).gather(1, torch.from_numpy(packed.targets)[:, None])[:, 0]
         logprobs |= zip(packed.sequences, sampled.split(packed.lengths), strict=True)
     return [logprobs[sequence] for sequence in range(len(prompts))]
@@ -103,7 +104,9 @@ def test_chunked_logprobs_and_their_tail_equal_the_naive_ones() -> None:
     hidden = torch.randn(37, 16)
     head = nn.Linear(16, 50)
     targets = torch.randint(0, 50, (37,))
-    found = token_logprobs(hidden, head, targets, temperature=0.7, top_k=4, chunk=8)
+    found = token_logprobs(
+        hidden, OutputHead(head.weight, head.bias), targets, temperature=0.7, top_k=4, chunk=8
+    )
     logprobs = (head(hidden) / 0.7).log_softmax(-1).detach()
     top = logprobs.topk(4)
     assert found.top is not None
@@ -120,7 +123,7 @@ def test_the_tail_of_a_confident_model_is_exact_where_one_less_the_sum_would_be_
     head = nn.Linear(1, 4, bias=False)
     with torch.no_grad():
         head.weight.copy_(torch.tensor([[40.0], [0.0], [0.0], [-1.0]]))
-    found = token_logprobs(torch.ones(1, 1), head, torch.tensor([0]), top_k=2)
+    found = token_logprobs(torch.ones(1, 1), OutputHead(head.weight), torch.tensor([0]), top_k=2)
     assert found.top is not None
     assert 1 - found.top.logprobs.exp().sum().item() == 0
     assert found.top.tail.item() == pytest.approx(math.log(1 + math.exp(-1)) - 40, abs=1e-5)
@@ -128,7 +131,7 @@ def test_the_tail_of_a_confident_model_is_exact_where_one_less_the_sum_would_be_
 
 def test_a_top_k_without_a_tail_is_refused() -> None:
     with pytest.raises(ValueError, match="top_k is 5; expected less than the vocabulary of 5"):
-        token_logprobs(torch.ones(1, 2), nn.Linear(2, 5), torch.tensor([0]), top_k=5)
+        token_logprobs(torch.ones(1, 2), OutputHead(torch.zeros(5, 2)), torch.tensor([0]), top_k=5)
 
 
 def test_no_tensor_of_more_than_one_chunk_of_logits_is_made() -> None:
@@ -136,7 +139,7 @@ def test_no_tensor_of_more_than_one_chunk_of_logits_is_made() -> None:
     head = nn.Linear(8, 1000)
     targets = torch.zeros(256, dtype=torch.long)
     with Widest() as widest:
-        token_logprobs(hidden, head, targets, top_k=4, chunk=16)
+        token_logprobs(hidden, OutputHead(head.weight, head.bias), targets, top_k=4, chunk=16)
     assert widest.elements == 16 * 1000
 
 

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-)
+from transformers import MistralConfig, MistralForCausalLM
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.forward import SHARED_PREFIX, hidden_states
 from onstream.pipeline.models.packing import pack, share_prompts
 from onstream.pipeline.models.prompt_sharing import prepare
+from tests.models.exactness import scoring_gap
+from tests.models.families import tiny_model as tiny_family
 from tests.tiny import Family, sequences, tiny_model
 
 SHAPE: dict[str, int | None] = {
@@ -77,15 +72,18 @@ def test_code_that_computes_something_else_with_a_layout_takes_padded_rows(
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_scaled_logits_are_refused() -> None:
-    model = GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=8.0)).eval()
-    with pytest.raises(UserError, match="not a plain projection"):
-        prepare(model)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("granite", {"logits_scaling": 8.0}),
+        ("cohere", {"logit_scale": 0.0625}),
+        ("gemma2", {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}),
+    ],
+)
+def test_scaled_and_capped_logits_are_exact(family: str, changes: dict[str, float]) -> None:
+    assert scoring_gap(tiny_family(family, **changes)) < 1e-4
 
 
-def test_capped_logits_are_refused_though_small_ones_look_alike() -> None:
-    model = Gemma2ForCausalLM(
-        Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=30.0)
-    ).eval()
-    with pytest.raises(UserError, match="without logit scaling or soft-capping"):
-        prepare(model)
+def test_more_than_a_linear_layer_after_the_last_hidden_states_is_refused() -> None:
+    with pytest.raises(UserError, match="are not a projection of its hidden states"):
+        prepare(tiny_family("modernbert-decoder"))

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from onstream.pipeline.models.output_head import OutputHead
 from onstream.settings.root import Settings
 from onstream.workers.teacher.local_scorer import LocalScorer, load_local
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
@@ -119,17 +119,16 @@ def test_entries_that_only_the_teacher_has_take_no_probability(model_dir: Path) 
 def test_no_more_positions_than_a_chunk_have_logits_at_once(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import onstream.pipeline.models.forward as forward
-
     seen: list[int] = []
-    head_logits = forward.head_logits
+    transformed = OutputHead.transformed
 
-    def spy(hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def spy(head: OutputHead, hidden: torch.Tensor) -> torch.Tensor:
         seen.append(len(hidden))
-        return head_logits(hidden, *rest)
+        return transformed(head, hidden)
 
-    monkeypatch.setattr(forward, "head_logits", spy)
     requests = some_requests()
-    scorer_of(model_dir, head_chunk=8).score(requests, top_k=4)
+    scorer = scorer_of(model_dir, head_chunk=8)
+    monkeypatch.setattr(OutputHead, "transformed", spy)
+    scorer.score(requests, top_k=4)
     assert max(seen) == 8
     assert sum(seen) == sum(len(request.completion_ids) for request in requests)

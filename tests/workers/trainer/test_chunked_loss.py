@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from onstream.pipeline.models.output_head import OutputHead
 from onstream.workers.trainer.chunked_loss import (
     TargetTokens,
     TokenLoss,
@@ -29,7 +30,10 @@ def draw() -> torch.Generator:
 
 def naive_logprobs(hidden: Tensor, head: nn.Linear, targets: TargetTokens) -> TrainerLogprobs:
     """All logits at once, by autograd alone."""
-    logits = head(hidden)
+    return logprobs_of(head(hidden), targets)
+
+
+def logprobs_of(logits: Tensor, targets: TargetTokens) -> TrainerLogprobs:
     heat = 1.0 if targets.temperatures is None else targets.temperatures[:, None]
     scaled = (logits / heat).log_softmax(-1)
     unscaled = logits.log_softmax(-1)
@@ -64,6 +68,10 @@ def some_loss(weights: Tensor) -> TokenLoss:
     return loss
 
 
+def output_head(linear: nn.Linear, scale: float = 1.0, cap: float | None = None) -> OutputHead:
+    return OutputHead(linear.weight, linear.bias, scale, cap)
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 23, 100])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("heated", [False, True])
@@ -81,12 +89,39 @@ def test_values_and_gradients_equal_the_naive_ones(
     loss = some_loss(torch.randn(TOKENS, generator=draw))
     expected = loss(slice(None), naive_logprobs(hidden, head, targets)).sum() / 3
     expected_gradients = torch.autograd.grad(expected, [hidden, *head.parameters()])
-    found = chunked_loss(hidden, head, targets, loss, chunk=chunk) / 3
+    found = chunked_loss(hidden, output_head(head), targets, loss, chunk=chunk) / 3
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for gradient, expected_gradient in zip(
         torch.autograd.grad(found, [hidden, *head.parameters()]), expected_gradients, strict=True
     ):
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("scale", "cap"), [(0.125, None), (1.0, 2.0), (3.0, 2.0)])
+def test_scaled_and_capped_logits_have_the_gradients_of_autograd(
+    scale: float, cap: float | None, draw: torch.Generator
+) -> None:
+    hidden = torch.randn(TOKENS, HIDDEN, generator=draw).requires_grad_()
+    linear = nn.Linear(HIDDEN, VOCABULARY)
+    head = output_head(linear, scale, cap)
+    top_ids = torch.rand(TOKENS, VOCABULARY, generator=draw).topk(TOP_K).indices
+    targets = TargetTokens(
+        torch.randint(0, VOCABULARY, (TOKENS,), generator=draw),
+        torch.rand(TOKENS, generator=draw) + 0.5,
+        top_ids,
+    )
+    loss = some_loss(torch.randn(TOKENS, generator=draw))
+    logits = linear(hidden) * scale
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    expected = loss(slice(None), logprobs_of(logits, targets)).sum()
+    wanted = torch.autograd.grad(expected, [hidden, *linear.parameters()])
+    found = chunked_loss(hidden, head, targets, loss, chunk=7)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for gradient, want in zip(
+        torch.autograd.grad(found, [hidden, *linear.parameters()]), wanted, strict=True
+    ):
+        torch.testing.assert_close(gradient, want, rtol=1e-5, atol=1e-5)
 
 
 def test_the_gradient_equals_a_finite_difference(draw: torch.Generator) -> None:
@@ -100,7 +135,11 @@ def test_the_gradient_equals_a_finite_difference(draw: torch.Generator) -> None:
 
     def value(hidden: Tensor) -> Tensor:
         return chunked_loss(
-            hidden, head, targets, lambda _, logprobs: logprobs.sampled + 2 * logprobs.tail, chunk=2
+            hidden,
+            output_head(head),
+            targets,
+            lambda _, logprobs: logprobs.sampled + 2 * logprobs.tail,
+            chunk=2,
         )  # type: ignore[operator]
 
     (found,) = torch.autograd.grad(value(hidden), hidden)
@@ -119,7 +158,7 @@ def test_a_frozen_head_still_hands_the_gradient_on(draw: torch.Generator) -> Non
     for frozen in (False, True):
         leaf = hidden.clone().requires_grad_()
         head.requires_grad_(not frozen)
-        chunked_loss(leaf, head, targets, loss, chunk=2).backward()
+        chunked_loss(leaf, output_head(head), targets, loss, chunk=2).backward()
         found.append(leaf.grad)
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
@@ -133,7 +172,7 @@ def test_the_logprobs_are_handed_over_once_a_chunk_and_in_order() -> None:
 
     chunked_loss(
         torch.zeros(10, 3),
-        nn.Linear(3, 5),
+        output_head(nn.Linear(3, 5)),
         TargetTokens(torch.zeros(10, dtype=torch.long)),
         loss,
         chunk=4,
@@ -150,7 +189,9 @@ def test_memory_grows_with_the_chunk_and_not_with_the_tokens() -> None:
             torch.zeros(tokens, dtype=torch.long), torch.full((tokens,), 0.9), top_ids
         )
         with Widest() as widest:
-            chunked_loss(hidden, head, targets, some_loss(torch.ones(tokens)), chunk=16).backward()
+            chunked_loss(
+                hidden, output_head(head), targets, some_loss(torch.ones(tokens)), chunk=16
+            ).backward()
         assert widest.elements == 16 * 3000
 
 
@@ -163,7 +204,7 @@ def test_a_loss_without_effect_has_no_gradient(
     hidden = torch.randn(5, 3).requires_grad_()
     chunked_loss(
         hidden,
-        nn.Linear(3, 7),
+        output_head(nn.Linear(3, 7)),
         TargetTokens(torch.zeros(5, dtype=torch.long)),
         lambda at, s: loss(at, s) + 0 * s.sampled,
         chunk=2,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from onstream.pipeline.models.forward import head_of, token_logprobs
+from onstream.pipeline.models.forward import token_logprobs
+from onstream.pipeline.models.output_head import head_of
 from onstream.pipeline.records import Probe, ids_bytes, logprobs_bytes
 from onstream.workers.trainer import lora
 
