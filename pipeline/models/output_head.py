@@ -38,21 +38,18 @@ class OutputHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [n, V] of `hidden` [n, H], multiplied in the precision of `hidden`."""
-        return self.with_weight(self.weight.to(hidden.dtype)).transformed(hidden)
-
-    def with_weight(self, weight: Tensor) -> OutputHead:
-        """The same with `weight`, say of another precision or with fewer rows."""
-        bias = None if self.bias is None else self.bias[: len(weight)].to(weight.dtype)
-        return OutputHead(weight, bias, self.scale, self.cap)
-
-    def transformed(self, hidden: Tensor) -> Tensor:
-        """The same as `logits`, where weight and hidden states are of one precision already."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias).float()
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        logits = nn.functional.linear(hidden, self.weight.to(hidden.dtype), bias).float()
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.cap is not None:
             logits = torch.tanh(logits / self.cap) * self.cap
         return logits
+
+    def with_weight(self, weight: Tensor) -> OutputHead:
+        """The same with `weight`, say of another precision or with fewer rows."""
+        bias = None if self.bias is None else self.bias[: len(weight)]
+        return OutputHead(weight, bias, self.scale, self.cap)
 
     def slope(self, logits: Tensor) -> Tensor | float:
         """The derivative of `logits` by the product of hidden states and weight, elementwise.

@@ -19,6 +19,7 @@ from onstream.pipeline.models.output_head import head_of
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts
 from onstream.pipeline.models.tokenizer import has_vision
 from onstream.pipeline.models.trial import (
+    ANOTHER_FAMILY,
     agree,
     alone,
     name_of,
@@ -70,26 +71,27 @@ def _alone_hidden_states(model: PreTrainedModel, row: SharedPrefixRow) -> Tensor
     return torch.cat(states)
 
 
+def _first_sequence(row: SharedPrefixRow) -> Tensor:
+    group = row.groups[0]
+    return torch.from_numpy(np.concatenate((group.prompt_ids, group.completions[0])))
+
+
 @torch.no_grad()
 def _check_padded(model: PreTrainedModel, row: SharedPrefixRow, expected: Tensor) -> None:
-    longest = row.groups[0]
-    require_causal(
-        model, torch.from_numpy(np.concatenate((longest.prompt_ids, longest.completions[0])))
-    )
+    require_causal(model, _first_sequence(row))
     found = hidden_states(model, row)
     if not agree(found, expected, model.dtype):
         raise UserError(
             f"the hidden states of {name_of(model)} differ by up to "
             f"{(found - expected).abs().max():.2g} between a padded batch and single sequences",
             expected="a model whose sequences do not change one another",
-            next_step="Use a model of another family, such as Qwen, Llama or Mistral.",
+            next_step=ANOTHER_FAMILY,
         )
 
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, row: SharedPrefixRow) -> None:
-    group = row.groups[0]
-    sequence = torch.from_numpy(np.concatenate((group.prompt_ids, group.completions[0])))
+    sequence = _first_sequence(row)
     input_ids = sequence.to(model.device)[None]
     head = head_of(model)
     expected = model(input_ids=input_ids, use_cache=False).logits[0].float()
@@ -104,7 +106,7 @@ def _unknown_head(model: PreTrainedModel) -> UserError:
     return UserError(
         f"the logits of {name_of(model)} are not a projection of its hidden states",
         expected="one linear layer, its logits scaled or capped at most",
-        next_step="Use a model of another family, such as Qwen, Llama or Mistral.",
+        next_step=ANOTHER_FAMILY,
     )
 
 

@@ -21,6 +21,7 @@ SHORT_WINDOW = 6
 """Tokens of a window in a trial, whose sequences are several times as long."""
 WINDOWS = ("sliding_window", "attention_chunk_size", "sliding_window_size", "window_size")
 """What configurations and layers call the number of tokens that a layer sees back."""
+ANOTHER_FAMILY = "Use a model of another family, such as Qwen, Llama or Mistral."
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """Largest difference accepted, relative to the largest value. Wrong results are off by far more."""
 
@@ -71,10 +72,10 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     return decoder
 
 
-def alone(model: PreTrainedModel, input_ids: Tensor, **inputs: Tensor) -> Tensor:
+def alone(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """The hidden states [S, H] of one sequence [S], by the model's own code."""
     states: Tensor = decoder_of(model)(
-        input_ids=input_ids.to(model.device)[None], use_cache=False, **inputs
+        input_ids=input_ids.to(model.device)[None], use_cache=False
     ).last_hidden_state[0]
     return states
 
@@ -100,7 +101,7 @@ def require_causal(model: PreTrainedModel, sequence: Tensor) -> None:
         f"{name_of(model)} is not causal: what follows a token changes its hidden states, "
         f"by up to {(found - expected).abs().max():.2g}",
         expected="a causal language model, in which a token sees those before it alone",
-        next_step="Use a model of another family, such as Qwen, Llama or Mistral.",
+        next_step=ANOTHER_FAMILY,
     )
 
 

@@ -88,7 +88,7 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             at = slice(start, min(start + chunk, len(hidden)))
-            logits = compute_head.transformed(hidden[at])
+            logits = compute_head.logits(hidden[at])
             slope = head.slope(logits)
             loss, grad_logits = _loss_and_gradient(
                 logits, targets.chunk(at), partial(token_loss, at)

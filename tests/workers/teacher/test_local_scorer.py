@@ -120,15 +120,15 @@ def test_no_more_positions_than_a_chunk_have_logits_at_once(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    transformed = OutputHead.transformed
+    logits = OutputHead.logits
 
     def spy(head: OutputHead, hidden: torch.Tensor) -> torch.Tensor:
         seen.append(len(hidden))
-        return transformed(head, hidden)
+        return logits(head, hidden)
 
     requests = some_requests()
     scorer = scorer_of(model_dir, head_chunk=8)
-    monkeypatch.setattr(OutputHead, "transformed", spy)
+    monkeypatch.setattr(OutputHead, "logits", spy)
     scorer.score(requests, top_k=4)
     assert max(seen) == 8
     assert sum(seen) == sum(len(request.completion_ids) for request in requests)
