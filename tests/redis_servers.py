@@ -1,7 +1,9 @@
-"""A Redis with a replica, at one address that can be made to mean either."""
+"""A Redis with a replica, at one address that can be made to mean either; and a way to kill one."""
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
 import time
@@ -11,6 +13,7 @@ from typing import Self
 
 from redis import Redis
 
+from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from onstream.workers.launcher.redis_binary import find_server
 
 
@@ -105,3 +108,11 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def kill(server: EmbeddedRedis) -> None:
+    """Kill `server`, and wait until it is gone."""
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGKILL)
+    while server.alive:
+        time.sleep(0.001)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from onstream.pipeline.redis.connection import WritesRefused
 from onstream.workers.launcher import embedded_redis
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from onstream.workers.launcher.redis_binary import find_server
+from tests.redis_servers import kill
 
 
 @pytest.fixture
@@ -28,13 +28,6 @@ def server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
     server.start()
     yield server
     server.stop()
-
-
-def kill(server: EmbeddedRedis) -> None:
-    assert server.pid is not None
-    os.kill(server.pid, signal.SIGKILL)
-    while server.alive:
-        time.sleep(0.001)
 
 
 def client(server: EmbeddedRedis) -> Redis:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from onstream.workers.launcher.redis_binary import find_server
 from onstream.workers.launcher.redis_keeper import RedisKeeper
 from onstream.workers.launcher.supervisor import ChildFailed
+from tests.redis_servers import kill
 
 
 @pytest.fixture
@@ -30,13 +29,6 @@ def server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
     server.start()
     yield server
     server.stop()
-
-
-def kill(server: EmbeddedRedis) -> None:
-    assert server.pid is not None
-    os.kill(server.pid, signal.SIGKILL)
-    while server.alive:
-        pass
 
 
 def keep_until(keeper: RedisKeeper, holds: Callable[[], bool]) -> None:
