@@ -121,7 +121,8 @@ def _answer(settings: Settings, bus: Bus, new: bool, what: str, at_once: str = "
         if new:
             return f"asked for {what}; `onstream jobs {settings.run_dir}` shows how it goes"
         return f"{what} is under way already"
-    sentences = [f"asked for {what}, but no jobs worker is at work: it waits for one"]
+    asked = f"asked for {what}" if new else f"{what} was asked for already"
+    sentences = [f"{asked}, but no jobs worker is at work: it waits for one"]
     if workers:
         sentences.append(f"`{command()} worker jobs {settings.run_dir}` starts one")
     if at_once:

@@ -102,7 +102,10 @@ def test_what_the_command_line_asks_for_is_kept_and_listed(
     assert "asked for the export of version 3" in onstream(
         "jobs", "export", run, "--to", str(tmp_path / "model")
     )
-    assert "under way already" in onstream("jobs", "export", run, "--to", str(tmp_path / "model"))
+    assert (
+        "the export of version 3 was asked for already, but no jobs worker is at work"
+        in onstream("jobs", "export", run, "--to", str(tmp_path / "model"))
+    )
     assert "asked for the evaluation of version 3" in onstream(
         "jobs", "evaluate", run, "--version", "3"
     )
