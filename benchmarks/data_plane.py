@@ -26,16 +26,14 @@ import psutil
 from redis import Redis
 
 from onstream.pipeline.loop import Worker, run_worker
-from onstream.pipeline.records import (
-    Rollout,
-    Sample,
-    StageName,
+from onstream.pipeline.record_codec import (
     decode_work,
     encode,
     ids_bytes,
     logprobs_bytes,
     mask_bytes,
 )
+from onstream.pipeline.records import Rollout, Sample, StageName
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Delivery, Outcome, Stats

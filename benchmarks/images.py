@@ -27,7 +27,8 @@ from PIL import Image
 from benchmarks.data_plane import bare, chain, connect, cpu_line, our_hop, our_sink, produce, record
 from onstream.pipeline.images import reference_of
 from onstream.pipeline.loop import run_worker
-from onstream.pipeline.records import Rollout, StageName, Ticket, encode, ids_bytes
+from onstream.pipeline.record_codec import encode, ids_bytes
+from onstream.pipeline.records import Rollout, StageName, Ticket
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.image_store import ImageHold
 from onstream.pipeline.redis.keys import Keys

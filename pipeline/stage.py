@@ -13,17 +13,15 @@ from typing import Protocol
 
 import structlog
 
-from onstream.pipeline.record_fields import REASON_CHARACTERS
+from onstream.pipeline.record_codec import RecordError, decode_work, encode
 from onstream.pipeline.records import (
-    RecordError,
+    REASON_CHARACTERS,
     Rollout,
     StageName,
     Ticket,
     Timing,
     Tombstone,
     Work,
-    decode_work,
-    encode,
 )
 from onstream.pipeline.redis.streams import Entry, Move, Out
 from onstream.settings.stages import STAGES

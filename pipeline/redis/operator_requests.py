@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from onstream.pipeline.record_fields import read_number
+from onstream.pipeline.record_codec import read_number
 from onstream.pipeline.records import Ticket
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection

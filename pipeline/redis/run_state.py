@@ -15,8 +15,8 @@ import structlog
 from redis.exceptions import ResponseError
 
 from onstream.pipeline import telemetry
-from onstream.pipeline.record_fields import read_number
-from onstream.pipeline.records import PolicyVersion, RecordError, StageName, decode_policy
+from onstream.pipeline.record_codec import RecordError, decode_policy, read_number
+from onstream.pipeline.records import PolicyVersion, StageName
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection
 from onstream.pipeline.redis.keys import GROUP, STAGES

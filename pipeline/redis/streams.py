@@ -9,7 +9,7 @@ from typing import Any, Literal
 import structlog
 from redis.exceptions import ResponseError
 
-from onstream.pipeline.record_fields import read_number
+from onstream.pipeline.record_codec import read_number
 from onstream.pipeline.records import StageName
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection, batched

@@ -16,7 +16,8 @@ import structlog
 from redis.exceptions import OutOfMemoryError, ResponseError
 
 from onstream.pipeline.errors import LeaseLost
-from onstream.pipeline.records import PolicyVersion, StageName, Ticket, encode
+from onstream.pipeline.record_codec import encode
+from onstream.pipeline.records import PolicyVersion, StageName, Ticket
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection, batched
 from onstream.pipeline.redis.keys import GROUP, WORKING

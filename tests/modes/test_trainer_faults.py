@@ -18,7 +18,7 @@ from typing import Any, Literal
 import pytest
 
 from onstream.pipeline.errors import Exit
-from onstream.pipeline.records import decode_work, encode
+from onstream.pipeline.record_codec import decode_work, encode
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Move, Out

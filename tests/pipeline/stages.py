@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from onstream.pipeline.records import (
-    Rollout,
-    Sample,
-    StageName,
-    Ticket,
-    VersionSpan,
-    ids_bytes,
-    logprobs_bytes,
-    mask_bytes,
-)
+from onstream.pipeline.record_codec import ids_bytes, logprobs_bytes, mask_bytes
+from onstream.pipeline.records import Rollout, Sample, StageName, Ticket, VersionSpan
 from onstream.pipeline.stage import Delivery, Outcome, Stats
 
 

@@ -15,14 +15,8 @@ import pytest
 
 from onstream.pipeline.errors import Exit, LeaseLost, UserError
 from onstream.pipeline.loop import Worker, run_worker
-from onstream.pipeline.records import (
-    PolicyVersion,
-    Rollout,
-    StageName,
-    Tombstone,
-    decode_work,
-    encode,
-)
+from onstream.pipeline.record_codec import decode_work, encode
+from onstream.pipeline.records import PolicyVersion, Rollout, StageName, Tombstone
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.redis.run_state import WorkerState

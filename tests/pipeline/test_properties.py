@@ -8,15 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onstream.pipeline.records import (
-    PolicyVersion,
+from onstream.pipeline.record_codec import (
     RecordError,
-    Rollout,
-    Sample,
-    Ticket,
-    Timing,
-    Tombstone,
-    VersionSpan,
     decode_policy,
     decode_work,
     encode,
@@ -24,6 +17,15 @@ from onstream.pipeline.records import (
     ids_bytes,
     logprobs_array,
     logprobs_bytes,
+)
+from onstream.pipeline.records import (
+    PolicyVersion,
+    Rollout,
+    Sample,
+    Ticket,
+    Timing,
+    Tombstone,
+    VersionSpan,
 )
 from onstream.pipeline.redis.streams import HOP_BYTES, HOP_RECORDS, Move, Out, hop_batches
 

@@ -10,21 +10,23 @@ import msgspec
 import pytest
 
 from onstream.pipeline.loop import Worker
-from onstream.pipeline.record_fields import read_number
+from onstream.pipeline.record_codec import (
+    RecordError,
+    decode_policy,
+    decode_work,
+    encode,
+    ids_bytes,
+    logprobs_bytes,
+    read_number,
+)
 from onstream.pipeline.records import (
     PolicyVersion,
-    RecordError,
     Rollout,
     StageName,
     Ticket,
     Timing,
     Tombstone,
     VersionSpan,
-    decode_policy,
-    decode_work,
-    encode,
-    ids_bytes,
-    logprobs_bytes,
 )
 from onstream.pipeline.redis.bus import Bus
 from onstream.settings.sections.run import DeliverySettings

@@ -23,7 +23,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from onstream.pipeline.records import StageName, Tombstone, encode
+from onstream.pipeline.record_codec import encode
+from onstream.pipeline.records import StageName, Tombstone
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Entry, Move, Out
 from onstream.pipeline.run_files.ledger import Ledger, Settled

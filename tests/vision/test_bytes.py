@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from onstream.pipeline.loop import Worker
-from onstream.pipeline.records import Rollout, decode_work
+from onstream.pipeline.record_codec import decode_work
+from onstream.pipeline.records import Rollout
 from onstream.pipeline.redis.bus import Bus
 from onstream.workers.teacher.stage import Teacher
 from tests.vision.conftest import Tiny, noise

@@ -18,7 +18,8 @@ from transformers import AutoProcessor
 from onstream.pipeline.images import ImageFile, Message, referred
 from onstream.pipeline.loop import Worker
 from onstream.pipeline.models.multimodal import joined
-from onstream.pipeline.records import Rollout, Ticket, ids_array
+from onstream.pipeline.record_codec import ids_array
+from onstream.pipeline.records import Rollout, Ticket
 from onstream.pipeline.redis.bus import Bus
 from onstream.settings.root import Settings
 from onstream.workers.generator.chat_stage import ChatGenerator

@@ -12,7 +12,8 @@ import pytest
 
 from onstream.pipeline.images import ImageFile
 from onstream.pipeline.loop import Worker
-from onstream.pipeline.records import Ticket, ids_array
+from onstream.pipeline.record_codec import ids_array
+from onstream.pipeline.records import Ticket
 from onstream.pipeline.redis.bus import Bus
 from onstream.settings.root import Settings
 from onstream.workers.generator.chat_stage import ChatGenerator

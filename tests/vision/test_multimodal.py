@@ -19,7 +19,7 @@ from onstream.pipeline.models.multimodal import joined
 from onstream.pipeline.models.output_head import head_of
 from onstream.pipeline.models.packing import Ids, pack, share_prompts, single_rows
 from onstream.pipeline.models.prompt_sharing import prepare
-from onstream.pipeline.records import ids_array, ids_bytes
+from onstream.pipeline.record_codec import ids_array, ids_bytes
 from onstream.settings.sections.losses import SftLoss
 from onstream.settings.sections.trainer import OptimSettings, TrainerSettings
 from onstream.workers.tiny_models.character_tokenizer import (

@@ -12,13 +12,8 @@ from typing import Any
 import pytest
 
 from onstream.pipeline.images.feature_cache import FetchImages
-from onstream.pipeline.records import (
-    Rollout,
-    Sample,
-    ids_bytes,
-    logprobs_bytes,
-    mask_bytes,
-)
+from onstream.pipeline.record_codec import ids_bytes, logprobs_bytes, mask_bytes
+from onstream.pipeline.records import Rollout, Sample
 from onstream.pipeline.run_files import recording
 from onstream.pipeline.weights import LoadedPolicy
 from onstream.settings.root import Settings

@@ -15,7 +15,8 @@ from PIL import Image
 
 from onstream.pipeline.images import ImageFile, image_file, reference_of
 from onstream.pipeline.loop import Worker
-from onstream.pipeline.records import Rollout, StageName, Ticket, decode_work, ids_array
+from onstream.pipeline.record_codec import decode_work, ids_array
+from onstream.pipeline.records import Rollout, StageName, Ticket
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.weights import publish
 from onstream.settings.root import Settings

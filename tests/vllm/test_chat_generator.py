@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.records import Rollout, Ticket, ids_array
+from onstream.pipeline.record_codec import ids_array
+from onstream.pipeline.records import Rollout, Ticket
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome
 from onstream.settings.root import Settings

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks.vllm_update import Announcements, changed, first_token_s
-from onstream.pipeline.records import Rollout, Ticket, ids_array, logprobs_array
+from onstream.pipeline.record_codec import ids_array, logprobs_array
+from onstream.pipeline.records import Rollout, Ticket
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome
 from onstream.pipeline.weights import DirectoryReader, PolicyFetcher, publish

@@ -24,14 +24,8 @@ from onstream.pipeline.http import (
 )
 from onstream.pipeline.images import ImageError, PromptImage
 from onstream.pipeline.prompts import PROMPTS_KEPT, Prompt
-from onstream.pipeline.records import (
-    FinishReason,
-    Sample,
-    StageName,
-    ids_bytes,
-    logprobs_bytes,
-    mask_bytes,
-)
+from onstream.pipeline.record_codec import ids_bytes, logprobs_bytes, mask_bytes
+from onstream.pipeline.records import FinishReason, Sample, StageName
 from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.pipeline.tasks import Problem, load_task
 from onstream.pipeline.telemetry import get_logger

@@ -10,7 +10,8 @@ import torch
 
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.models.loading import resolve_device, resolve_dtype
-from onstream.pipeline.records import Ids, Logprobs, PolicyVersion, Probe, ids_array, logprobs_array
+from onstream.pipeline.record_codec import ids_array, logprobs_array
+from onstream.pipeline.records import Ids, Logprobs, PolicyVersion, Probe
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
 from onstream.workers.generator.engines.base import Completion, Engine, GenerationRequest

@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.images import ImageError
 from onstream.pipeline.prompts import PROMPTS_KEPT, Prompt
+from onstream.pipeline.record_codec import ids_bytes, logprobs_bytes, mask_bytes
 from onstream.pipeline.records import (
     FinishReason,
     PolicyVersion,
@@ -20,9 +21,6 @@ from onstream.pipeline.records import (
     Sample,
     StageName,
     Ticket,
-    ids_bytes,
-    logprobs_bytes,
-    mask_bytes,
 )
 from onstream.pipeline.redis.image_store import ImageHold, ImageStore
 from onstream.pipeline.stage import Delivery, Outcome, Stats

@@ -13,15 +13,14 @@ from rich.console import Console
 from rich.text import Text
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.records import (
+from onstream.pipeline.record_codec import (
     RecordError,
-    Rollout,
-    Sample,
     decode_unchecked,
     ids_array,
     logprobs_array,
     mask_array,
 )
+from onstream.pipeline.records import Rollout, Sample
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import all_letters
 from onstream.pipeline.redis.operator_requests import RequestKind

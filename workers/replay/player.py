@@ -16,7 +16,8 @@ import torch
 
 from onstream.pipeline import weights
 from onstream.pipeline.images.feature_cache import FetchImages, no_images
-from onstream.pipeline.records import PolicyVersion, Ticket, decode_unchecked
+from onstream.pipeline.record_codec import decode_unchecked
+from onstream.pipeline.records import PolicyVersion, Ticket
 from onstream.pipeline.run_files.recording import Frame, RecordFrame, ResumeMark, StepMark
 from onstream.settings.root import Settings
 from onstream.workers.replay.recorded_run import ReplayStart, settled_in

@@ -7,16 +7,14 @@ from functools import partial
 
 import numpy as np
 
-from onstream.pipeline.record_fields import FieldError
-from onstream.pipeline.records import (
-    Rollout,
-    Sample,
-    StageName,
+from onstream.pipeline.record_codec import (
+    FieldError,
     check_teacher,
     ids_array,
     ids_bytes,
     logprobs_bytes,
 )
+from onstream.pipeline.records import Rollout, Sample, StageName
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.settings.root import Settings

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from onstream.pipeline.records import Rollout, logprobs_array
+from onstream.pipeline.record_codec import logprobs_array
+from onstream.pipeline.records import Rollout
 from onstream.pipeline.run_files.json_lines import JsonLines, cut
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings

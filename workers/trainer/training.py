@@ -21,7 +21,8 @@ from onstream.pipeline.images.feature_cache import FeatureCache, FetchImages
 from onstream.pipeline.models.forward import NO_IMAGES
 from onstream.pipeline.models.loading import resolve_device
 from onstream.pipeline.models.multimodal import Features
-from onstream.pipeline.records import Rollout, Timing, Tombstone, ids_array
+from onstream.pipeline.record_codec import ids_array
+from onstream.pipeline.records import Rollout, Timing, Tombstone
 from onstream.pipeline.run_files.ledger import Fate, Settled
 from onstream.pipeline.telemetry import get_logger, is_logged
 from onstream.settings.root import Settings

@@ -16,7 +16,8 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from onstream.pipeline.records import Rollout, decode_work, encode
+from onstream.pipeline.record_codec import decode_work, encode
+from onstream.pipeline.records import Rollout
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.job_queue import OPEN, JobQueue, JobRow
 from onstream.pipeline.redis.streams import Move, Out

@@ -15,7 +15,8 @@ import pytest
 from redis import Redis
 
 from onstream.pipeline.errors import Exit, LeaseLost, UserError
-from onstream.pipeline.records import PolicyVersion, decode_work
+from onstream.pipeline.record_codec import decode_work
+from onstream.pipeline.records import PolicyVersion
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import spill_dead, spilled_numbers
 from onstream.pipeline.redis.keys import Keys

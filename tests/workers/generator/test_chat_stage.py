@@ -14,15 +14,8 @@ import pytest
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.http import endpoint_pool
 from onstream.pipeline.loop import Worker
-from onstream.pipeline.records import (
-    Rollout,
-    StageName,
-    Ticket,
-    decode_work,
-    ids_array,
-    logprobs_array,
-    mask_array,
-)
+from onstream.pipeline.record_codec import decode_work, ids_array, logprobs_array, mask_array
+from onstream.pipeline.records import Rollout, StageName, Ticket
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome
 from onstream.pipeline.tasks import load_task

@@ -15,18 +15,8 @@ from safetensors.torch import load_file
 
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.loop import Worker
-from onstream.pipeline.records import (
-    PolicyVersion,
-    Probe,
-    Rollout,
-    StageName,
-    Ticket,
-    VersionSpan,
-    decode_work,
-    ids_array,
-    logprobs_array,
-    mask_array,
-)
+from onstream.pipeline.record_codec import decode_work, ids_array, logprobs_array, mask_array
+from onstream.pipeline.records import PolicyVersion, Probe, Rollout, StageName, Ticket, VersionSpan
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery
 from onstream.pipeline.tasks import load_task

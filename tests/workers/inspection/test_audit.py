@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from onstream.pipeline.records import StageName, Ticket, Tombstone, encode
+from onstream.pipeline.record_codec import encode
+from onstream.pipeline.records import StageName, Ticket, Tombstone
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.run_files.ledger import Ledger, Settled

@@ -11,16 +11,8 @@ import numpy as np
 import pytest
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.records import (
-    Rollout,
-    Sample,
-    StageName,
-    Ticket,
-    encode,
-    ids_bytes,
-    logprobs_bytes,
-    mask_bytes,
-)
+from onstream.pipeline.record_codec import encode, ids_bytes, logprobs_bytes, mask_bytes
+from onstream.pipeline.records import Rollout, Sample, StageName, Ticket
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import FILE, spill_dead
 from onstream.workers.inspection.dead_letters import ask_trainer, dead_by_reason, letters_of

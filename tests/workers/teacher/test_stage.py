@@ -11,11 +11,7 @@ import pytest
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.images.feature_cache import no_images
 from onstream.pipeline.loop import Worker
-from onstream.pipeline.records import (
-    Rollout,
-    Sample,
-    Ticket,
-    Tombstone,
+from onstream.pipeline.record_codec import (
     decode_work,
     encode,
     ids_array,
@@ -24,6 +20,7 @@ from onstream.pipeline.records import (
     logprobs_bytes,
     mask_bytes,
 )
+from onstream.pipeline.records import Rollout, Sample, Ticket, Tombstone
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Delivery, Outcome

@@ -13,19 +13,14 @@ from typing import Any
 import numpy as np
 
 from onstream.pipeline.loop import Worker
-from onstream.pipeline.records import (
-    Rollout,
-    Sample,
-    Ticket,
-    Timing,
-    Tombstone,
-    VersionSpan,
+from onstream.pipeline.record_codec import (
     decode_work,
     encode,
     ids_bytes,
     logprobs_bytes,
     mask_bytes,
 )
+from onstream.pipeline.records import Rollout, Sample, Ticket, Timing, Tombstone, VersionSpan
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.settings.root import Settings

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from onstream.pipeline.records import (
-    Rollout,
-    Sample,
-    Tombstone,
-    VersionSpan,
-    ids_bytes,
-    logprobs_bytes,
-    mask_bytes,
-)
+from onstream.pipeline.record_codec import ids_bytes, logprobs_bytes, mask_bytes
+from onstream.pipeline.records import Rollout, Sample, Tombstone, VersionSpan
 
 
 def rollout(

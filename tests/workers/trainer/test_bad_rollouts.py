@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.records import Rollout, Ticket, logprobs_bytes
+from onstream.pipeline.record_codec import logprobs_bytes
+from onstream.pipeline.records import Rollout, Ticket
 from onstream.pipeline.redis.bus import Bus
 from tests.workers.trainer.driver import Run, killed, rollout
 from tests.workers.trainer.durability.test_recording import assert_replays

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from onstream.pipeline.errors import Exit, UserError
-from onstream.pipeline.records import encode
+from onstream.pipeline.record_codec import encode
 from onstream.pipeline.redis.bus import Bus
 from onstream.workers.inspection.audit import audit
 from tests.workers.trainer.driver import Run, rollout

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onstream.pipeline.records import Rollout, Ticket, logprobs_bytes
+from onstream.pipeline.record_codec import logprobs_bytes
+from onstream.pipeline.records import Rollout, Ticket
 from tests.workers.trainer.driver import Run, rollout
 
 pytestmark = pytest.mark.timeout(30)

@@ -9,14 +9,8 @@ from contextlib import ExitStack, closing
 import pytest
 
 from onstream.pipeline.loop import Worker
-from onstream.pipeline.records import (
-    Rollout,
-    StageName,
-    Ticket,
-    Tombstone,
-    decode_work,
-    encode,
-)
+from onstream.pipeline.record_codec import decode_work, encode
+from onstream.pipeline.records import Rollout, StageName, Ticket, Tombstone
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import all_letters
 from onstream.pipeline.stage import Delivery, Outcome, Stats

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from onstream.pipeline.errors import Exit, LeaseLost, UserError
-from onstream.pipeline.records import Rollout, Ticket, Tombstone, encode
+from onstream.pipeline.record_codec import encode
+from onstream.pipeline.records import Rollout, Ticket, Tombstone
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.lease import LeaseHeld
 from onstream.pipeline.redis.streams import Move, Out

@@ -14,14 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onstream.pipeline.errors import Exit
 from onstream.pipeline.loop import run_worker
-from onstream.pipeline.records import (
-    Rollout,
-    Ticket,
-    Tombstone,
-    decode_work,
-    encode,
-    ids_bytes,
-)
+from onstream.pipeline.record_codec import decode_work, encode, ids_bytes
+from onstream.pipeline.records import Rollout, Ticket, Tombstone
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.workers.trainer.startup import trainer_stage

@@ -11,14 +11,8 @@ import pytest
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.loop import Worker
-from onstream.pipeline.records import (
-    Rollout,
-    Sample,
-    decode_work,
-    encode,
-    ids_bytes,
-    logprobs_bytes,
-)
+from onstream.pipeline.record_codec import decode_work, encode, ids_bytes, logprobs_bytes
+from onstream.pipeline.records import Rollout, Sample
 from onstream.pipeline.redis.bus import Bus
 from onstream.settings.root import Settings
 from onstream.settings.sections.run import DeliverySettings

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from onstream.pipeline.records import Rollout, Tombstone, decode_work, encode
+from onstream.pipeline.record_codec import decode_work, encode
+from onstream.pipeline.records import Rollout, Tombstone
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.job_queue import JobQueue
 from onstream.settings.root import Settings

@@ -10,7 +10,8 @@ from onstream.pipeline.images import ImageFile, PromptImage
 from onstream.pipeline.images.feature_cache import FeatureCache, FetchImages, MissingImage
 from onstream.pipeline.images.vision import load_vision
 from onstream.pipeline.images.vllm_prompts import KEPT, VllmPrompts
-from onstream.pipeline.records import Sample, ids_array
+from onstream.pipeline.record_codec import ids_array
+from onstream.pipeline.records import Sample
 from onstream.settings.root import Settings
 from onstream.workers.teacher.scorer import ScoreRequest
 from onstream.workers.teacher.stage import request_of

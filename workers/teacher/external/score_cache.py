@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from onstream.pipeline.records import Logprobs, ids_array, ids_bytes, logprobs_array, logprobs_bytes
+from onstream.pipeline.record_codec import ids_array, ids_bytes, logprobs_array, logprobs_bytes
+from onstream.pipeline.records import Logprobs
 from onstream.pipeline.redis.score_store import ScoreStore
 from onstream.workers.teacher.external.endpoint import SAME_NATS, distance
 from onstream.workers.teacher.scorer import ScoreRequest, Scores

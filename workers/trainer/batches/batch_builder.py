@@ -15,7 +15,8 @@ from itertools import pairwise
 from statistics import fmean, pstdev
 from typing import Literal
 
-from onstream.pipeline.records import Rollout, Tombstone, ids_array
+from onstream.pipeline.record_codec import ids_array
+from onstream.pipeline.records import Rollout, Tombstone
 from onstream.settings.stages import FIRST, STAGE_NAMES, WORK_STAGES
 from onstream.workers.trainer.maths.scalars import staleness
 

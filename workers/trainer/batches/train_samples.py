@@ -12,16 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onstream.pipeline.records import (
-    Ids,
-    Logprobs,
-    Mask,
-    Rollout,
-    Sample,
-    ids_array,
-    logprobs_array,
-    mask_array,
-)
+from onstream.pipeline.record_codec import ids_array, logprobs_array, mask_array
+from onstream.pipeline.records import Ids, Logprobs, Mask, Rollout, Sample
 from onstream.settings.sections.losses import Loss
 from onstream.workers.trainer.batches.batch_builder import TrainableUnit
 from onstream.workers.trainer.maths.scalars import group_advantages, token_staleness

@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 
 from onstream.pipeline.images.feature_cache import FetchImages, no_images
-from onstream.pipeline.records import Rollout, Tombstone, encode
+from onstream.pipeline.record_codec import encode
+from onstream.pipeline.records import Rollout, Tombstone
 from onstream.pipeline.run_files import recording
 from onstream.pipeline.run_files.durable import sync
 from onstream.pipeline.run_files.recording import Recorder, ResumeMark, StepMark

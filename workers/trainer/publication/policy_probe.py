@@ -9,7 +9,8 @@ import torch
 
 from onstream.pipeline.models.forward import token_logprobs
 from onstream.pipeline.models.output_head import head_of
-from onstream.pipeline.records import Probe, ids_bytes, logprobs_bytes
+from onstream.pipeline.record_codec import ids_bytes, logprobs_bytes
+from onstream.pipeline.records import Probe
 from onstream.workers.trainer import lora
 
 if TYPE_CHECKING:

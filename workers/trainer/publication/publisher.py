@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from onstream.pipeline import weights
-from onstream.pipeline.records import PolicyVersion, RecordError
+from onstream.pipeline.record_codec import RecordError
+from onstream.pipeline.records import PolicyVersion
 from onstream.pipeline.redis.bus import Bus, redis_url
 from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.telemetry import get_logger

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onstream.pipeline.records import Rollout, Sample, ids_bytes, logprobs_bytes, mask_bytes
+from onstream.pipeline.record_codec import ids_bytes, logprobs_bytes, mask_bytes
+from onstream.pipeline.records import Rollout, Sample
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome
 from onstream.settings.root import Settings

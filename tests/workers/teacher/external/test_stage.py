@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from onstream.pipeline.loop import Worker
-from onstream.pipeline.records import Rollout, decode_work, encode, ids_array, logprobs_array
+from onstream.pipeline.record_codec import decode_work, encode, ids_array, logprobs_array
+from onstream.pipeline.records import Rollout
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Outcome

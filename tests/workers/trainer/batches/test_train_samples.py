@@ -7,15 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onstream.pipeline.records import (
-    Rollout,
-    Sample,
-    Ticket,
-    VersionSpan,
-    ids_bytes,
-    logprobs_bytes,
-    mask_bytes,
-)
+from onstream.pipeline.record_codec import ids_bytes, logprobs_bytes, mask_bytes
+from onstream.pipeline.records import Rollout, Sample, Ticket, VersionSpan
 from onstream.workers.trainer.batches.batch_builder import TrainableUnit
 from onstream.workers.trainer.batches.train_samples import (
     TrainSample,

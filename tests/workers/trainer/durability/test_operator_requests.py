@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from onstream.pipeline.records import Rollout, Ticket, Tombstone, encode
+from onstream.pipeline.record_codec import encode
+from onstream.pipeline.records import Rollout, Ticket, Tombstone
 from onstream.pipeline.redis.dead_letters import all_letters, dead_numbers, spilled_numbers
 from onstream.pipeline.redis.streams import Move, Out
 from tests.workers.trainer.driver import Run, rollout

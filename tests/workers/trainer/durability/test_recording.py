@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from onstream.pipeline.errors import Exit
-from onstream.pipeline.records import Rollout, Ticket, Tombstone, logprobs_bytes
+from onstream.pipeline.record_codec import logprobs_bytes
+from onstream.pipeline.records import Rollout, Ticket, Tombstone
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.run_files import recording
 from onstream.pipeline.run_files.recording import RecordFrame, ResumeMark, StepMark, frames

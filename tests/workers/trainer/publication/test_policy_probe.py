@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from onstream.pipeline.records import Probe, ids_array, logprobs_array
+from onstream.pipeline.record_codec import ids_array, logprobs_array
+from onstream.pipeline.records import Probe
 from onstream.pipeline.redis.bus import Bus
 from onstream.settings.sections.inference import InferenceSettings
 from onstream.settings.sections.trainer import TrainerSettings

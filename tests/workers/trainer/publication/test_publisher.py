@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 import onstream.pipeline.weights.redis_store
-from onstream.pipeline.records import decode_policy, encode
+from onstream.pipeline.record_codec import decode_policy, encode
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.weights import (
     DirectoryReader,
