@@ -23,7 +23,7 @@ from onstream.pipeline.models.forward import (
 )
 from onstream.pipeline.models.loading import load_model, resolve_device, resolve_dtype
 from onstream.pipeline.models.multimodal import Features
-from onstream.pipeline.models.output_head import OutputHead, head_of
+from onstream.pipeline.models.forward import OutputHead, head_of
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.models.tokenizer import has_vision, load_configs

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from onstream.pipeline.models.forward import entropy_of
-from onstream.pipeline.models.output_head import OutputHead
+from onstream.pipeline.models.forward import OutputHead
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from onstream.pipeline.models.output_head import OutputHead
+from onstream.pipeline.models.forward import OutputHead
 from onstream.settings.root import Settings
 from onstream.workers.teacher.local_scorer import LocalScorer, load_local
 from onstream.workers.teacher.scorer import ScoreRequest, Scores

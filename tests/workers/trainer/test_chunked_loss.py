@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from onstream.pipeline.models.output_head import OutputHead
+from onstream.pipeline.models.forward import OutputHead
 from onstream.workers.trainer.chunked_loss import (
     TargetTokens,
     TokenLoss,
