@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.forward import (
     SHARED_PREFIX,
+    head_of,
     hidden_states,
     shares_prompts,
 )
 from onstream.pipeline.models.loading import set_text_attention, text_config
 from onstream.pipeline.models.multimodal import images_see_themselves
-from onstream.pipeline.models.forward import head_of
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts
 from onstream.pipeline.models.tokenizer import has_vision
 from onstream.pipeline.models.trial import (

@@ -12,7 +12,7 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.redis.connection import Connection
 from onstream.pipeline.redis.image_store import ImageStore
 from onstream.pipeline.redis.operator_requests import OperatorRequests
-from onstream.pipeline.redis.run_state import RunLimits, RunState
+from onstream.pipeline.redis.run_state import RunState
 from onstream.pipeline.redis.score_store import ScoreStore
 from onstream.pipeline.redis.streams import Streams
 from onstream.pipeline.redis.trainer_lease import TrainerLease
@@ -41,7 +41,7 @@ class Bus:
         self.keys = connection.keys
         self.streams = Streams(connection)
         self.state = RunState(connection)
-        self.limits = RunLimits(self.state)
+        self.limits = RunLimits(connection)
         self.lease = TrainerLease(connection)
         self.requests = OperatorRequests(connection, self.lease)
         self.weights = WeightStore(connection, self.lease)

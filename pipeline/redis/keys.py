@@ -38,6 +38,8 @@ class Keys:
         """Stream of announced policy versions; no group."""
         self.policy = self._key("policy")
         """String: the newest policy version."""
+        self.announced = self._key("announced")
+        """String: the greatest number that a policy version was announced by."""
         self.weights = self._key("weights")
         """Hash: the weights that are offered, whole sets and deltas, by place.
 

@@ -28,8 +28,6 @@ PAGE = 500
 STARTED = time.time()
 VERSION = version("onstream")
 FAILED = "failed"
-UNKNOWN_S = 0.5
-"""How long Redis is not asked again for the count of tickets, where it has none."""
 ALIVE_S = 10.0
 FORGOTTEN_S = 3600.0
 
@@ -147,14 +145,7 @@ class RunState:
 
     def issued(self) -> int:
         """How many tickets were ever issued; the number of the last one."""
-        return self.known_issued() or 0
-
-    def known_issued(self) -> int | None:
-        """The same; None where Redis does not know: there was no trainer yet, or data was lost."""
-        count: bytes | None = self._connection.ask("GET", self._keys.issued)
-        if count is None or not count.isdigit():
-            return None
-        return read_number(count)
+        return read_number(self._connection.ask("GET", self._keys.issued) or b"")
 
     def plan(self) -> bytes | None:
         """The run's plan, once a trainer has written it."""
@@ -305,61 +296,6 @@ class RunState:
         """Delete dead letters, which the caller has written to a file."""
         if ids:
             self._connection.ask("XDEL", self._keys.dead, *ids)
-
-
-class RunLimits:
-    """The last number issued and the newest version announced, as last heard from Redis.
-
-    Both only grow, so Redis is asked again for a record beyond them alone. Where Redis does not
-    know, having lost its data say, nothing is beyond them: the trainer restores both.
-    """
-
-    def __init__(self, state: RunState) -> None:
-        self._state = state
-        self._issued: int = 0
-        self._unknown_until = 0.0
-        self._version: int = -1
-
-    def note(self, *, issued: int = 0, version: int = -1) -> None:
-        """Take in what the trainer, whose own doing both are, knows before Redis does."""
-        self._issued = max(self._issued, issued)
-        self._version = max(self._version, version)
-
-    def was_issued(self, number: int) -> bool:
-        """Whether the run has issued `number`."""
-        if number <= self._issued or time.monotonic() < self._unknown_until:
-            return True
-        issued = self._state.known_issued()
-        if issued is None:
-            self._unknown_until = time.monotonic() + UNKNOWN_S
-            return True
-        self._issued = max(self._issued, issued)
-        return number <= self._issued
-
-    def was_announced(self, version: int, ahead: int = 0) -> bool:
-        """Whether the run has announced `version`, or one at most `ahead` older."""
-        version -= ahead
-        if version <= self._version:
-            return True
-        newest = self._state.newest_policy()
-        if newest is None:
-            return True
-        self._version = max(self._version, newest.number)
-        if version > self._version:
-            # A trainer that went back to a checkpoint has announced a lower number than before.
-            announced = [policy.number for policy in self._state.announced_policies()]
-            self._version = max([self._version, *announced])
-        return version <= self._version
-
-    @property
-    def issued(self) -> int:
-        """The last number issued, as last heard."""
-        return self._issued
-
-    @property
-    def version(self) -> int:
-        """The newest version announced, as last heard; −1 before the first."""
-        return self._version
 
 
 def _warn_of_policy(key: str, problem: str) -> None:

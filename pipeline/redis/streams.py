@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +23,8 @@ HOP_RECORDS = 32
 HOP_BYTES = 1 << 20
 IDS_AT_ONCE = 256
 ROWS_AT_ONCE = 1000
+UNKNOWN_S = 0.5
+"""How long Redis is not asked again for a count that it does not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,64 @@ class Move:
     def size_bytes(self) -> int:
         """Bytes of all that it writes."""
         return sum(len(out.payload) for out in self.outs)
+
+
+class RunLimits:
+    """The last number issued and the newest version announced, as last heard from Redis."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._issued = _GrowingCount(connection, connection.keys.issued, 0)
+        self._announced = _GrowingCount(connection, connection.keys.announced, -1)
+
+    def note(self, *, issued: int = 0, version: int = -1) -> None:
+        """Take in what the trainer, whose own doing both are, knows before Redis does."""
+        self._issued.note(issued)
+        self._announced.note(version)
+
+    def was_issued(self, number: int) -> bool:
+        """Whether the run has issued `number`."""
+        return self._issued.reaches(number)
+
+    def was_announced(self, version: int, ahead: int = 0) -> bool:
+        """Whether the run has announced `version`, or one at most `ahead` older."""
+        return self._announced.reaches(version - ahead)
+
+    @property
+    def issued(self) -> int:
+        """The last number issued, as last heard."""
+        return self._issued.heard
+
+    @property
+    def version(self) -> int:
+        """The newest version announced, as last heard; −1 before the first."""
+        return self._announced.heard
+
+
+class _GrowingCount:
+    """A count in Redis that only grows, so Redis is asked again for a number beyond it alone.
+
+    Where Redis does not know it, having lost its data say, nothing is beyond it: the trainer
+    restores it.
+    """
+
+    def __init__(self, connection: Connection, key: str, start: int) -> None:
+        self._connection = connection
+        self._key = key
+        self._unknown_until = 0.0
+        self.heard = start
+
+    def note(self, count: int) -> None:
+        self.heard = max(self.heard, count)
+
+    def reaches(self, number: int) -> bool:
+        if number <= self.heard or time.monotonic() < self._unknown_until:
+            return True
+        count: bytes | None = self._connection.ask("GET", self._key)
+        if count is None or not count.isdigit():
+            self._unknown_until = time.monotonic() + UNKNOWN_S
+            return True
+        self.note(read_number(count))
+        return number <= self.heard
 
 
 class Streams:

@@ -235,8 +235,9 @@ class TrainerLease:
         Raises:
             LeaseLost: another trainer took over.
         """
-        keys = [self._keys.policy, self._keys.policies]
-        self.fenced(scripts.ANNOUNCE, lease, keys, [encode(policy), ANNOUNCEMENTS_KEPT])
+        keys = [self._keys.policy, self._keys.policies, self._keys.announced]
+        args = [encode(policy), ANNOUNCEMENTS_KEPT, policy.number]
+        self.fenced(scripts.ANNOUNCE, lease, keys, args)
 
     def acknowledge(self, lease: Lease, entries: Mapping[bytes, int]) -> int:
         """Delete entries of the trainer's stream; returns how many were there.

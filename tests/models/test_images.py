@@ -16,9 +16,8 @@ from transformers import (
 )
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.models.forward import hidden_states
+from onstream.pipeline.models.forward import head_of, hidden_states
 from onstream.pipeline.models.multimodal import ImageFeatures
-from onstream.pipeline.models.forward import head_of
 from onstream.pipeline.models.packing import Ids, pack, share_prompts
 from onstream.pipeline.models.prompt_sharing import prepare
 from tests.models.families import SIZES, spread

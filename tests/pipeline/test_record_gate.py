@@ -301,6 +301,15 @@ def test_a_version_beyond_the_newest_is_refused_where_the_announcements_are_gone
     assert accepted(bus, "train") == []
 
 
+def test_a_policy_written_by_hand_makes_no_version_one_that_was_announced(bus: Bus) -> None:
+    issue(bus, 8)
+    forged = encode(PolicyVersion(10**6, "digest", "policies/000003", 1))
+    bus.connection.ask("SET", bus.keys.policy, forged)
+    bus.connection.ask("XADD", bus.keys.policies, "*", "b", forged)
+    put(bus, "train", 2, at("train", 2, version=10**6))
+    assert accepted(bus, "train") == []
+
+
 def test_where_redis_has_forgotten_what_was_issued_nothing_is_refused_for_it(bus: Bus) -> None:
     put(bus, "verify", 9, at("verify", 9, version=7))
     assert (accepted(bus, "verify"), bus.state.dead_letters()) == ([9], [])

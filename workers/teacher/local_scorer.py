@@ -17,13 +17,14 @@ from onstream.pipeline.images.feature_cache import FeatureCache, FetchImages, no
 from onstream.pipeline.images.vision import Vision, load_vision
 from onstream.pipeline.models.forward import (
     NO_IMAGES,
+    OutputHead,
     TokenLogprobs,
+    head_of,
     hidden_states,
     token_logprobs,
 )
 from onstream.pipeline.models.loading import load_model, resolve_device, resolve_dtype
 from onstream.pipeline.models.multimodal import Features
-from onstream.pipeline.models.forward import OutputHead, head_of
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.models.tokenizer import has_vision, load_configs

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onstream.pipeline.models.forward import entropy_of
-from onstream.pipeline.models.forward import OutputHead
+from onstream.pipeline.models.forward import OutputHead, entropy_of
 
 
 @dataclass(frozen=True)

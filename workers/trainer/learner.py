@@ -15,10 +15,9 @@ from torch import Tensor
 
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.images.vision import load_vision
-from onstream.pipeline.models.forward import NO_IMAGES, hidden_states
+from onstream.pipeline.models.forward import NO_IMAGES, head_of, hidden_states
 from onstream.pipeline.models.loading import base_of, load_model, resolve_dtype, text_config
 from onstream.pipeline.models.multimodal import Features
-from onstream.pipeline.models.forward import head_of
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts, single_rows
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.models.tokenizer import has_vision, load_tokenizer

@@ -18,7 +18,7 @@ from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
 from onstream.settings.stages import StageName
-from onstream.workers.trainer.drops_in_a_row import DropsInARow
+from onstream.workers.trainer.batches.batch_builder import DropsInARow
 from onstream.workers.trainer.durability.checkpointing import Checkpointing, TrainerPosition
 from onstream.workers.trainer.durability.operator_requests import OperatorRequestHandler
 from onstream.workers.trainer.durability.recording import Recording

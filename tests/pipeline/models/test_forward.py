@@ -11,8 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from onstream.pipeline.models import packing
-from onstream.pipeline.models.forward import SHARED_PREFIX, hidden_states, token_logprobs
-from onstream.pipeline.models.forward import OutputHead, head_of
+from onstream.pipeline.models.forward import (
+    SHARED_PREFIX,
+    OutputHead,
+    head_of,
+    hidden_states,
+    token_logprobs,
+)
 from onstream.pipeline.models.packing import Ids, pack, share_prompts
 from onstream.pipeline.models.prompt_sharing import prepare
 from tests.tiny import Family, sequences, tiny_model

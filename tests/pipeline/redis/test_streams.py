@@ -53,6 +53,7 @@ def test_all_keys_of_a_run_share_one_hash_tag() -> None:
         keys.dead,
         keys.policies,
         keys.policy,
+        keys.announced,
         keys.issued,
         keys.reissued,
         keys.epoch,

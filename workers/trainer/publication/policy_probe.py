@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from onstream.pipeline.models.forward import token_logprobs
-from onstream.pipeline.models.forward import head_of
+from onstream.pipeline.models.forward import head_of, token_logprobs
 from onstream.pipeline.record_codec import ids_bytes, logprobs_bytes
 from onstream.pipeline.records import Probe
 from onstream.workers.trainer import lora
