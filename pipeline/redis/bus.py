@@ -14,7 +14,7 @@ from onstream.pipeline.redis.image_store import ImageStore
 from onstream.pipeline.redis.operator_requests import OperatorRequests
 from onstream.pipeline.redis.run_state import RunState
 from onstream.pipeline.redis.score_store import ScoreStore
-from onstream.pipeline.redis.streams import Streams
+from onstream.pipeline.redis.streams import RunLimits, Streams
 from onstream.pipeline.redis.trainer_lease import TrainerLease
 from onstream.pipeline.redis.transfer_state import TransferState
 from onstream.pipeline.redis.weight_store import WeightStore
