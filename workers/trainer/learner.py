@@ -107,6 +107,7 @@ class Learner:
         self._adapter = None
         if trainer.lora:
             self._adapter = lora.attach(self.model, trainer.lora, saved=model if base else None)
+        self.head = head_of(self.model)
         self.vision = load_vision(model) if has_vision(self.model.config) else None
         if self.vision and not trainer.train_vision:
             self.model.get_encoder(modality="image").requires_grad_(False)
@@ -237,7 +238,7 @@ class Learner:
             hidden = hidden.index_select(0, tokens.kept)
         loss = chunked_loss(
             hidden,
-            head_of(self.model),
+            self.head,
             tokens.targets,
             RowLoss(self._loss_function, self._tail_floor, tokens, values),
             chunk=self.trainer.head_chunk,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from onstream.pipeline.models.forward import head_of, token_logprobs
+from onstream.pipeline.models.forward import token_logprobs
 from onstream.pipeline.record_codec import ids_bytes, logprobs_bytes
 from onstream.pipeline.records import Probe
 from onstream.workers.trainer import lora
@@ -63,9 +63,7 @@ class Prober:
             for packed in self._rows:
                 last = torch.tensor(packed.lengths, device=learner.device).cumsum(0) - 1
                 hidden = learner.hidden(packed)[last]
-                found = token_logprobs(
-                    hidden, head_of(learner.model), torch.zeros_like(last), top_k=top
-                ).top
+                found = token_logprobs(hidden, learner.head, torch.zeros_like(last), top_k=top).top
                 assert found is not None
                 rows = list(packed.sequences)
                 ids[rows] = found.ids.cpu().numpy()
