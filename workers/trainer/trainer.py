@@ -62,7 +62,11 @@ class Trainer:
     finished: bool = False
 
     def __post_init__(self) -> None:
-        self._drops = DropsInARow(self.settings)
+        orchestrator = self.settings.orchestrator
+        groups = orchestrator.max_dropped_groups
+        on_their_way = orchestrator.max_off_policy_steps * orchestrator.batch_size
+        most = groups * orchestrator.group_size + on_their_way if groups else None
+        self._drops = DropsInARow(most)
 
     @property
     def step(self) -> int:

@@ -19,7 +19,6 @@ from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.record_codec import ids_array
 from onstream.pipeline.records import Rollout, Tombstone
 from onstream.pipeline.run_files.ledger import Fate, Settled
-from onstream.settings.root import Settings
 from onstream.settings.stages import FIRST, STAGE_NAMES, WORK_STAGES
 from onstream.workers.trainer.maths.scalars import staleness
 
@@ -323,11 +322,9 @@ class DropsInARow:
     to leave such out, however many they are.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        orchestrator = settings.orchestrator
-        on_their_way = orchestrator.max_off_policy_steps * orchestrator.batch_size
-        groups = orchestrator.max_dropped_groups
-        self._most = groups * orchestrator.group_size + on_their_way if groups else None
+    def __init__(self, most: int | None) -> None:
+        """`most` rollouts in a row make a problem; None: none ever do."""
+        self._most = most
         self._reasons: dict[int, str | None] = {}  # of numbers that have not settled
         self._dropped = Counter[tuple[Fate, str]]()
 
