@@ -6,6 +6,7 @@ import logging
 import os
 import uuid
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 
 import hypothesis
@@ -23,6 +24,22 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("P
 # happens to run it.
 hypothesis.settings.register_profile("onstream", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("onstream")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out the tests of `rotates` groups that are another day's, where ROTATE_TESTS is set.
+
+    CI sets it. They are long runs of much the same, and all of them together take too long there.
+    """
+    if not os.environ.get("ROTATE_TESTS"):
+        return
+    today = date.today().toordinal()
+    for item in items:
+        for mark in item.iter_markers("rotates"):
+            group, place, of = mark.args
+            if today % of != place:
+                reason = f"{group}: one of {of} a day, and this one is another day's"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

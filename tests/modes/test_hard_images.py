@@ -44,6 +44,7 @@ def hard_run(directory: Path, endpoint: str, first: Path, *extra: str) -> Run:
     return Run(directory, first, *reached, "inference.sampling.max_completion=24", *extra)
 
 
+@pytest.mark.rotates("students that learn to read pictures", 1, 3)
 def test_an_endpoint_that_sees_teaches_a_student_to_look(tmp_path: Path, endpoint: str) -> None:
     run = hard_run(tmp_path, endpoint, EXAMPLE / "hard.toml")
     run.up()

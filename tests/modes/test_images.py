@@ -26,6 +26,7 @@ def likely(share: float, samples: int) -> float:
     return share + 3.1 * sqrt(share * (1 - share) / samples)
 
 
+@pytest.mark.rotates("students that learn to read pictures", 0, 3)
 def test_a_student_that_sees_learns_to_read_pictures_from_its_teacher(tmp_path: Path) -> None:
     run = Run(tmp_path, PAIR / "onstream.toml", f"model.name={PAIR / 'student'}")
     summary = run.up()
