@@ -42,6 +42,12 @@ def beat(job: Run) -> None:
     job.ready()
 
 
+def wait_until_written(bus: Bus) -> None:
+    """Wait until the append-only file has it all: while the disk is busy, Redis keeps it back."""
+    while bus.connection.ask("INFO", "persistence")["aof_buffer_length"]:
+        pass
+
+
 def test_a_trainer_whose_redis_is_emptied_under_it_asks_again_for_what_is_lost_and_goes_on(
     run: Callable[..., Run], bus: Bus, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +141,7 @@ def test_a_restart_on_the_same_data_is_noticed_and_costs_nothing(
     job.until(3)
     beat(job)
     assert not own.lease.may_have_lost_data
+    wait_until_written(own)
     subprocess.run(["kill", "-9", str(server.pid)], check=True)
     while server.alive:
         pass
