@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
 from onstream.pipeline.records import StageName
 from onstream.pipeline.redis.bus import Bus
@@ -86,7 +87,7 @@ class Crew:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
     server = EmbeddedRedis(tmp_path / "redis", max_memory_mb=256)
-    server.start()
+    start(server)
     yield server
     server.stop()
 
@@ -107,13 +108,23 @@ def crew(server: EmbeddedRedis, tmp_path: Path, run_name: str) -> Iterator[Crew]
         process.join()
 
 
+def start(server: EmbeddedRedis) -> None:
+    """Start the server, so that its file has all that it answers for.
+
+    While the disk is busy, `everysec` would keep writes back for up to two seconds. There is no
+    trainer here that would issue again what a kill takes then.
+    """
+    with Redis.from_url(server.start()) as client:
+        client.config_set("appendfsync", "always")
+
+
 def kill_server(server: EmbeddedRedis) -> None:
     """SIGKILL the server and start it again on its data."""
     assert server.pid is not None
     os.kill(server.pid, signal.SIGKILL)
     while server.alive:
         time.sleep(0.001)
-    server.start()
+    start(server)
 
 
 @pytest.mark.slow
