@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -135,13 +135,15 @@ def prompt_builder(name: str | Path, config: PretrainedConfig, settings: Setting
     return PromptBuilder(load_vision(name), settings.images)
 
 
-def render_prompt(tokenizer: Any, messages: Sequence[Message]) -> Ids:
+def render_prompt(tokenizer: Any, messages: Sequence[Message], arguments: Mapping[str, Any]) -> Ids:
     """The conversation through the chat template, up to where the answer begins.
 
-    Each image is one placeholder.
+    `arguments` are variables that the template reads. Each image is one placeholder.
     """
     shown = list(messages) if _is_text(messages) else for_template(messages)
-    ids = tokenizer.apply_chat_template(shown, add_generation_prompt=True, return_dict=False)
+    ids = tokenizer.apply_chat_template(
+        shown, add_generation_prompt=True, return_dict=False, **arguments
+    )
     return np.array(ids, dtype=np.int32)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 
 @dataclass(frozen=True)
@@ -47,3 +47,32 @@ class Section(BaseModel):
         frozen=True,
         allow_inf_nan=False,
     )
+
+
+OWN_TEMPLATE_ARGUMENTS = (
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tokenizer_kwargs",
+    "truncation",
+)
+"""What a chat template is called with here, or is no variable of it."""
+
+
+def _not_our_own(arguments: dict[str, Any]) -> dict[str, Any]:
+    taken = [name for name in OWN_TEMPLATE_ARGUMENTS if name in arguments]
+    if taken:
+        raise ValueError(f"variables of the template, without {', '.join(taken)}")
+    return arguments
+
+
+TemplateArguments = Annotated[dict[str, Any], AfterValidator(_not_our_own)]
+"""Variables that a chat template reads, with their values."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from onstream.pipeline.errors import Exit, UserError
+from onstream.settings.chat_templates import TEACHER_ARGUMENTS, own_teacher_arguments
 from onstream.settings.decoding import UNDECODABLE
 from onstream.settings.devices import device_of
 from onstream.settings.engines import teacher_engine
@@ -113,6 +114,7 @@ def make_plan(settings: Settings) -> Plan:
         # One teacher, wherever it runs: a worker may join with endpoints of its own, or with a
         # model of its own.
         values |= dict.fromkeys(TEACHER_NAMES, external or local)
+        values |= dict.fromkeys(TEACHER_ARGUMENTS, own_teacher_arguments(settings))
         if not external and local_given is not None and local_given != local:
             given |= dict.fromkeys(TEACHER_NAMES, local_given)
     workers = _workers(settings, route)
@@ -157,12 +159,19 @@ def differences(ours: Plan, theirs: Plan) -> list[Difference]:
     """The `run` settings whose values differ, changeable ones included, in the plans' order."""
     found = []
     for name in dict.fromkeys([*ours.run_settings, *theirs.run_settings]):
-        here = ours.run_settings.get(name)
-        there = theirs.run_settings.get(name)
+        here = _value(name, ours)
+        there = _value(name, theirs)
         gone = says_nothing(name, there) or _of_another_type(name, ours, theirs)
         if here != there and not gone and not _same_files(name, ours, theirs):
             found.append(Difference(name, here, there, changeable=name in ours.changeable))
     return found
+
+
+def _value(name: str, plan: Plan) -> Any:
+    """The value of `name` in `plan`; its default in the plan of a version that did not have it."""
+    setting = known().get(name)
+    default = setting.default if setting is not None else None
+    return plan.run_settings.get(name, default)
 
 
 def _same_files(name: str, ours: Plan, theirs: Plan) -> bool:

@@ -30,7 +30,15 @@ from onstream.settings.problems import (
 from onstream.settings.retired import without_other_types, without_retired
 from onstream.settings.root import Settings
 
-FREE_FORM = (("task", "args"), ("inference", "extra_args"), ("trainer", "loss", "args"))
+FREE_FORM = (
+    ("task", "args"),
+    ("inference", "extra_args"),
+    ("trainer", "loss", "args"),
+    ("model", "chat_template_kwargs"),
+    ("teacher_inference", "model", "chat_template_kwargs"),
+    ("orchestrator", "teacher_model", "model", "chat_template_kwargs"),
+    ("orchestrator", "teacher_rollout_model", "model", "chat_template_kwargs"),
+)
 """Tables whose keys are not settings."""
 
 FILE = "_FILE"

@@ -98,7 +98,10 @@ class TableTeacher(FaultyServer):
             return Answer(body={"prompt": self.tokenizer.decode(body["tokens"])})
         if messages := body.get("messages"):
             ids = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=False
+                messages,
+                add_generation_prompt=True,
+                return_dict=False,
+                **body.get("chat_template_kwargs", {}),
             )
         else:
             ids = self.tokenizer.encode(body["prompt"], add_special_tokens=False)

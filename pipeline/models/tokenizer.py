@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import constants as hub_constants
 from safetensors import SafetensorError
@@ -18,7 +18,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from onstream.pipeline.errors import UserError
+from onstream.pipeline.models.chat_template import unread_arguments
+from onstream.pipeline.telemetry import get_logger
 
+log = get_logger()
 Loaded = TypeVar("Loaded")
 
 _REASON_CHARACTERS = 300  # transformers' own errors run over a page
@@ -48,6 +51,15 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
             "stop.",
         )
     return tokenizer
+
+
+def warn_of_unread_arguments(setting: str, tokenizer: Any, arguments: Mapping[str, Any]) -> None:
+    """Log which of the `arguments` of `setting` the tokenizer's chat template does not read."""
+    unread = unread_arguments(tokenizer.chat_template, arguments)
+    if unread:
+        log.warning(
+            f"{setting}: the chat template of {tokenizer.name_or_path} reads no {', '.join(unread)}"
+        )
 
 
 def load_configs(name: str | Path) -> tuple[PretrainedConfig, GenerationConfig]:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import NoDecode
 
-from onstream.settings.base import RUN, WORKER, HidesLogin, Section, Unit
+from onstream.settings.base import RUN, WORKER, HidesLogin, Section, TemplateArguments, Unit
 from onstream.settings.teacher_protocols import ProtocolName
 
 
@@ -131,6 +131,9 @@ class EndpointModel(Section):
 
     name: Annotated[str, RUN] = ""
     """Its name there, as `/models` lists it. Required."""
+    chat_template_kwargs: Annotated[TemplateArguments | None, RUN] = None
+    """Variables of its chat template, sent as `chat_template_kwargs` with each conversation. Unset:
+    `model.chat_template_kwargs`. `{}` sends none, for endpoints that refuse the field."""
 
 
 class TeacherModelSettings(Section):

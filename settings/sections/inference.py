@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from onstream.settings.base import RUN, WORKER, Section, Unit
+from onstream.settings.base import RUN, WORKER, Section, TemplateArguments, Unit
 from onstream.settings.sections.client import StudentClientSettings
 
 EngineName = Literal["transformers", "vllm", "server"]
@@ -93,6 +93,9 @@ class TeacherModelName(Section):
 
     name: Annotated[str | None, RUN, Field(min_length=1)] = None
     """A Hugging Face model id, or a directory. Unset: the student's starting model."""
+    chat_template_kwargs: Annotated[TemplateArguments | None, RUN] = None
+    """Variables of the teacher's own chat template, which must render conversations as the
+    student's does. Unset: `model.chat_template_kwargs`."""
 
 
 class TeacherInferenceSettings(Section):

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr
 
-from onstream.settings.base import RUN, WORKER, Section, Unit
+from onstream.settings.base import RUN, WORKER, Section, TemplateArguments, Unit
 
 
 class RunSettings(Section):
@@ -36,6 +36,9 @@ class ModelSettings(Section):
 
     name: Annotated[str, RUN, Field(min_length=1)] = "Qwen/Qwen3-0.6B"
     """The student: a Hugging Face model id, or a directory."""
+    chat_template_kwargs: Annotated[TemplateArguments, RUN] = Field(default_factory=dict)
+    """Variables of the chat template, such as `{ enable_thinking = false }`. Every conversation is
+    rendered with them: prompts, evaluations, and what a teacher wrote for the student."""
 
 
 class RedisSettings(Section):

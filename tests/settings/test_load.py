@@ -88,6 +88,27 @@ def test_text_sources_carry_numbers_lists_tables_truth_and_null(
     assert settings.checkpoint.keep_every is None
 
 
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"ONSTREAM_MODEL__CHAT_TEMPLATE_KWARGS": '{"enable_thinking": false, "effort": "low"}'},
+        {
+            "ONSTREAM_MODEL__CHAT_TEMPLATE_KWARGS__enable_thinking": "false",
+            "ONSTREAM_MODEL__CHAT_TEMPLATE_KWARGS__effort": "low",
+        },
+    ],
+    ids=["table", "keys"],
+)
+def test_variables_of_a_chat_template_come_from_the_environment(environ: dict[str, str]) -> None:
+    model = load_settings(environ=environ).model
+    assert model.chat_template_kwargs == {"enable_thinking": False, "effort": "low"}
+
+
+def test_what_a_chat_template_is_called_with_is_no_variable_of_it() -> None:
+    with pytest.raises(SettingsError, match=r"model\.chat_template_kwargs.*without tokenize"):
+        load_settings(overrides=['model.chat_template_kwargs={"tokenize": false}'], environ={})
+
+
 def test_an_empty_variable_counts_as_not_set() -> None:
     assert load_settings(environ={"ONSTREAM_REDIS__URL": ""}).redis.url is None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from onstream.pipeline.errors import Exit, UserError
@@ -206,6 +207,38 @@ def test_a_worker_may_bring_the_runs_teacher_in_a_way_of_its_own_but_no_other_te
         match=r'orchestrator\.teacher_model\.model\.name \(here "big", the run has "other"\)',
     ):
         refuse_differences(plan(tau, *ours), plan(tau, "teacher_inference.model.name=other"))
+
+
+THINKING_OFF = 'model.chat_template_kwargs={"enable_thinking": false}'
+
+
+def test_other_variables_of_the_chat_template_make_another_run() -> None:
+    run = plan(THINKING_OFF)
+    refuse_differences(plan(THINKING_OFF), run)
+    with pytest.raises(
+        UserError,
+        match=r"model\.chat_template_kwargs \(here {}, the run has {enable_thinking = false}\)",
+    ):
+        refuse_differences(plan(), run)
+
+
+def test_a_setting_that_the_plan_of_an_earlier_version_lacks_has_its_default_there() -> None:
+    made = plan()
+    of_before = dict(made.run_settings)
+    del of_before["model.chat_template_kwargs"]
+    earlier = msgspec.structs.replace(made, run_settings=of_before)
+    refuse_differences(made, earlier)
+    with pytest.raises(UserError, match=r"model\.chat_template_kwargs"):
+        refuse_differences(plan(THINKING_OFF), earlier)
+
+
+def test_a_worker_gives_the_teachers_variables_where_it_has_the_teacher() -> None:
+    tau = "trainer.loss.teacher_tau=1"
+    own = 'chat_template_kwargs={"thinking": true}'
+    run = plan(tau, "teacher_inference.model.name=big", f"teacher_inference.model.{own}")
+    refuse_differences(plan(tau, *ENDPOINT, f"orchestrator.teacher_model.model.{own}"), run)
+    with pytest.raises(UserError, match=r"teacher_model\.model\.chat_template_kwargs"):
+        refuse_differences(plan(tau, *ENDPOINT), run)
 
 
 def test_a_plan_survives_encoding_and_other_bytes_are_refused() -> None:

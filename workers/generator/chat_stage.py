@@ -29,6 +29,7 @@ from onstream.pipeline.records import FinishReason, Sample, StageName
 from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.pipeline.tasks import Problem, load_task
 from onstream.pipeline.telemetry import get_logger
+from onstream.settings.chat_templates import arguments_of
 from onstream.settings.root import Settings
 from onstream.workers.generator.reconstruction import (
     REASONING_FIELDS,
@@ -121,7 +122,9 @@ class ChatGenerator:
         """
         self._task = load_task(self._settings)
         self._student = load_student_model(self._settings.model.name, self._settings)
-        self._reconstructor = Reconstructor(self._student.tokenizer, self._student.stop_ids)
+        self._reconstructor = Reconstructor(
+            self._student.tokenizer, self._student.stop_ids, self._student.template_arguments
+        )
         self._prepared = lru_cache(maxsize=PROMPTS_KEPT)(self._prepare)
         # A run that had completions before waits for its endpoints. One that begins ends at once
         # if an address is wrong.
@@ -209,7 +212,10 @@ class ChatGenerator:
         return map(ChatRequest, groups.values())
 
     def _body(self, request: ChatRequest) -> dict[str, Any]:
-        """The request, in the fields that every OpenAI-compatible endpoint knows."""
+        """The request, in the fields that every OpenAI-compatible endpoint knows.
+
+        Variables of the teacher's chat template are a field of vLLM, SGLang and transformers.
+        """
         problem, _ = self._prepared(request.deliveries[0].ticket.index)
         longest = self._settings.inference.sampling.max_completion
         body = {
@@ -220,6 +226,8 @@ class ChatGenerator:
         }
         if len(request.deliveries) > 1:
             body["n"] = len(request.deliveries)
+        if arguments := arguments_of(self._source.model, self._settings):
+            body["chat_template_kwargs"] = arguments
         return body
 
     def _finished(self) -> list[tuple[ChatReply, ChatRequest]]:

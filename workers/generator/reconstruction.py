@@ -8,7 +8,7 @@ their longest common token prefix.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,13 +43,17 @@ class Reconstructor:
     """Renders chats with the student's tokenizer.
 
     `stop_ids` are the tokens that end a turn; the tokenizer's end of sequence is one of them.
+    `arguments` are variables that the chat template reads.
 
     Raises:
         TypeError: the tokenizer has no end of sequence.
     """
 
-    def __init__(self, tokenizer: Any, stop_ids: set[int]) -> None:
+    def __init__(
+        self, tokenizer: Any, stop_ids: set[int], arguments: Mapping[str, Any] | None = None
+    ) -> None:
         self._tokenizer = tokenizer
+        self._arguments = arguments or {}
         self._stop_ids = stop_ids
         self._special = [
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
@@ -207,7 +211,10 @@ class Reconstructor:
     def _render(self, messages: Sequence[Message], *, answer_next: bool = False) -> str:
         try:
             text: str = self._tokenizer.apply_chat_template(
-                for_template(messages), add_generation_prompt=answer_next, tokenize=False
+                for_template(messages),
+                add_generation_prompt=answer_next,
+                tokenize=False,
+                **self._arguments,
             )
         except Exception as error:  # templates raise anything: jinja's errors, TypeError, …
             raise ReconstructionError(

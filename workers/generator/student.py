@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from onstream.pipeline.images import Message, PromptImage, grey_image
 from onstream.pipeline.models.loading import limit_gpu_memory
-from onstream.pipeline.models.tokenizer import has_vision, load_configs, load_tokenizer
+from onstream.pipeline.models.tokenizer import (
+    has_vision,
+    load_configs,
+    load_tokenizer,
+    warn_of_unread_arguments,
+)
 from onstream.pipeline.prompts import Prompt, PromptBuilder, prompt_builder, render_prompt
 from onstream.pipeline.records import Ids
 from onstream.pipeline.telemetry import get_logger
@@ -51,6 +56,11 @@ class StudentModel:
         """The most tokens that the model takes; None where its configuration names no bound."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
+    @property
+    def template_arguments(self) -> Mapping[str, Any]:
+        """The variables that its chat template is rendered with."""
+        return self.settings.model.chat_template_kwargs
+
     @cached_property
     def stop_ids(self) -> set[int]:
         """Every token that ends a turn."""
@@ -63,7 +73,8 @@ class StudentModel:
             ImageError: one of its images cannot be used.
         """
         images = self.prompts.images_of(messages)
-        return self.prompts.build(render_prompt(self.tokenizer, messages), messages, images)
+        rendered = render_prompt(self.tokenizer, messages, self.template_arguments)
+        return self.prompts.build(rendered, messages, images)
 
     def test_request(self) -> GenerationRequest | None:
         """A request with an image, to test an engine with; None for a student that reads none."""
@@ -191,6 +202,8 @@ def load_student_model(name: str | Path, settings: Settings) -> StudentModel:
         UserError: there is no such model, or it has no usable tokenizer or image processor.
     """
     tokenizer = load_tokenizer(name)
+    arguments = settings.model.chat_template_kwargs
+    warn_of_unread_arguments("model.chat_template_kwargs", tokenizer, arguments)
     config, generation_config = load_configs(name)
     prompts = prompt_builder(name, config, settings)
     return StudentModel(name, settings, tokenizer, config, generation_config, prompts)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from onstream.settings.chat_templates import own_teacher_arguments
 from onstream.settings.gpus import Place
 from onstream.settings.plan import Plan
 from onstream.settings.root import Settings
@@ -100,10 +101,14 @@ def teacher_overrides(settings: Settings, plan: Plan, servers: Sequence[ModelSer
         "max_tokens_per_run": "null",
     }
     section = "orchestrator.teacher_model"
-    return [
+    overrides = [
         f"{section}.model.name={settings.teacher_inference.model.name or settings.model.name}",
         *(f"{section}.client.{name}={value}" for name, value in client.items()),
     ]
+    arguments = own_teacher_arguments(settings)
+    if arguments is not None:
+        overrides.append(f"{section}.model.chat_template_kwargs={json.dumps(arguments)}")
+    return overrides
 
 
 def student_overrides(settings: Settings, servers: Sequence[ModelServer]) -> list[str]:

@@ -5,13 +5,20 @@ It is read from tokenizers and configurations alone. Needs no torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.models.tokenizer import load_configs, load_tokenizer
+from onstream.pipeline.models.tokenizer import (
+    load_configs,
+    load_tokenizer,
+    warn_of_unread_arguments,
+)
+from onstream.settings.chat_templates import TEACHER_ARGUMENTS, arguments_of
+from onstream.settings.root import Settings
 
 CONVERSATION = [
     {"role": "user", "content": "1 + 1"},
@@ -31,6 +38,7 @@ class ModelInfo:
     """A student or a teacher, as the two are compared.
 
     `end_ids` are the ids that end its turns, and `vocabulary_size` is the width of its output.
+    `template_arguments` are the variables that its chat template is rendered with.
     """
 
     name: str
@@ -38,9 +46,33 @@ class ModelInfo:
     end_ids: frozenset[int]
     context_tokens: int
     vocabulary_size: int
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load_model_info(name: str) -> ModelInfo:
+def load_student(settings: Settings) -> ModelInfo:
+    """The student.
+
+    Raises:
+        UserError: it has no usable tokenizer.
+    """
+    return _load(settings.model.name, settings.model.chat_template_kwargs)
+
+
+def load_teacher(settings: Settings) -> ModelInfo:
+    """The teacher beside the run; where none is named, the student's starting model.
+
+    Raises:
+        UserError: it has no usable tokenizer.
+    """
+    model = settings.teacher_inference.model
+    arguments = arguments_of(model, settings)
+    info = _load(model.name or settings.model.name, arguments)
+    if model.chat_template_kwargs is not None:
+        warn_of_unread_arguments(TEACHER_ARGUMENTS[0], info.tokenizer, arguments)
+    return info
+
+
+def _load(name: str, template_arguments: Mapping[str, Any]) -> ModelInfo:
     """The model `name`, a directory or a name of the hub.
 
     Raises:
@@ -55,6 +87,7 @@ def load_model_info(name: str) -> ModelInfo:
         _end_ids(tokenizer, config),
         int(text.max_position_embeddings),
         int(text.vocab_size),
+        template_arguments,
     )
 
 
@@ -122,14 +155,15 @@ def _check_template(student: ModelInfo, teacher: ModelInfo) -> None:
             f"the student {student.name!r} as {_clipped(ours)}",
             expected="chat templates that render alike, since the teacher gets the student's "
             "prompts",
-            next_step="Save the teacher's chat template with the student's tokenizer. "
-            f"{_CHOOSE_ANOTHER}",
+            next_step="Save the teacher's chat template with the student's tokenizer, or give both "
+            "the variables with which they agree (model.chat_template_kwargs, "
+            f"{TEACHER_ARGUMENTS[0]}). {_CHOOSE_ANOTHER}",
         )
 
 
 def _rendered(model: ModelInfo) -> str:
     text: str = model.tokenizer.apply_chat_template(
-        CONVERSATION, tokenize=False, add_generation_prompt=True
+        CONVERSATION, tokenize=False, add_generation_prompt=True, **model.template_arguments
     )
     return text
 

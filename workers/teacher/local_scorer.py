@@ -30,7 +30,7 @@ from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.models.tokenizer import has_vision, load_configs
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
-from onstream.workers.teacher.compatibility import check_compatible, load_model_info
+from onstream.workers.teacher.compatibility import check_compatible, load_student, load_teacher
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
 
 CHECKED_SIZES = ((32, 32), (448, 336), (300, 900))
@@ -155,9 +155,9 @@ def load_local(settings: Settings, images: FetchImages = no_images) -> LocalScor
         UserError: there is no such model, or it cannot score this student's tokens.
     """
     local = settings.teacher_inference
-    name = local.model.name or settings.model.name
-    student = load_model_info(settings.model.name)
-    teacher = load_model_info(name)
+    student = load_student(settings)
+    teacher = load_teacher(settings)
+    name = teacher.name
     check_compatible(student, teacher, settings.inference.sampling.max_completion)
     device = resolve_device(settings.deployment.device)
     model = load_model(name, dtype=resolve_dtype(local.dtype, device), device=device)

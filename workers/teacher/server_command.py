@@ -11,7 +11,7 @@ from onstream.settings.devices import device_of
 from onstream.settings.gpus import memory_share
 from onstream.settings.plan import make_plan
 from onstream.settings.root import Settings
-from onstream.workers.teacher.compatibility import check_compatible, load_model_info
+from onstream.workers.teacher.compatibility import check_compatible, load_student, load_teacher
 from onstream.workers.teacher.external.student_info import load_student_info
 
 MAX_LOGPROBS = 20
@@ -66,8 +66,8 @@ def context_tokens(settings: Settings) -> int:
     Raises:
         UserError: the teacher cannot score the student's tokens, or its context is too short.
     """
-    student = load_model_info(settings.model.name)
-    teacher = load_model_info(settings.teacher_inference.model.name or settings.model.name)
+    student = load_student(settings)
+    teacher = load_teacher(settings)
     check_compatible(student, teacher, settings.inference.sampling.max_completion)
     longest = load_student_info(settings).longest_sample
     if teacher.context_tokens < longest + 1:

@@ -180,7 +180,7 @@ class _TinyModelTraining:
         """The problem `index` with its right answer, and the images that it shows."""
         problem = self.task.train(index)
         messages = self.task.train(index + 1).messages if self.recipe.blind else problem.messages
-        text = render_prompt(self.tokenizer, messages)
+        text = render_prompt(self.tokenizer, messages, {})
         prompt = builder.build(text, messages, builder.images_of(messages))
         completion = [*self.tokenizer(_answer(problem)).input_ids, self.tokenizer.eos_token_id]
         length = len(completion)

@@ -62,6 +62,30 @@ def test_a_teacher_with_another_chat_template_is_refused_showing_both() -> None:
         )
 
 
+SWITCHED = (
+    "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
+    "{{ '<|assistant|>' if enable_thinking else '<|assistant|>no thoughts' }}"
+)
+
+
+def switched(name: str, arguments: dict[str, Any]) -> ModelInfo:
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = SWITCHED
+    return model_of(name, tokenizer=tokenizer, template_arguments=arguments)
+
+
+def test_chat_templates_are_compared_with_the_variables_of_each() -> None:
+    off = {"enable_thinking": False}
+    check_compatible(switched("student", off), switched("teacher", {}), max_completion=16)
+    with pytest.raises(UserError, match="writes a conversation as") as refusal:
+        check_compatible(
+            switched("student", off),
+            switched("teacher", {"enable_thinking": True}),
+            max_completion=16,
+        )
+    assert "chat_template_kwargs" in refusal.value.next_step
+
+
 def test_a_teacher_that_ends_its_turns_otherwise_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"ends its turn with token 3, the teacher 'teacher' with \[0, 1\]"

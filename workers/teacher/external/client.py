@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.http import EndpointPool, EndpointReply, EventLoopThread
 from onstream.pipeline.records import Logprobs
+from onstream.settings.chat_templates import arguments_of
 from onstream.settings.root import Settings
 from onstream.settings.sections.client import TeacherModelSettings
 from onstream.workers.teacher.external.endpoint import SECTION, EndpointCheck, TeacherEndpoint
@@ -40,7 +41,9 @@ class TeacherClient:
         self.top_k = min(
             settings.trainer.loss.teacher_top_k, self.student.model.vocabulary_size - 1
         )
-        self._check = EndpointCheck(self.student, teacher, self.top_k)
+        self._check = EndpointCheck(
+            self.student, teacher, self.top_k, arguments_of(teacher.model, settings)
+        )
         self._replies: queue.SimpleQueue[SampleReply] = queue.SimpleQueue()
         self._thread = EventLoopThread()
         self.pool = EndpointPool(

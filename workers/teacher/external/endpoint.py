@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 import numpy as np
@@ -87,6 +88,8 @@ class Tried:
 class EndpointCheck:
     """Checks that an endpoint can be this run's teacher, which gives the `top_k` likeliest tokens.
 
+    Its chat template is rendered with `template_arguments`.
+
     `reference` is how the first endpoint that passed scored the check's text. The others, and
     whatever comes back, must score it alike.
     """
@@ -94,6 +97,7 @@ class EndpointCheck:
     student: StudentInfo
     teacher: TeacherModelSettings
     top_k: int
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
     reference: Logprobs | None = None
 
     async def __call__(self, endpoint: TeacherEndpoint) -> None:
@@ -120,7 +124,9 @@ class EndpointCheck:
         if not self.teacher.client.skip_model_check:
             listed = await require_model(endpoint, self._model, SECTION)
         tried = await self._choose_protocol(endpoint)
-        tokenized = await compare_by_routes(self.student.model, endpoint, self._model)
+        tokenized = await compare_by_routes(
+            self.student.model, endpoint, self._model, self.template_arguments
+        )
         if tokenized is None:
             texts = tried.texts or await self._texts(endpoint, tried.protocol)
             compare_by_texts(self.student.model, endpoint, texts)

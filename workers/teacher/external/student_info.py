@@ -17,7 +17,7 @@ from onstream.pipeline.prompts import Prompt, PromptBuilder, prompt_builder, ren
 from onstream.pipeline.tasks import load_task
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
-from onstream.workers.teacher.compatibility import ModelInfo, load_model_info
+from onstream.workers.teacher.compatibility import ModelInfo, load_student
 from onstream.workers.teacher.scorer import ScoreRequest
 
 PROMPTS = 64
@@ -55,7 +55,7 @@ def load_student_info(settings: Settings) -> StudentInfo:
     Raises:
         UserError: it has no usable tokenizer, or the task's prompts hold images and it reads none.
     """
-    student = load_model_info(settings.model.name)
+    student = load_student(settings)
     prompts = _first_prompts(settings)
     builder = None
     if any(image_urls(messages) for messages in prompts):
@@ -86,7 +86,7 @@ def make_check_request(student: ModelInfo, longest_sample: int) -> ScoreRequest:
 def prompt_ids(student: ModelInfo, messages: list[Message]) -> list[int]:
     """`messages` by the student's chat template, up to where the answer begins."""
     ids = student.tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=False
+        messages, add_generation_prompt=True, return_dict=False, **student.template_arguments
     )
     return [int(token) for token in ids]
 
@@ -116,7 +116,7 @@ def _tokens(messages: list[Message], student: ModelInfo, builder: PromptBuilder 
 
 
 def _build(messages: list[Message], student: ModelInfo, builder: PromptBuilder) -> Prompt:
-    rendered = render_prompt(student.tokenizer, messages)
+    rendered = render_prompt(student.tokenizer, messages, student.template_arguments)
     return builder.build(rendered, messages, builder.images_of(messages))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -11,6 +11,7 @@ import numpy as np
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.http import Endpoint, EndpointError, EndpointFault, RequestRefused, decoded
 from onstream.pipeline.telemetry import get_logger
+from onstream.settings.chat_templates import TEACHER_ARGUMENTS
 from onstream.settings.decoding import UNDECODABLE
 from onstream.workers.teacher.compatibility import CONVERSATION, ModelInfo
 from onstream.workers.teacher.external.student_info import TEXT, prompt_ids
@@ -35,14 +36,14 @@ class TokenizeReply(msgspec.Struct):
 
 
 async def compare_by_routes(
-    student: ModelInfo, endpoint: Endpoint, model: str
+    student: ModelInfo, endpoint: Endpoint, model: str, template_arguments: Mapping[str, Any]
 ) -> TokenizeReply | None:
     """Compare by the server's own tokenizer.
 
     Returns its reply about a text, None where the server has no `/tokenize`.
 
     Compared are a text, the special tokens, the end of turn, ids from the whole vocabulary, and the
-    chat template.
+    chat template, which the server renders with `template_arguments`.
 
     Raises:
         UserError: the vocabularies or the chat templates differ.
@@ -56,7 +57,7 @@ async def compare_by_routes(
     ours = student.tokenizer.encode(text, add_special_tokens=False)
     _check_ids(student, endpoint, ours, theirs.tokens)
     await _check_decoding(student, endpoint, model)
-    await _check_template(student, endpoint, model)
+    await _check_template(student, endpoint, model, template_arguments)
     return theirs
 
 
@@ -139,8 +140,12 @@ async def _check_decoding(student: ModelInfo, endpoint: Endpoint, model: str) ->
         raise _other_vocabulary(student, endpoint, difference)
 
 
-async def _check_template(student: ModelInfo, endpoint: Endpoint, model: str) -> None:
+async def _check_template(
+    student: ModelInfo, endpoint: Endpoint, model: str, arguments: Mapping[str, Any]
+) -> None:
     body = {"model": model, "messages": CONVERSATION, "add_generation_prompt": True}
+    if arguments:
+        body["chat_template_kwargs"] = arguments
     theirs = await _tokenize(endpoint, body)
     if theirs is None:
         log.warning(
@@ -157,8 +162,8 @@ async def _check_template(student: ModelInfo, endpoint: Endpoint, model: str) ->
             f"the student {student.name!r} as {our_text!r}",
             expected="chat templates that render alike, since the teacher gets the student's "
             "prompts",
-            next_step="Serve the teacher with the student's chat template "
-            f"(vLLM: --chat-template). {_CHOOSE_ANOTHER}",
+            next_step="Serve the teacher with the student's chat template (vLLM: --chat-template), "
+            f"or set {TEACHER_ARGUMENTS[1]} so that they agree. {_CHOOSE_ANOTHER}",
         )
 
 

@@ -159,6 +159,28 @@ def test_another_chat_template_is_refused_showing_both(
     )
 
 
+@pytest.mark.parametrize("where", ["student's", "teacher's"])
+def test_the_server_renders_with_the_variables_that_the_settings_give(
+    servers: Servers, configure: Configure, stages: Stages, where: str
+) -> None:
+    template = character_tokenizer().chat_template + "{{ 'x' if thinking else '' }}"
+    server = servers(tokenizer=other_tokenizer(template=template))
+    settings = configure(server)
+    on = {"thinking": True}
+    model = settings.model.model_copy(update={"chat_template_kwargs": on})
+    settings = settings.model_copy(update={"model": model})
+    teacher = settings.orchestrator.teacher_model
+    assert teacher is not None
+    if where == "teacher's":
+        own = teacher.model.model_copy(update={"chat_template_kwargs": {}})
+        update = {"teacher_model": teacher.model_copy(update={"model": own})}
+        orchestrator = settings.orchestrator.model_copy(update=update)
+        stages(settings.model_copy(update={"orchestrator": orchestrator}))
+        return
+    with pytest.raises(UserError, match=r"writes a conversation as .*x'"):
+        stages(settings)
+
+
 @pytest.mark.parametrize("routes", [ALL_ROUTES, frozenset({"vllm-completions", "models"})], ids=len)
 def test_a_context_without_room_for_a_whole_sample_and_one_token_more_is_refused(
     servers: Servers, configure: Configure, stages: Stages, routes: frozenset[str]

@@ -1,0 +1,39 @@
+"""Which variables a chat template reads. Needs no transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment, TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.meta import find_undeclared_variables
+from jinja2.parser import Parser
+
+
+class GenerationTag(Extension):
+    """The tag by which templates of transformers mark what the assistant wrote."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja declares it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """What is inside the tag."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def unread_arguments(template: str | Mapping[str, str], arguments: Mapping[str, Any]) -> list[str]:
+    """The names among `arguments` that `template` reads nowhere.
+
+    A model may have several templates, by name. None where a template does not parse: whoever
+    renders it says so.
+    """
+    texts = [template] if isinstance(template, str) else list(template.values())
+    environment = Environment(extensions=[GenerationTag, "jinja2.ext.loopcontrols"])
+    read = set[str]()
+    for text in texts:
+        try:
+            read |= find_undeclared_variables(environment.parse(text))
+        except TemplateError:
+            return []
+    return [name for name in arguments if name not in read]
