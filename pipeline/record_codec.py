@@ -275,6 +275,11 @@ def check_logprobs(name: str, field: bytes, count: int) -> None:
         )
 
 
+def is_logprob(value: float) -> bool:
+    """Whether `value`, in nats, is within the bounds of a logprob. NaN is not."""
+    return LEAST_LOGPROB < value < GREATEST_LOGPROB
+
+
 def check_distribution(top: bytes, tail: bytes | None, tokens: int) -> None:
     """Raise FieldError unless the probabilities of the `top` k and the `tail` can add up to 1.
 

@@ -106,6 +106,17 @@ def test_a_server_without_logprobs_of_a_prompt_is_refused_with_what_it_said(
     assert "Chat endpoints" in found.next_step
 
 
+def test_a_teacher_whose_logprobs_are_above_0_is_refused_with_the_value(
+    servers: Servers, configure: Configure, stages: Stages
+) -> None:
+    """Those of a server that gives probabilities, say, or logits."""
+    server = servers()
+    server.logprobs[:] = 0.75
+    found = refusal(server, configure, stages)
+    assert "returns no logprobs of a prompt (vllm-generate: logprob 0.75 for token" in found.got
+    assert "expected -32768 to 0, in nats" in found.got
+
+
 @pytest.mark.parametrize(("limit", "wanted"), [(5, 8), (20, 64), (0, 1)])
 def test_a_teacher_that_gives_fewer_likeliest_tokens_is_refused_with_the_k_it_can(
     servers: Servers, configure: Configure, stages: Stages, limit: int, wanted: int

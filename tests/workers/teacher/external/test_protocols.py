@@ -116,6 +116,10 @@ def not_finite(answer: Any) -> None:
     answer["prompt_logprobs"][4]["60"]["logprob"] = -1e999
 
 
+def above_zero(answer: Any) -> None:
+    answer["prompt_logprobs"][4]["60"]["logprob"] = 0.25
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -123,6 +127,7 @@ def not_finite(answer: Any) -> None:
         (one_too_few, "logprobs of 6 tokens for a prompt of 7"),
         (none_at_all, "a reply without prompt_logprobs"),
         (not_finite, "does not have the protocol's form"),
+        (above_zero, "logprob 0.25 for token 60 at position 1 .*; expected -32768 to 0, in nats"),
     ],
 )
 def test_a_reply_that_is_not_what_was_asked_for_is_refused_in_words(
@@ -130,6 +135,23 @@ def test_a_reply_that_is_not_what_was_asked_for_is_refused_in_words(
 ) -> None:
     with pytest.raises(BadReply, match=words):
         VllmGenerate().scores(changed(reply(VllmGenerate(), 0), change), REQUEST, 0)
+
+
+def test_a_likely_token_with_a_logprob_above_0_is_refused() -> None:
+    def raise_another(answer: Any) -> None:
+        others = answer["prompt_logprobs"][4]
+        others[next(token for token in others if token != "60")]["logprob"] = 0.5
+
+    with pytest.raises(BadReply, match=r"logprobs .* to 0.5 at position 1 .*; expected -32768 to"):
+        VllmGenerate().scores(changed(reply(VllmGenerate(), 4), raise_another), REQUEST, 4)
+
+
+@pytest.mark.parametrize("protocol", load_variants("auto"), ids=str)
+def test_a_logprob_that_rounding_put_a_little_above_0_is_taken(protocol: TeacherProtocol) -> None:
+    rounded = TableTeacher()
+    rounded.logprobs[40, 50] = 0.0005
+    scores = protocol.scores(reply(protocol, 0, rounded), REQUEST, 0)
+    assert scores.logprobs[0] == np.float32(0.0005)
 
 
 def test_fewer_likeliest_tokens_than_asked_for_are_refused() -> None:

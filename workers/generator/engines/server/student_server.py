@@ -12,6 +12,7 @@ import httpx
 import msgspec
 
 from onstream.pipeline.http import BadReply, Endpoint, EndpointError, EndpointFault, decoded
+from onstream.pipeline.record_codec import is_logprob
 from onstream.pipeline.weights import LoadedPolicy
 
 GENERATE = "/inference/v1/generate"
@@ -122,6 +123,8 @@ class StudentServer(Endpoint):
             raise BadReply(
                 f"{len(token_ids)} tokens with {len(logprobs)} logprobs, and versions {labels}"
             )
+        if wrong := [logprob for logprob in logprobs if not is_logprob(logprob)]:
+            raise BadReply(f"a token with the logprob {wrong[0]:g}; expected at most 0, in nats")
         return PartialCompletion(
             token_ids=token_ids,
             logprobs=logprobs,

@@ -7,7 +7,6 @@ the k likeliest tokens and the sampled one in no reliable order.
 from __future__ import annotations
 
 import heapq
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeVar
@@ -16,10 +15,12 @@ import msgspec
 import numpy as np
 
 from onstream.pipeline.http import BadReply
+from onstream.pipeline.record_codec import LEAST_LOGPROB, is_logprob
 from onstream.settings.decoding import UNDECODABLE
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
 
 MOST_ID = (1 << 31) - 1
+EXPECTED_LOGPROB = f"expected {LEAST_LOGPROB:g} to 0, in nats"
 
 Position = Mapping[int, float]  # token id -> logprob
 Form = TypeVar("Form")
@@ -97,7 +98,7 @@ def scores_of_pairs(
     """Scores from the token id and the logprob of each completion token.
 
     Raises:
-        BadReply: the ids are not the completion's, or a logprob is missing or not finite.
+        BadReply: the ids are not the completion's, or a logprob is missing or can be none.
     """
     expected = request.completion_ids.tolist()
     if len(pairs) != len(expected):
@@ -107,8 +108,8 @@ def scores_of_pairs(
         where = f"at position {at} of the completion"
         if token != ours:
             raise BadReply(f"token {token} where token {ours} was sent, {where}")
-        if logprob is None or not math.isfinite(logprob):
-            raise BadReply(f"logprob {logprob} for token {ours} {where}")
+        if logprob is None or not is_logprob(logprob):
+            raise BadReply(f"logprob {logprob} for token {ours} {where}; {EXPECTED_LOGPROB}")
         logprobs[at] = logprob
     return Scores(logprobs)
 
@@ -120,7 +121,7 @@ def with_likeliest(scores: Scores, positions: Sequence[Position], top_k: int) ->
 
     Raises:
         BadReply: there are fewer positions than completion tokens, or fewer than k at one, or one
-            that is no token id.
+            that is no token id, or a logprob that can be none.
     """
     if top_k == 0:
         return scores
@@ -143,6 +144,13 @@ def with_likeliest(scores: Scores, positions: Sequence[Position], top_k: int) ->
             raise BadReply(
                 f"the likely tokens {min(tokens)} to {max(tokens)} at position {at} of the "
                 f"completion; expected ids from 0 to {MOST_ID}"
+            )
+        most = float(logprobs[at, 0])
+        least = float(logprobs[at, -1])
+        if not (is_logprob(most) and is_logprob(least)):
+            raise BadReply(
+                f"likely tokens with logprobs {least:g} to {most:g} at position {at} of the "
+                f"completion; {EXPECTED_LOGPROB}"
             )
         ids[at] = tokens
     return Scores(scores.logprobs, ids, logprobs)

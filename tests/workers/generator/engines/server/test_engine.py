@@ -28,8 +28,8 @@ BROKEN = Answer(500, {"error": "out of order"})
 
 
 class HandWrittenVllm(FaultyServer):
-    """Speaks vLLM's routes without a model: every token is 7, with a logprob of 0. `instead`
-    answers some paths in their stead.
+    """Speaks vLLM's routes without a model: every token is 7, with `logprob`. `instead` answers
+    some paths in their stead.
 
     `label` is what it calls its weights, `calls` the paths that replaced them; `holding`, unless it
     is set, keeps generation waiting.
@@ -38,6 +38,7 @@ class HandWrittenVllm(FaultyServer):
     def __init__(self, name: str) -> None:
         super().__init__(lambda body: Answer(), models=(name,))
         self.label = "default"
+        self.logprob = 0.0
         self.calls = list[str]()
         self.instead: dict[str, Answer] = {}
         self.holding = threading.Event()
@@ -76,7 +77,7 @@ class HandWrittenVllm(FaultyServer):
         label = self.label
         self.holding.wait()
         span = {"version": label, "start": 0, "end": count}
-        logprobs = {"content": [{"token_id": 7, "logprob": 0.0}] * count}
+        logprobs = {"content": [{"token_id": 7, "logprob": self.logprob}] * count}
         choice = {
             "index": 0,
             "token_ids": [7] * count,
@@ -240,6 +241,22 @@ def test_what_a_server_wrote_with_unknown_weights_is_thrown_away_and_asked_for_a
     engine.add(asked(3))
     assert versions(until(engine, 3)) == {3}
     assert server.asked_for > 3 and server.label.startswith("3.")
+
+
+def test_tokens_with_a_logprob_above_0_are_thrown_away_and_asked_for_again(
+    servers: Callable[[], HandWrittenVllm], make: Callable[..., ServerEngine]
+) -> None:
+    server = servers()
+    engine = make(server)
+    engine.load(version(1))
+    server.logprob = 0.25
+    engine.add(asked(1))
+    while not engine.problem:
+        assert not engine.step()
+    assert "a token with the logprob 0.25; expected at most 0, in nats" in engine.problem
+    server.logprob = 0.0
+    [written] = until(engine, 1)
+    assert written.logprobs.tolist() == [0.0, 0.0]
 
 
 def test_a_server_that_another_generator_has_taken_stops_this_one(
