@@ -57,11 +57,31 @@ def row_dependent_positions(config: PretrainedConfig) -> str | None:
     return None
 
 
+def exact_context(config: PretrainedConfig) -> int | None:
+    """The most tokens of a sequence that can be written token by token; None: there is no bound.
+
+    `config` is the language model's. With `longrope` it is the length beyond which transformers
+    encodes every position of the sequence anew: what was written before would no longer be what the
+    whole sequence gives.
+    """
+    bounds = [
+        one["original_max_position_embeddings"]
+        for one in _ropes(config)
+        if one["rope_type"] == "longrope"
+    ]
+    bounds.append(getattr(config, "max_position_embeddings", None))
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
 def _rope_types(config: PretrainedConfig) -> set[str]:
-    """They are given once, or for each kind of layer."""
+    return {one["rope_type"] for one in _ropes(config)}
+
+
+def _ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """The rotary positions' parameters; they are given once, or for each kind of layer."""
     given = getattr(config, "rope_parameters", None) or {}
     by_kind = [one for one in given.values() if isinstance(one, dict)]
-    return {one["rope_type"] for one in (given, *by_kind) if "rope_type" in one}
+    return [one for one in (given, *by_kind) if "rope_type" in one]
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:

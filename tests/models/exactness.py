@@ -13,6 +13,7 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.forward import head_of, hidden_states
 from onstream.pipeline.models.packing import Ids, pack, share_prompts
 from onstream.pipeline.models.prompt_sharing import prepare
+from onstream.pipeline.weights import LoadedPolicy
 from onstream.workers.generator.engines.base import Completion, GenerationRequest
 from onstream.workers.generator.engines.transformers.engine import TransformersEngine
 from tests.models.families import VOCABULARY
@@ -20,6 +21,9 @@ from tests.models.families import VOCABULARY
 PROMPTS = (2, 40, 90, 230)
 COMPLETIONS = (1, 7, 20, 50)
 """Tokens. Each prompt has a group of all the completions: long and short neighbours."""
+
+RELOADS_AFTER = 12
+"""Steps of the generator before it loads weights."""
 
 
 class Refused(Exception):
@@ -74,6 +78,9 @@ def scoring_gap(model: PreTrainedModel) -> float:
 def generator_gap(model: PreTrainedModel) -> float:
     """Of the built-in generator, in nats; `model` itself stays as it is.
 
+    In the middle of the completions it loads weights, which are the same, and computes everything
+    that runs anew.
+
     Raises:
         Refused: the model is refused.
     """
@@ -89,6 +96,9 @@ def generator_gap(model: PreTrainedModel) -> float:
         ]
     )
     finished: list[Completion] = []
+    for _ in range(RELOADS_AFTER):
+        finished += engine.step()
+    engine.load(LoadedPolicy.of(1, model.state_dict()))
     while engine.active:
         finished += engine.step()
     worst = 0.0

@@ -80,6 +80,7 @@ OWN: dict[str, dict[str, Any]] = {
     "minicpm3": LATENT,
     "longcat_flash": LATENT,
     "bamba": {"attn_layer_indices": [1, 3]},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
 }
 """What a family needs beside or instead."""

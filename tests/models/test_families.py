@@ -169,6 +169,8 @@ PEOPLE_DISTIL = [
     "phi3",
     "mistral",
     "smollm3",
+    "qwen3_next",
+    "olmo_hybrid",
 ]
 EXACT_NATS = 1e-4
 
@@ -192,6 +194,7 @@ def outcome(measure: Callable[[PreTrainedModel], float], model: PreTrainedModel)
         return str(refusal)
 
 
-def test_the_families_that_people_distil_are_exact_where_they_are_trained_and_scored() -> None:
+def test_the_families_that_people_distil_are_exact_in_every_part() -> None:
     for family in PEOPLE_DISTIL:
         assert scoring_gap(tiny_model(family)) < EXACT_NATS, family
+        assert generator_gap(tiny_model(family)) < EXACT_NATS, family

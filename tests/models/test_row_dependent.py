@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.settings.sections.losses import SftLoss
 from onstream.settings.sections.trainer import OptimSettings, TrainerSettings
+from onstream.workers.generator.engines.base import GenerationRequest
+from onstream.workers.generator.engines.transformers.engine import TransformersEngine
 from onstream.workers.tiny_models.character_tokenizer import VOCABULARY_SIZE, character_tokenizer
 from onstream.workers.trainer.batches.train_samples import TrainSample
 from onstream.workers.trainer.learner import Learner
-from tests.models.exactness import Refused, generator_gap, scoring_gap
+from tests.models.exactness import generator_gap, plain_logprobs, scoring_gap
 from tests.models.families import tiny_model
 
 LONGROPE = {
@@ -40,9 +43,20 @@ def test_a_long_neighbour_changes_no_short_sequence(family: str, changes: dict[s
 
 
 @pytest.mark.parametrize(("family", "changes"), CASES, ids=["phi3", "llama"])
-def test_the_built_in_generator_refuses_them(family: str, changes: dict[str, Any]) -> None:
-    with pytest.raises(Refused, match="rotary positions are of the type"):
-        generator_gap(tiny_model(family, **changes))
+def test_the_built_in_generator_writes_up_to_where_positions_would_change(
+    family: str, changes: dict[str, Any]
+) -> None:
+    model = tiny_model(family, **changes)
+    engine = TransformersEngine(copy.deepcopy(model), (), slots=8)
+    assert engine.max_context == 64
+    prompts = [np.arange(3, 3 + tokens, dtype=np.int32) for tokens in (2, 40, 60)]
+    engine.add([GenerationRequest(key, ids, 64 - len(ids), key) for key, ids in enumerate(prompts)])
+    while engine.active:
+        for one in engine.step():
+            expected = plain_logprobs(model, prompts[one.key], one.token_ids)
+            assert (expected - torch.from_numpy(one.logprobs)).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="may come to 65 tokens; the model takes 64"):
+        engine.add([GenerationRequest(0, prompts[2], 5, seed=0)])
 
 
 def test_dynamic_positions_are_exact_up_to_the_length_at_which_they_begin_to_change() -> None:

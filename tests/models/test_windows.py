@@ -17,9 +17,10 @@ IN_THE_MASK_ALONE: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("window", [8, 24, 400])
-@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "olmo3", "phi3", "qwen3"])
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "olmo3", "phi3", "qwen3", "gpt_oss"])
 def test_windows_shorter_and_longer_than_the_prompt(family: str, window: int) -> None:
     model = tiny_model(family, sliding_window=window)
+    assert generator_gap(model) < 1e-4
     assert scoring_gap(model) < 1e-4
 
 

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.tasks import load_task
 from onstream.settings.load import load_settings
 from onstream.settings.root import Settings
 from onstream.workers.evaluation.greedy import evaluate
-from onstream.workers.tiny_models.character_tokenizer import character_tokenizer
+from onstream.workers.tiny_models.character_tokenizer import VOCABULARY_SIZE, character_tokenizer
+from tests.models.families import tiny_model
 from tests.workers.generator.conftest import plain_logprobs, student, student_dir
 
 PICTURES = Path(__file__).parents[3] / "examples/colour-words"
@@ -87,6 +89,41 @@ def test_a_scorer_that_fails_leaves_problems_unscored_and_not_exact(
         6,
         6,
     )
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_a_model_with_windows_answers_from_its_own_cache_whatever_engine_the_run_has(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("gemma3_text", sliding_window=8, vocab_size=VOCABULARY_SIZE)
+    model.save_pretrained(tmp_path)
+    tokenizer = character_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+
+    @torch.no_grad()
+    def plain(prompt: Any, ids: Any) -> Any:
+        row = torch.tensor([*prompt, *ids])[None]
+        return model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1].numpy()
+
+    sections = settings_of().model_dump() | {"task": {"scorer": "expected:score"}}
+    sections["inference"]["engine"] = engine
+    settings = Settings.model_validate(sections)
+    task = load_task(settings_of())
+    answers = [
+        likeliest(
+            plain,
+            tokenizer.apply_chat_template(
+                task.held_out(index).messages, add_generation_prompt=True, return_dict=False
+            ),
+        )
+        for index in range(6)
+    ]
+    (tmp_path / "expected.py").write_text(
+        f"def score(completion, info):\n    return float(completion in {answers!r})\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    result = evaluate(tmp_path, settings)
+    assert (result["exact"], result["samples"], result["unscored"]) == (1.0, 6, 0)
 
 
 @pytest.mark.timeout(60)

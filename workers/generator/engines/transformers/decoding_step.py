@@ -7,8 +7,7 @@ the tokens of the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +15,11 @@ import torch
 from torch import Tensor
 
 from onstream.pipeline.images import PromptImage
-from onstream.workers.generator.engines.base import GenerationRequest
+from onstream.workers.generator.engines.transformers.sequence import (
+    Integers,
+    PromptKey,
+    SequenceState,
+)
 from onstream.workers.generator.engines.transformers.slot_cache import (
     ContinuationBlock,
     ForwardPass,
@@ -24,48 +27,9 @@ from onstream.workers.generator.engines.transformers.slot_cache import (
     SlotCache,
 )
 
-Integers = npt.NDArray[Any]
-PromptKey = tuple[bytes, tuple[str, ...]]
-"""A prompt as something to compare and hash: its ids, and the digests of its images."""
-
 # SplitMix64 (Steele, Lea and Flood 2014, https://doi.org/10.1145/2714064.2660195).
 _INCREMENT = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
-
-
-@dataclass
-class SequenceState:
-    """A request and what has been written of it.
-
-    `spans` are (policy version, index of the first token that it wrote). `space` [3, P] places the
-    prompt's tokens in time, height and width, where the model does so and the prompt has images.
-    """
-
-    request: GenerationRequest
-    space: Integers | None = None
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    spans: list[tuple[int, int]] = field(default_factory=list)
-
-    @property
-    def length(self) -> int:
-        """Tokens of prompt and completion."""
-        return len(self.request.prompt_ids) + len(self.token_ids)
-
-    @property
-    def prompt(self) -> PromptKey:
-        """What is equal for sequences of the same prompt."""
-        digests = tuple(image.file.digest for image in self.request.images)
-        return self.request.prompt_ids.tobytes(), digests
-
-    @property
-    def shift(self) -> int:
-        """The completion's positions minus its token counts; an image takes fewer positions."""
-        if self.space is None:
-            return 0
-        positions = int(self.space.max()) + 1
-        tokens: int = self.space.shape[1]
-        return positions - tokens
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     BloomConfig,
     BloomForCausalLM,
     GPT2Config,
@@ -346,8 +348,27 @@ def test_other_models_with_full_attention_are_served(model: Any) -> None:
     ],
     ids=["sliding window", "no interface"],
 )
-def test_a_model_that_cannot_be_served_is_refused_at_once(model: Any, words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_a_model_that_slots_do_not_compute_decodes_from_its_own_cache(
+    model: Any, words: str
+) -> None:
+    pristine = copy.deepcopy(model.eval())
+    engine = TransformersEngine(model, (), slots=4)
+    assert words in (engine.own_cache_because or "")
+    prompt = np.arange(5, 25, dtype=np.int32)
+    engine.add([GenerationRequest(0, prompt, 9, seed=1)])
+    one = finish(engine)[0]
+    ids = torch.tensor(np.concatenate([prompt, one.token_ids]), dtype=torch.long)[None]
+    with torch.no_grad():
+        plain = pristine(input_ids=ids, use_cache=False).logits[0, 19:-1].log_softmax(-1).numpy()
+    assert np.abs(chosen(plain, one.token_ids) - one.logprobs).max() < EXACT
+
+
+def test_a_model_that_cannot_be_served_is_refused_at_once() -> None:
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertLMHeadModel(
+        BertConfig(**shape, intermediate_size=48, initializer_range=0.5)
+    )  # not a decoder
+    with pytest.raises(UserError, match=r"differ by .* and through the model's own cache: "):
         TransformersEngine(model.eval(), (), slots=4)
 
 

@@ -1,0 +1,131 @@
+"""The built-in generator decodes from a model's own cache what slots cannot hold."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from onstream.pipeline.records import VersionSpan
+from onstream.pipeline.weights import LoadedPolicy
+from onstream.workers.generator.engines.base import Completion, GenerationRequest
+from onstream.workers.generator.engines.transformers.engine import TransformersEngine
+from tests.models.exactness import plain_logprobs
+from tests.models.families import tiny_model
+
+KINDS: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": {},
+    "gemma3_text": {"sliding_window": 8},
+    "gpt_oss": {"sliding_window": 8},
+    "lfm2": {},
+    "nemotron_h": {},
+}
+LENGTHS = (2, 11, 30)
+
+
+def requests(tokens: int = 9) -> list[GenerationRequest]:
+    """Four for each prompt, with ends of their own."""
+    random = np.random.default_rng(0)
+    prompts = [random.integers(3, 90, length).astype(np.int32) for length in LENGTHS]
+    return [
+        GenerationRequest(key, prompts[key // 4], tokens + key % 4, seed=key) for key in range(12)
+    ]
+
+
+def finish(engine: TransformersEngine) -> list[Completion]:
+    written = []
+    while engine.active:
+        written += engine.step()
+    return written
+
+
+def gap(model: PreTrainedModel, one: Completion, start: int = 0, end: int | None = None) -> float:
+    prompt = requests()[one.key].prompt_ids
+    difference = plain_logprobs(model, prompt, one.token_ids) - torch.from_numpy(one.logprobs)
+    return float(difference[start:end].abs().max())
+
+
+def changed(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model after a large update."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.1)
+    return other
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_new_weights_in_the_middle_write_every_later_token(family: str) -> None:
+    first = tiny_model(family, **KINDS[family])
+    second = changed(first)
+    engine = TransformersEngine(copy.deepcopy(first), (), slots=8)
+    assert engine.own_cache_because
+    engine.add(requests())
+    for _ in range(4):
+        assert engine.step() == []
+    engine.load(LoadedPolicy.of(1, second.state_dict()))
+    for one in finish(engine):
+        total = len(one.token_ids)
+        if one.key < 8:
+            assert one.version_spans == [VersionSpan(0, 0, 4), VersionSpan(1, 4, total)]
+            assert gap(first, one, end=4) < 1e-4 and gap(second, one, start=4) < 1e-4
+        else:
+            assert one.version_spans == [VersionSpan(1, 0, total)]
+            assert gap(second, one) < 1e-4
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_a_request_gives_the_same_completion_in_whatever_company(family: str) -> None:
+    model = tiny_model(family, **KINDS[family])
+    together = TransformersEngine(copy.deepcopy(model), (), slots=12)
+    alone = TransformersEngine(copy.deepcopy(model), (), slots=1)
+    for engine in (together, alone):
+        engine.add(requests())
+    written = [
+        {one.key: one.token_ids.tolist() for one in finish(engine)} for engine in (together, alone)
+    ]
+    assert written[0] == written[1] and len(written[0]) == 12
+
+
+def test_sequences_of_one_length_go_through_the_model_together_and_equal_prompts_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("lfm2")
+    engine = TransformersEngine(model, (), slots=8)
+    shapes: list[tuple[int, ...]] = []
+    forward = model.forward
+
+    def noting(**inputs: Any) -> Any:
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", noting)
+    engine.add(requests(tokens=2))
+    finish(engine)
+    assert shapes[:4] == [(1, 2), (1, 11), (4, 1), (4, 1)]
+
+
+def test_with_keep_what_runs_goes_on_from_the_states_that_it_has() -> None:
+    first = tiny_model("lfm2")
+    second = changed(first)
+    engine = TransformersEngine(copy.deepcopy(first), (), slots=4, on_new_weights="keep")
+    engine.add(requests()[:4])
+    engine.step()
+    engine.load(LoadedPolicy.of(3, second.state_dict()))
+    written = finish(engine)
+    assert all(one.version_spans[1] == VersionSpan(3, 1, len(one.token_ids)) for one in written)
+    assert max(gap(second, one, start=1) for one in written) > 0.01  # they are the old weights'
+
+
+def test_long_prompts_are_started_in_parts() -> None:
+    model = tiny_model("gemma3_text", sliding_window=8)
+    engine = TransformersEngine(copy.deepcopy(model), (), slots=12, prefill_tokens=20)
+    engine.add(requests())
+    for _ in range(3):
+        engine.step()
+    engine.load(LoadedPolicy.of(1, model.state_dict()))
+    assert max(gap(model, one) for one in finish(engine)) < 1e-4

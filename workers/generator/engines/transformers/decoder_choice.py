@@ -1,0 +1,133 @@
+"""Finds by trying how a model is decoded exactly: from slots, or from its own cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.models.loading import set_text_attention, text_config
+from onstream.pipeline.models.multimodal import images_see_themselves
+from onstream.pipeline.models.tokenizer import has_vision
+from onstream.pipeline.models.trial import short_windows
+from onstream.workers.generator.engines.base import GenerationRequest
+from onstream.workers.generator.engines.transformers.decoder import Decoder
+from onstream.workers.generator.engines.transformers.decoding_step import draw, uniforms
+from onstream.workers.generator.engines.transformers.own_cache_decoder import OwnCacheDecoder
+from onstream.workers.generator.engines.transformers.sequence import SequenceState
+from onstream.workers.generator.engines.transformers.slot_cache import UnsupportedAttention
+from onstream.workers.generator.engines.transformers.slot_decoder import SlotDecoder
+
+PROMPTS = (23, 23, 5, 2)
+COMPLETIONS = (7, 4, 7, 7)
+"""Tokens of the trial's sequences. Prompts are longer than the short windows of a trial, and one is
+shorter than a convolution; two are the same."""
+FORGETS_AT = 3
+"""Tokens after which the trial computes everything anew, as after an update."""
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+"""Largest difference accepted, in nats. Wrong ways are off by far more."""
+ERRORS = (
+    UnsupportedAttention,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a model's code raises where it has no such way."""
+
+
+@torch.inference_mode()
+def choose_decoder(
+    model: Any, slots: int, max_context: int | None, prefill_tokens: int
+) -> tuple[Decoder, str | None]:
+    """The fastest exact decoder of `model`; with it, why it is not that of slots, or None.
+
+    Raises:
+        UserError: none is exact.
+    """
+    with short_windows(model):
+        not_by_slots = _why_not_by_slots(model)
+        if not_by_slots is None:
+            return SlotDecoder(model, slots, max_context), None
+        not_at_all = _why_not(model, lambda: OwnCacheDecoder(model, prefill_tokens))
+    if not_at_all is None:
+        return OwnCacheDecoder(model, prefill_tokens), not_by_slots
+    raise UserError(
+        f"the generator cannot serve {type(model).__name__}: {not_by_slots}; "
+        f"and through the model's own cache: {not_at_all}",
+        expected="a model that writes what a plain forward pass over the whole sequence says",
+        next_step='Set inference.engine = "vllm" if vLLM has the model, '
+        "or choose another `model.name`.",
+    )
+
+
+def _why_not_by_slots(model: Any) -> str | None:
+    if has_vision(model.config) and images_see_themselves(model):
+        return "the tokens of its images see one another"
+    before = text_config(model)._attn_implementation
+    try:
+        set_text_attention(model, before)
+        return _why_not(model, lambda: SlotDecoder(model, len(PROMPTS), None))
+    finally:
+        set_text_attention(model, before)
+
+
+def _why_not(model: Any, make: Callable[[], Decoder]) -> str | None:
+    """The reason where a decoder does not write what the model's plain forward says; else None."""
+    plain = text_config(model)._attn_implementation
+    try:
+        decoder = make()
+        rows = _written_by(decoder, text_config(model).vocab_size)
+    except ERRORS as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    finally:
+        set_text_attention(model, plain)
+    if isinstance(decoder, SlotDecoder) and not decoder.reads_slots:
+        return "its attention does not go through the AttentionInterface"
+    gap = max(_gap(model, row) for row in rows)
+    if gap <= TOLERANCE[model.dtype]:
+        return None
+    return f"its logprobs differ by {gap:.2g} nats from those of a plain forward pass"
+
+
+def _written_by(decoder: Decoder, vocabulary: int) -> list[SequenceState]:
+    """A few tokens after each prompt, whichever they are."""
+    prompts = [np.arange(1, count + 1, dtype=np.int32) % vocabulary for count in PROMPTS]
+    requests = [
+        GenerationRequest(key, prompt, max_tokens, seed=key)
+        for key, (prompt, max_tokens) in enumerate(zip(prompts, COMPLETIONS, strict=True))
+    ]
+    rows = [SequenceState(request) for request in requests]
+    everything = list(rows)
+    while rows:
+        if len(rows[0].token_ids) == FORGETS_AT:
+            decoder.forget()
+        _write_one(decoder, rows)
+        finished = [at for at, row in enumerate(rows) if row.finish_reason(()) is not None]
+        rows = decoder.without(rows, finished)
+    return everything
+
+
+def _write_one(decoder: Decoder, rows: list[SequenceState]) -> None:
+    requests = [row.request for row in rows]
+    uniform = uniforms([request.seed for request in requests], [len(row.token_ids) for row in rows])
+    ids, logprobs = draw(decoder.logits(rows), [1.0] * len(rows), uniform)
+    for row, token, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
+        row.token_ids.append(token)
+        row.logprobs.append(logprob)
+
+
+def _gap(model: Any, row: SequenceState) -> float:
+    """The largest difference, in nats, between the row's logprobs and a plain forward pass."""
+    prompt = row.request.prompt_ids
+    tokens = np.concatenate([prompt, row.token_ids]).astype(np.int64)
+    ids = torch.from_numpy(tokens).to(model.device)
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+    logprobs = logits.float().log_softmax(dim=-1)
+    plain = logprobs.gather(-1, ids[len(prompt) :, None])[:, 0]
+    return float((plain.cpu() - torch.tensor(row.logprobs)).abs().max())
