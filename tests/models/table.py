@@ -16,6 +16,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from onstream.pipeline.models.prompt_sharing import prepare
+from onstream.workers.generator.engines.transformers.engine import TransformersEngine
 from tests.models.exactness import Refused, generator_gap, scoring_gap
 from tests.models.families import tiny_model
 from tests.models.test_families import FAMILIES
@@ -31,15 +32,19 @@ is refused before a run starts; it is never accepted and wrong.**
 
 - *trainer and teacher*: `packed` computes a group's prompt once; `padded` takes a row for each
   sequence, as right and slower.
-- *built-in generator*: `inference.engine = "transformers"`. Where it refuses, `inference.engine =
-  "vllm"` or `"server"` writes the rollouts, if vLLM has the family; the guard compares what it
-  writes with the trainer ([engines.md](engines.md#the-guard-is-it-the-trainers-policy)).
+- *built-in generator*, and every evaluation: `inference.engine = "transformers"`. `slots` decodes
+  many completions in one forward pass; `own cache` takes one pass for each length of sequence,
+  as right and slower ([engines.md](engines.md#slots-or-the-models-own-cache)). Where it refuses,
+  `inference.engine = "vllm"` or `"server"` writes the rollouts, if vLLM has the family; the guard
+  compares what it writes with the trainer
+  ([engines.md](engines.md#the-guard-is-it-the-trainers-policy)).
 
 The same checks run on your own model at every start, with its windows made short, so that a
 prompt of the check is longer than them.
 
 - Rotary positions of the type `longrope` depend on the longest row of a batch: each sequence is
-  computed alone, and the built-in generator refuses them.
+  computed alone. Beyond `original_max_position_embeddings` every position of a sequence changes,
+  so the built-in generator writes up to there: that is its context.
 - With `dynamic`, sequences beyond `max_position_embeddings` are refused.
 - Where the tokens of an image see one another (Gemma), rows are padded.
 - Attention that sdpa cannot compute (gpt-oss's sinks, Gemma 2's caps) is the model's own code.
@@ -62,6 +67,10 @@ def main() -> int:
 def row_of(family: str) -> str:
     """A line of the table."""
     generator = cell(generator_gap, tiny_model(family))
+    if not generator.startswith("refused"):
+        reason = TransformersEngine(tiny_model(family), (), slots=4).own_cache_because
+        how = f"own cache: {short(reason)}" if reason else "slots"
+        generator = f"{generator}, {how}"
     model = tiny_model(family)
     scoring = cell(scoring_gap, model)
     if not scoring.startswith("refused"):
