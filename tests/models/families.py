@@ -80,6 +80,7 @@ OWN: dict[str, dict[str, Any]] = {
     "minicpm3": LATENT,
     "longcat_flash": LATENT,
     "bamba": {"attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * (LAYERS // 2)},
     "lfm2": {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
 }

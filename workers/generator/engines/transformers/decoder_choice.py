@@ -16,7 +16,10 @@ from onstream.pipeline.models.trial import short_windows
 from onstream.workers.generator.engines.base import GenerationRequest
 from onstream.workers.generator.engines.transformers.decoder import Decoder
 from onstream.workers.generator.engines.transformers.decoding_step import draw, uniforms
-from onstream.workers.generator.engines.transformers.own_cache_decoder import OwnCacheDecoder
+from onstream.workers.generator.engines.transformers.own_cache_decoder import (
+    OwnCacheDecoder,
+    UnsupportedCache,
+)
 from onstream.workers.generator.engines.transformers.sequence import SequenceState
 from onstream.workers.generator.engines.transformers.slot_cache import UnsupportedAttention
 from onstream.workers.generator.engines.transformers.slot_decoder import SlotDecoder
@@ -30,7 +33,6 @@ FORGETS_AT = 3
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Largest difference accepted, in nats. Wrong ways are off by far more."""
 ERRORS = (
-    UnsupportedAttention,
     ArithmeticError,
     AttributeError,
     LookupError,
@@ -39,6 +41,7 @@ ERRORS = (
     ValueError,
 )
 """What a model's code raises where it has no such way."""
+LINE_END = "\n"
 
 
 @torch.inference_mode()
@@ -83,8 +86,10 @@ def _why_not(model: Any, make: Callable[[], Decoder]) -> str | None:
     try:
         decoder = make()
         rows = _written_by(decoder, text_config(model).vocab_size)
+    except (UnsupportedAttention, UnsupportedCache) as error:
+        return str(error)
     except ERRORS as error:
-        return (str(error).splitlines() or [type(error).__name__])[0]
+        return f"its code raises {type(error).__name__}: {str(error).partition(LINE_END)[0]}"
     finally:
         set_text_attention(model, plain)
     if isinstance(decoder, SlotDecoder) and not decoder.reads_slots:

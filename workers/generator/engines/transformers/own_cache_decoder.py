@@ -24,6 +24,10 @@ from onstream.workers.generator.engines.transformers.decoder import image_tensor
 from onstream.workers.generator.engines.transformers.sequence import Integers, SequenceState
 
 
+class UnsupportedCache(Exception):
+    """The model's code makes no cache that can be decoded from."""
+
+
 @dataclass
 class EqualLengthBatch:
     """Sequences of one length, and the model's cache of all but the last token of each."""
@@ -109,7 +113,10 @@ class OwnCacheDecoder:
 
     def _forward(self, ids: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         output = self._model(input_ids=ids, use_cache=True, **self._last_only, **inputs)
-        return output.logits[:, -1], output.past_key_values
+        cache = getattr(output, "past_key_values", None)
+        if not hasattr(cache, "reorder_cache"):
+            raise UnsupportedCache("its code keeps none of transformers' kind")
+        return output.logits[:, -1], cache
 
     def _keep(self, cache: Any, places: Sequence[int]) -> None:
         """Let the rows of `cache` be those at `places`, which may repeat one."""
