@@ -41,7 +41,6 @@ ERRORS = (
     ValueError,
 )
 """What a model's code raises where it has no such way."""
-LINE_END = "\n"
 
 
 @torch.inference_mode()
@@ -89,7 +88,8 @@ def _why_not(model: Any, make: Callable[[], Decoder]) -> str | None:
     except (UnsupportedAttention, UnsupportedCache) as error:
         return str(error)
     except ERRORS as error:
-        return f"its code raises {type(error).__name__}: {str(error).partition(LINE_END)[0]}"
+        words = str(error).partition("\n")[0]
+        return f"its code raises {type(error).__name__}: {words}"
     finally:
         set_text_attention(model, plain)
     if isinstance(decoder, SlotDecoder) and not decoder.reads_slots:
