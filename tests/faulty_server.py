@@ -95,6 +95,9 @@ class FaultyServer:
         self.forever: Fault | None = None
         self.asked: list[Asked] = []
         self.in_flight = self.most_in_flight = 0
+        self._awaited = 0
+        self._came_together = threading.Event()
+        self._came_together.set()
         self.stopped = threading.Event()
         self.lock = threading.Lock()
         self.connections: set[socket.socket] = set()
@@ -123,6 +126,13 @@ class FaultyServer:
         self._thread.start()
         return self
 
+    def hold_until_together(self, count: int) -> None:
+        """Answer no request from now on until `count` are in flight at once."""
+        with self.lock:
+            self.most_in_flight = self.in_flight
+            self._awaited = count
+            self._came_together.clear()
+
     def stop(self) -> None:
         """Die: stop listening and cut every connection."""
         self.stopped.set()
@@ -141,6 +151,9 @@ class FaultyServer:
             self.asked.append(asked)
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
+            if self.most_in_flight >= self._awaited:
+                self._came_together.set()
+        self._came_together.wait()
         try:
             if self.key is not None and asked.headers.get("Authorization") != f"Bearer {self.key}":
                 return Answer(401, {"error": "Unauthorized"})

@@ -41,12 +41,15 @@ def _address(url: str) -> str:
 
 BaseUrl = Annotated[str, Field(pattern=r"^https?://[^\s/]+"), AfterValidator(_address)]
 Addresses = tuple[BaseUrl, ...]
+HiddenAddresses = Annotated[
+    Addresses, NoDecode, BeforeValidator(_listed), WORKER, HidesLogin(), Field(repr=False)
+]
 
 
 class EndpointSettings(Section):
     """How endpoints are reached, and what is asked of them at once."""
 
-    base_url: Annotated[Addresses, NoDecode, BeforeValidator(_listed), WORKER, HidesLogin()] = ()
+    base_url: HiddenAddresses = ()
     """The endpoints' addresses, such as `["http://teacher-server:8000/v1"]`; requests go to the one
     with the fewest in flight. The environment may hold one address as it is. A user and a password
     in an address are not shown, and not kept in the run's `settings.toml`."""
@@ -94,7 +97,7 @@ class StudentClientSettings(EndpointSettings):
     generator replaces.
     """
 
-    base_url: Annotated[Addresses, NoDecode, BeforeValidator(_listed), WORKER, HidesLogin()] = ()
+    base_url: HiddenAddresses = ()
     """The servers' addresses, such as `["http://gpu-host:8000"]`, for one generator alone. Unset:
     `onstream up` starts the servers, on `deployment.num_infer_gpus`. The environment may hold one
     address as it is."""

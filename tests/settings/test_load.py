@@ -200,6 +200,12 @@ def test_no_message_shows_a_secret(tmp_path: Path) -> None:
     assert "redis.url = ***" in told and "hunter2" not in told
 
 
+def test_printed_settings_show_no_login_of_an_endpoint() -> None:
+    endpoint = "inference.client.base_url=http://me:hidden@gpu-host:8000"
+    settings = load_settings(overrides=["inference.engine=server", endpoint], environ={})
+    assert "hidden" not in f"{settings!r} {settings}"
+
+
 def test_a_runs_written_settings_load_again_without_its_secrets(tmp_path: Path) -> None:
     given = load_settings(
         (),

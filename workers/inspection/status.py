@@ -128,11 +128,11 @@ def _phase(
     """Where the run stands: by Redis where that knows the run, else by its files."""
     if plan is None:
         return files.phase if files else "not started"
+    if files is not None and files.launched:
+        return "running"  # though it had ended before: its trainer may be about to reopen it
     if snapshot.finished:
         return "finished"
-    if at_work or (files is not None and files.launched):
-        return "running"
-    return "stopped"
+    return "running" if at_work else "stopped"
 
 
 def _unsettled(bus: Bus, run_dir: Path) -> int:

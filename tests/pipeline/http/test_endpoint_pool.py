@@ -179,6 +179,7 @@ def test_one_endpoint_is_given_no_more_than_max_in_flight() -> None:
         await asyncio.gather(*(post(made) for _ in range(12)))
 
     with serving(slowly) as (server, url):
+        server.hold_until_together(3)
         ask(client(url, max_in_flight=3), use)
         assert server.most_in_flight == 3
 

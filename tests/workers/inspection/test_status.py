@@ -223,8 +223,9 @@ def test_a_run_that_was_stopped_is_not_called_running_and_says_how_it_goes_on(
     assert "start one with" not in shown
 
 
-def test_a_run_under_a_launcher_is_running(tmp_path: Path) -> None:
-    settings = made_run(tmp_path, steps=2)
+@pytest.mark.parametrize("steps", [2, 4], ids=["begun", "ended-and-extended"])
+def test_a_run_under_a_launcher_is_running(tmp_path: Path, steps: int) -> None:
+    settings = made_run(tmp_path, steps=steps)
     with only_launcher(settings.run_dir):
         assert told(str(settings.run_dir), cwd=tmp_path).startswith("run demo: running, ")
 

@@ -65,7 +65,7 @@ def test_many_requests_are_in_flight_at_once_and_never_more_than_allowed(
     server = servers()
     stage = stages(configure(server, max_in_flight=6))
     server.delay_s = 0.03
-    server.most_in_flight = 0
+    server.hold_until_together(6)
     assert stage.room == 6
     work(stage, delivered(*(rollout(number, samples=2) for number in range(1, 31))))
     assert server.most_in_flight == 6
