@@ -31,12 +31,8 @@ from onstream.pipeline.tasks import Problem, load_task
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.chat_templates import arguments_of
 from onstream.settings.root import Settings
-from onstream.workers.generator.reconstruction import (
-    REASONING_FIELDS,
-    ReconstructedSample,
-    ReconstructionError,
-    Reconstructor,
-)
+from onstream.workers.generator.chat_template import REASONING_FIELDS, ReconstructionError
+from onstream.workers.generator.reconstruction import ReconstructedSample, Reconstructor
 from onstream.workers.generator.stage import (
     STAGE,
     ImagesToHold,
@@ -314,7 +310,7 @@ class ChatGenerator:
 
     def _warn_of_reasoning(self, message: dict[str, Any]) -> None:
         has_reasoning = any(message.get(name) for name in REASONING_FIELDS)
-        if has_reasoning and not self._reconstructor.renders_reasoning():
+        if has_reasoning and not self._reconstructor.template.renders_reasoning():
             self._warn_once(
                 "the student's chat template does not render reasoning: the teacher's is left out"
             )

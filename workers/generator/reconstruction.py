@@ -1,29 +1,27 @@
 """From chat messages that another model wrote to tokens of the student, with a loss mask.
 
-Pure: a tokenizer and messages in, samples out. An assistant turn is the difference between
-template(messages before it) with the generation prompt and template(messages up to it), split at
-their longest common token prefix.
+Pure: a tokenizer and messages in, samples out. An assistant turn is what follows
+template(messages before it), which ends in the generation prompt, in template(messages up to it).
+Its prompt has the very tokens that the student gets when it writes itself.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from onstream.pipeline.images import for_template
 from onstream.pipeline.records import Ids, Mask
-
-Message = dict[str, Any]
-REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-"""Names under which endpoints return, and templates read, reasoning outside the content."""
-
-
-class ReconstructionError(ValueError):
-    """Messages cannot become tokens of the student so that only the assistant's are trained."""
+from onstream.workers.generator.chat_template import (
+    ChatTemplate,
+    Message,
+    ReconstructionError,
+    TurnText,
+    message_text,
+)
 
 
 @dataclass(frozen=True)
@@ -53,12 +51,11 @@ class Reconstructor:
         self, tokenizer: Any, stop_ids: set[int], arguments: Mapping[str, Any] | None = None
     ) -> None:
         self._tokenizer = tokenizer
-        self._arguments = arguments or {}
         self._stop_ids = stop_ids
         self._special = [
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
         ]
-        self.reasoning_field = self._find_reasoning_field()
+        self.template = ChatTemplate(tokenizer, arguments or {})
 
     def samples(
         self, prompt: Sequence[Message], written: Sequence[Message], *, truncated: bool = False
@@ -79,9 +76,9 @@ class Reconstructor:
         for at, message in enumerate(written):
             if message["role"] != "assistant":
                 continue
-            before = [*prompt, *(self._for_template(earlier) for earlier in written[:at])]
+            before = [*prompt, *(self.template.for_template(earlier) for earlier in written[:at])]
             turn = self._turn(before, message, truncated=truncated and at == len(written) - 1)
-            text = _text(message)
+            text = message_text(message)
             continued = _continued(samples[-1], turn, text) if samples else None
             if continued is not None:
                 samples[-1] = continued
@@ -93,103 +90,49 @@ class Reconstructor:
             raise ReconstructionError("there is no assistant message")
         return samples
 
-    def renders_reasoning(self) -> bool:
-        """Whether the student's template renders reasoning that is outside the content."""
-        return self.reasoning_field is not None
-
     def _turn(
         self, before: Sequence[Message], message: Message, *, truncated: bool
     ) -> tuple[Ids, Ids]:
         """The ids before the assistant's turn, and those of the turn, its end included."""
         self._refuse_special(message)
-        opened = self._render(before, answer_next=True)
-        context = self._render(before)
-        text, end = self._closed(before, message, truncated=truncated)
-        if not text.startswith(context):
-            raise ReconstructionError(
-                "the student's template renders what came before in another way "
-                "once the answer follows"
-            )
-        opened_ids = self._ids(opened)
-        ids = self._ids(text[:end] if truncated else text)
-        split = _common(opened_ids, ids)
-        turn = ids[split:] if truncated else self._until_end_of_turn(ids[split:])
+        text = self.template.turn(before, message, truncated=truncated)
+        prompt_ids = self._ids(text.prompt)
+        turn = self._ids_after(prompt_ids, text)
+        if not truncated:
+            turn = self._until_end_of_turn(turn)
         if not len(turn):
-            raise ReconstructionError("nothing was written that the student's template renders")
+            raise ReconstructionError("nothing was written that the student's tokenizer knows")
         unknown = self._tokenizer.unk_token_id
         if unknown is not None and unknown in turn:
             raise ReconstructionError(
                 "the answer contains characters that the student's tokenizer has no token for"
             )
-        return ids[:split], turn
+        return prompt_ids, turn
 
-    def _closed(
-        self, before: Sequence[Message], message: Message, *, truncated: bool
-    ) -> tuple[str, int]:
-        """The chat as text with `message` as its last turn.
+    def _ids_after(self, prompt_ids: Ids, text: TurnText) -> Ids:
+        """The tokens of what was written, which follow those of the prompt.
 
-        Also where in it the written part ends, for a turn that was cut off.
+        Where one token would span the end of the prompt and the beginning of the answer, the answer
+        has tokens of its own: the student gets the prompt whole, and goes on from there.
         """
-        message = self._for_template(message)
-        if not any(message.get(name) for name in ("content", "tool_calls", *REASONING_FIELDS)):
-            raise ReconstructionError(
-                "the answer is empty, but for what the student's template does not render"
-            )
-        field = "content" if message.get("content") else self.reasoning_field
-        has_text = field is not None and bool(message.get(field))
-        if truncated and (message.get("tool_calls") or not has_text):
-            raise ReconstructionError("the answer was cut off before it had any content")
-        if field is None or not has_text:
-            return self._render([*before, message]), 0
-        return self._render_exactly(before, message, field, truncated=truncated)
+        whole = self._ids(text.prompt + text.written)
+        if np.array_equal(whole[: len(prompt_ids)], prompt_ids):
+            return whole[len(prompt_ids) :]
+        for apart in self._ids_apart(text.written):
+            joined = np.concatenate([prompt_ids, apart])
+            if self._decoded(joined) == self._decoded(whole):
+                return apart
+        raise ReconstructionError(
+            "the student's tokenizer has no tokens for the answer that follow those of the prompt"
+        )
 
-    def _render_exactly(
-        self, before: Sequence[Message], message: Message, field: str, *, truncated: bool
-    ) -> tuple[str, int]:
-        """The chat as text, with the whitespace around `message[field]` as it was written.
+    def _ids_apart(self, written: str) -> Iterator[Ids]:
+        """The tokens of `written` alone, and those behind a control token.
 
-        Templates trim it. Signs that are no whitespace take its place while the chat is rendered,
-        and one marks the end of a text that was cut off. Also returns where the text ends, if a
-        sign was there.
+        Tokenizers of the SentencePiece kind put a space before a text, but not behind such a token.
         """
-        value: str = message[field]
-        head = value[: len(value) - len(value.lstrip())] if field == "content" else ""
-        rest = value[len(head) :]
-        tail = rest[len(rest.rstrip()) :] if field == "content" or truncated else ""
-        core = rest[: len(rest) - len(tail)]
-        start_sign, end_sign = self._signs(before, message)
-        guarded = (start_sign if head else "") + core + (end_sign if tail or truncated else "")
-        text = self._render([*before, {**message, field: guarded}]).replace(start_sign, head)
-        if truncated and end_sign not in text:
-            raise ReconstructionError(
-                "the student's template does not show where the answer was cut off"
-            )
-        end = text.find(end_sign) + len(tail)
-        return text.replace(end_sign, tail), end
-
-    def _for_template(self, message: Message) -> Message:
-        """An assistant's message as templates expect it.
-
-        Its content is text, tool arguments are objects, and reasoning has the template's name.
-        """
-        if message["role"] != "assistant":
-            return message
-        ready: Message = {"role": "assistant", "content": _text(message)}
-        if reasoning := self._reasoning_of(message):
-            # The template itself writes the newlines between reasoning and content.
-            ready["content"] = ready["content"].lstrip("\n")
-            if self.reasoning_field is not None:
-                ready[self.reasoning_field] = reasoning
-        if message.get("tool_calls"):
-            ready["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
-        return ready
-
-    def _reasoning_of(self, message: Message) -> str:
-        for name in REASONING_FIELDS:
-            value = message.get(name)
-            if isinstance(value, str):
-                return value
-        return ""
+        yield self._ids(written)
+        yield self._ids(self._tokenizer.eos_token + written)[1:]
 
     def _until_end_of_turn(self, turn: Ids) -> Ids:
         """`turn` up to its end-of-turn token, which is added where the template leaves it out."""
@@ -201,49 +144,21 @@ class Reconstructor:
     def _refuse_special(self, message: Message) -> None:
         """Refuse a control token of the student in a text: it would be trained as such."""
         calls = json.dumps(message.get("tool_calls") or "", ensure_ascii=False)
-        written = _text(message) + self._reasoning_of(message) + calls
+        written = "".join(self.template.parts(message)) + calls
         found = [token for token in self._special if token in written]
         if found:
             raise ReconstructionError(
                 f"the answer contains {found[0]!r}, a control token of the student's tokenizer"
             )
 
-    def _render(self, messages: Sequence[Message], *, answer_next: bool = False) -> str:
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                for_template(messages),
-                add_generation_prompt=answer_next,
-                tokenize=False,
-                **self._arguments,
-            )
-        except Exception as error:  # templates raise anything: jinja's errors, TypeError, …
-            raise ReconstructionError(
-                f"the student's template cannot render the chat: {error}"
-            ) from error
-        return text
-
     def _ids(self, text: str) -> Ids:
         return np.array(
             self._tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32
         )
 
-    def _find_reasoning_field(self) -> str | None:
-        """The reasoning field that the template renders in the last turn, found by trying."""
-        chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        for name in REASONING_FIELDS:
-            try:
-                if "deliberation" in self._render([chat[0], {**chat[1], name: "deliberation"}]):
-                    return name
-            except ReconstructionError:
-                continue
-        return None
-
-    @staticmethod
-    def _signs(before: Sequence[Message], message: Message) -> tuple[str, str]:
-        """Two characters of Unicode's private use area that no message contains."""
-        used = json.dumps([*before, message], ensure_ascii=False, default=str)
-        free = (sign for sign in map(chr, range(0xE000, 0xF8FF)) if sign not in used)
-        return next(free), next(free)
+    def _decoded(self, ids: Ids) -> str:
+        text: str = self._tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+        return text
 
 
 def _continued(
@@ -263,31 +178,3 @@ def _continued(
     )
     completion_ids = np.concatenate([sample.completion_ids, between, turn_ids])
     return ReconstructedSample(sample.prompt_ids, completion_ids, mask, text)
-
-
-def _common(left: Ids, right: Ids) -> int:
-    """The length of the longest common prefix."""
-    shorter = min(len(left), len(right))
-    differing = np.flatnonzero(left[:shorter] != right[:shorter])
-    return int(differing[0]) if len(differing) else shorter
-
-
-def _text(message: Message) -> str:
-    """The message's content as one text; endpoints may give it in parts."""
-    content = message.get("content") or ""
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text", "") for part in content if part.get("type") == "text")
-
-
-def _tool_call(call: Message) -> Message:
-    """A tool call with its arguments as an object, for templates; endpoints give JSON text."""
-    function = dict(call.get("function") or {})
-    if isinstance(function.get("arguments"), str):
-        try:
-            function["arguments"] = json.loads(function["arguments"] or "{}")
-        except ValueError as error:
-            raise ReconstructionError(
-                f"the arguments of a tool call are no JSON: {error}"
-            ) from error
-    return {**call, "function": function}

@@ -47,7 +47,7 @@ SCAFFOLD = (
 PREFILLED = (  # the generation prompt opens the reasoning, which the finished answer does not show
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ':' + message['content'] + "
     "'<|im_end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant:<think>' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant:<think>\n' }}{% endif %}"
 )
 
 FICKLE = (  # renders what came before in another way once an answer follows

@@ -130,11 +130,11 @@ CASES: dict[str, tuple[str, list[dict[str, Any]], list[dict[str, Any]], list[str
         [assistant("ok")],
         ["<|im_start|>user\nhi<|im_end|><|im_start|>assistant\n|<think></think>ok<|im_end|>"],
     ),
-    "a generation prompt that says more than the finished chat is cut where they part": (
+    "reasoning that the prompt opens and the finished chat does not show is closed": (
         templates.PREFILLED,
         [USER],
         [assistant("ok")],
-        ["<|im_start|>user:hi<|im_end|><|im_start|>assistant:|ok<|im_end|>"],
+        ["<|im_start|>user:hi<|im_end|><|im_start|>assistant:<think>\n|\n</think>\n\nok<|im_end|>"],
     ),
     "a tool call is trained, with its arguments as an object": (
         templates.THINKING,
@@ -291,9 +291,11 @@ def test_private_signs_in_the_chat_itself_stay_what_they_are() -> None:
 
 
 def test_the_field_that_the_template_renders_reasoning_from_is_found_by_trying() -> None:
-    assert reconstructor(templates.THINKING).reasoning_field == "reasoning_content"
+    assert reconstructor(templates.THINKING).template.reasoning_field == "reasoning_content"
     assert (
-        reconstructor(templates.THINKING.replace("reasoning_content", "thinking")).reasoning_field
+        reconstructor(
+            templates.THINKING.replace("reasoning_content", "thinking")
+        ).template.reasoning_field
         == "thinking"
     )
-    assert not reconstructor(templates.PLAIN).renders_reasoning()
+    assert not reconstructor(templates.PLAIN).template.renders_reasoning()
