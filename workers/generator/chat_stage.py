@@ -31,7 +31,7 @@ from onstream.pipeline.tasks import Problem, load_task
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.chat_templates import arguments_of
 from onstream.settings.root import Settings
-from onstream.workers.generator.chat_template import REASONING_FIELDS, ReconstructionError
+from onstream.workers.generator.chat_template import ReconstructionError
 from onstream.workers.generator.reconstruction import ReconstructedSample, Reconstructor
 from onstream.workers.generator.stage import (
     STAGE,
@@ -309,8 +309,9 @@ class ChatGenerator:
         return Outcome(delivery, rollout)
 
     def _warn_of_reasoning(self, message: dict[str, Any]) -> None:
-        has_reasoning = any(message.get(name) for name in REASONING_FIELDS)
-        if has_reasoning and not self._reconstructor.template.renders_reasoning():
+        template = self._reconstructor.template
+        reasoning, _ = template.parts(message)
+        if reasoning and not template.renders_reasoning():
             self._warn_once(
                 "the student's chat template does not render reasoning: the teacher's is left out"
             )

@@ -16,9 +16,11 @@ from onstream.pipeline.images import for_template
 Message = dict[str, Any]
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Names under which endpoints return, and templates read, reasoning outside the content."""
+CLOSE_REASONING = "</think>"
 OPEN_REASONING = re.compile(r"<think>(\s*)\Z")
 """The end of a prompt that has opened the reasoning; the group is the gap before its text."""
-CLOSE_REASONING = "</think>"
+CLOSED_REASONING = re.compile(r"</think>\s*\Z")
+"""The end of a prompt after which no reasoning is written."""
 SHOWN_CHARACTERS = 40
 _QUESTION = {"role": "user", "content": "question"}
 
@@ -41,17 +43,19 @@ class TurnText:
 class ChatTemplate:
     """The template of `tokenizer`, with its habits, which are found by trying.
 
-    `reasoning_field` is where it reads reasoning, None if it renders none by itself.
+    `reasoning_field` is where it reads reasoning that it renders; None where there is none.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self.reasoning_field = self._find_reasoning_field()
-        self._opens_reasoning = self._find_opened_reasoning()
+        prompt = self._try([_QUESTION], answer_next=True) or ""
+        self._closes_reasoning = CLOSED_REASONING.search(prompt) is not None
+        self._opens_reasoning = OPEN_REASONING.search(prompt) is not None
+        self.reasoning_field = None if self._closes_reasoning else self._find_reasoning_field()
         self._arguments_as_text = self._takes_arguments_as_text()
 
     def renders_reasoning(self) -> bool:
-        """Whether reasoning that is outside the content has a place."""
+        """Whether an answer has a place for reasoning."""
         return self.reasoning_field is not None or self._opens_reasoning
 
     def render(self, messages: Sequence[Message], *, answer_next: bool = False) -> str:
@@ -91,12 +95,12 @@ class ChatTemplate:
     def parts(self, message: Message) -> tuple[str, str]:
         """The reasoning and the content of an assistant's message.
 
-        Reasoning that an endpoint left in the content is told apart for templates with a place for
-        it.
+        Reasoning that an endpoint left in the content is told apart, for templates of models that
+        reason.
         """
         content = message_text(message)
         reasoning = reasoning_of(message)
-        if not reasoning and self.renders_reasoning():
+        if not reasoning and (self.renders_reasoning() or self._closes_reasoning):
             reasoning, content = _split_reasoning(content)
         # The template itself writes the newlines between reasoning and content.
         return reasoning, content.lstrip("\n") if reasoning else content
@@ -142,20 +146,27 @@ class ChatTemplate:
     ) -> str:
         """What follows `prompt` in the finished chat.
 
-        A prompt may open reasoning that the finished chat does not show: DeepSeek-R1's distillates
-        and QwQ drop it from every answer. The student has to close it all the same, so that is
-        written here as those models do.
+        Two habits of templates are allowed for:
+        - A prompt opens reasoning that the finished chat does not show: DeepSeek-R1's distillates
+          and QwQ drop it from every answer. The student has to close it all the same.
+        - What came before has another place once an answer follows: Mistral's system message is
+          shown before the last user message alone.
         """
         if finished.startswith(prompt):
             return finished[len(prompt) :]
         opened = OPEN_REASONING.search(prompt)
-        if opened is None or not finished.startswith(prompt[: opened.start()]):
-            raise self._misfit(before, prompt, finished)
-        answer = finished[opened.start() :]
-        if answer.startswith(CLOSE_REASONING):
-            return answer
-        gap = opened[1]
-        return reasoning.strip("\n") + gap + CLOSE_REASONING + gap * 2 + answer
+        if opened is not None and finished.startswith(prompt[: opened.start()]):
+            return _with_reasoning(reasoning, opened[1], finished[opened.start() :])
+        answered = self._answered(before)
+        if finished.startswith(answered) and answered.endswith(_last_turn(before, prompt)):
+            return finished[len(answered) :]
+        raise self._misfit(before, prompt, finished)
+
+    def _answered(self, before: Sequence[Message]) -> str:
+        """The chat up to where an answer begins, as it is once there is one."""
+        sign = next(_free_signs(before))
+        text, _, _ = self.render([*before, {"role": "assistant", "content": sign}]).partition(sign)
+        return text
 
     def _misfit(self, before: Sequence[Message], prompt: str, finished: str) -> ReconstructionError:
         """Why the finished chat does not begin with the prompt."""
@@ -167,8 +178,8 @@ class ChatTemplate:
             )
         at = len(_common_prefix(prompt, finished))
         return ReconstructionError(
-            f"the student's template goes on with {prompt[at:][:SHOWN_CHARACTERS]!r} in a prompt, "
-            f"and with {finished[at:][:SHOWN_CHARACTERS]!r} in the finished chat"
+            f"the student's template ends the prompt with {prompt[at:]!r}, where the finished chat "
+            f"has {finished[at : at + SHOWN_CHARACTERS]!r}"
         )
 
     def _require_whole(
@@ -186,7 +197,7 @@ class ChatTemplate:
         if reasoning.strip() not in written and self.renders_reasoning():
             raise ReconstructionError("the student's template drops the reasoning of the answer")
         if "tool_calls" in ready and not self._shows_tool_calls(before, ready):
-            raise ReconstructionError("the student's template drops the tool calls of the answer")
+            raise ReconstructionError("the student's template drops a tool call of the answer")
 
     def _shows_tool_calls(self, before: Sequence[Message], ready: Message) -> bool:
         """Whether each tool call is rendered, found with words that stand nowhere else."""
@@ -206,10 +217,6 @@ class ChatTemplate:
             if "deliberation" in (self._try(chat) or ""):
                 return name
         return None
-
-    def _find_opened_reasoning(self) -> bool:
-        """Whether a prompt ends inside the reasoning."""
-        return OPEN_REASONING.search(self._try([_QUESTION], answer_next=True) or "") is not None
 
     def _takes_arguments_as_text(self) -> bool:
         """Whether the template renders tool calls only if their arguments are JSON text."""
@@ -292,6 +299,19 @@ def _split_reasoning(content: str) -> tuple[str, str]:
     if not closed and not opened:
         return "", content
     return before.lstrip().removeprefix("<think>").lstrip("\n"), after
+
+
+def _with_reasoning(reasoning: str, gap: str, answer: str) -> str:
+    """`answer` behind the reasoning that the prompt has opened, as models write it."""
+    if answer.startswith(CLOSE_REASONING):
+        return answer
+    return reasoning.strip("\n") + gap + CLOSE_REASONING + gap * 2 + answer
+
+
+def _last_turn(before: Sequence[Message], prompt: str) -> str:
+    """The end of `prompt`, from the text of its last message on; all of it without a text."""
+    text = message_text(before[-1]).strip() if before else ""
+    return prompt[prompt.rfind(text) :] if text and text in prompt else prompt
 
 
 def _common_prefix(left: str, right: str) -> str:
