@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ OPEN_REASONING = re.compile(r"<think>(\s*)\Z")
 """The end of a prompt that has opened the reasoning; the group is the gap before its text."""
 CLOSED_REASONING = re.compile(r"</think>\s*\Z")
 """The end of a prompt after which no reasoning is written."""
+SIGNS = re.compile("[\ue000-\uf8ff]")
+"""Unicode's private use area, of which signs are that mark where a text begins and ends."""
 SHOWN_CHARACTERS = 40
 _QUESTION = {"role": "user", "content": "question"}
 
@@ -43,11 +45,13 @@ class TurnText:
 class ChatTemplate:
     """The template of `tokenizer`, with its habits, which are found by trying.
 
+    `arguments` are variables that it reads.
     `reasoning_field` is where it reads reasoning that it renders; None where there is none.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any]) -> None:
         self._tokenizer = tokenizer
+        self._arguments = arguments
         prompt = self._try([_QUESTION], answer_next=True) or ""
         self._closes_reasoning = CLOSED_REASONING.search(prompt) is not None
         self._opens_reasoning = OPEN_REASONING.search(prompt) is not None
@@ -66,7 +70,10 @@ class ChatTemplate:
         """
         try:
             text: str = self._tokenizer.apply_chat_template(
-                for_template(messages), add_generation_prompt=answer_next, tokenize=False
+                for_template(messages),
+                add_generation_prompt=answer_next,
+                tokenize=False,
+                **self._arguments,
             )
         except Exception as error:  # templates raise anything: jinja's errors, TypeError, …
             raise ReconstructionError(
@@ -176,6 +183,7 @@ class ChatTemplate:
                 "the student's template renders what came before in another way "
                 "once the answer follows"
             )
+        finished = SIGNS.sub("", finished)
         at = len(_common_prefix(prompt, finished))
         return ReconstructionError(
             f"the student's template ends the prompt with {prompt[at:]!r}, where the finished chat "
@@ -273,7 +281,7 @@ def _guarded(ready: Message, field: str, start_sign: str, end_sign: str) -> _Gua
 
 
 def _free_signs(messages: Sequence[Message]) -> Iterator[str]:
-    """Characters of Unicode's private use area that no message contains."""
+    """Signs that no message contains."""
     used = json.dumps(list(messages), ensure_ascii=False, default=str)
     return (sign for sign in map(chr, range(0xE000, 0xF8FF)) if sign not in used)
 

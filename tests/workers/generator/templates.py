@@ -56,6 +56,34 @@ FICKLE = (  # renders what came before in another way once an answer follows
     "{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}"
 )
 
+CLOSED = (  # ends every chat with a token, as Phi-3 does
+    "{% for message in messages %}{{ message['role'] + ':' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% else %}{{ '<|endoftext|>' }}{% endif %}"
+)
+
+MOVING = (  # shows the system message before the last user message alone, as Mistral does
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{% if loop.last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ';' }}"
+    "{% endif %}{{ 'user:' + message['content'] + '<|im_end|>' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + '<|im_end|>' }}"
+    "{% endif %}{% endfor %}"
+)
+
+ONE_CALL = (  # renders the first tool call, and no text beside it
+    "{% for message in messages %}{{ message['role'] + ':' }}"
+    "{% if message['tool_calls'] %}"
+    "{% set call = message['tool_calls'][0]['function'] %}"
+    "{{ call['name'] + ' ' + call['arguments'] }}"
+    "{% else %}{{ message['content'] }}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+ANNOUNCING = (  # the prompt names a kind of answer that the finished chat does not
+    "{% for message in messages %}{{ message['role'] + ':' + message['content'] + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant, briefly:' }}{% endif %}"
+)
+
 ALTERNATING = (
     "{% for message in messages %}{% if message['role'] not in ('user', 'assistant') %}"
     "{{ raise_exception('only user and assistant here') }}{% endif %}"

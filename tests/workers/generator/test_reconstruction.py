@@ -136,6 +136,41 @@ CASES: dict[str, tuple[str, list[dict[str, Any]], list[dict[str, Any]], list[str
         [assistant("ok")],
         ["<|im_start|>user:hi<|im_end|><|im_start|>assistant:<think>\n|\n</think>\n\nok<|im_end|>"],
     ),
+    "reasoning inside the content is told apart from it": (
+        templates.PREFILLED,
+        [USER],
+        [assistant("<think>\nhm\n</think>\n\nok")],
+        [
+            "<|im_start|>user:hi<|im_end|><|im_start|>assistant:<think>\n|hm\n</think>\n\nok<|im_end|>"
+        ],
+    ),
+    "reasoning is left out where the prompt closes it": (
+        templates.SWITCHED.replace("enable_thinking is defined and enable_thinking is false", "1"),
+        [USER],
+        [assistant("<think>\nhm\n</think>\n\nok")],
+        [
+            "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n|"
+            "ok<|im_end|>"
+        ],
+    ),
+    "a token that ends every chat is not trained": (
+        templates.CLOSED,
+        [USER],
+        [assistant("a"), USER, assistant("b")],
+        ["user:hi<|im_end|>\nassistant:|a<|im_end|>[\nuser:hi<|im_end|>\nassistant:]b<|im_end|>"],
+    ),
+    "a system message keeps the place that it has in the prompt": (
+        templates.MOVING,
+        [{"role": "system", "content": "be kind"}, USER],
+        [assistant("ok")],
+        ["be kind;user:hi<|im_end|>|ok<|im_end|>"],
+    ),
+    "a template that takes arguments as text gets text": (
+        templates.ONE_CALL,
+        [USER],
+        [assistant("", tool_calls=[call("add", '{"a": 1}')])],
+        ['user:hi<|im_end|>assistant:|add {"a": 1}<|im_end|>'],
+    ),
     "a tool call is trained, with its arguments as an object": (
         templates.THINKING,
         [USER],
@@ -259,6 +294,30 @@ def test_an_answer_that_was_cut_off_is_trained_up_to_the_cut_without_an_end_of_t
             assistant("naïve"),
             False,
             "characters that the student's tokenizer has no token for",
+        ),
+        (
+            templates.PLAIN,
+            assistant(None, tool_calls=[call("add", "{}")]),
+            False,
+            "template drops a tool call of the answer",
+        ),
+        (
+            templates.ONE_CALL,
+            assistant("", tool_calls=[call("add", "{}"), call("add", "{}")]),
+            False,
+            "template drops a tool call of the answer",
+        ),
+        (
+            templates.ONE_CALL,
+            assistant("see", tool_calls=[call("add", "{}")]),
+            False,
+            "template drops the content of the answer",
+        ),
+        (
+            templates.ANNOUNCING,
+            assistant("ok"),
+            False,
+            "ends the prompt with ', briefly:', where the finished chat has ':ok",
         ),
         (templates.FICKLE, assistant("ok"), False, "renders what came before in another way"),
         (templates.ALTERNATING, {"role": "assistant", "content": "ok"}, False, None),
