@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -47,6 +48,18 @@ class Section(BaseModel):
         frozen=True,
         allow_inf_nan=False,
     )
+
+
+def listed(value: Any) -> Any:
+    """`value` as a list where it is one text, or the JSON text of a list: an environment variable
+    holds either.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return [value.strip()]
 
 
 OWN_TEMPLATE_ARGUMENTS = (

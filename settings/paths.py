@@ -54,6 +54,11 @@ def _absolute(settings: Settings) -> Iterator[tuple[str, Any]]:
             yield name, absolute_model(value)
             if name == "model.name" and settings.inference.client.model is None:
                 yield from _name_at_servers(settings)
+    template = settings.model.chat_template
+    if template is not None and Path(template).expanduser().exists():
+        absolute = os.path.abspath(Path(template).expanduser())
+        if absolute != template:
+            yield "model.chat_template", absolute
     task = settings.task.name
     data = task.removeprefix(HUGGING_FACE)
     if task != data and Path(data).exists() and not Path(data).is_absolute():

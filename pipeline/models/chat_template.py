@@ -10,6 +10,13 @@ from jinja2.ext import Extension
 from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 
+NO_TEMPLATE = (
+    "For a base student, set model.chat_template to the teacher's model id or directory, or to a "
+    "Jinja file (docs/teachers.md has the recipe). Else use the instruction-tuned variant of the "
+    "model, or add a chat_template.jinja to its directory."
+)
+"""What to do about a model without a chat template."""
+
 
 class GenerationTag(Extension):
     """The tag by which templates of transformers mark what the assistant wrote."""

@@ -18,8 +18,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.models.chat_template import unread_arguments
+from onstream.pipeline.models.chat_template import NO_TEMPLATE, unread_arguments
+from onstream.pipeline.models.end_tokens import end_token_ids
 from onstream.pipeline.telemetry import get_logger
+from onstream.settings.sections.run import ModelSettings
 
 log = get_logger()
 Loaded = TypeVar("Loaded")
@@ -33,24 +35,61 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is none, or it lacks either.
     """
+    tokenizer = _load(name)
+    _require_chat(tokenizer, name)
+    return tokenizer
+
+
+def load_student_tokenizer(name: str | Path, model: ModelSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer of a student, with the chat template and the end of turn that `model` says.
+
+    Raises:
+        UserError: there is none, or it lacks either, or not all of `model.end_tokens` are tokens.
+    """
+    tokenizer = _load(name)
+    if model.chat_template is not None:
+        tokenizer.chat_template = _template_of(model.chat_template)
+    if model.end_tokens:
+        first = end_token_ids(tokenizer, model.end_tokens)[0]
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first)
+    _require_chat(tokenizer, name)
+    return tokenizer
+
+
+def _load(name: str | Path) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = cached_first(
         name, "tokenizer", AutoTokenizer.from_pretrained
     )
+    return tokenizer
+
+
+def _template_of(named: str) -> Any:
+    """The chat template that `model.chat_template` names: in a file, or of a model."""
+    path = Path(named).expanduser()
+    template = path.read_text(encoding="utf-8") if path.is_file() else _load(named).chat_template
+    if not template:
+        raise UserError(
+            f"model.chat_template = {named!r}, which has no chat template itself",
+            expected="a Jinja file, or a model with a chat template",
+            next_step="Name the instruction-tuned variant of the student, or the teacher.",
+        )
+    return template
+
+
+def _require_chat(tokenizer: PreTrainedTokenizerBase, name: str | Path) -> None:
     if not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer of {name} has no chat template",
             expected="a chat_template in tokenizer_config.json, or chat_template.jinja beside it",
-            next_step="Use the instruction-tuned variant of the model, or add a "
-            "chat_template.jinja to its directory.",
+            next_step=NO_TEMPLATE,
         )
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {name} has no end-of-sequence token",
             expected="eos_token in tokenizer_config.json",
-            next_step="Name the token that ends a turn as eos_token: without it no completion can "
-            "stop.",
+            next_step="Name the token that ends a turn as eos_token, or in model.end_tokens for a "
+            "student: without it no completion can stop.",
         )
-    return tokenizer
 
 
 def warn_of_unread_arguments(setting: str, tokenizer: Any, arguments: Mapping[str, Any]) -> None:

@@ -3,28 +3,15 @@ whose completions are trained on, and servers of the student."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import NoDecode
 
-from onstream.settings.base import RUN, WORKER, HidesLogin, Section, TemplateArguments, Unit
+from onstream.settings.base import RUN, WORKER, HidesLogin, Section, TemplateArguments, Unit, listed
 from onstream.settings.teacher_protocols import ProtocolName
-
-
-def _listed(value: Any) -> Any:
-    """`value` as a list where it is one address, or the JSON text of a list: an environment
-    variable holds either.
-    """
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return [value.strip()]
 
 
 def _address(url: str) -> str:
@@ -42,7 +29,7 @@ def _address(url: str) -> str:
 BaseUrl = Annotated[str, Field(pattern=r"^https?://[^\s/]+"), AfterValidator(_address)]
 Addresses = tuple[BaseUrl, ...]
 HiddenAddresses = Annotated[
-    Addresses, NoDecode, BeforeValidator(_listed), WORKER, HidesLogin(), Field(repr=False)
+    Addresses, NoDecode, BeforeValidator(listed), WORKER, HidesLogin(), Field(repr=False)
 ]
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import BeforeValidator, Field, SecretStr
+from pydantic_settings import NoDecode
 
-from onstream.settings.base import RUN, WORKER, Section, TemplateArguments, Unit
+from onstream.settings.base import RUN, WORKER, Section, TemplateArguments, Unit, listed
 
 
 class RunSettings(Section):
@@ -39,6 +40,15 @@ class ModelSettings(Section):
     chat_template_kwargs: Annotated[TemplateArguments, RUN] = Field(default_factory=dict)
     """Variables of the chat template, such as `{ enable_thinking = false }`. Every conversation is
     rendered with them: prompts, evaluations, and what a teacher wrote for the student."""
+    chat_template: Annotated[str | None, RUN, Field(min_length=1)] = None
+    """Whose chat template the student has instead of its own, for a base model that has none: a
+    Hugging Face model id or a directory, such as the teacher's, or a Jinja file."""
+    end_tokens: Annotated[
+        tuple[str, ...], NoDecode, BeforeValidator(listed), RUN, Field(max_length=16)
+    ] = ()
+    """Tokens that end the student's turns besides those that its files name, such as
+    `["<|im_end|>"]`. The first is the one that the student is taught to end with, and that its
+    saved files name as the end of sequence."""
 
 
 class RedisSettings(Section):

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from onstream.pipeline.images import PromptImage
+from onstream.pipeline.models.end_tokens import stop_ids
 from onstream.pipeline.models.loading import load_model
 from onstream.pipeline.models.multimodal import joined
 from onstream.pipeline.weights import LoadedPolicy
 from onstream.workers.generator.engines.base import Completion, GenerationRequest
 from onstream.workers.generator.engines.transformers.engine import TransformersEngine
-from onstream.workers.generator.student import stop_ids
 from onstream.workers.tiny_models.character_tokenizer import IMAGE, IMAGE_END, IMAGE_START
 from tests.vision.conftest import Tiny, noise
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onstream.pipeline.images import Message, PromptImage, grey_image
+from onstream.pipeline.models.end_tokens import stop_ids
 from onstream.pipeline.models.loading import limit_gpu_memory
 from onstream.pipeline.models.tokenizer import (
     has_vision,
     load_configs,
-    load_tokenizer,
+    load_student_tokenizer,
     warn_of_unread_arguments,
 )
 from onstream.pipeline.prompts import Prompt, PromptBuilder, prompt_builder, render_prompt
@@ -64,7 +65,12 @@ class StudentModel:
     @cached_property
     def stop_ids(self) -> set[int]:
         """Every token that ends a turn."""
-        return stop_ids(self.tokenizer, self.config, self.generation_config)
+        return stop_ids(
+            self.tokenizer,
+            self.config,
+            self.generation_config,
+            self.settings.model.end_tokens,
+        )
 
     def prompt(self, messages: list[Message]) -> Prompt:
         """The conversation through the chat template, up to where the answer begins.
@@ -123,8 +129,11 @@ class Student:
         return room
 
     def text(self, token_ids: Ids) -> str:
-        """A completion as text, without special tokens."""
-        text: str = self.model.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
+        """A completion as text, without special tokens and the token that ended it."""
+        ids = token_ids.tolist()
+        if ids and ids[-1] in self.model.stop_ids:
+            ids.pop()
+        text: str = self.model.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
 
@@ -201,29 +210,9 @@ def load_student_model(name: str | Path, settings: Settings) -> StudentModel:
     Raises:
         UserError: there is no such model, or it has no usable tokenizer or image processor.
     """
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_student_tokenizer(name, settings.model)
     arguments = settings.model.chat_template_kwargs
     warn_of_unread_arguments("model.chat_template_kwargs", tokenizer, arguments)
     config, generation_config = load_configs(name)
     prompts = prompt_builder(name, config, settings)
     return StudentModel(name, settings, tokenizer, config, generation_config, prompts)
-
-
-def stop_ids(tokenizer: Any, config: Any, generation_config: Any) -> set[int]:
-    """Every token that ends a turn, by the tokenizer or either configuration.
-
-    A placeholder of images ends a turn too: there is no image to continue with. As the last token
-    it is predicted, and never read.
-    """
-    named = [
-        tokenizer.eos_token_id,
-        config.get_text_config().eos_token_id,
-        getattr(generation_config, "eos_token_id", None),
-        getattr(config, "image_token_id", None),
-        getattr(config, "video_token_id", None),
-    ]
-    stops = set[int]()
-    for value in named:
-        tokens = value if isinstance(value, list) else [value]  # a configuration may name several
-        stops |= {int(token) for token in tokens if token is not None}
-    return stops

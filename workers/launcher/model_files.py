@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from onstream.pipeline.errors import UserError, looked_in
+from onstream.pipeline.models.chat_template import NO_TEMPLATE
 from onstream.pipeline.models.pickled import refuse_pickle
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -70,10 +71,13 @@ def _no_such_model(name: str, error: Exception) -> UserError:
     )
 
 
-def check_model(name: str, setting: str, *, ask_hub: bool = True) -> Path | None:
+def check_model(
+    name: str, setting: str, *, ask_hub: bool = True, own_template: bool = True
+) -> Path | None:
     """Check that the model `name`, the value of `setting`, has weights and a tokenizer for chat.
 
-    Returns its directory; None for a hub model that is not in the local cache, without `ask_hub`.
+    Without `own_template` it need not have a chat template. Returns its directory; None for a hub
+    model that is not in the local cache, without `ask_hub`.
 
     Raises:
         UserError: there is no such model, a file of it is missing or no JSON, or there is no chat
@@ -92,14 +96,31 @@ def check_model(name: str, setting: str, *, ask_hub: bool = True) -> Path | None
     has_tokenizer = any((directory / file).exists() for file in TOKENIZER_FILES)
     expected = f"one of {', '.join(TOKENIZER_FILES)}"
     _require(has_tokenizer, f"{setting}: {directory} has no tokenizer", expected)
+    if own_template:
+        _require_chat_template(directory, setting)
+    return directory
+
+
+def check_chat_template(named: str, *, ask_hub: bool = True) -> None:
+    """Check that `model.chat_template` names a Jinja file, or a model with a chat template.
+
+    Raises:
+        UserError: it does neither.
+    """
+    if Path(named).expanduser().is_file():
+        return
+    directory = local_model(named, ask_hub=ask_hub)
+    if directory is not None:
+        _require_chat_template(directory, "model.chat_template")
+
+
+def _require_chat_template(directory: Path, setting: str) -> None:
     if not _has_chat_template(directory, setting):
         raise UserError(
             f"{setting}: the tokenizer in {directory} has no chat template",
             expected="a file chat_template.jinja, or `chat_template` in tokenizer_config.json",
-            next_step="Use the instruction-tuned variant of the model, or add a "
-            "chat_template.jinja to its directory.",
+            next_step=NO_TEMPLATE,
         )
-    return directory
 
 
 def _require(holds: bool, got: str, expected: str) -> None:

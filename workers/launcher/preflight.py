@@ -26,7 +26,12 @@ from onstream.settings.route import rollout_teacher
 from onstream.settings.rules.deployment import redis_warnings
 from onstream.settings.rules.engines import engine_problems
 from onstream.settings.stages import COMPUTING, SWITCHES
-from onstream.workers.launcher.model_files import check_model, context_tokens, parameters
+from onstream.workers.launcher.model_files import (
+    check_chat_template,
+    check_model,
+    context_tokens,
+    parameters,
+)
 from onstream.workers.launcher.redis_binary import find_server
 
 PROBLEMS_TRIED = 3
@@ -176,7 +181,12 @@ def check_student(subject: Subject) -> None:
         UserError: something is missing or unfit.
     """
     settings = subject.settings
-    student = check_model(settings.model.name, "model.name", ask_hub=subject.ask_hub)
+    template = settings.model.chat_template
+    student = check_model(
+        settings.model.name, "model.name", ask_hub=subject.ask_hub, own_template=template is None
+    )
+    if template is not None:
+        check_chat_template(template, ask_hub=subject.ask_hub)
     if student is not None:
         check_completion(settings, student)
         check_disk(settings, student)

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from onstream.pipeline.errors import UserError
+from onstream.pipeline.models.end_tokens import ends_of_template, stop_ids
 from onstream.pipeline.models.tokenizer import (
     load_configs,
+    load_student_tokenizer,
     load_tokenizer,
     warn_of_unread_arguments,
 )
@@ -55,7 +57,11 @@ def load_student(settings: Settings) -> ModelInfo:
     Raises:
         UserError: it has no usable tokenizer.
     """
-    return _load(settings.model.name, settings.model.chat_template_kwargs)
+    name = settings.model.name
+    tokenizer = load_student_tokenizer(name, settings.model)
+    config, generation = load_configs(name)
+    ends = stop_ids(tokenizer, config, generation, settings.model.end_tokens)
+    return _info(name, tokenizer, config, frozenset(ends), settings.model.chat_template_kwargs)
 
 
 def load_teacher(settings: Settings) -> ModelInfo:
@@ -66,25 +72,30 @@ def load_teacher(settings: Settings) -> ModelInfo:
     """
     model = settings.teacher_inference.model
     arguments = arguments_of(model, settings)
-    info = _load(model.name or settings.model.name, arguments)
+    name = model.name or settings.model.name
+    own = name != settings.model.name
+    tokenizer = load_tokenizer(name) if own else load_student_tokenizer(name, settings.model)
+    config, generation = load_configs(name)
+    ends = _end_ids(tokenizer, config)
+    ends |= set(ends_of_template(tokenizer, arguments)) & stop_ids(tokenizer, config, generation)
+    info = _info(name, tokenizer, config, ends, arguments)
     if model.chat_template_kwargs is not None:
         warn_of_unread_arguments(TEACHER_ARGUMENTS[0], info.tokenizer, arguments)
     return info
 
 
-def _load(name: str, template_arguments: Mapping[str, Any]) -> ModelInfo:
-    """The model `name`, a directory or a name of the hub.
-
-    Raises:
-        UserError: it has no usable tokenizer.
-    """
-    tokenizer = load_tokenizer(name)
-    config, _ = load_configs(name)
+def _info(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    end_ids: frozenset[int],
+    template_arguments: Mapping[str, Any],
+) -> ModelInfo:
     text = config.get_text_config()
     return ModelInfo(
         name,
         tokenizer,
-        _end_ids(tokenizer, config),
+        end_ids,
         int(text.max_position_embeddings),
         int(text.vocab_size),
         template_arguments,
@@ -182,8 +193,54 @@ def _check_end(student: ModelInfo, teacher: ModelInfo) -> None:
             f"the teacher {teacher.name!r} with {sorted(teacher.end_ids)}",
             expected="one end-of-turn token; with two, the teacher teaches the student never to "
             "stop",
-            next_step="Set the student's eos_token to the teacher's, or choose another teacher.",
+            next_step=f"{_end_advice(teacher, _end_of(teacher))} Or choose another teacher.",
         )
+    taught = [token for token in _template_ends(teacher) if token in teacher.end_ids]
+    if taught and not student.end_ids.intersection(taught):
+        raise _never_stops(student, taught[0])
+
+
+def check_own_end(student: ModelInfo) -> None:
+    """Refuse a student that its own chat template ends otherwise than it stops.
+
+    For a teacher whose own ends are not known: it renders conversations as the student does.
+
+    Raises:
+        UserError: the template writes special tokens after an answer, and the student stops at none
+            of them.
+    """
+    ends = _template_ends(student)
+    if ends and not student.end_ids.intersection(ends):
+        raise _never_stops(student, ends[0])
+
+
+def _template_ends(model: ModelInfo) -> list[int]:
+    return ends_of_template(model.tokenizer, model.template_arguments)
+
+
+def _end_of(teacher: ModelInfo) -> int:
+    """The token that the teacher ends its turns with."""
+    by_template = [token for token in _template_ends(teacher) if token in teacher.end_ids]
+    end: int = (by_template or [teacher.tokenizer.eos_token_id])[0]
+    return end
+
+
+def _end_advice(model: ModelInfo, end: int) -> str:
+    token = model.tokenizer.convert_ids_to_tokens(end)
+    return (
+        f'Set model.end_tokens = ["{token}"]: then the student stops there, and learns to '
+        "(docs/teachers.md has the recipe of a base student)."
+    )
+
+
+def _never_stops(student: ModelInfo, end: int) -> UserError:
+    token = student.tokenizer.convert_ids_to_tokens(end)
+    return UserError(
+        f"the chat template ends an answer with {token!r} (token {end}), where the student "
+        f"{student.name!r} does not stop: it stops at {sorted(student.end_ids)}",
+        expected="a student that stops where the teacher teaches it to end",
+        next_step=_end_advice(student, end),
+    )
 
 
 def _check_context(student: ModelInfo, teacher: ModelInfo, max_completion: int) -> None:

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.images.vision import load_vision
+from onstream.pipeline.models.end_tokens import add_stops, end_token_ids
 from onstream.pipeline.models.forward import NO_IMAGES, head_of, hidden_states
 from onstream.pipeline.models.loading import base_of, load_model, resolve_dtype, text_config
 from onstream.pipeline.models.multimodal import Features
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts, single_rows
 from onstream.pipeline.models.prompt_sharing import prepare
-from onstream.pipeline.models.tokenizer import has_vision, load_tokenizer
+from onstream.pipeline.models.tokenizer import has_vision, load_student_tokenizer
 from onstream.pipeline.records import Ids
+from onstream.settings.sections.run import ModelSettings
 from onstream.settings.sections.trainer import TrainerSettings
 from onstream.workers.trainer import lora
 from onstream.workers.trainer.batches.train_samples import LossFields, TrainSample, check_sample
@@ -83,7 +85,8 @@ class GradientNotFinite(UserError):
 class Learner:
     """The student with its optimizer: float32 master weights, computed with in `dtype`.
 
-    With `trainer.lora` only an adapter is trained.
+    With `trainer.lora` only an adapter is trained. What is saved has the chat template and the end
+    tokens that `student` says.
     The model stays in evaluation mode: dropout would make its logprobs differ from the generator's.
     `padded_because` is None where shared prompts are computed once, else the reason why the model's
     code cannot do it. Token ids are below `vocabulary`.
@@ -93,16 +96,24 @@ class Learner:
             projection, or it has no such layers to adapt.
     """
 
-    def __init__(self, model: str | Path, trainer: TrainerSettings, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        trainer: TrainerSettings,
+        device: torch.device,
+        student: ModelSettings | None = None,
+    ) -> None:
+        student = student or ModelSettings()
         self.trainer = trainer
         self.device = device
         self.dtype = resolve_dtype(trainer.dtype, device)
-        self.tokenizer = load_tokenizer(model)
+        self.tokenizer = load_student_tokenizer(model, student)
         self._loss_function = loss_function(trainer.loss)
         self._loss_fields = LossFields.of(trainer.loss)
         self._tail_floor = trainer.loss.teacher_tail_floor
         base = base_of(model)
         self.model = load_model(base or model, dtype=torch.float32, device=device)
+        add_stops(self.model, end_token_ids(self.tokenizer, student.end_tokens))
         self.padded_because = prepare(self.model)
         self._adapter = None
         if trainer.lora:
@@ -310,9 +321,10 @@ class Learner:
             self._save_tokenizer(directory)
 
     def _save_tokenizer(self, directory: Path) -> None:
-        self.tokenizer.save_pretrained(directory)
         if self.vision:
             self.vision.save(directory)
+        # After the processor, whose tokenizer is that of the model's own files.
+        self.tokenizer.save_pretrained(directory)
 
     def published_state(self) -> dict[str, Tensor]:
         """The weights as generators get them: on the CPU, in `dtype`, any adapter merged.

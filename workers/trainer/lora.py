@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from onstream.pipeline.errors import UserError
+from onstream.pipeline.models.end_tokens import add_stops
 from onstream.pipeline.models.loading import base_of, load_model
 from onstream.pipeline.models.tokenizer import load_tokenizer
 from onstream.settings.extras import missing_package
@@ -124,8 +125,10 @@ def write_merged(directory: Path, out: Path) -> None:
     base = base_of(directory)
     assert base is not None, "a directory with an adapter"
     model = load_model(base, dtype=torch.float32, device=torch.device("cpu"))
+    tokenizer = load_tokenizer(directory)
+    add_stops(model, [tokenizer.eos_token_id])
     _peft().PeftModel.from_pretrained(model, str(directory)).merge_and_unload().save_pretrained(out)
-    load_tokenizer(directory).save_pretrained(out)
+    tokenizer.save_pretrained(out)
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:

@@ -319,7 +319,8 @@ def learner_at(settings: Settings, found: Checkpoint | None) -> Learner:
     # For an adapter's dropout. A checkpoint brings the random state that the run had come to.
     torch.manual_seed(settings.run.seed)
     device = resolve_device(settings.deployment.device)
-    learner = Learner(found.path if found else settings.model.name, settings.trainer, device)
+    start = found.path if found else settings.model.name
+    learner = Learner(start, settings.trainer, device, settings.model)
     if found:
         state = torch.load(found.path / OPTIMIZER, map_location="cpu", weights_only=True)
         learner.load_state(state)

@@ -310,6 +310,20 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path) -> None:
     assert check_model(str(model), "model.name") == model
 
 
+def test_a_student_without_a_chat_template_may_be_given_one(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    (base / "tokenizer_config.json").write_text("{}")
+    named = f"model.name={base}"
+    with pytest.raises(UserError, match=r"set model\.chat_template to the teacher's"):
+        check_all(tmp_path, named)
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ messages }}")
+    for template in (file, make_model(tmp_path / "teacher")):
+        check_all(tmp_path, named, f"model.chat_template={template}")
+    with pytest.raises(UserError, match=r"model\.chat_template: the tokenizer in .*base has no"):
+        check_all(tmp_path, named, f"model.chat_template={base}")
+
+
 def test_a_configuration_that_is_not_json_is_refused(tmp_path: Path) -> None:
     model = make_model(tmp_path / "student")
     (model / "config.json").write_text("{")

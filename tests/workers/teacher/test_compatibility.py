@@ -97,6 +97,29 @@ def test_a_teacher_that_ends_its_turns_otherwise_is_refused() -> None:
         )
 
 
+def base_of(*end_tokens: str) -> ModelInfo:
+    """A base student that ends what it writes with `<|endoftext|>`, and with `end_tokens`."""
+    tokenizer = character_tokenizer()
+    tokenizer.eos_token = end_tokens[0] if end_tokens else "<|endoftext|>"
+    ends = {0, *tokenizer.convert_tokens_to_ids(list(end_tokens))}
+    return model_of("base", tokenizer=tokenizer, end_ids=frozenset(ends))
+
+
+@pytest.mark.parametrize("teacher_ends", [{3}, {0, 3}], ids=["its own", "the student's too"])
+def test_a_base_student_under_an_instruct_teacher_is_told_the_setting_that_mends_it(
+    teacher_ends: set[int],
+) -> None:
+    teacher = model_of("teacher", end_ids=frozenset(teacher_ends))
+    with pytest.raises(UserError) as refusal:
+        check_compatible(base_of(), teacher, max_completion=16)
+    assert 'Set model.end_tokens = ["<|im_end|>"]' in refusal.value.next_step
+    check_compatible(base_of("<|im_end|>"), teacher, max_completion=16)
+
+
+def test_a_teacher_that_is_the_base_student_itself_ends_as_it_does() -> None:
+    check_compatible(base_of(), base_of(), max_completion=16)
+
+
 def test_a_context_as_long_as_the_students_holds_whatever_the_student_writes() -> None:
     check_compatible(model_of("student"), model_of("teacher"), max_completion=512)
 

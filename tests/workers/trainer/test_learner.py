@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.forward import head_of, hidden_states, token_logprobs
 from onstream.pipeline.models.packing import pack, share_prompts
+from onstream.settings.sections.run import ModelSettings
 from onstream.settings.sections.trainer import OptimSettings, TrainerSettings
 from onstream.workers.trainer.batches.train_samples import TrainSample
 from onstream.workers.trainer.learner import Learner
@@ -382,6 +383,20 @@ def test_a_checkpoint_is_a_model_that_transformers_loads(student: Path, tmp_path
     assert AutoTokenizer.from_pretrained(tmp_path).eos_token_id == 1
     for name, weight in weights(found).items():
         assert torch.equal(model.state_dict()[name], weight), name
+
+
+def test_what_is_saved_of_a_base_student_answers_and_ends_as_it_was_taught(
+    student: Path, tmp_path: Path
+) -> None:
+    template = "{% for message in messages %}{{ message['content'] }}A{% endfor %}"
+    (tmp_path / "chat.jinja").write_text(template)
+    model = ModelSettings(chat_template=str(tmp_path / "chat.jinja"), end_tokens=("A", "B"))
+    Learner(student, TrainerSettings(), CPU, model).save_model(tmp_path / "saved")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    ends = tokenizer.convert_tokens_to_ids(["A", "B"])
+    assert (tokenizer.chat_template, tokenizer.eos_token) == (template, "A")
+    saved = GenerationConfig.from_pretrained(tmp_path / "saved")
+    assert saved.eos_token_id == [*ends, 1], "its own end comes last"
 
 
 def test_what_is_published_is_the_cast_with_tied_weights_once(student: Path) -> None:

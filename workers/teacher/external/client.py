@@ -11,7 +11,9 @@ from onstream.pipeline.http import EndpointPool, EndpointReply, EventLoopThread
 from onstream.pipeline.records import Logprobs
 from onstream.settings.chat_templates import arguments_of
 from onstream.settings.root import Settings
+from onstream.settings.route import local_teacher_configured
 from onstream.settings.sections.client import TeacherModelSettings
+from onstream.workers.teacher.compatibility import check_own_end
 from onstream.workers.teacher.external.endpoint import SECTION, EndpointCheck, TeacherEndpoint
 from onstream.workers.teacher.external.student_info import load_student_info
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
@@ -38,6 +40,8 @@ class TeacherClient:
         teacher = _teacher_settings(settings)
         self.name = teacher.model.name
         self.student = load_student_info(settings)
+        if teacher.model.name != settings.model.name and not local_teacher_configured(settings):
+            check_own_end(self.student.model)
         self.top_k = min(
             settings.trainer.loss.teacher_top_k, self.student.model.vocabulary_size - 1
         )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from tokenizers import AddedToken
 
 from onstream.pipeline.errors import Exit, UserError
 from onstream.workers.tiny_models.character_tokenizer import character_tokenizer
+from tests.base_student import make_base
 from tests.faulty_server import drip, status
 from tests.table_teacher import ALL_ROUTES, TableTeacher
 from tests.workers.teacher.external.conftest import Configure, Servers, Stages
@@ -168,6 +170,21 @@ def test_another_chat_template_is_refused_showing_both(
         "writes a conversation as '[1 + 1]" in found.got
         and "'<|im_start|><|user|>1 + 1" in found.got
     )
+
+
+def test_a_base_student_under_the_teacher_of_a_server_is_told_the_setting_that_mends_it(
+    servers: Servers, configure: Configure, stages: Stages, model_dir: Path, tmp_path: Path
+) -> None:
+    server = servers()
+    base = make_base(model_dir, tmp_path / "base")
+    recipe = {"name": str(base), "chat_template": str(model_dir)}
+    settings = configure(server)
+    model = settings.model.model_copy(update=recipe)
+    with pytest.raises(UserError, match=r"ends an answer with '<\|im_end\|>'") as refusal:
+        stages(settings.model_copy(update={"model": model}))
+    assert 'Set model.end_tokens = ["<|im_end|>"]' in refusal.value.next_step
+    model = model.model_copy(update={"end_tokens": ("<|im_end|>",)})
+    stages(settings.model_copy(update={"model": model}))
 
 
 @pytest.mark.parametrize("where", ["student's", "teacher's"])
