@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,11 +24,12 @@ def report(
     console: Console,
     *,
     everything: bool,
+    warnings_here: Iterable[str] = (),
 ) -> Exit:
     """Print all there is to say of `resolved`; with `everything`, settings at their defaults too.
 
-    `problems_here` are those that this machine has with the settings. Returns `Exit.USAGE` where
-    there are problems.
+    `problems_here` and `warnings_here` are those that this machine has with the settings. Returns
+    `Exit.USAGE` where there are problems.
     """
     problems = [*resolved.problems, *problems_here]
     settings = resolved.settings
@@ -36,7 +37,7 @@ def report(
         plan = make_plan(settings)
         _print_settings(settings, resolved.origins, console, everything=everything)
         _print_plan(plan, settings, console)
-        _print_warnings(warnings_of(settings), console)
+        _print_warnings([*warnings_of(settings), *warnings_here], console)
     _print_problems(problems, console)
     return Exit.USAGE if problems else Exit.OK
 

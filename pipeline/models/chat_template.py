@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, TemplateError, nodes
@@ -44,3 +44,8 @@ def unread_arguments(template: str | Mapping[str, str], arguments: Mapping[str, 
         except TemplateError:
             return []
     return [name for name in arguments if name not in read]
+
+
+def unread_warning(setting: str, model: str, unread: Sequence[str]) -> str:
+    """That variables of `setting` have no effect."""
+    return f"{setting}: the chat template of {model} reads no {', '.join(unread)}"

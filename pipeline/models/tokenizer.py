@@ -18,7 +18,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.models.chat_template import NO_TEMPLATE, unread_arguments
+from onstream.pipeline.models.chat_template import NO_TEMPLATE, unread_arguments, unread_warning
 from onstream.pipeline.models.end_tokens import end_token_ids
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.sections.run import ModelSettings
@@ -96,9 +96,7 @@ def warn_of_unread_arguments(setting: str, tokenizer: Any, arguments: Mapping[st
     """Log which of the `arguments` of `setting` the tokenizer's chat template does not read."""
     unread = unread_arguments(tokenizer.chat_template, arguments)
     if unread:
-        log.warning(
-            f"{setting}: the chat template of {tokenizer.name_or_path} reads no {', '.join(unread)}"
-        )
+        log.warning(unread_warning(setting, tokenizer.name_or_path, unread))
 
 
 def load_configs(name: str | Path) -> tuple[PretrainedConfig, GenerationConfig]:

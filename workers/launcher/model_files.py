@@ -7,12 +7,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from onstream.pipeline.errors import UserError, looked_in
-from onstream.pipeline.models.chat_template import NO_TEMPLATE
+from onstream.pipeline.models.chat_template import (
+    NO_TEMPLATE,
+    unread_arguments,
+    unread_warning,
+)
 from onstream.pipeline.models.pickled import refuse_pickle
+from onstream.settings.chat_templates import TEACHER_ARGUMENTS
+from onstream.settings.root import Settings
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 HUB_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -112,6 +119,47 @@ def check_chat_template(named: str, *, ask_hub: bool = True) -> None:
     directory = local_model(named, ask_hub=ask_hub)
     if directory is not None:
         _require_chat_template(directory, "model.chat_template")
+
+
+def template_warnings(settings: Settings) -> Iterator[str]:
+    """Variables that are set, and that the chat template does not read.
+
+    Nothing of templates that are not on this machine.
+    """
+    student = settings.model
+    teacher = settings.teacher_inference.model
+    yield from _unread(
+        "model.chat_template_kwargs",
+        student.chat_template or student.name,
+        student.chat_template_kwargs,
+    )
+    if teacher.name is not None:
+        yield from _unread(TEACHER_ARGUMENTS[0], teacher.name, teacher.chat_template_kwargs)
+
+
+def _unread(setting: str, model: str, arguments: Mapping[str, Any] | None) -> Iterator[str]:
+    templates = _chat_templates(model) if arguments else {}
+    if templates and (unread := unread_arguments(templates, arguments or {})):
+        yield unread_warning(setting, model, unread)
+
+
+def _chat_templates(named: str) -> dict[str, str]:
+    """The chat templates of a model, or that in a file, as text by name; none where it has none."""
+    path = Path(named).expanduser()
+    if path.is_file():
+        return {"default": path.read_text(encoding="utf-8")}
+    try:
+        directory = local_model(named, ask_hub=False)
+        if directory is None:
+            return {}
+        setting = _json_file(directory / "tokenizer_config.json", named, "").get("chat_template")
+    except UserError:  # told by the checks
+        return {}
+    found: dict[str, str] = {"default": setting} if isinstance(setting, str) else {}
+    if isinstance(setting, list):
+        found = {one["name"]: one["template"] for one in setting}
+    files = [*directory.glob("chat_template.jinja"), *directory.glob("additional_chat_templates/*")]
+    return found | {str(file): file.read_text(encoding="utf-8") for file in files}
 
 
 def _require_chat_template(directory: Path, setting: str) -> None:

@@ -31,6 +31,7 @@ from onstream.workers.launcher.model_files import (
     check_model,
     context_tokens,
     parameters,
+    template_warnings,
 )
 from onstream.workers.launcher.redis_binary import find_server
 
@@ -83,7 +84,7 @@ def refuse_problems(settings: Settings, plan: Plan) -> None:
     """
     if problems := _found(CHECKS, Subject(settings, plan, ask_hub=True)):
         raise SettingsError(problems)
-    for warning in redis_warnings(settings):
+    for warning in (*redis_warnings(settings), *template_warnings(settings)):
         print(f"onstream: {warning}", file=sys.stderr)
 
 

@@ -324,6 +324,27 @@ def test_a_student_without_a_chat_template_may_be_given_one(tmp_path: Path) -> N
         check_all(tmp_path, named, f"model.chat_template={base}")
 
 
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja", "a file"])
+def test_variables_that_a_chat_template_does_not_read_are_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    model = make_model(tmp_path / "student")
+    given = 'model.chat_template_kwargs={"thinking": true, "effort": "low"}'
+    reads = "{{ messages }}{{ thinking }}"
+    chosen = []
+    if where == "tokenizer_config.json":
+        (model / where).write_text(json.dumps({"chat_template": reads}))
+    elif where == "chat_template.jinja":
+        (model / where).write_text(reads)
+    else:
+        (tmp_path / "chat.jinja").write_text(reads)
+        chosen = [f"model.chat_template={tmp_path / 'chat.jinja'}"]
+    check_all(tmp_path, given, *chosen)
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "template" in line]
+    assert told.startswith("onstream: model.chat_template_kwargs: the chat template of ")
+    assert told.endswith(" reads no effort")
+
+
 def test_a_configuration_that_is_not_json_is_refused(tmp_path: Path) -> None:
     model = make_model(tmp_path / "student")
     (model / "config.json").write_text("{")
