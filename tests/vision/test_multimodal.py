@@ -28,8 +28,11 @@ from onstream.workers.tiny_models.character_tokenizer import (
     VOCABULARY_SIZE,
 )
 from onstream.workers.trainer.learner import Learner, TrainSample
+from tests.models.test_gradients import flat_gradient, gradient_of_a_step
 from tests.vision.conftest import Tiny, noise
 
+TOKEN_KINDS = {"qwen2.5-vl": "mm_token_type_ids", "qwen3-vl": "mm_token_type_ids"}
+"""The argument by which a family's own code is told which tokens are of images."""
 WIDE = {"qwen2.5-vl": (48, 32), "qwen3-vl": (48, 32), "llava": (32, 32)}
 
 
@@ -74,14 +77,20 @@ def one_by_one(tiny: Tiny, case: Case) -> list[Tensor]:
     """Logprobs [C, V] of each sequence, by the model's forward on the processor's own tensors."""
     found = []
     for prompt, completion, names in zip(case.prompts, case.completions, case.images, strict=True):
-        row = torch.from_numpy(np.concatenate((prompt, completion))).long()[None]
-        inputs = dict(joined([tiny.vision.features(case.pictures[name]) for name in names]))
-        if names and tiny.family != "llava":
-            inputs["mm_token_type_ids"] = (row == tiny.vision.placeholder_id).int()
-        found.append(
-            tiny.model(input_ids=row, **inputs).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        )
+        inputs = inputs_of(tiny, case, prompt, completion, names)
+        found.append(tiny.model(**inputs).logits[0, len(prompt) - 1 : -1].log_softmax(-1))
     return found
+
+
+def inputs_of(
+    tiny: Tiny, case: Case, prompt: Ids, completion: Ids, names: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """What the model's forward takes of one sequence, with its processor's own tensors."""
+    row = torch.from_numpy(np.concatenate((prompt, completion))).long()[None]
+    inputs = dict(joined([tiny.vision.features(case.pictures[name]) for name in names]))
+    if names and tiny.family in TOKEN_KINDS:
+        inputs[TOKEN_KINDS[tiny.family]] = (row == tiny.vision.placeholder_id).int()
+    return inputs | {"input_ids": row}
 
 
 @pytest.mark.timeout(60)
@@ -177,6 +186,28 @@ def a_sample(prompt: Ids, completion: Ids, images: tuple[str, ...]) -> TrainSamp
         np.zeros(tokens, np.float32),
         images=images,
     )
+
+
+@pytest.mark.timeout(60)
+def test_a_steps_gradient_over_images_is_that_of_single_sequences(tiny: Tiny) -> None:
+    """That of the vision tower too; the reference is the model's own forward."""
+    settings = TrainerSettings(loss=SftLoss(), microbatch=60, train_vision=True)
+    learner = Learner(tiny.directory, settings, torch.device("cpu"))
+    case = a_case(tiny)
+    features = tiny.features(*case.pictures.values())
+    batch = list(zip(case.prompts, case.completions, case.images, strict=True))
+    found = gradient_of_a_step(learner, [a_sample(*one) for one in batch], features)
+    tokens = sum(map(len, case.completions))
+    for prompt, completion, names in batch:
+        inputs = inputs_of(tiny, case, prompt, completion, names)
+        logits = tiny.model(**inputs).logits[0, len(prompt) - 1 : -1]
+        targets = torch.from_numpy(completion)[:, None]
+        loss = -logits.log_softmax(-1).gather(-1, targets).sum() / tokens
+        loss.backward()
+    expected = flat_gradient(tiny.model)
+    gap = float((found - expected).norm() / expected.norm())
+    print(f"{tiny.family}: gradients differ by {gap:.1e}")
+    assert gap <= 1e-5
 
 
 @pytest.mark.timeout(60)
