@@ -151,8 +151,8 @@ class Probe(msgspec.Struct, array_like=True, frozen=True):
 class PolicyVersion(msgspec.Struct, tag="policy/1", array_like=True, frozen=True):
     """A published set of weights. `digest` covers the weight files; `path` is in the run directory.
 
-    With `probe` a generator checks that its engine computes this version; None where the guard is
-    off.
+    With `probe` a generator checks that its engine computes this version; None where an older
+    trainer announced it.
     """
 
     number: Count

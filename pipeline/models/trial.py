@@ -21,6 +21,7 @@ SHORT_WINDOW = 6
 """Tokens of a window in a trial, whose sequences are several times as long."""
 WINDOWS = ("sliding_window", "attention_chunk_size", "sliding_window_size", "window_size")
 """What configurations and layers call the number of tokens that a layer sees back."""
+FULL_ATTENTION = {"full_attention"}
 ANOTHER_FAMILY = "Use a model of another family, such as Qwen, Llama or Mistral."
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """Largest difference accepted, relative to the largest value. Wrong results are off by far more."""
@@ -45,6 +46,18 @@ def short_windows(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for holder, name, tokens in changed:
             setattr(holder, name, tokens)
+
+
+def windows_of(config: PretrainedConfig) -> list[int]:
+    """The windows, in tokens, that layers of a language model of this `config` see.
+
+    Qwen's configurations name one that no layer uses.
+    """
+    kinds = getattr(config, "layer_types", None)
+    if getattr(config, "use_sliding_window", True) is False or set(kinds or ()) == FULL_ATTENTION:
+        return []
+    found = (getattr(config, name, None) for name in WINDOWS)
+    return [window for window in found if isinstance(window, int) and window > 0]
 
 
 def row_dependent_positions(config: PretrainedConfig) -> str | None:

@@ -28,16 +28,17 @@ class GuardSettings(Section):
     """
 
     interval: Annotated[int, WORKER, Unit("versions"), Field(ge=0, le=10**6)] = 10
-    """A generator compares the first version that it loads, and then one every so many; 0 turns the
-    guard off.
+    """A generator compares the first version that it loads, and then one every so many; 0: no
+    other.
     """
     tolerance: Annotated[float | None, WORKER, Unit("nats"), Field(gt=0, le=100)] = None
     """The largest difference between a logprob of the engine's and the trainer's; beyond it the
     generator stops. Unset: 0.001 where both compute in float32, else 0.3."""
     tokens: Annotated[int, WORKER, Unit("tokens"), Field(ge=8, le=1 << 16)] = 144
-    """Length of the prompts that are asked, or what the model's context leaves. More than one block
-    of the engine's prefix cache (16 tokens on a GPU, 128 on a CPU), so that blocks kept from an
-    older version show."""
+    """Length of the prompts that are asked; longer where the model has a window, so that they
+    reach beyond it, and shorter where its context leaves less. More than one block of the engine's
+    prefix cache (16 tokens on a GPU, 128 on a CPU), so that blocks kept from an older version
+    show."""
 
 
 class InferenceSettings(Section):

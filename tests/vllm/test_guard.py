@@ -49,10 +49,8 @@ class Trainer:
         settings = TrainerSettings.model_validate({"loss": {"type": "sft"}, "optim": {"lr": STEP}})
         self.engine = engine
         self.learner = Learner(student_dir, settings, torch.device("cpu"))
-        asking = prober(self.learner, InferenceSettings())
-        assert asking is not None
-        self.prober = asking
-        self.guard = Guard(engine, interval=1, tolerance=FLOAT32_TOLERANCE)
+        self.prober = prober(self.learner, InferenceSettings())
+        self.guard = Guard(engine, interval=1, tolerance=FLOAT32_TOLERANCE, family="qwen3")
         self.number = engine.version
 
     def publish(self) -> PolicyVersion:

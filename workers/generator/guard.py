@@ -74,8 +74,9 @@ class Guard:
 
     Args:
         engine: writes the answers.
-        interval: the first version loaded is checked, then one every so many; 0: none.
+        interval: the first version loaded is checked, then one every so many; 0: no other.
         tolerance: the largest difference, in nats.
+        family: of the model, such as qwen3; for messages.
         mixes: whether the engine goes on with what older weights computed of a prompt. An answer
             during which weights were loaded then says nothing.
 
@@ -83,12 +84,19 @@ class Guard:
     """
 
     def __init__(
-        self, engine: Engine, *, interval: int, tolerance: float, mixes: bool = False
+        self,
+        engine: Engine,
+        *,
+        interval: int,
+        tolerance: float,
+        family: str,
+        mixes: bool = False,
     ) -> None:
         self._engine = engine
         self._interval = interval
         self._tolerance = tolerance
         self._mixes = mixes
+        self._family = family
         self._loaded: PolicyVersion | None = None
         # The versions that an answer in flight may come from.
         self._versions: dict[int, PolicyVersion] = {}
@@ -105,13 +113,12 @@ class Guard:
 
         It is not before the engine writes with that version.
         """
-        if not self._interval or loaded is None:
+        if loaded is None:
             return
         if loaded is not self._loaded:
             self._turn_to(loaded)
-        due = self.checked is None or loaded.number - self.checked >= self._interval
         ready = not self._in_flight and self._engine.version == loaded.number
-        if due and ready and loaded.probe is not None:
+        if ready and loaded.probe is not None and self._is_due(loaded.number):
             self._ask(loaded.probe, loaded.number)
 
     def take(self, completions: Iterable[Completion]) -> list[Completion]:
@@ -127,6 +134,11 @@ class Guard:
             elif in_flight := self._in_flight.pop(completion.key, None):
                 self._check(completion, *in_flight)
         return others
+
+    def _is_due(self, version: int) -> bool:
+        if self.checked is None:
+            return True
+        return self._interval > 0 and version - self.checked >= self._interval
 
     def _turn_to(self, loaded: PolicyVersion) -> None:
         # The trainer went back to a checkpoint: other weights have the numbers after it.
@@ -167,7 +179,7 @@ class Guard:
         policy = None if named is None else self._versions.get(named)
         if policy is None:
             raise _misnamed(named, list(self._versions))
-        if policy.probe is None:  # the trainer was started again without a guard
+        if policy.probe is None:  # an older trainer announced it
             return
         comparison = compare(
             int(completion.token_ids[0]),
@@ -176,9 +188,10 @@ class Guard:
         )
         # Written so that a difference of NaN is refused too.
         if not comparison.difference <= self._tolerance:
-            several = self._engine.replicas > 1
-            where = f"prompt {prompt} of the probe" + (f" (replica {replica})" if several else "")
-            raise _mismatch(comparison, policy.number, where, self._tolerance)
+            where = f"prompt {prompt} of the probe"
+            if self._engine.replicas > 1:
+                where += f" (replica {replica})"
+            raise _mismatch(comparison, policy.number, where, self._family, self._tolerance)
         self._oldest = min(self._oldest, policy.number)
         self._largest = max(self._largest, comparison.difference)
         if not self._in_flight:
@@ -210,7 +223,9 @@ def _expected(probe: Probe, prompt: int) -> tuple[Ids, Logprobs]:
     return ids, logprobs
 
 
-def _mismatch(comparison: ProbeComparison, version: int, where: str, tolerance: float) -> UserError:
+def _mismatch(
+    comparison: ProbeComparison, version: int, where: str, family: str, tolerance: float
+) -> UserError:
     less_than = "less than " if comparison.below else ""
     return UserError(
         f"under policy version {version} the engine gives token {comparison.token} after {where} "
@@ -219,9 +234,9 @@ def _mismatch(comparison: ProbeComparison, version: int, where: str, tolerance: 
         f"they differ by {comparison.difference:.6f} nats",
         expected=f"at most {tolerance:g} (inference.guard.tolerance): "
         "the engine is to compute the weights that the trainer published",
-        next_step="Do not use what this engine writes: an update did not reach all of it. "
-        "Start the generator again, update the engine, or "
-        'set inference.engine = "transformers". If the two differ by rounding alone '
+        next_step="Do not use what this engine writes: an update did not reach all of it, or it "
+        f"computes {family} models in another way. Start the generator again, update the engine, "
+        'or set inference.engine = "transformers". If the two differ by rounding alone '
         "(quantised weights, say), raise the tolerance.",
         exit=Exit.REFUSED,
     )

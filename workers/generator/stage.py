@@ -109,6 +109,7 @@ class Generator:
             interval=self._settings.inference.guard.interval,
             tolerance=tolerance_of(self._settings),
             mixes=self._settings.inference.on_new_weights == "keep",
+            family=self._student.model.config.model_type,
         )
         self._update_policy()
         self._report()

@@ -22,6 +22,7 @@ from onstream.pipeline.models.multimodal import Features
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts, single_rows
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.models.tokenizer import has_vision, load_student_tokenizer
+from onstream.pipeline.models.weight_names import as_in_files
 from onstream.pipeline.records import Ids
 from onstream.settings.sections.run import ModelSettings
 from onstream.settings.sections.trainer import TrainerSettings
@@ -329,8 +330,9 @@ class Learner:
     def published_state(self) -> dict[str, Tensor]:
         """The weights as generators get them: on the CPU, in `dtype`, any adapter merged.
 
-        Weights that are tied are there once. In float32 on a CPU they are the live weights
-        themselves, so they have to be written before the next step.
+        They have the names and shapes of the model's files. Weights that are tied are there once.
+        In float32 on a CPU they may be the live weights themselves, so they have to be written
+        before the next step.
         """
         seen: set[int] = set()
         published = {}
@@ -339,4 +341,4 @@ class Learner:
             if weight.data_ptr() not in seen:
                 seen.add(weight.data_ptr())
                 published[name] = weight.detach().to("cpu", self.dtype)
-        return published
+        return as_in_files(self.model, published)

@@ -85,7 +85,9 @@ class Run:
     ) -> None:
         self.engine = engine
         self.learner = learner
-        self.guard = Guard(engine, interval=interval, tolerance=FLOAT32_TOLERANCE, mixes=mixes)
+        self.guard = Guard(
+            engine, interval=interval, tolerance=FLOAT32_TOLERANCE, family="qwen3", mixes=mixes
+        )
 
     def load(
         self, number: int, weights: dict[str, torch.Tensor], *, probe: bool = True
@@ -93,7 +95,6 @@ class Run:
         """Version `number` as the trainer has it, loaded by the engine and known to the guard."""
         self.learner.model.load_state_dict(weights, strict=False)
         probing = prober(self.learner, InferenceSettings())
-        assert probing is not None
         loaded = LoadedPolicy.of(number, self.learner.published_state())
         self.engine.load(loaded)
         policy = PolicyVersion(number, loaded.digest, "", 0, probe=probing.ask() if probe else None)
@@ -258,16 +259,33 @@ def test_rollouts_pass_through_and_only_the_guards_own_are_taken_out(
     assert [one.key for one in run.finish()] == [5]
 
 
-@pytest.mark.parametrize(
-    ("interval", "probe"),
-    [(0, True), (1, False)],
-    ids=["the guard is off here", "the trainer sent no probe"],
-)
-def test_nothing_is_asked_where_the_guard_is_off(
-    student: Any, learner: Learner, interval: int, probe: bool
+def test_with_an_interval_of_0_the_first_version_is_asked_about_and_no_other(
+    student: Any, learner: Learner
 ) -> None:
     engine = Watched(student)
-    Run(engine, learner, interval=interval).load(0, weights_of(0), probe=probe)
+    run = Run(engine, learner, interval=0)
+    for number in range(3):
+        run.load(number, weights_of(number))
+        run.finish()
+    assert len(engine.asked) == PROMPTS
+    assert run.guard.checked == 0
+
+
+def test_an_engine_that_is_wrong_before_any_update_stops_the_generator_whatever_the_interval(
+    student: Any, learner: Learner
+) -> None:
+    engine = Watched(student)
+    engine.skipped = tuple(student.state_dict())  # it goes on with what it started with
+    run = Run(engine, learner, interval=0)
+    run.load(0, weights_of(1))
+    with pytest.raises(UserError, match="under policy version 0 the engine gives token") as caught:
+        run.finish()
+    assert "computes qwen3 models in another way" in caught.value.next_step
+
+
+def test_nothing_is_asked_where_the_trainer_sent_no_probe(student: Any, learner: Learner) -> None:
+    engine = Watched(student)
+    Run(engine, learner).load(0, weights_of(0), probe=False)
     assert engine.asked == []
 
 
@@ -277,7 +295,7 @@ def test_a_probe_that_is_too_long_for_the_engine_says_what_to_set(
     engine = Watched(student)
     too_long = Probe([np.arange(96, dtype="<i4").tobytes()], b"", b"")
     with pytest.raises(UserError, match="prompts of 96 tokens; this engine takes 96") as caught:
-        Guard(engine, interval=1, tolerance=FLOAT32_TOLERANCE).look(
+        Guard(engine, interval=1, tolerance=FLOAT32_TOLERANCE, family="qwen3").look(
             PolicyVersion(0, "", "", 0, probe=too_long)
         )
     assert "inference.guard.tokens to at most 95" in caught.value.next_step

@@ -52,11 +52,8 @@ class Announced:
 
 def probe_of(student_dir: Path) -> Probe:
     """What a trainer of the student there says of it."""
-    asking = prober(
-        Learner(student_dir, TrainerSettings(), torch.device("cpu")), InferenceSettings()
-    )
-    assert asking is not None
-    return asking.ask()
+    learner = Learner(student_dir, TrainerSettings(), torch.device("cpu"))
+    return prober(learner, InferenceSettings()).ask()
 
 
 def settings_of(student_dir: Path, tmp_path: Path, **inference: Any) -> Settings:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 
 from onstream.pipeline.models.forward import token_logprobs
+from onstream.pipeline.models.loading import text_config
+from onstream.pipeline.models.trial import windows_of
 from onstream.pipeline.record_codec import ids_bytes, logprobs_bytes
 from onstream.pipeline.records import Probe
 from onstream.workers.trainer import lora
@@ -21,19 +23,22 @@ PROMPTS = 4
 # Tokens in which the prompts differ. What comes before is computed once, by the trainer and by an
 # engine that caches prefixes.
 OWN = 4
+# Tokens of a prompt that a window no longer shows to its last token.
+BEYOND_WINDOW = 16
+LONGEST = 1 << 17
+"""Tokens of a prompt, where the model names no bound."""
 # An engine's likeliest token is among the trainer's few likeliest, or the two do not agree.
 TOP = 8
 
 
-def prober(learner: Learner, inference: InferenceSettings) -> Prober | None:
-    """The prober of `learner`; None where the guard is off."""
-    if not inference.guard.interval:
-        return None
-    context = learner.model.config.get_text_config().max_position_embeddings
-    if inference.max_model_len is not None:
-        context = min(context, inference.max_model_len)
+def prober(learner: Learner, inference: InferenceSettings) -> Prober:
+    """The prober of `learner`, whose prompts the engine of `inference` takes."""
+    bounds = (learner.context_tokens, inference.max_model_len)
+    context = min((bound for bound in bounds if bound is not None), default=LONGEST)
+    windows = (window for window in windows_of(text_config(learner.model)) if window < context)
+    tokens = max([inference.guard.tokens, *(window + BEYOND_WINDOW for window in windows)])
     # One token less: the one that is asked for needs room too.
-    return Prober(learner, min(inference.guard.tokens, context - 1))
+    return Prober(learner, min(tokens, context - 1))
 
 
 class Prober:

@@ -62,7 +62,7 @@ class Publisher:
         settings: Settings,
         model_files: Path,
         transfer: NcclTransfer | None,
-        prober: Prober | None,
+        prober: Prober,
     ) -> None:
         self._bus = bus
         self._lease = lease
@@ -95,8 +95,7 @@ class Publisher:
             OSError: it could not be written.
         """
         policy = LoadedPolicy.of(number, state)
-        probe = self._prober.ask() if self._prober else None
-        announced = replace(weights.announced(policy), probe=probe)
+        announced = replace(weights.announced(policy), probe=self._prober.ask())
         whole = self._is_whole(number)
         known = self._announced.get(number) == policy.digest
         given_before = known and self._offered(number, policy.digest)

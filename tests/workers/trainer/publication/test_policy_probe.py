@@ -21,7 +21,8 @@ from onstream.settings.sections.trainer import TrainerSettings
 from onstream.workers.trainer.batches.train_samples import TrainSample
 from onstream.workers.trainer.learner import Learner
 from onstream.workers.trainer.publication.policy_probe import PROMPTS, TOP, prober
-from tests.tiny import sequences, tiny_tokenizer, write_tiny
+from tests.models.families import tiny_config
+from tests.tiny import VOCABULARY, sequences, tiny_tokenizer, write_tiny
 from tests.workers.trainer.driver import Run
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "dropout": 0.5}}
@@ -45,9 +46,7 @@ def batch() -> list[TrainSample]:
 
 
 def asked(of: Learner, **guard: Any) -> Probe:
-    found = prober(of, inference(**guard))
-    assert found is not None
-    return found.ask()
+    return prober(of, inference(**guard)).ask()
 
 
 @pytest.mark.parametrize(
@@ -80,7 +79,6 @@ def test_asking_changes_no_bit_of_the_training(tmp_path: Path, trainer: dict[str
         torch.manual_seed(3)
         found = learner(directory, **trainer)
         probing = prober(found, inference())
-        assert probing is not None
         for _ in range(3):
             found.step(batch(), 10)
             if asks:
@@ -102,20 +100,38 @@ def test_the_prompts_are_the_same_ordinary_tokens_each_time(tmp_path: Path) -> N
 
 def test_the_prompts_leave_room_for_the_answer_in_the_engines_context(tmp_path: Path) -> None:
     found = prober(learner(write_tiny(tmp_path)), InferenceSettings(max_model_len=100))
-    assert found is not None and {len(prompt) // 4 for prompt in found.ask().prompts} == {99}
+    assert {len(prompt) // 4 for prompt in found.ask().prompts} == {99}
+
+
+@pytest.mark.parametrize(
+    ("window", "tokens"), [(200, 216), (40, 144), (None, 144), (512, 144)], ids=str
+)
+def test_the_prompts_reach_beyond_a_window_of_the_model(
+    tmp_path: Path, window: int | None, tokens: int
+) -> None:
+    config = tiny_config("mistral", sliding_window=window, vocab_size=VOCABULARY)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    probe = asked(learner(tmp_path))
+    assert {len(prompt) // 4 for prompt in probe.prompts} == {tokens}
+
+
+def test_a_window_that_no_layer_uses_makes_no_prompt_longer(tmp_path: Path) -> None:
+    config = tiny_config("qwen3", sliding_window=300, vocab_size=VOCABULARY)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert {len(prompt) // 4 for prompt in asked(learner(tmp_path)).prompts} == {144}
 
 
 @pytest.mark.parametrize("interval", [0, 3])
-def test_every_version_is_announced_with_its_probe_unless_the_guard_is_off(
+def test_every_version_is_announced_with_its_probe_whatever_the_interval(
     run: Callable[..., Run], bus: Bus, interval: int
 ) -> None:
+    """A generator that starts later asks about the first version that it loads, whichever it is."""
     job = run(inference__guard__interval=interval)
     job.ready()
     job.until(2)
     probes = [policy.probe for policy in bus.state.announced_policies()]
     assert len(probes) == 3
-    if interval:
-        assert all(probe is not None and len(probe.prompts) == PROMPTS for probe in probes)
-        assert len({probe.top_logprobs for probe in probes if probe is not None}) == 3
-    else:
-        assert probes == [None] * 3
+    assert all(probe is not None and len(probe.prompts) == PROMPTS for probe in probes)
+    assert len({probe.top_logprobs for probe in probes if probe is not None}) == 3

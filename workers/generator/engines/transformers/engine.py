@@ -24,6 +24,7 @@ from onstream.pipeline.models.loading import (
 )
 from onstream.pipeline.models.multimodal import has_spatial_positions, prompt_positions
 from onstream.pipeline.models.trial import exact_context
+from onstream.pipeline.models.weight_names import as_in_memory
 from onstream.pipeline.models.weight_shapes import WeightShapes
 from onstream.pipeline.telemetry import get_logger
 from onstream.pipeline.weights import LoadedPolicy, WeightsError
@@ -166,7 +167,7 @@ class TransformersEngine:
         """Nothing runs but in `step`."""
 
     def _switch(self, policy: LoadedPolicy) -> None:
-        _copy_weights(self._model, policy.tensors())
+        _copy_weights(self._model, as_in_memory(self._model, policy.tensors()))
         self._version = policy.number
         self._next_policy = None
         if self._on_new_weights == "keep":

@@ -37,6 +37,10 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -222,6 +226,25 @@ def repack_tied_head(model: Any) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
+def pack_experts_after_every_update() -> None:
+    """Make vLLM pack the weights of experts again after an update, as its CPU kernel takes them.
+
+    vLLM 0.32 packs them after the first load alone. An updated model is then off by nats without an
+    error, since packed weights have the same shape.
+    """
+    UnquantizedFusedMoEMethod.process_weights_after_loading = _process_and_pack
+
+
+_process_experts = UnquantizedFusedMoEMethod.process_weights_after_loading
+
+
+def _process_and_pack(method: Any, layer: Any) -> None:
+    is_update = method.moe_kernel is not None
+    _process_experts(method, layer)
+    if is_update and method.unquantized_backend == UnquantizedMoeBackend.CPU:
+        method.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+
 def read_either_clip_names() -> None:
     """Make vLLM load a CLIP vision tower by its weights' older names and by its newer ones.
 
@@ -255,5 +278,6 @@ def _quiet_reload() -> Iterator[None]:
 
 
 read_either_clip_names()
+pack_experts_after_every_update()
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, FileTransferEngine)
