@@ -88,13 +88,26 @@ class Vision:
         expected = np.empty(0, dtype=np.int32)
         if images:
             expected = np.concatenate([image.token_ids for image in images])
-        found = ids[np.isin(ids, [*expected, self.placeholder_id])]
+        marks = self._marks(expected)
+        found = ids[np.isin(ids, marks)]
+        expected = expected[np.isin(expected, marks)]
         if np.array_equal(found, expected):
             return None
         return (
             f"it holds {len(found)} tokens of images, where {len(expected)} stand for "
             f"the {len(images)} that its prompt shows"
         )
+
+    def _marks(self, ids: Ids) -> list[int]:
+        """The tokens among `ids` that stand for images alone, and the placeholder.
+
+        Gemma's processor also writes empty lines around an image, which texts have too.
+        """
+        special = self.tokenizer.added_tokens_decoder
+        marks = {token for token in ids.tolist() if token in special and special[token].special}
+        # Where the placeholder is another token than the image's own, the tokenizer names both.
+        marks |= {self.placeholder_id, getattr(self.tokenizer, "image_token_id", None)}
+        return [token for token in marks if token is not None]
 
     @staticmethod
     def _pieces(

@@ -6,7 +6,7 @@ import io
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from onstream.pipeline.images import ImageFile
 from onstream.pipeline.images.vision import Vision, load_vision
 from onstream.pipeline.models.loading import load_model
 from onstream.pipeline.models.multimodal import ImageFeatures
+from onstream.workers.tiny_models.character_tokenizer import IMAGE, IMAGE_END, IMAGE_START
 from onstream.workers.tiny_models.fresh import ModelShape
 from onstream.workers.tiny_models.vlm_families import VlmFamily, write_fresh_vlm
 
@@ -36,23 +37,33 @@ class Tiny:
     model: PreTrainedModel
     vision: Vision
 
+    @property
+    def placeholder(self) -> str:
+        """What the chat template writes where an image is."""
+        if self.family == "gemma3":
+            return IMAGE_START
+        return f"{IMAGE_START}{IMAGE}{IMAGE_END}"
+
     def features(self, *pictures: ImageFile) -> dict[str, ImageFeatures]:
         return {picture.digest: self.vision.features(picture) for picture in pictures}
 
 
-@pytest.fixture(scope="session", params=get_args(VlmFamily))
+@pytest.fixture(scope="session", params=["qwen2.5-vl", "qwen3-vl", "llava"])
 def directory(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[VlmFamily, Path]:
     """A model of the family on disk, with weights wide enough to matter."""
-    family: VlmFamily = request.param
+    return family_in(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def family_in(directory: Path, family: VlmFamily) -> tuple[VlmFamily, Path]:
+    """`family`, and `directory` with a model of it."""
     if family != "llava" and find_spec("torchvision") is None:
         pytest.skip(
-            "the processors of the Qwen families need torchvision: `make test` has it, and "
+            "the processors of Qwen and Gemma need torchvision: `make test` has it, and "
             "tests/vision/__init__.py says how"
         )
-    made = write_tiny(tmp_path_factory.mktemp(family), family)
-    return family, made
+    return family, write_tiny(directory, family)
 
 
 def write_tiny(directory: Path, family: VlmFamily) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -21,19 +23,28 @@ from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.record_codec import ids_array, ids_bytes
 from onstream.settings.sections.losses import SftLoss
 from onstream.settings.sections.trainer import OptimSettings, TrainerSettings
-from onstream.workers.tiny_models.character_tokenizer import (
-    IMAGE,
-    IMAGE_END,
-    IMAGE_START,
-    VOCABULARY_SIZE,
-)
+from onstream.workers.tiny_models.character_tokenizer import VOCABULARY_SIZE
+from onstream.workers.tiny_models.vlm_families import VlmFamily
 from onstream.workers.trainer.learner import Learner, TrainSample
 from tests.models.test_gradients import flat_gradient, gradient_of_a_step
-from tests.vision.conftest import Tiny, noise
+from tests.vision.conftest import Tiny, family_in, noise
 
-TOKEN_KINDS = {"qwen2.5-vl": "mm_token_type_ids", "qwen3-vl": "mm_token_type_ids"}
+TOKEN_KINDS = dict.fromkeys(("qwen2.5-vl", "qwen3-vl", "qwen3.5"), "mm_token_type_ids") | {
+    "gemma3": "token_type_ids"
+}
 """The argument by which a family's own code is told which tokens are of images."""
-WIDE = {"qwen2.5-vl": (48, 32), "qwen3-vl": (48, 32), "llava": (32, 32)}
+SHARED_PROMPTS = ("qwen2.5-vl", "qwen3-vl", "llava")
+WIDE = dict.fromkeys(("qwen2.5-vl", "qwen3-vl", "qwen3.5"), (48, 32)) | dict.fromkeys(
+    ("llava", "gemma3"), (32, 32)
+)
+
+
+@pytest.fixture(scope="module", params=get_args(VlmFamily))
+def directory(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[VlmFamily, Path]:
+    """A model of each family, those too that only train on padded rows."""
+    return family_in(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @dataclass
@@ -58,7 +69,7 @@ def a_case(tiny: Tiny) -> Case:
     case = Case([], [], [], {picture.digest: picture for picture in (one, same_size, wide)})
     for shown in [(one,), (same_size,), (wide,), (wide, one), ()]:
         names = tuple(picture.digest for picture in shown)
-        text = "ab" + "".join(f"{IMAGE_START}{IMAGE}{IMAGE_END}c" for _ in names)
+        text = "a\n\nb" + "".join(f"{tiny.placeholder}c" for _ in names)
         ids = np.array(
             tiny.vision.tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int32
         )
@@ -89,7 +100,7 @@ def inputs_of(
     row = torch.from_numpy(np.concatenate((prompt, completion))).long()[None]
     inputs = dict(joined([tiny.vision.features(case.pictures[name]) for name in names]))
     if names and tiny.family in TOKEN_KINDS:
-        inputs[TOKEN_KINDS[tiny.family]] = (row == tiny.vision.placeholder_id).int()
+        inputs[TOKEN_KINDS[tiny.family]] = (row == tiny.model.config.image_token_id).int()
     return inputs | {"input_ids": row}
 
 
@@ -103,8 +114,9 @@ def test_a_batch_with_images_gives_the_models_own_logprobs(
     wanted = one_by_one(tiny, case)
     features = tiny.features(*case.pictures.values())
     if shared:
-        assert prepare(tiny.model) is None
-        assert text_config(tiny.model)._attn_implementation == SHARED_PREFIX
+        packed = tiny.family in SHARED_PROMPTS
+        assert (prepare(tiny.model) is None) == packed
+        assert (text_config(tiny.model)._attn_implementation == SHARED_PREFIX) == packed
     arrange = share_prompts if shared else single_rows
     got: dict[int, Tensor] = {}
     with torch.no_grad():
@@ -142,11 +154,23 @@ def test_the_tensors_and_tokens_are_the_processors_own_of_the_whole_prompt(tiny:
         == whole["input_ids"][0].tolist()
     )
     own = {
-        name for name in whole if name not in ("input_ids", "attention_mask", "mm_token_type_ids")
+        name
+        for name in whole
+        if name not in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
     }
     assert set(joined(features)) == own
     for name, tensor in joined(features).items():
         assert torch.equal(tensor, whole[name])
+
+
+def test_empty_lines_in_a_text_are_not_taken_for_those_around_an_image(tiny: Tiny) -> None:
+    image = tiny.features(noise(1)).popitem()[1]
+    text = f"a\n\nb{tiny.placeholder}\n\n?"
+    ids = np.array(tiny.vision.tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int32)
+    shown = tiny.vision.expand(ids, [image])
+    assert tiny.vision.misplaced(shown, [image]) is None
+    assert "it holds" in (tiny.vision.misplaced(shown, []) or "")
+    assert "it holds" in (tiny.vision.misplaced(shown[:-8], [image, image]) or "")
 
 
 def test_a_placeholder_written_in_a_text_is_found_out(tiny: Tiny) -> None:

@@ -33,7 +33,7 @@ def models() -> None:
     "--family",
     default="llava",
     show_default=True,
-    type=click.Choice(["llava", "qwen2.5-vl", "qwen3-vl"]),
+    type=click.Choice(["llava", "qwen2.5-vl", "qwen3-vl", "qwen3.5", "gemma3"]),
     help="The architecture, for a task with pictures.",
 )
 def make(

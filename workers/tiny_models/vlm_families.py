@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import (
     AutoModelForImageTextToText,
+    Gemma3Config,
     GenerationConfig,
     LlavaConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
+    Qwen3_5Config,
     Qwen3VLConfig,
 )
 from transformers.utils import logging as transformers_logging
@@ -29,12 +31,17 @@ from onstream.workers.tiny_models.character_tokenizer import (
 )
 from onstream.workers.tiny_models.fresh import ModelShape
 
-VlmFamily = Literal["qwen2.5-vl", "qwen3-vl", "llava"]
+VlmFamily = Literal["qwen2.5-vl", "qwen3-vl", "llava", "qwen3.5", "gemma3"]
 
 PATCH = 8
 """Side of a patch in pixels. Four patches make a token in the Qwen families, one in LLaVA's."""
+NOTHING_MORE: Mapping[str, Any] = {}
 SIDE = 32
 """Side of the pictures in pixels."""
+SIDE_TOKENS = SIDE // PATCH
+GEMMA_TOKENS = {"boi_token": IMAGE_START, "image_token": IMAGE, "eoi_token": IMAGE_END}
+GEMMA_WINDOW = 16
+"""Tokens; a picture and the text around it are longer."""
 
 
 def write_fresh_vlm(directory: Path, family: VlmFamily, shape: ModelShape, seed: int) -> Path:
@@ -49,6 +56,9 @@ def write_fresh_vlm(directory: Path, family: VlmFamily, shape: ModelShape, seed:
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config)
+    for weight in model.parameters():
+        if weight.ndim > 1 and not weight.any():  # Gemma's projector: no image would matter
+            torch.nn.init.normal_(weight, std=config.get_text_config().initializer_range)
     model.generation_config = GenerationConfig(**ends)
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
@@ -98,6 +108,27 @@ def _qwen3(shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> tuple[Pretr
     return config, _qwen_processor(Qwen3VLProcessor, Qwen3VLVideoProcessor, tokenizer)
 
 
+def _qwen3_5(shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> tuple[PretrainedConfig, Any]:
+    """Layers of linear attention and of full attention, in turn."""
+    from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    config = _qwen(
+        Qwen3_5Config,
+        {"num_position_embeddings": (SIDE // PATCH) ** 2},
+        shape,
+        tokenizer,
+        interleaved=True,
+        text={
+            "layer_types": (["linear_attention", "full_attention"] * shape.layers)[: shape.layers],
+            "linear_num_key_heads": shape.key_value_heads,
+            "linear_num_value_heads": shape.heads,
+            "linear_key_head_dim": shape.head_dim,
+            "linear_value_head_dim": shape.head_dim,
+        },
+    )
+    return config, _qwen_processor(Qwen3VLProcessor, Qwen3VLVideoProcessor, tokenizer)
+
+
 def _qwen(
     config: type[PretrainedConfig],
     tower: dict[str, Any],
@@ -105,11 +136,13 @@ def _qwen(
     tokenizer: PreTrainedTokenizerFast,
     *,
     interleaved: bool,
+    text: Mapping[str, Any] = NOTHING_MORE,
 ) -> PretrainedConfig:
     """A Qwen model whose rotary frequencies are divided among time, height and width.
 
     They are divided `interleaved`, or in sections. vLLM reads which from the configuration;
-    transformers has it in each family's code. `tower` holds what this family's vision tower adds.
+    transformers has it in each family's code. `tower` holds what this family's vision tower adds,
+    `text` what its language model does.
     """
     hidden = shape.hidden
     frequencies = shape.head_dim // 2
@@ -120,9 +153,12 @@ def _qwen(
         rope["mrope_interleaved"] = True
     width = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "out_hidden_size": hidden}
     vision = {"depth": 2, "num_heads": 2, "patch_size": PATCH, **width}
-    text = _text(shape, tokenizer) | {"rope_parameters": rope}
+    language = _text(shape, tokenizer) | {"rope_parameters": rope, **text}
     return config(
-        text_config=text, vision_config=vision | tower, tie_word_embeddings=True, **_ids(tokenizer)
+        text_config=language,
+        vision_config=vision | tower,
+        tie_word_embeddings=True,
+        **_ids(tokenizer),
     )
 
 
@@ -174,10 +210,63 @@ def _llava(shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> tuple[Pretr
     return config, processor
 
 
+def _gemma3(shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> tuple[PretrainedConfig, Any]:
+    """Layers with a window and full ones, in turn; the tokens of an image see one another.
+
+    Its template shows an image by one token, which its processor replaces by all the others.
+    """
+    from transformers import Gemma3ImageProcessor, Gemma3Processor
+
+    tokens = SIDE_TOKENS**2
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in GEMMA_TOKENS.items()}
+    config = Gemma3Config(
+        text_config=_text(shape, tokenizer)
+        | {
+            "layer_types": (["sliding_attention", "full_attention"] * shape.layers)[: shape.layers],
+            "sliding_window": GEMMA_WINDOW,
+            "query_pre_attn_scalar": shape.head_dim,
+        },
+        vision_config={
+            "hidden_size": shape.hidden,
+            "intermediate_size": 2 * shape.hidden,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": SIDE,
+            "patch_size": PATCH,
+        },
+        mm_tokens_per_image=tokens,
+        boi_token_index=ids["boi_token"],
+        eoi_token_index=ids["eoi_token"],
+        image_token_index=ids["image_token"],
+        tie_word_embeddings=True,
+    )
+    named = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
+        unk_token=tokenizer.unk_token,
+        model_max_length=CONTEXT_TOKENS,
+        padding_side="left",
+        extra_special_tokens=GEMMA_TOKENS,
+    )
+    named.chat_template = tokenizer.chat_template.replace(
+        f"{IMAGE_START}{IMAGE}{IMAGE_END}", IMAGE_START
+    )
+    processor = Gemma3Processor(
+        Gemma3ImageProcessor(size={"height": SIDE, "width": SIDE}),
+        named,
+        chat_template=named.chat_template,
+        image_seq_length=tokens,
+    )
+    return config, processor
+
+
 _MAKERS: dict[
     VlmFamily, Callable[[ModelShape, PreTrainedTokenizerFast], tuple[PretrainedConfig, Any]]
 ] = {
     "qwen2.5-vl": _qwen2_5,
     "qwen3-vl": _qwen3,
     "llava": _llava,
+    "qwen3.5": _qwen3_5,
+    "gemma3": _gemma3,
 }
