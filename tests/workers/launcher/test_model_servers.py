@@ -17,6 +17,7 @@ import pytest
 
 from onstream.pipeline.errors import Exit
 from onstream.settings import engines
+from onstream.settings.chat_templates import arguments_of
 from onstream.settings.load import load_settings
 from onstream.settings.plan import differences, make_plan
 from onstream.workers.launcher import processes
@@ -181,6 +182,25 @@ def test_the_worker_of_the_server_has_the_runs_plan_and_no_budget_of_paid_endpoi
             )
             == []
         )
+    server.stop()
+
+
+def test_the_worker_of_the_server_renders_with_the_teachers_own_variables(
+    server: ModelServer,
+) -> None:
+    run = [
+        "trainer.loss.teacher_tau=0.5",
+        "teacher_inference.model.name=org/big",
+        'model.chat_template_kwargs={"thinking": false}',
+        'teacher_inference.model.chat_template_kwargs={"effort": "none"}',
+    ]
+    beside = load_settings(overrides=run, environ={})
+    asked = teacher_overrides(beside, make_plan(beside), [server])
+    settings = load_settings(overrides=[*run, *asked], environ={})
+    teacher = settings.orchestrator.teacher_model
+    assert teacher is not None
+    assert arguments_of(teacher.model, settings) == {"effort": "none"}
+    assert differences(make_plan(settings), make_plan(beside)) == []
     server.stop()
 
 

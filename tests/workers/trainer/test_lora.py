@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.loading import ADAPTER_CONFIG, base_of
 from onstream.pipeline.redis.bus import Bus
+from onstream.settings.sections.run import ModelSettings
 from onstream.settings.sections.trainer import TrainerSettings
 from onstream.workers.trainer.batches.train_samples import TrainSample
 from onstream.workers.trainer.learner import Learner
+from onstream.workers.trainer.lora import write_merged
 from tests.tiny import sequences, write_tiny
 from tests.workers.trainer.driver import Run
 
@@ -169,3 +171,17 @@ def test_named_layers_alone_are_adapted(student: Path) -> None:
     adapters = [name for name in adapted.model.state_dict() if ".lora_" in name]
     layers = {name.split(".lora_")[0].rpartition(".")[2] for name in adapters}
     assert layers == {"q_proj", "v_proj"}
+
+
+def test_an_exported_adapter_of_a_base_student_ends_as_it_was_taught(tmp_path: Path) -> None:
+    model = ModelSettings(end_tokens=("A",))
+    lora = TrainerSettings.model_validate({"lora": {"rank": 4}})
+    base = write_tiny(tmp_path / "base")
+    Learner(base, lora, CPU, model).save_checkpoint(tmp_path / "checkpoint")
+    resumed = Learner(tmp_path / "checkpoint", lora, CPU, model)
+    assert resumed.tokenizer.eos_token == "A"
+    write_merged(tmp_path / "checkpoint", tmp_path / "exported")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert exported.eos_token == "A"
+    ends = GenerationConfig.from_pretrained(tmp_path / "exported").eos_token_id
+    assert ends == [exported.eos_token_id, 1], "its own end comes last"
