@@ -306,7 +306,8 @@ def _split_reasoning(content: str) -> tuple[str, str]:
     opened = before.lstrip().startswith("<think>")
     if not closed and not opened:
         return "", content
-    return before.lstrip().removeprefix("<think>").lstrip("\n"), after
+    reasoning = before.lstrip().removeprefix("<think>").lstrip("\n")
+    return reasoning.rstrip("\n") if closed else reasoning, after
 
 
 def _with_reasoning(reasoning: str, gap: str, answer: str) -> str:

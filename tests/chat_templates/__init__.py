@@ -1,0 +1,112 @@
+"""Real chat templates, each with a real tokenizer: README.md says where they are from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+FOLDER = Path(__file__).parent
+EXPECTED = FOLDER / "expected"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A template, and the tokenizer that it is rendered for.
+
+    `control` are tokens of the family that its own tokenizer would have, where `tokenizer` is
+    another's. `ends` end a turn; the first is the end of sequence.
+    """
+
+    template: str
+    tokenizer: str
+    ends: tuple[str, ...]
+    control: tuple[str, ...] = ()
+    start: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self, tokenizers: Path = FOLDER / "tokenizers") -> PreTrainedTokenizerFast:
+        """The tokenizer with the template."""
+        backend = Tokenizer.from_file(str(tokenizers / f"{self.tokenizer}.json"))
+        backend.add_special_tokens(
+            [AddedToken(token, special=True, normalized=False) for token in self.control]
+        )
+        loaded = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            eos_token=self.ends[0],
+            bos_token=self.start,
+            clean_up_tokenization_spaces=False,
+        )
+        loaded.chat_template = (FOLDER / "templates" / f"{self.template}.jinja").read_text()
+        return loaded
+
+
+LLAMA_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+MISTRAL_TOKENS = ("<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]")
+R1_TOKENS = (
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+)
+
+FAMILIES = {
+    "Qwen3": Family("qwen3", "qwen3", ("<|im_end|>",)),
+    "Qwen3, not thinking": Family(
+        "qwen3", "qwen3", ("<|im_end|>",), arguments={"enable_thinking": False}
+    ),
+    "Qwen3.5": Family("qwen3_5", "qwen3", ("<|im_end|>",)),
+    "Qwen3.5, not thinking": Family(
+        "qwen3_5", "qwen3", ("<|im_end|>",), arguments={"enable_thinking": False}
+    ),
+    "DeepSeek-R1-Distill": Family(
+        "deepseek_r1_distill",
+        "qwen3",
+        ("<｜end▁of▁sentence｜>",),
+        R1_TOKENS,
+        "<｜begin▁of▁sentence｜>",
+    ),
+    "gpt-oss": Family("gptoss", "gpt-oss", ("<|return|>", "<|call|>")),
+    "Llama 3": Family("llama3", "qwen3", ("<|eot_id|>",), LLAMA_TOKENS, "<|begin_of_text|>"),
+    "Llama 3.1": Family("llama3_1", "qwen3", ("<|eot_id|>",), LLAMA_TOKENS, "<|begin_of_text|>"),
+    "Gemma 3": Family(
+        "gemma3",
+        "qwen3",
+        ("<end_of_turn>",),
+        ("<bos>", "<start_of_turn>", "<end_of_turn>"),
+        "<bos>",
+    ),
+    "Mistral v3": Family(
+        "mistral_v3_tekken", "qwen3", ("</s>",), (*MISTRAL_TOKENS, "[/TOOL_RESULTS]"), "<s>"
+    ),
+    "Mistral v7": Family(
+        "mistral_v7_tekken",
+        "qwen3",
+        ("</s>",),
+        (*MISTRAL_TOKENS, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+        "<s>",
+    ),
+    "Phi-3": Family(
+        "phi3",
+        "qwen3",
+        ("<|endoftext|>", "<|end|>"),
+        ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+    ),
+    "Phi-4": Family("phi_4", "qwen3", ("<|im_end|>",), ("<|im_sep|>",)),
+    "SmolLM2": Family("smollm2", "smollm2", ("<|im_end|>",)),
+}
+
+
+def expected_of(name: str) -> dict[str, list[str]]:
+    """What `expected/<name>.txt` has for each chat: a line for each sample, or the refusal."""
+    chats: dict[str, list[str]] = {}
+    for line in (EXPECTED / f"{name}.txt").read_text().splitlines():
+        if line.startswith("# "):
+            lines = chats.setdefault(line.removeprefix("# "), [])
+        else:
+            lines.append(line)
+    return chats
