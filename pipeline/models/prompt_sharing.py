@@ -23,6 +23,7 @@ from onstream.pipeline.models.trial import (
     agree,
     alone,
     name_of,
+    partial_attention,
     require_causal,
     row_dependent_positions,
     short_windows,
@@ -42,10 +43,11 @@ def prepare(model: PreTrainedModel) -> str | None:
     row = _trial_row(text_config(model).vocab_size)
     _check_head(model, row)
     before = text_config(model)._attn_implementation
+    reason = _limited_attention(model)
     with short_windows(model):
         expected = _alone_hidden_states(model, row)
         _check_padded(model, row, expected)
-        reason = _limited_attention(model) or _difference(model, row, expected)
+        reason = reason or _difference(model, row, expected)
     if reason:
         set_text_attention(model, before)
     return reason
@@ -122,11 +124,7 @@ def _limited_attention(model: PreTrainedModel) -> str | None:
         return "the tokens of its images see one another"
     if getattr(config, "attn_logit_softcapping", None):
         return "its attention scores are capped"
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if kinds - {"full_attention"}:
-        return f"it has layers of {', '.join(sorted(kinds - {'full_attention'}))}"
-    window = getattr(config, "sliding_window", None)
-    return f"its layers see {window} tokens back" if window and not kinds else None
+    return partial_attention(config)
 
 
 @torch.no_grad()

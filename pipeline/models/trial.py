@@ -70,6 +70,18 @@ def row_dependent_positions(config: PretrainedConfig) -> str | None:
     return None
 
 
+def partial_attention(config: PretrainedConfig) -> str | None:
+    """The reason where some layers are not attention over the whole past; `config` names them.
+
+    A trial alone might not show it: in a model that was never trained such layers do very little.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - {"full_attention"}:
+        return f"it has layers of {', '.join(sorted(kinds - {'full_attention'}))}"
+    window = getattr(config, "sliding_window", None)
+    return f"its layers see {window} tokens back" if window and not kinds else None
+
+
 def exact_context(config: PretrainedConfig) -> int | None:
     """The most tokens of a sequence that can be written token by token; None: there is no bound.
 

@@ -79,7 +79,6 @@ OWN: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": LATENT,
     "minicpm3": LATENT,
     "longcat_flash": LATENT,
-    "bamba": {"attn_layer_indices": [1, 3]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * (LAYERS // 2)},
     "lfm2": {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
@@ -87,9 +86,55 @@ OWN: dict[str, dict[str, Any]] = {
 """What a family needs beside or instead."""
 
 
+TEXT = {
+    name: SIZES[name]
+    for name in (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+        *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+        *("bos_token_id", "eos_token_id", "pad_token_id"),
+    )
+}
+GEMMA = {
+    **TEXT,
+    "head_dim": 8,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 2,
+}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
+WHOLE: dict[str, dict[str, Any]] = {
+    "gemma4_text": GEMMA | {"global_head_dim": 8},
+    "gemma3n_text": GEMMA | {"laurel_rank": 8, "activation_sparsity_pattern": [0.0] * LAYERS},
+    "lfm2_moe": TEXT
+    | {
+        name: SIZES[name]
+        for name in ("moe_intermediate_size", "num_experts", "num_experts_per_tok")
+    }
+    | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
+    "falcon_h1": TEXT | MAMBA | {"head_dim": 8, "mamba_d_ssm": 64, "mamba_chunk_size": 16},
+    "bamba": TEXT | MAMBA | {"attn_layer_indices": [1, 3], "mamba_chunk_size": 16},
+    "zamba2": TEXT
+    | {
+        "layers_block_type": ["mamba", "hybrid"] * (LAYERS // 2),
+        "hybrid_layer_ids": [1, 3],
+        "mamba_d_state": 8,
+        "n_mamba_heads": 4,
+        "mamba_headdim": 16,
+        "mamba_ngroups": 1,
+        "chunk_size": 16,
+        "num_mem_blocks": 1,
+    },
+}
+"""Families whose configurations are given whole: their sizes depend on one another."""
+
+
 def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
     """A small configuration of `family`, with `changes`; its kinds of layers are all there."""
     kind = CONFIG_MAPPING[family]
+    if family in WHOLE:
+        return kind(**WHOLE[family] | changes)
     default = kind()
     taken = inspect.signature(kind.__init__).parameters
     given = {name: size for name, size in SIZES.items() if hasattr(default, name) or name in taken}

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from onstream.pipeline.records import VersionSpan
 from onstream.pipeline.weights import LoadedPolicy
 from onstream.workers.generator.engines.base import Completion, GenerationRequest
 from onstream.workers.generator.engines.transformers.engine import TransformersEngine
 from tests.models.exactness import plain_logprobs
-from tests.models.families import tiny_model
+from tests.models.families import tiny_config, tiny_model
 
 KINDS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {},
@@ -76,6 +76,14 @@ def test_new_weights_in_the_middle_write_every_later_token(family: str) -> None:
         else:
             assert one.version_spans == [VersionSpan(1, 0, total)]
             assert gap(second, one) < 1e-4
+
+
+def test_what_the_configuration_names_counts_however_little_a_new_model_shows_of_it() -> None:
+    config = tiny_config("lfm2")
+    torch.manual_seed(0)
+    untrained = AutoModelForCausalLM.from_config(config).eval()
+    engine = TransformersEngine(untrained, (), slots=4)
+    assert engine.own_cache_because == "it has layers of conv"
 
 
 @pytest.mark.parametrize("family", KINDS)

@@ -12,7 +12,7 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.loading import set_text_attention, text_config
 from onstream.pipeline.models.multimodal import images_see_themselves
 from onstream.pipeline.models.tokenizer import has_vision
-from onstream.pipeline.models.trial import short_windows
+from onstream.pipeline.models.trial import partial_attention, short_windows
 from onstream.workers.generator.engines.base import GenerationRequest
 from onstream.workers.generator.engines.transformers.decoder import Decoder
 from onstream.workers.generator.engines.transformers.decoding_step import draw, uniforms
@@ -52,8 +52,9 @@ def choose_decoder(
     Raises:
         UserError: none is exact.
     """
+    limited = _limited_attention(model)
     with short_windows(model):
-        not_by_slots = _why_not_by_slots(model)
+        not_by_slots = limited or _why_not_by_slots(model)
         if not_by_slots is None:
             return SlotDecoder(model, slots, max_context), None
         not_at_all = _why_not(model, lambda: OwnCacheDecoder(model, prefill_tokens))
@@ -68,9 +69,14 @@ def choose_decoder(
     )
 
 
-def _why_not_by_slots(model: Any) -> str | None:
+def _limited_attention(model: Any) -> str | None:
+    """The reason where some tokens see more or less than all before them."""
     if has_vision(model.config) and images_see_themselves(model):
         return "the tokens of its images see one another"
+    return partial_attention(text_config(model))
+
+
+def _why_not_by_slots(model: Any) -> str | None:
     before = text_config(model)._attn_implementation
     try:
         set_text_attention(model, before)

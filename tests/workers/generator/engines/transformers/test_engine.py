@@ -339,7 +339,7 @@ def test_other_models_with_full_attention_are_served(model: Any) -> None:
     [
         (
             MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=4, sliding_window=8)),
-            "has sliding_window",
+            "see 8 tokens back",
         ),
         (
             BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2)),
