@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,14 +15,20 @@ from transformers import (
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     PreTrainedModel,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
 )
 
 from onstream.pipeline.errors import UserError
+from onstream.pipeline.images import ImageFile, PromptImage
 from onstream.pipeline.models.forward import head_of, hidden_states
-from onstream.pipeline.models.multimodal import ImageFeatures
+from onstream.pipeline.models.multimodal import ImageFeatures, token_kinds_argument
 from onstream.pipeline.models.packing import Ids, pack, share_prompts
 from onstream.pipeline.models.prompt_sharing import prepare
-from tests.models.families import SIZES, spread
+from onstream.pipeline.weights import LoadedPolicy
+from onstream.workers.generator.engines.base import GenerationRequest
+from onstream.workers.generator.engines.transformers.engine import TransformersEngine
+from tests.models.families import SIZES, spread, tiny_config
 
 IMAGE = 90
 IMAGE_TOKENS = 4
@@ -55,6 +63,36 @@ def gemma3() -> PreTrainedModel:
     )
     torch.manual_seed(0)
     return spread(Gemma3ForConditionalGeneration(config))
+
+
+def qwen3_5() -> PreTrainedModel:
+    text = tiny_config("qwen3_5_text").to_dict() | {"head_dim": 16}
+    text["rope_parameters"] |= {"mrope_section": [1, 1, 0], "mrope_interleaved": True}
+    config = Qwen3_5Config(
+        text_config=text,
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": 8,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 16,
+        },
+        image_token_id=IMAGE,
+        video_token_id=91,
+        vision_start_token_id=92,
+        vision_end_token_id=93,
+    )
+    torch.manual_seed(0)
+    return spread(Qwen3_5ForConditionalGeneration(config))
+
+
+def patches(seed: int) -> ImageFeatures:
+    """Four by four patches of two frames, as the processor of Qwen3.5 makes them of an image."""
+    pixels = torch.rand(16, 3 * 2 * 8 * 8, generator=torch.Generator().manual_seed(seed))
+    tensors = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    return ImageFeatures(np.full(IMAGE_TOKENS, IMAGE, dtype=np.int32), tensors)
 
 
 def picture(seed: int) -> ImageFeatures:
@@ -109,9 +147,52 @@ def plain(
     ids = torch.from_numpy(np.concatenate((prompt, completion)))[None]
     inputs: dict[str, Any] = {}
     if images:
-        inputs = dict(features[images[0]].tensors) | {"token_type_ids": (ids == IMAGE).int()}
+        kinds = token_kinds_argument(model) or ""
+        inputs = dict(features[images[0]].tensors) | {kinds: (ids == IMAGE).int()}
     logits = model(input_ids=ids, use_cache=False, **inputs).logits[0]
     return logits[len(prompt) - 1 : -1].log_softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("make", "read", "words"),
+    [
+        (gemma3, picture, "the tokens of its images see one another"),
+        (qwen3_5, patches, "it has layers of linear_attention"),
+    ],
+    ids=["gemma3", "qwen3.5"],
+)
+def test_what_the_generator_writes_about_images_is_what_the_models_own_code_says(
+    make: Callable[[], PreTrainedModel], read: Callable[[int], ImageFeatures], words: str
+) -> None:
+    model = make()
+    features = {name: read(seed) for seed, name in enumerate(("one", "two"))}
+    engine = TransformersEngine(copy.deepcopy(model), (IMAGE, 91, 92, 93), slots=6)
+    assert engine.own_cache_because == words
+    prompts, _, images = a_batch()
+    engine.add(
+        [
+            GenerationRequest(
+                key,
+                prompt.astype(np.int32),
+                max_tokens=14,
+                seed=key,
+                images=tuple(
+                    PromptImage(ImageFile(name.encode()), features[name]) for name in shown
+                ),
+            )
+            for key, (prompt, shown) in enumerate(zip(prompts, images, strict=True))
+        ]
+    )
+    written = [one for _ in range(5) for one in engine.step()]
+    engine.load(LoadedPolicy.of(1, model.state_dict()))
+    while engine.active:
+        written += engine.step()
+    assert len(written) == 6
+    for one in written:
+        read_back = np.append(one.token_ids[:-1], 3)  # the last may stand for an image, as an end
+        logprobs = plain(model, prompts[one.key], read_back, images[one.key], features)
+        expected = logprobs.gather(-1, torch.from_numpy(one.token_ids).long()[:, None])[:, 0]
+        assert (expected - torch.from_numpy(one.logprobs)).abs().max() < 1e-4
 
 
 def test_a_model_whose_text_sees_what_follows_is_refused() -> None:
