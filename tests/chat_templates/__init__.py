@@ -70,6 +70,17 @@ FAMILIES = {
         R1_TOKENS,
         "<｜begin▁of▁sentence｜>",
     ),
+    "Nemotron 3": Family("nemotron_3_nano", "qwen3", ("<|im_end|>",)),
+    "Nemotron 3, not thinking": Family(
+        "nemotron_3_nano", "qwen3", ("<|im_end|>",), arguments={"enable_thinking": False}
+    ),
+    "LFM2.5": Family(
+        "lfm2_2_5_v2",
+        "qwen3",
+        ("<|im_end|>",),
+        ("<|startoftext|>", "<|tool_call_start|>", "<|tool_call_end|>"),
+        "<|startoftext|>",
+    ),
     "gpt-oss": Family("gptoss", "gpt-oss", ("<|return|>", "<|call|>")),
     "Llama 3": Family("llama3", "qwen3", ("<|eot_id|>",), LLAMA_TOKENS, "<|begin_of_text|>"),
     "Llama 3.1": Family("llama3_1", "qwen3", ("<|eot_id|>",), LLAMA_TOKENS, "<|begin_of_text|>"),
@@ -78,6 +89,24 @@ FAMILIES = {
         "qwen3",
         ("<end_of_turn>",),
         ("<bos>", "<start_of_turn>", "<end_of_turn>"),
+        "<bos>",
+    ),
+    "Gemma 4": Family(
+        "gemma4_v5",
+        "qwen3",
+        ("<turn|>", "<|tool_response>"),
+        (
+            "<bos>",
+            "<|turn>",
+            "<turn|>",
+            "<|channel>",
+            "<channel|>",
+            "<|tool_call>",
+            "<tool_call|>",
+            "<|tool_response>",
+            "<tool_response|>",
+            '<|"|>',
+        ),
         "<bos>",
     ),
     "Mistral v3": Family(

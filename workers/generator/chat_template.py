@@ -16,6 +16,7 @@ from onstream.pipeline.images import for_template
 Message = dict[str, Any]
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Names under which endpoints return, and templates read, reasoning outside the content."""
+START_REASONING = "<think>"
 CLOSE_REASONING = "</think>"
 OPEN_REASONING = re.compile(r"<think>(\s*)\Z")
 """The end of a prompt that has opened the reasoning; the group is the gap before its text."""
@@ -303,15 +304,20 @@ def _split_reasoning(content: str) -> tuple[str, str]:
     The reasoning may lack its opening, which was the prompt's, or its end, if it was cut off.
     """
     before, closed, after = content.partition(CLOSE_REASONING)
-    opened = before.lstrip().startswith("<think>")
+    opened = before.lstrip().startswith(START_REASONING)
     if not closed and not opened:
         return "", content
-    reasoning = before.lstrip().removeprefix("<think>").lstrip("\n")
+    reasoning = before.lstrip().removeprefix(START_REASONING).lstrip("\n")
     return reasoning.rstrip("\n") if closed else reasoning, after
 
 
 def _with_reasoning(reasoning: str, gap: str, answer: str) -> str:
-    """`answer` behind the reasoning that the prompt has opened, as models write it."""
+    """`answer` behind the reasoning that the prompt has opened, as models write it.
+
+    The answer may have a block of reasoning itself, with less space in it: Nemotron 3 writes an
+    empty one as `<think></think>`, and asks for one with `<think>` and a newline.
+    """
+    answer = answer.removeprefix(START_REASONING)
     if answer.startswith(CLOSE_REASONING):
         return answer
     return reasoning.strip("\n") + gap + CLOSE_REASONING + gap * 2 + answer

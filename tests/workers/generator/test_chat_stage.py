@@ -247,10 +247,14 @@ def test_greedy_answers_are_asked_for_one_at_a_time(make: Callable[..., ChatGene
         (reply("a", finish="content_filter"), "content filter stopped"),
         (reply(""), "cannot be trained on: the answer is empty"),
         (reply("a<|im_end|>"), "a control token of the student's tokenizer"),
+        (
+            reply("", tool_calls=[{"function": {"name": "add", "arguments": "{}"}}]),
+            "cannot be trained on: the student's template drops a tool call of the answer",
+        ),
         (reply("a" * 90), "tokens with its prompt, and the student's context is 96"),
         (Answer(body={"choices": []}), "has no choices"),
     ],
-    ids=["content filter", "empty", "control token", "too long", "no choices"],
+    ids=["content filter", "empty", "control token", "tool call", "too long", "no choices"],
 )
 def test_an_answer_that_cannot_be_trained_on_is_a_dead_letter_in_words(
     make: Callable[..., ChatGenerator], answer: Answer, words: str
