@@ -118,8 +118,9 @@ def check_compatible(student: ModelInfo, teacher: ModelInfo, max_completion: int
             `max_completion` tokens.
     """
     _check_vocabulary(student, teacher)
-    _check_template(student, teacher)
+    # Before the templates, which may write the end of a turn by the tokenizer's name for it.
     _check_end(student, teacher)
+    _check_template(student, teacher)
     _check_context(student, teacher, max_completion)
 
 

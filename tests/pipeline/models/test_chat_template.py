@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import pytest
+
 from onstream.pipeline.models.chat_template import unread_arguments
+from tests.chat_templates import FAMILIES
 
 ARGUMENTS = {"enable_thinking": False, "reasoning_effort": "low"}
 
@@ -26,3 +29,21 @@ def test_one_of_several_templates_reading_it_is_enough() -> None:
 
 def test_a_template_that_does_not_parse_is_left_to_whoever_renders_it() -> None:
     assert unread_arguments("{% if %}", ARGUMENTS) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "unread"),
+    [
+        ("Qwen3", ["reasoning_effort"]),
+        ("Qwen3.5", ["reasoning_effort"]),
+        ("gpt-oss", ["enable_thinking"]),
+        ("Llama 3.1", ["enable_thinking", "reasoning_effort"]),
+        ("Mistral v7", ["enable_thinking", "reasoning_effort"]),
+    ],
+)
+def test_real_templates_read_the_variables_that_their_models_are_known_for(
+    name: str, unread: list[str]
+) -> None:
+    template = FAMILIES[name].load().chat_template
+    assert isinstance(template, str)
+    assert unread_arguments(template, ARGUMENTS) == unread

@@ -24,6 +24,7 @@ from onstream.pipeline.models.tokenizer import (
 from onstream.settings.sections.run import ModelSettings
 from onstream.workers.tiny_models.character_tokenizer import CHAT_TEMPLATE, character_tokenizer
 from tests.base_student import make_base
+from tests.chat_templates import FAMILIES
 from tests.workers.generator import templates
 from tests.workers.generator.conftest import student, student_dir
 
@@ -54,6 +55,15 @@ def test_the_template_says_what_follows_an_answer(template: str, ends: list[int]
     tokenizer = character_tokenizer()
     tokenizer.chat_template = template
     assert ends_of_template(tokenizer, {}) == ends
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_real_templates_end_an_answer_with_an_end_of_their_family(name: str) -> None:
+    family = FAMILIES[name]
+    tokenizer = family.load()
+    ends = tokenizer.convert_ids_to_tokens(ends_of_template(tokenizer, family.arguments))
+    assert set(ends) & set(family.ends)
+    assert ends[0] in (*family.ends, "<|end|>")
 
 
 @pytest.mark.parametrize("template", ["directory", "file"])

@@ -9,6 +9,7 @@ from tokenizers import AddedToken
 from onstream.pipeline.errors import UserError
 from onstream.workers.teacher.compatibility import ModelInfo, check_compatible, first_difference
 from onstream.workers.tiny_models.character_tokenizer import character_tokenizer
+from tests.chat_templates import FAMILIES
 
 
 def model_of(name: str, **changes: Any) -> ModelInfo:
@@ -114,6 +115,25 @@ def test_a_base_student_under_an_instruct_teacher_is_told_the_setting_that_mends
         check_compatible(base_of(), teacher, max_completion=16)
     assert 'Set model.end_tokens = ["<|im_end|>"]' in refusal.value.next_step
     check_compatible(base_of("<|im_end|>"), teacher, max_completion=16)
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Llama 3.1", "Gemma 3", "Mistral v7", "SmolLM2"])
+def test_a_base_student_is_told_the_end_of_the_real_family_of_its_teacher(name: str) -> None:
+    family = FAMILIES[name]
+    own = "<|endoftext|>"
+
+    def model(role: str, *ends: str) -> ModelInfo:
+        tokenizer = family.load()
+        tokenizer.eos_token = ends[0]
+        ids = frozenset(tokenizer.convert_tokens_to_ids(list(ends)))
+        return model_of(role, tokenizer=tokenizer, end_ids=ids)
+
+    end = family.ends[0]
+    for teacher in (model("teacher", end), model("teacher", end, own)):
+        with pytest.raises(UserError) as refusal:
+            check_compatible(model("base", own), teacher, max_completion=16)
+        assert f'Set model.end_tokens = ["{end}"]' in refusal.value.next_step
+        check_compatible(model("base", end, own), teacher, max_completion=16)
 
 
 def test_a_teacher_that_is_the_base_student_itself_ends_as_it_does() -> None:

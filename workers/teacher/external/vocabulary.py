@@ -163,7 +163,8 @@ async def _check_template(
             expected="chat templates that render alike, since the teacher gets the student's "
             "prompts",
             next_step="Serve the teacher with the student's chat template (vLLM: --chat-template), "
-            f"or set {TEACHER_ARGUMENTS[1]} so that they agree. {_CHOOSE_ANOTHER}",
+            f"or set {TEACHER_ARGUMENTS[1]} so that they agree; where only the ends of turns "
+            f"differ, set model.end_tokens to the teacher's. {_CHOOSE_ANOTHER}",
         )
 
 
