@@ -26,6 +26,8 @@ from onstream.settings.sections.run import ModelSettings
 log = get_logger()
 Loaded = TypeVar("Loaded")
 
+ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""What configurations call layers that keep keys and values."""
 _REASON_CHARACTERS = 300  # transformers' own errors run over a page
 
 
@@ -162,6 +164,15 @@ def _not_usable(name: str, what: str, reason: Exception) -> UserError:
         next_step="Check the name or the directory; a gated or private model needs "
         "`hf auth login` first.",
     )
+
+
+def has_states(config: PretrainedConfig) -> bool:
+    """Whether some layers of a model of this configuration keep a state, not keys and values.
+
+    Linear attention, state spaces and convolutions do.
+    """
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ()
+    return not set(kinds) <= ATTENTION_KINDS
 
 
 def has_vision(config: PretrainedConfig) -> bool:

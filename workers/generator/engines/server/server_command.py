@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from onstream.pipeline.http.vllm_server import become_server
-from onstream.pipeline.models.tokenizer import has_vision, load_configs
+from onstream.pipeline.models.tokenizer import has_states, has_vision, load_configs
 from onstream.settings.root import Settings
 from onstream.workers.generator.engines.vllm.startup import arguments as engine_arguments
 
@@ -24,19 +24,20 @@ def serve(settings: Settings, host: str, port: int) -> NoReturn:
         UserError: there is no such model.
     """
     config, _ = load_configs(settings.model.name)
-    become_server(
-        arguments(settings, host, port, images=has_vision(config)), settings.deployment, UPDATES
-    )
+    given = arguments(settings, host, port, images=has_vision(config), states=has_states(config))
+    become_server(given, settings.deployment, UPDATES)
 
 
-def arguments(settings: Settings, host: str, port: int, *, images: bool = False) -> list[str]:
+def arguments(
+    settings: Settings, host: str, port: int, *, images: bool = False, states: bool = False
+) -> list[str]:
     """The server's arguments: the engine's, and what opens it to a generator.
 
-    `images` says whether the model reads images.
+    `images` and `states` are those of the engine's.
     """
     stated = {
         name: value
-        for name, value in engine_arguments(settings, images=images).items()
+        for name, value in engine_arguments(settings, images=images, states=states).items()
         if name not in NOT_OF_SERVERS
     }
     stated |= {

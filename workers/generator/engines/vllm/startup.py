@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onstream.pipeline.errors import UserError
+from onstream.pipeline.models.tokenizer import has_states
 from onstream.pipeline.models.weight_shapes import shapes_of
 from onstream.settings import engines
 from onstream.settings.devices import device_of
@@ -44,7 +45,7 @@ def open_engine(student: StudentModel) -> VllmEngine:
         UserError: vLLM is not installed, or did not start with the model.
     """
     settings = student.settings
-    config = configure(settings, images=student.reads_images)
+    config = configure(settings, images=student.reads_images, states=has_states(student.config))
     # Imported only now: importing vLLM reads the environment that `configure` has set.
     from onstream.workers.generator.engines.vllm.engine import VllmEngine
 
@@ -61,10 +62,11 @@ def open_engine(student: StudentModel) -> VllmEngine:
         raise did_not_start(error, settings) from error
 
 
-def configure(settings: Settings, *, images: bool) -> VllmConfig:
+def configure(settings: Settings, *, images: bool, states: bool = False) -> VllmConfig:
     """vLLM's configuration for the student, checked by vLLM; the weights are not read yet.
 
-    `images` says whether the student reads images.
+    `images` says whether the student reads images, `states` whether some of its layers keep a
+    state in place of keys and values.
 
     Raises:
         NotServed: vLLM does not take the model or an argument.
@@ -76,7 +78,7 @@ def configure(settings: Settings, *, images: bool) -> VllmConfig:
 
     from onstream.workers.generator.engines.vllm.extension import BACKEND
 
-    given = arguments(settings, images=images)
+    given = arguments(settings, images=images, states=states)
     try:
         config: VllmConfig = AsyncEngineArgs(
             **given, weight_transfer_config=WeightTransferConfig(backend=BACKEND)
@@ -90,10 +92,11 @@ def configure(settings: Settings, *, images: bool) -> VllmConfig:
     return config
 
 
-def arguments(settings: Settings, *, images: bool = False) -> dict[str, Any]:
+def arguments(settings: Settings, *, images: bool = False, states: bool = False) -> dict[str, Any]:
     """The engine's arguments; those of `inference.extra_args` last, so that they win.
 
-    `images` says whether the student reads images.
+    `images` says whether the student reads images, `states` whether some of its layers keep a
+    state in place of keys and values.
     """
     inference = settings.inference
     cpu = device_of(settings.deployment) == "cpu"
@@ -125,6 +128,9 @@ def arguments(settings: Settings, *, images: bool = False) -> dict[str, Any]:
         # Where a prompt is computed in parts, vLLM rewinds the random generator of a request with
         # a seed, and torch's CPU generators cannot be rewound.
         stated["enable_chunked_prefill"] = False
+        if states:
+            # vLLM keeps the states of prefixes only where it computes prompts in parts.
+            stated["enable_prefix_caching"] = False
     if inference.on_new_weights == "keep":
         # vLLM clears either all of its cache or nothing. Prefixes of the old weights would be used
         # for new completions.

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 from onstream.pipeline.errors import UserError
+from onstream.pipeline.models.tokenizer import has_states
 from onstream.settings import engines
 from onstream.settings.problems import SettingsError
 from onstream.settings.root import Settings
@@ -56,7 +58,7 @@ def test_on_a_cpu_the_engine_is_transformers_unless_vllm_is_asked_for(
 def test_a_model_that_vllm_does_not_take_is_left_to_transformers_unless_vllm_was_asked_for(
     student_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(settings: Settings, *, images: bool) -> Any:
+    def refuse(settings: Settings, *, images: bool, states: bool) -> Any:
         raise UnsupportedModel("vLLM does not take it", expected="another", next_step="Choose one.")
 
     monkeypatch.setattr(startup, "configure", refuse)
@@ -98,6 +100,24 @@ def test_the_arguments_follow_from_the_settings_and_further_ones_win() -> None:
         "processed_logprobs",
     )
     assert "distributed_executor_backend" not in given and "gpu_memory_utilization" not in given
+
+
+def test_on_a_cpu_prefixes_are_not_kept_where_layers_keep_states() -> None:
+    """vLLM refuses the one without prompts in parts, which its CPU build cannot have here."""
+    given = arguments(settings_of("hub/model"), states=True)
+    assert (given["enable_chunked_prefill"], given["enable_prefix_caching"]) == (False, False)
+    assert "enable_prefix_caching" not in arguments(settings_of("hub/model"))
+    assert "enable_prefix_caching" not in arguments(settings_of("hub/model", "cuda"), states=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "states"),
+    [("qwen3_5_text", True), ("nemotron_h", True), ("gemma3_text", False), ("llama", False)],
+)
+def test_which_families_keep_states_is_read_from_their_configuration(
+    family: str, states: bool
+) -> None:
+    assert has_states(CONFIG_MAPPING[family]()) is states
 
 
 def test_on_cuda_it_is_told_its_share_of_a_gpu_and_left_to_compile() -> None:
