@@ -46,7 +46,6 @@ class Family:
 
 
 LLAMA_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-MISTRAL_TOKENS = ("<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]")
 R1_TOKENS = (
     "<｜begin▁of▁sentence｜>",
     "<｜end▁of▁sentence｜>",
@@ -109,16 +108,8 @@ FAMILIES = {
         ),
         "<bos>",
     ),
-    "Mistral v3": Family(
-        "mistral_v3_tekken", "qwen3", ("</s>",), (*MISTRAL_TOKENS, "[/TOOL_RESULTS]"), "<s>"
-    ),
-    "Mistral v7": Family(
-        "mistral_v7_tekken",
-        "qwen3",
-        ("</s>",),
-        (*MISTRAL_TOKENS, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
-        "<s>",
-    ),
+    "Mistral v3": Family("mistral_v3_tekken", "mistral", ("</s>",), start="<s>"),
+    "Mistral v7": Family("mistral_v7_tekken", "mistral", ("</s>",), start="<s>"),
     "Phi-3": Family(
         "phi3",
         "qwen3",

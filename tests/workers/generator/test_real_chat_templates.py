@@ -23,6 +23,7 @@ from tests.chat_templates.chats import CHATS, QUESTION
 from tests.chat_templates.table import PAGE, page
 
 QWEN3_IDS = [151667, 271, 151668, 271, 26972, 13, 151645]
+MISTRAL_IDS = [3, 7493, 1395, 1032, 1050, 1043, 1050, 1063, 4, 31035, 1046, 2]
 GPT_OSS_IDS = [200005, 17196, 200008, 35604, 13, 200002]
 
 
@@ -104,6 +105,7 @@ def test_trimmed_tokenizers_give_the_ids_of_the_whole_ones() -> None:
 
     assert ids("Qwen3", "<think>\n\n</think>\n\nFour.<|im_end|>") == QWEN3_IDS
     assert ids("gpt-oss", "<|channel|>final<|message|>Four.<|return|>") == GPT_OSS_IDS
+    assert ids("Mistral v7", "[INST]What is 2+2?[/INST]Four.</s>") == MISTRAL_IDS
     assert ids("SmolLM2", QUESTION) == [1780, 314, 216, 34, 27, 34, 47]
 
 
