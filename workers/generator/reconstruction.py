@@ -127,12 +127,16 @@ class Reconstructor:
         )
 
     def _ids_apart(self, written: str) -> Iterator[Ids]:
-        """The tokens of `written` alone, and those behind a control token.
+        """The tokens of `written` alone, and those behind something that they do not join.
 
-        Tokenizers of the SentencePiece kind put a space before a text, but not behind such a token.
+        Tokenizers of the SentencePiece kind put a space before a text: some only at its very
+        beginning, some behind every control token.
         """
-        yield self._ids(written)
-        yield self._ids(self._tokenizer.eos_token + written)[1:]
+        for anchor in ("", self._tokenizer.eos_token, "\n"):
+            before = self._ids(anchor)
+            both = self._ids(anchor + written)
+            if np.array_equal(both[: len(before)], before):
+                yield both[len(before) :]
 
     def _until_end_of_turn(self, turn: Ids) -> Ids:
         """`turn` up to its end-of-turn token, which is added where the template leaves it out."""

@@ -7,6 +7,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from onstream.workers.generator.reconstruction import (
     ReconstructedSample,
@@ -330,6 +333,38 @@ def test_what_cannot_be_told_apart_is_refused_in_words(
     prompt = [USER] if words else [{"role": "tool", "content": "3"}]
     with pytest.raises(ReconstructionError, match=words or "only user and assistant here"):
         reconstructor(template).samples(prompt, [answer], truncated=truncated)
+
+
+def test_a_tokenizer_that_puts_a_space_before_a_text_puts_none_before_the_answer() -> None:
+    tokenizer = spacing_tokenizer()
+    (sample,) = Reconstructor(tokenizer, {tokenizer.eos_token_id}).samples(
+        [USER], [assistant("[a]")]
+    )
+    assert tokenizer.convert_ids_to_tokens(sample.prompt_ids.tolist()) == ["▁", "[", "h", "i", "]"]
+    assert tokenizer.convert_ids_to_tokens(sample.completion_ids.tolist()) == [
+        "[",
+        "a",
+        "]",
+        "</s>",
+    ]
+
+
+def spacing_tokenizer() -> PreTrainedTokenizerFast:
+    """Of the kind of Llama 2's, with a token `][` that may span the end of a prompt."""
+    tokens = ["</s>", "▁", "[", "]", "h", "i", "a", "\n", "]["]
+    backend = Tokenizer(BPE({token: at for at, token in enumerate(tokens)}, [("]", "[")]))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    backend.add_special_tokens([AddedToken("</s>", special=True, normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'user' %}"
+        "{{ '[' + message['content'] + ']' }}{% else %}{{ message['content'] + eos_token }}"
+        "{% endif %}{% endfor %}"
+    )
+    return tokenizer
 
 
 def test_the_text_for_the_verifier_is_the_last_answers_content() -> None:
