@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from onstream.pipeline.images import ImageFile
 from onstream.pipeline.images.vision import Vision, load_vision
 from onstream.pipeline.models.loading import load_model
-from onstream.pipeline.models.multimodal import ImageFeatures
+from onstream.pipeline.models.multimodal import ImageFeatures, joined
 from onstream.workers.tiny_models.character_tokenizer import IMAGE, IMAGE_END, IMAGE_START
 from onstream.workers.tiny_models.fresh import ModelShape
 from onstream.workers.tiny_models.vlm_families import VlmFamily, write_fresh_vlm
@@ -38,6 +40,25 @@ class Tiny:
     vision: Vision
 
     @property
+    def token_kinds(self) -> str | None:
+        """The argument by which the model's own code is told which tokens are of images."""
+        if self.family == "llava":
+            return None
+        return "token_type_ids" if self.family == "gemma3" else "mm_token_type_ids"
+
+    def own_inputs(self, row: Tensor, images: Sequence[ImageFeatures]) -> dict[str, Tensor]:
+        """What the model's own forward takes of one sequence, `row` [1, S], and its images."""
+        inputs = {"input_ids": row, **joined(images)}
+        if images and self.token_kinds:
+            inputs[self.token_kinds] = (row == self.model.config.image_token_id).int()
+        return inputs
+
+    @property
+    def wide(self) -> ImageFile:
+        """A picture that is wider than others, where the family takes some."""
+        return noise(3, 32 if self.family in ("llava", "gemma3") else 48, 32)
+
+    @property
     def placeholder(self) -> str:
         """What the chat template writes where an image is."""
         if self.family == "gemma3":
@@ -53,6 +74,14 @@ def directory(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[VlmFamily, Path]:
     """A model of the family on disk, with weights wide enough to matter."""
+    return family_in(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="session", params=get_args(VlmFamily))
+def any_family(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[VlmFamily, Path]:
+    """The same of every family, those too that only train on padded rows."""
     return family_in(tmp_path_factory.mktemp(request.param), request.param)
 
 

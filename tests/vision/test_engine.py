@@ -4,6 +4,8 @@ family's own forward says.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,14 +13,17 @@ import torch
 from onstream.pipeline.images import PromptImage
 from onstream.pipeline.models.end_tokens import stop_ids
 from onstream.pipeline.models.loading import load_model
-from onstream.pipeline.models.multimodal import joined
 from onstream.pipeline.weights import LoadedPolicy
 from onstream.workers.generator.engines.base import Completion, GenerationRequest
 from onstream.workers.generator.engines.transformers.engine import TransformersEngine
-from onstream.workers.tiny_models.character_tokenizer import IMAGE, IMAGE_END, IMAGE_START
+from onstream.workers.tiny_models.vlm_families import VlmFamily
 from tests.vision.conftest import Tiny, noise
 
-WIDE = {"qwen2.5-vl": (48, 32), "qwen3-vl": (48, 32), "llava": (32, 32)}
+
+@pytest.fixture
+def directory(any_family: tuple[VlmFamily, Path]) -> tuple[VlmFamily, Path]:
+    """A model of each family, those too that are served through their own cache."""
+    return any_family
 
 
 def requests(tiny: Tiny) -> list[GenerationRequest]:
@@ -26,19 +31,18 @@ def requests(tiny: Tiny) -> list[GenerationRequest]:
     one of none.
     """
     first, second, wide = (
-        tiny.vision.features(picture)
-        for picture in (noise(1), noise(2), noise(3, *WIDE[tiny.family]))
+        tiny.vision.features(picture) for picture in (noise(1), noise(2), tiny.wide)
     )
     shown = [
         (PromptImage(noise(1), first),),
         (PromptImage(noise(2), second),),
-        (PromptImage(noise(3, *WIDE[tiny.family]), wide), PromptImage(noise(1), first)),
+        (PromptImage(tiny.wide, wide), PromptImage(noise(1), first)),
         (),
     ]
     made = []
     for key in range(12):
         images = shown[key // 3]
-        text = "ab" + "".join(f"{IMAGE_START}{IMAGE}{IMAGE_END}c" for _ in images)
+        text = "ab" + "".join(f"{tiny.placeholder}c" for _ in images)
         ids = np.array(
             tiny.vision.tokenizer(text, add_special_tokens=False).input_ids, dtype=np.int32
         )
@@ -61,10 +65,8 @@ def gap(
     row = torch.from_numpy(np.concatenate((request.prompt_ids, completion.token_ids[:-1]))).long()[
         None
     ]
-    inputs = joined([image.features for image in request.images])
-    if request.images and tiny.family != "llava":
-        inputs["mm_token_type_ids"] = (row == tiny.vision.placeholder_id).int()
-    logits = tiny.model(input_ids=row, **inputs).logits[0, len(request.prompt_ids) - 1 :]
+    inputs = tiny.own_inputs(row, [image.features for image in request.images])
+    logits = tiny.model(**inputs).logits[0, len(request.prompt_ids) - 1 :]
     plain = logits.log_softmax(-1).gather(
         -1, torch.from_numpy(completion.token_ids).long()[:, None]
     )[:, 0]
@@ -91,7 +93,7 @@ def test_every_logprob_is_that_of_a_plain_forward_pass(tiny: Tiny, slots: int) -
 
 def test_a_completion_ends_where_the_student_writes_a_placeholder(tiny: Tiny) -> None:
     stops = stop_ids(tiny.vision.tokenizer, tiny.model.config, tiny.model.generation_config)
-    assert tiny.vision.placeholder_id in stops
+    assert tiny.model.config.image_token_id in stops
 
 
 def test_new_weights_in_the_middle_see_the_images_too(tiny: Tiny) -> None:

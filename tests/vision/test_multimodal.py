@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -27,24 +26,15 @@ from onstream.workers.tiny_models.character_tokenizer import VOCABULARY_SIZE
 from onstream.workers.tiny_models.vlm_families import VlmFamily
 from onstream.workers.trainer.learner import Learner, TrainSample
 from tests.models.test_gradients import flat_gradient, gradient_of_a_step
-from tests.vision.conftest import Tiny, family_in, noise
+from tests.vision.conftest import Tiny, noise
 
-TOKEN_KINDS = dict.fromkeys(("qwen2.5-vl", "qwen3-vl", "qwen3.5"), "mm_token_type_ids") | {
-    "gemma3": "token_type_ids"
-}
-"""The argument by which a family's own code is told which tokens are of images."""
 SHARED_PROMPTS = ("qwen2.5-vl", "qwen3-vl", "llava")
-WIDE = dict.fromkeys(("qwen2.5-vl", "qwen3-vl", "qwen3.5"), (48, 32)) | dict.fromkeys(
-    ("llava", "gemma3"), (32, 32)
-)
 
 
-@pytest.fixture(scope="module", params=get_args(VlmFamily))
-def directory(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[VlmFamily, Path]:
+@pytest.fixture
+def directory(any_family: tuple[VlmFamily, Path]) -> tuple[VlmFamily, Path]:
     """A model of each family, those too that only train on padded rows."""
-    return family_in(tmp_path_factory.mktemp(request.param), request.param)
+    return any_family
 
 
 @dataclass
@@ -63,7 +53,7 @@ def a_case(tiny: Tiny) -> Case:
     """
     one = noise(1)
     same_size = noise(2)
-    wide = noise(3, *WIDE[tiny.family])
+    wide = tiny.wide
     features = tiny.features(one, same_size, wide)
     random = np.random.default_rng(0)
     case = Case([], [], [], {picture.digest: picture for picture in (one, same_size, wide)})
@@ -98,10 +88,7 @@ def inputs_of(
 ) -> dict[str, Tensor]:
     """What the model's forward takes of one sequence, with its processor's own tensors."""
     row = torch.from_numpy(np.concatenate((prompt, completion))).long()[None]
-    inputs = dict(joined([tiny.vision.features(case.pictures[name]) for name in names]))
-    if names and tiny.family in TOKEN_KINDS:
-        inputs[TOKEN_KINDS[tiny.family]] = (row == tiny.model.config.image_token_id).int()
-    return inputs | {"input_ids": row}
+    return tiny.own_inputs(row, [tiny.vision.features(case.pictures[name]) for name in names])
 
 
 @pytest.mark.timeout(60)
@@ -135,7 +122,7 @@ def test_a_batch_with_images_gives_the_models_own_logprobs(
 
 
 def test_the_tensors_and_tokens_are_the_processors_own_of_the_whole_prompt(tiny: Tiny) -> None:
-    pictures = [noise(1), noise(3, *WIDE[tiny.family]), noise(4)]
+    pictures = [noise(1), tiny.wide, noise(4)]
     processor = AutoProcessor.from_pretrained(tiny.directory)
     shows = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
     chat = [
