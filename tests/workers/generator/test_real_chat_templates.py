@@ -8,19 +8,28 @@ follows, and brackets around those with mask 0. A refused chat has its reason.
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from onstream.pipeline.prompts import render_prompt
+from onstream.pipeline.record_codec import ids_array
+from onstream.pipeline.records import Rollout
+from onstream.pipeline.redis.bus import Bus
+from onstream.workers.generator.chat_stage import ChatGenerator
 from onstream.workers.generator.reconstruction import (
     ReconstructedSample,
     ReconstructionError,
     Reconstructor,
 )
+from onstream.workers.generator.student import load_student_model
 from tests.chat_templates import EXPECTED, FAMILIES, expected_of
 from tests.chat_templates.chats import CHATS, QUESTION
 from tests.chat_templates.table import PAGE, page
+from tests.faulty_server import Answer, serving
+from tests.workers.generator.test_chat_stage import delivery, finish, settings_of
+from tests.workers.generator.test_template_arguments import with_arguments
 
 QWEN3_IDS = [151667, 271, 151668, 271, 26972, 13, 151645]
 MISTRAL_IDS = [3, 7493, 1395, 1032, 1050, 1043, 1050, 1063, 4, 31035, 1046, 2]
@@ -74,7 +83,7 @@ def test_what_is_trained_of_a_chat(name: str, chat_name: str) -> None:
 def test_the_prompt_has_the_tokens_that_the_student_gets(name: str) -> None:
     family = FAMILIES[name]
     for chat in CHATS.values():
-        asked = render_prompt(family.load(), chat.prompt, family.arguments)
+        asked = render_prompt(reconstructor(name)._tokenizer, chat.prompt, family.arguments)
         try:
             first, *_ = reconstructor(name).samples(
                 chat.prompt, chat.written, truncated=chat.truncated
@@ -91,6 +100,29 @@ def test_answers_in_one_turn_or_several_are_trained_in_every_family(name: str) -
     plain = list(CHATS)[:6]
     assert plain[-1] == "a turn before"
     assert not any(expected(name)[chat][0].startswith("refused") for chat in plain)
+
+
+@pytest.mark.parametrize("name", ["Qwen3.5", "Qwen3.5, not thinking", "DeepSeek-R1-Distill"])
+def test_a_run_trains_on_what_a_teacher_reasoned_behind_its_students_own_prompt(
+    name: str, student_dir: Path, tmp_path: Path, bus: Bus
+) -> None:
+    FAMILIES[name].load().save_pretrained(student_dir)
+    message = {"role": "assistant", "content": "Four.", "reasoning_content": "2+2=4"}
+    answer = Answer(body={"choices": [{"finish_reason": "stop", "message": message}]})
+    with serving(lambda body: answer) as (_, url):
+        arguments = dict(FAMILIES[name].arguments)
+        settings = with_arguments(settings_of(student_dir, tmp_path, url), arguments)
+        stage = ChatGenerator(settings, bus)
+        stage.setup()
+        rollout = finish(stage, [delivery(1)])[1].record
+        stage.close(finished=True)
+    assert isinstance(rollout, Rollout)
+    (sample,) = rollout.samples
+    student = load_student_model(student_dir, settings)
+    assert ids_array(sample.prompt_ids).tolist() == student.prompt(rollout.messages).ids.tolist()
+    written = student.tokenizer.decode(ids_array(sample.completion_ids).tolist())
+    expected_line = expected(name)["reasoning"][0].partition("▸")[2]
+    assert written.replace("\n", "⏎") == expected_line.replace("·", "")
 
 
 def test_every_family_and_chat_has_an_expectation_and_no_other() -> None:
