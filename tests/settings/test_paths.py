@@ -45,6 +45,18 @@ def test_every_path_is_absolute_in_the_settings_that_a_run_keeps(home: Path) -> 
     assert with_absolute_paths(kept) == kept
 
 
+@pytest.mark.parametrize("template", ["models/teacher", "chat.jinja"])
+def test_the_chat_template_of_a_student_is_found_from_any_directory(
+    home: Path, template: str
+) -> None:
+    (home / "chat.jinja").touch()
+    given = settings(f"model.chat_template={template}")
+    assert with_absolute_paths(given).model.chat_template == f"{home}/{template}"
+    assert make_plan(given).given["model.chat_template"] == template
+    hub = settings("model.chat_template=Qwen/Qwen3-8B")
+    assert with_absolute_paths(hub).model.chat_template == "Qwen/Qwen3-8B"
+
+
 def test_names_of_the_hub_and_of_endpoints_stay_as_they_are() -> None:
     hub = settings("model.name=Qwen/Qwen3-0.6B", "task.name=hf:a/b", "task.path=null")
     assert with_absolute_paths(hub).model.name == "Qwen/Qwen3-0.6B"
