@@ -26,10 +26,10 @@ def check(
 
     from onstream.settings.check import report
     from onstream.settings.load import resolve
-    from onstream.workers.launcher.model_files import template_warnings
+    from onstream.workers.launcher.model_files import model_warnings
     from onstream.workers.launcher.preflight import find_problems
 
     resolved = resolve(files, overrides)
     found = find_problems(resolved, online=online)
-    warnings = template_warnings(resolved.settings) if resolved.settings is not None else ()
+    warnings = model_warnings(resolved.settings) if resolved.settings is not None else ()
     return report(resolved, found, Console(), everything=everything, warnings_here=warnings)

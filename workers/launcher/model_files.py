@@ -19,7 +19,9 @@ from onstream.pipeline.models.chat_template import (
 )
 from onstream.pipeline.models.pickled import refuse_pickle
 from onstream.settings.chat_templates import TEACHER_ARGUMENTS
+from onstream.settings.engines import student_engine
 from onstream.settings.root import Settings
+from onstream.settings.route import rollout_teacher
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 HUB_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -121,7 +123,33 @@ def check_chat_template(named: str, *, ask_hub: bool = True) -> None:
         _require_chat_template(directory, "model.chat_template")
 
 
-def template_warnings(settings: Settings) -> Iterator[str]:
+def model_warnings(settings: Settings) -> Iterator[str]:
+    """What is worth knowing of the run's models, as far as their files are on this machine."""
+    yield from _template_warnings(settings)
+    yield from _decoding_warnings(settings)
+
+
+def _decoding_warnings(settings: Settings) -> Iterator[str]:
+    """That the built-in engine decodes the student more slowly, where its configuration tells."""
+    if student_engine(settings) != "transformers" or rollout_teacher(settings) is not None:
+        return
+    try:
+        directory = local_model(settings.model.name, ask_hub=False)
+        config = _json_file(directory / "config.json", "model.name", "") if directory else {}
+    except UserError:  # told by the checks
+        return
+    text = config.get("text_config")
+    named = text if isinstance(text, dict) else config
+    kinds = set(named.get("layer_types") or ()) - {"full_attention"}
+    if kinds:
+        yield (
+            f"{settings.model.name} has layers of {', '.join(sorted(kinds))}: the built-in engine "
+            "decodes it through its own cache, sequences of one length at a time, which is exact "
+            'and slower; inference.engine = "vllm" is faster where vLLM has the model'
+        )
+
+
+def _template_warnings(settings: Settings) -> Iterator[str]:
     """Variables that are set, and that the chat template does not read.
 
     Nothing of templates that are not on this machine.

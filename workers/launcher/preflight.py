@@ -30,8 +30,8 @@ from onstream.workers.launcher.model_files import (
     check_chat_template,
     check_model,
     context_tokens,
+    model_warnings,
     parameters,
-    template_warnings,
 )
 from onstream.workers.launcher.redis_binary import find_server
 
@@ -84,7 +84,7 @@ def refuse_problems(settings: Settings, plan: Plan) -> None:
     """
     if problems := _found(CHECKS, Subject(settings, plan, ask_hub=True)):
         raise SettingsError(problems)
-    for warning in (*redis_warnings(settings), *template_warnings(settings)):
+    for warning in (*redis_warnings(settings), *model_warnings(settings)):
         print(f"onstream: {warning}", file=sys.stderr)
 
 

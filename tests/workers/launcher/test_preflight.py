@@ -23,7 +23,7 @@ from onstream.settings.extras import EXTRAS
 from onstream.settings.load import load_settings, resolve
 from onstream.settings.plan import Plan, make_plan
 from onstream.settings.root import Settings
-from onstream.workers.launcher.model_files import check_model, parameters
+from onstream.workers.launcher.model_files import check_model, model_warnings, parameters
 from onstream.workers.launcher.preflight import (
     check_disk,
     check_resume,
@@ -343,6 +343,27 @@ def test_variables_that_a_chat_template_does_not_read_are_warned_of(
     (told,) = [line for line in capsys.readouterr().err.splitlines() if "template" in line]
     assert told.startswith("onstream: model.chat_template_kwargs: the chat template of ")
     assert told.endswith(" reads no effort")
+
+
+@pytest.mark.parametrize(
+    ("engine", "kinds", "told"),
+    [
+        ("transformers", ["full_attention", "sliding_attention"], "layers of sliding_attention: "),
+        ("transformers", ["full_attention", "full_attention"], ""),
+        ("server", ["full_attention", "sliding_attention"], ""),
+    ],
+    ids=["windows", "full attention", "vLLM"],
+)
+def test_a_student_that_is_decoded_more_slowly_is_told_of_before_it_starts(
+    tmp_path: Path, engine: str, kinds: list[str], told: str
+) -> None:
+    model = make_model(tmp_path / "student")
+    (model / "config.json").write_text(json.dumps({"text_config": {"layer_types": kinds}}))
+    there = 'inference.client.base_url=["http://127.0.0.1:1"]'
+    settings = settings_of(tmp_path, f"inference.engine={engine}", there)
+    said = list(model_warnings(settings))
+    assert len(said) == bool(told)
+    assert all(told in line and "through its own cache" in line for line in said)
 
 
 def test_a_configuration_that_is_not_json_is_refused(tmp_path: Path) -> None:
