@@ -90,6 +90,7 @@ def cell(measure: Callable[[PreTrainedModel], float], model: PreTrainedModel) ->
 
 def short(reason: str) -> str:
     """The reason without the model's name and what to do."""
+    reason = re.sub(r"^.*; and (?=through the model's own cache: )", "", reason)
     reason = reason.partition(";")[0]
     reason = re.sub(r"^the generator cannot serve \w+: ", "", reason)
     reason = re.sub(r"by up to [\d.e+-]+|by [\d.e+-]+ nats", "by too much", reason)
