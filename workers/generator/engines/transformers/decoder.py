@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onstream.pipeline.images import PromptImage
 from onstream.pipeline.models.multimodal import tensors_for
-from onstream.workers.generator.engines.transformers.sequence import SequenceState
+from onstream.workers.generator.engines.transformers.decoding_step import SequenceState
 
 
 class Decoder(Protocol):

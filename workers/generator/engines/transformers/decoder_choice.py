@@ -15,14 +15,15 @@ from onstream.pipeline.models.tokenizer import has_vision
 from onstream.pipeline.models.trial import partial_attention, short_windows
 from onstream.workers.generator.engines.base import GenerationRequest
 from onstream.workers.generator.engines.transformers.decoder import Decoder
-from onstream.workers.generator.engines.transformers.decoding_step import draw, uniforms
+from onstream.workers.generator.engines.transformers.decoding_step import SequenceState
 from onstream.workers.generator.engines.transformers.own_cache_decoder import (
     OwnCacheDecoder,
     UnsupportedCache,
 )
-from onstream.workers.generator.engines.transformers.sequence import SequenceState
-from onstream.workers.generator.engines.transformers.slot_cache import UnsupportedAttention
-from onstream.workers.generator.engines.transformers.slot_decoder import SlotDecoder
+from onstream.workers.generator.engines.transformers.slot_decoder import (
+    SlotDecoder,
+    UnsupportedAttention,
+)
 
 PROMPTS = (23, 23, 5, 2)
 COMPLETIONS = (7, 4, 7, 7)
@@ -125,9 +126,7 @@ def _written_by(decoder: Decoder, vocabulary: int) -> list[SequenceState]:
 
 
 def _write_one(decoder: Decoder, rows: list[SequenceState]) -> None:
-    requests = [row.request for row in rows]
-    uniform = uniforms([request.seed for request in requests], [len(row.token_ids) for row in rows])
-    ids, logprobs = draw(decoder.logits(rows), [1.0] * len(rows), uniform)
+    logprobs, ids = decoder.logits(rows).float().log_softmax(dim=-1).max(dim=-1)
     for row, token, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
         row.token_ids.append(token)
         row.logprobs.append(logprob)

@@ -1,13 +1,10 @@
-"""One decoding step: which tokens go into the forward pass, and which are drawn from its logits.
-
-Drawing is pure functions of tensors, with seeds that no neighbour disturbs. There, n is rows and V
-the tokens of the vocabulary.
-"""
+"""One decoding step: the sequences being written, and the packed row of their new tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,21 +12,130 @@ import torch
 from torch import Tensor
 
 from onstream.pipeline.images import PromptImage
-from onstream.workers.generator.engines.transformers.sequence import (
-    Integers,
-    PromptKey,
-    SequenceState,
-)
-from onstream.workers.generator.engines.transformers.slot_cache import (
-    ContinuationBlock,
-    ForwardPass,
-    PromptBlock,
-    SlotCache,
-)
+from onstream.pipeline.records import FinishReason, VersionSpan
+from onstream.workers.generator.engines.base import Completion, GenerationRequest
 
-# SplitMix64 (Steele, Lea and Flood 2014, https://doi.org/10.1145/2714064.2660195).
-_INCREMENT = np.uint64(0x9E3779B97F4A7C15)
-_MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+Integers = npt.NDArray[Any]
+PromptKey = tuple[bytes, tuple[str, ...]]
+"""A prompt as something to compare and hash: its ids, and the digests of its images."""
+
+
+@dataclass
+class SequenceState:
+    """A request and what has been written of it.
+
+    `spans` are (policy version, index of the first token that it wrote). `space` [3, P] places the
+    prompt's tokens in time, height and width, where the model does so and the prompt has images.
+    """
+
+    request: GenerationRequest
+    space: Integers | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and completion."""
+        return len(self.request.prompt_ids) + len(self.token_ids)
+
+    @property
+    def prompt(self) -> PromptKey:
+        """What is equal for sequences of the same prompt."""
+        digests = tuple(image.file.digest for image in self.request.images)
+        return self.request.prompt_ids.tobytes(), digests
+
+    @property
+    def shift(self) -> int:
+        """The completion's positions minus its token counts; an image takes fewer positions."""
+        if self.space is None:
+            return 0
+        positions = int(self.space.max()) + 1
+        tokens: int = self.space.shape[1]
+        return positions - tokens
+
+    def finish_reason(self, stop: Collection[int]) -> FinishReason | None:
+        """Why it ends with its last token; None: it goes on. Any of `stop` ends it."""
+        if self.token_ids[-1] in stop:
+            return "stop"
+        return "length" if len(self.token_ids) >= self.request.max_tokens else None
+
+    def completion(self, reason: FinishReason) -> Completion:
+        """What is handed back."""
+        ends = [start for _, start in self.spans[1:]] + [len(self.token_ids)]
+        spans = [
+            VersionSpan(version, start, end)
+            for (version, start), end in zip(self.spans, ends, strict=True)
+            if end > start
+        ]
+        return Completion(
+            key=self.request.key,
+            token_ids=np.array(self.token_ids, dtype=np.int32),
+            logprobs=np.array(self.logprobs, dtype=np.float32),
+            finish_reason=reason,
+            version_spans=spans,
+        )
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of every layer, by slot."""
+
+    def reserve(self, length: int) -> None:
+        """Give every slot room for at least `length` tokens."""
+        ...
+
+    def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The cache of layer `index`, with heads as `key` and `value` [1, K, T, D] have them."""
+        ...
+
+
+@dataclass(frozen=True)
+class PromptBlock:
+    """The first `tokens` packed tokens: g whole prompts, for slots `first` … `last`−1.
+
+    `count` is g and `longest` is M. `cells` [tokens] is each token's place in a [g, M] grid;
+    `source` [last − first] is the prompt of each slot.
+    """
+
+    tokens: int
+    count: int
+    longest: int
+    cells: Tensor
+    first: int
+    last: int
+    source: Tensor
+
+
+@dataclass(frozen=True)
+class ContinuationBlock:
+    """Packed tokens `begin` … `end`−1: the new tokens of slots `first` … `last`−1, M each at most.
+
+    `longest` is M. `slots` and `positions` [end − begin] are each token's place in the cache, and
+    `cells` its place in a [last − first, M] grid; None when every slot adds exactly one. `bias`
+    [last − first, M, L] is 0 where a query may attend, and −inf elsewhere.
+    """
+
+    begin: int
+    end: int
+    first: int
+    last: int
+    longest: int
+    slots: Tensor
+    positions: Tensor
+    cells: Tensor | None
+    bias: Tensor
+
+
+@dataclass
+class ForwardPass:
+    """One forward pass over packed tokens: new prompts first, then continuations.
+
+    Attention writes their keys and values to the cache.
+    """
+
+    cache: KeyValueCache
+    prompts: PromptBlock | None = None
+    continuations: list[ContinuationBlock] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -54,7 +160,7 @@ class StepInput:
 class RowPacker:
     """Gathers the parts of a packed row, in order, on the model's device."""
 
-    def __init__(self, cache: SlotCache, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, cache: KeyValueCache, device: torch.device, dtype: torch.dtype) -> None:
         self._pass = ForwardPass(cache)
         self._device = device
         self._dtype = dtype
@@ -149,7 +255,7 @@ class RowPacker:
 
 
 def step_input(
-    cache: SlotCache,
+    cache: KeyValueCache,
     rows: Sequence[SequenceState],
     cached: int,
     *,
@@ -179,63 +285,6 @@ def step_input(
     if restarted > cached:
         last.append(packer.continuations(rows[cached:restarted], cached, whole=True))
     return packer.step_input([*last, new_last])
-
-
-def uniforms(seeds: npt.ArrayLike, positions: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Draws in [0, 1), one for each (seed, position) pair.
-
-    A hash rather than a random generator: there is no state that rows could share.
-
-    Args:
-        seeds: uint64 [n], the rollouts' seeds.
-        positions: [n], the index of the token to draw in its completion.
-    """
-    stream = _mixed(np.asarray(seeds, dtype=np.uint64) + _INCREMENT)
-    bits = _mixed(stream + np.asarray(positions, dtype=np.uint64) * _INCREMENT)
-    # 52 bits, so that u·total stays below total in float64 and never falls past the last token.
-    return (bits >> np.uint64(12)).astype(np.float64) * 2.0**-52
-
-
-def draw(
-    logits: Tensor, temperatures: Sequence[float], uniform: npt.NDArray[np.float64]
-) -> tuple[Tensor, Tensor]:
-    """One token per row by inverse CDF, and its logprob under the distribution it was drawn from.
-
-    Args:
-        logits: [n, V], any float type; computed in float32.
-        temperatures: [n]; 0 takes the likeliest token, and gives its logprob at temperature 1.
-        uniform: [n] draws in [0, 1).
-
-    Returns:
-        Token ids int64 [n] and logprobs float32 [n], in nats.
-
-    Raises:
-        FloatingPointError: a row's logits are not numbers: broken weights, or an overflow.
-    """
-    greedy = [temperature == 0 for temperature in temperatures]
-    divisors = [temperature or 1.0 for temperature in temperatures]
-    divisor = torch.tensor(divisors, dtype=torch.float32, device=logits.device)
-    logprobs = (logits.float() / divisor[:, None]).log_softmax(dim=-1)
-    # Summed in float64: over a vocabulary of 150k tokens a float32 sum is off by more than the
-    # probability of its rare tokens.
-    cdf = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
-    if not cdf[:, -1].isfinite().all():
-        raise FloatingPointError(
-            "the model's logits are not finite; "
-            "its weights are broken, or overflow at this precision"
-        )
-    target = torch.from_numpy(uniform).to(logits.device)[:, None] * cdf[:, -1:]
-    ids = torch.searchsorted(cdf, target, right=True)[:, 0]
-    if any(greedy):
-        ids = torch.where(torch.tensor(greedy, device=logits.device), logprobs.argmax(dim=-1), ids)
-    return ids, logprobs.gather(-1, ids[:, None])[:, 0]
-
-
-def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """SplitMix64's finaliser: every input bit reaches every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * _MULTIPLIERS[0]
-    x = (x ^ (x >> np.uint64(27))) * _MULTIPLIERS[1]
-    return x ^ (x >> np.uint64(31))
 
 
 def _prompt_positions(rows: Sequence[SequenceState], offsets: Integers) -> Integers:

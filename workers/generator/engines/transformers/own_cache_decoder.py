@@ -21,7 +21,7 @@ from onstream.pipeline.models.multimodal import (
     token_kinds_argument,
 )
 from onstream.workers.generator.engines.transformers.decoder import image_tensors
-from onstream.workers.generator.engines.transformers.sequence import Integers, SequenceState
+from onstream.workers.generator.engines.transformers.decoding_step import Integers, SequenceState
 
 
 class UnsupportedCache(Exception):

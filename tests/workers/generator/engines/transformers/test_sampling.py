@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from onstream.workers.generator.engines.transformers.decoding_step import draw, uniforms
+from onstream.workers.generator.engines.transformers.engine import draw, uniforms
 
 PROBS = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
 
