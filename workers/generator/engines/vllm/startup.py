@@ -45,6 +45,7 @@ def open_engine(student: StudentModel) -> VllmEngine:
         UserError: vLLM is not installed, or did not start with the model.
     """
     settings = student.settings
+    _require_computable(student)
     config = configure(settings, images=student.reads_images, states=has_states(student.config))
     # Imported only now: importing vLLM reads the environment that `configure` has set.
     from onstream.workers.generator.engines.vllm.engine import VllmEngine
@@ -151,6 +152,25 @@ def did_not_start(error: BaseException, settings: Settings) -> UserError:
         "inference.gpu_memory_utilization (on a CPU by the variable VLLM_CPU_KVCACHE_SPACE, "
         "in GiB).",
     )
+
+
+def _require_computable(student: StudentModel) -> None:
+    """Check what vLLM's CPU build says only when its first request ends its process.
+
+    Raises:
+        UnsupportedModel: it has no kernel for this model in float32.
+    """
+    settings = student.settings
+    gated_delta_net = hasattr(student.config.get_text_config(), "linear_num_value_heads")
+    float32 = arguments(settings)["dtype"] == "float32"
+    if device_of(settings.deployment) == "cpu" and gated_delta_net and float32:
+        raise UnsupportedModel(
+            f"vLLM's CPU build cannot compute {student.name} in float32 "
+            '("CPU GDN attention requires BF16.")',
+            expected='inference.dtype = "bfloat16" for layers of gated delta nets, as in Qwen3.5',
+            next_step="Set it, or choose the built-in engine, which computes in float32: "
+            'inference.engine = "transformers".',
+        )
 
 
 def _alone(settings: Settings) -> bool:

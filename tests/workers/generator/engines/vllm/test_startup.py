@@ -20,6 +20,8 @@ from onstream.workers.generator.engines.transformers.engine import TransformersE
 from onstream.workers.generator.engines.vllm import startup
 from onstream.workers.generator.engines.vllm.startup import arguments
 from onstream.workers.generator.student import open_student
+from onstream.workers.tiny_models.character_tokenizer import VOCABULARY_SIZE, character_tokenizer
+from tests.models.families import tiny_config
 
 
 def settings_of(student_dir: Path | str, device: str = "cpu", **inference: Any) -> Settings:
@@ -108,6 +110,19 @@ def test_on_a_cpu_prefixes_are_not_kept_where_layers_keep_states() -> None:
     assert (given["enable_chunked_prefill"], given["enable_prefix_caching"]) == (False, False)
     assert "enable_prefix_caching" not in arguments(settings_of("hub/model"))
     assert "enable_prefix_caching" not in arguments(settings_of("hub/model", "cuda"), states=True)
+
+
+def test_a_gated_delta_net_in_float32_on_a_cpu_is_refused_with_what_would_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_config("qwen3_5_text", vocab_size=VOCABULARY_SIZE).save_pretrained(tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="CPU GDN attention requires BF16") as caught:
+        open_student(settings_of(tmp_path))
+    assert 'inference.dtype = "bfloat16"' in caught.value.expected
+    monkeypatch.setattr(engines, "vllm_importable", lambda: False)
+    with pytest.raises(UserError, match="which is not installed here"):
+        open_student(settings_of(tmp_path, dtype="bfloat16"))
 
 
 @pytest.mark.parametrize(
