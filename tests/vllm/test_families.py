@@ -1,0 +1,130 @@
+"""Families on a real vLLM, by the guard: with the weights that they start with, and after a step.
+
+Each takes a vLLM of its own; CI runs one a day.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from onstream.pipeline.errors import UserError
+from onstream.workers.generator.guard import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, Guard
+from onstream.workers.generator.student import open_student
+from onstream.workers.tiny_models.character_tokenizer import VOCABULARY_SIZE, character_tokenizer
+from tests.models.families import tiny_config
+from tests.vllm.conftest import on_vllm
+from tests.vllm.test_guard import Trainer
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+FAMILIES = [
+    "qwen3_5_text",
+    "gemma3_text",
+    "ernie4_5_moe",
+    "gpt_neox",
+    "glm4_moe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "mixtral",
+    "olmoe",
+    "granitemoe",
+]
+LEFT_BEHIND = ["gpt_oss"]
+"""vLLM 0.32 copies the experts of an update into tensors that its reload has emptied."""
+CASES = [*FAMILIES, *LEFT_BEHIND]
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,  # which vLLM's CPU kernels take
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": 3,
+    "pad_token_id": 0,
+}
+OWN: dict[str, dict[str, Any]] = {
+    # The sizes of real ones, which are those that vLLM's CPU kernels take.
+    "qwen3_5_text": {"linear_key_head_dim": 128, "linear_value_head_dim": 128},
+    "gemma3_text": {"sliding_window": 16},
+    "gpt_oss": {"sliding_window": 16},
+    "glm4_moe": {"head_dim": 32},  # which vLLM reads, and transformers does not name
+}
+
+BFLOAT16 = ("qwen3_5_text",)
+"""Whose kernels of vLLM's CPU build say "CPU GDN attention requires BF16."."""
+
+
+def written(directory: Path, family: str) -> Path:
+    """A tiny model of `family` with the character tokenizer."""
+    taken = vars(tiny_config(family))
+    given = {name: SIZES[name] for name in SIZES if name in taken} | OWN.get(family, {})
+    config = tiny_config(family, **given)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.generation_config = GenerationConfig(eos_token_id=3, pad_token_id=0)
+    model.save_pretrained(directory)
+    character_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@contextmanager
+def trainer_of(directory: Path, family: str) -> Iterator[Trainer]:
+    """A trainer of the student there, and vLLM with it."""
+    dtype = "bfloat16" if family in BFLOAT16 else "float32"
+    student = open_student(on_vllm(directory, max_batch=8, max_model_len=256, dtype=dtype))
+    tolerance = BFLOAT16_TOLERANCE if family in BFLOAT16 else FLOAT32_TOLERANCE
+    try:
+        trainer = Trainer(student.engine, directory)
+        trainer.guard = Guard(student.engine, interval=1, tolerance=tolerance, family=family)
+        yield trainer
+    finally:
+        student.engine.close()
+
+
+def one_a_day(families: list[str]) -> list[Any]:
+    """`families`, of which CI runs the one whose turn it is among all of `CASES`."""
+    return [
+        pytest.param(
+            family,
+            marks=pytest.mark.rotates("families on vLLM", CASES.index(family), len(CASES)),
+        )
+        for family in families
+    ]
+
+
+@pytest.mark.parametrize("family", one_a_day(FAMILIES))
+def test_a_family_is_right_at_the_start_and_after_updates(tmp_path: Path, family: str) -> None:
+    """Its prompts are longer than its windows, and are asked through vLLM's own caches."""
+    with trainer_of(written(tmp_path, family), family) as trainer:
+        for number in (1, 2):
+            trainer.publish()
+            trainer.answers()
+            print(f"{family}: at most {trainer.guard._largest:.1e} nats")
+            assert trainer.guard.checked == number
+            trainer.step()
+
+
+@pytest.mark.parametrize("family", one_a_day(LEFT_BEHIND))
+def test_a_family_that_an_update_does_not_reach_is_stopped_by_its_name_and_the_number(
+    tmp_path: Path, family: str
+) -> None:
+    with trainer_of(written(tmp_path, family), family) as trainer:
+        trainer.publish()
+        trainer.answers()
+        assert trainer.guard.checked == 1
+        trainer.step()
+        trainer.publish()
+        with pytest.raises(UserError, match="under policy version 2 the engine gives") as caught:
+            trainer.answers()
+    print(f"{family}: {caught.value.got}")
+    assert f"computes {family} models in another way" in caught.value.next_step
