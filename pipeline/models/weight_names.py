@@ -1,7 +1,8 @@
 """The names that a model's weights have in its files, and those that they have in memory.
 
 transformers may keep weights otherwise than their files do: the experts of a layer as one tensor,
-say, or a layer under a newer name. What is published is as in the files, which every engine loads.
+say, or a layer under a newer name. What is published is as in the files, which every engine loads:
+transformers' `revert_weight_conversion` makes it so, and this module undoes it.
 """
 
 from __future__ import annotations
@@ -18,17 +19,7 @@ from transformers.core_model_loading import (
     WeightTransform,
     dot_natural_key,
     rename_source_key,
-    revert_weight_conversion,
 )
-
-
-def as_in_files(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`weights`, all those of `model`, by the names and in the shapes that its files have.
-
-    They are those of the files that `model` was loaded from.
-    """
-    converted: dict[str, Tensor] = revert_weight_conversion(model, dict(weights))
-    return converted
 
 
 def as_in_memory(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

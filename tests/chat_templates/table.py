@@ -13,7 +13,7 @@ HEAD = """\
 
 What [hard distillation](hard-distillation.md#from-text-to-the-students-tokens) makes of a teacher's
 answer with the templates of these families. Written by `python -m tests.chat_templates.table` from
-expectations that were checked by hand, token by token, and that the tests compare with what is
+expectations that were read through, token by token, and that the tests compare with what is
 trained: [tests/chat_templates](../tests/chat_templates/README.md) has them, and where the templates
 are from. In each family an answer, with and without a system message, cut off, and in several
 turns, is trained on exactly, and its prompt has the tokens that the student gets.

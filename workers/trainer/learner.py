@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.images.vision import load_vision
@@ -22,7 +23,6 @@ from onstream.pipeline.models.multimodal import Features
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts, single_rows
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.models.tokenizer import has_vision, load_student_tokenizer
-from onstream.pipeline.models.weight_names import as_in_files
 from onstream.pipeline.records import Ids
 from onstream.settings.sections.run import ModelSettings
 from onstream.settings.sections.trainer import TrainerSettings
@@ -341,4 +341,5 @@ class Learner:
             if weight.data_ptr() not in seen:
                 seen.add(weight.data_ptr())
                 published[name] = weight.detach().to("cpu", self.dtype)
-        return as_in_files(self.model, published)
+        as_in_files: dict[str, Tensor] = revert_weight_conversion(self.model, published)
+        return as_in_files

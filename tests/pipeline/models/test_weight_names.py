@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
-from onstream.pipeline.models.weight_names import as_in_files, as_in_memory
+from onstream.pipeline.models.weight_names import as_in_memory
 from onstream.pipeline.models.weight_shapes import WeightShapes, shapes_of
 from onstream.pipeline.weights import LoadedPolicy, WeightsError
 from onstream.settings.sections.trainer import TrainerSettings
@@ -37,7 +38,7 @@ def test_weights_have_the_names_of_the_files_and_come_back_as_they_were(
     model.save_pretrained(tmp_path)
     in_files = load_file(tmp_path / "model.safetensors")
     for loaded in (model, AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)):
-        published = as_in_files(loaded, loaded.state_dict())
+        published = revert_weight_conversion(loaded, loaded.state_dict())
         assert set(in_files) <= set(published)
         assert all(torch.equal(published[name], weight) for name, weight in in_files.items())
         back = as_in_memory(loaded, published)
@@ -72,7 +73,8 @@ def changed(model: PreTrainedModel) -> PreTrainedModel:
 def test_weights_by_the_names_of_the_files_fit_and_one_that_is_missing_or_narrow_is_told() -> None:
     model = tiny_model("mixtral")
     given = {
-        name: tuple(weight.shape) for name, weight in as_in_files(model, model.state_dict()).items()
+        name: tuple(weight.shape)
+        for name, weight in revert_weight_conversion(model, model.state_dict()).items()
     }
     for shapes in (WeightShapes.of(model), shapes_of(model.config)):
         assert shapes.misfit(given) == ""
@@ -84,7 +86,7 @@ def test_weights_by_the_names_of_the_files_fit_and_one_that_is_missing_or_narrow
     del narrow[name]
     assert "of another shape ['model.layers.1.mlp.experts.down_proj" in shapes.misfit(narrow)
     engine = TransformersEngine(changed(model), (), slots=2)
-    weights = as_in_files(model, model.state_dict())
+    weights = revert_weight_conversion(model, model.state_dict())
     del weights[name]
     with pytest.raises(WeightsError, match=r"of another shape .*experts.down_proj"):
         engine.load(LoadedPolicy.of(1, weights))

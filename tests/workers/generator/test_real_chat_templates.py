@@ -1,6 +1,6 @@
 """What is trained of answers in the real templates of the families that people distil.
 
-`tests/chat_templates/expected/` has it, written out and checked by hand: a chat's name, then a line
+`tests/chat_templates/expected/` has it, written out and read through: a chat's name, then a line
 for each sample, from the question on. `▸` ends the prompt, dots stand between the tokens of what
 follows, and brackets around those with mask 0. A refused chat has its reason.
 """

@@ -233,7 +233,7 @@ class SlotDecoder:
             use_cache=False,
             logits_to_keep=row.last,
             onstream_pass=row.forward_pass,
-            **image_tensors(self._model, row.images),
+            **(image_tensors(self._model, row.images) if row.images else {}),
         )
         self._cached = len(rows)
         logits: Tensor = output.logits[0]
