@@ -78,6 +78,11 @@ def test_new_weights_in_the_middle_write_every_later_token(family: str) -> None:
             assert gap(second, one) < 1e-4
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "qwen3_moe"])
+def test_models_of_full_attention_decode_from_slots_which_is_faster(family: str) -> None:
+    assert TransformersEngine(tiny_model(family), (), slots=4).own_cache_because is None
+
+
 def test_what_the_configuration_names_counts_however_little_a_new_model_shows_of_it() -> None:
     config = tiny_config("lfm2")
     torch.manual_seed(0)
