@@ -38,6 +38,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
@@ -46,6 +47,11 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+from vllm.model_executor.model_loader.reload.layerwise import (
+    _layerwise_process,
+    get_layerwise_info,
+)
+from vllm.model_executor.model_loader.reload.meta import materialize_layer
 from vllm.model_executor.models.clip import CLIPVisionModel
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
@@ -162,7 +168,12 @@ class FileTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         self.staged = None
         with _quiet_reload():
             initialize_layerwise_reload(self.model)
+            experts = experts_loaded_directly(self.model)
+            for layer in experts:
+                materialize_layer(layer, get_layerwise_info(layer))
             self.model.load_weights(tensors.items())
+            for layer in experts:
+                _layerwise_process(layer, get_layerwise_info(layer))
             finalize_layerwise_reload(self.model, self.model_config)
         repack_tied_head(self.model)
 
@@ -224,6 +235,17 @@ def repack_tied_head(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead) and module.weight.numel():
             module.quant_method.process_weights_after_loading(module)
+
+
+def experts_loaded_directly(model: Any) -> list[Any]:
+    """The layers of experts that `model` copies weights into without their weight loaders.
+
+    vLLM's reload empties a layer and fills it through those. Its loader of gpt-oss passes them by:
+    what it copied would be lost, and the old experts stay.
+    """
+    if type(model).__name__ != "GptOssForCausalLM":
+        return []
+    return [layer for layer in model.modules() if isinstance(layer, RoutedExperts)]
 
 
 def pack_experts_after_every_update() -> None:
