@@ -14,11 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from onstream.workers.generator.guard import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, Guard
+from onstream.workers.generator.guard import BFLOAT16_TOLERANCE, Guard
 from onstream.workers.generator.student import open_student
 from onstream.workers.tiny_models.character_tokenizer import VOCABULARY_SIZE, character_tokenizer
 from tests.models.families import tiny_config
 from tests.vllm.conftest import on_vllm
+from tests.vllm.reference import CLOSE_NATS
 from tests.vllm.test_guard import Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -79,7 +80,7 @@ def trainer_of(directory: Path, family: str) -> Iterator[Trainer]:
     """A trainer of the student there, and vLLM with it."""
     dtype = "bfloat16" if family in BFLOAT16 else "float32"
     student = open_student(on_vllm(directory, max_batch=8, max_model_len=256, dtype=dtype))
-    tolerance = BFLOAT16_TOLERANCE if family in BFLOAT16 else FLOAT32_TOLERANCE
+    tolerance = BFLOAT16_TOLERANCE if family in BFLOAT16 else CLOSE_NATS
     try:
         trainer = Trainer(student.engine, directory)
         trainer.guard = Guard(student.engine, interval=1, tolerance=tolerance, family=family)

@@ -38,7 +38,6 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
@@ -168,11 +167,11 @@ class FileTransferEngine(WeightTransferEngine):  # type: ignore[misc]
         self.staged = None
         with _quiet_reload():
             initialize_layerwise_reload(self.model)
-            experts = experts_loaded_directly(self.model)
-            for layer in experts:
+            copied = layers_loaded_directly(self.model)
+            for layer in copied:
                 materialize_layer(layer, get_layerwise_info(layer))
             self.model.load_weights(tensors.items())
-            for layer in experts:
+            for layer in copied:
                 _layerwise_process(layer, get_layerwise_info(layer))
             finalize_layerwise_reload(self.model, self.model_config)
         repack_tied_head(self.model)
@@ -237,15 +236,16 @@ def repack_tied_head(model: Any) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
-def experts_loaded_directly(model: Any) -> list[Any]:
-    """The layers of experts that `model` copies weights into without their weight loaders.
+def layers_loaded_directly(model: Any) -> list[Any]:
+    """The layers that `model` copies weights into without their weight loaders.
 
-    vLLM's reload empties a layer and fills it through those. Its loader of gpt-oss passes them by:
-    what it copied would be lost, and the old experts stay.
+    vLLM's reload empties a layer and fills it through those. Its loader of gpt-oss passes them by
+    for experts and sinks: what it copied would be lost, and the old ones stay.
     """
     if type(model).__name__ != "GptOssForCausalLM":
         return []
-    return [layer for layer in model.modules() if isinstance(layer, RoutedExperts)]
+    modules = list(model.modules())
+    return [layer for layer in modules if {"w13_weight", "sinks"} & layer._parameters.keys()]
 
 
 def pack_experts_after_every_update() -> None:
