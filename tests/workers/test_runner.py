@@ -168,8 +168,10 @@ def test_the_kinds_of_the_slim_image_come_up_where_torch_is_not_installed(kind: 
 def test_a_tokenizer_loads_where_torch_is_not_installed() -> None:
     code = (
         "import sys\nsys.modules['torch'] = None\n"
-        "from onstream.workers.teacher.compatibility import load_model_info\n"
-        "print(load_model_info('examples/reverse-text/student').context_tokens)"
+        "from onstream.settings.load import load_settings\n"
+        "from onstream.workers.teacher.compatibility import load_student\n"
+        "settings = load_settings(overrides=['model.name=examples/reverse-text/student'])\n"
+        "print(load_student(settings).context_tokens)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "512\n", done.stderr
