@@ -126,10 +126,12 @@ def _written_by(decoder: Decoder, vocabulary: int) -> list[SequenceState]:
 
 
 def _write_one(decoder: Decoder, rows: list[SequenceState]) -> None:
-    logprobs, ids = decoder.logits(rows).float().log_softmax(dim=-1).max(dim=-1)
-    for row, token, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
-        row.token_ids.append(token)
-        row.logprobs.append(logprob)
+    """One token more for each of `rows`; those of one prompt get different ones."""
+    likeliest = decoder.logits(rows).float().log_softmax(dim=-1).topk(len(PROMPTS))
+    for row, ids, logprobs in zip(rows, likeliest.indices, likeliest.values, strict=True):
+        rank = row.request.key
+        row.token_ids.append(int(ids[rank]))
+        row.logprobs.append(float(logprobs[rank]))
 
 
 def _gap(model: Any, row: SequenceState) -> float:
