@@ -19,7 +19,7 @@ SIZES: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "he
 """Which vLLM's CPU kernels take."""
 OWN: dict[str, dict[str, Any]] = {
     "gemma3_text": {},
-    "gpt_oss": {},
+    "gpt_oss": {"intermediate_size": 64},
     "qwen3_5_text": {"linear_key_head_dim": 128, "linear_value_head_dim": 128},
 }
 DTYPES = {"qwen3_5_text": "bfloat16"}
