@@ -6,6 +6,7 @@ with it.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -175,12 +176,19 @@ def _value(name: str, plan: Plan) -> Any:
 
 
 def _same_files(name: str, ours: Plan, theirs: Plan) -> bool:
-    """Whether both plans name the same path, as it was given or with where it was found."""
-    if name not in ours.given and name not in theirs.given:
+    """Whether both plans name the same path, as it was given or with where it was found.
+
+    A plan of an earlier version has it as it was given alone: the end of where it was found.
+    """
+    found = ours.run_settings.get(name)
+    named = theirs.run_settings.get(name)
+    if name in ours.given or name in theirs.given:
+        here = {found, ours.given.get(name)}
+        there = {named, theirs.given.get(name)}
+        return bool((here & there) - {None})
+    if theirs.given or not isinstance(found, str) or not isinstance(named, str):
         return False
-    here = {ours.run_settings.get(name), ours.given.get(name)}
-    there = {theirs.run_settings.get(name), theirs.given.get(name)}
-    return bool((here & there) - {None})
+    return os.path.isabs(found) and found.endswith(f"/{named}")
 
 
 def _of_another_type(name: str, ours: Plan, theirs: Plan) -> bool:

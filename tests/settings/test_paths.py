@@ -113,6 +113,11 @@ def test_a_run_whose_plan_has_paths_as_they_were_given_is_resumed() -> None:
     earlier.given.clear()
     assert earlier.run_settings["model.name"] == "models/student"
     assert differences(plan, earlier) == []
+    by_the_kept_settings = make_plan(with_absolute_paths(settings()))
+    assert not by_the_kept_settings.given
+    assert differences(by_the_kept_settings, earlier) == []
+    elsewhere = make_plan(settings("model.name=/another/student"))
+    assert [one.name for one in differences(elsewhere, earlier)] == ["model.name"]
 
 
 def test_a_plan_under_another_name_differs_in_nothing_else() -> None:
