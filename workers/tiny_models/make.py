@@ -143,7 +143,7 @@ class _TinyModelTraining:
         share = 0.0
         builder = PromptBuilder(learner.vision, self.settings.images)
         for step in range(1, recipe.round_steps + 1):
-            samples, features = self._batch(builder)
+            samples, features = self._batch(builder, learner.tokenizer)
             metrics = learner.step(samples, recipe.round_steps, features=features)
             self.steps += 1
             near = share >= recipe.least / 2
@@ -162,27 +162,29 @@ class _TinyModelTraining:
                 break
         return share
 
-    def _batch(self, builder: PromptBuilder) -> tuple[list[TrainSample], dict[str, ImageFeatures]]:
+    def _batch(
+        self, builder: PromptBuilder, tokenizer: Any
+    ) -> tuple[list[TrainSample], dict[str, ImageFeatures]]:
         """The next samples, and the images that they show."""
         first = self.steps * self.recipe.batch_size
         samples = []
         features = {}
         for index in range(first, first + self.recipe.batch_size):
-            sample, images = self._sample(index, builder)
+            sample, images = self._sample(index, builder, tokenizer)
             samples.append(sample)
             features.update({image.file.digest: image.features for image in images})
         random = np.random.default_rng([self.seed, self.steps])
         return with_mistakes(samples, self.recipe.mistakes, random), features
 
     def _sample(
-        self, index: int, builder: PromptBuilder
+        self, index: int, builder: PromptBuilder, tokenizer: Any
     ) -> tuple[TrainSample, tuple[PromptImage, ...]]:
         """The problem `index` with its right answer, and the images that it shows."""
         problem = self.task.train(index)
         messages = self.task.train(index + 1).messages if self.recipe.blind else problem.messages
-        text = render_prompt(self.tokenizer, messages, {})
+        text = render_prompt(tokenizer, messages, {})  # by the template of the model's family
         prompt = builder.build(text, messages, builder.images_of(messages))
-        completion = [*self.tokenizer(_answer(problem)).input_ids, self.tokenizer.eos_token_id]
+        completion = [*tokenizer(_answer(problem)).input_ids, tokenizer.eos_token_id]
         length = len(completion)
         sample = TrainSample(
             prompt_ids=prompt.ids,
