@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
 
 from onstream.pipeline.tasks import Task, load_task
 from onstream.settings.root import Settings
 from onstream.settings.sections.losses import SftLoss
 from onstream.settings.sections.trainer import OptimSettings, TrainerSettings
 from onstream.workers.tiny_models.character_tokenizer import VOCABULARY_SIZE, character_tokenizer
+from onstream.workers.tiny_models.fresh import save_fresh
 from onstream.workers.trainer.batches.train_samples import TrainSample
 from onstream.workers.trainer.learner import Learner
 from tests.models.families import tiny_config
@@ -64,7 +64,6 @@ def learns(directory: Path, family: str, *settings: str, **sizes: Any) -> Run:
 def fresh(directory: Path, family: str, seed: int, **sizes: Any) -> Path:
     """A model of random weights, with the character tokenizer."""
     tokenizer = character_tokenizer()
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     kind = KINDS[family] | sizes
     config = tiny_config(
         family,
@@ -72,15 +71,11 @@ def fresh(directory: Path, family: str, seed: int, **sizes: Any) -> Path:
         hidden_size=64,
         num_hidden_layers=len(kind["layer_types"]),
         bos_token_id=None,
-        **ends,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         **kind,
     )
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
-    model.generation_config = GenerationConfig(**ends)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return save_fresh(directory, config, seed)
 
 
 def quickly_trained(directory: Path, family: str, steps: int = 60, **sizes: Any) -> Path:

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
 
 from onstream.workers.generator.guard import BFLOAT16_TOLERANCE, Guard
 from onstream.workers.generator.student import open_student
-from onstream.workers.tiny_models.character_tokenizer import VOCABULARY_SIZE, character_tokenizer
+from onstream.workers.tiny_models.character_tokenizer import VOCABULARY_SIZE
+from onstream.workers.tiny_models.fresh import save_fresh
 from tests.models.families import tiny_config
 from tests.vllm.conftest import on_vllm
 from tests.vllm.reference import CLOSE_NATS
@@ -67,12 +66,7 @@ def written(directory: Path, family: str) -> Path:
     taken = vars(tiny_config(family))
     given = {name: SIZES[name] for name in SIZES if name in taken} | OWN.get(family, {})
     config = tiny_config(family, **given)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    model.generation_config = GenerationConfig(eos_token_id=3, pad_token_id=0)
-    model.save_pretrained(directory)
-    character_tokenizer().save_pretrained(directory)
-    return directory
+    return save_fresh(directory, config, seed=0)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, Qwen3Config
 from transformers.utils import logging as transformers_logging
 
 from onstream.workers.tiny_models.character_tokenizer import (
@@ -37,7 +37,6 @@ def write_fresh(
     """
     transformers_logging.disable_progress_bar()
     tokenizer = character_tokenizer()
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen3Config(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=shape.hidden,
@@ -49,8 +48,19 @@ def write_fresh(
         max_position_embeddings=CONTEXT_TOKENS,
         tie_word_embeddings=True,
         initializer_range=initializer_range,
-        **ends,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
+    return save_fresh(directory, config, seed)
+
+
+def save_fresh(directory: Path, config: PretrainedConfig, seed: int) -> Path:
+    """Write a model of `config` with the character tokenizer; returns `directory`.
+
+    The weights are drawn by `seed`, in the precision that is torch's default.
+    """
+    tokenizer = character_tokenizer()
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     model.generation_config = GenerationConfig(**ends)

@@ -82,6 +82,18 @@ def _text(shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> dict[str, An
     }
 
 
+def _encoder(shape: ModelShape) -> dict[str, Any]:
+    """A vision tower as CLIP and SigLIP configurations describe it."""
+    return {
+        "hidden_size": shape.hidden,
+        "intermediate_size": 2 * shape.hidden,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": SIDE,
+        "patch_size": PATCH,
+    }
+
+
 def _ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     names = {
         "image_token_id": IMAGE,
@@ -181,15 +193,7 @@ def _llava(shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> tuple[Pretr
 
     config = LlavaConfig(
         text_config={"model_type": "qwen3", **_text(shape, tokenizer)},
-        vision_config={
-            "model_type": "clip_vision_model",
-            "hidden_size": shape.hidden,
-            "intermediate_size": 2 * shape.hidden,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": SIDE,
-            "patch_size": PATCH,
-        },
+        vision_config={"model_type": "clip_vision_model", **_encoder(shape)},
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
@@ -226,14 +230,7 @@ def _gemma3(shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> tuple[Pret
             "sliding_window": GEMMA_WINDOW,
             "query_pre_attn_scalar": shape.head_dim,
         },
-        vision_config={
-            "hidden_size": shape.hidden,
-            "intermediate_size": 2 * shape.hidden,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": SIDE,
-            "patch_size": PATCH,
-        },
+        vision_config=_encoder(shape),
         mm_tokens_per_image=tokens,
         boi_token_index=ids["boi_token"],
         eoi_token_index=ids["eoi_token"],

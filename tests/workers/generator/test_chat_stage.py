@@ -120,6 +120,16 @@ def finish(stage: ChatGenerator, new: list[Delivery]) -> dict[int, Outcome]:
     return outcomes
 
 
+def one_rollout(settings: Settings, bus: Bus) -> Rollout:
+    """What a generator of `settings` makes of the first ticket."""
+    stage = ChatGenerator(settings, bus)
+    stage.setup()
+    record = finish(stage, [delivery(1)])[1].record
+    stage.close(finished=True)
+    assert isinstance(record, Rollout)
+    return record
+
+
 def text(outcome: Outcome) -> str:
     assert isinstance(outcome.record, Rollout)
     return outcome.record.samples[-1].completion_text

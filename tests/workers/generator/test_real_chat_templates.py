@@ -15,9 +15,7 @@ import pytest
 
 from onstream.pipeline.prompts import render_prompt
 from onstream.pipeline.record_codec import ids_array
-from onstream.pipeline.records import Rollout
 from onstream.pipeline.redis.bus import Bus
-from onstream.workers.generator.chat_stage import ChatGenerator
 from onstream.workers.generator.reconstruction import (
     ReconstructedSample,
     ReconstructionError,
@@ -28,7 +26,7 @@ from tests.chat_templates import EXPECTED, FAMILIES, expected_of
 from tests.chat_templates.chats import CHATS, QUESTION
 from tests.chat_templates.table import PAGE, page
 from tests.faulty_server import Answer, serving
-from tests.workers.generator.test_chat_stage import delivery, finish, settings_of
+from tests.workers.generator.test_chat_stage import one_rollout, settings_of
 from tests.workers.generator.test_template_arguments import with_arguments
 
 QWEN3_IDS = [151667, 271, 151668, 271, 26972, 13, 151645]
@@ -112,11 +110,7 @@ def test_a_run_trains_on_what_a_teacher_reasoned_behind_its_students_own_prompt(
     with serving(lambda body: answer) as (_, url):
         arguments = dict(FAMILIES[name].arguments)
         settings = with_arguments(settings_of(student_dir, tmp_path, url), arguments)
-        stage = ChatGenerator(settings, bus)
-        stage.setup()
-        rollout = finish(stage, [delivery(1)])[1].record
-        stage.close(finished=True)
-    assert isinstance(rollout, Rollout)
+        rollout = one_rollout(settings, bus)
     (sample,) = rollout.samples
     student = load_student_model(student_dir, settings)
     assert ids_array(sample.prompt_ids).tolist() == student.prompt(rollout.messages).ids.tolist()

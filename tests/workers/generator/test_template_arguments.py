@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from onstream.pipeline.record_codec import ids_array
-from onstream.pipeline.records import Rollout
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.tasks import load_task
 from onstream.settings.root import Settings
@@ -17,7 +16,7 @@ from onstream.workers.generator.student import load_student, load_student_model
 from onstream.workers.tiny_models.character_tokenizer import character_tokenizer
 from tests.faulty_server import Answer, Body, serving
 from tests.workers.generator import templates
-from tests.workers.generator.test_chat_stage import delivery, finish, settings_of
+from tests.workers.generator.test_chat_stage import delivery, finish, one_rollout, settings_of
 
 OFF = {"enable_thinking": False}
 OPENED = "<|im_start|>assistant\n"
@@ -61,11 +60,7 @@ def test_thinking_is_on_or_off_in_the_prompt_and_in_what_a_teachers_text_becomes
 
     with serving(answer) as (server, url):
         settings = with_arguments(settings_of(thinking_dir, tmp_path, url), arguments)
-        stage = ChatGenerator(settings, bus)
-        stage.setup()
-        rollout = finish(stage, [delivery(1)])[1].record
-        stage.close(finished=True)
-    assert isinstance(rollout, Rollout)
+        rollout = one_rollout(settings, bus)
     (sample,) = rollout.samples
     prompt = ids_array(sample.prompt_ids).tolist()
     assert TOKENIZER.decode(prompt).endswith("<|im_end|>\n" + prompt_end)
