@@ -20,7 +20,7 @@ up: .venv/run ## train the reverse-text example on this machine, from set-up to 
 lint: .venv/dev ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-test-fast: .venv/dev ## units that load no model, for the inner loop: under a minute
+test-fast: .venv/dev ## units that load no model, for the inner loop: about a minute
 	@$(BIN)/python -m pytest -m "not slow" $(FAST)
 
 test: .venv/vision ## all tests but those of the targets below, on a real Redis of their own, two at a time
