@@ -62,6 +62,12 @@ class TrainerSettings(Section):
     """Tokens that one forward and backward pass takes, shared prompts counted once."""
     head_chunk: Annotated[int, WORKER, Unit("tokens"), Field(ge=1, le=1 << 20)] = 1024
     """Positions whose logits over the whole vocabulary exist at once."""
+    recompute: Annotated[Literal["auto", "none", "layer"], WORKER] = "auto"
+    """What is computed anew in the backward pass instead of being kept from the forward pass:
+    nothing, or each `layer`, which takes a third more work, far less memory, and changes no bit in
+    float32. `auto` is `layer` on CUDA where by a formula the trainer would otherwise fill more than
+    90 % of its GPU, and `none` on a CPU.
+    """
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], RUN] = "auto"
     """Precision of the computation; master weights and optimizer state are float32. `auto` is
     float32 on a CPU and bfloat16 on CUDA.

@@ -247,3 +247,22 @@ def test_a_step_lowers_the_loss_and_moves_the_vision_tower_only_where_asked(
         not torch.equal(old, new) for old, new in zip(before, tower.parameters(), strict=True)
     )
     assert moved is train_vision
+
+
+def test_recomputed_layers_change_no_bit_of_a_step_with_images(tiny: Tiny) -> None:
+    settings = TrainerSettings(loss=SftLoss(), train_vision=True)
+    case = a_case(tiny)
+    features = tiny.features(*case.pictures.values())
+    samples = [
+        a_sample(*one) for one in zip(case.prompts, case.completions, case.images, strict=True)
+    ]
+    plain, again = (
+        gradient_of_a_step(
+            Learner(tiny.directory, settings, torch.device("cpu"), recompute=recompute),
+            samples,
+            features,
+        )
+        for recompute in (False, True)
+    )
+    assert torch.equal(plain, again)
+    assert plain.any()

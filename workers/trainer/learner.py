@@ -22,6 +22,7 @@ from onstream.pipeline.models.loading import base_of, load_model, resolve_dtype,
 from onstream.pipeline.models.multimodal import Features
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts, single_rows
 from onstream.pipeline.models.prompt_sharing import prepare
+from onstream.pipeline.models.recompute import recompute_layers
 from onstream.pipeline.models.tokenizer import has_vision, load_student_tokenizer
 from onstream.pipeline.records import Ids
 from onstream.settings.sections.run import ModelSettings
@@ -91,10 +92,11 @@ class Learner:
     The model stays in evaluation mode: dropout would make its logprobs differ from the generator's.
     `padded_because` is None where shared prompts are computed once, else the reason why the model's
     code cannot do it. Token ids are below `vocabulary`.
+    With `recompute` each layer is computed anew in the backward pass.
 
     Raises:
         UserError: the model, its tokenizer or a custom loss cannot be loaded, its head is no plain
-            projection, or it has no such layers to adapt.
+            projection, or it has no such layers to adapt or to recompute.
     """
 
     def __init__(
@@ -103,6 +105,8 @@ class Learner:
         trainer: TrainerSettings,
         device: torch.device,
         student: ModelSettings | None = None,
+        *,
+        recompute: bool = False,
     ) -> None:
         student = student or ModelSettings()
         self.trainer = trainer
@@ -119,6 +123,9 @@ class Learner:
         self._adapter = None
         if trainer.lora:
             self._adapter = lora.attach(self.model, trainer.lora, saved=model if base else None)
+        self._recompute = recompute
+        if recompute:
+            recompute_layers(self.model, draws_random=_drops(trainer))
         self.head = head_of(self.model)
         self.vision = load_vision(model) if has_vision(self.model.config) else None
         if self.vision and not trainer.train_vision:
@@ -233,7 +240,13 @@ class Learner:
 
     def hidden(self, packed: SharedPrefixRow, features: Features = NO_IMAGES) -> Tensor:
         """The last hidden states [N, H] that predict the packed targets, in `dtype`."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with torch.autocast(
+            self.device.type,
+            self.dtype,
+            enabled=self.dtype != torch.float32,
+            # A cast that is cached lives until the end of the pass: those of all layers at once.
+            cache_enabled=not self._recompute,
+        ):
             return hidden_states(self.model, packed, features).to(self.dtype)
 
     def _loss(
@@ -343,3 +356,8 @@ class Learner:
                 published[name] = weight.detach().to("cpu", self.dtype)
         as_in_files: dict[str, Tensor] = revert_weight_conversion(self.model, published)
         return as_in_files
+
+
+def _drops(trainer: TrainerSettings) -> bool:
+    """Whether the forward pass draws random numbers: only an adapter's dropout does."""
+    return trainer.lora is not None and trainer.lora.dropout > 0

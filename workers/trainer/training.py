@@ -21,6 +21,7 @@ from onstream.pipeline.images.feature_cache import FeatureCache, FetchImages
 from onstream.pipeline.models.forward import NO_IMAGES
 from onstream.pipeline.models.loading import resolve_device
 from onstream.pipeline.models.multimodal import Features
+from onstream.pipeline.models.recompute import recomputes
 from onstream.pipeline.record_codec import ids_array
 from onstream.pipeline.records import Rollout, Timing, Tombstone
 from onstream.pipeline.run_files.ledger import Fate, Settled
@@ -320,7 +321,13 @@ def learner_at(settings: Settings, found: Checkpoint | None) -> Learner:
     torch.manual_seed(settings.run.seed)
     device = resolve_device(settings.deployment.device)
     start = found.path if found else settings.model.name
-    learner = Learner(start, settings.trainer, device, settings.model)
+    learner = Learner(
+        start,
+        settings.trainer,
+        device,
+        settings.model,
+        recompute=recomputes(settings, start, device),
+    )
     if found:
         state = torch.load(found.path / OPTIMIZER, map_location="cpu", weights_only=True)
         learner.load_state(state)
