@@ -149,7 +149,7 @@ class Probe(msgspec.Struct, array_like=True, frozen=True):
 # trainer -> every generator (broadcast: the newest is a key, announcements a stream without a
 # group)
 class PolicyVersion(msgspec.Struct, tag="policy/1", array_like=True, frozen=True):
-    """A published set of weights. `digest` covers the weight files; `path` is in the run directory.
+    """A published set of weights. `digest` covers the tensors; `path` is in the run directory.
 
     With `probe` a generator checks that its engine computes this version; None where an older
     trainer announced it.

@@ -9,7 +9,7 @@ for bit, and where they go, in whichever form takes the fewest bytes:
 - `in/<name>`: a bit for each element, as numpy.packbits gives them.
 - neither: the values are the whole tensor.
 
-Overwriting is idempotent. The result is checked by the digest that the whole file must have.
+Overwriting is idempotent. The result is checked by the digest that the weights must have.
 """
 
 from __future__ import annotations
@@ -20,13 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from onstream.pipeline.weights.policy import (
-    Bytes,
-    LoadedPolicy,
-    TensorLocation,
-    WeightsError,
-    layout_of,
-)
+from onstream.pipeline.weights.file_format import Bytes, TensorLocation, layout_of
+from onstream.pipeline.weights.policy import LoadedPolicy, WeightsError
 
 _LONGEST = {1: 1 << 8, 2: 1 << 16}  # bytes of a distance -> the longest that fits
 _FORMAT = {"format": "onstream-delta/1"}
@@ -136,7 +131,7 @@ def apply_deltas(number: int, digest: str, data: Bytes, deltas: Iterable[Bytes])
     """Version `number`: the safetensors file `data`, overwritten in place by `deltas` in order.
 
     Raises:
-        WeightsError: the result does not have the SHA-256 `digest`, or a delta does not fit.
+        WeightsError: the result does not have the digest `digest`, or a delta does not fit.
     """
     deltas = list(deltas)
     if deltas:

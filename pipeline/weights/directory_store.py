@@ -17,11 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 
 from onstream.pipeline.records import PolicyVersion
-from onstream.pipeline.run_files.durable import digest_of, sync
-from onstream.pipeline.weights.policy import WEIGHTS_FILE, Bytes, LoadedPolicy, WeightsError
+from onstream.pipeline.run_files.durable import sync
+from onstream.pipeline.weights.digest import MARK
+from onstream.pipeline.weights.file_format import Bytes
+from onstream.pipeline.weights.policy import LoadedPolicy, WeightsError
+from onstream.pipeline.weights.shards import (
+    digest_in,
+    read_weights,
+    weights_place,
+    write_weights,
+)
 from onstream.pipeline.weights.store import VersionId, WeightPart
 
 if TYPE_CHECKING:
@@ -29,7 +36,8 @@ if TYPE_CHECKING:
 
 _FOLDER = "policies"
 _DELTAS = f"{_FOLDER}/deltas"
-_DELTA = re.compile(r"(\d+)-([0-9a-f]+)-on-(\d+)-([0-9a-f]+)\.safetensors")
+_DIGEST = f"[0-9a-f]+(?:{MARK})?"  # without the mark in a run that an earlier version began
+_DELTA = re.compile(rf"(\d+)-({_DIGEST})-on-(\d+)-({_DIGEST})\.safetensors")
 _UNFINISHED = ".unfinished-"
 _REMOVED = ".removed-"
 _NOT_LINKED = (
@@ -77,7 +85,7 @@ def write_directory(
 ) -> None:
     """Write version `number` as a model directory, as `publish` says.
 
-    `data` is its safetensors file, and `digest` that file's SHA-256.
+    `data` is its safetensors file, and `digest` what those weights have.
     """
     folder = run_dir / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +96,7 @@ def write_directory(
         return
     unfinished.mkdir()
     _link_model_files(model_files_from, unfinished)
-    _write_synced(unfinished / WEIGHTS_FILE, data)
+    write_weights(unfinished, data)
     sync(unfinished)
     # The order counts: all is on disk before the rename makes it visible.
     _discard(final)
@@ -114,10 +122,11 @@ class DirectoryReader:
     def _fulls(self) -> list[WeightPart]:
         found = []
         for path in (self._run_dir / _FOLDER).glob("[0-9]*"):
-            size = _size(path / WEIGHTS_FILE)
-            if path.name.isdecimal() and size is not None:
-                place = f"{_FOLDER}/{path.name}/{WEIGHTS_FILE}"
+            weights = weights_place(path) if path.name.isdecimal() else None
+            if weights is not None:
+                file, size = weights
                 # The digest is in no name, and computing it would read the whole file.
+                place = f"{_FOLDER}/{path.name}/{file}"
                 found.append(WeightPart(int(path.name), "", size, place))
         return found
 
@@ -135,15 +144,15 @@ class DirectoryReader:
         return found
 
     def read(self, part: WeightPart) -> Bytes:
-        """The bytes of `part`'s file.
+        """The bytes of `part` as one file.
 
         Raises:
-            WeightsError: it is gone.
+            WeightsError: it is gone, or damaged.
         """
         path = self._run_dir / part.place
         try:
-            return np.fromfile(path, dtype=np.uint8)
-        except OSError as error:
+            return read_weights(path)
+        except (OSError, ValueError) as error:
             raise WeightsError(
                 f"version {part.number} cannot be read from {path}: {error}"
             ) from error
@@ -171,7 +180,9 @@ class DirectoryWriter(DirectoryReader):
         """
         if part.base is None:
             write_directory(self._run_dir, part.number, part.digest, data, self._model_files)
-            place = f"{_path(part.number)}/{WEIGHTS_FILE}"
+            written = weights_place(self._run_dir / _path(part.number))
+            assert written is not None
+            place = f"{_path(part.number)}/{written[0]}"
         else:
             place = self._write_delta(part, part.base, data)
         return msgspec.structs.replace(part, place=place)
@@ -233,8 +244,7 @@ def _path(number: int) -> str:
 
 
 def _has_weights(directory: Path, digest: str) -> bool:
-    path = directory / WEIGHTS_FILE
-    return path.is_file() and digest_of(path) == digest
+    return directory.exists() and digest_in(directory) == digest
 
 
 def _write_synced(path: Path, data: Bytes) -> None:

@@ -18,7 +18,8 @@ import numpy as np
 
 from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.redis.transfer_state import TransferState
-from onstream.pipeline.weights.policy import LoadedPolicy, WeightsError, layout_of, view
+from onstream.pipeline.weights.file_format import layout_of, view
+from onstream.pipeline.weights.policy import LoadedPolicy, WeightsError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,8 +31,8 @@ CallKind = Literal["join", "receive"]
 class PolicyHeader(msgspec.Struct, frozen=True):
     """Version `number` without its tensors.
 
-    `head` is the start of its safetensors file up to the first tensor, in base64. `size_bytes` and
-    `digest` are those of the whole file.
+    `head` is the start of its safetensors file up to the first tensor, in base64. `size_bytes` is
+    that of the whole file.
     """
 
     number: int

@@ -1,34 +1,28 @@
-"""A policy version in memory: one safetensors file whose digest was checked, and its tensors.
-
-A file is the length of its header (<u8), the header (JSON), and the tensors' bytes, little-endian,
-one after the other. https://huggingface.co/docs/safetensors describes the format.
-"""
+"""A policy version in memory: one safetensors file whose digest was checked, and its tensors."""
 
 from __future__ import annotations
 
 import atexit
 import fcntl
-import hashlib
-import json
-import math
 import os
 import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+
+from onstream.pipeline.weights.digest import file_digest, is_of_file, tree_digest
+from onstream.pipeline.weights.file_format import Bytes, TensorSpec, head_for, layout_of, view
+from onstream.pipeline.weights.shards import WEIGHTS_FILE
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-Bytes = NDArray[np.uint8]
-WEIGHTS_FILE = "model.safetensors"
 
 # Each process that writes files for others of this machine has one directory among the temporary
 # files ($TMPDIR), and keeps a lock on a file in it. The kernel drops the lock with the process,
@@ -36,21 +30,6 @@ WEIGHTS_FILE = "model.safetensors"
 # removes those without a lock.
 _SCRATCH_PREFIX = "onstream-policies-"
 _SCRATCH_LOCK = "lock"
-
-_LENGTH_BYTES = 8  # of the number that says how long the header is
-_TYPES: Final = {
-    "F64": ("float64", 8),
-    "F32": ("float32", 4),
-    "F16": ("float16", 2),
-    "BF16": ("bfloat16", 2),
-    "I64": ("int64", 8),
-    "I32": ("int32", 4),
-    "I16": ("int16", 2),
-    "I8": ("int8", 1),
-    "U8": ("uint8", 1),
-    "BOOL": ("bool", 1),
-}
-"""The dtypes that published weights may have: torch's name, and bytes per element."""
 
 
 class WeightsError(Exception):
@@ -64,33 +43,45 @@ class LoadedPolicy:
 
     Args:
         number: of the version.
-        digest: SHA-256 of `data`, in hexadecimal.
+        digest: what the weights must have; None: whatever they have.
         data: [n], a whole safetensors file.
 
     Raises:
         WeightsError: `data` has another digest, or is not a safetensors file.
     """
 
-    def __init__(self, number: int, digest: str, data: Bytes) -> None:
-        found = digest_of_bytes(data)
-        if found != digest:
-            raise WeightsError(
-                f"the weights have the digest {found[:12]}; "
-                f"version {number} was announced with {digest[:12]}"
-            )
+    def __init__(self, number: int, digest: str | None, data: Bytes) -> None:
         try:
             self.layout = layout_of(data)
         except ValueError as error:
             raise WeightsError(f"version {number} cannot be read: {error}") from error
+        self.digest = tree_digest((data, self.layout))
+        if digest is not None:
+            require_digest(digest, self.digest, f"version {number}")
         self.number = number
-        self.digest = digest
         self.data = data
 
     @classmethod
-    def of(cls, number: int, state: Mapping[str, Tensor]) -> LoadedPolicy:
-        """`state` as version `number`. Of tensors that share their memory the first is used."""
-        data = serialised(state)
-        return cls(number, digest_of_bytes(data), data)
+    def of(
+        cls,
+        number: int,
+        state: Mapping[str, Tensor],
+        dtype: torch.dtype | None = None,
+        into: Bytes | None = None,
+    ) -> LoadedPolicy:
+        """`state` as version `number`. Of tensors that share their memory the first is used.
+
+        Args:
+            dtype: what all of them are cast to; None: each keeps its own.
+            into: memory to use for it, if it has the right size.
+        """
+        return cls(number, None, serialised(state, dtype, into))
+
+    def has_digest(self, digest: str) -> bool:
+        """Whether these weights have `digest`, be it of today's kind or an earlier version's."""
+        if is_of_file(digest):
+            return file_digest(self.data) == digest
+        return self.digest == digest
 
     def tensors(self) -> dict[str, Tensor]:
         """The weights by name, on the CPU, without a copy. They keep the memory alive."""
@@ -121,52 +112,72 @@ class LoadedPolicy:
         return path
 
 
-def digest_of_bytes(data: Bytes) -> str:
-    """The SHA-256 of `data`, in hexadecimal; `run_files.durable.digest_of` is that of a file."""
-    return hashlib.sha256(data.data).hexdigest()
+def require_digest(announced: str, found: str, what: str) -> None:
+    """Make sure that `what` has the digest that it was announced with.
+
+    Raises:
+        WeightsError: it has not.
+    """
+    if announced == found:
+        return
+    text = f"the weights have the digest {found[:12]}; {what} was announced with {announced[:12]}"
+    if is_of_file(announced):
+        text += (
+            " (a digest of the kind that earlier versions of Onstream made; the trainer announces "
+            "the version anew when it starts)"
+        )
+    raise WeightsError(text)
 
 
 def read_file(path: Path, digest: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file with the SHA-256 `digest`, mapped rather than copied.
+    """The tensors of a safetensors file whose weights have `digest`, mapped rather than copied.
 
     Raises:
         WeightsError: the file is missing, has another digest, or is not a safetensors file.
     """
     try:
         data = np.memmap(path, dtype=np.uint8, mode="c")
-        if (found := digest_of_bytes(data)) != digest:
-            raise WeightsError(
-                f"{path} has the digest {found[:12]}; it was announced with {digest[:12]}"
-            )
-        return {name: view(data, entry) for name, entry in layout_of(data).items()}
+        layout = layout_of(data)
+        require_digest(digest, tree_digest((data, layout)), str(path))
+        return {name: view(data, entry) for name, entry in layout.items()}
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
 
 
-def serialised(state: Mapping[str, Tensor]) -> Bytes:
+def serialised(
+    state: Mapping[str, Tensor], dtype: torch.dtype | None = None, into: Bytes | None = None
+) -> Bytes:
     """[n], `state` as a safetensors file: the same weights give the same bytes.
 
-    Of tensors that share their memory the first is in it.
+    Each tensor is cast and copied straight to its place in the file, from whatever device. Of
+    tensors that share their memory the first is in it. `dtype` and `into` are as in
+    `LoadedPolicy.of`.
     """
-    from safetensors.torch import save
-
-    data = save(_distinct(state), metadata={"format": "pt"})
-    return np.frombuffer(bytearray(data), dtype=np.uint8)  # a bytearray, since it is writable
+    tensors = _distinct(state)
+    specs = {
+        name: TensorSpec(str(dtype or tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    }
+    head, layout = head_for(specs)
+    size = max((location.stop for location in layout.values()), default=len(head))
+    # Memory that was used before takes a copy several times faster than fresh pages do.
+    data = into if into is not None and into.size == size else np.empty(size, dtype=np.uint8)
+    data[: len(head)] = np.frombuffer(head, dtype=np.uint8)
+    for name, location in layout.items():
+        view(data, location).copy_(tensors[name])
+    return data
 
 
 def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of tensors that are the same memory in the same form, the first alone."""
     seen: set[tuple[object, ...]] = set()
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
         same = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if same in seen:
+        if same in seen and tensor.numel():
             continue
-        # The file format has no views: a tensor that only overlaps another is written separately.
-        storage = (tensor.untyped_storage().data_ptr(),)
-        if storage in seen:
-            tensor = tensor.clone()
-        tensors[name] = tensor.detach().cpu().contiguous()
-        seen |= {same, storage}
+        tensors[name] = tensor.detach()
+        seen.add(same)
     return tensors
 
 
@@ -201,51 +212,3 @@ def _remove_abandoned() -> None:
             pass  # its process is alive
         finally:
             os.close(descriptor)
-
-
-@dataclass(frozen=True)
-class TensorLocation:
-    """One tensor: bytes `[start, stop)` of the file, in elements of `size` bytes."""
-
-    dtype: str
-    size: int
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-
-def layout_of(data: NDArray[np.uint8]) -> dict[str, TensorLocation]:
-    """The tensors in `data`, a whole safetensors file, by name.
-
-    Raises:
-        ValueError: it is not a safetensors file, or has tensors of a dtype outside `_TYPES`.
-    """
-    try:
-        length = int(data[:_LENGTH_BYTES].view("<u8")[0])
-        tensors_start = _LENGTH_BYTES + length
-        header: dict[str, Any] = json.loads(data[_LENGTH_BYTES:tensors_start].tobytes())
-        header.pop("__metadata__", None)
-        return {
-            name: _location(fields, tensors_start, data.size) for name, fields in header.items()
-        }
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"{data.size} bytes are no safetensors file ({error})") from error
-
-
-def _location(fields: dict[str, Any], tensors_start: int, end: int) -> TensorLocation:
-    dtype, size = _TYPES[fields["dtype"]]
-    start, stop = (tensors_start + offset for offset in fields["data_offsets"])
-    shape = tuple(fields["shape"])
-    within = tensors_start <= start <= stop <= end
-    if not within or stop - start != size * math.prod(shape):
-        raise ValueError(f"a tensor {dtype} {list(shape)} at bytes {start} to {stop} of {end}")
-    return TensorLocation(dtype, size, shape, start, stop)
-
-
-def view(data: NDArray[np.uint8], location: TensorLocation) -> Tensor:
-    """The tensor at `location` of `data`, whose memory it shares."""
-    import torch
-
-    flat = torch.from_numpy(data[location.start : location.stop])
-    values: Tensor = flat.view(getattr(torch, location.dtype))
-    return values.reshape(location.shape)

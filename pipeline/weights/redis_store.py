@@ -14,7 +14,8 @@ from redis.exceptions import OutOfMemoryError
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.redis.weight_store import WeightStore
-from onstream.pipeline.weights.policy import Bytes, WeightsError
+from onstream.pipeline.weights.file_format import Bytes
+from onstream.pipeline.weights.policy import WeightsError
 from onstream.pipeline.weights.store import WeightPart
 
 CHUNK_BYTES = (1 << 20) - 64

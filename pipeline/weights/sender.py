@@ -31,13 +31,14 @@ class PolicySender:
     """Puts versions into `store`. With `full_every` they go as deltas where those are smaller.
 
     A full set goes out for versions that `full_every` divides, where the deltas since the last full
-    set have come to its size, and where readers cannot get the base of the delta.
+    set have come to its size, and where readers cannot get the base of the delta. `base` is the
+    version that the next delta starts from, where there will be one.
     """
 
     def __init__(self, store: StoreWriter, full_every: int | None) -> None:
         self._store = store
         self._full_every = full_every
-        self._base: LoadedPolicy | None = None
+        self.base: LoadedPolicy | None = None
 
     def send(self, policy: LoadedPolicy, *, whole: bool = False) -> SendResult:
         """Offer `policy` as the newest version, and remove the parts that lead to it no more.
@@ -75,18 +76,18 @@ class PolicySender:
         return _reachable(version, self._store.parts())
 
     def _remember(self, policy: LoadedPolicy) -> None:
-        self._base = policy if self._full_every else None
+        self.base = policy if self._full_every else None
 
     def _delta(self, policy: LoadedPolicy) -> Delta | None:
-        return encode(self._base, policy) if self._base else None
+        return encode(self.base, policy) if self.base else None
 
     def _delta_part(
         self, policy: LoadedPolicy, delta: Delta | None, parts: list[WeightPart]
     ) -> WeightPart | None:
         """The delta as a part; None where readers cannot use it, or it has no room."""
-        if self._base is None or delta is None or delta.data is None:
+        if self.base is None or delta is None or delta.data is None:
             return None
-        base = VersionId(self._base.number, self._base.digest)
+        base = VersionId(self.base.number, self.base.digest)
         size = delta.data.size
         if not _reachable(base, parts) or size > self._store.room_bytes():
             return None

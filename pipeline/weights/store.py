@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from onstream.pipeline.weights.policy import Bytes
+from onstream.pipeline.weights.file_format import Bytes
 
 
 class VersionId(NamedTuple):
@@ -23,7 +23,7 @@ class VersionId(NamedTuple):
 class WeightPart(msgspec.Struct, frozen=True, array_like=True, tag="weights/1"):
     """Bytes stored at `place`: the whole version `number` or, with a `base`, a delta to that base.
 
-    `digest` is that of the version's safetensors file; "" for a whole file whose digest nobody
+    `digest` is that of the version; "" for a whole file whose digest nobody
     noted, so that only reading it tells.
     """
 

@@ -19,6 +19,7 @@ from onstream.pipeline.images.feature_cache import FetchImages, no_images
 from onstream.pipeline.record_codec import decode_unchecked
 from onstream.pipeline.records import PolicyVersion, Ticket
 from onstream.pipeline.run_files.recording import Frame, RecordFrame, ResumeMark, StepMark
+from onstream.pipeline.weights import LoadedPolicy
 from onstream.settings.root import Settings
 from onstream.workers.replay.recorded_run import ReplayStart, settled_in
 from onstream.workers.trainer.batches.batch_builder import TrainableUnit
@@ -40,6 +41,8 @@ class ReplayedStep:
     policy: PolicyVersion
     row: dict[str, Any]
     recorded: StepMark | None
+    same_weights: bool
+    """Whether the recorded run came to these weights, bit for bit, in this step."""
     batch: list[TrainableUnit]
     per_sample: PerSampleLosses
 
@@ -47,14 +50,6 @@ class ReplayedStep:
     def number(self) -> int:
         """The step's number."""
         return self.policy.number
-
-    @property
-    def same_weights(self) -> bool:
-        """Whether the recorded run came to these weights, bit for bit, in this step."""
-        if self.recorded is None:
-            return False
-        recorded = (self.recorded.step, self.recorded.digest)
-        return recorded == (self.policy.number, self.policy.digest)
 
     @property
     def other_metrics(self) -> list[str]:
@@ -102,8 +97,8 @@ class Player:
             images=images,
         )
         self._student_files = student_files(self.run_dir, learner)
-        self.policy = self._publish()
-        if not start.position and self.policy.digest != start.opened.digest:
+        loaded = self._publish()
+        if not start.position and not loaded.has_digest(start.opened.digest):
             say(
                 "the weights that the recorded run started from "
                 "are not those that this replay starts from"
@@ -186,15 +181,20 @@ class Player:
         per_sample = PerSampleLosses()
         result = self.training.take_step(per_sample)
         self.settled.add(result.settled)
-        self.policy = self._publish()
-        return ReplayedStep(self.policy, _as_read(result.row), recorded, result.batch, per_sample)
+        loaded = self._publish()
+        same = recorded is not None and loaded.has_digest(recorded.digest)
+        row = _as_read(result.row)
+        return ReplayedStep(self.policy, row, recorded, same, result.batch, per_sample)
 
-    def _publish(self) -> PolicyVersion:
+    def _publish(self) -> LoadedPolicy:
+        """Write the weights as they are now as a version, and note it as `policy`."""
         step = self.training.step
-        state = self.training.learner.published_state()
-        policy = weights.publish(self.run_dir, step, state, self._student_files)
+        learner = self.training.learner
+        loaded = LoadedPolicy.of(step, learner.live_state(), learner.dtype)
+        weights.write_directory(self.run_dir, step, loaded.digest, loaded.data, self._student_files)
         weights.prune(self.run_dir, self.settings.checkpoint.keep_policies, pinned={step})
-        return policy
+        self.policy = weights.announced(loaded)
+        return loaded
 
 
 def _as_read(row: dict[str, Any]) -> dict[str, Any]:

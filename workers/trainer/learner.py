@@ -341,20 +341,23 @@ class Learner:
         self.tokenizer.save_pretrained(directory)
 
     def published_state(self) -> dict[str, Tensor]:
-        """The weights as generators get them: on the CPU, in `dtype`, any adapter merged.
+        """The weights as generators get them: on the CPU, in `dtype`, as `live_state` has them."""
+        return {name: weight.to("cpu", self.dtype) for name, weight in self.live_state().items()}
+
+    def live_state(self) -> dict[str, Tensor]:
+        """The weights themselves, any adapter merged, where they are and in the dtype they have.
 
         They have the names and shapes of the model's files. Weights that are tied are there once.
-        In float32 on a CPU they may be the live weights themselves, so they have to be written
-        before the next step.
+        The next step changes them, so they have to be copied before it does.
         """
         seen: set[int] = set()
-        published = {}
+        live = {}
         state = lora.merged_state(self.model) if self._adapter else self.model.state_dict()
         for name, weight in state.items():
             if weight.data_ptr() not in seen:
                 seen.add(weight.data_ptr())
-                published[name] = weight.detach().to("cpu", self.dtype)
-        as_in_files: dict[str, Tensor] = revert_weight_conversion(self.model, published)
+                live[name] = weight.detach()
+        as_in_files: dict[str, Tensor] = revert_weight_conversion(self.model, live)
         return as_in_files
 
 

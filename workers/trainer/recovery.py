@@ -64,7 +64,7 @@ class Recovery:
         self.tickets.restore_count()
         self.bus.lease.write_plan(self.lease, self.plan.encode())
         with self.directory.changing():
-            self.publisher.restore(policy, self.training.learner.published_state)
+            self.publisher.restore(policy, self.training.learner.live_state)
         self.requests.restore_requeued()
 
     def _settle_unsettled_dead(self) -> None:

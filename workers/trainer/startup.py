@@ -85,7 +85,7 @@ class _Builder:
             publisher = self._publisher(training)
             # The weights of the checkpoint were announced before, as a rule: then this announces
             # nothing. It does where the run is new, or Redis has lost its data.
-            policy = publisher.publish(training.step, training.learner.published_state())
+            policy = publisher.publish(training.step, training.learner.live_state())
             recording = self._recording(policy.digest)
         evaluations = self._evaluations()
         tickets = self._ticket_issuer(planner, acknowledgements, requests)
@@ -190,6 +190,7 @@ class _Builder:
             student_files(self.directory.path, training.learner),
             nccl_transfer(self.bus, self.lease, self.settings),
             prober(training.learner, self.settings.inference),
+            training.learner.dtype,
         )
         self.opened.callback(publisher.close)
         return publisher

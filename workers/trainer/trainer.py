@@ -194,7 +194,7 @@ class Trainer:
         result = self.training.take_step(give_up=self._write_dead_letters)
         self.clock.learned()
         with self.directory.changing():
-            state = self.training.learner.published_state()
+            state = self.training.learner.live_state()
             self.policy = self.publisher.publish(self.step, state)
             self.clock.published()
             self.checkpointing.acknowledgements.settle(result.settled)

@@ -13,7 +13,7 @@ from safetensors.numpy import load
 
 from onstream.pipeline.weights import LoadedPolicy, WeightsError
 from onstream.pipeline.weights.delta import _with_steps, apply_deltas, encode, overwrite
-from onstream.pipeline.weights.policy import layout_of
+from onstream.pipeline.weights.file_format import layout_of
 
 
 def policy(number: int = 0, **state: torch.Tensor) -> LoadedPolicy:

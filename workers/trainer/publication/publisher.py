@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from onstream.pipeline.weights import (
     VersionId,
 )
 from onstream.pipeline.weights.directory_store import pinned
+from onstream.pipeline.weights.file_format import Bytes
 from onstream.pipeline.weights.nccl_transfer import TransferCoordinator
 from onstream.pipeline.weights.redis_store import ChunkWriter
 from onstream.settings import engines
@@ -40,9 +41,32 @@ MEND_S = 1.0
 log = get_logger()
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from onstream.workers.trainer.learner import Learner
+
+
+class PolicyBuffers:
+    """Memory that one version after the other is copied into.
+
+    Fresh memory costs several times as much as the copy itself: the kernel clears every page.
+    """
+
+    def __init__(self) -> None:
+        self._all: list[Bytes] = []
+
+    def free(self, in_use: Sequence[Bytes]) -> Bytes | None:
+        """A buffer that is not `in_use`; None where there is none."""
+        return next((one for one in self._all if not _among(one, in_use)), None)
+
+    def keep(self, buffer: Bytes, in_use: Sequence[Bytes]) -> None:
+        """Keep `buffer` for later versions, and of the others those `in_use`."""
+        self._all = [buffer, *(one for one in in_use if one is not buffer)]
+
+
+def _among(buffer: Bytes, others: Sequence[Bytes]) -> bool:
+    return any(buffer is one for one in others)
 
 
 class Publisher:
@@ -63,6 +87,7 @@ class Publisher:
         model_files: Path,
         transfer: NcclTransfer | None,
         prober: Prober,
+        dtype: torch.dtype,
     ) -> None:
         self._bus = bus
         self._lease = lease
@@ -74,6 +99,8 @@ class Publisher:
         self._sender = PolicySender(self._store(), full_every)
         self._transfer = transfer
         self._prober = prober
+        self._dtype = dtype
+        self._buffers = PolicyBuffers()
         # The newest version, where it went from GPU to GPU and into no file.
         self._unwritten: LoadedPolicy | None = None
         self.sent = SendResult(0, None)
@@ -94,7 +121,7 @@ class Publisher:
             UserError: Redis has no room for it.
             OSError: it could not be written.
         """
-        policy = LoadedPolicy.of(number, state)
+        policy = self._copied(number, state)
         announced = replace(weights.announced(policy), probe=self._prober.ask())
         whole = self._is_whole(number)
         known = self._announced.get(number) == policy.digest
@@ -128,7 +155,7 @@ class Publisher:
         if newest is not None and newest.number >= policy.number:
             return
         if not self._sender.offers(VersionId(policy.number, policy.digest)):
-            self._give(LoadedPolicy.of(policy.number, state()), whole=True)
+            self._give(self._copied(policy.number, state()), whole=True)
         self._bus.lease.announce(self._lease, policy)
 
     def mend(self, policy: PolicyVersion) -> None:
@@ -178,6 +205,16 @@ class Publisher:
         """Leave the group of GPUs, where weights go that way."""
         if self._transfer is not None:
             self._transfer.close()
+
+    def _copied(self, number: int, state: Mapping[str, Tensor]) -> LoadedPolicy:
+        """`state` as version `number`, in memory that no version in use is in."""
+        if self._transfer is not None:
+            # A transfer that hangs is left behind, and may read its version's memory for ever.
+            return LoadedPolicy.of(number, state, self._dtype)
+        in_use = [self._sender.base.data] if self._sender.base else []
+        policy = LoadedPolicy.of(number, state, self._dtype, into=self._buffers.free(in_use))
+        self._buffers.keep(policy.data, in_use)
+        return policy
 
     def _give(self, policy: LoadedPolicy, *, whole: bool) -> SendResult:
         """Give `policy` to the generators; again where Redis lost a part of it meanwhile."""

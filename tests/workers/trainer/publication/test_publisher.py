@@ -4,6 +4,7 @@ replays.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,31 @@ def test_a_killed_trainer_replays_without_publishing_anew_and_goes_on_where_it_w
     assert policy is not None
     assert reader.fetch(policy).digest == policy.digest
     assert job.announced() == list(range(7))
+
+
+def test_a_run_that_an_earlier_version_began_resumes_and_announces_its_versions_anew(
+    run: Callable[..., Run],
+) -> None:
+    """Until the digest was a tree over the tensors, it was the SHA-256 of the version's file."""
+    job = run(checkpoint__keep_policies=9)
+    job.ready()
+    job.until(5)
+    directory = job.trainer.directory.path
+    for policy in job.bus.state.announced_policies():
+        weights = directory / policy.path / "model.safetensors"
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        job.bus.lease.announce(job.trainer.lease, replace(policy, digest=digest))
+    before = job.bus.state.newest_policy()
+    assert before is not None and before.number == 5
+    with pytest.raises(WeightsError, match="earlier versions of Onstream"):
+        PolicyFetcher(DirectoryReader(directory), deltas=False).fetch(before)
+    job.start()
+    policy = job.bus.state.newest_policy()
+    assert policy is not None and policy.number == 4
+    assert PolicyFetcher(DirectoryReader(directory), deltas=False).fetch(policy).number == 4
+    job.to_the_end()
+    last = job.bus.state.newest_policy()
+    assert last is not None and last.digest.endswith("-tree1")
 
 
 def test_weights_that_redis_lost_with_everything_else_are_published_again(

@@ -116,7 +116,7 @@ class NoInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
 
 @dataclass
 class FileUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """A safetensors file that this worker can read, and the SHA-256 of its bytes."""
+    """A safetensors file that this worker can read, and the digest of its weights."""
 
     path: str
     digest: str
@@ -193,7 +193,7 @@ class Extension:
     """
 
     def onstream_stage(self: Any, path: str, digest: str) -> None:
-        """Begin to read `path` and to compare it with `digest`, its SHA-256; returns at once."""
+        """Begin to read `path` and to compare it with `digest`, its weights'; returns at once."""
         self.weight_transfer_engine.stage(path, digest)
 
     def onstream_join(self: Any, init_info: str) -> None:

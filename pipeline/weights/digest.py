@@ -1,0 +1,71 @@
+"""The digest of a policy version: a tree of SHA-256 over its tensors.
+
+A leaf is the SHA-256 of up to `PIECE_BYTES` of a tensor. The root is that of a list (JSON) of every
+tensor's name, dtype, shape and leaves, sorted by name. So it says nothing of files: the same
+weights have the same digest in one file and in many. Leaves are computed in threads.
+
+Earlier versions of Onstream took the SHA-256 of the one safetensors file. The mark at the end of a
+digest tells the two apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from onstream.pipeline.weights.file_format import Bytes, TensorLocation
+
+MARK = "-tree1"
+PIECE_BYTES = 64 << 20
+_ALONE_BYTES = 4 << 20  # hashing less takes no longer than starting threads
+_MOST_THREADS = 16
+
+
+def tree_digest(*files: tuple[Bytes, Mapping[str, TensorLocation]]) -> str:
+    """The digest of the tensors in `files`, each a file's bytes and its layout."""
+    pieces = [piece for data, layout in files for piece in _pieces(data, layout)]
+    if sum(len(piece) for piece in pieces) <= _ALONE_BYTES:
+        leaves = iter([_sha256(piece) for piece in pieces])
+    else:
+        with ThreadPoolExecutor(_threads(), "onstream-hash") as pool:
+            leaves = iter(list(pool.map(_sha256, pieces)))
+    tensors = []
+    for _, layout in files:
+        for name, location in layout.items():
+            of_tensor = [next(leaves) for _ in _starts(location)]
+            tensors.append([name, location.dtype, list(location.shape), of_tensor])
+    text = json.dumps(sorted(tensors), separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest() + MARK
+
+
+def is_of_file(digest: str) -> bool:
+    """Whether an earlier version made `digest`: the SHA-256 of the whole safetensors file."""
+    return not digest.endswith(MARK)
+
+
+def file_digest(data: Bytes) -> str:
+    """What an earlier version took for the digest: the SHA-256 of `data`, in hexadecimal."""
+    return _sha256(data.data)
+
+
+def _pieces(data: Bytes, layout: Mapping[str, TensorLocation]) -> list[memoryview]:
+    found = []
+    for location in layout.values():
+        for start in _starts(location):
+            found.append(data[start : min(start + PIECE_BYTES, location.stop)].data)
+    return found
+
+
+def _starts(location: TensorLocation) -> range:
+    return range(location.start, location.stop, PIECE_BYTES)
+
+
+def _sha256(data: memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _threads() -> int:
+    return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
