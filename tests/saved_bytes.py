@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from onstream.pipeline.models.forward import hidden_states
+from onstream.pipeline.models.frozen import round_frozen
 from onstream.pipeline.models.packing import pack, share_prompts
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.models.recompute import recompute_layers
@@ -57,6 +58,8 @@ def saved_bytes_per_token(
         prepare(model)
         if adapter is not None:
             lora.attach(model, adapter, saved=None)
+            if half:
+                round_frozen(model)
         if recompute:
             recompute_layers(model, draws_random=False)
         more = saved_bytes(model, LONG, half=half) - saved_bytes(model, SHORT, half=half)

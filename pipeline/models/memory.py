@@ -138,13 +138,13 @@ def trainer_memory(
     trained = shape.adapter(trainer.lora) if trainer.lora else total
     weights = total * FLOAT32
     if trainer.lora:
-        weights += trained * FLOAT32
+        weights = total * (BFLOAT16 if half else FLOAT32) + trained * FLOAT32
     return TrainerMemory(
         weights=weights,
         gradients=trained * FLOAT32,
         optimizer=2 * trained * FLOAT32,
         activations=row_tokens * token_bytes(shape, trainer, half=half, recompute=recompute)
-        + _cast_bytes(shape, half=half, recompute=recompute),
+        + _cast_bytes(shape, trainer, half=half, recompute=recompute),
         head=_head_bytes(shape, trainer, half=half),
         published=total * (BFLOAT16 if half else FLOAT32),
     )
@@ -197,9 +197,9 @@ By whether it computes in bfloat16, and whether an adapter is trained.
 """
 
 
-def _cast_bytes(shape: ModelShape, *, half: bool, recompute: bool) -> int:
+def _cast_bytes(shape: ModelShape, trainer: TrainerSettings, *, half: bool, recompute: bool) -> int:
     """Weights in bfloat16 that autocast makes of float32 ones, until the backward pass."""
-    if not half:
+    if not half or trainer.lora:
         return 0
     return BFLOAT16 * shape.layer * (1 if recompute else shape.layers)
 
@@ -207,7 +207,7 @@ def _cast_bytes(shape: ModelShape, *, half: bool, recompute: bool) -> int:
 def _head_bytes(shape: ModelShape, trainer: TrainerSettings, *, half: bool) -> int:
     """The logits of a chunk, the output layer in bfloat16, and its gradient by one row."""
     logits = LOGITS * FLOAT32 * trainer.head_chunk * shape.vocabulary
-    cast = BFLOAT16 * shape.head if half else 0
+    cast = BFLOAT16 * shape.head if half and not trainer.lora else 0
     gradient = 0 if trainer.lora else FLOAT32 * shape.head
     return logits + cast + gradient
 

@@ -70,7 +70,7 @@ class TrainerSettings(Section):
     """
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], RUN] = "auto"
     """Precision of the computation; master weights and optimizer state are float32. `auto` is
-    float32 on a CPU and bfloat16 on CUDA.
+    float32 on a CPU and bfloat16 on CUDA. The frozen weights under an adapter are kept in it.
     """
     max_bad_rollouts: Annotated[int, WORKER, Unit("rollouts"), Field(ge=0, le=1 << 20)] = 4
     """Where the gradient of a step is not finite, up to so many of its rollouts, those with the

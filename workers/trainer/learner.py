@@ -18,6 +18,7 @@ from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.images.vision import load_vision
 from onstream.pipeline.models.end_tokens import add_stops, end_token_ids
 from onstream.pipeline.models.forward import NO_IMAGES, head_of, hidden_states
+from onstream.pipeline.models.frozen import round_frozen
 from onstream.pipeline.models.loading import base_of, load_model, resolve_dtype, text_config
 from onstream.pipeline.models.multimodal import Features
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts, single_rows
@@ -87,8 +88,8 @@ class GradientNotFinite(UserError):
 class Learner:
     """The student with its optimizer: float32 master weights, computed with in `dtype`.
 
-    With `trainer.lora` only an adapter is trained. What is saved has the chat template and the end
-    tokens that `student` says.
+    With `trainer.lora` only an adapter is trained, and the weights under it are kept in `dtype`.
+    What is saved has the chat template and the end tokens that `student` says.
     The model stays in evaluation mode: dropout would make its logprobs differ from the generator's.
     `padded_because` is None where shared prompts are computed once, else the reason why the model's
     code cannot do it. Token ids are below `vocabulary`.
@@ -123,6 +124,8 @@ class Learner:
         self._adapter = None
         if trainer.lora:
             self._adapter = lora.attach(self.model, trainer.lora, saved=model if base else None)
+            if self.dtype == torch.bfloat16:
+                round_frozen(self.model)
         self._recompute = recompute
         if recompute:
             recompute_layers(self.model, draws_random=_drops(trainer))
@@ -322,7 +325,7 @@ class Learner:
 
     def save_model(self, directory: Path) -> None:
         """Write a model directory that transformers loads, in float32, with any adapter merged."""
-        merged = lora.merged_state(self.model) if self._adapter else None
+        merged = _in_float32(lora.merged_state(self.model)) if self._adapter else None
         self.model.save_pretrained(directory, state_dict=merged)
         self._save_tokenizer(directory)
 
@@ -364,3 +367,11 @@ class Learner:
 def _drops(trainer: TrainerSettings) -> bool:
     """Whether the forward pass draws random numbers: only an adapter's dropout does."""
     return trainer.lora is not None and trainer.lora.dropout > 0
+
+
+def _in_float32(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights in float32; those that are tied stay tied."""
+    made: dict[int, Tensor] = {}
+    return {
+        name: made.setdefault(weight.data_ptr(), weight.float()) for name, weight in state.items()
+    }

@@ -96,7 +96,8 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """The weights with the adapter added, under the names of a model without one.
 
-    The live model stays as it is.
+    Those that it is added to are float32, so that what it changes is not rounded away. The live
+    model stays as it is.
     """
     layers = _layers(model)
     merged = {}
@@ -105,7 +106,7 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
             continue
         owner, inside, leaf = name.rpartition(".base_layer.")
         if inside and leaf == "weight":
-            weight = weight + layers[owner].get_delta_weight(_ADAPTER).to(weight.dtype)
+            weight = weight.float() + layers[owner].get_delta_weight(_ADAPTER)
         merged[f"{owner}.{leaf}" if inside else name] = weight
     return merged
 

@@ -16,9 +16,10 @@ from onstream.settings.root import Settings
 from onstream.settings.sections.trainer import TrainerSettings
 from onstream.workers.trainer.batches.train_samples import TrainSample
 from onstream.workers.trainer.learner import Learner
+from onstream.workers.trainer.training import learner_at
 from tests.models.families import tiny_model
 from tests.models.test_gradients import KINDS, a_batch, flat_gradient, written
-from tests.saved_bytes import Qwen3Shape, saved_bytes_per_token
+from tests.saved_bytes import Qwen3Shape, saved_bytes, saved_bytes_per_token
 
 CPU = torch.device("cpu")
 LORA = {"rank": 4, "alpha": 8}
@@ -106,3 +107,16 @@ def test_on_a_cpu_layers_are_recomputed_only_where_that_is_asked_for(
 ) -> None:
     settings = Settings.model_validate({"trainer": {"recompute": choice}})
     assert recomputes(settings, "a model that is not read", CPU) is recomputed
+
+
+def test_a_trainer_starts_with_the_layers_recomputed_that_its_settings_ask_for(
+    tmp_path: Path,
+) -> None:
+    directory = written(tmp_path, *KINDS["packed"])
+    kept = {}
+    for choice in ("none", "layer"):
+        settings = Settings.model_validate(
+            {"model": {"name": str(directory)}, "trainer": {"recompute": choice}}
+        )
+        kept[choice] = saved_bytes(learner_at(settings, None).model, 64, half=False)
+    assert kept["none"] > 8 * kept["layer"]
