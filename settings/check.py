@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from onstream.pipeline.errors import Exit
+from onstream.settings.engines import IN_PROCESS, teacher_engine
 from onstream.settings.fields import known, without_login
 from onstream.settings.load import Resolved
 from onstream.settings.plan import Plan, make_plan
@@ -85,7 +86,7 @@ def _teachers(plan: Plan, settings: Settings) -> Iterator[str]:
     """Each teacher and where it runs; in hard distillation, who writes what is trained on."""
     orchestrator = settings.orchestrator
     if plan.teacher:
-        yield f"{plan.teacher} beside the run{_teacher_server(plan)}"
+        yield f"{plan.teacher} beside the run{_by_vllm(plan, settings)}"
     if plan.external_teacher is not None and orchestrator.teacher_model is not None:
         yield f"{plan.external_teacher} at {_addresses(orchestrator.teacher_model.client)}"
     if plan.rollout_teacher is not None and orchestrator.teacher_rollout_model is not None:
@@ -106,7 +107,10 @@ def _student_servers(plan: Plan, settings: Settings) -> str:
     return f" at {', '.join(without_login(addresses))}" if asks_servers and addresses else ""
 
 
-def _teacher_server(plan: Plan) -> str:
+def _by_vllm(plan: Plan, settings: Settings) -> str:
+    """How vLLM runs the teacher, if it does, for the end of a line."""
+    if plan.workers.get("teacher") and teacher_engine(settings) == IN_PROCESS:
+        return " by vLLM in its workers"
     if not plan.teacher_server:
         return ""
     gpus = f" on {_counted(plan.teacher_server, 'GPU')}" if plan.device == "cuda" else ""

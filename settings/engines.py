@@ -8,7 +8,9 @@ from typing import Literal
 from onstream.settings.devices import device_of
 from onstream.settings.extras import installed
 from onstream.settings.root import Settings
-from onstream.settings.sections.inference import EngineName
+from onstream.settings.sections.inference import EngineName, TeacherEngineName
+
+IN_PROCESS: TeacherEngineName = "vllm-in-process"
 
 TAKEN_ARGUMENTS = {
     "model": "model.name",
@@ -60,7 +62,7 @@ def student_engine(settings: Settings) -> EngineName:
     return _vllm_on_gpus(settings)
 
 
-def teacher_engine(settings: Settings) -> Literal["transformers", "vllm"]:
+def teacher_engine(settings: Settings) -> TeacherEngineName:
     """What scores for the teacher beside the run, if there is one."""
     if settings.teacher_inference.engine != "auto":
         return settings.teacher_inference.engine

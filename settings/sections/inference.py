@@ -89,6 +89,9 @@ class InferenceSettings(Section):
     client: StudentClientSettings = StudentClientSettings()
 
 
+TeacherEngineName = Literal["transformers", "vllm", "vllm-in-process"]
+
+
 class TeacherModelName(Section):
     """The local teacher's model."""
 
@@ -103,21 +106,23 @@ class TeacherInferenceSettings(Section):
     """The teacher that runs beside the run."""
 
     model: TeacherModelName = TeacherModelName()
-    engine: Annotated[Literal["auto", "transformers", "vllm"], WORKER] = "auto"
-    """What scores: `teacher` workers with `transformers`, or one `vllm` server that `onstream up`
-    starts and stops, over `deployment.num_teacher_gpus` GPUs by tensor parallelism. `auto` is vLLM
-    where models run on CUDA and vLLM is installed."""
+    engine: Annotated[Literal["auto", TeacherEngineName], WORKER] = "auto"
+    """What scores: `teacher` workers with `transformers`, or with vLLM in their own process
+    (`vllm-in-process`), or one `vllm` server that `onstream up` starts and stops, over
+    `deployment.num_teacher_gpus` GPUs by tensor parallelism. `auto` is `vllm` where models run on
+    CUDA and vLLM is installed."""
     extra_args: Annotated[tuple[str, ...], WORKER, Field(max_length=64)] = ()
-    """Further arguments of the vLLM server, such as `["--max-num-seqs", "64"]`; they win over those
-    that follow from the settings.
+    """Further arguments of vLLM for the teacher, such as `["--max-num-seqs", "64"]`; they win over
+    those that follow from the settings.
     """
     max_in_flight: Annotated[int, WORKER, Unit("requests"), Field(ge=1, le=65536)] = 64
-    """Requests that the vLLM server is given at once."""
+    """Requests that vLLM computes at once for the teacher: what its server is given, or what it
+    takes in process."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], WORKER] = "auto"
     """Precision of the teacher's weights; `auto` is float32 on a CPU and bfloat16 on CUDA."""
     max_batch_tokens: Annotated[int, WORKER, Unit("tokens"), Field(ge=16, le=1 << 24)] = 8192
-    """Tokens that one forward pass of the teacher takes, shared prompts counted once. vLLM goes by
-    limits of its own.
+    """Tokens that one forward pass of the teacher takes, shared prompts counted once. A vLLM server
+    goes by limits of its own.
     """
     head_chunk: Annotated[int, WORKER, Unit("tokens"), Field(ge=1, le=1 << 20)] = 1024
     """Positions whose logits over the whole vocabulary exist at once. vLLM goes by limits of its

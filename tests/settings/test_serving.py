@@ -19,6 +19,7 @@ from onstream.settings.rules.engines import engine_problems
 from onstream.workers.launcher.preflight import find_problems
 
 CUDA = "deployment.device=cuda"
+IN_PROCESS = ("trainer.loss.teacher_tau=0.5", "teacher_inference.engine=vllm-in-process")
 SERVED = ("trainer.loss.teacher_tau=0.5", "teacher_inference.engine=vllm")
 TWO = "deployment.num_teacher_gpus=2"
 ENDPOINT = (
@@ -99,6 +100,35 @@ def test_a_server_takes_the_place_of_the_teacher_workers(
 ) -> None:
     made = plan(*overrides)
     assert (made.workers, made.teacher_server) == (workers, gpus)
+
+
+def test_vllm_in_process_runs_in_the_teacher_workers_one_for_each_gpu() -> None:
+    made = plan(*IN_PROCESS, TWO, CUDA)
+    counts = {"generator": 1, "verifier": 1, "teacher": 2, "trainer": 1}
+    assert (made.workers, made.teacher_server) == (counts, 0)
+    settings = load_settings(overrides=[*IN_PROCESS, TWO, CUDA], environ={})
+    assert placement(settings, made, ["0", "1", "2", "3"]) == {
+        ("trainer", 0): "0",
+        ("generator", 0): "1",
+        ("teacher", 0): "2",
+        ("teacher", 1): "3",
+    }
+    refuse_differences(plan(*IN_PROCESS, TWO), plan(IN_PROCESS[0], TWO))
+
+
+def test_vllm_in_process_that_is_missing_is_refused_and_named_in_the_plan_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    printed = io.StringIO()
+    resolved = resolve(overrides=[*IN_PROCESS, TWO], environ={})
+    problems = find_problems(resolved, online=False)
+    report(resolved, problems, Console(file=printed, width=200), everything=False)
+    assert "Qwen/Qwen3-0.6B beside the run by vLLM in its workers\n" in printed.getvalue()
+    missing = 'teacher_inference.engine = "vllm-in-process", and vLLM is not installed here'
+    assert missing in printed.getvalue()
+    assert "pip install '.[vllm]'" in printed.getvalue()
+    monkeypatch.setattr(engines, "vllm_importable", lambda: True)
+    assert engine_problems(resolved.settings, make_plan(resolved.settings)) == []
 
 
 def test_the_engine_concerns_this_deployment_alone() -> None:

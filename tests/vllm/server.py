@@ -20,6 +20,7 @@ class VllmServer:
     """Serves `model` under the name "teacher" at `base_url`; what it writes is in `log`.
 
     `student`: by `onstream student-server`, and under its own name, with these further arguments.
+    `options` are further arguments of vLLM's own server.
     """
 
     def __init__(
@@ -30,12 +31,14 @@ class VllmServer:
         max_model_len: int = 512,
         python: Path = Path(sys.executable),
         student: Sequence[str] | None = None,
+        options: Sequence[str] = (),
     ) -> None:
         self._model = model
         self.log = log
         self._max_model_len = max_model_len
         self._python = python
         self._student = student
+        self._options = options
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = int(free.getsockname()[1])
@@ -101,6 +104,7 @@ class VllmServer:
             "127.0.0.1",
             "--port",
             str(self._port),
+            *self._options,
         ]
 
     def wait(self) -> None:

@@ -1,4 +1,6 @@
-"""The example, with its teacher in a vLLM server that `onstream up` starts, restarts and stops."""
+"""The example, with its teacher in a vLLM server that `onstream up` starts, restarts and stops, or
+on vLLM in its worker.
+"""
 
 from __future__ import annotations
 
@@ -114,3 +116,25 @@ def test_the_example_runs_with_a_server_that_is_started_killed_started_again_and
     there = rows(local)[0]["teacher_kl"]
     print(f"the first batch's teacher_kl is {here} by vLLM and {there} by transformers")
     assert here == pytest.approx(there, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_the_student_of_the_example_learns_from_vllm_in_the_teachers_worker(tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "in-process"
+    said = tmp_path / "said"
+    overrides = (
+        "teacher_inference.engine=vllm-in-process",
+        "orchestrator.batch_size=128",
+        "orchestrator.max_off_policy_steps=2",
+        "trainer.max_steps=24",
+    )
+    assert started(run_dir, said, *overrides).wait() == 0, said.read_text()
+    trained = rows(run_dir)
+    assert len(trained) == 24
+    assert all(list(row["scored_by"]) == ["examples/reverse-text/teacher"] for row in trained)
+    first = sum(row["teacher_kl"] for row in trained[:4]) / 4
+    last = sum(row["teacher_kl"] for row in trained[-4:]) / 4
+    print(f"teacher_kl {first:.3f} to {last:.3f}")
+    assert 0 < last < first / 2
+    assert living(os.getpid(), "EngineCore") == []

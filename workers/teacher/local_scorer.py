@@ -48,6 +48,8 @@ class LocalScorer:
         features: the images of prompts, as this model reads them; None for one that reads none.
     """
 
+    passes = 1
+
     def __init__(
         self,
         name: str,
@@ -76,10 +78,7 @@ class LocalScorer:
     def image_problem(self, request: ScoreRequest) -> str | None:
         """Why `request` cannot be scored with all its images; None where it can."""
         if self._features is None:
-            if not request.images:
-                return None
-            count = len(request.images)
-            return f"its prompt shows {count} images, and the teacher {self.name} reads none"
+            return blind(request, self.name)
         return self._features.problem_with(
             request.prompt_ids, request.completion_ids, request.images
         )
@@ -116,6 +115,14 @@ class LocalScorer:
             token_logprobs(hidden, self._head, targets, top_k=k, chunk=self._head_chunk),
             packed.lengths,
         )
+
+
+def blind(request: ScoreRequest, teacher: str) -> str | None:
+    """Why a teacher that reads no images cannot score `request`; None where it has none."""
+    if not request.images:
+        return None
+    count = len(request.images)
+    return f"its prompt shows {count} images, and the teacher {teacher} reads none"
 
 
 def _split(scored: TokenLogprobs, lengths: Sequence[int]) -> list[Scores]:

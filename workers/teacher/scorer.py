@@ -45,15 +45,22 @@ class Scores:
     tail_logprobs: Logprobs | None = None  # [C]
 
 
+def sent_ids(request: ScoreRequest) -> list[int]:
+    """The token ids of prompt and completion."""
+    return [*request.prompt_ids.tolist(), *request.completion_ids.tolist()]
+
+
 class TokenScorer(Protocol):
     """A teacher that scores in this process.
 
-    `name` becomes a rollout's `scored_by`, and `context_tokens` is the longest sample it takes.
+    `name` becomes a rollout's `scored_by`, and `context_tokens` is the longest sample it takes. A
+    call should have the tokens of about `passes` forward passes.
     """
 
     name: str
     context_tokens: int
     vocabulary_size: int
+    passes: int
 
     def prefetch_images(self, request: ScoreRequest) -> None:
         """Begin to process the images of a request that will be scored soon."""

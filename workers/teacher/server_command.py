@@ -1,4 +1,4 @@
-"""The vLLM server of a teacher beside the run: its arguments, and the checks before it starts."""
+"""vLLM for a teacher beside the run: its arguments, and the checks before it starts as a server."""
 
 from __future__ import annotations
 
@@ -31,17 +31,34 @@ def serve(settings: Settings, port: int) -> NoReturn:
 def arguments(settings: Settings, port: int, context: int) -> list[str]:
     """The server's arguments, those of `teacher_inference.extra_args` last, so that they win."""
     local = settings.teacher_inference
-    cpu = device_of(settings.deployment) == "cpu"
-    name = local.model.name or settings.model.name
+    address = {
+        "--model": model_of(settings),
+        "--served-model-name": local.model.name or settings.model.name,
+        "--host": "127.0.0.1",
+        "--port": port,
+    }
+    words = [str(word) for item in address.items() for word in item]
+    words += model_arguments(settings, context)
+    words.append("--enable-scale-out")  # opens the route that takes and gives token ids
+    if device_of(settings.deployment) == "cpu":
+        words.append("--enforce-eager")
+    return [*words, *local.extra_args]
+
+
+def model_of(settings: Settings) -> str:
+    """The teacher's model as vLLM takes it: a directory, or a model id."""
+    name = settings.teacher_inference.model.name or settings.model.name
     path = Path(name).expanduser()
-    dtype = local.dtype
+    return str(path) if path.is_dir() else name
+
+
+def model_arguments(settings: Settings, context: int) -> list[str]:
+    """How vLLM computes the teacher, in a server or in process."""
+    cpu = device_of(settings.deployment) == "cpu"
+    dtype: str = settings.teacher_inference.dtype
     if dtype == "auto":
         dtype = "float32" if cpu else "bfloat16"
     options: dict[str, object] = {
-        "--model": path if path.is_dir() else name,
-        "--served-model-name": name,
-        "--host": "127.0.0.1",
-        "--port": port,
         "--tensor-parallel-size": max(1, make_plan(settings).teacher_server),
         "--max-model-len": context,
         "--dtype": dtype,
@@ -50,17 +67,13 @@ def arguments(settings: Settings, port: int, context: int) -> list[str]:
     share = None if cpu else memory_share(settings, "teacher")
     if share is not None:
         options["--gpu-memory-utilization"] = share
-    words = [str(word) for item in options.items() for word in item]
-    words.append("--enable-scale-out")  # opens the route that takes and gives token ids
-    if cpu:
-        words.append("--enforce-eager")
-    return [*words, *local.extra_args]
+    return [str(word) for item in options.items() for word in item]
 
 
 def context_tokens(settings: Settings) -> int:
-    """The server's context: twice the longest sample that was found, or all that the teacher has.
+    """vLLM's context: twice the longest sample that was found, or all that the teacher has.
 
-    A server keeps memory for one sequence of its whole context, and may not have it for the
+    vLLM keeps memory for one sequence of its whole context, and may not have it for the
     teacher's whole context.
 
     Raises:

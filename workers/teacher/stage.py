@@ -17,6 +17,7 @@ from onstream.pipeline.record_codec import (
 from onstream.pipeline.records import Rollout, Sample, StageName
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome, Stats
+from onstream.settings.engines import IN_PROCESS, teacher_engine
 from onstream.settings.root import Settings
 from onstream.workers.teacher.scorer import ScoreRequest, Scores, TokenScorer
 
@@ -30,8 +31,9 @@ ID_BYTES = 4
 class Teacher:
     """Takes rollouts, adds the teacher's logprobs to their samples, and sends them on.
 
-    A call scores about one forward pass of what is in hand, whole groups first, so that siblings
-    share the computation of their prompt. Nothing waits for siblings that have not come.
+    A call scores about one forward pass of what is in hand, or as many as the scorer asks for,
+    whole groups first, so that siblings share the computation of their prompt. Nothing waits for
+    siblings that have not come.
     """
 
     name: StageName = "score"
@@ -100,13 +102,13 @@ class Teacher:
         self._in_hand.setdefault(rollout.group, []).append(delivery)
 
     def _next_slice(self) -> list[Delivery]:
-        """About one forward pass of rollouts, taken out of hand.
+        """The rollouts of about as many forward passes as the scorer takes, taken out of hand.
 
         Groups go in the order in which they came; at least one rollout is taken.
         """
         taken: list[Delivery] = []
         tokens = 0
-        budget = self._settings.teacher_inference.max_batch_tokens
+        budget = self._settings.teacher_inference.max_batch_tokens * self._scorer.passes
         for group in list(self._in_hand):
             members = self._in_hand[group]
             tokens += _prompt_tokens(members[0])
@@ -149,7 +151,9 @@ class Teacher:
             numbers = [rollout.number for rollout in rollouts for _ in rollout.samples]
             for number, sample, scores in zip(numbers, samples, scored, strict=True):
                 write_scores(sample, scores)
-                if problem := scores_problem(scores, self._scorer.name):
+                if problem := scores_problem(
+                    scores, self._scorer.name, self._scorer.vocabulary_size
+                ):
                     problems[number] = problem
         for rollout in rollouts:
             rollout.scored_by = self._scorer.name
@@ -190,8 +194,16 @@ def objection(
     return None
 
 
-def scores_problem(scores: Scores, teacher: str) -> str | None:
-    """Why the `scores` of the teacher of that name cannot be trained on; None where they can."""
+def scores_problem(scores: Scores, teacher: str, vocabulary_size: int) -> str | None:
+    """Why the `scores` of the teacher of that name cannot be trained on; None where they can.
+
+    The student knows `vocabulary_size` tokens.
+    """
+    if scores.top_ids is not None and scores.top_ids.max() >= vocabulary_size:
+        return (
+            f"the teacher finds token {scores.top_ids.max()} likely, "
+            f"and the student knows 0 to {vocabulary_size - 1}"
+        )
     sample = Sample(b"", b"", b"", b"", [], "")
     write_scores(sample, scores)
     try:
@@ -212,6 +224,10 @@ def write_scores(sample: Sample, scores: Scores) -> None:
 
 
 def _load_local(settings: Settings, bus: Bus) -> TokenScorer:
+    if teacher_engine(settings) == IN_PROCESS:
+        from onstream.workers.teacher.vllm.startup import load_vllm  # imports torch
+
+        return load_vllm(settings, bus.images.read)
     from onstream.workers.teacher.local_scorer import load_local  # imports torch
 
     return load_local(settings, bus.images.read)

@@ -24,6 +24,7 @@ from onstream.pipeline.records import Rollout, Sample, Ticket, Tombstone
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Delivery, Outcome
+from onstream.settings import engines
 from onstream.settings.root import Settings
 from onstream.settings.sections.run import DeliverySettings
 from onstream.workers.teacher.local_scorer import load_local
@@ -40,6 +41,7 @@ class Recorder:
     name = "recorder"
     context_tokens = 64
     vocabulary_size = 128
+    passes = 1
 
     def __init__(self) -> None:
         self.calls: list[list[ScoreRequest]] = []
@@ -113,6 +115,40 @@ def test_a_rollout_gets_the_teachers_logprobs_and_its_name() -> None:
         logprobs_array(record.samples[0].teacher_logprobs or b""), [-0.2, -0.3]
     )
     assert record.scored_by == "recorder"
+
+
+def test_a_scorer_of_several_passes_is_given_the_tokens_of_all_of_them_at_once() -> None:
+    sizes = []
+    for passes in (1, 3):
+        recorder = Recorder()
+        recorder.passes = passes
+        stage = stage_with(recorder, teacher_inference={"max_batch_tokens": 16})
+        stage.handle(delivered(*(rollout(number, group=number) for number in range(12))))
+        sizes.append(len(recorder.calls[0]))
+    assert sizes == [4, 12]
+
+
+def test_a_likely_token_that_the_student_does_not_know_is_a_dead_letter() -> None:
+    class Wider(Recorder):
+        def score(self, requests: Sequence[ScoreRequest], *, top_k: int) -> list[Scores]:
+            (scores,) = super().score(requests, top_k=top_k)
+            ids = np.array([[5], [128]], dtype=np.int32)
+            return [Scores(scores.logprobs, ids, np.full((2, 1), -1, dtype=np.float32))]
+
+    (outcome,) = stage_with(Wider()).handle(delivered(rollout(1)))
+    assert outcome.dead == "the teacher finds token 128 likely, and the student knows 0 to 127"
+
+
+def test_vllm_in_process_that_is_not_installed_is_said_with_how_to_install_it(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "vllm_importable", lambda: False)
+    settings = {
+        "model": {"name": str(model_dir)},
+        "teacher_inference": {"engine": "vllm-in-process"},
+    }
+    with pytest.raises(UserError, match=r"and vLLM is not installed here.*\.\[vllm\]"):
+        Teacher(Settings.model_validate(settings), BUS).setup()
 
 
 def test_the_local_teacher_writes_k_alternatives_and_the_tail_into_every_sample(

@@ -25,7 +25,7 @@ from onstream.workers.teacher.stage import (
 )
 
 if TYPE_CHECKING:
-    from onstream.workers.teacher.external.request_images import RequestImages
+    from onstream.workers.teacher.request_images import RequestImages
 
 SLICE_S = 0.02
 CACHED = "cache"
@@ -136,7 +136,7 @@ class ExternalTeacher:
         config, _ = load_configs(self._settings.model.name)
         if not has_vision(config):
             return None
-        from onstream.workers.teacher.external.request_images import RequestImages  # imports torch
+        from onstream.workers.teacher.request_images import RequestImages  # imports torch
 
         return RequestImages(self._settings, config, self._bus.images.read)
 
@@ -157,7 +157,7 @@ class ExternalTeacher:
             return None
         if self._images is None:
             return f"its prompt shows {len(sample.images)} images, and the student reads none"
-        return self._images.problem_with(sample)
+        return self._images.problem_with(request_of(sample))
 
     def _take(self, deliveries: Sequence[Delivery]) -> None:
         """Take rollouts in hand, with the scores that the cache has of them."""
@@ -174,8 +174,10 @@ class ExternalTeacher:
                 self._unsent.append(pending)
 
     def _pending_rollout(self, delivery: Delivery) -> PendingRollout:
-        make = request_of if self._images is None else self._images.request_of
-        return PendingRollout(delivery, [make(sample) for sample in delivery.rollout.samples])
+        requests = [request_of(sample) for sample in delivery.rollout.samples]
+        if self._images is not None:
+            requests = [self._images.with_fields(request) for request in requests]
+        return PendingRollout(delivery, requests)
 
     def _from_cache(self, requests: Sequence[ScoreRequest]) -> Sequence[Scores | None]:
         if self._cache is None and self._client.reference is not None:
@@ -204,6 +206,7 @@ class ExternalTeacher:
         """The outcomes that the replies complete, after waiting up to `wait_s` for the first."""
         outcomes = []
         scored = []
+        size = self._client.student.model.vocabulary_size
         for reply in self._client.replies(wait_s):
             pending = self._pending.get(reply.entry_id)
             if pending is None:
@@ -216,7 +219,7 @@ class ExternalTeacher:
                 outcomes.append(Outcome(pending.delivery, dead=reason))
                 continue
             pending.scored[reply.at] = scores
-            if not scores_problem(scores.answer, self._client.name):
+            if not scores_problem(scores.answer, self._client.name, size):
                 scored.append((pending.requests[reply.at], scores.answer))
         if self._cache is not None:
             self._cache.keep(scored)
@@ -234,13 +237,7 @@ class ExternalTeacher:
         size = self._client.student.model.vocabulary_size
         for at, sample in enumerate(rollout.samples):
             scores = pending.scored[at].answer
-            if scores.top_ids is not None and scores.top_ids.max() >= size:
-                reason = (
-                    f"the teacher finds token {scores.top_ids.max()} likely, "
-                    f"and the student knows 0 to {size - 1}"
-                )
-                return Outcome(pending.delivery, dead=reason)
-            if problem := scores_problem(scores, self._client.name):
+            if problem := scores_problem(scores, self._client.name, size):
                 return Outcome(pending.delivery, dead=problem)
             write_scores(sample, scores)
         endpoints = {scored.endpoint for scored in pending.scored.values()}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +9,10 @@ from typing import TYPE_CHECKING, Any
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.tokenizer import has_states
 from onstream.pipeline.models.weight_shapes import shapes_of
-from onstream.settings import engines
+from onstream.pipeline.vllm_process import prepare_process, reason_of
 from onstream.settings.devices import device_of
-from onstream.settings.engines import vllm_environment
 from onstream.settings.gpus import memory_share
-from onstream.settings.problems import SettingsError
 from onstream.settings.root import Settings
-from onstream.settings.rules.engines import vllm_missing
 from onstream.workers.generator.engines.base import UnsupportedModel
 from onstream.workers.generator.student import StudentModel
 
@@ -27,14 +22,6 @@ if TYPE_CHECKING:
     from onstream.workers.generator.engines.vllm.engine import VllmEngine
 
 EXTENSION = "onstream.workers.generator.engines.vllm.extension.Extension"
-IN_PROCESS = {
-    # a fork would copy the locks that this process's other threads hold
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-}
-# Without this the engine's process would not compute by itself.
-WITHOUT_WORKER_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-REASON_CHARACTERS = 300  # vLLM's reasons may run over a page
 
 
 def open_engine(student: StudentModel) -> VllmEngine:
@@ -73,7 +60,9 @@ def configure(settings: Settings, *, images: bool, states: bool = False) -> Vllm
         NotServed: vLLM does not take the model or an argument.
         SettingsError: vLLM is not installed.
     """
-    _prepare(settings)
+    prepare_process(
+        device_of(settings.deployment), alone=_alone(settings), setting="inference.engine"
+    )
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
@@ -86,7 +75,7 @@ def configure(settings: Settings, *, images: bool, states: bool = False) -> Vllm
         ).create_engine_config()
     except (TypeError, ValueError, NotImplementedError, OSError) as error:
         raise UnsupportedModel(
-            f"vLLM does not take {settings.model.name} with {_shown(given)}: {_reason(error)}",
+            f"vLLM does not take {settings.model.name} with {_shown(given)}: {reason_of(error)}",
             expected="a model and arguments that vLLM supports",
             next_step='Correct inference.extra_args, or set inference.engine = "transformers".',
         ) from error
@@ -145,7 +134,7 @@ def arguments(settings: Settings, *, images: bool = False, states: bool = False)
 def did_not_start(error: BaseException, settings: Settings) -> UserError:
     """The error for an engine whose processes started and then ended."""
     return UserError(
-        f"vLLM did not start with {settings.model.name}: {_reason(error)}",
+        f"vLLM did not start with {settings.model.name}: {reason_of(error)}",
         expected="an engine that loads the model and finds room for its cache",
         next_step="vLLM's own lines above say why. Where it is memory, lower "
         "inference.max_model_len or inference.max_batch, or give it more by "
@@ -175,30 +164,6 @@ def _require_computable(student: StudentModel) -> None:
 
 def _alone(settings: Settings) -> bool:
     return settings.inference.tensor_parallel_size == settings.inference.data_parallel_size == 1
-
-
-def _prepare(settings: Settings) -> None:
-    """Set the environment that vLLM reads when it is imported, and that its processes inherit.
-
-    What is set already stays.
-    """
-    if not engines.vllm_importable():
-        raise SettingsError([vllm_missing("inference.engine")])
-    device = device_of(settings.deployment)
-    variables = IN_PROCESS | vllm_environment(device)
-    if device == "cpu" and _alone(settings):
-        variables |= WITHOUT_WORKER_PROCESS
-    for name, value in variables.items():
-        os.environ.setdefault(name, value)
-    # A "" on the path means the working directory, which a spawned process may not share.
-    sys.path[:] = [entry or os.getcwd() for entry in sys.path]
-
-
-def _reason(error: BaseException) -> str:
-    words = " ".join(str(error).split()) or type(error).__name__
-    if len(words) > REASON_CHARACTERS:
-        words = words[:REASON_CHARACTERS] + "…"
-    return words
 
 
 def _shown(given: Mapping[str, Any]) -> str:

@@ -75,11 +75,6 @@ class TeacherProtocol(ABC):
         return {}
 
 
-def sent_ids(request: ScoreRequest) -> list[int]:
-    """The token ids of prompt and completion."""
-    return [*request.prompt_ids.tolist(), *request.completion_ids.tolist()]
-
-
 def decode_reply(reply: bytes, form: type[Form]) -> Form:
     """`reply` as `form`.
 

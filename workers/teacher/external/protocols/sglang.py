@@ -11,10 +11,9 @@ from onstream.workers.teacher.external.protocols.base import (
     TeacherProtocol,
     decode_reply,
     scores_of_pairs,
-    sent_ids,
     with_likeliest,
 )
-from onstream.workers.teacher.scorer import ScoreRequest, Scores
+from onstream.workers.teacher.scorer import ScoreRequest, Scores, sent_ids
 
 _Token = tuple[float | None, int, str | None]  # logprob, id, text
 

@@ -12,10 +12,9 @@ from onstream.workers.teacher.external.protocols.base import (
     TeacherProtocol,
     decode_reply,
     scores_of_pairs,
-    sent_ids,
     with_likeliest,
 )
-from onstream.workers.teacher.scorer import ScoreRequest, Scores
+from onstream.workers.teacher.scorer import ScoreRequest, Scores, sent_ids
 
 
 class _TokenEntry(msgspec.Struct):

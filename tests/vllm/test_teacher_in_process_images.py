@@ -1,0 +1,73 @@
+"""A teacher on vLLM in its worker's process, and prompts with images: it sees them all."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from onstream.pipeline.loop import Worker
+from onstream.pipeline.redis.bus import Bus
+from onstream.settings.root import Settings
+from onstream.workers.teacher.stage import Teacher
+from tests.vision.conftest import Tiny, noise
+from tests.vision.test_stages import GROUP, generate, rollouts, settings_of, shows
+from tests.vllm.reference import CLOSE_NATS
+from tests.vllm.test_images import tiny_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return tiny_of("qwen2.5-vl", tmp_path_factory.mktemp("teacher"))
+
+
+def settings_with(tiny: Tiny, directory: Path, contents: list[Any]) -> Settings:
+    """A run on a problem for each of `contents`, whose teacher is the student itself on vLLM."""
+    asked = settings_of(
+        tiny, directory, contents, trainer={"loss": {"teacher_top_k": 4}}
+    ).model_dump()
+    asked["teacher_inference"]["engine"] = "vllm-in-process"
+    return Settings.model_validate(asked)
+
+
+def score(bus: Bus, worker: Worker) -> None:
+    while bus.state.backlog()["score"]:
+        worker.turn()
+
+
+def test_every_token_is_scored_with_the_images_present(
+    bus: Bus, tiny: Tiny, tmp_path: Path
+) -> None:
+    """The teacher is the student: it must find every token exactly as likely as the student did,
+    who saw the pictures.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    pictures = [noise(1), noise(2), noise(3, 48, 32)]
+    contents = [shows(picture.data_url) for picture in pictures]
+    contents += [shows(*(one.data_url for one in pictures)), "a"]
+    settings = settings_with(tiny, tmp_path, contents)
+    generate(bus, settings, tiny, problems=len(contents))
+    worker = Worker(Teacher(settings, bus), bus, settings.delivery, block_s=0.05)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # vLLM's imports warn of what torch deprecates
+        worker.stage.setup()
+    try:
+        score(bus, worker)
+        scored = rollouts(bus, "train")
+        assert bus.state.dead_letters() == [] and len(scored) == GROUP * len(contents)
+        gaps = []
+        for rollout in scored:
+            (sample,) = rollout.samples
+            teacher = np.frombuffer(sample.teacher_logprobs or b"", "<f4")
+            gaps.append(np.abs(np.frombuffer(sample.generator_logprobs, "<f4") - teacher).max())
+            assert sample.teacher_top_ids is not None
+        print(f"the teacher and the student differ by at most {max(gaps):.1e} nats")
+        assert max(gaps) < CLOSE_NATS
+    finally:
+        worker.stage.close(finished=False)
