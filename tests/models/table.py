@@ -33,7 +33,7 @@ is refused before a run starts; it is never accepted and wrong.**
 - *trainer and teacher*: `packed` computes a group's prompt once; `padded` takes a row for each
   sequence, as right and slower.
 - *built-in generator*, and every evaluation: `inference.engine = "transformers"`. `slots` decodes
-  many completions in one forward pass; `own cache` takes one pass for each length of sequence,
+  many completions in one forward pass; `own cache` takes one more for each length of new prompts,
   as right and slower ([engines.md](engines.md#slots-or-the-models-own-cache)). Where it refuses,
   `inference.engine = "vllm"` or `"server"` writes the rollouts, if vLLM has the family; the guard
   compares what it writes with the trainer

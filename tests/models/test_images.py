@@ -32,6 +32,7 @@ from tests.models.families import SIZES, spread, tiny_config
 
 IMAGE = 90
 IMAGE_TOKENS = 4
+NAMES = ("one", "two")
 TEXT = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size")} | {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -102,7 +103,7 @@ def picture(seed: int) -> ImageFeatures:
 
 def test_the_tokens_of_an_image_see_one_another_as_in_the_models_own_code() -> None:
     model = gemma3()
-    features = {name: picture(seed) for seed, name in enumerate(("one", "two"))}
+    features = {name: picture(seed) for seed, name in enumerate(NAMES)}
     prompts, completions, images = a_batch()
     expected = [
         plain(model, *one, features) for one in zip(prompts, completions, images, strict=True)
@@ -165,7 +166,7 @@ def test_what_the_generator_writes_about_images_is_what_the_models_own_code_says
     make: Callable[[], PreTrainedModel], read: Callable[[int], ImageFeatures], words: str
 ) -> None:
     model = make()
-    features = {name: read(seed) for seed, name in enumerate(("one", "two"))}
+    features = {name: read(seed) for seed, name in enumerate(NAMES)}
     engine = TransformersEngine(copy.deepcopy(model), (IMAGE, 91, 92, 93), slots=6)
     assert engine.own_cache_because == words
     prompts, _, images = a_batch()
@@ -193,6 +194,38 @@ def test_what_the_generator_writes_about_images_is_what_the_models_own_code_says
         logprobs = plain(model, prompts[one.key], read_back, images[one.key], features)
         expected = logprobs.gather(-1, torch.from_numpy(one.token_ids).long()[:, None])[:, 0]
         assert (expected - torch.from_numpy(one.logprobs)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("make", "read"), [(gemma3, picture), (qwen3_5, patches)])
+def test_prompts_with_different_images_of_one_size_go_through_the_model_together(
+    make: Callable[[], PreTrainedModel],
+    read: Callable[[int], ImageFeatures],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make()
+    engine = TransformersEngine(model, (), slots=8)
+    shapes = []
+    forward = model.forward
+
+    def noting(**inputs: Any) -> Any:
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", noting)
+    prompts, _, images = a_batch()
+    shown = {name: PromptImage(ImageFile(name.encode()), read(at)) for at, name in enumerate(NAMES)}
+    engine.add(
+        [
+            GenerationRequest(
+                key, prompt.astype(np.int32), 3, seed=key, images=tuple(shown[one] for one in names)
+            )
+            for key, (prompt, names) in enumerate(zip(prompts, images, strict=True))
+        ]
+    )
+    while engine.active:
+        engine.step()
+    with_images, without = (2, 12 + IMAGE_TOKENS), (1, 12)
+    assert shapes == [with_images, without, (6, 1), (6, 1)]
 
 
 def test_a_model_whose_text_sees_what_follows_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "nemotron_h": {},
 }
 LENGTHS = (2, 11, 30)
+ShapesOf = Callable[[PreTrainedModel], list[tuple[int, int]]]
+"""Gives a list of the shapes [rows, tokens] of a model's forward passes from then on."""
 
 
 def requests(tokens: int = 9) -> list[GenerationRequest]:
@@ -104,22 +107,88 @@ def test_a_request_gives_the_same_completion_in_whatever_company(family: str) ->
     assert written[0] == written[1] and len(written[0]) == 12
 
 
-def test_sequences_of_one_length_go_through_the_model_together_and_equal_prompts_once(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.fixture
+def shapes_of(monkeypatch: pytest.MonkeyPatch) -> ShapesOf:
+    def watched(model: PreTrainedModel) -> list[tuple[int, int]]:
+        shapes: list[tuple[int, int]] = []
+        forward = model.forward
+
+        def noting(**inputs: Any) -> Any:
+            rows, tokens = inputs["input_ids"].shape
+            shapes.append((rows, tokens))
+            return forward(**inputs)
+
+        monkeypatch.setattr(model, "forward", noting)
+        return shapes
+
+    return watched
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_equal_prompts_go_through_the_model_once_and_all_lengths_are_decoded_together(
+    family: str, shapes_of: ShapesOf
 ) -> None:
-    model = tiny_model("lfm2")
-    engine = TransformersEngine(model, (), slots=8)
-    shapes: list[tuple[int, ...]] = []
-    forward = model.forward
-
-    def noting(**inputs: Any) -> Any:
-        shapes.append(tuple(inputs["input_ids"].shape))
-        return forward(**inputs)
-
-    monkeypatch.setattr(model, "forward", noting)
-    engine.add(requests(tokens=2))
+    model = tiny_model(family, **KINDS[family])
+    engine = TransformersEngine(model, (), slots=12)
+    shapes = shapes_of(model)
+    engine.add(requests(tokens=3))
     finish(engine)
-    assert shapes[:4] == [(1, 2), (1, 11), (4, 1), (4, 1)]
+    assert shapes == [(1, 2), (1, 11), (1, 30), (12, 1), (12, 1), (9, 1), (6, 1), (3, 1)]
+
+
+def test_where_padding_is_not_exact_only_sequences_of_one_length_are_decoded_together(
+    shapes_of: ShapesOf,
+) -> None:
+    model = tiny_model("bart")
+    engine = TransformersEngine(copy.deepcopy(model), (), slots=8)
+    shapes = shapes_of(engine._model)
+    prompts = [np.arange(3, 3 + length, dtype=np.int32) for length in (5, 6, 9)]
+    wanted = [GenerationRequest(key, one, 4, seed=key) for key, one in enumerate(prompts)]
+    engine.add(wanted[:1])
+    engine.step()
+    engine.add(wanted[1:])
+    written = finish(engine)
+    first_and_second, third = (2, 1), (1, 1)
+    assert shapes[:4] == [(1, 5), (1, 1), (1, 6), (1, 9)]
+    assert shapes[4:6] == [first_and_second, third]
+    for one in written:
+        expected = plain_logprobs(model, prompts[one.key], one.token_ids)
+        assert (expected - torch.from_numpy(one.logprobs)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((family, torch.float32) for family in KINDS), ("gemma3_text", torch.bfloat16)],
+)
+def test_a_long_request_gets_a_token_at_each_step_while_others_come_and_go_and_weights_change(
+    family: str, dtype: torch.dtype
+) -> None:
+    """Requests join at every length, and leave padding behind that is dropped with them."""
+    first = tiny_model(family, **KINDS[family]).to(dtype)
+    second = changed(first)
+    engine = TransformersEngine(copy.deepcopy(first), (), slots=4)
+    random = np.random.default_rng(1)
+    prompts = {0: np.arange(3, 8, dtype=np.int32)}
+    engine.add([GenerationRequest(0, prompts[0], 20, seed=0)])
+    done: dict[int, Completion] = {}
+    for step in range(20):
+        assert 0 not in done
+        prompts[step + 1] = random.integers(3, 90, random.integers(2, 30)).astype(np.int32)
+        tokens = int(random.integers(1, 7))
+        engine.add([GenerationRequest(step + 1, prompts[step + 1], tokens, seed=step)])
+        if step == 10:
+            engine.load(LoadedPolicy.of(1, second.state_dict()))
+        done |= {one.key: one for one in engine.step()}
+    assert done[0].version_spans == [VersionSpan(0, 0, 10), VersionSpan(1, 10, 20)]
+    done |= {one.key: one for one in finish(engine)}
+    assert len(done) == 21
+    exact = {torch.float32: 1e-4, torch.bfloat16: 0.15}[dtype]
+    for key, one in done.items():
+        for span in one.version_spans:
+            model = (first, second)[span.version]
+            expected = plain_logprobs(model, prompts[key], one.token_ids)
+            off = expected - torch.from_numpy(one.logprobs)
+            assert off[span.start : span.end].abs().max() < exact
 
 
 def test_with_keep_what_runs_goes_on_from_the_states_that_it_has() -> None:

@@ -144,8 +144,8 @@ def _decoding_warnings(settings: Settings) -> Iterator[str]:
     if kinds:
         yield (
             f"{settings.model.name} has layers of {', '.join(sorted(kinds))}: the built-in engine "
-            "decodes it through its own cache, sequences of one length at a time, which is exact "
-            'and slower; inference.engine = "vllm" is faster where vLLM has the model'
+            "decodes it through its own cache, which is exact, and slower than from slots; "
+            'inference.engine = "vllm" is faster where vLLM has the model'
         )
 
 

@@ -2,9 +2,9 @@
 
 A request waits until it gets a slot. A step starts the prompts of new slots and writes one token of
 every slot. Where its model's attention allows it, a step is one forward pass over one packed row;
-otherwise it is one for each length of sequence, from the model's own cache. New weights send all
-that runs back to the head of the queue with what was written so far; the next step computes it
-again.
+otherwise it is one from the model's own cache, and one for each length of new prompts. New weights
+send all that runs back to the head of the queue with what was written so far; the next step
+computes it again.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def open_engine(student: StudentModel) -> TransformersEngine:
     )
     if engine.own_cache_because:
         log.warning(
-            "this model is decoded through its own cache, only sequences of one length at a time: "
-            'exact, and slower; inference.engine = "vllm" is faster where vLLM has the model',
+            "this model is decoded through its own cache: exact, and slower than from slots; "
+            'inference.engine = "vllm" is faster where vLLM has the model',
             model=str(student.name),
             reason=engine.own_cache_because,
         )

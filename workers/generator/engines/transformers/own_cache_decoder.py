@@ -1,7 +1,9 @@
 """Decodes from the cache that a model's own code makes.
 
-Such a cache knows no padding and no slots, so sequences of one length share one: the rollouts of a
-prompt that started together, and others as long.
+New sequences of one length go through the model together, equal ones once. Then they join those
+that run: all sequences are decoded in one pass, the shorter ones behind padding. Where the model's
+code is not exact with padding, only those of one length are; and each batch stays by itself where
+the cache is of a kind that nothing here can join.
 """
 
 from __future__ import annotations
@@ -22,6 +24,12 @@ from onstream.pipeline.models.multimodal import (
 )
 from onstream.workers.generator.engines.transformers.decoder import image_tensors
 from onstream.workers.generator.engines.transformers.decoding_step import Integers, SequenceState
+from onstream.workers.generator.engines.transformers.joined_caches import (
+    CacheRows,
+    can_be_joined,
+    drop_padding,
+    join,
+)
 
 
 class UnsupportedCache(Exception):
@@ -29,29 +37,36 @@ class UnsupportedCache(Exception):
 
 
 @dataclass
-class EqualLengthBatch:
-    """Sequences of one length, and the model's cache of all but the last token of each."""
+class Batch:
+    """Sequences, and the model's cache of all but the last token of each."""
 
     rows: list[SequenceState]
-    cache: Any
+    cached: CacheRows
+
+    def padding(self) -> Integers:
+        """How many tokens of the cache come before each row, while its last token is not there."""
+        return np.array([self.cached.width + 1 - row.length for row in self.rows])
 
 
 class OwnCacheDecoder:
-    """Decodes from caches that the model's own code makes, one for sequences of one length.
+    """Decodes from caches that the model's own code makes.
 
     Args:
         model: whose cache can be asked to keep some of its rows.
         prefill_tokens: of new sequences in one forward pass; more only where one is longer.
+        pads: decode sequences of all lengths together, else only those of one length.
     """
 
-    def __init__(self, model: Any, prefill_tokens: int) -> None:
+    def __init__(self, model: Any, prefill_tokens: int, *, pads: bool) -> None:
         self._model = model
         self._prefill_tokens = prefill_tokens
+        self._pads = pads
         self._in_space = has_spatial_positions(model)
         self._kinds = token_kinds_argument(model)
         taken = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
-        self._batches: list[EqualLengthBatch] = []
+        self._takes_positions = "position_ids" in taken
+        self._batches: list[Batch] = []
 
     def logits(self, rows: Sequence[SequenceState]) -> Tensor:
         known = {id(row) for batch in self._batches for row in batch.rows}
@@ -61,6 +76,8 @@ class OwnCacheDecoder:
         decoded = (row for batch in self._batches for row in batch.rows)
         places = {id(row): place for place, row in enumerate(decoded)}
         order = torch.tensor([places[id(row)] for row in rows], device=self._model.device)
+        if new:
+            self._join()
         return torch.cat(found).index_select(0, order)
 
     def without(
@@ -68,25 +85,55 @@ class OwnCacheDecoder:
     ) -> list[SequenceState]:
         gone = {id(rows[place]) for place in finished}
         for batch in self._batches:
-            kept = [place for place, row in enumerate(batch.rows) if id(row) not in gone]
-            if kept and len(kept) < len(batch.rows):
-                self._keep(batch.cache, kept)
-            batch.rows = [batch.rows[place] for place in kept]
+            self._drop(batch, gone)
         self._batches = [batch for batch in self._batches if batch.rows]
         return [row for row in rows if id(row) not in gone]
 
     def forget(self) -> None:
         self._batches = []
 
-    def _next(self, batch: EqualLengthBatch) -> Tensor:
+    def _drop(self, batch: Batch, gone: Collection[int]) -> None:
+        """Take the rows whose ids are in `gone` out of `batch`, and padding that is left over."""
+        kept = [place for place, row in enumerate(batch.rows) if id(row) not in gone]
+        if not kept or len(kept) == len(batch.rows):
+            batch.rows = [batch.rows[place] for place in kept]
+            return
+        self._keep(batch.cached.cache, kept)
+        batch.rows = [batch.rows[place] for place in kept]
+        if unused := int(batch.padding().min()):
+            drop_padding(batch.cached, unused)
+
+    def _join(self) -> None:
+        """Make one batch of those that can be decoded in one pass."""
+        together: dict[Any, list[Batch]] = {}
+        for batch in self._batches:
+            key: Any = id(batch)
+            if can_be_joined(batch.cached.cache):
+                key = "any length" if self._pads else ("length", batch.cached.width)
+            together.setdefault(key, []).append(batch)
+        self._batches = [_joined(batches) for batches in together.values()]
+
+    def _next(self, batch: Batch) -> Tensor:
         """Logits [B, V] after the last token of each of the batch's rows."""
         ids = [row.token_ids[-1:] for row in batch.rows]
-        inputs: dict[str, Any] = {"past_key_values": batch.cache}
-        if self._in_space:
-            positions = [[row.length - 1 + row.shift] for row in batch.rows]
-            inputs["position_ids"] = self._tensor(np.broadcast_to(positions, (3, len(ids), 1)))
-        logits, batch.cache = self._forward(self._tensor(ids), inputs)
+        inputs = self._places(batch) | {"past_key_values": batch.cached.cache}
+        logits, cache = self._forward(self._tensor(ids), inputs)
+        batch.cached = CacheRows(cache, batch.cached.width + 1)
         return logits
+
+    def _places(self, batch: Batch) -> dict[str, Any]:
+        """Where the last tokens of the rows are, and which of the tokens before are padding."""
+        inputs: dict[str, Any] = {}
+        positions = np.array([[row.length - 1 + row.shift] for row in batch.rows])
+        padding = batch.padding()
+        if padding.any():
+            there = np.arange(batch.cached.width + 1) >= padding[:, None]
+            inputs["attention_mask"] = self._tensor(there)
+        if self._in_space:
+            inputs["position_ids"] = self._tensor(np.broadcast_to(positions, (3, len(padding), 1)))
+        elif padding.any() and self._takes_positions:
+            inputs["position_ids"] = self._tensor(positions)
+        return inputs
 
     def _start(self, rows: list[SequenceState]) -> Tensor:
         """The same for `rows` of one length, which become a batch; equal ones go in once."""
@@ -97,7 +144,7 @@ class OwnCacheDecoder:
         logits, cache = self._forward(ids, self._first_inputs(distinct, ids))
         if source != list(range(len(distinct))):
             self._keep(cache, source)
-        self._batches.append(EqualLengthBatch(rows, cache))
+        self._batches.append(Batch(rows, CacheRows(cache, rows[0].length)))
         return logits.index_select(0, self._tensor(source))
 
     def _first_inputs(self, rows: Sequence[SequenceState], ids: Tensor) -> dict[str, Any]:
@@ -126,17 +173,24 @@ class OwnCacheDecoder:
         return torch.from_numpy(np.array(values, dtype=np.int64)).to(self._model.device)
 
 
+def _joined(batches: Sequence[Batch]) -> Batch:
+    """One batch of all their rows."""
+    if len(batches) == 1:
+        return batches[0]
+    rows = [row for batch in batches for row in batch.rows]
+    return Batch(rows, join([batch.cached for batch in batches]))
+
+
 def _of_one_length(
     rows: Sequence[SequenceState], most_tokens: int
 ) -> Iterator[list[SequenceState]]:
     """`rows` in parts of one length, whose distinct sequences have `most_tokens` or are one.
 
-    Prompts with images are parts of their own: images of different sizes are no batch everywhere.
+    The images of a part are of one size: others are no batch everywhere.
     """
     kinds: dict[Any, list[SequenceState]] = {}
     for row in rows:
-        shown = row.prompt if row.request.images else None
-        kinds.setdefault((row.length, shown), []).append(row)
+        kinds.setdefault((row.length, _image_sizes(row)), []).append(row)
     for (length, _), alike in kinds.items():
         most = max(1, most_tokens // length)
         part: list[SequenceState] = []
@@ -149,6 +203,11 @@ def _of_one_length(
             part.append(row)
             distinct.add(_written(row))
         yield part
+
+
+def _image_sizes(row: SequenceState) -> tuple[torch.Size, ...]:
+    images = row.request.images
+    return tuple(tensor.shape for image in images for tensor in image.features.tensors.values())
 
 
 def _written(row: SequenceState) -> Any:
