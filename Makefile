@@ -6,9 +6,10 @@ export PYTHON
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
 FAST := tests/settings tests/deploy tests/pipeline --ignore tests/pipeline/weights tests/workers/trainer/maths \
   tests/workers/trainer/batches tests/test_layers.py tests/test_docs.py tests/test_readme.py
+TWO_AT_A_TIME := $(BIN)/python -m pytest -n 2 --dist loadfile
 TORCHVISION := torchvision==0.28.0
 
-.PHONY: help up lint test-fast test test-workers test-units test-runs test-modes test-models test-vllm test-compose chaos bench bench-vllm models models-table docs lock clean
+.PHONY: help up lint test-fast test test-runs test-modes test-models test-vllm test-compose chaos bench bench-vllm models models-table docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -20,21 +21,15 @@ up: .venv/run ## train the reverse-text example on this machine, from set-up to 
 lint: .venv/dev ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-test-fast: .venv/dev ## units that load no model, for the inner loop: about a minute
-	@$(BIN)/python -m pytest -m "not slow" $(FAST)
+test-fast: .venv/dev ## units that load no model, for the inner loop: under a minute
+	@$(TWO_AT_A_TIME) -m "not slow" $(FAST)
 
-test: .venv/vision ## all tests but those of the targets below, on a real Redis of their own, two at a time
-	@$(MAKE) --no-print-directory -j2 test-workers test-units test-runs
+test: .venv/vision ## units and single workers, on a real Redis of their own
+	@$(TWO_AT_A_TIME) tests/settings tests/deploy tests/pipeline tests/workers tests/test_*.py
+	@PYTHONPATH=$(CURDIR)/tests/vision/site:$(CURDIR)/.venv/torchvision $(TWO_AT_A_TIME) tests/vision
 
-test-workers: .venv/dev
-	@$(BIN)/python -m pytest tests/workers
-
-test-units: .venv/dev
-	@$(BIN)/python -m pytest tests/settings tests/deploy tests/pipeline
-
-test-runs: .venv/vision
-	@$(BIN)/python -m pytest tests/test_*.py
-	@PYTHONPATH=$(CURDIR)/tests/vision/site:$(CURDIR)/.venv/torchvision $(BIN)/python -m pytest tests/vision
+test-runs: .venv/dev ## whole runs of `onstream up`: kills, more steps, other directories, and each example of EXTENDING.md
+	@$(TWO_AT_A_TIME) tests/runs
 
 test-modes: .venv/dev .venv-vllm/ready ## whole runs of the modes that docs/modes.md describes, and one whose processes are killed, on this machine's CPU
 	@$(BIN)/python -m pytest tests/modes tests/chaos

@@ -16,7 +16,6 @@ from tests.models.families import tiny_model
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(120),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),  # gpt_bigcode
 ]
 

@@ -33,7 +33,7 @@ from tests.forkserver import context
 from tests.tiny import write_tiny
 from tests.workers.trainer.driver import rollout
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.slow
 
 STEPS = 3
 BATCH = 4

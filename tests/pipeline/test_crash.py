@@ -128,7 +128,6 @@ def kill_server(server: EmbeddedRedis) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60)
 def test_kills_of_workers_and_server_lose_nothing_and_double_nothing(
     server: EmbeddedRedis, crew: Crew, tmp_path: Path, run_name: str
 ) -> None:

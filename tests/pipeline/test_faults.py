@@ -23,7 +23,7 @@ from tests.fault_workers import work
 from tests.forkserver import context
 from tests.pipeline.stages import ticket
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.slow
 
 NUMBERS = list(range(1, 13))
 VICTIM = "victim"

@@ -29,8 +29,6 @@ from onstream.pipeline.records import (
 )
 from onstream.pipeline.redis.streams import HOP_BYTES, HOP_RECORDS, Move, Out, hop_batches
 
-pytestmark = pytest.mark.timeout(40)
-
 names = st.sampled_from(["generate", "verify", "score", "train"])
 routes = st.sampled_from(
     [["train"], ["score", "train"], ["verify", "train"], ["verify", "score", "train"]]

@@ -11,7 +11,6 @@ from collections import Counter
 from pathlib import Path
 from typing import ClassVar
 
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -222,7 +221,6 @@ class Streams(RuleBasedStateMachine):
         )
 
 
-@pytest.mark.timeout(60)
 def test_in_any_order_of_deliveries_deaths_and_drops_every_number_is_in_one_place(
     redis_url: str,
 ) -> None:

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from onstream.pipeline.loop import Worker
 from onstream.pipeline.record_codec import decode_work
 from onstream.pipeline.records import Rollout
@@ -15,8 +13,6 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.workers.teacher.stage import Teacher
 from tests.vision.conftest import Tiny, noise
 from tests.vision.test_stages import generate, settings_of, shows
-
-pytestmark = pytest.mark.timeout(60)
 
 GROUP = 16
 NAMED_BYTES = 300

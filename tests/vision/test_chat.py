@@ -40,8 +40,6 @@ OF_PARTS = (
     "add_generation_prompt }}"
 )
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture
 def endpoint() -> Iterator[FaultyServer]:

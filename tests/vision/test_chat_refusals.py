@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from onstream.pipeline.images import ImageFile
 from onstream.pipeline.loop import Worker
 from onstream.pipeline.record_codec import ids_array
@@ -21,8 +19,6 @@ from onstream.workers.tiny_models.character_tokenizer import CONTEXT_TOKENS, IMA
 from tests.faulty_server import Answer, Body, serving
 from tests.vision.conftest import Tiny, noise
 from tests.vision.test_stages import GROUP, rollouts, settings_of, shows
-
-pytestmark = pytest.mark.timeout(60)
 
 
 def reply(text: str) -> Callable[[Body], Answer]:

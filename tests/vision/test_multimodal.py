@@ -91,7 +91,6 @@ def inputs_of(
     return tiny.own_inputs(row, [tiny.vision.features(case.pictures[name]) for name in names])
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("max_tokens", [4096, 24])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared prompts", "padded rows"])
 def test_a_batch_with_images_gives_the_models_own_logprobs(
@@ -199,7 +198,6 @@ def a_sample(prompt: Ids, completion: Ids, images: tuple[str, ...]) -> TrainSamp
     )
 
 
-@pytest.mark.timeout(60)
 def test_a_steps_gradient_over_images_is_that_of_single_sequences(tiny: Tiny) -> None:
     """That of the vision tower too; the reference is the model's own forward."""
     settings = TrainerSettings(loss=SftLoss(), microbatch=60, train_vision=True)
@@ -221,7 +219,6 @@ def test_a_steps_gradient_over_images_is_that_of_single_sequences(tiny: Tiny) ->
     assert gap <= 1e-5
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("train_vision", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_lowers_the_loss_and_moves_the_vision_tower_only_where_asked(

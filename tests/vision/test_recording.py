@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from onstream.pipeline.images.feature_cache import FetchImages
 from onstream.pipeline.record_codec import ids_bytes, logprobs_bytes, mask_bytes
 from onstream.pipeline.records import Rollout, Sample
@@ -21,7 +19,6 @@ from onstream.workers.trainer.durability.recording import Recording
 from onstream.workers.trainer.training import Training, learner_at
 from tests.vision.conftest import Tiny, noise
 
-pytestmark = pytest.mark.timeout(60)
 BATCH = 4
 
 

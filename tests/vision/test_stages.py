@@ -28,8 +28,6 @@ from tests.vision.conftest import Tiny, noise, of
 GROUP = 4
 ROUTE: list[StageName] = ["score", "train"]
 
-pytestmark = pytest.mark.timeout(60)
-
 
 def shows(*urls: str) -> list[dict[str, Any]]:
     return [

@@ -26,7 +26,7 @@ from onstream.workers.trainer.learner import Learner
 from onstream.workers.trainer.publication.policy_probe import prober
 from tests.vllm.conftest import on_vllm
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.slow
 STEP = 1e-3  # the learning rate of the example
 
 

@@ -24,8 +24,6 @@ PICTURES = {picture.digest: picture for picture in map(noise, range(40))}
 NAMES = list(PICTURES)
 ROOM = 1 << 30
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture(scope="module")
 def vision() -> Vision:

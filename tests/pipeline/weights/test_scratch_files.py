@@ -9,8 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[3]
 
 OWNER = """
@@ -51,7 +49,6 @@ def end(process: subprocess.Popen[str]) -> None:
     process.stdout.close()
 
 
-@pytest.mark.timeout(120)
 def test_a_killed_process_leaves_its_files_to_the_next_one_which_spares_those_of_the_living(
     tmp_path: Path,
 ) -> None:

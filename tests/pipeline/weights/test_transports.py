@@ -231,7 +231,6 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.timeout(120)
 def test_readers_that_are_killed_leave_nothing_wrong_and_their_successors_load_the_newest(
     transport: Transport, redis_url: str
 ) -> None:

@@ -126,7 +126,6 @@ def test_a_model_with_windows_answers_from_its_own_cache_whatever_engine_the_run
     assert (result["exact"], result["samples"], result["unscored"]) == (1.0, 6, 0)
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize(("model", "exact"), [("teacher", range(30, 33)), ("student", range(5))])
 def test_with_the_images_swapped_a_model_that_looks_is_wrong_and_one_that_guesses_is_as_it_was(
     model: str, exact: range

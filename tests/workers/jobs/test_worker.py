@@ -31,7 +31,6 @@ from onstream.pipeline.weights.directory_store import pinned
 from onstream.settings.root import Settings
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 
-pytestmark = pytest.mark.timeout(40)
 Start = Callable[..., subprocess.Popen[bytes]]
 
 

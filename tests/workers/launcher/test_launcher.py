@@ -31,8 +31,6 @@ from onstream.workers.launcher.environment import default_threads, environment
 from tests.workers.launcher.stand_in import take_lease
 from tests.workers.launcher.test_preflight import make_model
 
-pytestmark = pytest.mark.timeout(30)
-
 
 class Run:
     """A run in `tmp_path`: the command's arguments, what it printed, and its files."""

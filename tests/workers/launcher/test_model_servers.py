@@ -29,7 +29,6 @@ from onstream.workers.launcher.model_servers import (
 from onstream.workers.launcher.vllm_server_process import HOST, ModelServer
 from tests.workers.launcher.test_launcher import Run
 
-pytestmark = pytest.mark.timeout(30)
 SERVED = (
     "teacher_inference.engine=vllm",
     "deployment.num_teacher_gpus=2",

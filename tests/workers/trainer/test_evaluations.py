@@ -132,7 +132,6 @@ def test_without_an_interval_nothing_is_asked_for_and_the_metrics_are_as_ever(
     assert "eval_version" not in started.rows()[0]
 
 
-@pytest.mark.timeout(60)
 def test_a_jobs_worker_evaluates_what_was_asked_for_and_lets_go_of_it(
     start: Callable[..., Run], jobs: JobQueue, redis_url: str
 ) -> None:

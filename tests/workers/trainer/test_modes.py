@@ -8,13 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pytest
 
 from onstream.pipeline.record_codec import logprobs_bytes
 from onstream.pipeline.records import Rollout, Ticket
 from tests.workers.trainer.driver import Run, rollout
-
-pytestmark = pytest.mark.timeout(30)
 
 TEACHER: dict[str, Any] = {
     "teacher_inference__model__name": "big",

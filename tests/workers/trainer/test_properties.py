@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,8 +23,6 @@ from onstream.workers.trainer.durability.checkpoint import TrainerState
 from onstream.workers.trainer.tickets import TicketPlanner
 from onstream.workers.trainer.training import Training
 from tests.workers.trainer.records import rollout, tombstone
-
-pytestmark = pytest.mark.timeout(40)
 
 GROUP = 2
 BATCH = 4

@@ -5,8 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
-
 IMPORT = """
 import sys
 before = set(sys.modules)
@@ -58,7 +56,6 @@ def test_batches_need_the_records_and_no_tensors() -> None:
     assert settings <= {"onstream.settings.stages", "onstream.settings.decoding"}
 
 
-@pytest.mark.timeout(30)
 def test_the_formulas_need_torch_and_nothing_of_ours() -> None:
     module = "onstream.workers.trainer.maths.loss"
     names = imported_by(module)

@@ -34,7 +34,6 @@ from tests.workers.verifier.own_modules import (
 )
 from tests.workers.verifier.test_stage import MISBEHAVING, rollout
 
-pytestmark = pytest.mark.timeout(60)
 RUN_JOBS = """
 import sys
 from onstream.pipeline.redis.bus import connect

@@ -342,7 +342,6 @@ def encode_sample(sample: object) -> tuple[object, ...]:
     )
 
 
-@pytest.mark.timeout(30)
 def test_under_the_loop_a_server_that_is_killed_in_the_middle_costs_nothing(
     servers: Servers, configure: Configure, stages: Stages, bus: Bus
 ) -> None:

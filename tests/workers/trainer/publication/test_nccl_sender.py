@@ -20,7 +20,6 @@ from onstream.workers.trainer.publication.nccl_sender import NcclTransfer, Redis
 from tests.forkserver import context
 from tests.workers.trainer.receivers import SaysSo, start
 
-pytestmark = pytest.mark.timeout(150)
 PATIENCE_S = 4.0
 INFO = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "packed": True}
 

@@ -24,7 +24,7 @@ import pytest
 
 from tests.redis_servers import free_port
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "EXTENDING.md").read_text()
 OURS = ("onstream", "settings", "pipeline", "workers")
 PORT = "8123"  # on the page; the test takes a free one

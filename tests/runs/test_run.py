@@ -17,7 +17,7 @@ import pytest
 
 from tests.processes import worker
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = 30
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RUNS = int(os.environ.get("EXTENDED_RUNS", "1"))
 EXTENSIONS = int(os.environ.get("EXTENSIONS", "1"))
 STEPS = 2
