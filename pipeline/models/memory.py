@@ -106,8 +106,9 @@ class TrainerMemory:
     optimizer: int
     activations: int
     head: int
+    host_optimizer: int
+    """In the host's memory, as is what follows."""
     published: int
-    """In the host's memory."""
 
     @property
     def device(self) -> int:
@@ -139,13 +140,16 @@ def trainer_memory(
     weights = total * FLOAT32
     if trainer.lora:
         weights = total * (BFLOAT16 if half else FLOAT32) + trained * FLOAT32
+    moments = 2 * trained * FLOAT32
+    on_host = trainer.optim.states == "host"
     return TrainerMemory(
         weights=weights,
         gradients=trained * FLOAT32,
-        optimizer=2 * trained * FLOAT32,
+        optimizer=0 if on_host else moments,
         activations=row_tokens * token_bytes(shape, trainer, half=half, recompute=recompute)
         + _cast_bytes(shape, trainer, half=half, recompute=recompute),
         head=_head_bytes(shape, trainer, half=half),
+        host_optimizer=moments if on_host else 0,
         published=total * (BFLOAT16 if half else FLOAT32),
     )
 

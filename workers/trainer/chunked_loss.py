@@ -98,11 +98,11 @@ class _ChunkedLoss(torch.autograd.Function):
             total += loss
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
-            grad_logits = grad_logits.to(hidden.dtype)
-            torch.mm(grad_logits, compute_weight, out=grad_hidden[at])
+            rounded = grad_logits.to(hidden.dtype)
+            torch.mm(rounded, compute_weight, out=grad_hidden[at])
             if grad_weight is not None:
-                _add_product(grad_weight, grad_logits.t(), hidden[at])
-            del grad_logits
+                _add_weight_gradient(grad_weight, grad_logits, rounded, hidden[at])
+            del grad_logits, rounded
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total
 
@@ -184,12 +184,18 @@ class _Chunk:
         return gradient.scatter_add_(1, self._targets.ids[:, None], by_sampled[:, None])
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right; without a temporary of its size where the precisions allow."""
-    if total.dtype == right.dtype:
-        total.addmm_(left, right)
+def _add_weight_gradient(
+    total: Tensor, grad_logits: Tensor, rounded: Tensor, hidden: Tensor
+) -> None:
+    """total [V, H] += grad_logits [n, V]ᵀ @ hidden [n, H], summed in float32.
+
+    `rounded` is `grad_logits` in the precision of `hidden`. A product that came out in bfloat16
+    would lose bits with each chunk. The branch for CUDA never ran on a GPU.
+    """
+    if hidden.is_cuda and hidden.dtype != total.dtype:
+        total += torch.mm(rounded.t(), hidden, out_dtype=total.dtype)
     else:
-        total += left @ right
+        total.addmm_(grad_logits.to(total.dtype).t(), hidden.to(total.dtype))
 
 
 def _pick(logits: Tensor, ids: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ from onstream.workers.trainer.losses.row_loss import (
     mismatch_metrics,
 )
 from onstream.workers.trainer.maths.scalars import learning_rate
+from onstream.workers.trainer.optimizer import new_optimizer
 
 __all__ = ["Learner", "TrainSample"]
 
@@ -137,18 +138,8 @@ class Learner:
         context: int | None = getattr(text_config(self.model), "max_position_embeddings", None)
         self.context_tokens = context
         self.steps = 0
-        self._optimizer = self._new_optimizer()
-
-    def _new_optimizer(self) -> torch.optim.AdamW:
-        optim = self.trainer.optim
-        return torch.optim.AdamW(
-            [weight for weight in self.model.parameters() if weight.requires_grad],
-            lr=optim.lr,
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self._optimizer = new_optimizer(trained, trainer.optim)
 
     def check(self, sample: TrainSample) -> None:
         """Make sure that a step can train on `sample`; `step` does so before it changes anything.

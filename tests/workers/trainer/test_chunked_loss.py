@@ -180,6 +180,28 @@ def test_the_logprobs_are_handed_over_once_a_chunk_and_in_order() -> None:
     assert seen == [(0, 4), (4, 8), (8, 10)]
 
 
+@pytest.mark.parametrize("chunk", [1, 5, TOKENS])
+def test_the_heads_gradient_is_summed_in_float32_where_hidden_states_are_bfloat16(
+    chunk: int, draw: torch.Generator
+) -> None:
+    hidden = torch.randn(TOKENS, HIDDEN, generator=draw).bfloat16().requires_grad_()
+    head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
+    targets = TargetTokens(torch.randint(0, VOCABULARY, (TOKENS,), generator=draw))
+    loss = some_loss(torch.randn(TOKENS, generator=draw))
+    logits = output_head(head).logits(hidden).detach().requires_grad_()
+    (by_logits,) = torch.autograd.grad(
+        loss(slice(None), logprobs_of(logits, targets)).sum(), [logits]
+    )
+    expected = by_logits.double().t() @ hidden.detach().double()
+
+    chunked_loss(hidden, output_head(head), targets, loss, chunk=chunk).backward()
+
+    assert head.weight.grad is not None
+    gap = float((head.weight.grad - expected).norm() / expected.norm())
+    print(f"chunks of {chunk}: {gap:.1e}")
+    assert gap < 1e-6
+
+
 def test_memory_grows_with_the_chunk_and_not_with_the_tokens() -> None:
     head = nn.Linear(8, 3000, bias=False)
     for tokens in (64, 512):
