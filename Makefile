@@ -47,11 +47,11 @@ test-compose: .venv/dev ## the images, and runs in containers, on a Docker engin
 	@$(BIN)/python -m pytest tests/compose
 
 bench: .venv/dev ## every benchmark, each beside what it compares with
-	@for file in $(filter-out vllm_%,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
+	@for file in $(filter-out vllm_% teacher_paths,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
 	  echo "== $$file"; $(BIN)/python -m benchmarks.$$file || exit 1; done
 
-bench-vllm: .venv-vllm/ready ## vLLM beside the built-in engine: rollouts, scores, updates, and sizes
-	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_engine --sweep && OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_update
+bench-vllm: .venv-vllm/ready ## vLLM beside the built-in engine: rollouts, scores, a teacher in process and over HTTP, updates, and sizes
+	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_engine --sweep && OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.teacher_paths && OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_update
 
 models: .venv/run ## make the shipped teachers and students again
 	@for task in reverse-text colour-words; do $(BIN)/onstream models make $$task --out examples/$$task || exit 1; done
