@@ -117,6 +117,15 @@ class PromptBuilder:
         }
         return Prompt(expanded, images, with_urls(messages, references))
 
+    def image_marks(self, file: ImageFile) -> list[int]:
+        """The tokens by which a prompt shows `file`, as far as texts have none of them.
+
+        Empty for a student that reads no images.
+        """
+        if self._vision is None:
+            return []
+        return self._vision.marks(self._processed(file).features.token_ids)
+
     def _process(self, file: ImageFile) -> PromptImage:
         assert self._vision is not None
         return PromptImage(file, self._vision.features(file))

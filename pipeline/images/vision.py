@@ -88,7 +88,7 @@ class Vision:
         expected = np.empty(0, dtype=np.int32)
         if images:
             expected = np.concatenate([image.token_ids for image in images])
-        marks = self._marks(expected)
+        marks = self.marks(expected)
         found = ids[np.isin(ids, marks)]
         expected = expected[np.isin(expected, marks)]
         if np.array_equal(found, expected):
@@ -98,8 +98,8 @@ class Vision:
             f"the {len(images)} that its prompt shows"
         )
 
-    def _marks(self, ids: Ids) -> list[int]:
-        """The tokens among `ids` that stand for images alone, and the placeholder.
+    def marks(self, ids: Ids) -> list[int]:
+        """The tokens among `ids`, those of images, that texts have not; and the placeholder.
 
         Gemma's processor also writes empty lines around an image, which texts have too.
         """

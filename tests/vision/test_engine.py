@@ -14,8 +14,10 @@ from onstream.pipeline.images import PromptImage
 from onstream.pipeline.models.end_tokens import stop_ids
 from onstream.pipeline.models.loading import load_model
 from onstream.pipeline.weights import LoadedPolicy
+from onstream.settings.root import Settings
 from onstream.workers.generator.engines.base import Completion, GenerationRequest
 from onstream.workers.generator.engines.transformers.engine import TransformersEngine
+from onstream.workers.generator.student import load_student_model
 from onstream.workers.tiny_models.vlm_families import VlmFamily
 from tests.vision.conftest import Tiny, noise
 
@@ -94,6 +96,18 @@ def test_every_logprob_is_that_of_a_plain_forward_pass(tiny: Tiny, slots: int) -
 def test_a_completion_ends_where_the_student_writes_a_placeholder(tiny: Tiny) -> None:
     stops = stop_ids(tiny.vision.tokenizer, tiny.model.config, tiny.model.generation_config)
     assert tiny.model.config.image_token_id in stops
+
+
+def test_a_completion_ends_with_any_token_after_which_its_images_would_not_fit(tiny: Tiny) -> None:
+    settings = Settings.model_validate({"model": {"name": str(tiny.directory)}})
+    student = load_student_model(tiny.directory, settings)
+    image = tiny.vision.features(noise(1))
+    refused = {
+        token
+        for token in range(len(tiny.vision.tokenizer))
+        if tiny.vision.misplaced(np.append(image.token_ids, token), [image])
+    }
+    assert refused and refused <= student.stop_ids
 
 
 def test_new_weights_in_the_middle_see_the_images_too(tiny: Tiny) -> None:

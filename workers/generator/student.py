@@ -64,13 +64,18 @@ class StudentModel:
 
     @cached_property
     def stop_ids(self) -> set[int]:
-        """Every token that ends a turn."""
-        return stop_ids(
+        """Every token that ends a turn.
+
+        One that marks an image does: there is no image to go on with. Being the last, it is scored
+        and trained on as any other, and no model reads it.
+        """
+        ends = stop_ids(
             self.tokenizer,
             self.config,
             self.generation_config,
             self.settings.model.end_tokens,
         )
+        return ends | set(self.prompts.image_marks(grey_image(*TEST_IMAGE)))
 
     def prompt(self, messages: list[Message]) -> Prompt:
         """The conversation through the chat template, up to where the answer begins.
