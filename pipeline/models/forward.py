@@ -151,10 +151,9 @@ class TopLogprobs:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """The logprobs and entropies of N positions. Float32, nats."""
+    """The logprobs of N positions. Float32, nats."""
 
     sampled: Tensor  # [N], logprobs of the targets
-    entropy: Tensor  # [N]
     top: TopLogprobs | None  # with top_k > 0
 
 
@@ -345,22 +344,21 @@ def token_logprobs(
         )
     chunks = zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
     parts = [_chunk_logprobs(*part, head, temperature, top_k) for part in chunks]
-    sampled, entropy, *top = (torch.cat(column) for column in zip(*parts, strict=True))
-    return TokenLogprobs(sampled, entropy, TopLogprobs(*top) if top else None)
+    sampled, *top = (torch.cat(column) for column in zip(*parts, strict=True))
+    return TokenLogprobs(sampled, TopLogprobs(*top) if top else None)
 
 
 def _chunk_logprobs(
     hidden: Tensor, targets: Tensor, head: OutputHead, temperature: float, top_k: int
 ) -> tuple[Tensor, ...]:
-    """Sampled [n] and entropy [n]; with `top_k` also ids [n, k], logprobs [n, k] and tail [n]."""
+    """Sampled [n]; with `top_k` also ids [n, k], logprobs [n, k] and tail [n]."""
     logits = head.logits(hidden)
     if temperature != 1.0:
         logits /= temperature
     normaliser = logits.logsumexp(-1)
     sampled = logits.gather(1, targets[:, None])[:, 0] - normaliser
-    entropy = entropy_of(logits.softmax(-1), logits, normaliser)
     if not top_k:
-        return sampled, entropy
+        return (sampled,)
     top = logits.topk(top_k, dim=-1)
     tail = logits.scatter_(1, top.indices, float("-inf")).logsumexp(-1) - normaliser
-    return sampled, entropy, top.indices, top.values - normaliser[:, None], tail
+    return sampled, top.indices, top.values - normaliser[:, None], tail

@@ -9,10 +9,12 @@ import sys
 import pytest
 
 from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.models import loading
 from onstream.pipeline.redis.bus import Bus
 from onstream.settings.load import load_settings
 from onstream.settings.plan import make_plan
 from onstream.settings.root import Settings
+from onstream.workers import runner
 from onstream.workers.runner import class_path, run_kind
 
 
@@ -196,3 +198,19 @@ def test_an_optional_worker_that_the_run_has_no_place_for_leaves_and_is_not_wait
     write_plan(bus, settings)
     assert run_kind("teacher", settings, optional=True) == Exit.OK
     assert bus.state.last_heartbeats(60) == []
+
+
+@pytest.mark.parametrize(("engine", "limits"), [("transformers", [0.3]), ("vllm-in-process", [])])
+def test_a_teacher_keeps_to_its_share_of_a_gpu_unless_vllm_is_told_it(
+    monkeypatch: pytest.MonkeyPatch, engine: str, limits: list[float]
+) -> None:
+    given: list[float] = []
+    monkeypatch.setattr(loading, "limit_gpu_memory", given.append)
+    overrides = [
+        "deployment.device=cuda",
+        "deployment.share_gpus=true",
+        "deployment.gpu_memory_shares.teacher=0.3",
+        f"teacher_inference.engine={engine}",
+    ]
+    runner._limit_gpu_memory("teacher", load_settings(overrides=overrides, environ={}))
+    assert given == limits

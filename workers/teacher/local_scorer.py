@@ -1,4 +1,7 @@
-"""The teacher in this process: a transformers model over packed batches with shared prompts."""
+"""Never run on a GPU. The teacher in this process: a transformers model over packed batches.
+
+Siblings share the computation of their prompt.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +36,17 @@ from onstream.settings.root import Settings
 from onstream.workers.teacher.compatibility import check_compatible, load_student, load_teacher
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
 
+PASSES_ON_CUDA = 4
 CHECKED_SIZES = ((32, 32), (448, 336), (300, 900))
 """Width and height, in pixels, of the images that the processors are compared on."""
 
 
 class LocalScorer:
     """Scores samples with `model`.
+
+    Logits, the k likeliest tokens and the tail stay on the model's device; only the results leave
+    it, in the form of records. On CUDA a call takes several forward passes, which are all begun
+    before the results of the first are waited for.
 
     Args:
         vocabulary_size: how many entries of the model's output count. Models of one family pad
@@ -47,8 +55,6 @@ class LocalScorer:
         head_chunk: positions whose logits over the whole vocabulary exist at once.
         features: the images of prompts, as this model reads them; None for one that reads none.
     """
-
-    passes = 1
 
     def __init__(
         self,
@@ -64,6 +70,7 @@ class LocalScorer:
         self.name = name
         self.context_tokens = context_tokens
         self.vocabulary_size = vocabulary_size
+        self.passes = PASSES_ON_CUDA if model.device.type == "cuda" else 1
         self._model = model
         self._head = _first_rows(head_of(model), vocabulary_size)
         self._max_batch_tokens = max_batch_tokens
@@ -100,21 +107,18 @@ class LocalScorer:
         groups = share_prompts(prompts, completions, [request.images for request in requests])
         shown = {digest for request in requests for digest in request.images}
         features = self._features.get(shown) if self._features and shown else NO_IMAGES
+        rows = pack(groups, self._max_batch_tokens)
+        begun = [self._score_row(packed, features, top_k) for packed in rows]
         scores: dict[int, Scores] = {}
-        for packed in pack(groups, self._max_batch_tokens):
-            scores.update(
-                zip(packed.sequences, self._score_row(packed, features, top_k), strict=True)
-            )
+        for packed, scored in zip(rows, begun, strict=True):
+            scores.update(zip(packed.sequences, _split(scored, packed.lengths), strict=True))
         return [scores[index] for index in range(len(requests))]
 
-    def _score_row(self, packed: SharedPrefixRow, features: Features, top_k: int) -> list[Scores]:
+    def _score_row(self, packed: SharedPrefixRow, features: Features, top_k: int) -> TokenLogprobs:
         hidden = hidden_states(self._model, packed, features)
         targets = torch.from_numpy(packed.targets).to(hidden.device)
         k = min(top_k, self.vocabulary_size - 1)  # the tail is never empty
-        return _split(
-            token_logprobs(hidden, self._head, targets, top_k=k, chunk=self._head_chunk),
-            packed.lengths,
-        )
+        return token_logprobs(hidden, self._head, targets, top_k=k, chunk=self._head_chunk)
 
 
 def blind(request: ScoreRequest, teacher: str) -> str | None:
@@ -132,16 +136,16 @@ def _split(scored: TokenLogprobs, lengths: Sequence[int]) -> list[Scores]:
     """
     ends = np.cumsum(lengths)[:-1]
 
-    def pieces(field: Tensor, dtype: type[np.generic]) -> list[npt.NDArray[Any]]:
-        return np.split(field.cpu().numpy().astype(dtype, copy=False), ends)
+    def pieces(field: Tensor, dtype: torch.dtype) -> list[npt.NDArray[Any]]:
+        return np.split(field.to(dtype).cpu().numpy(), ends)
 
-    logprobs = pieces(scored.sampled, np.float32)
+    logprobs = pieces(scored.sampled, torch.float32)
     if scored.top is None:
         return [Scores(own) for own in logprobs]
     top = (
-        pieces(scored.top.ids, np.int32),
-        pieces(scored.top.logprobs, np.float32),
-        pieces(scored.top.tail, np.float32),
+        pieces(scored.top.ids, torch.int32),
+        pieces(scored.top.logprobs, torch.float32),
+        pieces(scored.top.tail, torch.float32),
     )
     return [Scores(*fields) for fields in zip(logprobs, *top, strict=True)]
 

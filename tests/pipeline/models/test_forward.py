@@ -14,6 +14,7 @@ from onstream.pipeline.models import packing
 from onstream.pipeline.models.forward import (
     SHARED_PREFIX,
     OutputHead,
+    entropy_of,
     head_of,
     hidden_states,
     token_logprobs,
@@ -116,7 +117,9 @@ def test_chunked_logprobs_and_their_tail_equal_the_naive_ones() -> None:
     top = logprobs.topk(4)
     assert found.top is not None
     torch.testing.assert_close(found.sampled, logprobs.gather(1, targets[:, None])[:, 0])
-    torch.testing.assert_close(found.entropy, -(logprobs.exp() * logprobs).sum(-1))
+    scaled = head(hidden).detach() / 0.7
+    entropy = entropy_of(logprobs.exp(), scaled, scaled.logsumexp(-1))
+    torch.testing.assert_close(entropy, -(logprobs.exp() * logprobs).sum(-1))
     torch.testing.assert_close(found.top.logprobs, top.values)
     assert torch.equal(found.top.ids, top.indices)
     torch.testing.assert_close(

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from onstream.pipeline.models.forward import OutputHead
 from onstream.settings.root import Settings
+from onstream.workers.teacher import local_scorer
 from onstream.workers.teacher.local_scorer import LocalScorer, load_local
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
 
@@ -132,3 +133,33 @@ def test_no_more_positions_than_a_chunk_have_logits_at_once(
     scorer.score(requests, top_k=4)
     assert max(seen) == 8
     assert sum(seen) == sum(len(request.completion_ids) for request in requests)
+
+
+def test_every_pass_is_begun_before_the_results_of_one_are_read(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the next pass is packed while the last one is computed."""
+    order: list[str] = []
+
+    def noted(name: str) -> None:
+        original = getattr(local_scorer, name)
+
+        def call(*given: object, **named: object) -> object:
+            order.append(name)
+            return original(*given, **named)
+
+        monkeypatch.setattr(local_scorer, name, call)
+
+    scorer = scorer_of(model_dir, max_batch_tokens=48)
+    noted("token_logprobs")
+    noted("_split")
+    scorer.score(some_requests(), top_k=4)
+    passes = len(order) // 2
+    assert passes > 2 and order == ["token_logprobs"] * passes + ["_split"] * passes
+
+
+def test_results_leave_the_device_in_the_form_of_records(model_dir: Path) -> None:
+    for scores in scorer_of(model_dir).score(some_requests(), top_k=4):
+        assert scores.top_ids is not None and scores.top_ids.dtype == np.int32
+        for field in (scores.logprobs, scores.top_logprobs, scores.tail_logprobs):
+            assert field is not None and field.dtype == np.float32

@@ -1,4 +1,4 @@
-"""The teacher over vLLM in this process: the arrays of its processes become the scores."""
+"""Never run on a GPU. The teacher over vLLM in this process: arrays of its engine become scores."""
 
 from __future__ import annotations
 

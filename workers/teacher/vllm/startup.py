@@ -1,4 +1,4 @@
-"""How vLLM is started inside a `teacher` worker: its arguments and start-up errors."""
+"""Never run on a GPU. How vLLM is started in a `teacher` worker: its arguments, start-up errors."""
 
 from __future__ import annotations
 
