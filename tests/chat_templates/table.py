@@ -16,7 +16,9 @@ answer with the templates of these families. Written by `python -m tests.chat_te
 expectations that were read through, token by token, and that the tests compare with what is
 trained: [tests/chat_templates](../tests/chat_templates/README.md) has them, and where the templates
 are from. In each family an answer, with and without a system message, cut off, and in several
-turns, is trained on exactly, and its prompt has the tokens that the student gets.
+turns, is trained on exactly, and its prompt has the tokens that the student gets. For fourteen of
+them what is trained of several turns, tool calls and reasoning was also worked out by hand, from
+the text of the template alone (`tests/chat_templates/by_hand.py`), and is the same.
 
 - **prompt ends in**: the end of what the student reads; `⏎` is a newline. Everything behind it is
   trained, up to the end of the turn.
