@@ -137,8 +137,11 @@ class Heartbeat(threading.Thread):
             self._bus.connection.unblock()
 
     def _exit_if_stuck(self, now: float) -> None:
-        since = self._loop.slice_since
-        if since is not None and now - since > self._delivery.max_handle:
+        slice_since = self._loop.slice_since
+        if slice_since is None:
+            return
+        since = max(slice_since, self._loop.stats.phase_since)
+        if now - since > self._delivery.max_handle:
             log.critical(
                 "the worker is stuck and ends; its records go to another one",
                 seconds=round(now - since, 1),

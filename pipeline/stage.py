@@ -110,6 +110,12 @@ class Stats:
     dead: int = 0
     detail: str = ""
     numbers: Mapping[str, float] = field(default_factory=dict)
+    phase_since: float = float("-inf")
+    """When the newest phase of a slice began, monotonic: each may take `delivery.max_handle`."""
+
+    def begin_phase(self) -> None:
+        """Say that another phase of the slice begins: a step, a publication, a checkpoint."""
+        self.phase_since = time.monotonic()
 
     def set(self, **numbers: float) -> None:
         """Set some of the numbers."""

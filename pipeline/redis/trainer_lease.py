@@ -306,7 +306,8 @@ class TrainerLease:
             if not self._has_lost(epoch):
                 raise
             with lease.changing:
-                self._regain(lease)
+                if lease.epoch == epoch:  # else another thread has just taken it again
+                    self._regain(lease)
             return self._once_fenced(script, lease, keys, args)
 
     def _once_fenced(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ _REMIND_S = 10.0
 
 
 class Ownership:
-    """One trainer's claim to the files of `run_dir`; for the main thread alone.
+    """One trainer's claim to the files of `run_dir`; its threads take turns.
 
     Where the file system has no locks, a warning says so.
     """
@@ -43,6 +44,7 @@ class Ownership:
         self.path = run_dir / FILE
         self.epoch = 0
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._turn = threading.RLock()
         self._depth = 0
 
     def close(self) -> None:
@@ -94,15 +96,16 @@ class Ownership:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        if not self._depth:
-            self._lock()
-        self._depth += 1
-        try:
-            yield
-        finally:
-            self._depth -= 1
+        with self._turn:
             if not self._depth:
-                fcntl.flock(self._file, fcntl.LOCK_UN)
+                self._lock()
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def _lock(self) -> None:
         remind_at = time.monotonic() + 1.0

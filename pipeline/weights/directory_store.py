@@ -12,7 +12,9 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+import socket
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +36,7 @@ from onstream.pipeline.weights.store import VersionId, WeightPart
 if TYPE_CHECKING:
     from torch import Tensor
 
+Fence = Callable[[], AbstractContextManager[None]]
 _FOLDER = "policies"
 _DELTAS = f"{_FOLDER}/deltas"
 _DIGEST = f"[0-9a-f]+(?:{MARK})?"  # without the mark in a run that an earlier version began
@@ -81,16 +84,23 @@ def announced(policy: LoadedPolicy) -> PolicyVersion:
 
 
 def write_directory(
-    run_dir: Path, number: int, digest: str, data: Bytes, model_files_from: Path
+    run_dir: Path,
+    number: int,
+    digest: str,
+    data: Bytes,
+    model_files_from: Path,
+    fence: Fence = nullcontext,
 ) -> None:
     """Write version `number` as a model directory, as `publish` says.
 
-    `data` is its safetensors file, and `digest` what those weights have.
+    `data` is its safetensors file, and `digest` what those weights have. The directory gets its own
+    name inside `fence`, which raises in a trainer whose lease has passed to another one.
     """
     folder = run_dir / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     final = run_dir / _path(number)
-    unfinished = folder / f"{_UNFINISHED}{number:06d}"
+    # A name that no other process has: two trainers never write to the same files.
+    unfinished = folder / _unfinished(number)
     shutil.rmtree(unfinished, ignore_errors=True)
     if _has_weights(final, digest):
         return
@@ -98,10 +108,11 @@ def write_directory(
     _link_model_files(model_files_from, unfinished)
     write_weights(unfinished, data)
     sync(unfinished)
-    # The order counts: all is on disk before the rename makes it visible.
-    _discard(final)
-    unfinished.rename(final)
-    sync(folder)
+    with fence():
+        # The order counts: all is on disk before the rename makes it visible.
+        _discard(final)
+        unfinished.rename(final)
+        sync(folder)
 
 
 class DirectoryReader:
@@ -161,12 +172,14 @@ class DirectoryReader:
 class DirectoryWriter(DirectoryReader):
     """The trainer's end of the transport.
 
-    A full set is a model directory, with the files of `model_files` in it.
+    A full set is a model directory, with the files of `model_files` in it. What others see changes
+    inside `fence` alone, which raises in a trainer whose lease has passed to another one.
     """
 
-    def __init__(self, run_dir: Path, model_files: Path) -> None:
+    def __init__(self, run_dir: Path, model_files: Path, fence: Fence = nullcontext) -> None:
         super().__init__(run_dir)
         self._model_files = model_files
+        self._fence = fence
 
     def room_bytes(self) -> float:
         """No bound but the disk's."""
@@ -179,7 +192,9 @@ class DirectoryWriter(DirectoryReader):
             OSError: it cannot be written.
         """
         if part.base is None:
-            write_directory(self._run_dir, part.number, part.digest, data, self._model_files)
+            write_directory(
+                self._run_dir, part.number, part.digest, data, self._model_files, self._fence
+            )
             written = weights_place(self._run_dir / _path(part.number))
             assert written is not None
             place = f"{_path(part.number)}/{written[0]}"
@@ -192,14 +207,16 @@ class DirectoryWriter(DirectoryReader):
         place = f"{_DELTAS}/{name}"
         path = self._run_dir / place
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{_UNFINISHED}{part.number:06d}")
+        unfinished = path.with_name(_unfinished(part.number))
         _write_synced(unfinished, data)
-        unfinished.rename(path)
-        sync(path.parent)
         # A trainer that went back to a checkpoint may find other weights under this number.
         directory = self._run_dir / _path(part.number)
-        if not _has_weights(directory, part.digest):
-            _discard(directory)
+        replaced = not _has_weights(directory, part.digest)
+        with self._fence():
+            unfinished.rename(path)
+            sync(path.parent)
+            if replaced:
+                _discard(directory)
         return place
 
     def keep(self, parts: Collection[WeightPart]) -> None:
@@ -208,9 +225,10 @@ class DirectoryWriter(DirectoryReader):
         Model directories serve others too (evaluations, exports); `prune` removes those.
         """
         places = {part.place for part in parts}
-        for part in self._deltas():
-            if part.place not in places:
-                (self._run_dir / part.place).unlink(missing_ok=True)
+        with self._fence():
+            for part in self._deltas():
+                if part.place not in places:
+                    (self._run_dir / part.place).unlink(missing_ok=True)
 
 
 def prune(run_dir: Path, keep: int, pinned: Collection[int] = ()) -> list[int]:
@@ -223,9 +241,10 @@ def prune(run_dir: Path, keep: int, pinned: Collection[int] = ()) -> list[int]:
     if not folder.is_dir():
         return []
     for left in [*folder.glob(f"{_UNFINISHED}*"), *folder.glob(f"{_REMOVED}*")]:
-        shutil.rmtree(left)
+        # A trainer that is superseded may be writing still; the next prune removes the rest.
+        shutil.rmtree(left, ignore_errors=True)
     for unfinished in (run_dir / _DELTAS).glob(f"{_UNFINISHED}*"):
-        unfinished.unlink()
+        unfinished.unlink(missing_ok=True)
     numbers = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
     needed = {_newest_up_to(number, numbers) for number in pinned}
     old = numbers[: max(0, len(numbers) - keep)]
@@ -237,6 +256,10 @@ def prune(run_dir: Path, keep: int, pinned: Collection[int] = ()) -> list[int]:
 
 def _newest_up_to(number: int, numbers: Collection[int]) -> int:
     return max((one for one in numbers if one <= number), default=number)
+
+
+def _unfinished(number: int) -> str:
+    return f"{_UNFINISHED}{number:06d}-{socket.gethostname()}-{os.getpid()}"
 
 
 def _path(number: int) -> str:

@@ -94,7 +94,7 @@ class DeliverySettings(Section):
     """A record whose worker has not renewed its lease for so long is handed to another one."""
     max_handle: Annotated[float, WORKER, Unit("s"), Field(ge=1, le=86400)] = 600.0
     """The longest that one slice of work may take; past it the worker exits with code 4 and its
-    records are handed on.
+    records are handed on. In the trainer a step, its publication and a checkpoint count apart.
     """
     max_deliveries: Annotated[int, WORKER, Unit("deliveries"), Field(ge=1, le=100)] = 4
     """A record that was handed out so often without being finished goes to the dead-letter stream.

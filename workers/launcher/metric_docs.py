@@ -150,8 +150,21 @@ _STEP = (
     ),
     MetricField("dead", "rollouts", "Given up since the step before: dead letters."),
     MetricField("wait_s", "s", "How long the trainer waited for the batch."),
-    MetricField("step_s", "s", "From the whole batch to the published version."),
-    MetricField("publish_s", "s", "Of that, publishing."),
+    MetricField(
+        "step_s",
+        "s",
+        "From the whole batch until the trainer goes on: the new version is published, or, from "
+        "32 MiB on, on its way.",
+    ),
+    MetricField(
+        "publish_wait_s",
+        "s",
+        "Of that, how long the trainer waited for publishing: of this version where it is small, "
+        "of the one before where that was still on its way.",
+    ),
+    MetricField(
+        "publish_s", "s", "Publishing, from the copy of the weights to their announcement."
+    ),
     MetricField("publish_bytes", "bytes", "Size of the update."),
     MetricField("delta_share", "share", "Of the weights, those that changed; null without deltas."),
     MetricField("tokens_per_s", "tokens/s", "`tokens` over the time of learning."),

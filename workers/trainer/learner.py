@@ -6,7 +6,7 @@ It knows no streams, and no files but the model's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +333,10 @@ class Learner:
             self.vision.save(directory)
         # After the processor, whose tokenizer is that of the model's own files.
         self.tokenizer.save_pretrained(directory)
+
+    def before_update(self, call: Callable[[], None]) -> None:
+        """Have `call` return before each step of the optimizer, which changes the weights."""
+        self._optimizer.register_step_pre_hook(lambda *_: call())
 
     def published_state(self) -> dict[str, Tensor]:
         """The weights as generators get them: on the CPU, in `dtype`, as `live_state` has them."""

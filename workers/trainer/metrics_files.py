@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,10 @@ class MetricsFiles:
 
 
 class StepClock:
-    """Times the steps. Each is `start_step`, `learned`, `published`, `end_step`, in this order."""
+    """Times the steps. Each is `start_step`, `learned`, `published`, `end_step`, in this order.
+
+    In a `waiting` the trainer waits for a version to be published.
+    """
 
     def __init__(self) -> None:
         now = time.monotonic()
@@ -65,6 +69,7 @@ class StepClock:
         self._started = now
         self._learned = now
         self._published = now
+        self._waited_s = 0.0
 
     def restart(self) -> None:
         """Count from now, as if a step had just ended."""
@@ -78,24 +83,35 @@ class StepClock:
     def start_step(self) -> None:
         """A batch is there."""
         self._started = time.monotonic()
+        self._waited_s = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The step waits meanwhile for the version before to be copied."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waited_s += time.monotonic() - began
 
     def learned(self) -> None:
         """The optimizer has taken its step."""
         self._learned = time.monotonic()
 
     def published(self) -> None:
-        """The new weights are announced."""
+        """The new weights are announced, or on their way; the trainer goes on."""
         self._published = time.monotonic()
 
     def end_step(self, *, rollouts: float, tokens: float) -> dict[str, float]:
         """The metrics of the step's time, by their names in metrics.jsonl."""
         now = time.monotonic()
         elapsed_s = now - self._last_step_ended
+        learning_s = self._learned - self._started - self._waited_s
         metrics = {
             "wait_s": self._started - self._waiting_since,
             "step_s": self._published - self._started,
-            "publish_s": self._published - self._learned,
-            "tokens_per_s": tokens / (self._learned - self._started),
+            "publish_wait_s": self._published - self._learned + self._waited_s,
+            "tokens_per_s": tokens / learning_s,
             "elapsed_s": elapsed_s,
             "rollouts_per_s": rollouts / elapsed_s,
         }

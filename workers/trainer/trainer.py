@@ -1,4 +1,4 @@
-"""The trainer at work, and the stage `train` by which the worker loop drives it.
+"""The trainer at work: `stage.py` has the stage by which the worker loop drives it.
 
 It issues tickets, trains on what comes back, publishes weights, takes checkpoints, and gives every
 number a fate.
@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from onstream.pipeline.records import PolicyVersion, Rollout, Ticket, Work
+from onstream.pipeline.records import PolicyVersion, Ticket
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.lease import Lease
-from onstream.pipeline.stage import Delivery, Outcome, Stats
+from onstream.pipeline.stage import Delivery, Stats
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
-from onstream.settings.stages import StageName
 from onstream.workers.trainer.batches.batch_builder import DropsInARow
 from onstream.workers.trainer.durability.checkpointing import Checkpointing, TrainerPosition
 from onstream.workers.trainer.durability.operator_requests import OperatorRequestHandler
@@ -27,8 +26,9 @@ from onstream.workers.trainer.durability.run_directory import RunDirectory
 from onstream.workers.trainer.evaluations import Evaluations
 from onstream.workers.trainer.metrics_files import MetricsFiles, StepClock
 from onstream.workers.trainer.publication.publisher import Publisher
+from onstream.workers.trainer.step_output import StepOutput
 from onstream.workers.trainer.tickets import TicketIssuer
-from onstream.workers.trainer.training import Training
+from onstream.workers.trainer.training import StepResult, Training
 
 log = get_logger()
 
@@ -52,7 +52,7 @@ class Trainer:
     checkpointing: Checkpointing
     requests: OperatorRequestHandler
     publisher: Publisher
-    policy: PolicyVersion
+    start_policy: PolicyVersion
     recording: Recording
     metrics: MetricsFiles
     evaluations: Evaluations | None
@@ -62,6 +62,17 @@ class Trainer:
     finished: bool = False
 
     def __post_init__(self) -> None:
+        self.output = StepOutput(
+            directory=self.directory,
+            learner=self.training.learner,
+            publisher=self.publisher,
+            recording=self.recording,
+            metrics=self.metrics,
+            evaluations=self.evaluations,
+            policy=self.start_policy,
+            completed=self._settle_step,
+            clock=self.clock,
+        )
         orchestrator = self.settings.orchestrator
         groups = orchestrator.max_dropped_groups
         on_their_way = orchestrator.max_off_policy_steps * orchestrator.batch_size
@@ -72,6 +83,11 @@ class Trainer:
     def step(self) -> int:
         """How many steps are taken."""
         return self.training.step
+
+    @property
+    def policy(self) -> PolicyVersion:
+        """The newest version that is announced."""
+        return self.output.policy
 
     @property
     def run_ended(self) -> bool:
@@ -97,6 +113,11 @@ class Trainer:
 
     @property
     def busy(self) -> bool:
+        """Whether there is work to do without new records."""
+        return self._can_step or self.output.ready
+
+    @property
+    def _can_step(self) -> bool:
         """Whether a batch waits to be trained."""
         return self.training.batch is not None and not self.checkpointing.stalled
 
@@ -107,21 +128,24 @@ class Trainer:
             LeaseLost: another trainer took over.
             UserError: the disk is full, and stayed so; or nothing that comes can be trained on.
         """
+        self.output.collect()
         if self.bus.lease.may_have_lost_data:
             log.warning(
                 "redis was restarted, replaced or emptied; looking for what it has lost",
                 step=self.step,
                 issued=self.tickets.issued,
             )
+            self.output.complete()
             self.recover(self.policy)
         self._take(new)
         self._advance()
-        if self.busy:
+        if self._can_step:
             self._take_step()
             self._advance()
         self._stop_where_nothing_trains()
-        self._write_requested_weights()
-        self.publisher.mend(self.policy)
+        if not self.output.pending:
+            self._write_requested_weights()
+            self.publisher.mend(self.policy)
         self.requests.poll(self.step + 1)
         self._issue_tickets()
         if self.checkpointing.due(self.step, self.training.max_steps, full=self.bus.lease.full):
@@ -134,6 +158,7 @@ class Trainer:
 
         Entries stay pending for the next trainer: a drain gives nothing back.
         """
+        self.output.complete()
         if self.checkpointing.unsaved(self.step):
             self._checkpoint()
             self.checkpointing.acknowledge()
@@ -185,36 +210,27 @@ class Trainer:
             raise problem
 
     def _take_step(self) -> None:
-        """Take one step, publish its weights, settle its rollouts, and write its metrics.
+        """Take one step, and start to publish its weights.
 
-        Published first: a checkpoint never names a version that nobody could load. After a kill in
-        between, the next trainer takes the step again and announces nothing: its digest is known.
+        A checkpoint waits for the weights: it never names a version that nobody could load. After a
+        kill in between, the next trainer takes the step again and announces nothing: its digest is
+        known.
         """
         self.clock.start_step()
         result = self.training.take_step(give_up=self._write_dead_letters)
         self.clock.learned()
-        with self.directory.changing():
-            state = self.training.learner.live_state()
-            self.policy = self.publisher.publish(self.step, state)
-            self.clock.published()
-            self.checkpointing.acknowledgements.settle(result.settled)
-            self._drops.settle(result.settled, can_train=True)
-            self.recording.stepped(self.step, self.policy.digest, result.row)
-            row = {**result.row, **self._metrics_of_the_moment()}
-            if self.evaluations:
-                self.evaluations.request(self.step)
-            row |= self.clock.end_step(rollouts=row["rollouts"], tokens=row["tokens"])
-            self.metrics.write(row, result.batch)
-        self._count(row)
+        self.stats.begin_phase()
+        self.output.publish(self.step, result)
+        self.stats.begin_phase()
 
-    def _metrics_of_the_moment(self) -> dict[str, Any]:
-        results = self.evaluations.new_results() if self.evaluations else {}
-        return {
-            "time": time.time(),
-            "publish_bytes": self.publisher.sent.update_bytes,
-            "delta_share": self.publisher.sent.changed_share,
-            **results,
-        }
+    def _settle_step(self, result: StepResult, row: dict[str, Any]) -> None:
+        """Settle the rollouts of a step whose weights are out, and count them.
+
+        Not before: the tickets that take their places may ask for these weights.
+        """
+        self.checkpointing.acknowledgements.settle(result.settled)
+        self._drops.settle(result.settled, can_train=True)
+        self._count(row)
 
     def _count(self, row: dict[str, Any]) -> None:
         totals = self.checkpointing.totals
@@ -229,8 +245,9 @@ class Trainer:
                 self.publisher.write_file()
 
     def _issue_tickets(self) -> None:
+        """Issue what is due after the newest version that is out: tickets may ask for it."""
         was_open = self.tickets.opened
-        self.tickets.issue(self.step)
+        self.tickets.issue(self.policy.number)
         if self.tickets.opened and not was_open:
             self.clock.restart()  # start-up is neither training nor waiting for data
 
@@ -243,6 +260,8 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         """Take a checkpoint; where that fails it is tried again later."""
+        self.output.complete()
+        self.stats.begin_phase()
         started = time.monotonic()
         with self.directory.changing():
             # Durable before the checkpoint that names the recording's length.
@@ -260,6 +279,7 @@ class Trainer:
                 self.requests.checkpoint_is_durable()
                 self.requests.spill_dead_letters(self.settings.delivery.max_dead)
             log.info("checkpoint", step=self.step, seconds=round(time.monotonic() - started, 3))
+        self.stats.begin_phase()
         self.clock.start_waiting()
 
     # Status ---------------------------------------------------------------------------------------
@@ -272,121 +292,3 @@ class Trainer:
             "outstanding": self.tickets.outstanding,
             "unacked_bytes": self.checkpointing.acknowledgements.unacked_bytes,
         }
-
-
-class TrainerStage:
-    """The stage `train`. It holds its entries: checkpoints acknowledge them, no hop moves them on.
-
-    Consumes rollouts and tombstones. Waits for the stages of the route to be ready, then for a
-    batch of complete units. Is unblocked by the entry that completes the last of them. Produces
-    tickets, policy versions, checkpoints and metrics.
-    """
-
-    name: StageName = "train"
-    holds_entries = True
-
-    def __init__(
-        self, settings: Settings, bus: Bus, start: Callable[[Settings, Bus, Stats], Trainer]
-    ) -> None:
-        self._settings = settings
-        self._bus = bus
-        self._start = start
-        self._trainer: Trainer | None = None
-        self.stats = Stats(detail="starting")
-
-    def setup(self) -> None:
-        """Become the run's trainer, resume it, and publish its weights.
-
-        Raises:
-            UserError: another trainer has the run, the settings are not the run's, the student
-                cannot be loaded, or the disk is full.
-        """
-        self._trainer = self._start(self._settings, self._bus, self.stats)
-
-    @property
-    def trainer(self) -> Trainer:
-        """The trainer at work, after `setup`."""
-        assert self._trainer is not None, "setup() comes first"
-        return self._trainer
-
-    @property
-    def room(self) -> int:
-        """How many more records the trainer wants now."""
-        return self.trainer.room
-
-    @property
-    def busy(self) -> bool:
-        """Whether a batch waits to be trained."""
-        return self.trainer.busy
-
-    def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
-        """Take `new` and do one slice of work.
-
-        Returns outcomes for what it refuses alone: the other entries are held.
-
-        Raises:
-            LeaseLost: another trainer took over.
-            UserError: the disk is full, and stayed so.
-        """
-        refused = []
-        taken = []
-        for delivery in new:
-            if reason := self._objection(delivery.record):
-                refused.append(Outcome(delivery, dead=reason))
-            else:
-                taken.append(delivery)
-        self.trainer.handle(taken)
-        self._update_stats()
-        return refused
-
-    def _objection(self, record: Work) -> str | None:
-        """Why the reward of `record` cannot be trained on; None where it can."""
-        verification = self._settings.orchestrator.verification
-        least = verification.min_reward
-        most = verification.max_reward
-        reward = record.reward if isinstance(record, Rollout) else None
-        if reward is None or least <= reward <= most:
-            return None
-        return (
-            f"the reward is {reward:g}; expected {least:g} to {most:g} "
-            "(orchestrator.verification.min_reward and max_reward)"
-        )
-
-    def close(self, *, finished: bool) -> None:
-        """Checkpoint what is not durable yet, and close the files."""
-        self.trainer.close()
-
-    def _update_stats(self) -> None:
-        """Put into the heartbeat what the trainer does or waits for."""
-        self.stats.detail = status_text(self.trainer, self._settings.orchestrator.batch_size)
-        # A new dictionary each time: the heartbeat's thread reads it while this one goes on.
-        self.stats.numbers = self.trainer.numbers()
-
-
-def status_text(trainer: Trainer, batch_size: int) -> str:
-    """What `trainer` does or waits for, in words."""
-    training = trainer.training
-    if trainer.finished:
-        return f"finished after step {training.step}"
-    if trainer.tickets.waits_for:
-        return f"waits for {trainer.tickets.waits_for}"
-    if trainer.checkpointing.stalled:
-        return "waits for a checkpoint: none could be written, see the log"
-    missing = training.batches.missing()
-    more = "waits for rollouts"
-    if missing:
-        more = f"waits for {sum(missing.values())} more rollouts of {len(missing)} groups"
-    step = f"step {training.step + 1} of {training.max_steps}"
-    return f"{step}; {more}{_none_right(training, batch_size)}"
-
-
-def _none_right(training: Training, batch_size: int) -> str:
-    """A warning where a batch's worth of completions came and none was right enough to train on."""
-    wrong = training.dropped["not_verified"]
-    verified_alone = training.batches.rules.least_reward is not None
-    if not verified_alone or training.batches.complete_units or wrong < batch_size:
-        return ""
-    return (
-        f"; none of the {wrong} completions since the last step was right, "
-        'and keep = "verified" trains on no others'
-    )

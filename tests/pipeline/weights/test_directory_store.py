@@ -5,6 +5,7 @@ halves.
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -173,7 +174,8 @@ def test_everything_written_is_synced_before_the_rename_and_the_folder_after_it(
     before = events[: events.index("rename")]
     after = events[events.index("rename") + 1 :]
     copies = set() if links else {"config.json", "tokenizer.json", "chat_template.jinja"}
-    assert set(before) == {*copies, "model.safetensors", ".unfinished-000002"}
+    unfinished = f".unfinished-000002-{socket.gethostname()}-{os.getpid()}"
+    assert set(before) == {*copies, "model.safetensors", unfinished}
     assert (tmp_path / "policies/000002/tokenizer.json").read_text() == "tokenizer.json"
     assert (tmp_path / "policies/000002/tokenizer.json").samefile(
         model_dir / "tokenizer.json"

@@ -34,6 +34,7 @@ CLOCKS = (
     "wait_s",
     "step_s",
     "publish_s",
+    "publish_wait_s",
     "publish_bytes",
     "tokens_per_s",
     "elapsed_s",

@@ -58,6 +58,7 @@ class Recording:
         images: FetchImages = no_images,
     ) -> None:
         self._recorder: Recorder | None = None
+        self._held: list[tuple[int, float, bytes]] | None = None
         self._images = images
         self._directory = settings.run_dir / recording.FOLDER
         length = _length(settings.run_dir, found)
@@ -92,12 +93,27 @@ class Recording:
             return
         if isinstance(record, Rollout):
             self._keep_images(record)
-        self._recorder.record(record.number, taken, encode(record))
+        if self._held is not None:
+            self._held.append((record.number, taken, encode(record)))
+        else:
+            self._recorder.record(record.number, taken, encode(record))
+
+    def hold(self) -> None:
+        """Keep what comes in memory until `stepped`: it belongs behind a step just taken."""
+        self._held = []
 
     def stepped(self, step: int, digest: str, metrics: dict[str, Any]) -> None:
-        """Record that `step` was taken on the records so far."""
+        """Record that `step` was taken on the records so far, then what was held since.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        held = self._held or []
+        self._held = None
         if self._recorder:
             self._recorder.mark(StepMark(step, digest, metrics), time.time())
+            for record in held:
+                self._recorder.record(*record)
 
     def sync(self) -> None:
         """Make it durable. The checkpoint that names its length comes after."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from msgspec.structs import replace
 
 from onstream.pipeline import weights
 from onstream.pipeline.record_codec import RecordError
-from onstream.pipeline.records import PolicyVersion
+from onstream.pipeline.records import PolicyVersion, Probe
 from onstream.pipeline.redis.bus import Bus, redis_url
 from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.telemetry import get_logger
@@ -25,18 +26,21 @@ from onstream.pipeline.weights import (
     VersionId,
 )
 from onstream.pipeline.weights.directory_store import pinned
-from onstream.pipeline.weights.file_format import Bytes
 from onstream.pipeline.weights.nccl_transfer import TransferCoordinator
+from onstream.pipeline.weights.policy import serialised
 from onstream.pipeline.weights.redis_store import ChunkWriter
 from onstream.settings import engines
 from onstream.settings.problems import SettingsError
 from onstream.settings.root import Settings
 from onstream.settings.rules.engines import vllm_missing
 from onstream.workers.trainer.durability import checkpoint
+from onstream.workers.trainer.publication.background import PolicyBuffers, Publication
 from onstream.workers.trainer.publication.nccl_sender import NcclTransfer, address_towards
 from onstream.workers.trainer.publication.policy_probe import Prober
 
 MEND_S = 1.0
+BACKGROUND_BYTES = 32 << 20
+"""From this size on a version is published in a thread, while the next batch is trained on."""
 
 log = get_logger()
 
@@ -45,28 +49,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from onstream.workers.trainer.learner import Learner
-
-
-class PolicyBuffers:
-    """Memory that one version after the other is copied into.
-
-    Fresh memory costs several times as much as the copy itself: the kernel clears every page.
-    """
-
-    def __init__(self) -> None:
-        self._all: list[Bytes] = []
-
-    def free(self, in_use: Sequence[Bytes]) -> Bytes | None:
-        """A buffer that is not `in_use`; None where there is none."""
-        return next((one for one in self._all if not _among(one, in_use)), None)
-
-    def keep(self, buffer: Bytes, in_use: Sequence[Bytes]) -> None:
-        """Keep `buffer` for later versions, and of the others those `in_use`."""
-        self._all = [buffer, *(one for one in in_use if one is not buffer)]
-
-
-def _among(buffer: Bytes, others: Sequence[Bytes]) -> bool:
-    return any(buffer is one for one in others)
 
 
 class Publisher:
@@ -121,8 +103,31 @@ class Publisher:
             UserError: Redis has no room for it.
             OSError: it could not be written.
         """
-        policy = self._copied(number, state)
-        announced = replace(weights.announced(policy), probe=self._prober.ask())
+        return self._publish(number, state, self._prober.ask(), lambda: None)
+
+    def start(self, number: int, state: Mapping[str, Tensor]) -> Publication:
+        """Start to `publish`, in a thread where the version is large.
+
+        `state` must not change before the publication's `wait_until_copied`. Until it is done,
+        nothing else may be asked of this publisher.
+        """
+        if self._transfer is not None or self._size_bytes(state) < BACKGROUND_BYTES:
+            return Publication(lambda _: self.publish(number, state), wake=None)
+        probe = self._prober.ask()  # computes with the model, as the main thread does
+        return Publication(
+            lambda copied: self._publish(number, state, probe, copied),
+            wake=self._bus.connection.unblock,
+        )
+
+    def _publish(
+        self,
+        number: int,
+        state: Mapping[str, Tensor],
+        probe: Probe,
+        copied: Callable[[], None],
+    ) -> PolicyVersion:
+        policy = self._copied(number, state, copied)
+        announced = replace(weights.announced(policy), probe=probe)
         whole = self._is_whole(number)
         known = self._announced.get(number) == policy.digest
         given_before = known and self._offered(number, policy.digest)
@@ -132,14 +137,15 @@ class Publisher:
             self.sent = self._give(policy, whole=whole)
         if whole and (given_before or not self._on_disk):
             weights.write_directory(
-                self._run_dir, number, policy.digest, policy.data, self._model_files
+                self._run_dir, number, policy.digest, policy.data, self._model_files, self._fence
             )
         # Last: a generator that reads the announcement finds the weights.
         if not known:
             self._bus.lease.announce(self._lease, announced)
             self._remember(announced)
-        kept = {0, number, max(self._announced), *pinned(self._run_dir)}
-        weights.prune(self._run_dir, self._settings.checkpoint.keep_policies, kept)
+        with self._fence():
+            kept = {0, number, max(self._announced), *pinned(self._run_dir)}
+            weights.prune(self._run_dir, self._settings.checkpoint.keep_policies, kept)
         return announced
 
     def restore(self, policy: PolicyVersion, state: Callable[[], Mapping[str, Tensor]]) -> None:
@@ -155,7 +161,8 @@ class Publisher:
         if newest is not None and newest.number >= policy.number:
             return
         if not self._sender.offers(VersionId(policy.number, policy.digest)):
-            self._give(self._copied(policy.number, state()), whole=True)
+            loaded = self._copied(policy.number, state(), lambda: None)
+            self._give(loaded, whole=True)
         self._bus.lease.announce(self._lease, policy)
 
     def mend(self, policy: PolicyVersion) -> None:
@@ -206,15 +213,30 @@ class Publisher:
         if self._transfer is not None:
             self._transfer.close()
 
-    def _copied(self, number: int, state: Mapping[str, Tensor]) -> LoadedPolicy:
-        """`state` as version `number`, in memory that no version in use is in."""
-        if self._transfer is not None:
-            # A transfer that hangs is left behind, and may read its version's memory for ever.
-            return LoadedPolicy.of(number, state, self._dtype)
+    def _copied(
+        self, number: int, state: Mapping[str, Tensor], copied: Callable[[], None]
+    ) -> LoadedPolicy:
+        """`state` as version `number`, in memory that no version in use is in.
+
+        Calls `copied` before the digest is computed.
+        """
         in_use = [self._sender.base.data] if self._sender.base else []
-        policy = LoadedPolicy.of(number, state, self._dtype, into=self._buffers.free(in_use))
-        self._buffers.keep(policy.data, in_use)
-        return policy
+        data = serialised(state, self._dtype, self._buffers.free(in_use))
+        copied()
+        # A transfer that hangs is left behind, and may read its version's memory for ever.
+        if self._transfer is None:
+            self._buffers.keep(data, in_use)
+        return LoadedPolicy(number, None, data)
+
+    def _size_bytes(self, state: Mapping[str, Tensor]) -> int:
+        return sum(weight.numel() for weight in state.values()) * self._dtype.itemsize
+
+    def _fence(self) -> AbstractContextManager[None]:
+        """The right to change the run's files; held for as short as can be.
+
+        The main thread needs it too.
+        """
+        return self._bus.lease.writing(self._lease)
 
     def _give(self, policy: LoadedPolicy, *, whole: bool) -> SendResult:
         """Give `policy` to the generators; again where Redis lost a part of it meanwhile."""
@@ -229,7 +251,7 @@ class Publisher:
 
     def _store(self) -> StoreWriter:
         if self._on_disk:
-            return DirectoryWriter(self._run_dir, self._model_files)
+            return DirectoryWriter(self._run_dir, self._model_files, self._fence)
         return ChunkWriter(
             self._bus.weights,
             self._lease,
