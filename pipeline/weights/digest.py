@@ -26,19 +26,34 @@ _MOST_THREADS = 16
 
 def tree_digest(*files: tuple[Bytes, Mapping[str, TensorLocation]]) -> str:
     """The digest of the tensors in `files`, each a file's bytes and its layout."""
-    pieces = [piece for data, layout in files for piece in _pieces(data, layout)]
-    if sum(len(piece) for piece in pieces) <= _ALONE_BYTES:
-        leaves = iter([_sha256(piece) for piece in pieces])
-    else:
-        with ThreadPoolExecutor(_threads(), "onstream-hash") as pool:
-            leaves = iter(list(pool.map(_sha256, pieces)))
-    tensors = []
-    for _, layout in files:
-        for name, location in layout.items():
-            of_tensor = [next(leaves) for _ in _starts(location)]
-            tensors.append([name, location.dtype, list(location.shape), of_tensor])
-    text = json.dumps(sorted(tensors), separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest() + MARK
+    return TreeDigest(*files).result()
+
+
+class TreeDigest:
+    """The digest of the tensors in `files`, computed while its maker does something else.
+
+    Until `result` has returned, nobody may change the bytes.
+    """
+
+    def __init__(self, *files: tuple[Bytes, Mapping[str, TensorLocation]]) -> None:
+        self._layouts = [layout for _, layout in files]
+        pieces = [piece for data, layout in files for piece in _pieces(data, layout)]
+        if sum(len(piece) for piece in pieces) <= _ALONE_BYTES:
+            self._leaves = iter([_sha256(piece) for piece in pieces])
+            return
+        pool = ThreadPoolExecutor(_threads(), "onstream-hash")
+        self._leaves = pool.map(_sha256, pieces)
+        pool.shutdown(wait=False)
+
+    def result(self) -> str:
+        """The digest; waits for it. To be called once."""
+        tensors = []
+        for layout in self._layouts:
+            for name, location in layout.items():
+                leaves = [next(self._leaves) for _ in _starts(location)]
+                tensors.append([name, location.dtype, list(location.shape), leaves])
+        text = json.dumps(sorted(tensors), separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest() + MARK
 
 
 def is_of_file(digest: str) -> bool:

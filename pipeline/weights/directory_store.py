@@ -69,7 +69,7 @@ def publish(
     tied head) the first is written.
     """
     policy = LoadedPolicy.of(number, state)
-    write_directory(run_dir, number, policy.digest, policy.data, model_files_from)
+    write_directory(run_dir, policy, model_files_from)
     return announced(policy)
 
 
@@ -84,29 +84,25 @@ def announced(policy: LoadedPolicy) -> PolicyVersion:
 
 
 def write_directory(
-    run_dir: Path,
-    number: int,
-    digest: str,
-    data: Bytes,
-    model_files_from: Path,
-    fence: Fence = nullcontext,
+    run_dir: Path, policy: LoadedPolicy, model_files_from: Path, fence: Fence = nullcontext
 ) -> None:
-    """Write version `number` as a model directory, as `publish` says.
+    """Write `policy` as a model directory, as `publish` says.
 
-    `data` is its safetensors file, and `digest` what those weights have. The directory gets its own
-    name inside `fence`, which raises in a trainer whose lease has passed to another one.
+    The directory gets its own name inside `fence`, which raises in a trainer whose lease has passed
+    to another one. Its digest is waited for only where its number is there already.
     """
+    number = policy.number
     folder = run_dir / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     final = run_dir / _path(number)
     # A name that no other process has: two trainers never write to the same files.
     unfinished = folder / _unfinished(number)
     shutil.rmtree(unfinished, ignore_errors=True)
-    if _has_weights(final, digest):
+    if final.exists() and digest_in(final) == policy.digest:
         return
     unfinished.mkdir()
     _link_model_files(model_files_from, unfinished)
-    write_weights(unfinished, data)
+    write_weights(unfinished, policy.data)
     sync(unfinished)
     with fence():
         # The order counts: all is on disk before the rename makes it visible.
@@ -185,24 +181,26 @@ class DirectoryWriter(DirectoryReader):
         """No bound but the disk's."""
         return math.inf
 
-    def put(self, part: WeightPart, data: Bytes) -> WeightPart:
-        """Write a model directory, or a delta's file.
+    def put_whole(self, policy: LoadedPolicy) -> WeightPart:
+        """Write a model directory.
 
         Raises:
             OSError: it cannot be written.
         """
-        if part.base is None:
-            write_directory(
-                self._run_dir, part.number, part.digest, data, self._model_files, self._fence
-            )
-            written = weights_place(self._run_dir / _path(part.number))
-            assert written is not None
-            place = f"{_path(part.number)}/{written[0]}"
-        else:
-            place = self._write_delta(part, part.base, data)
-        return msgspec.structs.replace(part, place=place)
+        write_directory(self._run_dir, policy, self._model_files, self._fence)
+        path = _path(policy.number)
+        written = weights_place(self._run_dir / path)
+        assert written is not None
+        return WeightPart(policy.number, policy.digest, policy.data.size, f"{path}/{written[0]}")
 
-    def _write_delta(self, part: WeightPart, base: VersionId, data: Bytes) -> str:
+    def put_delta(self, part: WeightPart, data: Bytes) -> WeightPart:
+        """Write a delta's file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        base = part.base
+        assert base is not None, "a delta"
         name = f"{part.number:06d}-{part.digest}-on-{base.number:06d}-{base.digest}.safetensors"
         place = f"{_DELTAS}/{name}"
         path = self._run_dir / place
@@ -211,13 +209,13 @@ class DirectoryWriter(DirectoryReader):
         _write_synced(unfinished, data)
         # A trainer that went back to a checkpoint may find other weights under this number.
         directory = self._run_dir / _path(part.number)
-        replaced = not _has_weights(directory, part.digest)
+        replaced = directory.exists() and digest_in(directory) != part.digest
         with self._fence():
             unfinished.rename(path)
             sync(path.parent)
             if replaced:
                 _discard(directory)
-        return place
+        return msgspec.structs.replace(part, place=place)
 
     def keep(self, parts: Collection[WeightPart]) -> None:
         """Remove the deltas that are not among `parts`.
@@ -264,10 +262,6 @@ def _unfinished(number: int) -> str:
 
 def _path(number: int) -> str:
     return f"{_FOLDER}/{number:06d}"
-
-
-def _has_weights(directory: Path, digest: str) -> bool:
-    return directory.exists() and digest_in(directory) == digest
 
 
 def _write_synced(path: Path, data: Bytes) -> None:

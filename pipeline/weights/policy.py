@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onstream.pipeline.weights.digest import file_digest, is_of_file, tree_digest
+from onstream.pipeline.weights.digest import TreeDigest, file_digest, is_of_file, tree_digest
 from onstream.pipeline.weights.file_format import Bytes, TensorSpec, head_for, layout_of, view
 from onstream.pipeline.weights.shards import WEIGHTS_FILE
 
@@ -55,11 +55,16 @@ class LoadedPolicy:
             self.layout = layout_of(data)
         except ValueError as error:
             raise WeightsError(f"version {number} cannot be read: {error}") from error
-        self.digest = tree_digest((data, self.layout))
-        if digest is not None:
-            require_digest(digest, self.digest, f"version {number}")
         self.number = number
         self.data = data
+        self._hashing = TreeDigest((data, self.layout))
+        if digest is not None:
+            require_digest(digest, self.digest, f"version {number}")
+
+    @cached_property
+    def digest(self) -> str:
+        """The digest of the tensors. Threads compute it from the start; this waits for them."""
+        return self._hashing.result()
 
     @classmethod
     def of(

@@ -15,7 +15,7 @@ from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.redis.weight_store import WeightStore
 from onstream.pipeline.weights.file_format import Bytes
-from onstream.pipeline.weights.policy import WeightsError
+from onstream.pipeline.weights.policy import LoadedPolicy, WeightsError
 from onstream.pipeline.weights.store import WeightPart
 
 CHUNK_BYTES = (1 << 20) - 64
@@ -93,12 +93,24 @@ class ChunkWriter(ChunkReader):
     def _budget(self) -> float:
         return self._share * self._store.max_memory_bytes() or math.inf
 
-    def put(self, part: WeightPart, data: Bytes) -> WeightPart:
+    def put_whole(self, policy: LoadedPolicy) -> WeightPart:
+        """Write the chunks of `policy`. Readers see it only after `keep`.
+
+        Raises:
+            UserError: Redis has no room for it.
+        """
+        part = WeightPart(policy.number, policy.digest, policy.data.size, place="")
+        return self._put(part, policy.data)
+
+    def put_delta(self, part: WeightPart, data: Bytes) -> WeightPart:
         """Write the chunks of `part`. Readers see it only after `keep`.
 
         Raises:
             UserError: Redis has no room for it.
         """
+        return self._put(part, data)
+
+    def _put(self, part: WeightPart, data: Bytes) -> WeightPart:
         self._make_room(part)
         kind = "full" if part.base is None else "delta"
         placed = msgspec.structs.replace(part, place=f"{part.number:06d}-{part.digest[:16]}-{kind}")

@@ -55,10 +55,9 @@ class PolicySender:
         delta_part = self._delta_part(policy, delta, parts)
         written = list[WeightPart]()
         if whole or delta_part is None or self._full_set_due(policy, [*parts, delta_part]):
-            full_part = WeightPart(policy.number, policy.digest, policy.data.size, place="")
-            written.append(self._store.put(full_part, policy.data))
+            written.append(self._store.put_whole(policy))
         if delta_part and delta and delta.data is not None:
-            written.append(self._store.put(delta_part, delta.data))
+            written.append(self._store.put_delta(delta_part, delta.data))
         # Readers see the new parts only now, when all are complete.
         self._store.keep(useful_for(policy.number, [*parts, *written]))
         self._remember(policy)

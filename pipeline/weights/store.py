@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from onstream.pipeline.weights.file_format import Bytes
+from onstream.pipeline.weights.policy import LoadedPolicy
 
 
 class VersionId(NamedTuple):
@@ -66,10 +67,19 @@ class StoreWriter(StoreReader, Protocol):
         """How many more bytes may be stored beside the present parts."""
         ...
 
-    def put(self, part: WeightPart, data: Bytes) -> WeightPart:
-        """Store `part`, and return it with its place.
+    def put_whole(self, policy: LoadedPolicy) -> WeightPart:
+        """Store all of `policy`, and return it as a part.
 
-        A full set for which there is no room beside the present parts may replace them.
+        Where there is no room for it beside the present parts, it may replace them.
+
+        Raises:
+            UserError: there is no room for it.
+            OSError: it cannot be written.
+        """
+        ...
+
+    def put_delta(self, part: WeightPart, data: Bytes) -> WeightPart:
+        """Store the delta `part`, and return it with its place.
 
         Raises:
             UserError: there is no room for it.

@@ -191,7 +191,7 @@ class Player:
         step = self.training.step
         learner = self.training.learner
         loaded = LoadedPolicy.of(step, learner.live_state(), learner.dtype)
-        weights.write_directory(self.run_dir, step, loaded.digest, loaded.data, self._student_files)
+        weights.write_directory(self.run_dir, loaded, self._student_files)
         weights.prune(self.run_dir, self.settings.checkpoint.keep_policies, pinned={step})
         self.policy = weights.announced(loaded)
         return loaded

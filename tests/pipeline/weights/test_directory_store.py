@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,14 @@ from safetensors.torch import load_file
 
 import onstream.pipeline.weights.directory_store
 from onstream.pipeline.records import PolicyVersion
-from onstream.pipeline.weights import DirectoryReader, PolicyFetcher, WeightsError, prune, publish
+from onstream.pipeline.weights import (
+    DirectoryReader,
+    PolicyFetcher,
+    WeightsError,
+    digest,
+    prune,
+    publish,
+)
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 
@@ -145,6 +154,28 @@ def test_a_crash_while_publishing_leaves_no_version_and_the_next_attempt_succeed
     policy = publish(tmp_path, 5, STATE, model_dir)
     assert read(tmp_path, policy).keys() == STATE.keys()
     assert folder_names(tmp_path) == ["000005"]
+
+
+def test_the_digest_of_a_new_version_is_computed_while_it_is_written(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = threading.Event()
+    sha256 = digest._sha256
+    write = onstream.pipeline.weights.directory_store.write_weights
+
+    def hashed(piece: memoryview) -> str:
+        assert written.wait(30)
+        return sha256(piece)
+
+    def noted(*args: Any) -> None:
+        write(*args)
+        written.set()
+
+    monkeypatch.setattr(digest, "_ALONE_BYTES", 0)
+    monkeypatch.setattr(digest, "_sha256", hashed)
+    monkeypatch.setattr(onstream.pipeline.weights.directory_store, "write_weights", noted)
+    policy = publish(tmp_path, 4, STATE, model_dir)
+    assert read(tmp_path, policy).keys() == STATE.keys()
 
 
 @pytest.mark.parametrize("links", [True, False])

@@ -96,10 +96,7 @@ def test_only_what_is_offered_takes_memory_and_what_a_killed_trainer_left_goes(b
     sender.send(second)
     assert chunk_keys(bus) == {f"000001-{second.digest[:16]}-full"}
     dying = outlet(bus)
-    dying.put(
-        ChunkReader(bus.weights).parts()[0].__class__(2, third.digest, third.data.size, ""),
-        third.data,
-    )  # and is killed before it offers them
+    dying.put_whole(third)  # and is killed before it offers them
     assert len(chunk_keys(bus)) == 2
     outlet(bus)
     assert chunk_keys(bus) == {f"000001-{second.digest[:16]}-full"}

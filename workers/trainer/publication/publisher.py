@@ -127,18 +127,17 @@ class Publisher:
         copied: Callable[[], None],
     ) -> PolicyVersion:
         policy = self._copied(number, state, copied)
-        announced = replace(weights.announced(policy), probe=probe)
         whole = self._is_whole(number)
-        known = self._announced.get(number) == policy.digest
+        # The digest of a new number is computed while it is written.
+        known = number in self._announced and self._announced[number] == policy.digest
         given_before = known and self._offered(number, policy.digest)
         if given_before:
             self.sent = self._sender.skip(policy)
         else:
             self.sent = self._give(policy, whole=whole)
         if whole and (given_before or not self._on_disk):
-            weights.write_directory(
-                self._run_dir, number, policy.digest, policy.data, self._model_files, self._fence
-            )
+            weights.write_directory(self._run_dir, policy, self._model_files, self._fence)
+        announced = replace(weights.announced(policy), probe=probe)
         # Last: a generator that reads the announcement finds the weights.
         if not known:
             self._bus.lease.announce(self._lease, announced)
