@@ -9,7 +9,7 @@ FAST := tests/settings tests/deploy tests/pipeline --ignore tests/pipeline/weigh
 TWO_AT_A_TIME := $(BIN)/python -m pytest -n 2 --dist loadfile
 TORCHVISION := torchvision==0.28.0
 
-.PHONY: help up lint test-fast test test-runs test-modes test-models test-vllm test-compose chaos bench bench-vllm models models-table docs lock clean
+.PHONY: help up lint test-fast test test-runs test-modes test-models test-vllm test-compose chaos bench bench-vllm models models-table memory-table docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -58,6 +58,9 @@ models: .venv/run ## make the shipped teachers and students again
 
 models-table: .venv/dev ## write docs/models.md: what each family of models comes to
 	@$(BIN)/python -m tests.models.table
+
+memory-table: .venv/dev ## write docs/memory.md: what a trainer takes of its memory
+	@$(BIN)/python -m tests.memory_table
 
 docs: .venv/run ## write docs/settings.md and docs/metrics.md from what the code says of them
 	@$(BIN)/python -m onstream.settings.docs

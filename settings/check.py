@@ -26,11 +26,13 @@ def report(
     *,
     everything: bool,
     warnings_here: Iterable[str] = (),
+    memory_here: Mapping[str, str] | None = None,
 ) -> Exit:
     """Print all there is to say of `resolved`; with `everything`, settings at their defaults too.
 
-    `problems_here` and `warnings_here` are those that this machine has with the settings. Returns
-    `Exit.USAGE` where there are problems.
+    `problems_here` and `warnings_here` are those that this machine has with the settings, and
+    `memory_here` is what its trainer takes of its memory. Returns `Exit.USAGE` where there are
+    problems.
     """
     problems = [*resolved.problems, *problems_here]
     settings = resolved.settings
@@ -38,6 +40,7 @@ def report(
         plan = make_plan(settings)
         _print_settings(settings, resolved.origins, console, everything=everything)
         _print_plan(plan, settings, console)
+        _print_memory(memory_here or {}, console)
         _print_warnings([*warnings_of(settings), *warnings_here], console)
     _print_problems(problems, console)
     return Exit.USAGE if problems else Exit.OK
@@ -80,6 +83,13 @@ def _print_plan(plan: Plan, settings: Settings, console: Console) -> None:
     console.print("\n[bold]Plan[/bold]")
     for name, value in rows.items():
         _line(console, f"  {name:<8} {escape(value)}")
+
+
+def _print_memory(memory: Mapping[str, str], console: Console) -> None:
+    if memory:
+        console.print("\n[bold]Memory of the trainer[/bold] (by a formula: docs/memory.md)")
+    for name, value in memory.items():
+        _line(console, f"  {name:<11} {escape(value)}")
 
 
 def _teachers(plan: Plan, settings: Settings) -> Iterator[str]:

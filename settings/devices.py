@@ -6,6 +6,7 @@ GPUs are found by their device files: asking torch would mean importing it.
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -44,3 +45,19 @@ def gpus_found(devices: Path = Path("/dev"), environ: Mapping[str, str] = os.env
     # CUDA, too, ignores what comes after an empty name or -1.
     ends = [at for at, name in enumerate(named) if name in ("", "-1")]
     return named[: ends[0]] if ends else named
+
+
+def smallest_gpu_bytes() -> int | None:
+    """The memory of the smallest GPU here, by nvidia-smi; None where it tells of none."""
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    mebibytes = [int(line) for line in told.stdout.split() if line.isdigit()]
+    return min(mebibytes) << 20 if mebibytes else None
+
+
+def host_bytes() -> int:
+    """The memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

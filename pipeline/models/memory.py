@@ -272,11 +272,15 @@ def longest_row(settings: Settings) -> int:
 
     A sequence longer than a microbatch has a row of its own.
     """
+    return max(settings.trainer.microbatch, longest_completion(settings))
+
+
+def longest_completion(settings: Settings) -> int:
+    """Tokens of the longest completion that may come."""
     teacher = settings.orchestrator.teacher_rollout_model
-    completion = settings.inference.sampling.max_completion
     if teacher is not None and teacher.max_completion is not None:
-        completion = teacher.max_completion
-    return max(settings.trainer.microbatch, completion)
+        return teacher.max_completion
+    return settings.inference.sampling.max_completion
 
 
 def _intermediate(named: Mapping[str, Any], hidden: int, taken: int) -> int:

@@ -19,8 +19,9 @@ def check(
 ) -> Exit:
     """Print the settings, the plan and every problem.
 
-    Looks for all that can be known before a model is loaded, as `onstream up` does: models, task,
-    scorer, packages, GPUs, Redis and disk. Nothing is started, and no network is asked.
+    The plan says what the trainer takes of its memory. Looks for all that can be known before a
+    model is loaded, as `onstream up` does: models, task, scorer, packages, GPUs, Redis and disk.
+    Nothing is started, and no network is asked.
     """
     from rich.console import Console
 
@@ -28,8 +29,17 @@ def check(
     from onstream.settings.load import resolve
     from onstream.workers.launcher.model_files import model_warnings
     from onstream.workers.launcher.preflight import find_problems
+    from onstream.workers.launcher.trainer_memory import memory_rows
 
     resolved = resolve(files, overrides)
     found = find_problems(resolved, online=online)
     warnings = model_warnings(resolved.settings) if resolved.settings is not None else ()
-    return report(resolved, found, Console(), everything=everything, warnings_here=warnings)
+    memory = memory_rows(resolved.settings) if resolved.settings is not None else {}
+    return report(
+        resolved,
+        found,
+        Console(),
+        everything=everything,
+        warnings_here=warnings,
+        memory_here=memory,
+    )

@@ -95,8 +95,7 @@ def check_model(
     directory = local_model(name, ask_hub=ask_hub)
     if directory is None:
         return None
-    expected = "the config.json of a model in Hugging Face form"
-    _json_file(directory / "config.json", setting, expected)
+    model_config(directory, setting)
     # A hub model's weights are fetched later, by whoever loads it first.
     if directory == Path(name).expanduser():
         refuse_pickle(directory)
@@ -240,14 +239,23 @@ def _json_file(path: Path, setting: str, expected: str) -> dict[str, Any]:
     return loaded
 
 
+def model_config(directory: Path, setting: str) -> dict[str, Any]:
+    """The `config.json` of the model in `directory`, the value of `setting`.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    expected = "the config.json of a model in Hugging Face form"
+    return _json_file(directory / "config.json", setting, expected)
+
+
 def context_tokens(directory: Path, setting: str) -> int | None:
     """The longest sequence that the model in `directory` reads; None where it does not say.
 
     Raises:
         UserError: its configuration cannot be read.
     """
-    expected = "the config.json of a model in Hugging Face form"
-    config = _json_file(directory / "config.json", setting, expected)
+    config = model_config(directory, setting)
     text = config.get("text_config")
     for part in (text if isinstance(text, dict) else {}, config):
         if isinstance(part.get("max_position_embeddings"), int):

@@ -34,6 +34,7 @@ from onstream.workers.launcher.model_files import (
     parameters,
 )
 from onstream.workers.launcher.redis_binary import find_server
+from onstream.workers.launcher.trainer_memory import check_memory
 
 PROBLEMS_TRIED = 3
 FLOAT32_BYTES = 4
@@ -212,6 +213,16 @@ def check_completion(settings: Settings, student: Path) -> None:
         )
 
 
+def check_trainer_memory(subject: Subject) -> None:
+    """Check that the trainer fits its GPU, where the sizes of both are known.
+
+    Raises:
+        UserError: it does not.
+    """
+    if subject.plan.workers.get("trainer"):
+        check_memory(subject.settings, subject.plan.device)
+
+
 def check_teacher(subject: Subject) -> None:
     """Check the files of the teacher beside the run.
 
@@ -315,6 +326,7 @@ CHECKS = (
     Check(("deployment", "trainer.lora"), check_packages),
     Check(("deployment", "redis", "run"), check_redis),
     Check(("model", "checkpoint", "run", "inference.sampling"), check_student),
+    Check(("deployment", "model", "trainer", "inference.sampling"), check_trainer_memory),
     Check(("deployment", "model", "teacher_inference", "trainer.loss"), check_teacher),
     Check(("task", "eval", "run"), check_task),
     Check(("task", "eval", "run", "orchestrator.verification"), check_scorer),

@@ -1,0 +1,179 @@
+"""What the trainer of a run takes of its GPU's memory: told before it starts, or refused.
+
+By formula, from the settings and the student's `config.json`. Imports neither torch nor
+transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.models.memory import (
+    MemoryPlan,
+    TrainerMemory,
+    longest_completion,
+    memory_plan,
+)
+from onstream.settings.devices import host_bytes, smallest_gpu_bytes
+from onstream.settings.gpus import memory_share
+from onstream.settings.plan import make_plan
+from onstream.settings.root import Settings
+from onstream.settings.sections.trainer import LoraSettings
+from onstream.workers.launcher.model_files import local_model, model_config, parameters
+
+Device = Literal["cpu", "cuda"]
+LEAST_MICROBATCH = 1024
+LEAST_HEAD_CHUNK = 256
+
+
+def memory_rows(settings: Settings) -> dict[str, str]:
+    """What `onstream check` prints of the trainer's memory, by the names of its lines.
+
+    Nothing where no trainer starts here, or the student is not on this machine.
+    """
+    run = make_plan(settings)
+    if not run.workers.get("trainer"):
+        return {}
+    room = _room(settings, run.device)
+    try:
+        plan = _plan(settings, run.device, room)
+    except UserError:  # told by the checks
+        return {}
+    if plan is None:
+        return {}
+    if plan.memory is None:
+        return {"together": "not known: the student's config.json does not say its sizes"}
+    compared = f"of the {shown_bytes(host_bytes())} of this machine"
+    if run.device == "cuda":
+        compared = "of a GPU whose memory is not known: nvidia-smi tells nothing"
+    if room is not None:
+        compared = f"of the {shown_bytes(room)} of its GPU"
+    return _rows(settings, plan, plan.memory) | {
+        "together": f"{shown_bytes(plan.memory.device):>8}  {compared}"
+    }
+
+
+def check_memory(settings: Settings, device: Device) -> None:
+    """Check that the trainer fits its GPU, where the sizes of both are known.
+
+    Raises:
+        UserError: it does not; the message names the setting that would make it fit.
+    """
+    room = _room(settings, device)
+    if room is None:
+        return
+    plan = _plan(settings, device, room)
+    if plan is None or plan.memory is None or plan.memory.device <= room:
+        return
+    raise UserError(
+        f"the trainer of {settings.model.name} takes about {shown_bytes(plan.memory.device)} with "
+        f"rows of {plan.row_tokens:,} tokens",
+        expected=f"at most the {shown_bytes(room)} of its GPU",
+        next_step=_advice(settings, device, room),
+    )
+
+
+def _plan(settings: Settings, device: Device, room: float | None) -> MemoryPlan | None:
+    """None where the student is not on this machine.
+
+    Raises:
+        UserError: there is no such model, or its configuration cannot be read.
+    """
+    directory = local_model(settings.model.name, ask_hub=False)
+    if directory is None:
+        return None
+    return memory_plan(
+        settings,
+        model_config(directory, "model.name"),
+        half=_half(settings, device),
+        device_bytes=room,
+        parameters=parameters(directory) or None,
+    )
+
+
+def _half(settings: Settings, device: Device) -> bool:
+    given = settings.trainer.dtype
+    return given == "bfloat16" or (given == "auto" and device == "cuda")
+
+
+def _room(settings: Settings, device: Device) -> float | None:
+    """The bytes of its GPU that the trainer may take; None on a CPU, or where none is told of."""
+    found = smallest_gpu_bytes() if device == "cuda" else None
+    return None if found is None else found * (memory_share(settings, "trainer") or 1.0)
+
+
+def _rows(settings: Settings, plan: MemoryPlan, memory: TrainerMemory) -> dict[str, str]:
+    optimizer = memory.optimizer or memory.host_optimizer
+    rows = {
+        "weights": (memory.weights, ""),
+        "gradients": (memory.gradients, ""),
+        "optimizer": (optimizer, "in the host's memory" if memory.host_optimizer else ""),
+        "activations": (memory.activations, _of_rows(plan)),
+        "head": (memory.head, f"{settings.trainer.head_chunk:,} positions at once"),
+        "published": (memory.published, "in the host's memory"),
+    }
+    return {
+        name: f"{shown_bytes(count):>8}  {words}".rstrip() for name, (count, words) in rows.items()
+    }
+
+
+def _of_rows(plan: MemoryPlan) -> str:
+    layers = "layers recomputed" if plan.recompute else "nothing recomputed"
+    return f"rows of {plan.row_tokens:,} tokens, {layers}"
+
+
+def _advice(settings: Settings, device: Device, room: float) -> str:
+    """The first change that makes the trainer fit, or the first few together."""
+    together = settings
+    made: list[str] = []
+    for words, changed in _changes(settings):
+        if _fits(_with(settings, changed), device, room):
+            return f"Set {words}."
+    for words, changed in _changes(settings):
+        together = _with(together, changed)
+        made.append(words)
+        if _fits(together, device, room):
+            return f"Set {', '.join(made)}."
+    return "Take a smaller student, or a GPU with more memory."
+
+
+def _changes(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Settings of the trainer that save memory, in words and as values, the cheapest first."""
+    trainer = settings.trainer
+    if trainer.recompute == "none":
+        yield 'trainer.recompute = "layer"', {"recompute": "layer"}
+    least = max(LEAST_MICROBATCH, longest_completion(settings))
+    if least < trainer.microbatch:
+        yield f"trainer.microbatch = {least}", {"microbatch": least}
+    if trainer.head_chunk > LEAST_HEAD_CHUNK:
+        chunk = LEAST_HEAD_CHUNK
+        yield f"trainer.head_chunk = {chunk}", {"head_chunk": chunk}
+    if trainer.optim.states == "device":
+        on_host = trainer.optim.model_copy(update={"states": "host"})
+        yield 'trainer.optim.states = "host"', {"optim": on_host}
+    if trainer.lora is None:
+        yield "trainer.lora.rank = 16", {"lora": LoraSettings()}
+
+
+def _with(settings: Settings, changed: dict[str, Any]) -> Settings:
+    trainer = settings.trainer.model_copy(update=changed)
+    return settings.model_copy(update={"trainer": trainer})
+
+
+def _fits(settings: Settings, device: Device, room: float) -> bool:
+    plan = _plan(settings, device, room)
+    return plan is not None and plan.memory is not None and plan.memory.device <= room
+
+
+def shown_bytes(count: float) -> str:
+    """`count` bytes in a unit that leaves few digits.
+
+    >>> shown_bytes(16_089_872_384)
+    '16.1 GB'
+    """
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count / 1e3:,.1f} kB"
