@@ -1,14 +1,15 @@
-"""Which variables a chat template reads. Needs no transformers."""
+"""Which variables a chat template reads, and how it ends an answer. Needs no transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 NO_TEMPLATE = (
     "For a base student, set model.chat_template to the teacher's model id or directory, or to a "
@@ -16,6 +17,12 @@ NO_TEMPLATE = (
     "model, or add a chat_template.jinja to its directory."
 )
 """What to do about a model without a chat template."""
+
+ANSWER = "Yes, certainly"
+ANSWERED_CHAT = [
+    {"role": "user", "content": "Is it?"},
+    {"role": "assistant", "content": ANSWER},
+]
 
 
 class GenerationTag(Extension):
@@ -27,6 +34,27 @@ class GenerationTag(Extension):
         """What is inside the tag."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def tail_of_answer(template: str, variables: Mapping[str, Any]) -> str:
+    """What `template` writes behind the last answer; empty where it cannot be rendered here."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[GenerationTag, "jinja2.ext.loopcontrols"],
+    )
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = str
+    try:
+        text = environment.from_string(template).render(messages=ANSWERED_CHAT, **variables)
+    except Exception:  # templates raise anything: jinja's errors, TypeError, …
+        return ""
+    _, answer, tail = text.rpartition(ANSWER)
+    return tail if answer else ""
+
+
+def _refuse(message: str) -> NoReturn:
+    raise TemplateError(message)
 
 
 def unread_arguments(template: str | Mapping[str, str], arguments: Mapping[str, Any]) -> list[str]:

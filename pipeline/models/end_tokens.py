@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from onstream.pipeline.errors import UserError
-
-_QUESTION = {"role": "user", "content": "Is it?"}
-_ANSWER = "Yes, certainly"
+from onstream.pipeline.models.chat_template import ANSWER, ANSWERED_CHAT
 
 
 def end_token_ids(tokenizer: Any, end_tokens: Sequence[str]) -> list[int]:
@@ -73,18 +71,51 @@ def ends_of_template(tokenizer: Any, template_arguments: Any) -> list[int]:
 
     None where it renders no answer, or puts none there.
     """
-    chat = [_QUESTION, {"role": "assistant", "content": _ANSWER}]
     try:
-        text: str = tokenizer.apply_chat_template(chat, tokenize=False, **template_arguments)
+        text: str = tokenizer.apply_chat_template(
+            ANSWERED_CHAT, tokenize=False, **template_arguments
+        )
     except Exception:  # templates raise anything: jinja's errors, TypeError, …
         return []
-    _, answer, tail = text.rpartition(_ANSWER)
+    _, answer, tail = text.rpartition(ANSWER)
     if not answer:
         return []
     special = set(tokenizer.all_special_ids)
     special |= {token for token, one in tokenizer.added_tokens_decoder.items() if one.special}
     ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
     return [token for token in ids if token in special]
+
+
+def require_template_end(
+    name: str, tokenizer: Any, template_arguments: Any, stops: Collection[int]
+) -> None:
+    """Check that the student `name` stops where its chat template ends an answer.
+
+    Raises:
+        UserError: the template writes special tokens after an answer, and none is among `stops`.
+    """
+    ends = ends_of_template(tokenizer, template_arguments)
+    if ends and not set(ends) & set(stops):
+        raise never_stops(name, tokenizer, ends[0], stops)
+
+
+def never_stops(name: str, tokenizer: Any, end: int, stops: Collection[int]) -> UserError:
+    """That the student `name` stops at `stops` alone, and is taught to end with `end`."""
+    token = tokenizer.convert_ids_to_tokens(end)
+    return UserError(
+        f"the chat template ends an answer with {token!r} (token {end}), where the student "
+        f"{name!r} does not stop: it stops at {sorted(stops)}",
+        expected="a student that stops where the teacher teaches it to end",
+        next_step=end_advice(token),
+    )
+
+
+def end_advice(token: str) -> str:
+    """How a student learns to end with `token`."""
+    return (
+        f'Set model.end_tokens = ["{token}"]: then the student stops there, and learns to '
+        "(docs/teachers.md has the recipe of a base student)."
+    )
 
 
 def _configured(config: Any, generation_config: Any) -> list[int]:

@@ -27,7 +27,7 @@ def check(
 
     from onstream.settings.check import report
     from onstream.settings.load import resolve
-    from onstream.workers.launcher.model_files import model_warnings
+    from onstream.workers.launcher.model_warnings import model_warnings
     from onstream.workers.launcher.preflight import find_problems
     from onstream.workers.launcher.trainer_memory import memory_rows
 

@@ -23,6 +23,7 @@ from onstream.pipeline.http import (
     require_model,
 )
 from onstream.pipeline.images import ImageError, PromptImage
+from onstream.pipeline.models.end_tokens import require_template_end
 from onstream.pipeline.prompts import PROMPTS_KEPT, Prompt
 from onstream.pipeline.record_codec import ids_bytes, logprobs_bytes, mask_bytes
 from onstream.pipeline.records import FinishReason, Sample, StageName
@@ -114,10 +115,17 @@ class ChatGenerator:
         """Load the task and the student's tokenizer, and check the endpoints.
 
         Raises:
-            UserError: there is no such task or student, or the endpoints cannot be used.
+            UserError: there is no such task or student, the student does not stop where its chat
+                template ends an answer, or the endpoints cannot be used.
         """
         self._task = load_task(self._settings)
         self._student = load_student_model(self._settings.model.name, self._settings)
+        require_template_end(
+            str(self._student.name),
+            self._student.tokenizer,
+            self._student.template_arguments,
+            self._student.stop_ids,
+        )
         self._reconstructor = Reconstructor(
             self._student.tokenizer, self._student.stop_ids, self._student.template_arguments
         )

@@ -7,21 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from onstream.pipeline.errors import UserError, looked_in
-from onstream.pipeline.models.chat_template import (
-    NO_TEMPLATE,
-    unread_arguments,
-    unread_warning,
-)
+from onstream.pipeline.models.chat_template import NO_TEMPLATE
 from onstream.pipeline.models.pickled import refuse_pickle
-from onstream.settings.chat_templates import TEACHER_ARGUMENTS
-from onstream.settings.engines import student_engine
-from onstream.settings.root import Settings
-from onstream.settings.route import rollout_teacher
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 HUB_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -122,55 +113,7 @@ def check_chat_template(named: str, *, ask_hub: bool = True) -> None:
         _require_chat_template(directory, "model.chat_template")
 
 
-def model_warnings(settings: Settings) -> Iterator[str]:
-    """What is worth knowing of the run's models, as far as their files are on this machine."""
-    yield from _template_warnings(settings)
-    yield from _decoding_warnings(settings)
-
-
-def _decoding_warnings(settings: Settings) -> Iterator[str]:
-    """That the built-in engine decodes the student more slowly, where its configuration tells."""
-    if student_engine(settings) != "transformers" or rollout_teacher(settings) is not None:
-        return
-    try:
-        directory = local_model(settings.model.name, ask_hub=False)
-        config = _json_file(directory / "config.json", "model.name", "") if directory else {}
-    except UserError:  # told by the checks
-        return
-    text = config.get("text_config")
-    named = text if isinstance(text, dict) else config
-    kinds = set(named.get("layer_types") or ()) - {"full_attention"}
-    if kinds:
-        yield (
-            f"{settings.model.name} has layers of {', '.join(sorted(kinds))}: the built-in engine "
-            "decodes it through its own cache, which is exact, and slower than from slots; "
-            'inference.engine = "vllm" is faster where vLLM has the model'
-        )
-
-
-def _template_warnings(settings: Settings) -> Iterator[str]:
-    """Variables that are set, and that the chat template does not read.
-
-    Nothing of templates that are not on this machine.
-    """
-    student = settings.model
-    teacher = settings.teacher_inference.model
-    yield from _unread(
-        "model.chat_template_kwargs",
-        student.chat_template or student.name,
-        student.chat_template_kwargs,
-    )
-    if teacher.name is not None:
-        yield from _unread(TEACHER_ARGUMENTS[0], teacher.name, teacher.chat_template_kwargs)
-
-
-def _unread(setting: str, model: str, arguments: Mapping[str, Any] | None) -> Iterator[str]:
-    templates = _chat_templates(model) if arguments else {}
-    if templates and (unread := unread_arguments(templates, arguments or {})):
-        yield unread_warning(setting, model, unread)
-
-
-def _chat_templates(named: str) -> dict[str, str]:
+def chat_templates(named: str) -> dict[str, str]:
     """The chat templates of a model, or that in a file, as text by name; none where it has none."""
     path = Path(named).expanduser()
     if path.is_file():
@@ -179,7 +122,7 @@ def _chat_templates(named: str) -> dict[str, str]:
         directory = local_model(named, ask_hub=False)
         if directory is None:
             return {}
-        setting = _json_file(directory / "tokenizer_config.json", named, "").get("chat_template")
+        setting = json_file(directory / "tokenizer_config.json", named, "").get("chat_template")
     except UserError:  # told by the checks
         return {}
     found: dict[str, str] = {"default": setting} if isinstance(setting, str) else {}
@@ -212,10 +155,15 @@ def _has_chat_template(directory: Path, setting: str) -> bool:
     if several or (directory / "chat_template.jinja").exists():
         return True
     path = directory / "tokenizer_config.json"
-    return bool(_json_file(path, setting, "the tokenizer's configuration").get("chat_template"))
+    return bool(json_file(path, setting, "the tokenizer's configuration").get("chat_template"))
 
 
-def _json_file(path: Path, setting: str, expected: str) -> dict[str, Any]:
+def json_file(path: Path, setting: str, expected: str) -> dict[str, Any]:
+    """The JSON object in a file of the model that `setting` names.
+
+    Raises:
+        UserError: there is no such file, or it holds something else.
+    """
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -246,7 +194,7 @@ def model_config(directory: Path, setting: str) -> dict[str, Any]:
         UserError: it cannot be read.
     """
     expected = "the config.json of a model in Hugging Face form"
-    return _json_file(directory / "config.json", setting, expected)
+    return json_file(directory / "config.json", setting, expected)
 
 
 def context_tokens(directory: Path, setting: str) -> int | None:

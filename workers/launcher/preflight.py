@@ -30,9 +30,9 @@ from onstream.workers.launcher.model_files import (
     check_chat_template,
     check_model,
     context_tokens,
-    model_warnings,
     parameters,
 )
+from onstream.workers.launcher.model_warnings import model_warnings
 from onstream.workers.launcher.redis_binary import find_server
 from onstream.workers.launcher.trainer_memory import check_memory
 

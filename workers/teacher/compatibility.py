@@ -12,7 +12,13 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.models.end_tokens import ends_of_template, stop_ids
+from onstream.pipeline.models.end_tokens import (
+    end_advice,
+    ends_of_template,
+    never_stops,
+    require_template_end,
+    stop_ids,
+)
 from onstream.pipeline.models.tokenizer import (
     load_configs,
     load_student_tokenizer,
@@ -194,11 +200,11 @@ def _check_end(student: ModelInfo, teacher: ModelInfo) -> None:
             f"the teacher {teacher.name!r} with {sorted(teacher.end_ids)}",
             expected="one end-of-turn token; with two, the teacher teaches the student never to "
             "stop",
-            next_step=f"{_end_advice(teacher, _end_of(teacher))} Or choose another teacher.",
+            next_step=f"{end_advice(_end_of(teacher))} Or choose another teacher.",
         )
     taught = [token for token in _template_ends(teacher) if token in teacher.end_ids]
     if taught and not student.end_ids.intersection(taught):
-        raise _never_stops(student, taught[0])
+        raise never_stops(student.name, student.tokenizer, taught[0], student.end_ids)
 
 
 def check_own_end(student: ModelInfo) -> None:
@@ -210,38 +216,21 @@ def check_own_end(student: ModelInfo) -> None:
         UserError: the template writes special tokens after an answer, and the student stops at none
             of them.
     """
-    ends = _template_ends(student)
-    if ends and not student.end_ids.intersection(ends):
-        raise _never_stops(student, ends[0])
+    require_template_end(
+        student.name, student.tokenizer, student.template_arguments, student.end_ids
+    )
 
 
 def _template_ends(model: ModelInfo) -> list[int]:
     return ends_of_template(model.tokenizer, model.template_arguments)
 
 
-def _end_of(teacher: ModelInfo) -> int:
+def _end_of(teacher: ModelInfo) -> str:
     """The token that the teacher ends its turns with."""
     by_template = [token for token in _template_ends(teacher) if token in teacher.end_ids]
-    end: int = (by_template or [teacher.tokenizer.eos_token_id])[0]
-    return end
-
-
-def _end_advice(model: ModelInfo, end: int) -> str:
-    token = model.tokenizer.convert_ids_to_tokens(end)
-    return (
-        f'Set model.end_tokens = ["{token}"]: then the student stops there, and learns to '
-        "(docs/teachers.md has the recipe of a base student)."
-    )
-
-
-def _never_stops(student: ModelInfo, end: int) -> UserError:
-    token = student.tokenizer.convert_ids_to_tokens(end)
-    return UserError(
-        f"the chat template ends an answer with {token!r} (token {end}), where the student "
-        f"{student.name!r} does not stop: it stops at {sorted(student.end_ids)}",
-        expected="a student that stops where the teacher teaches it to end",
-        next_step=_end_advice(student, end),
-    )
+    end = (by_template or [teacher.tokenizer.eos_token_id])[0]
+    token: str = teacher.tokenizer.convert_ids_to_tokens(end)
+    return token
 
 
 def _check_context(student: ModelInfo, teacher: ModelInfo, max_completion: int) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from onstream.pipeline.errors import UserError
 from onstream.pipeline.record_codec import ids_array
 from onstream.pipeline.records import Rollout
 from onstream.pipeline.redis.bus import Bus
 from onstream.settings.root import Settings
+from onstream.settings.sections.run import ModelSettings
 from onstream.workers.generator.chat_stage import ChatGenerator
 from onstream.workers.generator.engines.base import Completion, GenerationRequest
 from onstream.workers.generator.student import load_student
@@ -57,6 +59,19 @@ def test_completions_stop_at_the_end_that_is_set_and_at_the_students_own(
         assert not np.isin(ids[:-1], [OWN_END, token]).any(), "nothing follows an end"
         assert (one.finish_reason == "stop") == (ids[-1] in stopped)
         assert not text.endswith(end) or one.finish_reason == "length"
+
+
+def test_a_base_student_that_a_teachers_text_would_end_otherwise_is_refused(
+    student_dir: Path, tmp_path: Path, bus: Bus
+) -> None:
+    base = make_base(student_dir, tmp_path / "base")
+    model = {"name": str(base), "chat_template": str(student_dir)}
+    with serving(lambda body: Answer(body={"choices": []})) as (_, url):
+        hard = settings_of(base, tmp_path, url)
+        given = hard.model_copy(update={"model": ModelSettings.model_validate(model)})
+        with pytest.raises(UserError, match=r"ends an answer with '<\|im_end\|>'") as refusal:
+            ChatGenerator(given, bus).setup()
+    assert refusal.value.next_step.startswith('Set model.end_tokens = ["<|im_end|>"]')
 
 
 def test_a_teachers_text_is_trained_up_to_the_end_that_is_set(

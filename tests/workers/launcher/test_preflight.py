@@ -23,7 +23,8 @@ from onstream.settings.extras import EXTRAS
 from onstream.settings.load import load_settings, resolve
 from onstream.settings.plan import Plan, make_plan
 from onstream.settings.root import Settings
-from onstream.workers.launcher.model_files import check_model, model_warnings, parameters
+from onstream.workers.launcher.model_files import check_model, parameters
+from onstream.workers.launcher.model_warnings import model_warnings
 from onstream.workers.launcher.preflight import (
     check_disk,
     check_resume,
