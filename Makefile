@@ -7,9 +7,13 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 FAST := tests/settings tests/deploy tests/pipeline --ignore tests/pipeline/weights tests/workers/trainer/maths \
   tests/workers/trainer/batches tests/test_layers.py tests/test_docs.py tests/test_readme.py
 TWO_AT_A_TIME := $(BIN)/python -m pytest -n 2 --dist loadfile
+# The machine with the GPU: its own Python with torch and transformers, and a directory of wheels that was carried there.
+GPU_PYTHON ?= python3
+GPU_WHEELS ?= gpu-wheels
+ON_GPU = PYTHONPATH=$(CURDIR):$(CURDIR)/.gpu $(GPU_PYTHON)
 TORCHVISION := torchvision==0.28.0
 
-.PHONY: help up lint test-fast test test-runs test-modes test-models test-vllm test-compose chaos bench bench-vllm models models-table memory-table docs lock clean
+.PHONY: help up lint test-fast test test-runs test-modes test-models test-vllm test-compose chaos test-gpu bench bench-vllm bench-gpu gpu-wheels models models-table memory-table docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -25,7 +29,7 @@ test-fast: .venv/dev ## units that load no model, for the inner loop: under a mi
 	@$(TWO_AT_A_TIME) -m "not slow" $(FAST)
 
 test: .venv/vision ## units and single workers, on a real Redis of their own
-	@$(TWO_AT_A_TIME) tests/settings tests/deploy tests/pipeline tests/workers tests/test_*.py
+	@$(TWO_AT_A_TIME) tests/settings tests/deploy tests/pipeline tests/workers tests/gpu tests/test_*.py
 	@PYTHONPATH=$(CURDIR)/tests/vision/site:$(CURDIR)/.venv/torchvision $(TWO_AT_A_TIME) tests/vision
 
 test-runs: .venv/dev ## whole runs of `onstream up`: kills, more steps, other directories, and each example of EXTENDING.md
@@ -46,8 +50,25 @@ test-vllm: .venv-vllm/vision ## the tests on a real vLLM server, in an environme
 test-compose: .venv/dev ## the images, and runs in containers, on a Docker engine that is there or made for it
 	@$(BIN)/python -m pytest tests/compose
 
+test-gpu: .gpu/ready ## on a machine with an NVIDIA GPU: trainer, teacher and engine beside plain forward passes, and a short run
+	@ONSTREAM_TEST_DEVICE=cuda $(ON_GPU) -m pytest -p no:cacheprovider --confcutdir=tests/gpu tests/gpu
+
+bench-gpu: .gpu/ready ## on a machine with an NVIDIA GPU: real sizes, each row beside what it compares with
+	@$(ON_GPU) -m benchmarks.gpu
+
+gpu-wheels: ## fetch what test-gpu and bench-gpu need on a machine without a network, for Python 3.12 on x86
+	@$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --constraint requirements.lock \
+	  --implementation cp --python-version 3.12 $(foreach tag,2_28 2_27 2_17 2_12,--platform manylinux_$(tag)_x86_64) --platform manylinux2014_x86_64 \
+	  --dest $(GPU_WHEELS) --requirement deploy/gpu-wheels.txt
+
+.gpu/ready: deploy/gpu-wheels.txt
+	@[ -d $(GPU_WHEELS) ] || { echo "no directory $(GPU_WHEELS): run \`make gpu-wheels\` where there is a network, and bring it here, or say GPU_WHEELS=DIRECTORY"; exit 1; }
+	@$(GPU_PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --find-links $(GPU_WHEELS) --upgrade --target .gpu --requirement deploy/gpu-wheels.txt
+	@$(GPU_PYTHON) deploy/describe_source.py .gpu
+	@touch $@
+
 bench: .venv/dev ## every benchmark, each beside what it compares with
-	@for file in $(filter-out vllm_% teacher_paths,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
+	@for file in $(filter-out vllm_% teacher_paths gpu,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
 	  echo "== $$file"; $(BIN)/python -m benchmarks.$$file || exit 1; done
 
 bench-vllm: .venv-vllm/ready ## vLLM beside the built-in engine: rollouts, scores, a teacher in process and over HTTP, updates, and sizes
@@ -70,7 +91,7 @@ lock: .venv/dev ## bring requirements.lock up to date with pyproject.toml
 	@$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-header --no-annotate --quiet --upgrade -o requirements.lock
 
 clean: ## remove the virtual environments and caches; runs/ stays
-	@rm -rf .venv .venv-vllm .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	@rm -rf .venv .venv-vllm .pytest_cache .mypy_cache .ruff_cache *.egg-info .gpu
 
 .venv/run: pyproject.toml requirements.lock
 	@echo "Setting up .venv (a few minutes the first time) ..."
