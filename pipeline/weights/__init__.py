@@ -9,7 +9,7 @@ from onstream.pipeline.weights.directory_store import (
     write_directory,
 )
 from onstream.pipeline.weights.fetcher import PolicyFetcher
-from onstream.pipeline.weights.policy import LoadedPolicy, WeightsError, read_file
+from onstream.pipeline.weights.policy import LoadedPolicy, WeightsError, WeightSum, read_file
 from onstream.pipeline.weights.sender import PolicySender, SendResult
 from onstream.pipeline.weights.store import StoreReader, StoreWriter, VersionId, WeightPart
 
@@ -24,6 +24,7 @@ __all__ = [
     "StoreWriter",
     "VersionId",
     "WeightPart",
+    "WeightSum",
     "WeightsError",
     "announced",
     "prune",

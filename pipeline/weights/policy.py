@@ -8,7 +8,8 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +35,24 @@ _SCRATCH_LOCK = "lock"
 
 class WeightsError(Exception):
     """A policy version cannot be loaded: it is missing, torn, replaced, or of another model."""
+
+
+@dataclass(frozen=True)
+class WeightSum:
+    """A weight that is added up, in float32, when it is needed: `base` and what `addition` gives.
+
+    Sums that are made one after the other take the memory of one.
+    """
+
+    base: Tensor
+    addition: Callable[[], Tensor]
+
+    def values(self) -> Tensor:
+        """The sum, without gradients."""
+        import torch
+
+        with torch.no_grad():
+            return self.base.float() + self.addition()
 
 
 class LoadedPolicy:
@@ -70,7 +89,7 @@ class LoadedPolicy:
     def of(
         cls,
         number: int,
-        state: Mapping[str, Tensor],
+        state: Mapping[str, Tensor | WeightSum],
         dtype: torch.dtype | None = None,
         into: Bytes | None = None,
     ) -> LoadedPolicy:
@@ -150,7 +169,9 @@ def read_file(path: Path, digest: str) -> dict[str, Tensor]:
 
 
 def serialised(
-    state: Mapping[str, Tensor], dtype: torch.dtype | None = None, into: Bytes | None = None
+    state: Mapping[str, Tensor | WeightSum],
+    dtype: torch.dtype | None = None,
+    into: Bytes | None = None,
 ) -> Bytes:
     """[n], `state` as a safetensors file: the same weights give the same bytes.
 
@@ -159,29 +180,40 @@ def serialised(
     `LoadedPolicy.of`.
     """
     tensors = _distinct(state)
-    specs = {
-        name: TensorSpec(str(dtype or tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        for name, tensor in tensors.items()
-    }
+    specs = {name: _spec(weight, dtype) for name, weight in tensors.items()}
     head, layout = head_for(specs)
     size = max((location.stop for location in layout.values()), default=len(head))
     # Memory that was used before takes a copy several times faster than fresh pages do.
     data = into if into is not None and into.size == size else np.empty(size, dtype=np.uint8)
     data[: len(head)] = np.frombuffer(head, dtype=np.uint8)
     for name, location in layout.items():
-        view(data, location).copy_(tensors[name])
+        weight = tensors[name]
+        view(data, location).copy_(weight.values() if isinstance(weight, WeightSum) else weight)
     return data
 
 
-def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _spec(weight: Tensor | WeightSum, dtype: torch.dtype | None) -> TensorSpec:
+    if isinstance(weight, WeightSum):
+        return TensorSpec(_name(dtype) if dtype else "float32", tuple(weight.base.shape))
+    return TensorSpec(_name(dtype or weight.dtype), tuple(weight.shape))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _distinct(state: Mapping[str, Tensor | WeightSum]) -> dict[str, Tensor | WeightSum]:
     """Of tensors that are the same memory in the same form, the first alone."""
     seen: set[tuple[object, ...]] = set()
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        same = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if same in seen and tensor.numel():
+    tensors: dict[str, Tensor | WeightSum] = {}
+    for name, weight in state.items():
+        if isinstance(weight, WeightSum):
+            tensors[name] = weight
             continue
-        tensors[name] = tensor.detach()
+        same = (weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
+        if same in seen and weight.numel():
+            continue
+        tensors[name] = weight.detach()
         seen.add(same)
     return tensors
 

@@ -26,6 +26,7 @@ from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.models.recompute import recompute_layers
 from onstream.pipeline.models.tokenizer import has_vision, load_student_tokenizer
 from onstream.pipeline.records import Ids
+from onstream.pipeline.weights import WeightSum
 from onstream.settings.sections.run import ModelSettings
 from onstream.settings.sections.trainer import TrainerSettings
 from onstream.workers.trainer import lora
@@ -340,23 +341,38 @@ class Learner:
 
     def published_state(self) -> dict[str, Tensor]:
         """The weights as generators get them: on the CPU, in `dtype`, as `live_state` has them."""
-        return {name: weight.to("cpu", self.dtype) for name, weight in self.live_state().items()}
+        return {
+            name: _values(weight).to("cpu", self.dtype)
+            for name, weight in self.live_state().items()
+        }
 
-    def live_state(self) -> dict[str, Tensor]:
+    def live_state(self) -> dict[str, Tensor | WeightSum]:
         """The weights themselves, any adapter merged, where they are and in the dtype they have.
 
         They have the names and shapes of the model's files. Weights that are tied are there once.
-        The next step changes them, so they have to be copied before it does.
+        The next step changes them, so they have to be copied before it does. An adapter is merged
+        tensor by tensor when they are, unless the files have other tensors than the model.
         """
+        state = lora.live_state(self.model) if self._adapter else self.model.state_dict()
+        bases: dict[str, Tensor] = {}
         seen: set[int] = set()
-        live = {}
-        state = lora.merged_state(self.model) if self._adapter else self.model.state_dict()
         for name, weight in state.items():
-            if weight.data_ptr() not in seen:
-                seen.add(weight.data_ptr())
-                live[name] = weight.detach()
-        as_in_files: dict[str, Tensor] = revert_weight_conversion(self.model, live)
-        return as_in_files
+            base = weight.base if isinstance(weight, WeightSum) else weight
+            if base.data_ptr() not in seen:
+                seen.add(base.data_ptr())
+                bases[name] = base.detach()
+        in_files: dict[str, Tensor | WeightSum] = revert_weight_conversion(self.model, bases)
+        if not self._adapter:
+            return in_files
+        names = {id(base): name for name, base in bases.items()}
+        if any(id(tensor) not in names for tensor in in_files.values()):
+            merged = {name: _values(state[name]).detach() for name in bases}
+            return dict(revert_weight_conversion(self.model, merged))
+        return {name: state[names[id(tensor)]] for name, tensor in in_files.items()}
+
+
+def _values(weight: Tensor | WeightSum) -> Tensor:
+    return weight.values() if isinstance(weight, WeightSum) else weight
 
 
 def _drops(trainer: TrainerSettings) -> bool:

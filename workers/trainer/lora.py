@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.end_tokens import add_stops
 from onstream.pipeline.models.loading import base_of, load_model
 from onstream.pipeline.models.tokenizer import load_tokenizer
+from onstream.pipeline.weights import WeightSum
 from onstream.settings.extras import missing_package
 from onstream.settings.paths import absolute_model
 from onstream.settings.sections.trainer import LoraSettings
@@ -92,22 +94,30 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
             dropout.train()
 
 
-@torch.no_grad()
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """The weights with the adapter added, under the names of a model without one.
 
     Those that it is added to are float32, so that what it changes is not rounded away. The live
     model stays as it is.
     """
+    return {
+        name: weight.values() if isinstance(weight, WeightSum) else weight
+        for name, weight in live_state(model).items()
+    }
+
+
+def live_state(model: nn.Module) -> dict[str, Tensor | WeightSum]:
+    """The same, where each sum is made when it is asked for."""
     layers = _layers(model)
-    merged = {}
+    merged: dict[str, Tensor | WeightSum] = {}
     for name, weight in model.state_dict().items():
         if ".lora_" in name:
             continue
         owner, inside, leaf = name.rpartition(".base_layer.")
+        name = f"{owner}.{leaf}" if inside else name
+        merged[name] = weight
         if inside and leaf == "weight":
-            weight = weight.float() + layers[owner].get_delta_weight(_ADAPTER)
-        merged[f"{owner}.{leaf}" if inside else name] = weight
+            merged[name] = WeightSum(weight, partial(layers[owner].get_delta_weight, _ADAPTER))
     return merged
 
 

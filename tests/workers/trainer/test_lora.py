@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.loading import ADAPTER_CONFIG, base_of
 from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.weights import LoadedPolicy, WeightSum
 from onstream.settings.sections.run import ModelSettings
 from onstream.settings.sections.trainer import TrainerSettings
 from onstream.workers.trainer.batches.train_samples import TrainSample
@@ -84,6 +86,31 @@ def test_what_is_published_computes_what_the_trainer_computes(student: Path) -> 
     assert not unexpected
     adapted.model.set_attn_implementation("sdpa")
     torch.testing.assert_close(logits(whole), logits(adapted.model), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_is_merged_tensor_by_tensor_when_it_is_published(
+    student: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    adapted = learner(student)
+    for _ in range(3):
+        adapted.step(samples(), 5)
+    made: list[weakref.ref[torch.Tensor]] = []
+    values = WeightSum.values
+
+    def noted(weight: WeightSum) -> torch.Tensor:
+        assert not any(one() is not None for one in made), "the sum before is gone"
+        made.append(weakref.ref(total := values(weight)))
+        return total
+
+    wanted = {name: weight.to(dtype) for name, weight in adapted.published_state().items()}
+    state = adapted.live_state()
+    monkeypatch.setattr(WeightSum, "values", noted)
+    published = LoadedPolicy.of(1, state, dtype).tensors()
+    assert len(made) == sum(isinstance(one, WeightSum) for one in state.values()) > 2
+    assert published.keys() == wanted.keys()
+    assert all(torch.equal(published[name], weight) for name, weight in wanted.items())
+    assert not any(weight.requires_grad for weight in published.values())
 
 
 def test_an_exported_model_has_the_adapter_merged(student: Path, tmp_path: Path) -> None:

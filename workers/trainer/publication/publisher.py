@@ -24,6 +24,7 @@ from onstream.pipeline.weights import (
     SendResult,
     StoreWriter,
     VersionId,
+    WeightSum,
 )
 from onstream.pipeline.weights.directory_store import pinned
 from onstream.pipeline.weights.nccl_transfer import TransferCoordinator
@@ -92,7 +93,7 @@ class Publisher:
             if policy.number <= settings.trainer.max_steps:  # else it is forged
                 self._remember(policy)
 
-    def publish(self, number: int, state: Mapping[str, Tensor]) -> PolicyVersion:
+    def publish(self, number: int, state: Mapping[str, Tensor | WeightSum]) -> PolicyVersion:
         """Give version `number`, the weights `state`, to the generators, and announce it.
 
         Nothing is announced where the number was announced before with the same weights. Other
@@ -105,7 +106,7 @@ class Publisher:
         """
         return self._publish(number, state, self._prober.ask(), lambda: None)
 
-    def start(self, number: int, state: Mapping[str, Tensor]) -> Publication:
+    def start(self, number: int, state: Mapping[str, Tensor | WeightSum]) -> Publication:
         """Start to `publish`, in a thread where the version is large.
 
         `state` must not change before the publication's `wait_until_copied`. Until it is done,
@@ -122,7 +123,7 @@ class Publisher:
     def _publish(
         self,
         number: int,
-        state: Mapping[str, Tensor],
+        state: Mapping[str, Tensor | WeightSum],
         probe: Probe,
         copied: Callable[[], None],
     ) -> PolicyVersion:
@@ -147,7 +148,9 @@ class Publisher:
             weights.prune(self._run_dir, self._settings.checkpoint.keep_policies, kept)
         return announced
 
-    def restore(self, policy: PolicyVersion, state: Callable[[], Mapping[str, Tensor]]) -> None:
+    def restore(
+        self, policy: PolicyVersion, state: Callable[[], Mapping[str, Tensor | WeightSum]]
+    ) -> None:
         """Announce `policy`, the newest, again where Redis has forgotten it.
 
         Its weights, `state`, are given again first if Redis lost them too.
@@ -213,7 +216,7 @@ class Publisher:
             self._transfer.close()
 
     def _copied(
-        self, number: int, state: Mapping[str, Tensor], copied: Callable[[], None]
+        self, number: int, state: Mapping[str, Tensor | WeightSum], copied: Callable[[], None]
     ) -> LoadedPolicy:
         """`state` as version `number`, in memory that no version in use is in.
 
@@ -227,8 +230,9 @@ class Publisher:
             self._buffers.keep(data, in_use)
         return LoadedPolicy(number, None, data)
 
-    def _size_bytes(self, state: Mapping[str, Tensor]) -> int:
-        return sum(weight.numel() for weight in state.values()) * self._dtype.itemsize
+    def _size_bytes(self, state: Mapping[str, Tensor | WeightSum]) -> int:
+        weights = (one.base if isinstance(one, WeightSum) else one for one in state.values())
+        return sum(weight.numel() for weight in weights) * self._dtype.itemsize
 
     def _fence(self) -> AbstractContextManager[None]:
         """The right to change the run's files; held for as short as can be.
