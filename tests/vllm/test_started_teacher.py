@@ -118,7 +118,7 @@ def test_the_example_runs_with_a_server_that_is_started_killed_started_again_and
     assert here == pytest.approx(there, abs=1e-4)
 
 
-@pytest.mark.rotates("a run on vLLM in the teacher's worker", 0, 2)
+@pytest.mark.rotates("a run on vLLM in the teacher's worker", 0, 3)
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_the_student_of_the_example_learns_from_vllm_in_the_teachers_worker(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from onstream.workers.teacher.stage import Teacher
 from onstream.workers.teacher.vllm.startup import engine_arguments, load_vllm
 from tests.vllm.reference import CLOSE_NATS
 from tests.vllm.server import VllmServer
+from tests.vllm.test_families import written
 from tests.workers.teacher.external.conftest import work
 from tests.workers.teacher.test_stage import delivered, rollout
 
@@ -53,13 +54,17 @@ def settings_of(model: Path, top_k: int = 32, **teacher: Any) -> Settings:
     )
 
 
-@pytest.fixture(scope="module")
-def scorer(teacher_dir: Path) -> Iterator[VllmScorer]:
-    """The teacher in this process, with forward passes shorter than some samples."""
+def loaded(settings: Settings) -> VllmScorer:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # vLLM's imports warn of what torch deprecates
-        scorer = load_vllm(settings_of(teacher_dir))
+        return load_vllm(settings)
+
+
+@pytest.fixture(scope="module")
+def scorer(teacher_dir: Path) -> Iterator[VllmScorer]:
+    """The teacher in this process, with forward passes shorter than some samples."""
+    scorer = loaded(settings_of(teacher_dir))
     yield scorer
     scorer.close()
 
@@ -225,3 +230,27 @@ def test_its_arguments_follow_from_the_settings(teacher_dir: Path) -> None:
     assert words[words.index("--max-num-batched-tokens") + 1] == str(BATCH_TOKENS)
     assert words[-2:] == ["--max-num-seqs", "5"]
     assert json.loads(words[words.index("--limit-mm-per-prompt") + 1])["video"] == 0
+
+
+@pytest.mark.rotates("a run on vLLM in the teacher's worker", 2, 3)
+def test_a_model_that_vllm_cannot_compute_in_float32_is_refused_and_scored_in_bfloat16(
+    tmp_path: Path,
+) -> None:
+    """Layers that keep a state in place of keys and values, whose prompts are not shared."""
+    hybrid = written(tmp_path, "qwen3_5_text")
+    with pytest.raises(UserError, match=r"vLLM cannot compute the teacher .*requires BF16"):
+        loaded(settings_of(hybrid, 8, dtype="float32", max_batch_tokens=512))
+    scorer = loaded(settings_of(hybrid, 8, dtype="bfloat16", max_batch_tokens=512))
+    try:
+        requests = [one for one in some_requests() if one.tokens < scorer.context_tokens]
+        scored = scorer.score(requests, top_k=8)
+        exact = by_transformers(hybrid, requests, 8)
+        gaps = [
+            np.abs(one.logprobs - other.logprobs).mean()
+            for one, other in zip(scored, exact, strict=True)
+        ]
+        assert not scorer._shares_prompts
+        print(f"on average {np.mean(gaps):.1e} nats from float32")
+        assert np.mean(gaps) < 0.1
+    finally:
+        scorer.close()

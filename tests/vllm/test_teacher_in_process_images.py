@@ -41,7 +41,7 @@ def score(bus: Bus, worker: Worker) -> None:
         worker.turn()
 
 
-@pytest.mark.rotates("a run on vLLM in the teacher's worker", 1, 2)
+@pytest.mark.rotates("a run on vLLM in the teacher's worker", 1, 3)
 def test_every_token_is_scored_with_the_images_present(
     bus: Bus, tiny: Tiny, tmp_path: Path
 ) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
+
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.images.feature_cache import FetchImages, no_images
 from onstream.pipeline.images.vision import load_vision
@@ -16,6 +18,7 @@ from onstream.settings.root import Settings
 from onstream.workers.teacher.compatibility import load_student, load_teacher
 from onstream.workers.teacher.local_scorer import check_image_tokens
 from onstream.workers.teacher.request_images import RequestImages
+from onstream.workers.teacher.scorer import ScoreRequest
 from onstream.workers.teacher.server_command import context_tokens, model_arguments, model_of
 
 if TYPE_CHECKING:
@@ -28,6 +31,9 @@ PASSES = 4
 scores of another.
 """
 
+TRIAL = ScoreRequest(np.zeros(2, dtype=np.int32), np.zeros(2, dtype=np.int32))
+"""Asked before the worker is ready: vLLM fails for some models only when it computes."""
+
 
 def load_vllm(settings: Settings, images: FetchImages = no_images) -> VllmScorer:
     """The teacher `teacher_inference.model.name` on vLLM, in this process and its children.
@@ -35,8 +41,8 @@ def load_vllm(settings: Settings, images: FetchImages = no_images) -> VllmScorer
     `images` gives the bytes of images by digest; by default there are none.
 
     Raises:
-        UserError: the teacher cannot score this student's tokens, vLLM does not take it, or is not
-            installed.
+        UserError: the teacher cannot score this student's tokens, vLLM does not take it, cannot
+            compute it, or is not installed.
     """
     prepare_process(
         device_of(settings.deployment),
@@ -55,7 +61,7 @@ def load_vllm(settings: Settings, images: FetchImages = no_images) -> VllmScorer
     from onstream.workers.teacher.vllm.scorer import VllmScorer
 
     student_config, _ = load_configs(settings.model.name)
-    return VllmScorer(
+    scorer = VllmScorer(
         teacher.name,
         engine,
         vocabulary_size=min(student.vocabulary_size, teacher.vocabulary_size),
@@ -63,6 +69,17 @@ def load_vllm(settings: Settings, images: FetchImages = no_images) -> VllmScorer
         shares_prompts=not has_states(config),
         images=RequestImages(settings, student_config, images) if reads_images else None,
     )
+    try:
+        scorer.score([TRIAL], top_k=settings.trainer.loss.teacher_top_k)
+    except Exception as error:  # of whatever kind: vLLM failed, or its processes ended
+        scorer.close()
+        raise UserError(
+            f"vLLM cannot compute the teacher {teacher.name}: {reason_of(error)}",
+            expected="a model that vLLM has kernels for",
+            next_step="Choose another teacher_inference.dtype, or teacher_inference.engine = "
+            '"transformers".',
+        ) from error
+    return scorer
 
 
 def engine_arguments(settings: Settings, context: int, *, images: bool) -> list[str]:
