@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from msgspec.structs import replace
 
 from onstream.pipeline import weights
@@ -46,7 +47,6 @@ BACKGROUND_BYTES = 32 << 20
 log = get_logger()
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from onstream.workers.trainer.learner import Learner
@@ -115,10 +115,14 @@ class Publisher:
         if self._transfer is not None or self._size_bytes(state) < BACKGROUND_BYTES:
             return Publication(lambda _: self.publish(number, state), wake=None)
         probe = self._prober.ask()  # computes with the model, as the main thread does
-        return Publication(
-            lambda copied: self._publish(number, state, probe, copied),
-            wake=self._bus.connection.unblock,
-        )
+        threads = torch.get_num_threads()
+
+        def publish(copied: Callable[[], None]) -> PolicyVersion:
+            # A thread has a number of its own, and the bits of a merged adapter may depend on it.
+            torch.set_num_threads(threads)
+            return self._publish(number, state, probe, copied)
+
+        return Publication(publish, wake=self._bus.connection.unblock)
 
     def _publish(
         self,

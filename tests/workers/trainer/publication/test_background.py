@@ -160,10 +160,11 @@ def test_weights_go_through_redis_in_the_background_too(
     assert PolicyFetcher(ChunkReader(job.bus.weights), deltas=True).fetch(policy).number == 6
 
 
+@pytest.mark.parametrize("changes", [{}, {"trainer__lora__rank": 4}])
 def test_a_recorded_run_whose_versions_are_late_replays_to_the_same_bits(
-    run: Callable[..., Run], late: None
+    run: Callable[..., Run], late: None, changes: dict[str, Any]
 ) -> None:
-    job = run(trainer__record=True)
+    job = run(trainer__record=True, **changes)
     job.ready()
     job.until(3)
     job.start()
