@@ -31,11 +31,16 @@ from onstream.pipeline.models.loading import text_config
 from onstream.pipeline.models.multimodal import Features
 from onstream.pipeline.models.packing import AttentionCall, PrefixGroup, SharedPrefixRow
 from onstream.pipeline.models.trial import decoder_of, row_dependent_positions
+from onstream.pipeline.models.varlen import (
+    VARLEN,
+    VarlenLayout,
+    by_token,
+    refuse_more_than_plain,
+    varlen_layout_of,
+)
 
 SHARED_PREFIX = "onstream_shared_prefix"
 NO_IMAGES: Features = {}
-MORE_THAN_PLAIN = ("sliding_window", "softcap", "s_aux", "position_bias")
-"""What a family hands to its attention that is more than softmax(q·k)·v over the whole past."""
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
 """What configurations call the bound of the logits (Gemma 2, arXiv:2408.00118, section 2)."""
 
@@ -97,13 +102,11 @@ def shared_prefix_attention(
     Raises:
         ValueError: the layer's attention is more than that.
     """
-    for name in MORE_THAN_PLAIN:
-        if others.get(name) is not None:
-            raise ValueError(f"a layer's attention has {name}")
+    refuse_more_than_plain(others)
     grouped = query.shape[1] != key.shape[1]
-    queries = _by_token(query)
-    keys = _by_token(key)
-    values = _by_token(value)
+    queries = by_token(query)
+    keys = by_token(key)
+    values = by_token(value)
     outputs = []
     for call in layout.calls:
         out = scaled_dot_product_attention(
@@ -119,11 +122,6 @@ def shared_prefix_attention(
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     merged = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return merged.index_select(0, layout.output_index)[None], None
-
-
-def _by_token(states: Tensor) -> Tensor:
-    """[1, heads, T, D] -> [T, heads, D]."""
-    return states[0].transpose(0, 1)
 
 
 def _gather(states: Tensor, places: Tensor, rows: int) -> Tensor:
@@ -171,7 +169,7 @@ def hidden_states(
     row: Tensor = model.base_model(  # the decoder, in every family that allows shared prompts
         input_ids=torch.from_numpy(packed.input_ids).to(model.device)[None],
         use_cache=False,  # with a cache, packed rows are silently wrong, by nats
-        layout=layout_of(packed, model.device),
+        layout=_layout_for(model, packed),
         **_positions_and_images(model, packed, features),
     ).last_hidden_state[0]
     return row.index_select(0, torch.from_numpy(packed.predicted_at).to(model.device))
@@ -179,8 +177,19 @@ def hidden_states(
 
 def shares_prompts(model: PreTrainedModel) -> bool:
     """Whether the model's text attention is the one that reads packed rows."""
+    return _attention_of(model) in (SHARED_PREFIX, VARLEN)
+
+
+def _attention_of(model: PreTrainedModel) -> str:
     attention: str = model.config.get_text_config()._attn_implementation
-    return attention == SHARED_PREFIX
+    return attention
+
+
+def _layout_for(model: PreTrainedModel, packed: SharedPrefixRow) -> AttentionLayout | VarlenLayout:
+    """The layout that the model's attention reads."""
+    if _attention_of(model) == VARLEN:
+        return varlen_layout_of(packed, model.device)
+    return layout_of(packed, model.device)
 
 
 def _positions_and_images(

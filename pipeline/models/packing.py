@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +62,29 @@ class AttentionCall:
 
 
 @dataclass(frozen=True)
+class CumulativeLengths:
+    """One call of attention over S sequences of queries and of keys, end to end.
+
+    The queries are the packed row as it is: a prompt, then what each of its completions has there.
+    The keys of a prompt are its own, those of a completion the prompt's and its own. Query i of a
+    sequence sees its keys up to the one that is as far from their end as the query is from its.
+
+    Example: the prompt [5, 6] with the completions [7, 8, 9] and [4], which has no place of its
+    own::
+
+        keys       0 1  0 1 2 3   (places in the row)
+        query_ends 0 2 4
+        key_ends   0 2 6
+    """
+
+    keys: Ids  # [K], K ≥ T
+    query_ends: npt.NDArray[np.int32]  # [S + 1], from 0 to T
+    key_ends: npt.NDArray[np.int32]  # [S + 1], from 0 to K
+    longest_query: int
+    longest_key: int
+
+
+@dataclass(frozen=True)
 class SharedPrefixRow:
     """One forward pass: T tokens that predict the N completion tokens of S sequences in turn.
 
@@ -79,8 +103,21 @@ class SharedPrefixRow:
     sequences: tuple[int, ...]  # [S]
     lengths: tuple[int, ...]  # [S], completion tokens; they sum to N
     groups: tuple[PrefixGroup, ...] = field(repr=False)
-    calls: tuple[AttentionCall, ...] = field(repr=False)
-    output_index: Ids = field(repr=False)  # [T], its place in the calls' outputs, end to end
+
+    @cached_property
+    def calls(self) -> tuple[AttentionCall, ...]:
+        """How attention reads the row in calls with masks, which grow with the square of it."""
+        return _plan_attention(_place(self.groups))
+
+    @cached_property
+    def output_index(self) -> Ids:
+        """[T], each token's place in the outputs of `calls`, end to end."""
+        return _output_index(self.calls, len(self.input_ids))
+
+    @cached_property
+    def cumulative(self) -> CumulativeLengths:
+        """How attention reads the row in one call without masks."""
+        return _cumulative_lengths(_place(self.groups))
 
 
 def share_prompts(
@@ -217,7 +254,6 @@ def _lay_out(groups: Sequence[PrefixGroup]) -> SharedPrefixRow:
             positions.append(prompt_tokens + np.arange(len(own)))
             # The prompt's last token predicts the completion's first.
             predicted_at.append(np.concatenate((places.prompt[-1:], own)))
-    calls = _plan_attention(placed)
     completions = [completion for group in groups for completion in group.completions]
     return SharedPrefixRow(
         input_ids=np.concatenate(inputs),
@@ -227,8 +263,6 @@ def _lay_out(groups: Sequence[PrefixGroup]) -> SharedPrefixRow:
         sequences=tuple(sequence for group in groups for sequence in group.sequences),
         lengths=tuple(map(len, completions)),
         groups=tuple(groups),
-        calls=calls,
-        output_index=_output_index(calls, sum(group.tokens for group in groups)),
     )
 
 
@@ -238,6 +272,24 @@ def _output_index(calls: Sequence[AttentionCall], tokens: int) -> Ids:
     # Reversed, so that a row's own first token wins over the padding that repeats its place.
     index[flat[::-1]] = np.arange(len(flat))[::-1]
     return index
+
+
+def _cumulative_lengths(placed: Sequence[_GroupPlaces]) -> CumulativeLengths:
+    queries: list[Ids] = []
+    keys: list[Ids] = []
+    for one in placed:
+        own = [completion for completion in one.completions if len(completion)]
+        queries += [one.prompt, *own]
+        keys += [one.prompt, *(np.concatenate((one.prompt, completion)) for completion in own)]
+    query_lengths = [len(places) for places in queries]
+    key_lengths = [len(places) for places in keys]
+    return CumulativeLengths(
+        keys=np.concatenate(keys),
+        query_ends=np.cumsum([0, *query_lengths], dtype=np.int32),
+        key_ends=np.cumsum([0, *key_lengths], dtype=np.int32),
+        longest_query=max(query_lengths),
+        longest_key=max(key_lengths),
+    )
 
 
 def _plan_attention(placed: Sequence[_GroupPlaces]) -> tuple[AttentionCall, ...]:

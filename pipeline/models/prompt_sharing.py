@@ -28,6 +28,11 @@ from onstream.pipeline.models.trial import (
     row_dependent_positions,
     short_windows,
 )
+from onstream.pipeline.models.varlen import VARLEN
+from onstream.settings.sections.trainer import AttentionSetting
+
+TRIED_WEIGHTS = 2
+"""Of which a trial compares gradients, besides the embedding: an adapter's two parts."""
 
 
 def prepare(model: PreTrainedModel) -> str | None:
@@ -51,6 +56,71 @@ def prepare(model: PreTrainedModel) -> str | None:
     if reason:
         set_text_attention(model, before)
     return reason
+
+
+def choose_attention(
+    model: PreTrainedModel, asked: AttentionSetting, dtype: torch.dtype, padded_because: str | None
+) -> None:
+    """Let packed rows be read as `asked`, in the precision that is trained in.
+
+    By `sdpa` with masks, as `prepare` has left it, or by cumulative lengths: `varlen`. `auto` is
+    the latter on CUDA in 16 bits, if hidden states and gradients are those of the masks.
+
+    Args:
+        model: as it is trained.
+        asked: `trainer.attention`.
+        dtype: what is computed in, by autocast where it is not float32.
+        padded_because: what `prepare` has returned.
+
+    Raises:
+        UserError: `varlen` is asked for, and the model cannot be computed with it.
+    """
+    problem = padded_because
+    kernel = model.device.type == "cuda" and dtype != torch.float32
+    if not problem and (asked == "varlen" or (asked == "auto" and kernel)):
+        problem = _varlen_problem(model, dtype)
+    if problem and asked == "varlen":
+        raise UserError(
+            f'trainer.attention = "varlen" with {name_of(model)}: {problem}',
+            expected="a model that computes shared prompts once by cumulative lengths",
+            next_step='Leave trainer.attention out, or set it to "sdpa".',
+        )
+
+
+def _varlen_problem(model: PreTrainedModel, dtype: torch.dtype) -> str | None:
+    """Switch from masks to cumulative lengths; the reason where they do not give the same."""
+    row = _trial_row(text_config(model).vocab_size)
+    try:
+        expected = _states_and_gradients(model, row, dtype)
+        set_text_attention(model, VARLEN)
+        found = _states_and_gradients(model, row, dtype)
+    except (ImportError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        set_text_attention(model, SHARED_PREFIX)
+        return f"its kernel refuses: {' '.join(str(error).split())[:200]}"
+    for one, other in zip(found, expected, strict=True):
+        if not agree(one, other, dtype):
+            set_text_attention(model, SHARED_PREFIX)
+            return f"its results would differ by up to {(one - other).abs().max():.2g}"
+    return None
+
+
+def _states_and_gradients(
+    model: PreTrainedModel, row: SharedPrefixRow, dtype: torch.dtype
+) -> list[Tensor]:
+    """The hidden states of `row`, and the gradients of a sum of them by the first trained weights.
+
+    Each part of a state has its own factor in the sum: a norm leaves that of squares as it is.
+    """
+    half = dtype != torch.float32
+    with torch.autocast(model.device.type, dtype, enabled=half):
+        states = hidden_states(model, row).float()
+    factors = torch.linspace(-1, 1, states.shape[-1], device=states.device)
+    trained = [weight for weight in model.parameters() if weight.requires_grad][:TRIED_WEIGHTS]
+    embedding = model.get_input_embeddings().weight
+    if embedding.requires_grad:  # the first weights may be a vision tower's, without a part here
+        trained.append(embedding)
+    gradients = torch.autograd.grad((states * factors).sum(), trained, allow_unused=True)
+    return [states.detach(), *(gradient for gradient in gradients if gradient is not None)]
 
 
 def _trial_row(vocabulary: int) -> SharedPrefixRow:

@@ -9,6 +9,8 @@ from pydantic import Field, field_validator
 from onstream.settings.base import CHANGEABLE, RUN, WORKER, Section, Unit
 from onstream.settings.sections.losses import Loss, RlLoss
 
+AttentionSetting = Literal["auto", "sdpa", "varlen"]
+"""How the trainer reads packed rows."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -71,6 +73,12 @@ class TrainerSettings(Section):
     nothing, or each `layer`, which takes a third more work, far less memory, and changes no bit in
     float32. `auto` is `layer` on CUDA where by a formula the trainer would otherwise fill more than
     90 % of its GPU, and `none` on a CPU.
+    """
+    attention: Annotated[AttentionSetting, WORKER] = "auto"
+    """How rows with shared prompts are read: by torch's `sdpa` under masks, whose memory grows with
+    the square of a row, or by cumulative lengths (`varlen`), without masks. `auto` is `varlen` on
+    CUDA in bfloat16, if a trial at the start gives what `sdpa` gives, and `sdpa` otherwise. On a
+    CPU `varlen` is a slow reference.
     """
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], RUN] = "auto"
     """Precision of the computation; master weights and optimizer state are float32. `auto` is

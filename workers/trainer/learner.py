@@ -22,7 +22,7 @@ from onstream.pipeline.models.frozen import round_frozen
 from onstream.pipeline.models.loading import base_of, load_model, resolve_dtype, text_config
 from onstream.pipeline.models.multimodal import Features
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts, single_rows
-from onstream.pipeline.models.prompt_sharing import prepare
+from onstream.pipeline.models.prompt_sharing import choose_attention, prepare
 from onstream.pipeline.models.recompute import recompute_layers
 from onstream.pipeline.models.tokenizer import has_vision, load_student_tokenizer
 from onstream.pipeline.records import Ids
@@ -131,6 +131,8 @@ class Learner:
         self._recompute = recompute
         if recompute:
             recompute_layers(self.model, draws_random=_drops(trainer))
+        with lora.without_dropout(self.model):
+            choose_attention(self.model, trainer.attention, self.dtype, self.padded_because)
         self.head = head_of(self.model)
         self.vision = load_vision(model) if has_vision(self.model.config) else None
         if self.vision and not trainer.train_vision:
