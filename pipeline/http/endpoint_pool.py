@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -15,6 +15,7 @@ import tenacity
 
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.http.endpoint import (
+    BadReply,
     Endpoint,
     EndpointError,
     EndpointFault,
@@ -25,7 +26,8 @@ from onstream.pipeline.telemetry import get_logger
 from onstream.settings.sections.client import EndpointSettings
 
 ROUNDS = 3
-"""A request is given up when all its attempts failed so many times while others were answered."""
+"""A request is given up when all its attempts failed so many times, while others were answered or
+would have been."""
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 10.0
 TIMER_S = 0.01
@@ -82,6 +84,11 @@ class EndpointPool(Generic[E]):
         self.requests = 0
         self.failures = 0
         self._answered = 0
+        self._answered_at_last_lone = 0
+        """Answers that had come when a request was last given up by its own failures alone."""
+        self._asking = 0
+        self._checking = asyncio.Lock()
+        self._passed_at = 0.0
         self._last_fault = ""
         self._trouble = ""
         """The last fault of a request whose attempts all failed; empty once one is answered."""
@@ -167,22 +174,62 @@ class EndpointPool(Generic[E]):
         Raises:
             RequestRefused: an endpoint refuses this one, or fails at it although it answers others.
         """
+        self._asking += 1
+        try:
+            return await self._ask_until_given_up(request, of)
+        finally:
+            self._asking -= 1
+
+    async def _ask_until_given_up(
+        self, request: Callable[[E], Awaitable[T]], of: E | None
+    ) -> EndpointReply[T]:
         rounds = 0
         while True:
             answered_before = self._answered
+            started = time.monotonic()
             try:
                 return await self.attempts(request, of)
             except EndpointFault as fault:
                 # Only rounds in which others were answered count: a server that fails at all
-                # requests is waited for.
-                rounds += self._answered > answered_before
+                # requests is waited for. The last request of all has no others to be judged by.
+                others = self._answered > answered_before
+                lone = not others and await self._would_answer(fault, started)
+                rounds += others or lone
                 if rounds >= ROUNDS:
-                    attempts = rounds * (self._client.max_retries + 1)
-                    raise RequestRefused(
-                        f"failed {attempts} times while others were answered; last: {fault}"
-                    ) from fault
+                    raise self._given_up(fault, lone=lone) from fault
                 self._trouble = self._last_fault
             await asyncio.sleep(self._client.breaker_pause * random.uniform(0.5, 1.5))
+
+    async def _would_answer(self, fault: EndpointFault, since: float) -> bool:
+        """Whether an endpoint would answer another request than the one that ended in `fault`.
+
+        A conclusive check that passes after `since` proves it, for a reply with the wrong content,
+        and for any failure of the only request that is there. Without such a check, a wrong reply
+        to the only request speaks against it, if others were answered since the last one of which
+        this was said: a server that has lost its senses costs one request, not all.
+        """
+        wrong = isinstance(fault, BadReply)
+        only = self._asking == 1
+        if not self._conclusive:
+            return wrong and only and self._answered > self._answered_at_last_lone
+        if not (wrong or (only and fault.breaks)):
+            return False
+        async with self._checking:  # many requests ask for one check
+            for endpoint in self.endpoints:
+                if self._passed_at > since:
+                    break
+                with suppress(EndpointError, UserError):
+                    await self._check(endpoint)
+                    self._passed_at = time.monotonic()
+        return self._passed_at > since
+
+    def _given_up(self, fault: EndpointFault, *, lone: bool) -> RequestRefused:
+        attempts = ROUNDS * (self._client.max_retries + 1)
+        meanwhile = "while others were answered"
+        if lone:
+            self._answered_at_last_lone = self._answered
+            meanwhile = "with no other request to be answered"
+        return RequestRefused(f"failed {attempts} times {meanwhile}; last: {fault}")
 
     async def attempts(
         self, request: Callable[[E], Awaitable[T]], of: E | None = None

@@ -238,6 +238,23 @@ def test_an_endpoint_that_is_gone_does_not_hold_up_the_others() -> None:
         assert len(server.bodies) == 10
 
 
+def test_a_last_request_that_gets_nonsense_is_given_up_once_and_the_next_is_waited_for() -> None:
+    nonsense = Answer(200, b"<html>")
+
+    async def use(made: EndpointPool[Endpoint]) -> None:
+        await made.ask(question)
+        with pytest.raises(RequestRefused, match="failed 3 times with no other request"):
+            await made.ask(question)
+        requests = made.requests
+        with pytest.raises(RequestRefused, match="400"):
+            await made.ask(question)
+        assert made.requests - requests > endpoint_pool.ROUNDS
+
+    answers = [FINE, *[nonsense] * (endpoint_pool.ROUNDS + 5), Answer(400, {"error": "no"})]
+    with serving(in_turn(*answers)) as (_, url):
+        ask(client(url, max_retries=0, breaker_failures=100, breaker_pause=0.1), use)
+
+
 def test_requests_per_second_is_kept() -> None:
     async def use(made: EndpointPool[Endpoint]) -> None:
         await asyncio.gather(*(post(made) for _ in range(6)))

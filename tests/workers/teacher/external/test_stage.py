@@ -214,6 +214,28 @@ def test_a_sample_that_fails_while_others_are_scored_is_given_up_at_last(
     assert "failed 3 times while others were answered" in dead
 
 
+def test_the_last_rollouts_of_all_are_given_up_too_where_the_server_scores_other_texts(
+    servers: Servers, configure: Configure, stages: Stages
+) -> None:
+    server = servers()
+    stage = stages(configure(server, max_retries=1, breaker_failures=2, breaker_pause=0.1))
+    absurd = of_tokens(0.5)
+    text = [99, 3]
+
+    def of_one_text(asked: Asked, right: Answer) -> Answer:
+        if asked.body is None or "token_ids" not in asked.body:
+            return right
+        return absurd(asked, right) if asked.body["token_ids"][-2:] == text else right
+
+    server.forever = of_one_text
+    last = [rollout(number, completion=text, samples=number) for number in (1, 2)]
+    for outcome in work(stage, delivered(*last)):
+        assert outcome.dead is not None
+        assert "failed 6 times with no other request to be answered; last: " in outcome.dead
+    (good,) = work(stage, delivered(rollout(3)))
+    assert check(good, server).number == 3
+
+
 def test_an_endpoint_that_dies_is_waited_for_and_nothing_is_lost(
     servers: Servers, configure: Configure, stages: Stages
 ) -> None:
