@@ -43,12 +43,15 @@ def learner_of(model_dir: Path, device: torch.device, dtype: str, **given: Any) 
     return Learner(model_dir, trainer, device, recompute=recompute)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "attention"),
+    [("float32", "sdpa"), ("bfloat16", "sdpa"), ("bfloat16", "varlen")],
+)
 def test_the_trainer_computes_the_logprobs_of_plain_forward_passes(
-    model_dir: Path, device: torch.device, dtype: str
+    model_dir: Path, device: torch.device, dtype: str, attention: str
 ) -> None:
     pairs = groups()
-    learner = learner_of(model_dir, device, dtype)
+    learner = learner_of(model_dir, device, dtype, attention=attention)
     assert learner.padded_because is None
     found: dict[int, torch.Tensor] = {}
     with torch.no_grad():
@@ -94,6 +97,19 @@ def test_the_trainer_takes_the_gradient_of_a_plain_loss(
     norm = torch.nn.utils.get_total_norm([weight.grad for weight in model.parameters()])
     assert metrics["loss"] == pytest.approx(total, rel=1e-4)
     assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+
+
+def test_a_step_by_cumulative_lengths_is_one_under_masks(
+    model_dir: Path, device: torch.device
+) -> None:
+    masks, lengths = (
+        learner_of(model_dir, device, "bfloat16", loss={"type": "sft"}, attention=attention).step(
+            samples(groups()), 10
+        )
+        for attention in ("sdpa", "varlen")
+    )
+    assert lengths["loss"] == pytest.approx(masks["loss"], rel=1e-2)
+    assert lengths["grad_norm"] == pytest.approx(masks["grad_norm"], rel=3e-2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
