@@ -9,6 +9,7 @@ from onstream.settings.devices import device_of
 from onstream.settings.extras import installed
 from onstream.settings.root import Settings
 from onstream.settings.sections.inference import EngineName, TeacherEngineName
+from onstream.settings.stages import WorkerKind
 
 IN_PROCESS: TeacherEngineName = "vllm-in-process"
 
@@ -67,6 +68,13 @@ def teacher_engine(settings: Settings) -> TeacherEngineName:
     if settings.teacher_inference.engine != "auto":
         return settings.teacher_inference.engine
     return _vllm_on_gpus(settings)
+
+
+def starts_vllm(kind: WorkerKind, settings: Settings) -> bool:
+    """Whether a worker of `kind` starts vLLM, in processes under its own."""
+    if kind == "generator":
+        return student_engine(settings) == "vllm"
+    return kind == "teacher" and teacher_engine(settings) == IN_PROCESS
 
 
 def _vllm_on_gpus(settings: Settings) -> Literal["transformers", "vllm"]:

@@ -14,7 +14,7 @@ from onstream.pipeline.processes import StopSignals
 from onstream.pipeline.redis.bus import Bus, connect, redis_url
 from onstream.pipeline.stage import Stage, Stats
 from onstream.settings.devices import device_of
-from onstream.settings.engines import IN_PROCESS, student_engine, teacher_engine
+from onstream.settings.engines import starts_vllm
 from onstream.settings.extras import installed, missing_package
 from onstream.settings.gpus import memory_share
 from onstream.settings.plan import Plan, make_plan, refuse_differences
@@ -165,13 +165,8 @@ def _limit_gpu_memory(kind: WorkerKind, settings: Settings) -> None:
     vLLM, whose processes are others, is told its share.
     """
     share = memory_share(settings, kind)
-    by_vllm = {
-        "generator": student_engine(settings) == "vllm",
-        "teacher": teacher_engine(settings) == IN_PROCESS,
-    }
-    if share is None or by_vllm.get(kind):
-        return
-    if device_of(settings.deployment) == "cuda":
+    on_gpu = device_of(settings.deployment) == "cuda"
+    if share is not None and on_gpu and not starts_vllm(kind, settings):
         from onstream.pipeline.models.loading import limit_gpu_memory
 
         limit_gpu_memory(share)

@@ -10,12 +10,13 @@ from rich.console import Console
 
 from onstream.settings import engines
 from onstream.settings.check import report
-from onstream.settings.engines import teacher_engine, vllm_importable
+from onstream.settings.engines import starts_vllm, teacher_engine, vllm_importable
 from onstream.settings.gpus import gpu_problems, placement
 from onstream.settings.load import load_settings, resolve
 from onstream.settings.plan import Plan, make_plan, refuse_differences
 from onstream.settings.rules import problems_of
 from onstream.settings.rules.engines import engine_problems
+from onstream.settings.stages import WORKERS
 from onstream.workers.launcher.preflight import find_problems
 
 CUDA = "deployment.device=cuda"
@@ -114,6 +115,21 @@ def test_vllm_in_process_runs_in_the_teacher_workers_one_for_each_gpu() -> None:
         ("teacher", 1): "3",
     }
     refuse_differences(plan(*IN_PROCESS, TWO), plan(IN_PROCESS[0], TWO))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kinds"),
+    [
+        (["inference.engine=vllm", *SERVED], ["generator"]),
+        (["inference.engine=server", *IN_PROCESS], ["teacher"]),
+        (["inference.engine=transformers", SERVED[0]], []),
+    ],
+)
+def test_the_kinds_whose_processes_are_ended_with_them_are_those_that_start_vllm(
+    overrides: list[str], kinds: list[str]
+) -> None:
+    settings = load_settings(overrides=[*overrides, TWO], environ={})
+    assert [kind for kind in WORKERS if starts_vllm(kind, settings)] == kinds
 
 
 def test_vllm_in_process_that_is_missing_is_refused_and_named_in_the_plan_before_anything_starts(

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.processes import living
+from tests.processes import living, worker
 from tests.vllm.test_run import steps
 
 ROOT = Path(__file__).parents[2]
@@ -120,22 +120,43 @@ def test_the_example_runs_with_a_server_that_is_started_killed_started_again_and
 
 @pytest.mark.rotates("a run on vLLM in the teacher's worker", 0, 3)
 @pytest.mark.slow
-@pytest.mark.timeout(500)
-def test_the_student_of_the_example_learns_from_vllm_in_the_teachers_worker(tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+def test_the_student_learns_from_vllm_in_the_teachers_worker_which_is_killed_and_leaves_no_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # an engine of its own, as on a GPU
     run_dir = tmp_path / "runs" / "in-process"
     said = tmp_path / "said"
     overrides = (
         "teacher_inference.engine=vllm-in-process",
         "orchestrator.batch_size=128",
         "orchestrator.max_off_policy_steps=2",
+        "delivery.lease=2",
         "trainer.max_steps=24",
     )
-    assert started(run_dir, said, *overrides).wait() == 0, said.read_text()
+    run = started(run_dir, said, *overrides)
+    try:
+        while steps(run_dir) < 8:
+            assert run.poll() is None, said.read_text()
+            time.sleep(0.05)
+        first = worker(run.pid, "teacher")
+        processes = [first, *first.children(recursive=True)]
+        assert any("EngineCore" in process.name() for process in processes)
+        os.kill(first.pid, signal.SIGKILL)
+        _, left = psutil.wait_procs(processes, timeout=30)
+        assert not left, "the engine's process goes with the worker"
+        assert run.wait() == 0, said.read_text()
+    finally:
+        run.terminate()
+        run.wait()
+    assert said.read_text().count("was killed by SIGKILL") == 1
     trained = rows(run_dir)
     assert len(trained) == 24
     assert all(list(row["scored_by"]) == ["examples/reverse-text/teacher"] for row in trained)
-    first = sum(row["teacher_kl"] for row in trained[:4]) / 4
-    last = sum(row["teacher_kl"] for row in trained[-4:]) / 4
-    print(f"teacher_kl {first:.3f} to {last:.3f}")
-    assert 0 < last < first / 2
-    assert living(os.getpid(), "EngineCore") == []
+    before = sum(row["teacher_kl"] for row in trained[:4]) / 4
+    after = sum(row["teacher_kl"] for row in trained[-4:]) / 4
+    print(f"teacher_kl {before:.3f} to {after:.3f}")
+    assert 0 < after < before / 2
+    command = [*ONSTREAM, "audit", str(run_dir)]
+    audit = json.loads(subprocess.run(command, capture_output=True, check=True, cwd=ROOT).stdout)
+    assert (audit["lost"], audit["duplicated"], audit["dead"]) == (0, 0, 0)

@@ -35,10 +35,10 @@ def worker(kind: WorkerKind, settings: Settings, slot: str | None, optional: boo
     model of its own. A teacher-external asks the endpoints of orchestrator.teacher_model. A run may
     have both. A jobs worker evaluates and exports beside the training.
     """
-    from onstream.settings.engines import student_engine
+    from onstream.settings.engines import starts_vllm
     from onstream.workers.runner import run_kind
 
-    if kind == "generator" and student_engine(settings) == "vllm":
+    if starts_vllm(kind, settings):
         from onstream.workers.launcher.die_with_parent import guard_group
 
         guard_group()  # vLLM's processes outlive a kill of the one that started them
