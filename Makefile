@@ -13,7 +13,7 @@ GPU_WHEELS ?= gpu-wheels
 ON_GPU = PYTHONPATH=$(CURDIR):$(CURDIR)/.gpu $(GPU_PYTHON)
 TORCHVISION := torchvision==0.28.0
 
-.PHONY: help up lint test-fast test test-runs test-modes test-models test-vllm test-compose chaos test-gpu bench bench-vllm bench-gpu gpu-wheels models models-table memory-table docs lock clean
+.PHONY: help up lint test-fast test test-runs test-modes test-models test-vllm test-compose chaos test-gpu bench bench-vllm bench-gpu gpu-wheels models models-table models-measured memory-table docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -79,6 +79,10 @@ models: .venv/run ## make the shipped teachers and students again
 
 models-table: .venv/dev ## write docs/models.md: what each family of models comes to
 	@$(BIN)/python -m tests.models.table
+
+models-measured: .venv/vision .venv-vllm/vision ## measure for docs/models.md what needs images or vLLM
+	@MEASURED=1 PYTHONPATH=$(CURDIR)/tests/vision/site:$(CURDIR)/.venv/torchvision $(BIN)/python -m pytest tests/vision -k "own_logprobs or plain_forward_pass"
+	@MEASURED=1 PYTHONPATH=$(CURDIR)/tests/vision/site:$(CURDIR)/.venv-vllm/torchvision .venv-vllm/bin/python -m pytest tests/vllm/test_families.py
 
 memory-table: .venv/dev ## write docs/memory.md: what a trainer takes of its memory
 	@$(BIN)/python -m tests.memory_table

@@ -1,6 +1,7 @@
 """Writes docs/models.md: what each family comes to in the sweep of tests/models.
 
-`python -m tests.models.table`, or `make models-table`.
+`python -m tests.models.table`, or `make models-table`. What needs vLLM or torchvision is read from
+`measured.json`, which tests write.
 """
 
 from __future__ import annotations
@@ -11,17 +12,25 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-import transformers
 from transformers import PreTrainedModel
 
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.workers.generator.engines.transformers.engine import TransformersEngine
 from tests.models.exactness import Refused, generator_gap, scoring_gap
 from tests.models.families import tiny_model
+from tests.models.measured import Part, measured, versions
 from tests.models.test_families import FAMILIES
 
 TARGET = Path("docs/models.md")
+WITH_IMAGES = """
+## With images
+
+Tiny models of these families read prompts with no image, one and two, of one size and of another,
+each against the model's own forward with its processor's tensors.
+
+| family | trainer and teacher | built-in generator |
+|---|---|---|
+"""
 HEAD = """# Which models
 
 Which families of causal language models train, score and generate here, found by a sweep over
@@ -32,6 +41,10 @@ is refused before a run starts; it is never accepted and wrong.**
 
 - *trainer and teacher*: `packed` computes a group's prompt once; `padded` takes a row for each
   sequence, as right and slower.
+- *vLLM*: the CPU build, by the guard: its greedy choice and logprob behind prompts longer than the
+  windows, with the weights that it starts with and after an update. An empty cell was not
+  measured: there the guard compares as everywhere. `make models-measured` measures this column and
+  the table of images.
 - *built-in generator*, and every evaluation: `inference.engine = "transformers"`. `slots` decodes
   many completions in one forward pass; `own cache` takes one more for each length of new prompts,
   as right and slower ([engines.md](engines.md#slots-or-the-models-own-cache)). Where it refuses,
@@ -54,18 +67,28 @@ prompt of the check is longer than them.
 
 def main() -> int:
     """Write the table; families are measured one after the other."""
-    rows = ["| family | trainer and teacher | built-in generator |", "|---|---|---|"]
+    parts = measured()
+    vllm = parts["vLLM"]
+    rows = ["| family | trainer and teacher | built-in generator | vLLM |", "|---|---|---|---|"]
     for at, family in enumerate(FAMILIES, 1):
-        rows.append(row_of(family))
+        rows.append(f"{row_of(family)} {vllm['cells'].get(family, '')} |")
         print(f"{at}/{len(FAMILIES)} {rows[-1]}", flush=True)
     when = datetime.date.today().isoformat()
-    versions = f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}"
-    TARGET.write_text(HEAD + "\n".join(rows) + f"\n\nMade on {when} with {versions}.\n")
+    made = f"\n\nMade on {when} with {versions()}; the column *vLLM* {vllm['made']}.\n"
+    TARGET.write_text(HEAD + "\n".join(rows) + made + with_images(parts))
     return 0
 
 
+def with_images(parts: dict[str, Part]) -> str:
+    """The second table, of the families whose prompts have images."""
+    scoring = parts["images: trainer and teacher"]
+    generator = parts["images: built-in generator"]["cells"]
+    rows = [f"| {one} | {cell} | {generator[one]} |" for one, cell in scoring["cells"].items()]
+    return WITH_IMAGES + "\n".join(rows) + f"\n\nMade {scoring['made']}.\n"
+
+
 def row_of(family: str) -> str:
-    """A line of the table."""
+    """A line of the table, but for what needs vLLM."""
     generator = cell(generator_gap, tiny_model(family))
     if not generator.startswith("refused"):
         reason = TransformersEngine(tiny_model(family), (), slots=4).own_cache_because

@@ -17,12 +17,22 @@ from onstream.workers.generator.student import open_student
 from onstream.workers.tiny_models.character_tokenizer import VOCABULARY_SIZE
 from onstream.workers.tiny_models.fresh import save_fresh
 from tests.models.families import tiny_config
+from tests.models.measured import note
 from tests.vllm.conftest import on_vllm
 from tests.vllm.reference import CLOSE_NATS
 from tests.vllm.test_guard import Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 FAMILIES = [
+    "qwen3",
+    "qwen2",
+    "llama",
+    "mistral",
+    "olmo3",
+    "smollm3",
+    "phi3",
+    "granite",
+    "gemma2",
     "qwen3_5_text",
     "gemma3_text",
     "gpt_oss",
@@ -53,6 +63,10 @@ OWN: dict[str, dict[str, Any]] = {
     # The sizes of real ones, which are those that vLLM's CPU kernels take.
     "qwen3_5_text": {"linear_key_head_dim": 128, "linear_value_head_dim": 128},
     "gemma3_text": {"sliding_window": 16},
+    "gemma2": {"sliding_window": 16},
+    "mistral": {"sliding_window": 16},
+    "olmo3": {"sliding_window": 16},
+    "phi3": {"sliding_window": 16},
     "gpt_oss": {"sliding_window": 16},
     "glm4_moe": {"head_dim": 32},  # which vLLM reads, and transformers does not name
 }
@@ -92,10 +106,13 @@ def trainer_of(directory: Path, family: str) -> Iterator[Trainer]:
 )
 def test_a_family_is_right_at_the_start_and_after_updates(tmp_path: Path, family: str) -> None:
     """Its prompts are longer than its windows, and are asked through vLLM's own caches."""
+    found = []
     with trainer_of(written(tmp_path, family), family) as trainer:
         for number in (1, 2):
             trainer.publish()
             trainer.answers()
-            print(f"{family}: at most {trainer.guard._largest:.1e} nats")
+            found.append(f"{trainer.guard._largest:.0e}")
             assert trainer.guard.checked == number
             trainer.step()
+    dtype = ", in bfloat16" if family in BFLOAT16 else ""
+    note("vLLM", family, f"{found[0]} nats, {found[1]} after an update{dtype}")
