@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,3 +121,13 @@ def test_a_trainer_starts_with_the_layers_recomputed_that_its_settings_ask_for(
         )
         kept[choice] = saved_bytes(learner_at(settings, None).model, 64, half=False)
     assert kept["none"] > 8 * kept["layer"]
+
+
+@pytest.mark.parametrize(("gpu_bytes", "recomputed"), [(1 << 40, False), (1 << 20, True)])
+def test_on_a_gpu_auto_goes_by_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu_bytes: int, recomputed: bool
+) -> None:
+    stub_of_a_gpu = SimpleNamespace(total_memory=gpu_bytes)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: stub_of_a_gpu)
+    directory = written(tmp_path, *KINDS["packed"])
+    assert recomputes(Settings(), directory, torch.device("cuda")) is recomputed
