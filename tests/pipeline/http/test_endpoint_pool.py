@@ -27,6 +27,8 @@ from tests.faulty_server import Answer, Body, serving
 
 SECTION = "orchestrator.teacher_rollout_model"
 FINE = Answer(body={"ok": True, "usage": {"total_tokens": 7}})
+EARLY_S = 0.02
+"""A timer may be early by this."""
 GONE = "http://127.0.0.1:9/v1"  # the discard port: nothing listens
 Use = Callable[[EndpointPool[Endpoint]], Any]
 
@@ -128,17 +130,20 @@ def test_a_slow_drip_ends_at_the_timeout() -> None:
     with serving(in_turn(Answer(200, {"x": "y" * 1000}, drip_s=0.02), FINE)) as (_, url):
         started = time.monotonic()
         assert ask(client(url, timeout=0.3), post) == FINE.body
-        assert 0.3 <= time.monotonic() - started < 3
+        assert time.monotonic() - started >= 0.3
 
 
 @pytest.mark.parametrize("wait", ["0.4", None], ids=["seconds", "date"])
 def test_retry_after_is_kept(wait: str | None) -> None:
-    # A date has whole seconds, so it says between one and two from now.
-    value = wait or formatdate(time.time() + 2, usegmt=True)
+    due = int(time.time()) + 2  # a date has whole seconds
+    value = wait or formatdate(due, usegmt=True)
     with serving(in_turn(Answer(429, {}, {"Retry-After": value}), FINE)) as (server, url):
         assert ask(client(url), post) == FINE.body
-        pause = server.asked[1].at - server.asked[0].at
-        assert pause >= (0.4 if wait else 0.9)
+        first, second = (asked.at for asked in server.asked)
+        if wait:
+            assert second - first >= float(wait)
+        else:
+            assert time.time() - time.monotonic() + second >= due - EARLY_S
 
 
 def test_requests_go_to_the_endpoint_with_the_fewest_in_flight() -> None:
@@ -209,7 +214,8 @@ def test_after_the_trial_all_that_waited_go_on_together() -> None:
     def slowly(body: Body) -> Answer:
         if len(server.bodies) == 1:
             return Answer(500, {"error": "boom"})
-        time.sleep(0.02)
+        if len(server.bodies) == 2:  # the trial, which is alone
+            server.hold_until_together(4)
         return FINE
 
     async def use(made: EndpointPool[Endpoint]) -> None:
@@ -260,9 +266,9 @@ def test_requests_per_second_is_kept() -> None:
         await asyncio.gather(*(post(made) for _ in range(6)))
 
     with serving(in_turn(FINE)) as (server, url):
+        started = time.monotonic()
         ask(client(url, requests_per_second=20), use)
-        times = sorted(asked.at for asked in server.asked)
-        assert times[-1] - times[0] >= 0.2
+        assert max(asked.at for asked in server.asked) - started >= 5 / 20 - EARLY_S
 
 
 def test_the_key_and_the_headers_are_sent() -> None:

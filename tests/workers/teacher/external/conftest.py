@@ -119,7 +119,7 @@ def work(
     new: Sequence[Delivery],
     *,
     count: int | None = None,
-    patience_s: float = 8,
+    patience_s: float = 60,
 ) -> list[Outcome]:
     """The outcomes of `new`, handed in as the loop does; gives up after `patience_s`."""
     outcomes = []
@@ -135,7 +135,7 @@ def work(
     return outcomes
 
 
-def until(condition: Callable[[], Any], stage: ExternalTeacher, patience_s: float = 8) -> None:
+def until(condition: Callable[[], Any], stage: ExternalTeacher, patience_s: float = 60) -> None:
     """Let `stage` work until `condition` holds."""
     deadline = time.monotonic() + patience_s
     while not condition():

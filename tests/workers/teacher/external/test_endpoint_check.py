@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +66,9 @@ def test_a_pinned_protocol_is_the_only_one_asked_for(
 
 
 def refusal(server: TableTeacher, configure: Configure, stages: Stages, **how: Any) -> UserError:
-    """Why the stage is refused with this server, which takes less than ten seconds to find out."""
-    started = time.monotonic()
+    """Why the stage is refused with this server."""
     with pytest.raises(UserError) as refused:
         stages(configure(server, **how))
-    assert time.monotonic() - started < 10
     return refused.value
 
 

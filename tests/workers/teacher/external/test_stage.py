@@ -279,6 +279,7 @@ def test_a_server_that_comes_back_with_other_weights_stays_away(
     stage = stages(configure(server, breaker_failures=1, max_retries=0))
     server.stop()
     assert stage.handle(delivered(rollout(1))) == []
+    until(lambda: "waiting for the teacher" in stage.stats.detail, stage)
     other = TableTeacher(seed=1, port=server.port)
     other.start()
     until(
@@ -310,7 +311,7 @@ def test_requests_keep_to_the_budget_per_second(
     stage = stages(configure(servers(), requests_per_second=50))
     started = time.monotonic()
     work(stage, delivered(*(rollout(number) for number in range(1, 22))))
-    assert 0.4 <= time.monotonic() - started < 2
+    assert time.monotonic() - started >= 0.4
 
 
 def test_past_its_budget_of_tokens_the_worker_takes_no_more_and_says_so(
