@@ -143,7 +143,7 @@ def print_ways(directory: Directory, state: dict[str, Tensor], size: int, versio
         now.append(measured(lambda: directory.as_it_is(state), held=lambda: directory.held_bytes))
         directory.forget()
     # The first version by either way finds no memory to use again.
-    for _ in range(versions):
+    for _ in range(versions + 1):
         now.append(measured(lambda: directory.as_it_is(state), held=lambda: directory.held_bytes))
     table = Table(
         "publishing",
