@@ -23,7 +23,6 @@ from onstream.pipeline.http import (
     require_model,
 )
 from onstream.pipeline.images import ImageError, PromptImage
-from onstream.pipeline.models.end_tokens import require_template_end
 from onstream.pipeline.prompts import PROMPTS_KEPT, Prompt
 from onstream.pipeline.record_codec import ids_bytes, logprobs_bytes, mask_bytes
 from onstream.pipeline.records import FinishReason, Sample, StageName
@@ -120,12 +119,7 @@ class ChatGenerator:
         """
         self._task = load_task(self._settings)
         self._student = load_student_model(self._settings.model.name, self._settings)
-        require_template_end(
-            str(self._student.name),
-            self._student.tokenizer,
-            self._student.template_arguments,
-            self._student.stop_ids,
-        )
+        self._student.require_template_end()
         self._reconstructor = Reconstructor(
             self._student.tokenizer, self._student.stop_ids, self._student.template_arguments
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onstream.pipeline.images import Message, PromptImage, grey_image
-from onstream.pipeline.models.end_tokens import stop_ids
+from onstream.pipeline.models.end_tokens import require_template_end, stop_ids
 from onstream.pipeline.models.loading import limit_gpu_memory
 from onstream.pipeline.models.tokenizer import (
     has_vision,
@@ -86,6 +86,15 @@ class StudentModel:
         images = self.prompts.images_of(messages)
         rendered = render_prompt(self.tokenizer, messages, self.template_arguments)
         return self.prompts.build(rendered, messages, images)
+
+    def require_template_end(self) -> None:
+        """Check that it stops where its chat template ends an answer.
+
+        Raises:
+            UserError: it does not.
+        """
+        name = str(self.name)
+        require_template_end(name, self.tokenizer, self.template_arguments, self.stop_ids)
 
     def test_request(self) -> GenerationRequest | None:
         """A request with an image, to test an engine with; None for a student that reads none."""
