@@ -242,8 +242,8 @@ class TrainerLease:
     def acknowledge(self, lease: Lease, entries: Mapping[bytes, int]) -> int:
         """Delete entries of the trainer's stream; returns how many were there.
 
-        `entries` are numbers by entry id, whose fate a durable checkpoint records. Images that no
-        other number needs go with them.
+        `entries` are numbers by entry id, which have settled, and which a journal or a checkpoint
+        holds. Images that no other number needs go with them.
 
         Raises:
             LeaseLost: another trainer took over.

@@ -1,12 +1,15 @@
-"""A recording: every record that the training depended on, in the order in which it did.
+"""A run's journal: every record that the training depended on, in the order in which it did.
 
-`<run directory>/recording/` holds segments, named by the position of their first byte. A segment is
+`<run directory>/journal/` holds segments, named by the position of their first byte. A segment is
 a heading and then frames. A frame is a head (the payload's length, a checksum, the kind, the time,
 the number) and a payload. A kind that this version does not know is refused, never skipped.
-`images/` holds the images that records name, each in a file named by its digest.
 
-A recording is made durable before each checkpoint, which holds its length, and cut back to that
-length when the trainer resumes from the checkpoint. So it holds nothing that the training has lost.
+A journal from which nothing is trimmed is a recording: `<run directory>/recording/`, the same
+files, and `images/` with the images that records name, each in a file named by its digest.
+
+It is durable before each checkpoint, which holds its length, and cut back to that length when the
+trainer resumes from the checkpoint. What was behind is kept in a file of its own until the trainer
+has taken it again. So a journal holds nothing that the training has lost.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ import errno
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO
 
 import msgspec
@@ -25,6 +29,9 @@ import msgspec
 from onstream.pipeline.run_files.durable import sync
 
 FOLDER = "recording"
+JOURNAL = "journal"
+UNSETTLED = "unsettled.segment"
+"""Records that were considered before the trainer resumed, until it has considered them again."""
 IMAGES = "images"
 SEGMENT_BYTES = 256 << 20
 _HEADING = b"onstream recording 1\n"
@@ -74,6 +81,18 @@ class RecordFrame:
     payload: bytes
 
 
+class JournalMark(msgspec.Struct, frozen=True):
+    """What a checkpoint says of the journal in `folder` of the run's directory.
+
+    It had `end` bytes. From `first` on it holds every record that the training had considered and
+    not settled.
+    """
+
+    folder: str
+    first: int
+    end: int
+
+
 Frame = RecordFrame | ResumeMark | StepMark
 _MARKS: dict[int, type[ResumeMark | StepMark]] = {_OPENED: ResumeMark, _STEPPED: StepMark}
 
@@ -89,12 +108,11 @@ class Recorder:
         directory.mkdir(parents=True, exist_ok=True)
         cut(directory, keep_bytes)
         self._directory = directory
-        self._open(max(_starts(directory), default=0))
-
-    @property
-    def position(self) -> int:
-        """Bytes so far, in all segments."""
-        return self._start + self._file.tell()
+        self._changing_file = Lock()
+        self._failed_sync: OSError | None = None
+        self.position = 0
+        """Bytes so far, in all segments, those that were trimmed included."""
+        self._open(max(_starts(directory), default=keep_bytes))
 
     def record(self, number: int, taken: float, payload: bytes) -> None:
         """Append the rollout or tombstone in `payload`."""
@@ -105,25 +123,29 @@ class Recorder:
         kind = _OPENED if isinstance(mark, ResumeMark) else _STEPPED
         self._append(kind, at, mark.step, msgspec.json.encode(mark))
 
-    def sync(self) -> None:
-        """Make all of it durable.
+    def sync(self) -> int:
+        """Make all of it durable; returns how many bytes are. Another thread may append meanwhile.
 
         Raises:
-            OSError: the disk is full.
+            OSError: the disk is full, or failed.
         """
-        os.fsync(self._file.fileno())
-        sync(self._directory)
+        with self._changing_file:
+            position = self.position
+            if not self._file.closed:
+                self._sync_file()
+        return position
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with self._changing_file:
+            self._file.close()
 
     def _append(self, kind: int, at: float, number: int, payload: bytes) -> None:
         if self._file.tell() >= SEGMENT_BYTES:
             self._next_segment()
-        head = _HEAD.pack(len(payload), 0, kind, at, number)
-        checksum = zlib.crc32(payload, zlib.crc32(head[_CHECKED_FROM:]))
-        self._write(_HEAD.pack(len(payload), checksum, kind, at, number) + payload)
+        if not self._file.tell():  # a full disk had no room for it
+            self._write(_HEADING)
+        self._write(_packed(kind, at, number, payload))
 
     def _write(self, data: bytes) -> None:
         """Append `data` now: nothing stays in a buffer until the file is another trainer's."""
@@ -131,18 +153,30 @@ class Recorder:
         if written != len(data):
             os.truncate(self._file.fileno(), self._file.tell() - (written or 0))
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._directory))
+        self.position += len(data)
 
     def _next_segment(self) -> None:
-        position = self.position
-        self.sync()
-        self._file.close()
-        self._open(position)
+        with self._changing_file:
+            self._sync_file()
+            self._file.close()
+            self._open(self.position)
 
     def _open(self, start: int) -> None:
-        self._start = start
         self._file = (self._directory / _name(start)).open("ab", buffering=0)
+        self.position = start + self._file.tell()
         if not self._file.tell():
             self._write(_HEADING)
+
+    def _sync_file(self) -> None:
+        if self._failed_sync is not None:
+            # The kernel may have given up the bytes: a second sync would succeed without them.
+            raise self._failed_sync
+        try:
+            os.fsync(self._file.fileno())
+            sync(self._directory)
+        except OSError as error:
+            self._failed_sync = error
+            raise
 
 
 def save_image(directory: Path, digest: str, data: bytes) -> None:
@@ -192,6 +226,70 @@ def cut(directory: Path, keep_bytes: int) -> None:
             os.truncate(path, keep_bytes - start)
 
 
+def trim(directory: Path, upto: int) -> None:
+    """Remove the segments of `directory` that end at the position `upto` or before.
+
+    The last one stays, whatever it holds: the next position follows from it.
+    """
+    for first, last in _segments(directory)[:-1]:
+        if last <= upto:
+            (directory / _name(first)).unlink()
+
+
+def begin(directory: Path) -> int:
+    """The position of the first byte that has not been trimmed."""
+    return min(_starts(directory), default=0)
+
+
+def write_records(path: Path, records: Iterable[RecordFrame]) -> list[int]:
+    """Write one durable file of `records` in the place of `path`; returns their numbers, in order.
+
+    Without any, `path` is removed.
+
+    Raises:
+        OSError: the disk is full; `path` is as it was.
+    """
+    fresh = path.with_name(f"{path.name}.new")
+    numbers = []
+    with fresh.open("wb") as file:
+        file.write(_HEADING)
+        for record in records:
+            file.write(_packed(_RECORD, record.taken, record.number, record.payload))
+            numbers.append(record.number)
+        file.flush()
+        os.fsync(file.fileno())
+    if numbers:
+        fresh.rename(path)
+    else:
+        fresh.unlink()
+        path.unlink(missing_ok=True)
+    sync(path.parent)
+    return numbers
+
+
+def read_records(path: Path) -> Iterator[RecordFrame]:
+    """The records in the file `path` of `write_records`; none where there is no such file.
+
+    Raises:
+        RecordingError: the file is damaged.
+    """
+    if not path.exists():
+        return
+    size_bytes = path.stat().st_size
+    for frame in _frames_of(path, 0, size_bytes, torn_from=size_bytes):
+        if isinstance(frame, RecordFrame):
+            yield frame
+
+
+def records(directory: Path, start: int = 0) -> Iterator[RecordFrame]:
+    """The records from the position `start` on.
+
+    Raises:
+        RecordingError: a frame is damaged, or a segment is missing.
+    """
+    return (frame for frame in frames(directory, start) if isinstance(frame, RecordFrame))
+
+
 def frames(
     directory: Path, start: int = 0, end: int | None = None, *, durable: int = 0
 ) -> Iterator[Frame]:
@@ -205,7 +303,7 @@ def frames(
     """
     segments = _segments(directory)
     whole = size_bytes(directory)
-    _refuse_gaps(directory, segments)
+    _refuse_gaps(directory, segments, start)
     for first, last in segments:
         upto = last if end is None else min(end, last)
         if start < upto:
@@ -218,9 +316,9 @@ def frames(
         )
 
 
-def _refuse_gaps(directory: Path, segments: Sequence[tuple[int, int]]) -> None:
+def _refuse_gaps(directory: Path, segments: Sequence[tuple[int, int]], start: int) -> None:
     begins = [first for first, _ in segments]
-    ends = [0, *(last for _, last in segments)]
+    ends = [begins[0] if begins and begins[0] <= start else 0, *(last for _, last in segments)]
     if begins != ends[: len(begins)]:
         raise RecordingError(
             f"a segment is missing in {directory}; it has those that begin at {begins}"
@@ -259,6 +357,13 @@ def _read_frame(file: BinaryIO, left_bytes: int) -> tuple[bytes, bytes] | None:
 def _is_intact(head: bytes, payload: bytes) -> bool:
     checksum = _HEAD.unpack(head)[1]
     return bool(zlib.crc32(payload, zlib.crc32(head[_CHECKED_FROM:])) == checksum)
+
+
+def _packed(kind: int, at: float, number: int, payload: bytes) -> bytes:
+    """A frame as it is written."""
+    head = _HEAD.pack(len(payload), 0, kind, at, number)
+    checksum = zlib.crc32(payload, zlib.crc32(head[_CHECKED_FROM:]))
+    return _HEAD.pack(len(payload), checksum, kind, at, number) + payload
 
 
 def _frame(head: bytes, payload: bytes, path: Path) -> Frame:

@@ -113,12 +113,10 @@ class CheckpointSettings(Section):
     """What is written so that nothing is lost."""
 
     interval: Annotated[int, CHANGEABLE, Unit("steps"), Field(ge=1, le=10**6)] = 20
-    """Steps between checkpoints. Records are acknowledged by checkpoints, so it also bounds what is
-    trained again after a crash.
-    """
+    """Steps between checkpoints: what is trained again after a crash, at most."""
     keep: Annotated[int, CHANGEABLE, Unit("checkpoints"), Field(ge=2, le=10**6)] = 2
-    """Newest checkpoints kept with their optimizer state. At least 2: what one holds is
-    acknowledged when the next is durable.
+    """Newest checkpoints kept with their optimizer state. At least 2: where one is torn, the run
+    goes on from the one before.
     """
     keep_every: Annotated[int | None, CHANGEABLE, Unit("steps"), Field(ge=1, le=10**9)] = None
     """Checkpoints of steps that divide by this are kept for good; without their optimizer's state,
@@ -127,8 +125,8 @@ class CheckpointSettings(Section):
     max_unacked_bytes: Annotated[int, WORKER, Unit("bytes"), Field(ge=1 << 16, le=1 << 50)] = (
         256 << 20
     )
-    """A checkpoint is taken early when the records it would acknowledge hold this much of Redis's
-    memory.
+    """A checkpoint is taken early when records with images, which wait for it, hold this much of
+    Redis's memory. Other records are acknowledged by the run's journal.
     """
     keep_policies: Annotated[int, CHANGEABLE, Unit("versions"), Field(ge=2, le=10**6)] = 4
     """Newest published policy versions kept on disk."""

@@ -17,8 +17,10 @@ from onstream.pipeline.records import StageName
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import dead_numbers
 from onstream.pipeline.redis.keys import STAGES
+from onstream.pipeline.run_files import recording
 from onstream.pipeline.run_files.json_lines import read_rows
 from onstream.pipeline.run_files.ledger import LEDGER, Ledger, Settled, ledger_differs
+from onstream.pipeline.run_files.recording import JournalMark, RecordingError
 from onstream.settings.decoding import UNDECODABLE
 
 DROPPED = ("stale", "not_verified", "group_dead", "purged")
@@ -35,12 +37,17 @@ def audit(run_dir: Path, bus: Bus) -> dict[str, Any]:
     `duplicated` are those that were settled twice or that two entries carry; it and `lost` should
     be empty.
 
+    A rollout that has left Redis for the run's journal, and that no checkpoint has yet, is in
+    flight.
+
     Exact when the run stands still. While it moves, a rollout on its way counts once all the same.
     """
     # The order matters while the run moves: what was issued first, then the streams in the order
-    # of the flow, and the ledger last. So a rollout that moves on is met at least once.
+    # of the flow, the journal, and the ledger last. So a rollout that moves on is met at least
+    # once.
     issued = range(1, bus.state.issued() + 1)
     streams = {stage: bus.state.numbers(stage) for stage in STAGES}
+    in_journal = _in_journal(run_dir)
     dead = dead_numbers(bus, run_dir)
     in_two_entries = _in_two_entries(bus, streams)
     ledger = list(Ledger(run_dir / LEDGER).read())
@@ -55,7 +62,7 @@ def audit(run_dir: Path, bus: Bus) -> dict[str, Any]:
             numbers[fates[number]].append(number)
         elif number in dead:
             numbers["dead"].append(number)
-        elif number in in_streams:
+        elif number in in_streams or number in in_journal:
             numbers["in_flight"].append(number)
         else:
             numbers["lost"].append(number)
@@ -109,6 +116,26 @@ class LedgerMark(msgspec.Struct, frozen=True):
     step: int
     ledger_bytes: int
     ledger_digest: str | None = None
+    journal: JournalMark | None = None
+
+
+def _in_journal(run_dir: Path) -> set[int]:
+    """The numbers that a trainer would take again from the run's journal."""
+    found = set[int]()
+    mark = _newest_mark(run_dir)
+    sources = [recording.read_records(run_dir / recording.UNSETTLED)]
+    for folder in (recording.JOURNAL, recording.FOLDER):
+        directory = run_dir / folder
+        first = 0  # of a journal that began after the newest checkpoint
+        if mark and mark.journal and mark.journal.folder == folder:
+            first = mark.journal.first
+        first = max(first, recording.begin(directory))
+        sources.append(recording.records(directory, first))
+    for source in sources:
+        # A trainer takes what is before the damage, and issues the rest again.
+        with contextlib.suppress(RecordingError, OSError):
+            found.update(record.number for record in source)
+    return found
 
 
 def _newest_mark(run_dir: Path) -> LedgerMark | None:

@@ -95,13 +95,13 @@ def _checkpoint(run_dir: Path, step: int | None) -> Checkpoint:
 
 
 def _copy_checkpoint(found: Checkpoint, target: Path) -> None:
-    """Copy `found`, less what it says of the recording, which stays with the run.
+    """Copy `found`, less what it says of the journal, which stays with the run.
 
     Its large files are linked: a checkpoint is never written to.
     """
     shutil.copytree(found.path, target, copy_function=_link)
     manifest = msgspec.json.decode((target / MANIFEST).read_bytes(), type=dict[str, str])
-    _write(target / STATE, replace(found.state, recorded=None))
+    _write(target / STATE, replace(found.state, recorded=None, journal=None))
     _write(target / MANIFEST, manifest | {STATE: digest_of(target / STATE)})
 
 

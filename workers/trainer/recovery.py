@@ -80,7 +80,7 @@ class Recovery:
         lost = _lost_numbers(self.bus, known, self.tickets.issued, self.directory.path)
         if lost:
             log.error(
-                "rollouts got lost with redis's data; issuing them again",
+                "rollouts got lost with redis's data or the run's journal; issuing them again",
                 count=len(lost),
                 numbers=lost.ranges()[:20],
             )

@@ -109,6 +109,8 @@ def status_text(trainer: Trainer, batch_size: int) -> str:
         return f"finished after step {training.step}"
     if trainer.tickets.waits_for:
         return f"waits for {trainer.tickets.waits_for}"
+    if trainer.recording.stalled:
+        return "waits for room on the disk for the run's journal, see the log"
     if trainer.checkpointing.stalled:
         return "waits for a checkpoint: none could be written, see the log"
     missing = training.batches.missing()

@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import dataclass
 
 from onstream.pipeline.redis.bus import Bus, redis_url
+from onstream.pipeline.redis.dead_letters import dead_numbers
 from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.run_files.ownership import Ownership
 from onstream.pipeline.stage import Stats
@@ -88,8 +89,10 @@ class _Builder:
             # nothing. It does where the run is new, or Redis has lost its data.
             policy = publisher.publish(training.step, training.learner.live_state())
             recording = self._recording(policy.digest)
+            acknowledgements.take_from_journal(recording.unsettled.numbers)
         evaluations = self._evaluations()
         tickets = self._ticket_issuer(planner, acknowledgements, requests)
+        tickets.count_as_issued(recording.unsettled.numbers)
         recovery = Recovery(
             self.bus,
             self.lease,
@@ -197,7 +200,8 @@ class _Builder:
         return publisher
 
     def _recording(self, digest: str) -> Recording:
-        recording = Recording(self.settings, self.found, digest, self.bus.images.read)
+        dead = set(dead_numbers(self.bus, self.directory.path))
+        recording = Recording(self.settings, self.found, digest, self.bus.images.read, dead)
         self.opened.callback(recording.close)
         return recording
 

@@ -156,6 +156,14 @@ class TicketIssuer:
         self.issued = self._bus.lease.set_issued(self._lease, self.issued)
         self._bus.limits.note(issued=self.issued)
 
+    def count_as_issued(self, numbers: Iterable[int]) -> None:
+        """Count `numbers`, which the journal has, as issued: Redis may have lost its count.
+
+        Tickets are issued in whole groups.
+        """
+        size = self.planner.group_size
+        self.issued = max(self.issued, -(-max(numbers, default=0) // size) * size)
+
     def reissue(self, numbers: Iterable[int], step: int) -> None:
         """Issue lost `numbers` again, before anything else."""
         self._lost = self.planner.again(numbers, version=step)

@@ -14,6 +14,7 @@ from typing import Any
 from onstream.pipeline.records import PolicyVersion, Ticket
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.lease import Lease
+from onstream.pipeline.run_files.ledger import Settled
 from onstream.pipeline.stage import Delivery, Stats
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
@@ -39,8 +40,8 @@ READ_AHEAD = 256  # records
 class Trainer:
     """The trainer of a run that is open, put together by `onstream.workers.trainer.startup`.
 
-    What is considered is recorded before a step can depend on it. What is settled is kept in
-    memory; only a durable checkpoint acknowledges it.
+    What is considered is written to the run's journal before a step can depend on it. What is
+    settled is acknowledged when the journal is durable.
     """
 
     settings: Settings
@@ -107,19 +108,30 @@ class Trainer:
 
     @property
     def room(self) -> int:
-        """How many more records to read: none while a batch waits, nor while none could come."""
+        """How many more records to read: none while a batch waits, nor while none could come.
+
+        What the journal has comes before what Redis has: so the order is the same again.
+        """
         expects_more = self.tickets.outstanding > 0 and not self.finished
-        return READ_AHEAD if expects_more and self.training.batch is None else 0
+        wants_more = self.training.batch is None and not self.recording.stalled
+        return READ_AHEAD if expects_more and wants_more and not self._takes_again else 0
 
     @property
     def busy(self) -> bool:
         """Whether there is work to do without new records."""
-        return self._can_step or self.output.ready
+        return self._can_step or self.output.ready or self._takes_again
 
     @property
     def _can_step(self) -> bool:
         """Whether a batch waits to be trained."""
-        return self.training.batch is not None and not self.checkpointing.stalled
+        stalled = self.checkpointing.stalled or self.recording.stalled
+        return self.training.batch is not None and not stalled
+
+    @property
+    def _takes_again(self) -> bool:
+        """Whether the journal has records that the trainer before this one had considered."""
+        waiting = self.recording.unsettled.waiting and self.training.batch is None
+        return waiting and not self.recording.stalled and not self.run_ended
 
     def handle(self, new: Sequence[Delivery]) -> None:
         """Take `new`, take at most one step, issue tickets, and checkpoint where it is due.
@@ -138,6 +150,9 @@ class Trainer:
             self.output.complete()
             self.recover(self.policy)
         self._take(new)
+        if self._takes_again:
+            for record, taken in self.recording.unsettled.take(READ_AHEAD):
+                self.training.take(record, taken)
         self._advance()
         if self._can_step:
             self._take_step()
@@ -150,7 +165,7 @@ class Trainer:
         self._issue_tickets()
         if self.checkpointing.due(self.step, self.training.max_steps, full=self.bus.lease.full):
             self._checkpoint()
-        self.checkpointing.acknowledge()
+        self._acknowledge()
         self._finish()
 
     def close(self) -> None:
@@ -161,7 +176,7 @@ class Trainer:
         self.output.complete()
         if self.checkpointing.unsaved(self.step):
             self._checkpoint()
-            self.checkpointing.acknowledge()
+            self._acknowledge()
         self.training.close()
         self.metrics.close()
         self.recording.close()
@@ -179,18 +194,39 @@ class Trainer:
     def _advance(self) -> None:
         """Consider records up to a complete batch.
 
-        They are recorded here, before the step that depends on them. A kill in between costs
-        nothing: the recording is cut back to what the checkpoint knows.
+        They are written to the journal here, before the step that depends on them. Where the disk
+        has no room, training waits for it.
         """
+        self._write_journal()
+        if self.recording.stalled:
+            return
         with self.directory.appending():
             result = self.training.advance()
             for timed in result.considered:
                 self.recording.record(timed.record, timed.taken)
+        self._write_journal()
         self._write_dead_letters(result.refused)
-        self.checkpointing.acknowledgements.settle(result.settled)
+        self._settle(result.settled)
         self._drops.consider(timed.record for timed in result.considered)
         can_train = self.training.batch is not None or self.training.batches.complete_units > 0
         self._drops.settle(result.settled, can_train=can_train)
+
+    def _write_journal(self) -> None:
+        with self.directory.appending():
+            written = self.recording.write()
+        self.checkpointing.acknowledgements.journalled(written)
+
+    def _settle(self, settled: Sequence[Settled]) -> None:
+        self.checkpointing.acknowledgements.settle(settled)
+        self.recording.settle(settled)
+
+    def _acknowledge(self) -> None:
+        """Acknowledge what the journal holds durably, or a checkpoint before the newest one."""
+        with self.directory.appending():
+            self.recording.remove_unsettled()
+            durable = self.recording.durable
+        self.checkpointing.acknowledgements.journal_is_durable(durable)
+        self.checkpointing.acknowledge()
 
     def _write_dead_letters(self, reasons: Mapping[int, str]) -> None:
         if reasons:
@@ -206,7 +242,7 @@ class Trainer:
         problem = self._drops.problem
         if problem is not None:
             self._checkpoint()
-            self.checkpointing.acknowledge()
+            self._acknowledge()
             raise problem
 
     def _take_step(self) -> None:
@@ -228,7 +264,7 @@ class Trainer:
 
         Not before: the tickets that take their places may ask for these weights.
         """
-        self.checkpointing.acknowledgements.settle(result.settled)
+        self._settle(result.settled)
         self._drops.settle(result.settled, can_train=True)
         self._count(row)
 
@@ -259,12 +295,18 @@ class Trainer:
     # Checkpoints ----------------------------------------------------------------------------------
 
     def _checkpoint(self) -> None:
-        """Take a checkpoint; where that fails it is tried again later."""
+        """Take a checkpoint; where that fails it is tried again later.
+
+        None is taken while the journal lacks what has settled.
+        """
         self.output.complete()
+        self._write_journal()
+        if self.recording.stalled:
+            return
         self.stats.begin_phase()
         started = time.monotonic()
         with self.directory.changing():
-            # Durable before the checkpoint that names the recording's length.
+            # Durable before the checkpoint that names the journal's length.
             self.metrics.sync()
             self.recording.sync()
         position = TrainerPosition(
@@ -272,10 +314,12 @@ class Trainer:
             policy=self.policy,
             issued=self.tickets.issued,
             dropped=dict(self.training.dropped),
-            recorded=self.recording.position,
+            recorded=self.recording.recorded,
+            journal=self.recording.mark,
         )
         if self.checkpointing.save(position, self.training.save):
             with self.directory.changing():
+                self.recording.checkpoint_is_durable(position.journal)
                 self.requests.checkpoint_is_durable()
                 self.requests.spill_dead_letters(self.settings.delivery.max_dead)
             log.info("checkpoint", step=self.step, seconds=round(time.monotonic() - started, 3))

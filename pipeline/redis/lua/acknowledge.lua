@@ -1,4 +1,4 @@
--- Deletes entries of the trainer's stream whose fate a durable checkpoint records, and lets go of
+-- Deletes entries of the trainer's stream, which have settled and are durable, and lets go of
 -- the images that their numbers hold.
 -- Fenced; needs release(). KEYS: epoch, stream, images:held, images:counted, images.
 -- ARGV: epoch, group, then per entry its id and number.

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from onstream.pipeline.models.packing import share_prompts
 from onstream.pipeline.redis.bus import Bus
+from onstream.workers.trainer import learner
+from onstream.workers.trainer.learner import Learner
 from tests.tiny import write_tiny
 from tests.workers.trainer.driver import Run
 
@@ -31,3 +34,14 @@ def run(bus: Bus, model: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
     yield start
     for job in runs:
         job.close_files()
+
+
+@pytest.fixture
+def stand_in_for_vision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny student takes prompts with images, and looks at none."""
+    monkeypatch.setattr(Learner, "check", lambda *_: None)
+
+    def without_images(prompts: Any, completions: Any, _: Any) -> Any:
+        return share_prompts(prompts, completions)
+
+    monkeypatch.setattr(learner, "share_prompts", without_images)

@@ -80,6 +80,13 @@ def rollout(ticket: Ticket, version: int, **changes: Any) -> Rollout:
     return Rollout(**{**fields, **changes})
 
 
+def with_image(ticket: Ticket, version: int, **changes: Any) -> Rollout:
+    """The same with a prompt that shows an image; the students here look at none."""
+    made = rollout(ticket, version, **changes)
+    made.samples[0].images = ["ab" * 32]
+    return made
+
+
 def dead(ticket: Ticket, version: int) -> Tombstone:
     return Tombstone(ticket.number, "verify", "the test killed it")
 

@@ -19,7 +19,7 @@ from onstream.pipeline.records import Rollout, Ticket, Tombstone
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.workers.trainer.startup import trainer_stage
-from tests.workers.trainer.driver import Run, dead, rollout
+from tests.workers.trainer.driver import Run, dead, rollout, with_image
 
 NAMES = (
     "step time loss loss_policy loss_teacher loss_kl reward reward_std unscored "
@@ -108,18 +108,19 @@ def test_a_run_ends_by_itself_with_a_checkpoint_that_transformers_loads_and_noth
     assert job.trainer.stats.detail == "finished after step 6"
 
 
-def test_entries_are_acknowledged_by_the_checkpoint_after_the_one_that_settled_them(
+@pytest.mark.usefixtures("stand_in_for_vision")
+def test_entries_with_images_are_acknowledged_by_the_checkpoint_after_the_one_that_settled_them(
     run: Callable[..., Run], bus: Bus
 ) -> None:
     job = run()
     job.ready()
-    job.until(2)
+    job.until(2, with_image)
     assert job.checkpoints() == ["step-000002"]
     assert set(range(1, 17)) <= set(bus.state.numbers("train"))
-    job.until(4)
+    job.until(4, with_image)
     assert job.checkpoints() == ["step-000002", "step-000004"]
     assert min(bus.state.numbers("train")) == 17
-    job.to_the_end()
+    job.to_the_end(with_image)
     assert job.checkpoints() == ["step-000004", "step-000006"]
     assert bus.state.numbers("train") == list(range(33, 49))
 
@@ -266,6 +267,7 @@ def test_a_number_that_comes_twice_is_trained_once(run: Callable[..., Run], bus:
     assert job.counts() == {"issued": 8, "trained": 8}
 
 
+@pytest.mark.usefixtures("stand_in_for_vision")
 def test_a_checkpoint_is_taken_early_when_much_waits_for_it(
     run: Callable[..., Run], bus: Bus
 ) -> None:
@@ -274,9 +276,9 @@ def test_a_checkpoint_is_taken_early_when_much_waits_for_it(
     )
     job.ready()
     long = [{"role": "user", "content": "x" * 2000}]
-    job.until(1, lambda ticket, version: rollout(ticket, version, messages=long))
+    job.until(1, lambda ticket, version: with_image(ticket, version, messages=long))
     assert job.checkpoints() == []
-    job.until(2, lambda ticket, version: rollout(ticket, version, messages=long))
+    job.until(2, lambda ticket, version: with_image(ticket, version, messages=long))
     assert job.checkpoints() == ["step-000002"]
 
 

@@ -1,13 +1,17 @@
 """Which numbers have settled, and which entries the trainer may acknowledge.
 
-An entry is acknowledged only when the checkpoint *after* the one that records its fate is durable.
-So the trainer can fall back by one checkpoint and still find, pending, all that the lost one had
-settled.
+A settled entry is acknowledged once its record is durable in the run's journal: a trainer that
+resumes, even one checkpoint further back, takes it again from there.
+
+The journal has no images, and Redis lets go of them with their entries. So an entry that names
+images is acknowledged only when the checkpoint *after* the one that records its fate is durable,
+and so is one whose record is in no journal. Then the trainer can fall back by one checkpoint and
+still find, pending, all that the lost one had settled.
 
     open          the number has not settled
     unsaved       settled after the newest checkpoint N
     saved         settled in checkpoint N, and in no older one
-    releasable    settled in checkpoint N-1 or before: may be acknowledged
+    releasable    durable in the journal, or settled in checkpoint N-1 or before
 
 Numbers settle nearly in order, so they are kept as ranges: a million take a few dozen pairs.
 """
@@ -15,9 +19,11 @@ Numbers settle nearly in order, so they are kept as ranges: a million take a few
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from onstream.pipeline.records import Rollout
 from onstream.pipeline.run_files.ledger import Fate, Settled
 from onstream.pipeline.stage import Delivery
 from onstream.workers.trainer.durability.checkpoint import TrainerState
@@ -156,6 +162,7 @@ class PendingEntry(NamedTuple):
 
     number: int
     payload_bytes: int
+    has_images: bool
 
 
 Entries = dict[bytes, PendingEntry]  # by entry id
@@ -173,6 +180,8 @@ class Acknowledgements:
         self._saved: Entries = {}
         self._releasable: Entries = {}
         self.unsaved_lines: list[Settled] = []  # of the ledger
+        self._journalled: deque[tuple[int, int]] = deque()  # numbers, by the end of their frames
+        self._durable = RangeSet()  # numbers whose records are durable in the journal
 
     def take(self, delivery: Delivery) -> bool:
         """Book an entry read from the stream.
@@ -181,7 +190,9 @@ class Acknowledgements:
         """
         number = delivery.number
         first = number not in self.settled and number not in self._open
-        entry = PendingEntry(number, delivery.payload_bytes)
+        record = delivery.record
+        has_images = isinstance(record, Rollout) and any(one.images for one in record.samples)
+        entry = PendingEntry(number, delivery.payload_bytes, has_images)
         self._entries_with(number)[delivery.entry_id] = entry
         return first
 
@@ -196,6 +207,27 @@ class Acknowledgements:
         """
         self._open.setdefault(number, {})
 
+    def take_from_journal(self, numbers: Iterable[int]) -> None:
+        """Book numbers whose records a trainer before this one made durable in the journal."""
+        for number in numbers:
+            self.take_without_entry(number)
+            self._durable.add(number)
+
+    def journalled(self, written: Iterable[tuple[int, int]]) -> None:
+        """Note numbers whose records are in the journal now, each with the position behind it."""
+        self._journalled.extend(written)
+
+    def journal_is_durable(self, position: int) -> None:
+        """The journal is durable up to `position`: settled entries there may be acknowledged."""
+        while self._journalled and self._journalled[0][1] <= position:
+            self._durable.add(self._journalled.popleft()[0])
+        for entries in (self._unsaved, self._saved):
+            for entry_id in [one for one, entry in entries.items() if self._is_durable(entry)]:
+                self._releasable[entry_id] = entries.pop(entry_id)
+
+    def _is_durable(self, entry: PendingEntry) -> bool:
+        return not entry.has_images and entry.number in self._durable
+
     def known(self) -> RangeSet:
         """Every number that has settled or is in hand."""
         known = self.settled.numbers()
@@ -208,7 +240,7 @@ class Acknowledgements:
         return [number for number in numbers if number in self._in_older]
 
     def settle(self, settled: Iterable[Settled]) -> None:
-        """Fix the fates of numbers. No entry may go yet: no checkpoint has them."""
+        """Fix the fates of numbers. Their entries go when the journal is durable."""
         lines = list(settled)
         self.settled.add(lines)
         for line in lines:
@@ -249,8 +281,13 @@ class Acknowledgements:
 
     @property
     def unsaved_bytes(self) -> int:
-        """Payload of the entries settled after the newest checkpoint."""
-        return _payload_bytes(self._unsaved)
+        """Payload of the entries settled after the newest checkpoint that wait for one."""
+        return _waiting_bytes(self._unsaved)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Payload of the settled entries that wait for a checkpoint."""
+        return _waiting_bytes(self._unsaved) + _waiting_bytes(self._saved)
 
     @property
     def unacked_bytes(self) -> int:
@@ -264,6 +301,10 @@ class Acknowledgements:
         if number in self._in_older:
             return self._releasable
         return self._saved if number in self._in_newest else self._unsaved
+
+
+def _waiting_bytes(entries: Entries) -> int:
+    return sum(entry.payload_bytes for entry in entries.values() if entry.has_images)
 
 
 def _payload_bytes(entries: Entries) -> int:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from onstream.pipeline.records import PolicyVersion
 from onstream.pipeline.run_files.durable import digest_of, sync
 from onstream.pipeline.run_files.ledger import Fate
+from onstream.pipeline.run_files.recording import JournalMark
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.decoding import UNDECODABLE
 
@@ -48,8 +49,8 @@ class TrainerState(msgspec.Struct, frozen=True):
     before this one held: their entries may be acknowledged. `requeued` gives the dead number for
     each number that was issued in place of one. `dropped` counts what was dropped since the last
     step, by fate. `recorded` is the length of the recording in bytes, where there is one.
-    `ledger_digest` is the SHA-256 of the first `ledger_bytes` of the ledger; None in a checkpoint
-    of an earlier version.
+    `ledger_digest` is the SHA-256 of the first `ledger_bytes` of the ledger, and `journal` says
+    what to take again from the run's journal; both are None in a checkpoint of an earlier version.
     """
 
     sequence: int
@@ -64,6 +65,7 @@ class TrainerState(msgspec.Struct, frozen=True):
     dropped: dict[str, int] = {}
     recorded: int | None = None
     ledger_digest: str | None = None
+    journal: JournalMark | None = None
 
 
 @dataclass(frozen=True)

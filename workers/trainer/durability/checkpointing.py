@@ -12,18 +12,21 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.run_files.durable import digest_of
 from onstream.pipeline.run_files.ledger import LEDGER, Ledger, ledger_differs
+from onstream.pipeline.run_files.recording import JournalMark
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.sections.trainer import CheckpointSettings
 from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
 from onstream.workers.trainer.durability.checkpoint import CheckpointError, TrainerState
-from onstream.workers.trainer.durability.run_directory import disk_error
+from onstream.workers.trainer.durability.run_directory import (
+    FAILURES_ALLOWED,
+    disk_error,
+    retry_after_s,
+)
 
 log = get_logger()
 
 STREAM_OVERHEAD = 1.3  # what Redis takes for an entry, to its payload
-FAILURES_ALLOWED = 10
-LONGEST_RETRY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class TrainerPosition:
     step: int
     policy: PolicyVersion
     issued: int
+    journal: JournalMark
     dropped: dict[str, int] = field(default_factory=dict)
     recorded: int | None = None
 
@@ -81,21 +85,21 @@ class Checkpointing:
     def due(self, step: int, max_steps: int, *, full: bool) -> bool:
         """Whether to take a checkpoint at `step`: by the interval, at the end, or for the bytes.
 
-        While Redis is `full`, any bytes will do: what one checkpoint settles is acknowledged by the
-        next.
+        While Redis is `full`, any bytes that wait for a checkpoint will do: what one settles is
+        acknowledged by the next.
         """
         if time.monotonic() < self._retry_at:
             return False
         interval = self._settings.interval
         at_end = step >= max_steps and not self.saved(step)
         by_interval = step // interval > self._saved_step // interval
-        by_bytes = full and self.acknowledgements.unacked_bytes > 0
+        by_bytes = full and self.acknowledgements.waiting_bytes > 0
         return at_end or by_interval or by_bytes or self._many_bytes_unsaved()
 
     @property
     def stalled(self) -> bool:
         """Whether to train no more: checkpoints fail, and what waits for one is at its bound."""
-        waiting_bytes = self.acknowledgements.unacked_bytes * STREAM_OVERHEAD
+        waiting_bytes = self.acknowledgements.waiting_bytes * STREAM_OVERHEAD
         return self._failures > 0 and waiting_bytes >= self._settings.max_unacked_bytes
 
     def save(self, position: TrainerPosition, write_files: Callable[[Path], None]) -> bool:
@@ -180,6 +184,7 @@ class Checkpointing:
             requeued=self.requeued,
             dropped=position.dropped,
             recorded=position.recorded,
+            journal=position.journal,
             ledger_digest=digest_of(self._ledger.path, ledger_bytes),
         )
         # The model takes its time. Only the rename is fenced: a trainer whose lease has passed to
@@ -203,7 +208,7 @@ class Checkpointing:
         self._failures += 1
         with self._bus.lease.writing(self._lease):
             self._ledger.cut(self._ledger_bytes)
-        pause_s = min(2.0**self._failures / 2, LONGEST_RETRY_S)
+        pause_s = retry_after_s(self._failures)
         log.error(
             "no checkpoint could be written; the ones before stand, and training goes on",
             problem=str(error),

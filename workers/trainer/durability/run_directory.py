@@ -14,6 +14,9 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.run_files.ownership import Ownership
 
+FAILURES_ALLOWED = 10
+LONGEST_RETRY_S = 30.0
+
 
 class RunDirectory:
     """The directory `path` of the run, whose files belong to the trainer that holds `lease`.
@@ -64,6 +67,11 @@ def words_for_disk_errors(run_dir: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise disk_error(run_dir, error) from error
+
+
+def retry_after_s(failures: int) -> float:
+    """How long to wait after so many failures in a row before a write is tried again."""
+    return min(2.0**failures / 2, LONGEST_RETRY_S)
 
 
 def disk_error(run_dir: Path, error: Exception) -> UserError:

@@ -7,14 +7,17 @@ from onstream.pipeline.run_files.ledger import Fate, Settled
 from onstream.pipeline.stage import Delivery
 from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
 from onstream.workers.trainer.durability.checkpoint import TrainerState
+from tests.workers.trainer.records import rollout
 
 
-def entry(number: int, entry_id: bytes | None = None) -> Delivery:
+def entry(number: int, entry_id: bytes | None = None, *, images: bool = False) -> Delivery:
     entry_id = entry_id or b"%d-0" % number
+    record = rollout(number)
+    record.samples[0].images = ["a picture"] if images else []
     return Delivery(
         entry_id,
         number,
-        Tombstone(number, "verify", "test"),
+        record if images else Tombstone(number, "verify", "test"),
         payload_bytes=10,
         deliveries=1,
         taken=0.0,
@@ -98,7 +101,7 @@ def test_after_a_resume_what_the_older_checkpoint_held_is_releasable_at_once() -
 
 def test_settled_bytes_are_counted_until_they_are_released() -> None:
     acknowledgements = Acknowledgements(None)
-    acknowledgements.take(entry(1))
+    acknowledgements.take(entry(1, images=True))
     assert acknowledgements.unacked_bytes == 0
     acknowledgements.settle(settled([1], "trained", step=1))
     assert (acknowledgements.unsaved_bytes, acknowledgements.unacked_bytes) == (10, 10)
@@ -107,6 +110,35 @@ def test_settled_bytes_are_counted_until_they_are_released() -> None:
     acknowledgements.checkpoint_is_durable()
     acknowledgements.released(acknowledgements.releasable())
     assert acknowledgements.unacked_bytes == 0
+
+
+def test_a_settled_entry_goes_when_its_record_is_durable_in_the_journal() -> None:
+    acknowledgements = Acknowledgements(None)
+    for number in (1, 2, 3):
+        acknowledgements.take(entry(number))
+    acknowledgements.journalled([(1, 100), (2, 200), (3, 300)])
+    acknowledgements.settle(settled([1, 3], "trained", step=1))
+    acknowledgements.journal_is_durable(299)
+    assert list(acknowledgements.releasable()) == [b"1-0"], "2 is open, and 3 not on the disk"
+    acknowledgements.journal_is_durable(300)
+    assert list(acknowledgements.releasable()) == [b"1-0", b"3-0"]
+    acknowledgements.settle(settled([2], "stale", step=2))
+    assert not acknowledgements.take(entry(2, b"9-9"))
+    acknowledgements.journal_is_durable(300)
+    assert set(acknowledgements.releasable()) == {b"1-0", b"2-0", b"3-0", b"9-9"}
+
+
+def test_an_entry_with_images_waits_for_the_checkpoint_after_the_one_that_settled_it() -> None:
+    acknowledgements = Acknowledgements(None)
+    acknowledgements.take(entry(1, images=True))
+    acknowledgements.journalled([(1, 100)])
+    acknowledgements.settle(settled([1], "trained", step=1))
+    for _ in range(2):
+        acknowledgements.journal_is_durable(100)
+        assert list(acknowledgements.releasable()) == []
+        assert acknowledgements.waiting_bytes == 10
+        acknowledgements.checkpoint_is_durable()
+    assert list(acknowledgements.releasable()) == [b"1-0"]
 
 
 def test_every_fate_is_known_and_every_line_not_written_yet() -> None:
