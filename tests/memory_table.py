@@ -11,7 +11,7 @@ from typing import Any
 
 from onstream.pipeline.models.memory import (
     KEPT,
-    ModelShape,
+    DecoderSizes,
     TrainerMemory,
     layer_token_bytes,
     trainer_memory,
@@ -101,7 +101,7 @@ def counted() -> str:
         "|---|---|---|---|---|",
     ]
     for shape in COUNTED:
-        sizes = ModelShape.of(shape.config(1).to_dict())
+        sizes = DecoderSizes.of(shape.config(1).to_dict())
         assert sizes is not None
         for (half, adapted), name in NAMES.items():
             adapter = LoraSettings(rank=8) if adapted else None
@@ -136,7 +136,7 @@ def planned() -> str:
 
 def line(name: str, sizes: dict[str, Any], adapter: LoraSettings | None, tokens: int) -> str:
     """Of one model, in full or with an adapter."""
-    shape = ModelShape.of(ALIKE | sizes)
+    shape = DecoderSizes.of(ALIKE | sizes)
     assert shape is not None
     trainer = TrainerSettings(lora=adapter)
 

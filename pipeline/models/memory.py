@@ -22,7 +22,7 @@ LOGITS = 4
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class DecoderSizes:
     """The sizes of a decoder. Widths are numbers per token."""
 
     layers: int
@@ -38,7 +38,7 @@ class ModelShape:
     tied: bool
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> ModelShape | None:
+    def of(cls, config: Mapping[str, Any]) -> DecoderSizes | None:
         """The sizes that a `config.json` says; None where it does not say them all."""
         text = config.get("text_config")
         named = text if isinstance(text, dict) else config
@@ -117,7 +117,7 @@ class TrainerMemory:
 
 
 def trainer_memory(
-    shape: ModelShape,
+    shape: DecoderSizes,
     trainer: TrainerSettings,
     *,
     half: bool,
@@ -154,7 +154,9 @@ def trainer_memory(
     )
 
 
-def token_bytes(shape: ModelShape, trainer: TrainerSettings, *, half: bool, recompute: bool) -> int:
+def token_bytes(
+    shape: DecoderSizes, trainer: TrainerSettings, *, half: bool, recompute: bool
+) -> int:
     """Bytes that a forward pass keeps of one token for the backward pass.
 
     With `recompute` these are the inputs of all layers, and one whole layer while its gradient is
@@ -167,7 +169,7 @@ def token_bytes(shape: ModelShape, trainer: TrainerSettings, *, half: bool, reco
     return shape.layers * layer + around
 
 
-def layer_token_bytes(shape: ModelShape, lora: LoraSettings | None, *, half: bool) -> int:
+def layer_token_bytes(shape: DecoderSizes, lora: LoraSettings | None, *, half: bool) -> int:
     """The same of one layer without recomputation.
 
     The factors are bytes: each tensor that is kept is float32, or bfloat16 where a matrix product
@@ -201,14 +203,16 @@ By whether it computes in bfloat16, and whether an adapter is trained.
 """
 
 
-def _cast_bytes(shape: ModelShape, trainer: TrainerSettings, *, half: bool, recompute: bool) -> int:
+def _cast_bytes(
+    shape: DecoderSizes, trainer: TrainerSettings, *, half: bool, recompute: bool
+) -> int:
     """Weights in bfloat16 that autocast makes of float32 ones, until the backward pass."""
     if not half or trainer.lora:
         return 0
     return BFLOAT16 * shape.layer * (1 if recompute else shape.layers)
 
 
-def _head_bytes(shape: ModelShape, trainer: TrainerSettings, *, half: bool) -> int:
+def _head_bytes(shape: DecoderSizes, trainer: TrainerSettings, *, half: bool) -> int:
     """The logits of a chunk, the output layer in bfloat16, and its gradient by one row."""
     logits = LOGITS * FLOAT32 * trainer.head_chunk * shape.vocabulary
     cast = BFLOAT16 * shape.head if half and not trainer.lora else 0
@@ -245,7 +249,7 @@ def memory_plan(
         device_bytes: the memory of its GPU; None: it computes on a CPU, or the GPU is not known.
         parameters: of the model, where they were counted.
     """
-    shape = ModelShape.of(config)
+    shape = DecoderSizes.of(config)
     row_tokens = longest_row(settings)
 
     def taken(recompute: bool) -> TrainerMemory | None:

@@ -19,18 +19,18 @@ from onstream.pipeline.errors import Exit
 from onstream.pipeline.processes import StopSignals
 from onstream.pipeline.redis.bus import Bus, connect
 from onstream.settings.paths import with_absolute_paths
-from onstream.settings.plan import Plan, make_plan, under_name
+from onstream.settings.plan import Plan, make_plan
 from onstream.settings.redis import address
 from onstream.settings.root import Settings
 from onstream.settings.rules.deployment import deployment_warnings
 from onstream.settings.toml import toml_text
-from onstream.workers.inspection.audit import audit
 from onstream.workers.inspection.dead_letters import dead_by_reason
 from onstream.workers.launcher import ending, preflight, report
 from onstream.workers.launcher.cpu_usage import CpuUsage
 from onstream.workers.launcher.disk_watch import DiskWatch
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from onstream.workers.launcher.environment import environment
+from onstream.workers.launcher.existing_run import check_resume, existing_plan, renamed
 from onstream.workers.launcher.finished_run import finished_step, refuse_changes
 from onstream.workers.launcher.processes import RunProcesses
 from onstream.workers.launcher.progress import Display, RunView, result_table
@@ -76,8 +76,8 @@ def up(
             redis.start()
         bus = _connect(settings, redis)
         stack.callback(bus.close)
-        existing = _existing_plan(settings, bus)
-        _check_resume(settings, plan, existing, bus)
+        existing = existing_plan(settings, bus)
+        check_resume(settings, plan, existing, bus)
         if trains and existing and (step := finished_step(settings, bus)) is not None:
             refuse_changes(plan, existing, step)
             # A Redis that ends with the run stays until the workers of other containers have seen
@@ -91,7 +91,7 @@ def up(
         stack.enter_context(_own_log(settings))
         stack.enter_context(stop)
         display = stack.enter_context(_display(settings, console))
-        if renaming := _renaming(settings):
+        if renaming := renamed(settings):
             display.say(renaming)
         # Whether the run may exist has been decided here: a trainer that is started again would
         # find its own.
@@ -364,37 +364,6 @@ def _show_finished(settings: Settings, step: int, console: Console | None) -> Ex
         for sentence in ending.sentences(written, settings.run_dir):
             display.say(sentence)
     return Exit.FAILED if ending.nothing_learnt(written) else Exit.OK
-
-
-def _check_resume(settings: Settings, plan: Plan, existing: Plan | None, bus: Bus) -> None:
-    def in_flight() -> int:
-        return len(audit(settings.run_dir, bus)["in_flight"])
-
-    preflight.check_resume(settings, plan, existing, in_flight)
-
-
-def _existing_plan(settings: Settings, bus: Bus) -> Plan | None:
-    """The plan that the run was started with; from the run directory if another Redis held it."""
-    if (data := bus.state.plan()) is not None:
-        return Plan.decode(data)
-    written = _written_plan(settings)
-    return written and under_name(written, settings.run.name)
-
-
-def _written_plan(settings: Settings) -> Plan | None:
-    path = settings.run_dir / "plan.json"
-    return Plan.decode(path.read_bytes()) if path.exists() else None
-
-
-def _renaming(settings: Settings) -> str | None:
-    """What there is to say of a run whose directory was copied or renamed; None of another one."""
-    written = _written_plan(settings)
-    if written is None or written.run == settings.run.name:
-        return None
-    return (
-        f"{settings.run_dir} was the directory of run {written.run}, and was copied or renamed: it "
-        f"goes on as run {settings.run.name}, from its newest checkpoint"
-    )
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from onstream.pipeline.models.memory import (
-    ModelShape,
+    DecoderSizes,
     layer_token_bytes,
     longest_row,
     memory_plan,
@@ -44,7 +44,7 @@ def test_the_formula_of_a_layer_is_what_hooks_count(
     shape: Qwen3Shape, half: bool, adapter: LoraSettings | None
 ) -> None:
     counted = saved_bytes_per_token(shape, half=half, adapter=adapter)
-    sizes = ModelShape.of(shape.config(1).to_dict())
+    sizes = DecoderSizes.of(shape.config(1).to_dict())
     assert sizes is not None
     formula = layer_token_bytes(sizes, adapter, half=half)
     print(f"{shape}: counted {counted:.0f}, formula {formula}")
@@ -52,13 +52,13 @@ def test_the_formula_of_a_layer_is_what_hooks_count(
 
 
 def test_the_parameters_of_qwen3_4b_are_four_billion() -> None:
-    shape = ModelShape.of(QWEN3_4B)
+    shape = DecoderSizes.of(QWEN3_4B)
     assert shape is not None
     assert shape.parameters == pytest.approx(4_022_468_096, rel=1e-4)
 
 
 def test_a_trainer_holds_weights_gradients_and_two_moments_in_float32() -> None:
-    shape = ModelShape.of(QWEN3_4B)
+    shape = DecoderSizes.of(QWEN3_4B)
     assert shape is not None
     memory = trainer_memory(
         shape, TrainerSettings(), half=True, recompute=True, row_tokens=2048, parameters=4 * 10**9
@@ -100,8 +100,8 @@ def test_the_longest_row_is_a_microbatch_or_a_longer_completion() -> None:
 
 def test_the_experts_that_a_token_takes_are_activations_and_all_of_them_weights() -> None:
     experts = {"num_experts": 64, "num_experts_per_tok": 4, "moe_intermediate_size": 768}
-    dense = ModelShape.of({**QWEN3_4B, "intermediate_size": 4 * 768})
-    sparse = ModelShape.of(QWEN3_4B | experts)
+    dense = DecoderSizes.of({**QWEN3_4B, "intermediate_size": 4 * 768})
+    sparse = DecoderSizes.of(QWEN3_4B | experts)
     assert dense is not None and sparse is not None
     assert layer_token_bytes(sparse, None, half=True) == layer_token_bytes(dense, None, half=True)
     assert sparse.layer - dense.layer == 3 * 2560 * 768 * 60
