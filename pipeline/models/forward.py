@@ -8,7 +8,7 @@ each attention layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,28 +21,21 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    PretrainedConfig,
     PreTrainedModel,
 )
 
-from onstream.pipeline.errors import UserError
 from onstream.pipeline.models import multimodal
 from onstream.pipeline.models.loading import text_config
 from onstream.pipeline.models.multimodal import Features
 from onstream.pipeline.models.packing import AttentionCall, PrefixGroup, SharedPrefixRow
 from onstream.pipeline.models.trial import decoder_of, row_dependent_positions
-from onstream.pipeline.models.varlen import (
-    VARLEN,
-    VarlenLayout,
-    by_token,
-    refuse_more_than_plain,
-    varlen_layout_of,
-)
 
 SHARED_PREFIX = "onstream_shared_prefix"
+VARLEN = "onstream_varlen"
+"""By cumulative lengths, without masks: `varlen.py`."""
+MORE_THAN_PLAIN = ("sliding_window", "softcap", "s_aux", "position_bias")
+"""What a family hands to its attention that is more than softmax(q·k)·v over the whole past."""
 NO_IMAGES: Features = {}
-CAPS = ("final_logit_softcapping", "logits_soft_cap")
-"""What configurations call the bound of the logits (Gemma 2, arXiv:2408.00118, section 2)."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +73,29 @@ def _to_device(call: AttentionCall, device: torch.device) -> DeviceCall:
     if call.mask is not None:
         mask = torch.from_numpy(call.mask).to(device)[:, None]
     return DeviceCall(queries, keys, len(call.queries), mask)
+
+
+@dataclass(frozen=True)
+class VarlenLayout:
+    """The `CumulativeLengths` of a packed row, on the device."""
+
+    keys: Tensor  # [K]
+    query_ends: Tensor  # [S + 1], int32
+    key_ends: Tensor  # [S + 1], int32
+    longest_query: int
+    longest_key: int
+
+
+def varlen_layout_of(packed: SharedPrefixRow, device: torch.device) -> VarlenLayout:
+    """The layout of `packed`, on `device`."""
+    lengths = packed.cumulative
+    return VarlenLayout(
+        torch.from_numpy(lengths.keys).to(device),
+        torch.from_numpy(lengths.query_ends).to(device),
+        torch.from_numpy(lengths.key_ends).to(device),
+        lengths.longest_query,
+        lengths.longest_key,
+    )
 
 
 def shared_prefix_attention(
@@ -124,6 +140,22 @@ def shared_prefix_attention(
     return merged.index_select(0, layout.output_index)[None], None
 
 
+def refuse_more_than_plain(others: Mapping[str, Any]) -> None:
+    """Check that a layer hands nothing to its attention that would be left out.
+
+    Raises:
+        ValueError: it does.
+    """
+    for name in MORE_THAN_PLAIN:
+        if others.get(name) is not None:
+            raise ValueError(f"a layer's attention has {name}")
+
+
+def by_token(states: Tensor) -> Tensor:
+    """[1, heads, T, D] -> [T, heads, D]."""
+    return states[0].transpose(0, 1)
+
+
 def _gather(states: Tensor, places: Tensor, rows: int) -> Tensor:
     """[T, heads, D] -> [b, heads, q or s, D], at `places` [b·q or b·s]."""
     gathered = states.index_select(0, places)
@@ -136,6 +168,7 @@ def _no_mask(*_: Any, **__: Any) -> None:
 
 AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
 AttentionMaskInterface.register(SHARED_PREFIX, _no_mask)
+AttentionMaskInterface.register(VARLEN, _no_mask)
 
 
 @dataclass(frozen=True)
@@ -285,38 +318,6 @@ class OutputHead:
         if self.cap is None:
             return self.scale
         return (1 - (logits / self.cap) ** 2) * self.scale
-
-
-def head_of(model: PreTrainedModel) -> OutputHead:
-    """The model's output layer, as its configuration describes it.
-
-    Raises:
-        UserError: it is not linear.
-    """
-    linear = model.get_output_embeddings()
-    if not isinstance(linear, nn.Linear):
-        raise UserError(
-            f"the output layer of {model.config.name_or_path} is a {type(linear).__name__}",
-            expected="a linear layer over the vocabulary",
-            next_step="Use a causal language model of another family.",
-        )
-    config = text_config(model)
-    return OutputHead(linear.weight, linear.bias, _scale(config), _cap(config))
-
-
-def _scale(config: PretrainedConfig) -> float:
-    if divisor := getattr(config, "logits_scaling", None):  # Granite
-        return 1 / float(divisor)
-    if factor := getattr(config, "logit_scale", None):  # Cohere
-        return float(factor)
-    if width := getattr(config, "dim_model_base", None):  # MiniCPM
-        return float(width / config.hidden_size)
-    return 1.0
-
-
-def _cap(config: PretrainedConfig) -> float | None:
-    caps = (getattr(config, name, None) for name in CAPS)
-    return next((float(cap) for cap in caps if cap), None)
 
 
 def entropy_of(probabilities: Tensor, logits: Tensor, normaliser: Tensor) -> Tensor:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.forward import (
     SHARED_PREFIX,
-    head_of,
+    VARLEN,
     hidden_states,
     shares_prompts,
 )
 from onstream.pipeline.models.loading import set_text_attention, text_config
 from onstream.pipeline.models.multimodal import images_see_themselves
+from onstream.pipeline.models.output_layer import head_of
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts
 from onstream.pipeline.models.tokenizer import has_vision
 from onstream.pipeline.models.trial import (
@@ -28,11 +29,13 @@ from onstream.pipeline.models.trial import (
     row_dependent_positions,
     short_windows,
 )
-from onstream.pipeline.models.varlen import VARLEN
+from onstream.pipeline.models.varlen import varlen_attention
 from onstream.settings.sections.trainer import AttentionSetting
 
 TRIED_WEIGHTS = 2
 """Of which a trial compares gradients, besides the embedding: an adapter's two parts."""
+
+AttentionInterface.register(VARLEN, varlen_attention)
 
 
 def prepare(model: PreTrainedModel) -> str | None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.models.forward import head_of, hidden_states
+from onstream.pipeline.models.forward import hidden_states
+from onstream.pipeline.models.output_layer import head_of
 from onstream.pipeline.models.packing import Ids, pack, share_prompts
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.weights import LoadedPolicy

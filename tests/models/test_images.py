@@ -21,8 +21,9 @@ from transformers import (
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.images import ImageFile, PromptImage
-from onstream.pipeline.models.forward import head_of, hidden_states
+from onstream.pipeline.models.forward import hidden_states
 from onstream.pipeline.models.multimodal import ImageFeatures, token_kinds_argument
+from onstream.pipeline.models.output_layer import head_of
 from onstream.pipeline.models.packing import Ids, pack, share_prompts
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.weights import LoadedPolicy

@@ -22,12 +22,12 @@ from onstream.pipeline.models.forward import (
     NO_IMAGES,
     OutputHead,
     TokenLogprobs,
-    head_of,
     hidden_states,
     token_logprobs,
 )
 from onstream.pipeline.models.loading import load_model, resolve_device, resolve_dtype
 from onstream.pipeline.models.multimodal import Features
+from onstream.pipeline.models.output_layer import head_of
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.models.tokenizer import has_vision, load_configs

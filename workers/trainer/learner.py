@@ -17,10 +17,11 @@ from transformers.core_model_loading import revert_weight_conversion
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.images.vision import load_vision
 from onstream.pipeline.models.end_tokens import add_stops, end_token_ids
-from onstream.pipeline.models.forward import NO_IMAGES, head_of, hidden_states
+from onstream.pipeline.models.forward import NO_IMAGES, hidden_states
 from onstream.pipeline.models.frozen import round_frozen
 from onstream.pipeline.models.loading import base_of, load_model, resolve_dtype, text_config
 from onstream.pipeline.models.multimodal import Features
+from onstream.pipeline.models.output_layer import head_of
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts, single_rows
 from onstream.pipeline.models.prompt_sharing import choose_attention, prepare
 from onstream.pipeline.models.recompute import recompute_layers

@@ -26,9 +26,8 @@ from onstream.workers.trainer.metrics_files import MetricsFiles
 from onstream.workers.trainer.publication.policy_probe import prober
 from onstream.workers.trainer.publication.publisher import Publisher, nccl_transfer, student_files
 from onstream.workers.trainer.recovery import Recovery
-from onstream.workers.trainer.stage import TrainerStage
 from onstream.workers.trainer.tickets import TicketIssuer, TicketPlanner
-from onstream.workers.trainer.trainer import Trainer
+from onstream.workers.trainer.trainer import Trainer, TrainerStage
 from onstream.workers.trainer.training import Training, learner_at
 
 log = get_logger()

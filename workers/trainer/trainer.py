@@ -1,4 +1,4 @@
-"""The trainer at work: `stage.py` has the stage by which the worker loop drives it.
+"""The trainer at work, and the stage `train` by which the worker loop drives it.
 
 It issues tickets, trains on what comes back, publishes weights, takes checkpoints, and gives every
 number a fate.
@@ -15,10 +15,11 @@ from onstream.pipeline.records import PolicyVersion, Ticket
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.run_files.ledger import Settled
-from onstream.pipeline.stage import Delivery, Stats
+from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
-from onstream.workers.trainer.batches.batch_builder import DropsInARow
+from onstream.settings.stages import StageName
+from onstream.workers.trainer.batches.train_samples import reward_out_of_bounds
 from onstream.workers.trainer.durability.checkpointing import Checkpointing, TrainerPosition
 from onstream.workers.trainer.durability.operator_requests import OperatorRequestHandler
 from onstream.workers.trainer.durability.recording import Recording
@@ -27,12 +28,12 @@ from onstream.workers.trainer.durability.run_directory import RunDirectory
 from onstream.workers.trainer.evaluations import Evaluations
 from onstream.workers.trainer.metrics_files import MetricsFiles, StepClock
 from onstream.workers.trainer.publication.publisher import Publisher
+from onstream.workers.trainer.status_text import status_text
 from onstream.workers.trainer.step_output import StepOutput
 from onstream.workers.trainer.tickets import TicketIssuer
-from onstream.workers.trainer.training import StepResult, Training
+from onstream.workers.trainer.training import StepResult, Training, drops_in_a_row
 
 log = get_logger()
-
 READ_AHEAD = 256  # records
 
 
@@ -74,11 +75,7 @@ class Trainer:
             completed=self._settle_step,
             clock=self.clock,
         )
-        orchestrator = self.settings.orchestrator
-        groups = orchestrator.max_dropped_groups
-        on_their_way = orchestrator.max_off_policy_steps * orchestrator.batch_size
-        most = groups * orchestrator.group_size + on_their_way if groups else None
-        self._drops = DropsInARow(most)
+        self._drops = drops_in_a_row(self.settings.orchestrator)
 
     @property
     def step(self) -> int:
@@ -103,8 +100,6 @@ class Trainer:
         if not self.run_ended and self.bus.state.finished():
             self.bus.lease.reopen(self.lease)
         self.clock.restart()
-
-    # Work -----------------------------------------------------------------------------------------
 
     @property
     def room(self) -> int:
@@ -142,11 +137,8 @@ class Trainer:
         """
         self.output.collect()
         if self.bus.lease.may_have_lost_data:
-            log.warning(
-                "redis was restarted, replaced or emptied; looking for what it has lost",
-                step=self.step,
-                issued=self.tickets.issued,
-            )
+            words = "redis was restarted, replaced or emptied; looking for what it has lost"
+            log.warning(words, step=self.step, issued=self.tickets.issued)
             self.output.complete()
             self.recover(self.policy)
         self._take(new)
@@ -239,8 +231,7 @@ class Trainer:
         The checkpoint comes first: without it the run, once mended, would take the same rollouts
         again and stop again.
         """
-        problem = self._drops.problem
-        if problem is not None:
+        if problem := self._drops.problem:
             self._checkpoint()
             self._acknowledge()
             raise problem
@@ -266,12 +257,7 @@ class Trainer:
         """
         self._settle(result.settled)
         self._drops.settle(result.settled, can_train=True)
-        self._count(row)
-
-    def _count(self, row: dict[str, Any]) -> None:
-        totals = self.checkpointing.totals
-        for name in ("rollouts", "tokens", "step_s"):
-            totals[name] = totals.get(name, 0) + row[name]
+        self.checkpointing.count(row)
         self.stats.done += int(row["rollouts"])
         self.stats.dead += int(row["dead"])
 
@@ -291,8 +277,6 @@ class Trainer:
         if self.run_ended and not self.finished and self.checkpointing.saved(self.step):
             self.bus.lease.finish(self.lease)
             self.finished = True
-
-    # Checkpoints ----------------------------------------------------------------------------------
 
     def _checkpoint(self) -> None:
         """Take a checkpoint; where that fails it is tried again later.
@@ -326,13 +310,90 @@ class Trainer:
         self.stats.begin_phase()
         self.clock.start_waiting()
 
-    # Status ---------------------------------------------------------------------------------------
 
-    def numbers(self) -> dict[str, int]:
-        """How far the trainer is, for its heartbeat."""
-        return {
-            "step": self.step,
-            "issued": self.tickets.issued,
-            "outstanding": self.tickets.outstanding,
-            "unacked_bytes": self.checkpointing.acknowledgements.unacked_bytes,
+class TrainerStage:
+    """The stage `train`. It holds its entries: checkpoints acknowledge them, no hop moves them on.
+
+    Consumes rollouts and tombstones. Waits for the stages of the route to be ready, then for a
+    batch of complete units. Is unblocked by the entry that completes the last of them. Produces
+    tickets, policy versions, checkpoints and metrics.
+    """
+
+    name: StageName = "train"
+    holds_entries = True
+
+    def __init__(
+        self, settings: Settings, bus: Bus, start: Callable[[Settings, Bus, Stats], Trainer]
+    ) -> None:
+        self._settings = settings
+        self._bus = bus
+        self._start = start
+        self._trainer: Trainer | None = None
+        self.stats = Stats(detail="starting")
+
+    def setup(self) -> None:
+        """Become the run's trainer, resume it, and publish its weights.
+
+        Raises:
+            UserError: another trainer has the run, the settings are not the run's, the student
+                cannot be loaded, or the disk is full.
+        """
+        self._trainer = self._start(self._settings, self._bus, self.stats)
+
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer at work, after `setup`."""
+        assert self._trainer is not None, "setup() comes first"
+        return self._trainer
+
+    @property
+    def room(self) -> int:
+        """How many more records the trainer wants now."""
+        return self.trainer.room
+
+    @property
+    def busy(self) -> bool:
+        """Whether a batch waits to be trained."""
+        return self.trainer.busy
+
+    def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
+        """Take `new` and do one slice of work.
+
+        Returns outcomes for what it refuses alone: the other entries are held.
+
+        Raises:
+            LeaseLost: another trainer took over.
+            UserError: the disk is full, and stayed so.
+        """
+        refused = []
+        taken = []
+        verification = self._settings.orchestrator.verification
+        for delivery in new:
+            if reason := reward_out_of_bounds(delivery.record, verification):
+                refused.append(Outcome(delivery, dead=reason))
+            else:
+                taken.append(delivery)
+        self.trainer.handle(taken)
+        self._update_stats()
+        return refused
+
+    def close(self, *, finished: bool) -> None:
+        """Checkpoint what is not durable yet, and close the files."""
+        self.trainer.close()
+
+    def _update_stats(self) -> None:
+        trainer = self.trainer
+        self.stats.detail = status_text(
+            trainer.training,
+            trainer.tickets,
+            trainer.recording,
+            trainer.checkpointing,
+            finished=trainer.finished,
+        )
+        # A new dictionary each time: the heartbeat's thread reads it while this one goes on.
+        self.stats.numbers = {
+            "step": trainer.step,
+            "issued": trainer.tickets.issued,
+            "outstanding": trainer.tickets.outstanding,
+            "unacked_bytes": trainer.checkpointing.acknowledgements.unacked_bytes,
         }

@@ -27,9 +27,11 @@ from onstream.pipeline.records import Rollout, Timing, Tombstone
 from onstream.pipeline.run_files.ledger import Fate, Settled
 from onstream.pipeline.telemetry import get_logger, is_logged
 from onstream.settings.root import Settings
+from onstream.settings.sections.orchestrator import OrchestratorSettings
 from onstream.workers.trainer.batches.batch_builder import (
     BatchBuilder,
     DroppedUnit,
+    DropsInARow,
     TrainableUnit,
     TrainingRules,
     drop_metrics,
@@ -332,6 +334,14 @@ def learner_at(settings: Settings, found: Checkpoint | None) -> Learner:
         state = torch.load(found.path / OPTIMIZER, map_location="cpu", weights_only=True)
         learner.load_state(state)
     return learner
+
+
+def drops_in_a_row(orchestrator: OrchestratorSettings) -> DropsInARow:
+    """Counts the drops of a run, up to as many as its settings allow."""
+    groups = orchestrator.max_dropped_groups
+    on_their_way = orchestrator.max_off_policy_steps * orchestrator.batch_size
+    most = groups * orchestrator.group_size + on_their_way if groups else None
+    return DropsInARow(most)
 
 
 def batch_builder(settings: Settings) -> BatchBuilder:

@@ -15,10 +15,10 @@ from onstream.pipeline.models.forward import (
     SHARED_PREFIX,
     OutputHead,
     entropy_of,
-    head_of,
     hidden_states,
     token_logprobs,
 )
+from onstream.pipeline.models.output_layer import head_of
 from onstream.pipeline.models.packing import Ids, pack, share_prompts
 from onstream.pipeline.models.prompt_sharing import prepare
 from tests.tiny import Family, sequences, tiny_model

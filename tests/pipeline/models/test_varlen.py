@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.models.forward import SHARED_PREFIX, hidden_states
+from onstream.pipeline.models.forward import SHARED_PREFIX, VARLEN, hidden_states, varlen_layout_of
 from onstream.pipeline.models.loading import load_model, set_text_attention, text_config
 from onstream.pipeline.models.packing import Ids, SharedPrefixRow, pack, share_prompts
 from onstream.pipeline.models.prompt_sharing import choose_attention, prepare
-from onstream.pipeline.models.varlen import VARLEN, varlen_attention, varlen_layout_of
+from onstream.pipeline.models.varlen import varlen_attention
 from onstream.settings.sections.trainer import TrainerSettings
 from onstream.workers.trainer.learner import Learner
 from tests.models.families import VOCABULARY, tiny_model

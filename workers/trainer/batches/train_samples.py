@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from onstream.pipeline.record_codec import ids_array, logprobs_array, mask_array
-from onstream.pipeline.records import Ids, Logprobs, Mask, Rollout, Sample
+from onstream.pipeline.records import Ids, Logprobs, Mask, Rollout, Sample, Work
 from onstream.settings.sections.losses import Loss
+from onstream.settings.sections.orchestrator import VerificationSettings
 from onstream.workers.trainer.batches.batch_builder import TrainableUnit
 from onstream.workers.trainer.maths.scalars import group_advantages, token_staleness
 
@@ -61,6 +62,19 @@ class LossFields:
             teacher_needed=loss.needs_teacher,
             top_k=loss.teacher_top_k if loss.needs_top_k else 0,
         )
+
+
+def reward_out_of_bounds(record: Work, verification: VerificationSettings) -> str | None:
+    """Why the reward of `record` cannot be trained on, in words; None where it can."""
+    least = verification.min_reward
+    most = verification.max_reward
+    reward = record.reward if isinstance(record, Rollout) else None
+    if reward is None or least <= reward <= most:
+        return None
+    return (
+        f"the reward is {reward:g}; expected {least:g} to {most:g} "
+        "(orchestrator.verification.min_reward and max_reward)"
+    )
 
 
 def untrainable(

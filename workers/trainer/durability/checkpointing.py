@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from onstream.pipeline.records import PolicyVersion
 from onstream.pipeline.redis.bus import Bus
@@ -73,6 +74,11 @@ class Checkpointing:
         self.requeued: dict[int, int] = dict(state.requeued) if state else {}
         self._ledger = Ledger(run_dir / LEDGER)
         self._ledger_bytes = self._cut_ledger(state)
+
+    def count(self, row: Mapping[str, Any]) -> None:
+        """Add a step's metrics `row` to the totals."""
+        for name in ("rollouts", "tokens", "step_s"):
+            self.totals[name] = self.totals.get(name, 0) + row[name]
 
     def saved(self, step: int) -> bool:
         """Whether a checkpoint holds all there is at `step`."""

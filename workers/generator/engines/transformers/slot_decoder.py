@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from onstream.pipeline.models.forward import MORE_THAN_PLAIN
 from onstream.pipeline.models.loading import set_text_attention
-from onstream.pipeline.models.varlen import MORE_THAN_PLAIN
 from onstream.workers.generator.engines.transformers.decoder import image_tensors
 from onstream.workers.generator.engines.transformers.decoding_step import (
     ContinuationBlock,
