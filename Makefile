@@ -6,7 +6,9 @@ export PYTHON
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
 FAST := tests/settings tests/deploy tests/pipeline --ignore tests/pipeline/weights tests/workers/trainer/maths \
   tests/workers/trainer/batches tests/test_layers.py tests/test_docs.py tests/test_readme.py
-TWO_AT_A_TIME := $(BIN)/python -m pytest -n 2 --dist loadfile
+PEOPLE_DISTIL := tests/models/test_families.py::test_a_family_that_people_distil_is_exact_in_every_part
+# Three processes, since tests wait for others half of their time.
+IN_PARALLEL := $(BIN)/python -m pytest -n 3 --dist loadfile
 # The machine with the GPU: its own Python with torch and transformers, and a directory of wheels that was carried there.
 GPU_PYTHON ?= python3
 GPU_WHEELS ?= gpu-wheels
@@ -26,14 +28,14 @@ lint: .venv/dev ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 test-fast: .venv/dev ## units that load no model, for the inner loop: under a minute
-	@$(TWO_AT_A_TIME) -m "not slow" $(FAST)
+	@$(IN_PARALLEL) -m "not slow" $(FAST)
 
-test: .venv/vision ## units and single workers, on a real Redis of their own
-	@$(TWO_AT_A_TIME) tests/settings tests/deploy tests/pipeline tests/workers tests/gpu tests/test_*.py
-	@PYTHONPATH=$(CURDIR)/tests/vision/site:$(CURDIR)/.venv/torchvision $(TWO_AT_A_TIME) tests/vision
+test: .venv/vision ## units, single workers, and the families that people distil, on a real Redis of their own
+	@$(IN_PARALLEL) tests/settings tests/deploy tests/pipeline tests/workers tests/gpu tests/test_*.py $(PEOPLE_DISTIL)
+	@PYTHONPATH=$(CURDIR)/tests/vision/site:$(CURDIR)/.venv/torchvision $(IN_PARALLEL) tests/vision
 
 test-runs: .venv/dev ## whole runs of `onstream up`: kills, more steps, other directories, and each example of EXTENDING.md
-	@$(TWO_AT_A_TIME) tests/runs
+	@$(IN_PARALLEL) tests/runs
 
 test-modes: .venv/dev .venv-vllm/ready ## whole runs of the modes that docs/modes.md describes, and one whose processes are killed, on this machine's CPU
 	@$(BIN)/python -m pytest tests/modes tests/chaos
