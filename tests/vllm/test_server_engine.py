@@ -202,7 +202,8 @@ def test_a_file_that_is_torn_is_never_loaded_and_what_runs_goes_on_with_the_vers
     engine.load(torn)
     while not engine.problem:
         finished += engine.step()
-    assert "cannot load policy version 2: " in engine.problem and "has the digest" in engine.problem
+    assert "cannot load policy version 2: " in engine.problem
+    assert "the weights have the digest" in engine.problem
     assert engine.slots == 0
     finished += until(engine, 48 - len(finished))
     engine.load(policy_of(3, models[2]))
