@@ -50,9 +50,8 @@ class Run:
     def up(self, *overrides: str) -> Exit:
         every = [*self.overrides, *overrides]
         settings = load_settings(overrides=every, environ={})
-        console = Console(file=self.printed, width=1000)  # no line is folded, however long a path
         try:
-            return launcher.up(settings, [], every, console)
+            return launcher.up(settings, [], every, Console(file=self.printed, width=200))
         finally:
             print(self.printed.getvalue())  # pytest shows it when a test fails
 
@@ -192,7 +191,7 @@ def test_a_run_goes_on_from_any_directory_by_its_own_settings(
     monkeypatch.chdir(elsewhere)
     settings = load_settings([run.directory], ["trainer.max_steps=8"], environ={})
     more = ["trainer.max_steps=8"]
-    console = Console(file=run.printed, width=1000)
+    console = Console(file=run.printed, width=200)
     assert launcher.up(settings, [run.directory], more, console) == Exit.OK
     assert run.read("report.json")["steps"] == 8
 
