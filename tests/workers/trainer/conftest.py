@@ -13,7 +13,7 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.workers.trainer import learner
 from onstream.workers.trainer.learner import Learner
 from tests.tiny import write_tiny
-from tests.workers.trainer.driver import Run
+from tests.workers.trainer.driver import Run, digest, twin_to_the_end
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +34,13 @@ def run(bus: Bus, model: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
     yield start
     for job in runs:
         job.close_files()
+
+
+@pytest.fixture
+def undisturbed(redis_url: str, run_name: str, model: Path, tmp_path: Path) -> Iterator[str]:
+    """The digest of the weights at the end of a run that nothing happened to."""
+    with twin_to_the_end(redis_url, run_name, model, tmp_path) as job:
+        yield digest(job.bus)
 
 
 @pytest.fixture

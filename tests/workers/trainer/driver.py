@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +215,26 @@ class Run:
         """Every key of the run is gone, as after a restart without data."""
         db = self.bus.connection.client
         db.delete(*db.keys(f"{{onstream:{self.bus.run}}}:*"))
+
+
+def digest(bus: Bus) -> str:
+    """The digest of the newest weights."""
+    policy = bus.state.newest_policy()
+    assert policy is not None
+    return policy.digest
+
+
+@contextmanager
+def twin_to_the_end(
+    redis_url: str, run_name: str, model: Path, directory: Path, **changes: Any
+) -> Iterator[Run]:
+    """A run beside `run_name`, trained to its end, to which nothing happened."""
+    bus = Bus.connect(
+        redis_url, f"{run_name}-twin", consumer="tester", block_s=0.2, connect_timeout_s=5
+    )
+    job = Run(bus, model, directory, **changes)
+    job.ready()
+    job.to_the_end()
+    yield job
+    job.close_files()
+    bus.close()

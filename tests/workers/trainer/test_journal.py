@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,30 +23,10 @@ from onstream.pipeline.run_files.recording import Recorder
 from onstream.workers.inspection.audit import audit
 from onstream.workers.trainer.durability import journal_writer
 from onstream.workers.trainer.durability import recording as journal
-from tests.workers.trainer.driver import Run, killed, rollout
+from tests.workers.trainer.driver import Run, digest, killed, rollout
 
 FAR_APART = {"checkpoint__interval": 1000}
 ALL = {"issued": 48, "trained": 48}
-
-
-@pytest.fixture
-def undisturbed(redis_url: str, run_name: str, model: Path, tmp_path: Path) -> Iterator[str]:
-    """The digest of the weights at the end of a run that nothing happened to."""
-    bus = Bus.connect(
-        redis_url, f"{run_name}-twin", consumer="tester", block_s=0.2, connect_timeout_s=5
-    )
-    job = Run(bus, model, tmp_path)
-    job.ready()
-    job.to_the_end()
-    yield digest(bus)
-    job.close_files()
-    bus.close()
-
-
-def digest(bus: Bus) -> str:
-    policy = bus.state.newest_policy()
-    assert policy is not None
-    return policy.digest
 
 
 def folder(job: Run) -> Path:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,29 +21,7 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.lease import LeaseHeld
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.workers.trainer.durability import checkpointing
-from tests.workers.trainer.driver import Run, dead, killed, rollout, with_image
-
-
-@pytest.fixture
-def undisturbed(redis_url: str, run_name: str, model: Path, tmp_path: Path) -> Iterator[str]:
-    """The digest of the weights at the end of a run that nothing happened to."""
-    bus = Bus.connect(
-        redis_url, f"{run_name}-twin", consumer="tester", block_s=0.2, connect_timeout_s=5
-    )
-    job = Run(bus, model, tmp_path)
-    job.ready()
-    job.to_the_end()
-    policy = bus.state.newest_policy()
-    assert policy is not None
-    yield policy.digest
-    job.close_files()
-    bus.close()
-
-
-def digest(bus: Bus) -> str:
-    policy = bus.state.newest_policy()
-    assert policy is not None
-    return policy.digest
+from tests.workers.trainer.driver import Run, dead, digest, killed, rollout, with_image
 
 
 @pytest.mark.parametrize("killed_at", [1, 3, 5])

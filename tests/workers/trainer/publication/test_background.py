@@ -16,14 +16,13 @@ import torch
 from onstream.pipeline.errors import LeaseLost, UserError
 from onstream.pipeline.heartbeat import Heartbeat, LoopState
 from onstream.pipeline.records import PolicyVersion
-from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Stats
 from onstream.pipeline.weights import DirectoryReader, PolicyFetcher, directory_store
 from onstream.pipeline.weights.redis_store import ChunkReader
 from onstream.settings.sections.run import DeliverySettings
 from onstream.workers.trainer.publication import publisher
 from onstream.workers.trainer.publication.background import WAKES_S, Publication
-from tests.workers.trainer.driver import CLOCKS, Run, killed
+from tests.workers.trainer.driver import CLOCKS, Run, killed, twin_to_the_end
 from tests.workers.trainer.durability.test_recording import assert_replays
 
 
@@ -45,15 +44,8 @@ class Gate:
 @pytest.fixture
 def undisturbed(redis_url: str, run_name: str, model: Path, tmp_path: Path) -> Iterator[Run]:
     """A run whose trainer waited for every version."""
-    bus = Bus.connect(
-        redis_url, f"{run_name}-twin", consumer="tester", block_s=0.2, connect_timeout_s=5
-    )
-    job = Run(bus, model, tmp_path, checkpoint__keep_policies=9)
-    job.ready()
-    job.to_the_end()
-    yield job
-    job.close_files()
-    bus.close()
+    with twin_to_the_end(redis_url, run_name, model, tmp_path, checkpoint__keep_policies=9) as job:
+        yield job
 
 
 @pytest.fixture
