@@ -7,8 +7,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 FAST := tests/settings tests/deploy tests/pipeline --ignore tests/pipeline/weights tests/workers/trainer/maths \
   tests/workers/trainer/batches tests/test_layers.py tests/test_docs.py tests/test_readme.py
 PEOPLE_DISTIL := tests/models/test_families.py::test_a_family_that_people_distil_is_exact_in_every_part
-# Three processes, since tests wait for others half of their time.
-IN_PARALLEL := $(BIN)/python -m pytest -n 3 --dist loadfile
+# Four processes, since tests wait for others half of their time.
+IN_PARALLEL := $(BIN)/python -m pytest -n 4 --dist loadfile
 # The machine with the GPU: its own Python with torch and transformers, and a directory of wheels that was carried there.
 GPU_PYTHON ?= python3
 GPU_WHEELS ?= gpu-wheels
