@@ -182,7 +182,7 @@ class NotForThisStage(Exception):
 
 
 class Limits(Protocol):
-    """Which numbers and policy versions the run has come to."""
+    """Which numbers and policy versions the run has come to, and which stages its rollouts pass."""
 
     @property
     def issued(self) -> int: ...
@@ -190,6 +190,9 @@ class Limits(Protocol):
     def version(self) -> int: ...
     def was_issued(self, number: int) -> bool: ...
     def was_announced(self, version: int, ahead: int = 0) -> bool: ...
+    @property
+    def path(self) -> tuple[StageName, ...]: ...
+    def leads_on(self, path: Sequence[StageName]) -> bool: ...
 
 
 def delivery_of(entry: Entry, stage: StageName, limits: Limits) -> Delivery:
@@ -197,7 +200,8 @@ def delivery_of(entry: Entry, stage: StageName, limits: Limits) -> Delivery:
 
     Raises:
         NotForThisStage: its bytes are no record, or one that the stage does not take, or one of
-            another number, or of a number or a policy version beyond the `limits`.
+            another number, or of a number or a policy version beyond the `limits`, or of a route
+            that is not the run's.
     """
     try:
         record = decode_work(entry.payload)
@@ -230,6 +234,10 @@ def _misplaced(record: Work, stage: StageName, limits: Limits) -> str | None:
         return f"policy version {version} was never announced; the newest is {limits.version}"
     if isinstance(record, Rollout) and record.route[0] != stage:
         return f"a rollout at {stage} whose route goes on with {' → '.join(record.route)}"
+    path = [stage, *record.route] if isinstance(record, Ticket) else record.route
+    if not limits.leads_on(path):
+        # A stage that nobody works at would keep it for ever.
+        return f"the route {' → '.join(path)}; rollouts of this run pass {' → '.join(limits.path)}"
     return None
 
 

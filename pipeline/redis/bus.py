@@ -41,7 +41,7 @@ class Bus:
         self.keys = connection.keys
         self.streams = Streams(connection)
         self.state = RunState(connection)
-        self.limits = RunLimits(connection)
+        self.limits = RunLimits(connection, self.state.path)
         self.lease = TrainerLease(connection)
         self.requests = OperatorRequests(connection, self.lease)
         self.weights = WeightStore(connection, self.lease)

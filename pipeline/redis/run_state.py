@@ -20,6 +20,8 @@ from onstream.pipeline.records import PolicyVersion, StageName
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection
 from onstream.pipeline.redis.keys import GROUP, STAGES
+from onstream.settings.decoding import UNDECODABLE
+from onstream.settings.stages import FIRST
 
 if TYPE_CHECKING:
     from onstream.pipeline.stage import Stats
@@ -61,6 +63,12 @@ class WorkerState(msgspec.Struct, frozen=True):
         return self.age_s <= ALIVE_S and self.state != FAILED
 
 
+class PlannedRoute(msgspec.Struct, frozen=True):
+    """What is read here of a run's plan."""
+
+    route: tuple[StageName, ...]
+
+
 @dataclass(frozen=True)
 class PendingSummary:
     """The entries of one stage's stream that workers have in hand.
@@ -92,6 +100,7 @@ class DeadLetter:
 
 
 _state = msgspec.json.Decoder(WorkerState)
+_planned = msgspec.json.Decoder(PlannedRoute)
 log = structlog.get_logger(__name__)
 
 
@@ -151,6 +160,16 @@ class RunState:
         """The run's plan, once a trainer has written it."""
         plan: bytes | None = self._connection.ask("GET", self._keys.plan)
         return plan
+
+    def path(self) -> tuple[StageName, ...]:
+        """The stages that rollouts pass by the run's plan, the first included.
+
+        Empty where Redis has no plan, or something else in its place.
+        """
+        try:
+            return (FIRST, *_planned.decode(self.plan() or b"").route)
+        except UNDECODABLE:
+            return ()
 
     def finished(self) -> bool:
         """Whether the run has ended; see `RunEnd` for one that may be given more steps."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,11 +75,19 @@ class Move:
 
 
 class RunLimits:
-    """The last number issued and the newest version announced, as last heard from Redis."""
+    """The last number issued, the newest version announced, and the stages that rollouts pass, as
+    last heard from Redis.
+    """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(
+        self, connection: Connection, read_path: Callable[[], tuple[StageName, ...]]
+    ) -> None:
+        self._read_path = read_path
         self._issued = _GrowingCount(connection, connection.keys.issued, 0)
         self._announced = _GrowingCount(connection, connection.keys.announced, -1)
+        self._path_unknown_until = 0.0
+        self.path: tuple[StageName, ...] = ()
+        """The stages that rollouts pass, the first included; empty while no plan was found."""
 
     def note(self, *, issued: int = 0, version: int = -1) -> None:
         """Take in what the trainer, whose own doing both are, knows before Redis does."""
@@ -93,6 +101,22 @@ class RunLimits:
     def was_announced(self, version: int, ahead: int = 0) -> bool:
         """Whether the run has announced `version`, or one at most `ahead` older."""
         return self._announced.reaches(version - ahead)
+
+    def leads_on(self, path: Sequence[StageName]) -> bool:
+        """Whether a record of this run passes the stages `path` from its first to the trainer.
+
+        Redis is asked for the plan again before one is refused: another run may have the name now.
+        Where it has none, having lost its data say, no path is refused.
+        """
+        if self._ends_with(path) or time.monotonic() < self._path_unknown_until:
+            return True
+        self.path = self._read_path()
+        if not self.path:
+            self._path_unknown_until = time.monotonic() + UNKNOWN_S
+        return not self.path or self._ends_with(path)
+
+    def _ends_with(self, path: Sequence[StageName]) -> bool:
+        return bool(self.path) and self.path[-len(path) :] == tuple(path)
 
     @property
     def issued(self) -> int:

@@ -29,6 +29,8 @@ from onstream.pipeline.records import (
     VersionSpan,
 )
 from onstream.pipeline.redis.bus import Bus
+from onstream.settings.plan import make_plan
+from onstream.settings.root import Settings
 from onstream.settings.sections.run import DeliverySettings
 from tests.pipeline.stages import Passing, rollout, ticket
 
@@ -282,6 +284,64 @@ def test_a_ticket_for_a_version_to_come_does_not_fill_the_generator(bus: Bus) ->
     assert accepted(bus, "generate") == []
     [letter] = bus.state.dead_letters()
     assert letter.reason == "policy version 1000000000000 was never announced; the newest is 3"
+
+
+def planned(bus: Bus, *route: StageName) -> None:
+    settings = Settings.model_validate({"run": {"name": bus.run}})
+    plan = msgspec.structs.replace(make_plan(settings), route=route)
+    bus.connection.ask("SET", bus.keys.plan, plan.encode())
+
+
+OFF_THE_ROUTE: list[tuple[StageName, tuple[StageName, ...], tuple[StageName, ...]]] = [
+    # stage, the route that its record has to go, the run's
+    ("generate", ("score", "train"), ("verify", "train")),  # nobody scores
+    ("generate", ("train",), ("verify", "train")),  # nobody would verify it
+    ("generate", ("verify", "score", "train"), ("verify", "train")),
+    ("verify", ("verify", "score", "train"), ("verify", "train")),
+    ("verify", ("verify", "train"), ("verify", "score", "train")),
+]
+
+
+@pytest.mark.parametrize(("stage", "route", "of_run"), OFF_THE_ROUTE)
+def test_a_record_whose_route_is_not_the_runs_is_a_dead_letter_and_its_number_settles(
+    bus: Bus, stage: StageName, route: tuple[StageName, ...], of_run: tuple[StageName, ...]
+) -> None:
+    issue(bus, 8)
+    planned(bus, *of_run)
+    for asked in (ticket(1, of_run), ticket(2, route)):
+        record = asked if stage == "generate" else rollout(asked)
+        put(bus, stage, asked.number, encode(record))
+    assert accepted(bus, stage) == [1]
+    [letter] = bus.state.dead_letters()
+    passed = " → ".join(dict.fromkeys((stage, *route)))
+    whole_path = " → ".join(("generate", *of_run))
+    assert (letter.number, letter.reason) == (
+        2,
+        f"the route {passed}; rollouts of this run pass {whole_path}",
+    )
+    [tombstone] = bus.streams.read("train", 10)
+    assert decode_work(tombstone.payload) == Tombstone(2, stage, letter.reason)
+
+
+@pytest.mark.parametrize("plan", [None, b"\xc1 garbage"])
+def test_where_redis_has_no_plan_no_route_is_refused_for_it(bus: Bus, plan: bytes | None) -> None:
+    issue(bus, 8)
+    if plan:
+        bus.connection.ask("SET", bus.keys.plan, plan)
+    put(bus, "generate", 1, encode(ticket(1, ("score", "train"))))
+    assert accepted(bus, "generate") == [1]
+
+
+def test_another_run_of_the_same_name_may_have_another_route(bus: Bus) -> None:
+    issue(bus, 8)
+    worker = Worker(Passing("generate"), bus, DeliverySettings(), block_s=0.01)
+    routes: list[tuple[StageName, ...]] = [("verify", "train"), ("score", "train")]
+    seen = []
+    for number, route in enumerate(routes, start=1):
+        planned(bus, *route)
+        put(bus, "generate", number, encode(ticket(number, route)))
+        seen += [delivery.number for delivery in worker.accept(bus.streams.read("generate", 100))]
+    assert seen == [1, 2]
 
 
 def test_a_version_that_a_replica_does_not_know_yet_is_the_trainers_to_judge(bus: Bus) -> None:

@@ -69,6 +69,7 @@ def audit(run_dir: Path, bus: Bus) -> dict[str, Any]:
     # An entry of a settled rollout only waits for its acknowledgement.
     duplicated = _settled_twice(ledger) | (in_two_entries - fates.keys())
     problems = contradictions(run_dir, ledger, streams, bus.state.issued())
+    problems += _beside_the_path(streams, bus.state.path())
     return {
         "issued": _names(bus.run, issued),
         "trained": _names(bus.run, numbers["trained"]),
@@ -107,6 +108,18 @@ def contradictions(
             f"the ledger {trained.total()}"
         )
     return found
+
+
+def _beside_the_path(
+    streams: Mapping[StageName, Sequence[int]], path: Sequence[StageName]
+) -> list[str]:
+    """Entries in the streams of stages that no rollout of the run passes, so that nobody reads."""
+    return [
+        f"the stream of {stage} has {len(numbers)} entries, and rollouts of this run pass "
+        f"{' → '.join(path)}"
+        for stage, numbers in streams.items()
+        if numbers and path and stage not in path
+    ]
 
 
 class LedgerMark(msgspec.Struct, frozen=True):

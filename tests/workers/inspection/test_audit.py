@@ -186,3 +186,16 @@ def test_a_ledger_that_says_other_than_the_metrics_is_told(bus: Bus, tmp_path: P
     assert audit(tmp_path, bus)["beyond"] == [
         "the metrics count 2 rollouts trained up to step 1, the ledger 3"
     ]
+
+
+def test_entries_in_a_stream_that_no_rollout_of_the_run_passes_are_told(
+    bus: Bus, tmp_path: Path
+) -> None:
+    issue(bus, 2)
+    move(bus, "generate", [1], "verify")
+    move(bus, "generate", [2], "score")
+    assert "beyond" not in audit(tmp_path, bus)
+    bus.connection.ask("SET", bus.keys.plan, b'{"route":["verify","train"]}')
+    assert audit(tmp_path, bus)["beyond"] == [
+        "the stream of score has 1 entries, and rollouts of this run pass generate → verify → train"
+    ]

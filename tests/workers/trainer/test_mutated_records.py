@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 
 import pytest
+from msgspec.structs import replace
 
 from onstream.pipeline.loop import Worker
 from onstream.pipeline.record_codec import decode_work, encode
 from onstream.pipeline.records import Rollout, StageName, Ticket, Tombstone
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import all_letters
-from onstream.pipeline.stage import Delivery, Outcome, Stats
+from onstream.pipeline.stage import Delivery, Outcome, Stage, Stats
+from onstream.settings.route import route_of
 from onstream.settings.sections.run import DeliverySettings
+from onstream.workers.inspection.audit import audit
 from onstream.workers.inspection.dead_letters import dead_by_reason
 from onstream.workers.inspection.status import status
 from onstream.workers.teacher.stage import Teacher
@@ -64,21 +67,25 @@ def answer(ticket: Ticket, version: int) -> Rollout:
 
 
 class LiveRun:
-    """A real trainer, verifier and teacher, each in the real loop, and a writer before them."""
+    """A real trainer and verifier, and a teacher where the run has one, each in the real loop, and
+    a writer before them.
+    """
 
     def __init__(self, job: Run, connect: Callable[[str], Bus], opened: ExitStack) -> None:
         self.job = job
         settings = job.settings()
         writer_bus = connect("writer")
         verifier_bus = connect("verifier")
-        teacher_bus = connect("teacher")
+        stages: list[tuple[Stage, Bus]] = [
+            (Writer(writer_bus), writer_bus),
+            (Verifier(settings, verifier_bus), verifier_bus),
+        ]
+        if "score" in route_of(settings):
+            teacher_bus = connect("teacher")
+            stages.append((Teacher(settings, teacher_bus), teacher_bus))
         self.workers = [
             Worker(stage, stage_bus, DeliverySettings(lease=60), block_s=0)
-            for stage, stage_bus in (
-                (Writer(writer_bus), writer_bus),
-                (Verifier(settings, verifier_bus), verifier_bus),
-                (Teacher(settings, teacher_bus), teacher_bus),
-            )
+            for stage, stage_bus in stages
         ]
         for worker in self.workers:
             worker.stage.setup()
@@ -184,6 +191,32 @@ def test_mutated_records_in_every_stream_stop_no_stage_and_lose_no_rollout(
     assert sum(entry.payload in dead for entry in adversary.written) > MUTATIONS / 2
     dead_by_reason(job.bus, job.trainer.directory.path)
     status(job.bus)
+
+
+def test_a_ticket_whose_route_leads_where_nobody_works_is_a_dead_letter_and_the_run_ends_right(
+    run: Callable[..., Run], connect: Callable[[str], Bus]
+) -> None:
+    job = run(deployment__stages=["generate", "verify", "train"], trainer__max_steps=4)
+    ask = job.bus.connection.ask
+    with ExitStack() as opened:
+        live = LiveRun(job, connect, opened)
+        job.worker.turn()  # the first tickets are out, and nobody has taken one
+        [(entry_id, fields)] = ask("XRANGE", job.bus.keys.streams["generate"], "-", "+", "COUNT", 1)
+        asked = decode_work(fields[b"b"])
+        assert isinstance(asked, Ticket)
+        elsewhere = encode(replace(asked, route=["score", "train"]))
+        ask("XDEL", job.bus.keys.streams["generate"], entry_id)
+        ask("XADD", job.bus.keys.streams["generate"], "*", "n", asked.number, "b", elsewhere)
+        while not job.bus.state.finished():
+            live.turn()
+
+    [letter] = all_letters(job.bus, job.trainer.directory.path)
+    expected = "the route generate → score → train; rollouts of this run pass generate → verify"
+    assert (letter.number, letter.reason[: len(expected)]) == (asked.number, expected)
+    assert job.bus.state.backlog()["score"] == 0
+    found = audit(job.trainer.directory.path, job.bus)
+    assert (found["lost"], found["in_flight"], found["duplicated"]) == ([], [], [])
+    assert found["dead"] == [f"{job.bus.run}/{asked.number}"]
 
 
 def _payloads(bus: Bus, stage: StageName) -> list[bytes]:
