@@ -133,8 +133,8 @@ class Place:
             return torch.cuda.get_device_name()
         return "a CPU: these figures mean nothing"
 
-    def settings(self) -> Settings:
-        """A run of both models on this device."""
+    def settings(self, attention: str = "auto") -> Settings:
+        """A run of both models on this device; `attention` is how the teacher's rows are read."""
         return Settings.model_validate(
             {
                 "model": {"name": str(self.student)},
@@ -144,6 +144,7 @@ class Place:
                     "engine": "transformers",
                     "dtype": "bfloat16",
                     "model": {"name": str(self.teacher)},
+                    "attention": attention,
                 },
             }
         )
@@ -284,7 +285,7 @@ def trainer_rows(place: Place) -> Iterator[Row]:
     )
 
 
-def teacher_row(place: Place) -> Row:
+def teacher_row(place: Place, attention: str, beside: str) -> Row:
     """Scores of the teacher: logprobs, the likeliest tokens and the tail."""
     place.free()
     sizes = place.sizes
@@ -292,13 +293,13 @@ def teacher_row(place: Place) -> Row:
         ScoreRequest(one.prompt_ids, one.completion_ids)
         for one in alone(sizes.samples, sizes.short)
     ]
-    with closing(load_local(place.settings())) as scorer:
+    with closing(load_local(place.settings(attention))) as scorer:
         seconds = place.seconds(lambda: scorer.score(requests, top_k=TOP_K))
     positions = sum(len(request.completion_ids) for request in requests)
     return Row(
-        f"teacher, 4B, top {TOP_K} and tail, samples of {sizes.short} tokens",
+        f"teacher, 4B, top {TOP_K} and tail, samples of {sizes.short} tokens, by {attention}",
         f"{positions / seconds:,.0f} positions/s",
-        "goal 60,000",
+        beside,
         peak=place.peak(),
     )
 
@@ -398,7 +399,8 @@ def trained(
 def rows(place: Place, scratch: Path) -> Iterator[Row]:
     """Every row of the table."""
     yield from trainer_rows(place)
-    yield teacher_row(place)
+    yield teacher_row(place, "varlen", "goal 60,000")
+    yield teacher_row(place, "sdpa", "the row above")
     yield publication_row(place, scratch)
     yield whole_step_row(place)
 

@@ -30,7 +30,7 @@ from onstream.pipeline.models.trial import (
     short_windows,
 )
 from onstream.pipeline.models.varlen import varlen_attention
-from onstream.settings.sections.trainer import AttentionSetting
+from onstream.settings.sections.inference import AttentionSetting
 
 TRIED_WEIGHTS = 2
 """Of which a trial compares gradients, besides the embedding: an adapter's two parts."""
@@ -62,18 +62,23 @@ def prepare(model: PreTrainedModel) -> str | None:
 
 
 def choose_attention(
-    model: PreTrainedModel, asked: AttentionSetting, dtype: torch.dtype, padded_because: str | None
+    model: PreTrainedModel,
+    asked: AttentionSetting,
+    dtype: torch.dtype,
+    padded_because: str | None,
+    setting: str = "trainer.attention",
 ) -> None:
-    """Let packed rows be read as `asked`, in the precision that is trained in.
+    """Let packed rows be read as `asked`, in the precision that is computed in.
 
     By `sdpa` with masks, as `prepare` has left it, or by cumulative lengths: `varlen`. `auto` is
     the latter on CUDA in 16 bits, if hidden states and gradients are those of the masks.
 
     Args:
-        model: as it is trained.
-        asked: `trainer.attention`.
-        dtype: what is computed in, by autocast where it is not float32.
+        model: as it is used. One without a weight to train is computed as it is, without gradients.
+        asked: the value of `setting`.
+        dtype: what is computed in, by autocast where it is trained and this is not float32.
         padded_because: what `prepare` has returned.
+        setting: the name of the setting, for the message.
 
     Raises:
         UserError: `varlen` is asked for, and the model cannot be computed with it.
@@ -84,9 +89,9 @@ def choose_attention(
         problem = _varlen_problem(model, dtype)
     if problem and asked == "varlen":
         raise UserError(
-            f'trainer.attention = "varlen" with {name_of(model)}: {problem}',
+            f'{setting} = "varlen" with {name_of(model)}: {problem}',
             expected="a model that computes shared prompts once by cumulative lengths",
-            next_step='Leave trainer.attention out, or set it to "sdpa".',
+            next_step=f'Leave {setting} out, or set it to "sdpa".',
         )
 
 
@@ -114,11 +119,13 @@ def _states_and_gradients(
 
     Each part of a state has its own factor in the sum: a norm leaves that of squares as it is.
     """
-    half = dtype != torch.float32
-    with torch.autocast(model.device.type, dtype, enabled=half):
+    trained = [weight for weight in model.parameters() if weight.requires_grad][:TRIED_WEIGHTS]
+    if not trained:
+        with torch.inference_mode():
+            return [hidden_states(model, row).float()]
+    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
         states = hidden_states(model, row).float()
     factors = torch.linspace(-1, 1, states.shape[-1], device=states.device)
-    trained = [weight for weight in model.parameters() if weight.requires_grad][:TRIED_WEIGHTS]
     embedding = model.get_input_embeddings().weight
     if embedding.requires_grad:  # the first weights may be a vision tower's, without a part here
         trained.append(embedding)

@@ -11,6 +11,8 @@ from onstream.settings.sections.client import StudentClientSettings
 
 EngineName = Literal["transformers", "vllm", "server"]
 """The engines that write rollouts: the keys of `onstream.workers.generator.engines.ENGINES`."""
+AttentionSetting = Literal["auto", "sdpa", "varlen"]
+"""How the trainer and the built-in teacher read packed rows."""
 
 
 class SamplingSettings(Section):
@@ -120,6 +122,10 @@ class TeacherInferenceSettings(Section):
     takes in process."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], WORKER] = "auto"
     """Precision of the teacher's weights; `auto` is float32 on a CPU and bfloat16 on CUDA."""
+    attention: Annotated[AttentionSetting, WORKER] = "auto"
+    """How a teacher in `transformers` reads rows with shared prompts: as `trainer.attention` says
+    of the trainer, for the teacher's model.
+    """
     max_batch_tokens: Annotated[int, WORKER, Unit("tokens"), Field(ge=16, le=1 << 24)] = 8192
     """Tokens that one forward pass of the teacher takes, shared prompts counted once. A vLLM server
     goes by limits of its own.

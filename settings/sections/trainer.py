@@ -7,10 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from onstream.settings.base import CHANGEABLE, RUN, WORKER, Section, Unit
+from onstream.settings.sections.inference import AttentionSetting
 from onstream.settings.sections.losses import Loss, RlLoss
 
-AttentionSetting = Literal["auto", "sdpa", "varlen"]
-"""How the trainer reads packed rows."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 

@@ -19,7 +19,8 @@ def test_every_row_of_the_benchmark_is_measured(device: torch.device) -> None:
         "trainer, 0.6B full, 96 tokens, layers recomputed",
         "AdamW's moments in the host's memory",
         "trainer, 4B LoRA 16",
-        "teacher, 4B, top 16 and tail",
+        "teacher, 4B, top 16 and tail, samples of 48 tokens, by varlen",
+        "teacher, 4B, top 16 and tail, samples of 48 tokens, by sdpa",
         "publication of 0.6B",
         "whole step 0.6B ← 4B",
     )

@@ -22,16 +22,24 @@ from onstream.workers.trainer.learner import Learner
 from tests.gpu.reference import Expected, Pair, groups, plain_model
 
 DTYPES = ("float32", "bfloat16")
+TRIED = [("float32", "sdpa"), ("bfloat16", "sdpa"), ("bfloat16", "varlen")]
+"""The precision, and how rows are read."""
 TOP_K = 8
 
 
-def settings_of(model_dir: Path, device: torch.device, dtype: str) -> Settings:
+def settings_of(
+    model_dir: Path, device: torch.device, dtype: str, attention: str = "auto"
+) -> Settings:
     return Settings.model_validate(
         {
             "model": {"name": str(model_dir)},
             "deployment": {"device": device.type},
             "inference": {"engine": "transformers", "dtype": dtype, "max_batch": 16},
-            "teacher_inference": {"engine": "transformers", "dtype": dtype},
+            "teacher_inference": {
+                "engine": "transformers",
+                "dtype": dtype,
+                "attention": attention,
+            },
         }
     )
 
@@ -43,10 +51,7 @@ def learner_of(model_dir: Path, device: torch.device, dtype: str, **given: Any) 
     return Learner(model_dir, trainer, device, recompute=recompute)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "attention"),
-    [("float32", "sdpa"), ("bfloat16", "sdpa"), ("bfloat16", "varlen")],
-)
+@pytest.mark.parametrize(("dtype", "attention"), TRIED)
 def test_the_trainer_computes_the_logprobs_of_plain_forward_passes(
     model_dir: Path, device: torch.device, dtype: str, attention: str
 ) -> None:
@@ -112,14 +117,14 @@ def test_a_step_by_cumulative_lengths_is_one_under_masks(
     assert lengths["grad_norm"] == pytest.approx(masks["grad_norm"], rel=3e-2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "attention"), TRIED)
 def test_the_built_in_teacher_scores_as_plain_forward_passes_do(
-    model_dir: Path, device: torch.device, dtype: str
+    model_dir: Path, device: torch.device, dtype: str, attention: str
 ) -> None:
     pairs = groups()
     expected = Expected(model_dir, pairs, getattr(torch, dtype), device)
     requests = [ScoreRequest(prompt, completion) for prompt, completion in pairs]
-    with closing(load_local(settings_of(model_dir, device, dtype))) as scorer:
+    with closing(load_local(settings_of(model_dir, device, dtype, attention))) as scorer:
         scored = scorer.score(requests, top_k=TOP_K)
     expected.check(torch.cat([torch.from_numpy(one.logprobs) for one in scored]))
     for one, exact in zip(scored, expected.logprobs, strict=True):

@@ -29,7 +29,7 @@ from onstream.pipeline.models.loading import load_model, resolve_device, resolve
 from onstream.pipeline.models.multimodal import Features
 from onstream.pipeline.models.output_layer import head_of
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts
-from onstream.pipeline.models.prompt_sharing import prepare
+from onstream.pipeline.models.prompt_sharing import choose_attention, prepare
 from onstream.pipeline.models.tokenizer import has_vision, load_configs
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
@@ -163,7 +163,8 @@ def load_local(settings: Settings, images: FetchImages = no_images) -> LocalScor
     `images` gives the bytes of images by digest; by default there are none.
 
     Raises:
-        UserError: there is no such model, or it cannot score this student's tokens.
+        UserError: there is no such model, or it cannot score this student's tokens, or not be read
+            as `teacher_inference.attention` says.
     """
     local = settings.teacher_inference
     student = load_student(settings)
@@ -171,11 +172,14 @@ def load_local(settings: Settings, images: FetchImages = no_images) -> LocalScor
     name = teacher.name
     check_compatible(student, teacher, settings.inference.sampling.max_completion)
     device = resolve_device(settings.deployment.device)
-    model = load_model(name, dtype=resolve_dtype(local.dtype, device), device=device)
-    if reason := prepare(model):
+    dtype = resolve_dtype(local.dtype, device)
+    model = load_model(name, dtype=dtype, device=device).requires_grad_(False)
+    reason = prepare(model)
+    if reason:
         get_logger().warning(
             "shared prompts are scored once a rollout", teacher=name, reason=reason
         )
+    choose_attention(model, local.attention, dtype, reason, "teacher_inference.attention")
     vision = load_vision(name) if has_vision(model.config) else None
     if vision and has_vision(load_configs(settings.model.name)[0]):
         check_image_tokens(load_vision(settings.model.name), vision, settings.model.name, name)

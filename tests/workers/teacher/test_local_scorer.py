@@ -8,11 +8,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from onstream.pipeline.models.forward import OutputHead
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.models.forward import SHARED_PREFIX, VARLEN, OutputHead, hidden_states
+from onstream.pipeline.models.loading import text_config
+from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts
 from onstream.settings.root import Settings
 from onstream.workers.teacher import local_scorer
 from onstream.workers.teacher.local_scorer import LocalScorer, load_local
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
+from tests.models.test_gradients import KINDS, written
 
 
 def scorer_of(model_dir: Path, **teacher: object) -> LocalScorer:
@@ -74,6 +78,70 @@ def test_scores_equal_one_sample_at_a_time_however_they_are_packed(
             score.top_logprobs,
             atol=1e-5,
         )
+
+
+@pytest.mark.parametrize("max_batch_tokens", [8192, 48])
+def test_scores_by_cumulative_lengths_are_those_under_masks(
+    model_dir: Path, max_batch_tokens: int
+) -> None:
+    states: dict[str, torch.Tensor] = {}
+    scores: dict[str, list[Scores]] = {}
+    for attention in ("varlen", "sdpa"):
+        scorer = scorer_of(model_dir, max_batch_tokens=max_batch_tokens, attention=attention)
+        scores[attention] = scorer.score(some_requests(), top_k=4)
+        rows = pack(share_prompts(*zip(*map(ids_of, some_requests()), strict=True)), 8192)
+        states[attention] = torch.cat([hidden_states(scorer._model, row) for row in rows])
+    gap = (states["varlen"] - states["sdpa"]).norm() / states["sdpa"].norm()
+    assert gap <= 1e-6
+    for found, expected in zip(scores["varlen"], scores["sdpa"], strict=True):
+        for name in ("logprobs", "top_logprobs", "tail_logprobs"):
+            np.testing.assert_allclose(
+                getattr(found, name), getattr(expected, name), rtol=0, atol=1e-5
+            )
+        np.testing.assert_array_equal(found.top_ids, expected.top_ids)
+
+
+def ids_of(request: ScoreRequest) -> tuple[np.ndarray, np.ndarray]:
+    return request.prompt_ids, request.completion_ids
+
+
+def test_a_prompt_of_a_group_is_scored_once_and_no_mask_is_made_by_cumulative_lengths(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[SharedPrefixRow] = []
+    states = local_scorer.hidden_states
+
+    def spy(model: object, packed: SharedPrefixRow, *others: object) -> torch.Tensor:
+        read.append(packed)
+        return states(model, packed, *others)  # type: ignore[arg-type]
+
+    scorer = scorer_of(model_dir, attention="varlen")
+    monkeypatch.setattr(local_scorer, "hidden_states", spy)
+    scorer.score(some_requests(), top_k=4)
+    (row,) = read
+    prompts = 19 + 30 + 3
+    completions = sum(len(request.completion_ids) - 1 for request in some_requests())
+    assert len(row.input_ids) == prompts + completions
+    assert "cumulative" in vars(row) and "calls" not in vars(row)
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen"), [("auto", SHARED_PREFIX), ("sdpa", SHARED_PREFIX), ("varlen", VARLEN)]
+)
+def test_on_a_cpu_the_teacher_reads_by_cumulative_lengths_only_where_that_is_asked_for(
+    model_dir: Path, asked: str, chosen: str
+) -> None:
+    scorer = scorer_of(model_dir, attention=asked)
+    assert text_config(scorer._model)._attn_implementation == chosen
+
+
+def test_a_teacher_on_padded_rows_is_refused_by_name_where_cumulative_lengths_are_asked_for(
+    tmp_path: Path,
+) -> None:
+    directory = written(tmp_path, *KINDS["hybrid"])
+    words = r"(?s)teacher_inference\.attention = .varlen.*linear_attention"
+    with pytest.raises(UserError, match=words):
+        scorer_of(directory, attention="varlen")
 
 
 def test_the_likeliest_tokens_and_the_tail_sum_to_one(model_dir: Path) -> None:
