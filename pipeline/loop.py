@@ -35,6 +35,7 @@ from onstream.settings.sections.run import DeliverySettings
 log = structlog.get_logger(__name__)
 
 READ_AT_ONCE = 64
+READ_BYTES = 32 << 20  # of one reply: Redis serves nobody else while it is copied
 SCAN_AT_ONCE = 256
 ALONE_FROM = 3
 DEAD_CONSUMER_S = 60.0
@@ -44,15 +45,22 @@ IMPATIENT_S = 1.0
 
 
 def run_worker(
-    stage: Stage, bus: Bus, delivery: DeliverySettings, *, block_s: float, max_steps: int = 0
+    stage: Stage,
+    bus: Bus,
+    delivery: DeliverySettings,
+    *,
+    block_s: float,
+    max_steps: int = 0,
+    longest_bytes: int = 0,
 ) -> Exit:
     """Work as `stage` until the run has ended, or SIGTERM or SIGINT says to stop; for the main
-    thread alone. An end before `max_steps` that was there already does not count.
+    thread alone. An end before `max_steps` that was there already does not count. No record of the
+    stage's stream should be longer than `longest_bytes`.
 
     Raises:
         UserError: the stage cannot work with these settings.
     """
-    return Worker(stage, bus, delivery, block_s, max_steps).run()
+    return Worker(stage, bus, delivery, block_s, max_steps, longest_bytes).run()
 
 
 class Interrupted(Exception):
@@ -75,13 +83,14 @@ class Worker:
         delivery: DeliverySettings,
         block_s: float,
         max_steps: int = 0,
+        longest_bytes: int = 0,
     ) -> None:
         self.stage = stage
         self.bus = bus
         self.delivery = delivery
         self.block_s = block_s
         self.state = LoopState(stage.name, stage.holds_entries, stage.stats)
-        self.intake = Intake(bus, self.state, delivery)
+        self.intake = Intake(bus, self.state, delivery, longest_bytes)
         run_end = RunEnd(bus.state, max_steps)
         self.heartbeat = Heartbeat(bus, self.state, delivery, run_end)
         self.signals = StopSignals(self._stop)
@@ -285,13 +294,19 @@ class Intake:
     An entry that was handed out twice in vain is a suspect. It is taken alone, with nothing else in
     hand, so that it cannot raise the count of deliveries of others. `in_hand` of the loop's state
     holds what this worker answers for; the trainer's, all that it got and has not acknowledged.
+    A read brings no more records than are within `READ_BYTES` where each is as long as any may be,
+    by `longest_bytes` and by those that came lately; and one at least.
     """
 
-    def __init__(self, bus: Bus, loop: LoopState, delivery: DeliverySettings) -> None:
+    def __init__(
+        self, bus: Bus, loop: LoopState, delivery: DeliverySettings, longest_bytes: int = 0
+    ) -> None:
         self._bus = bus
         self._loop = loop
         self._delivery = delivery
         self._alone_from = min(ALONE_FROM, delivery.max_deliveries)
+        self._longest_bytes = longest_bytes
+        self._longest_seen_bytes = 0
         self._again: deque[PendingRow] = deque()
         self._suspects: deque[PendingRow] = deque()
         self._alone: bytes | None = None
@@ -315,16 +330,20 @@ class Intake:
             return []
         self._alone = None
         self._scan_if_due()
-        count = min(room, READ_AT_ONCE)
+        longest = max(1, self._longest_bytes, self._longest_seen_bytes)
+        count = min(room, READ_AT_ONCE, max(1, READ_BYTES // longest))
         if self._again:
             return self._claim([self._again.popleft() for _ in range(min(count, len(self._again)))])
         if self._suspects:
             return [] if self._loop.in_hand else self._take_alone()
-        return self._read(count, min(wait_s, max(0.0, self._next_scan - time.monotonic())))
+        wait_s = min(wait_s, max(0.0, self._next_scan - time.monotonic()))
+        return self._taken(self._bus.streams.read(self._loop.stage, count, wait_s))
 
-    def _read(self, count: int, wait_s: float) -> list[Entry]:
-        entries = self._bus.streams.read(self._loop.stage, count, wait_s)
+    def _taken(self, entries: list[Entry]) -> list[Entry]:
         self._loop.in_hand.update(entry.id for entry in entries)
+        longest = max((len(entry.payload) for entry in entries), default=0)
+        # Halved, so that one absurd record does not slow this worker for ever.
+        self._longest_seen_bytes = max(longest, self._longest_seen_bytes // 2)
         return entries
 
     def _take_alone(self) -> list[Entry]:
@@ -337,9 +356,7 @@ class Intake:
         another worker may have claimed an entry, or its owner renewed it.
         """
         rows = [row for row in rows if row.id not in self._loop.in_hand]
-        entries = self._bus.streams.claim(self._loop.stage, rows, self._min_idle_s)
-        self._loop.in_hand.update(entry.id for entry in entries)
-        return entries
+        return self._taken(self._bus.streams.claim(self._loop.stage, rows, self._min_idle_s))
 
     def _scan_if_due(self) -> None:
         if time.monotonic() < self._next_scan or self._again or self._suspects:

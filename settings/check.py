@@ -13,10 +13,11 @@ from onstream.settings.fields import known, without_login
 from onstream.settings.load import Resolved
 from onstream.settings.plan import Plan, make_plan
 from onstream.settings.problems import SettingsProblem
+from onstream.settings.record_sizes import record_sizes
 from onstream.settings.root import Settings
 from onstream.settings.rules import warnings_of
 from onstream.settings.sections.client import EndpointSettings
-from onstream.settings.toml import shown
+from onstream.settings.toml import shown, shown_bytes
 
 
 def report(
@@ -40,6 +41,7 @@ def report(
         plan = make_plan(settings)
         _print_settings(settings, resolved.origins, console, everything=everything)
         _print_plan(plan, settings, console)
+        _print_records(settings, console)
         _print_memory(memory_here or {}, console)
         _print_warnings([*warnings_of(settings), *warnings_here], console)
     _print_problems(problems, console)
@@ -83,6 +85,22 @@ def _print_plan(plan: Plan, settings: Settings, console: Console) -> None:
     console.print("\n[bold]Plan[/bold]")
     for name, value in rows.items():
         _line(console, f"  {name:<8} {escape(value)}")
+
+
+def _print_records(settings: Settings, console: Console) -> None:
+    """What the records take at their longest, and the settings that follow where they are unset."""
+    sizes = record_sizes(settings)
+    tokens = f"{sizes.tokens:,} tokens of prompt, {sizes.tokens:,} of completion"
+    console.print("\n[bold]Records[/bold] at their longest (by a formula: docs/delivery.md)")
+    for name, count, words in (
+        ("rollout", sizes.rollout_bytes, tokens + f", top-k {sizes.top_k}" * (sizes.top_k > 0)),
+        ("batch", sizes.batch_bytes, "in Redis, which takes 30 % more than records"),
+        ("window", sizes.window_bytes, f"{sizes.window:,} rollouts that may be under way"),
+    ):
+        _line(console, f"  {name:<8} {shown_bytes(count):>8}  {words}")
+    for name, derived in sizes.derived.items():
+        if known()[name].value(settings) is None:
+            _line(console, f"  {name} is unset: {derived}")
 
 
 def _print_memory(memory: Mapping[str, str], console: Console) -> None:

@@ -54,6 +54,18 @@ def shown(value: Any) -> str:
     return "unset" if value is None else toml_value(value)
 
 
+def shown_bytes(count: float) -> str:
+    """`count` bytes in a unit that leaves few digits.
+
+    >>> shown_bytes(16_089_872_384)
+    '16.1 GB'
+    """
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count / 1e3:,.1f} kB"
+
+
 def _key(key: str) -> str:
     bare = all(letter.isascii() and (letter.isalnum() or letter in "-_") for letter in key)
     return key if key and bare else toml_value(key)

@@ -18,6 +18,7 @@ from onstream.settings.engines import starts_vllm
 from onstream.settings.extras import installed, missing_package
 from onstream.settings.gpus import memory_share
 from onstream.settings.plan import Plan, make_plan, refuse_differences
+from onstream.settings.record_sizes import longest_entry
 from onstream.settings.root import Settings
 from onstream.settings.stages import COMPUTING, STAGE_OF, WORKERS, WorkerKind
 
@@ -59,6 +60,7 @@ def run_kind(
             settings.delivery,
             block_s=settings.redis.block,
             max_steps=settings.trainer.max_steps,
+            longest_bytes=longest_entry(settings, STAGE_OF[kind]),
         )
 
 

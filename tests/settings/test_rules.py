@@ -27,6 +27,18 @@ NCCL = ["weights.transport=nccl", "deployment.device=cuda", "inference.engine=vl
 STAGES = "deployment.stages={}".format
 
 REFUSED = [
+    # Sizes.
+    (
+        ["redis.max_memory=64", "orchestrator.batch_size=8192"],
+        "redis.max_memory = 64",
+        "expected room for 376.2 MB of records: 24,576 rollouts may be under way, each of up to "
+        "11.8 kB. Set redis.max_memory = 1024, which it is where it is left out, or lower",
+    ),
+    (
+        ["redis.max_memory=512", "orchestrator.batch_size=8192", "weights.transport=redis"],
+        "redis.max_memory = 512 with weights.max_share = 0.5",
+        "expected room for 376.2 MB of records",
+    ),
     # The teacher.
     (
         ["trainer.loss.teacher_tau=0.5"],

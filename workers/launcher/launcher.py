@@ -20,6 +20,7 @@ from onstream.pipeline.processes import StopSignals
 from onstream.pipeline.redis.bus import Bus, connect
 from onstream.settings.paths import with_absolute_paths
 from onstream.settings.plan import Plan, make_plan
+from onstream.settings.record_sizes import max_memory_mib
 from onstream.settings.redis import address
 from onstream.settings.root import Settings
 from onstream.settings.rules.deployment import deployment_warnings
@@ -342,7 +343,7 @@ def _embedded_redis(settings: Settings) -> EmbeddedRedis | None:
         return None
     return EmbeddedRedis(
         settings.run_dir / "redis",
-        max_memory_mb=settings.redis.max_memory,
+        max_memory_mb=max_memory_mib(settings),
         server_bin=settings.redis.server_bin,
     )
 

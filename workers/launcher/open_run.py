@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 
 from onstream.pipeline.redis.bus import Bus, connect, redis_url, running_server
+from onstream.settings.record_sizes import max_memory_mib
 from onstream.settings.root import Settings
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 
@@ -39,7 +40,7 @@ def _stands_still(settings: Settings) -> bool:
 def _started(settings: Settings, stack: contextlib.ExitStack) -> str:
     server = EmbeddedRedis(
         settings.run_dir / "redis",
-        max_memory_mb=settings.redis.max_memory,
+        max_memory_mb=max_memory_mib(settings),
         server_bin=settings.redis.server_bin,
     )
     stack.callback(server.stop)

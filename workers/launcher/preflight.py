@@ -35,6 +35,7 @@ from onstream.workers.launcher.model_files import (
 from onstream.workers.launcher.model_warnings import model_warnings
 from onstream.workers.launcher.redis_binary import find_server
 from onstream.workers.launcher.trainer_memory import check_memory
+from onstream.workers.launcher.unacked_records import check_unacked
 
 PROBLEMS_TRIED = 3
 FLOAT32_BYTES = 4
@@ -223,6 +224,16 @@ def check_trainer_memory(subject: Subject) -> None:
         check_memory(subject.settings, subject.plan.device)
 
 
+def check_unacked_records(subject: Subject) -> None:
+    """Check that a batch with images may wait for its checkpoint.
+
+    Raises:
+        UserError: there is no room for it.
+    """
+    if subject.plan.workers.get("trainer"):
+        check_unacked(subject.settings)
+
+
 def check_teacher(subject: Subject) -> None:
     """Check the files of the teacher beside the run.
 
@@ -327,6 +338,7 @@ CHECKS = (
     Check(("deployment", "redis", "run"), check_redis),
     Check(("model", "checkpoint", "run", "inference.sampling"), check_student),
     Check(("deployment", "model", "trainer", "inference.sampling"), check_trainer_memory),
+    Check(("checkpoint", "model", "trainer.loss", "orchestrator"), check_unacked_records),
     Check(("deployment", "model", "teacher_inference", "trainer.loss"), check_teacher),
     Check(("task", "eval", "run"), check_task),
     Check(("task", "eval", "run", "orchestrator.verification"), check_scorer),

@@ -13,14 +13,15 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.memory import (
     MemoryPlan,
     TrainerMemory,
-    longest_completion,
     memory_plan,
 )
 from onstream.settings.devices import host_bytes, smallest_gpu_bytes
 from onstream.settings.gpus import memory_share
 from onstream.settings.plan import make_plan
+from onstream.settings.record_sizes import longest_completion
 from onstream.settings.root import Settings
 from onstream.settings.sections.trainer import LoraSettings
+from onstream.settings.toml import shown_bytes
 from onstream.workers.launcher.model_files import local_model, model_config, parameters
 
 Device = Literal["cpu", "cuda"]
@@ -165,15 +166,3 @@ def _with(settings: Settings, changed: dict[str, Any]) -> Settings:
 def _fits(settings: Settings, device: Device, room: float) -> bool:
     plan = _plan(settings, device, room)
     return plan is not None and plan.memory is not None and plan.memory.device <= room
-
-
-def shown_bytes(count: float) -> str:
-    """`count` bytes in a unit that leaves few digits.
-
-    >>> shown_bytes(16_089_872_384)
-    '16.1 GB'
-    """
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count / 1e3:,.1f} kB"

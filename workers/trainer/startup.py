@@ -12,6 +12,7 @@ from onstream.pipeline.run_files.ownership import Ownership
 from onstream.pipeline.stage import Stats
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.plan import Plan, make_plan
+from onstream.settings.record_sizes import max_backlog, max_unacked_bytes
 from onstream.settings.root import Settings
 from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
@@ -149,6 +150,7 @@ class _Builder:
             self.directory.path,
             self.settings.checkpoint,
             self.found.state if self.found else None,
+            max_unacked_bytes=max_unacked_bytes(self.settings),
         )
 
     def _ticket_planner(self, requeued: dict[int, int]) -> TicketPlanner:
@@ -176,7 +178,7 @@ class _Builder:
             acknowledgements,
             issue_requeued=requests.issue_requeued,
             streams=self.plan.streams,
-            max_backlog=self.settings.orchestrator.max_backlog,
+            max_backlog=max_backlog(self.settings),
             issued=self.found.state.issued if self.found else 0,
         )
 

@@ -32,6 +32,7 @@ from onstream.workers.launcher.preflight import (
     refuse_problems,
 )
 from onstream.workers.launcher.single_launcher import only_launcher
+from onstream.workers.launcher.unacked_records import check_unacked
 from tests.faulty_server import Answer, serving
 
 
@@ -456,6 +457,26 @@ def test_resume_never_and_must_are_kept(
     plan = make_plan(settings)
     with pytest.raises(UserError, match=words):
         check_resume(settings, plan, plan if exists else None, lambda: 0)
+
+
+@pytest.mark.parametrize(("config", "refused"), [('{"vision_config": {}}', True), ("{}", False)])
+def test_a_batch_with_images_has_room_to_wait_for_its_checkpoint(
+    tmp_path: Path, config: str, refused: bool
+) -> None:
+    """1.3 × 128 rollouts of 1024 + 21 × 512 bytes."""
+    settings = settings_of(tmp_path, "checkpoint.max_unacked_bytes=1048576")
+    (tmp_path / "student/config.json").write_text(config)
+    if not refused:
+        check_unacked(settings)
+        return
+    with pytest.raises(UserError) as refusal:
+        check_unacked(settings)
+    assert str(refusal.value) == (
+        "checkpoint.max_unacked_bytes = 1048576, and the student reads images; expected 1959527 or "
+        "more: one batch of rollouts, each of up to 11.8 kB, waits for a checkpoint in Redis. "
+        "Leave checkpoint.max_unacked_bytes out (it is then 268435456), or lower "
+        "inference.sampling.max_completion or orchestrator.batch_size."
+    )
 
 
 def test_a_second_launcher_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:

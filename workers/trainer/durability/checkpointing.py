@@ -15,6 +15,7 @@ from onstream.pipeline.run_files.durable import digest_of
 from onstream.pipeline.run_files.ledger import LEDGER, Ledger, ledger_differs
 from onstream.pipeline.run_files.recording import JournalMark
 from onstream.pipeline.telemetry import get_logger
+from onstream.settings.record_sizes import STREAM_OVERHEAD
 from onstream.settings.sections.trainer import CheckpointSettings
 from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
@@ -26,8 +27,6 @@ from onstream.workers.trainer.durability.run_directory import (
 )
 
 log = get_logger()
-
-STREAM_OVERHEAD = 1.3  # what Redis takes for an entry, to its payload
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class Checkpointing:
 
     Args:
         state: that of the checkpoint to resume from; None at the start of the run.
+        max_unacked_bytes: how much of Redis records may hold that wait for a checkpoint.
     """
 
     def __init__(
@@ -59,12 +59,15 @@ class Checkpointing:
         run_dir: Path,
         settings: CheckpointSettings,
         state: TrainerState | None,
+        *,
+        max_unacked_bytes: int,
     ) -> None:
         self._bus = bus
         self._lease = lease
         self._run_dir = run_dir
         self._directory = run_dir / checkpoint.FOLDER
         self._settings = settings
+        self._max_unacked_bytes = max_unacked_bytes
         self._sequence = state.sequence if state else 0
         self._saved_step = state.step if state else 0
         self._failures = 0
@@ -106,7 +109,7 @@ class Checkpointing:
     def stalled(self) -> bool:
         """Whether to train no more: checkpoints fail, and what waits for one is at its bound."""
         waiting_bytes = self.acknowledgements.waiting_bytes * STREAM_OVERHEAD
-        return self._failures > 0 and waiting_bytes >= self._settings.max_unacked_bytes
+        return self._failures > 0 and waiting_bytes >= self._max_unacked_bytes
 
     def save(self, position: TrainerPosition, write_files: Callable[[Path], None]) -> bool:
         """Write a checkpoint of `position`; False, with the reason in the log, where it failed.
@@ -165,7 +168,7 @@ class Checkpointing:
         # Half of the bound: what a checkpoint settles waits for the one after it while as much
         # again gathers.
         unsaved_bytes = self.acknowledgements.unsaved_bytes * STREAM_OVERHEAD
-        return unsaved_bytes >= self._settings.max_unacked_bytes / 2
+        return unsaved_bytes >= self._max_unacked_bytes / 2
 
     def _write(self, position: TrainerPosition, write_files: Callable[[Path], None]) -> int:
         """Write the ledger, then the checkpoint; returns the ledger's size in bytes.

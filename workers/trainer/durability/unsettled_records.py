@@ -19,6 +19,7 @@ from onstream.workers.trainer.durability.acknowledgements import RangeSet, Settl
 from onstream.workers.trainer.durability.checkpoint import TrainerState
 
 log = get_logger()
+TAKEN_BYTES = 32 << 20
 
 
 class UnsettledRecords:
@@ -65,10 +66,17 @@ class UnsettledRecords:
         return self._left_to_take > 0
 
     def take(self, most: int) -> Iterator[tuple[Rollout | Tombstone, float]]:
-        """The next records, up to `most`, each once, with the times at which they were taken."""
+        """The next records, each once, with the times at which they were taken.
+
+        Up to `most`, and up to the one that makes them `TAKEN_BYTES` or more.
+        """
+        taken_bytes = 0
         for _ in range(min(most, self._left_to_take)):
+            if taken_bytes >= TAKEN_BYTES:
+                return
             frame = next(self._records)
             self._left_to_take -= 1
+            taken_bytes += len(frame.payload)
             record = decode_unchecked(frame.payload)
             assert not isinstance(record, Ticket)
             if frame.number in self._dead:
