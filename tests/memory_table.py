@@ -38,6 +38,8 @@ The memory of a GPU is what `nvidia-smi` says. **No line of this page was measur
 - *head*: 16 for each of `trainer.head_chunk` × vocabulary, and where the output layer is trained
   4 a parameter of it, 6 in bfloat16.
 - *published*: 4 a parameter, 2 in bfloat16, in the host's memory.
+- *checkpoint*: 12 a trained parameter, in the host's memory, while one is written: a copy of the
+  weights and of the optimizer's moments.
 
 A layer keeps so many bytes a token for each number of its hidden state, of its queries, of its keys
 and of its MLP (of the experts that a token takes), and 8 a head; with `trainer.recompute = "layer"`
@@ -124,8 +126,8 @@ def planned() -> str:
         "H100 gives 85.\nThe sums are what is on the device: with every activation kept, with "
         "layers recomputed, and then with\nAdamW's moments in the host's memory too.\n",
         "| | tokens | weights | gradients | optimizer | head | activations | together | "
-        "activations recomputed | together | moments on the host | published |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "activations recomputed | together | moments on the host | published | checkpoint |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, sizes in MODELS.items():
         for adapter in (None, LoraSettings(rank=RANK)):
@@ -156,6 +158,7 @@ def line(name: str, sizes: dict[str, Any], adapter: LoraSettings | None, tokens:
         again.device,
         again.device - again.optimizer,
         plain.published,
+        plain.checkpoint,
     )
     words = " | ".join(f"{cell / GB:.1f}" for cell in cells)
     return f"| {name} {'full' if adapter is None else 'LoRA'} | {tokens:,} | {words} |"

@@ -110,6 +110,8 @@ class TrainerMemory:
     host_optimizer: int
     """In the host's memory, as is what follows."""
     published: int
+    checkpoint: int
+    """A copy of what is trained and of its moments, while one is written."""
 
     @property
     def device(self) -> int:
@@ -152,6 +154,7 @@ def trainer_memory(
         head=_head_bytes(shape, trainer, half=half),
         host_optimizer=moments if on_host else 0,
         published=total * (BFLOAT16 if half else FLOAT32),
+        checkpoint=trained * FLOAT32 + moments,
     )
 
 

@@ -9,14 +9,25 @@ from pathlib import Path
 
 def digest_of(path: Path, size_bytes: int | None = None) -> str:
     """The SHA-256 of a file, or of its first `size_bytes` bytes, in hexadecimal."""
+    if size_bytes is not None:
+        return digest_with(path, size_bytes, b"")
     with path.open("rb") as file:
-        if size_bytes is None:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        while size_bytes > 0 and (part := file.read(min(size_bytes, 1 << 20))):
-            digest.update(part)
-            size_bytes -= len(part)
-        return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_with(path: Path, size_bytes: int, added: bytes) -> str:
+    """The SHA-256 of the first `size_bytes` bytes of a file and `added` behind them.
+
+    Without any of its bytes, there need be no file.
+    """
+    digest = hashlib.sha256()
+    if size_bytes:
+        with path.open("rb") as file:
+            while size_bytes > 0 and (part := file.read(min(size_bytes, 1 << 20))):
+                digest.update(part)
+                size_bytes -= len(part)
+    digest.update(added)
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

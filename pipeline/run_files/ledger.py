@@ -43,9 +43,8 @@ class Ledger:
 
     def append(self, lines: Iterable[Settled]) -> int:
         """Write `lines` and sync them; returns the file's size in bytes, for the checkpoint."""
-        encode = msgspec.json.Encoder().encode
         with self.path.open("ab") as file:
-            file.write(b"".join(encode(line) + b"\n" for line in lines))
+            file.write(encoded(lines))
             file.flush()
             os.fsync(file.fileno())
             return file.tell()
@@ -82,6 +81,12 @@ class Ledger:
                     yield decode(line)
                 except UNDECODABLE as error:
                     raise ValueError(f"{self.path}, line {at}: {error}") from error
+
+
+def encoded(lines: Iterable[Settled]) -> bytes:
+    """`lines` as they are in the file."""
+    encode = msgspec.json.Encoder().encode
+    return b"".join(encode(line) + b"\n" for line in lines)
 
 
 def ledger_differs(path: Path, size_bytes: int, digest: str | None) -> bool:

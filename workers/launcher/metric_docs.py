@@ -163,6 +163,13 @@ _STEP = (
         "of the one before where that was still on its way.",
     ),
     MetricField(
+        "checkpoint_wait_s",
+        "s",
+        "How long the trainer stood still for checkpoints since the step before: while a small one "
+        "was written; of a large one, until it was begun, and where its copy was not made yet when "
+        "this step changed the weights.",
+    ),
+    MetricField(
         "publish_s", "s", "Publishing, from the copy of the weights to their announcement."
     ),
     MetricField("publish_bytes", "bytes", "Size of the update."),

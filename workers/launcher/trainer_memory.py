@@ -114,6 +114,7 @@ def _rows(settings: Settings, plan: MemoryPlan, memory: TrainerMemory) -> dict[s
         "activations": (memory.activations, _of_rows(plan)),
         "head": (memory.head, f"{settings.trainer.head_chunk:,} positions at once"),
         "published": (memory.published, "in the host's memory"),
+        "checkpoint": (memory.checkpoint, "in the host's memory, while one is written"),
     }
     return {
         name: f"{shown_bytes(count):>8}  {words}".rstrip() for name, (count, words) in rows.items()

@@ -26,6 +26,7 @@ from onstream.workers.trainer.batches.batch_builder import TrainableUnit
 from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.durability.checkpoint import TrainerState
 from onstream.workers.trainer.durability.recording import conditions
+from onstream.workers.trainer.learner_snapshot import LearnerSnapshot
 from onstream.workers.trainer.losses.row_loss import PerSampleLosses
 from onstream.workers.trainer.publication.publisher import student_files
 from onstream.workers.trainer.training import Training, learner_at
@@ -134,7 +135,8 @@ class Player:
             dropped=dict(self.training.dropped),
         )
         directory = self.run_dir / checkpoint.FOLDER
-        return checkpoint.save(directory, state, self.training.save, fence=nullcontext).path
+        snapshot = LearnerSnapshot(self.training.learner)
+        return checkpoint.save(directory, state, snapshot.write, fence=nullcontext).path
 
     def _take(self, recorded: RecordFrame) -> None:
         record = decode_unchecked(recorded.payload)

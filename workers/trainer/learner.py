@@ -324,13 +324,20 @@ class Learner:
         self.model.save_pretrained(directory, state_dict=merged)
         self._save_tokenizer(directory)
 
-    def save_checkpoint(self, directory: Path) -> None:
-        """Write what a `Learner` starts from again: the model's files, or the adapter's alone."""
+    def checkpoint_weights(self) -> dict[str, Tensor]:
+        """The weights that `save_checkpoint` writes; the next step changes them."""
+        return lora.adapter_state(self._adapter) if self._adapter else self.model.state_dict()
+
+    def save_checkpoint(self, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write what a `Learner` starts from: the model's files with `weights`, or the adapter's.
+
+        They are a copy of `checkpoint_weights`; None: those of now.
+        """
         if self._adapter is None:
-            self.save_model(directory)
+            self.model.save_pretrained(directory, state_dict=weights)
         else:
-            lora.save_adapter(self._adapter, directory)
-            self._save_tokenizer(directory)
+            lora.save_adapter(self._adapter, directory, weights)
+        self._save_tokenizer(directory)
 
     def _save_tokenizer(self, directory: Path) -> None:
         if self.vision:

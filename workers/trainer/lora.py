@@ -121,9 +121,17 @@ def live_state(model: nn.Module) -> dict[str, Tensor | WeightSum]:
     return merged
 
 
-def save_adapter(wrapped: Any, directory: Path) -> None:
-    """Write the adapter's weights and configuration, which names the base model."""
-    wrapped.save_pretrained(directory, save_embedding_layers=False)
+def adapter_state(wrapped: Any) -> dict[str, Tensor]:
+    """The adapter's weights, as `save_adapter` takes them."""
+    return {name: weight for name, weight in wrapped.state_dict().items() if ".lora_" in name}
+
+
+def save_adapter(wrapped: Any, directory: Path, weights: dict[str, Tensor] | None) -> None:
+    """Write the adapter's weights and configuration, which names the base model.
+
+    `weights` is a copy of `adapter_state`; None: the adapter's own.
+    """
+    wrapped.save_pretrained(directory, save_embedding_layers=False, state_dict=weights)
     (directory / "README.md").unlink(missing_ok=True)  # peft's template of a model card
 
 

@@ -59,7 +59,8 @@ class MetricsFiles:
 class StepClock:
     """Times the steps. Each is `start_step`, `learned`, `published`, `end_step`, in this order.
 
-    In a `waiting` the trainer waits for a version to be published.
+    In a `waiting` the trainer waits for a version to be published. In a `checkpointing`, or a
+    `waiting_for_checkpoint` while it learns, it stands still for a checkpoint.
     """
 
     def __init__(self) -> None:
@@ -70,6 +71,8 @@ class StepClock:
         self._learned = now
         self._published = now
         self._waited_s = 0.0
+        self._waited_for_checkpoint_s = 0.0
+        self._checkpoint_s = 0.0
 
     def restart(self) -> None:
         """Count from now, as if a step had just ended."""
@@ -84,6 +87,7 @@ class StepClock:
         """A batch is there."""
         self._started = time.monotonic()
         self._waited_s = 0.0
+        self._waited_for_checkpoint_s = 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -93,6 +97,24 @@ class StepClock:
             yield
         finally:
             self._waited_s += time.monotonic() - began
+
+    @contextmanager
+    def waiting_for_checkpoint(self) -> Iterator[None]:
+        """The step waits meanwhile for a checkpoint to be copied."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waited_for_checkpoint_s += time.monotonic() - began
+
+    @contextmanager
+    def checkpointing(self) -> Iterator[None]:
+        """A checkpoint is taken meanwhile, between two steps."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._checkpoint_s += time.monotonic() - began
 
     def learned(self) -> None:
         """The optimizer has taken its step."""
@@ -106,17 +128,20 @@ class StepClock:
         """The metrics of the step's time, by their names in metrics.jsonl."""
         now = time.monotonic()
         elapsed_s = now - self._last_step_ended
-        learning_s = self._learned - self._started - self._waited_s
+        waited_s = self._waited_s + self._waited_for_checkpoint_s
+        learning_s = self._learned - self._started - waited_s
         metrics = {
             "wait_s": self._started - self._waiting_since,
             "step_s": self._published - self._started,
             "publish_wait_s": self._published - self._learned + self._waited_s,
+            "checkpoint_wait_s": self._checkpoint_s + self._waited_for_checkpoint_s,
             "tokens_per_s": tokens / learning_s,
             "elapsed_s": elapsed_s,
             "rollouts_per_s": rollouts / elapsed_s,
         }
         self._waiting_since = now
         self._last_step_ended = now
+        self._checkpoint_s = 0.0
         return metrics
 
 

@@ -6,7 +6,6 @@ number a fate.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,8 @@ from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
 from onstream.settings.stages import StageName
 from onstream.workers.trainer.batches.train_samples import reward_out_of_bounds
-from onstream.workers.trainer.durability.checkpointing import Checkpointing, TrainerPosition
+from onstream.workers.trainer.checkpoints import Checkpoints
+from onstream.workers.trainer.durability.checkpointing import Checkpointing
 from onstream.workers.trainer.durability.operator_requests import OperatorRequestHandler
 from onstream.workers.trainer.durability.recording import Recording
 from onstream.workers.trainer.durability.refused_rollouts import write_dead_letters
@@ -75,6 +75,17 @@ class Trainer:
             completed=self._settle_step,
             clock=self.clock,
         )
+        self.checkpoints = Checkpoints(
+            directory=self.directory,
+            training=self.training,
+            output=self.output,
+            tickets=self.tickets,
+            checkpointing=self.checkpointing,
+            recording=self.recording,
+            requests=self.requests,
+            metrics=self.metrics,
+            max_dead=self.settings.delivery.max_dead,
+        )
         self._drops = drops_in_a_row(self.settings.orchestrator)
 
     @property
@@ -114,7 +125,8 @@ class Trainer:
     @property
     def busy(self) -> bool:
         """Whether there is work to do without new records."""
-        return self._can_step or self.output.ready or self._takes_again
+        ready = self.output.ready or self.checkpoints.ready
+        return self._can_step or ready or self._takes_again
 
     @property
     def _can_step(self) -> bool:
@@ -136,6 +148,7 @@ class Trainer:
             UserError: the disk is full, and stayed so; or nothing that comes can be trained on.
         """
         self.output.collect()
+        self.checkpoints.collect()
         if self.bus.lease.may_have_lost_data:
             words = "redis was restarted, replaced or emptied; looking for what it has lost"
             log.warning(words, step=self.step, issued=self.tickets.issued)
@@ -166,8 +179,10 @@ class Trainer:
         Entries stay pending for the next trainer: a drain gives nothing back.
         """
         self.output.complete()
+        self.checkpoints.complete()
         if self.checkpointing.unsaved(self.step):
             self._checkpoint()
+            self.checkpoints.complete()
             self._acknowledge()
         self.training.close()
         self.metrics.close()
@@ -233,6 +248,7 @@ class Trainer:
         """
         if problem := self._drops.problem:
             self._checkpoint()
+            self.checkpoints.complete()
             self._acknowledge()
             raise problem
 
@@ -279,34 +295,11 @@ class Trainer:
             self.finished = True
 
     def _checkpoint(self) -> None:
-        """Take a checkpoint; where that fails it is tried again later.
-
-        None is taken while the journal lacks what has settled.
-        """
-        self.output.complete()
-        self._write_journal()
-        if self.recording.stalled:
-            return
+        """Take a checkpoint; at the end of the run, wait for it."""
         self.stats.begin_phase()
-        started = time.monotonic()
-        with self.directory.changing():
-            # Durable before the checkpoint that names the journal's length.
-            self.metrics.sync()
-            self.recording.sync()
-        position = TrainerPosition(
-            step=self.step,
-            policy=self.policy,
-            issued=self.tickets.issued,
-            dropped=dict(self.training.dropped),
-            recorded=self.recording.recorded,
-            journal=self.recording.mark,
-        )
-        if self.checkpointing.save(position, self.training.save):
-            with self.directory.changing():
-                self.recording.checkpoint_is_durable(position.journal)
-                self.requests.checkpoint_is_durable()
-                self.requests.spill_dead_letters(self.settings.delivery.max_dead)
-            log.info("checkpoint", step=self.step, seconds=round(time.monotonic() - started, 3))
+        self.checkpoints.take()
+        if self.run_ended:
+            self.checkpoints.complete()
         self.stats.begin_phase()
         self.clock.start_waiting()
 

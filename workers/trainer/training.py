@@ -11,7 +11,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -164,11 +163,6 @@ class Training:
         self.batches = self._no_batches()
         self.batch = None
         self._waiting.clear()
-
-    def save(self, directory: Path) -> None:
-        """Write what a checkpoint holds of the student and its optimizer."""
-        self.learner.save_checkpoint(directory)
-        torch.save(self.learner.state(), directory / OPTIMIZER)
 
     def take_step(
         self, per_sample: PerSampleLosses | None = None, give_up: GiveUp = lambda reasons: None

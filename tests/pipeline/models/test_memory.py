@@ -65,6 +65,7 @@ def test_a_trainer_holds_weights_gradients_and_two_moments_in_float32() -> None:
     )
     assert (memory.weights, memory.gradients, memory.optimizer) == (16e9, 16e9, 32e9)
     assert memory.published == 8e9
+    assert memory.checkpoint == 48e9
 
 
 def test_recomputed_layers_take_far_fewer_bytes_of_a_long_row() -> None:

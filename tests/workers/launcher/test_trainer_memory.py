@@ -89,6 +89,7 @@ def test_the_memory_of_4b_with_an_adapter_is_told_part_by_part(tmp_path: Path) -
         "head": "2.5 GB  1,024 positions at once",
         "together": "20.3 GB  of the 85.5 GB of its GPU",
         "published": "8.0 GB  in the host's memory",
+        "checkpoint": "396.4 MB  in the host's memory, while one is written",
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,14 @@ def run(bus: Bus, model: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
         job.close_files()
 
 
-@pytest.fixture
-def undisturbed(redis_url: str, run_name: str, model: Path, tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="session")
+def undisturbed(redis_url: str, model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of the weights at the end of a run that nothing happened to."""
-    with twin_to_the_end(redis_url, run_name, model, tmp_path) as job:
-        yield digest(job.bus)
+    directory = tmp_path_factory.mktemp("undisturbed")
+    with twin_to_the_end(
+        redis_url, f"test-{directory.name}-{os.getpid()}", model, directory
+    ) as job:
+        return digest(job.bus)
 
 
 @pytest.fixture

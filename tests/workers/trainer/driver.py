@@ -5,6 +5,7 @@ as a test wants.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ CLOCKS = (
     "step_s",
     "publish_s",
     "publish_wait_s",
+    "checkpoint_wait_s",
     "publish_bytes",
     "tokens_per_s",
     "elapsed_s",
@@ -92,9 +94,24 @@ def dead(ticket: Ticket, version: int) -> Tombstone:
     return Tombstone(ticket.number, "verify", "the test killed it")
 
 
-def killed(*_: object) -> None:
+def killed(*_: object, **__: object) -> None:
     """Stands where a kill comes."""
     raise KeyboardInterrupt
+
+
+class Gate:
+    """Holds back what calls `passes` until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self._open = threading.Event()
+
+    def open(self) -> None:
+        self._open.set()
+
+    def passes(self) -> None:
+        self.reached.set()
+        assert self._open.wait(30)
 
 
 class Run:

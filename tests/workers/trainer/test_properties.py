@@ -159,6 +159,7 @@ def train(
                 kept[-1],
                 (life.state(before.sequence + 1 if before else 1), _together(durable, life.new)),
             ]
+            life.acknowledgements.checkpoint_begins()
             life.acknowledgements.checkpoint_is_durable()
             ids = life.acknowledgements.releasable()
             assert all(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,8 @@ from onstream.pipeline.records import Rollout, Ticket, Tombstone
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.lease import LeaseHeld
 from onstream.pipeline.redis.streams import Move, Out
-from onstream.workers.trainer.durability import checkpointing
+from onstream.workers.trainer.durability import checkpoint, checkpointing
+from onstream.workers.trainer.learner_snapshot import LearnerSnapshot
 from tests.workers.trainer.driver import Run, dead, digest, killed, rollout, with_image
 
 
@@ -91,10 +93,12 @@ def test_a_kill_between_the_ledger_and_the_checkpoint_leaves_no_line_behind(
     job = run()
     job.ready()
     job.until(1)
-    monkeypatch.setattr(job.trainer.training, "save", killed)
+    at_the_rename = SimpleNamespace(getpid=os.getpid, rename=killed)
+    monkeypatch.setattr(checkpoint, "os", at_the_rename)
     with pytest.raises(KeyboardInterrupt):
         job.until(2)
     assert len(job.rows("trained.jsonl")) == 16
+    monkeypatch.undo()
     job.start()
     assert job.rows("trained.jsonl") == []
     job.to_the_end()
@@ -312,7 +316,7 @@ def test_a_revived_trainer_beside_its_successor_writes_nothing(
     assert job.counts() == {"issued": 48, "trained": 48}
 
 
-def full_disk(path: Path) -> None:
+def full_disk(_: LearnerSnapshot, path: Path) -> None:
     (path / "model.safetensors").write_bytes(b"half of")
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -327,8 +331,8 @@ def test_training_goes_on_when_a_checkpoint_finds_the_disk_full_and_it_is_tried_
     job = run()
     job.ready()
     job.until(3)
-    room = job.trainer.training.save
-    monkeypatch.setattr(job.trainer.training, "save", full_disk)
+    room = LearnerSnapshot.write
+    monkeypatch.setattr(LearnerSnapshot, "write", full_disk)
     job.until(5)
     said = capsys.readouterr().out
     assert (
@@ -336,7 +340,7 @@ def test_training_goes_on_when_a_checkpoint_finds_the_disk_full_and_it_is_tried_
     )
     assert job.checkpoints() == ["step-000002"]
     assert len(job.rows("trained.jsonl")) == 16
-    monkeypatch.setattr(job.trainer.training, "save", room)
+    monkeypatch.setattr(LearnerSnapshot, "write", room)
     clock.now += 60
     job.turn()
     assert job.checkpoints() == ["step-000002", "step-000005"]
@@ -350,7 +354,7 @@ def test_a_disk_that_stays_full_stops_the_trainer_with_the_reason_and_loses_noth
     clock = Clock(monkeypatch)
     job = run(trainer__max_steps=2)
     job.ready()
-    monkeypatch.setattr(job.trainer.training, "save", full_disk)
+    monkeypatch.setattr(LearnerSnapshot, "write", full_disk)
     with pytest.raises(
         UserError,
         match=r"could not be written to .*No space left on device.* Free space and start again",
@@ -359,6 +363,7 @@ def test_a_disk_that_stays_full_stops_the_trainer_with_the_reason_and_loses_noth
             job.answer()
             job.turn()
             clock.now += 60
+    monkeypatch.undo()
     job.start()
     job.to_the_end()
     assert job.counts() == {"issued": 16, "trained": 16}
@@ -373,7 +378,7 @@ def test_training_waits_when_no_checkpoint_succeeds_and_entries_with_images_reac
     job.ready()
 
     long = [{"role": "user", "content": "x" * 2000}]
-    monkeypatch.setattr(job.trainer.training, "save", full_disk)
+    monkeypatch.setattr(LearnerSnapshot, "write", full_disk)
     for _ in range(40):
         job.answer(lambda ticket, version: with_image(ticket, version, messages=long), count=8)
         job.turn()

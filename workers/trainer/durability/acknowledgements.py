@@ -9,7 +9,8 @@ and so is one whose record is in no journal. Then the trainer can fall back by o
 still find, pending, all that the lost one had settled.
 
     open          the number has not settled
-    unsaved       settled after the newest checkpoint N
+    unsaved       settled after the newest checkpoint N, and the one that is being written
+    writing       settled in the checkpoint that is being written, if there is one
     saved         settled in checkpoint N, and in no older one
     releasable    durable in the journal, or settled in checkpoint N-1 or before
 
@@ -165,21 +166,69 @@ class PendingEntry(NamedTuple):
     has_images: bool
 
 
-Entries = dict[bytes, PendingEntry]  # by entry id
+class EntryGroup:
+    """Entries by their ids, with the payload of all of them and of those that name images."""
+
+    def __init__(self) -> None:
+        self._entries: dict[bytes, PendingEntry] = {}
+        self.payload_bytes = 0
+        self.image_entry_bytes = 0
+
+    def put(self, entry_id: bytes, entry: PendingEntry) -> None:
+        """Put in an entry; in the place of one with its id."""
+        self.take_out(entry_id)
+        self._entries[entry_id] = entry
+        self._count(entry, 1)
+
+    def take_out(self, entry_id: bytes) -> PendingEntry | None:
+        """Take out an entry; None where it is not here."""
+        entry = self._entries.pop(entry_id, None)
+        if entry is not None:
+            self._count(entry, -1)
+        return entry
+
+    def take_in(self, other: EntryGroup) -> None:
+        """Put in all entries of `other`, which has none then."""
+        for entry_id, entry in other.items():
+            self.put(entry_id, entry)
+        other.clear()
+
+    def clear(self) -> None:
+        """Take out all of them."""
+        self._entries = {}
+        self.payload_bytes = 0
+        self.image_entry_bytes = 0
+
+    def items(self) -> Iterable[tuple[bytes, PendingEntry]]:
+        """Each entry with its id."""
+        return self._entries.items()
+
+    def _count(self, entry: PendingEntry, sign: int) -> None:
+        self.payload_bytes += sign * entry.payload_bytes
+        if entry.has_images:
+            self.image_entry_bytes += sign * entry.payload_bytes
 
 
 class Acknowledgements:
-    """The entries of one trainer, from the checkpoint it resumes from (None: the run's start)."""
+    """The entries of one trainer, from the checkpoint it resumes from (None: the run's start).
+
+    A checkpoint is `checkpoint_begins`, then `checkpoint_is_durable` or `checkpoint_failed`. What
+    settles in between is for the next one.
+    """
 
     def __init__(self, state: TrainerState | None) -> None:
         self.settled = SettledNumbers(state.settled if state else None)
-        self._in_newest = self.settled.numbers()
         self._in_older = RangeSet(state.before if state else ())
-        self._open: dict[int, Entries] = {}  # by number
-        self._unsaved: Entries = {}
-        self._saved: Entries = {}
-        self._releasable: Entries = {}
+        self._in_newest = self.settled.numbers()
+        self._in_written = RangeSet()
+        self._open: dict[int, dict[bytes, PendingEntry]] = {}  # by number
+        self._unsaved = EntryGroup()
+        self._writing = EntryGroup()
+        self._saved = EntryGroup()
+        self._releasable = EntryGroup()
+        self._awaits_journal: dict[int, list[bytes]] = {}  # settled entries, by number
         self.unsaved_lines: list[Settled] = []  # of the ledger
+        self._written_lines: list[Settled] = []
         self._journalled: deque[tuple[int, int]] = deque()  # numbers, by the end of their frames
         self._durable = RangeSet()  # numbers whose records are durable in the journal
 
@@ -193,7 +242,10 @@ class Acknowledgements:
         record = delivery.record
         has_images = isinstance(record, Rollout) and any(one.images for one in record.samples)
         entry = PendingEntry(number, delivery.payload_bytes, has_images)
-        self._entries_with(number)[delivery.entry_id] = entry
+        if number in self.settled:
+            self._put_settled(delivery.entry_id, entry)
+        else:
+            self._open.setdefault(number, {})[delivery.entry_id] = entry
         return first
 
     def open_entries(self, number: int) -> list[bytes]:
@@ -220,13 +272,10 @@ class Acknowledgements:
     def journal_is_durable(self, position: int) -> None:
         """The journal is durable up to `position`: settled entries there may be acknowledged."""
         while self._journalled and self._journalled[0][1] <= position:
-            self._durable.add(self._journalled.popleft()[0])
-        for entries in (self._unsaved, self._saved):
-            for entry_id in [one for one, entry in entries.items() if self._is_durable(entry)]:
-                self._releasable[entry_id] = entries.pop(entry_id)
-
-    def _is_durable(self, entry: PendingEntry) -> bool:
-        return not entry.has_images and entry.number in self._durable
+            number, _ = self._journalled.popleft()
+            self._durable.add(number)
+            for entry_id in self._awaits_journal.pop(number, ()):
+                self._release(entry_id)
 
     def known(self) -> RangeSet:
         """Every number that has settled or is in hand."""
@@ -244,7 +293,8 @@ class Acknowledgements:
         lines = list(settled)
         self.settled.add(lines)
         for line in lines:
-            self._unsaved.update(self._open.pop(line.number, {}))
+            for entry_id, entry in self._open.pop(line.number, {}).items():
+                self._put_settled(entry_id, entry)
         self.unsaved_lines += lines
 
     def purge(self, number: int, step: int) -> None:
@@ -252,18 +302,38 @@ class Acknowledgements:
         self.settled.purge(number)
         self.unsaved_lines.append(Settled(number, "purged", step))
 
+    def checkpoint_begins(self) -> list[Settled]:
+        """A checkpoint of everything settled so far is about to be written.
+
+        Returns the lines that it adds to the ledger.
+        """
+        self._writing.take_in(self._unsaved)
+        self._in_written = self.settled.numbers()
+        self._written_lines = self.unsaved_lines
+        self.unsaved_lines = []
+        return self._written_lines
+
+    def checkpoint_failed(self) -> None:
+        """The checkpoint was not written: what it would have held waits for another one."""
+        self._unsaved.take_in(self._writing)
+        self._in_written = RangeSet()
+        self.unsaved_lines = self._written_lines + self.unsaved_lines
+        self._written_lines = []
+
     def checkpoint_is_durable(self) -> None:
-        """A checkpoint holds everything settled so far.
+        """The checkpoint is written.
 
         What the checkpoint before it held may be acknowledged. What this one is the first to hold
         may not: if it is torn, the trainer resumes from the one before and needs those entries.
         """
-        self._releasable.update(self._saved)
-        self._saved = self._unsaved
-        self._unsaved = {}
-        self.unsaved_lines = []
+        for _, entry in self._saved.items():
+            self._awaits_journal.pop(entry.number, None)
+        self._releasable.take_in(self._saved)
+        self._saved.take_in(self._writing)
         self._in_older = self._in_newest
-        self._in_newest = self.settled.numbers()
+        self._in_newest = self._in_written
+        self._in_written = RangeSet()
+        self._written_lines = []
 
     def releasable(self) -> dict[bytes, int]:
         """The entries to acknowledge now, numbers by entry id; until `released`."""
@@ -272,7 +342,7 @@ class Acknowledgements:
     def released(self, entry_ids: Iterable[bytes]) -> None:
         """Forget entries that Redis has acknowledged."""
         for entry_id in entry_ids:
-            self._releasable.pop(entry_id, None)
+            self._releasable.take_out(entry_id)
 
     @property
     def in_newest_checkpoint(self) -> list[tuple[int, int]]:
@@ -281,31 +351,42 @@ class Acknowledgements:
 
     @property
     def unsaved_bytes(self) -> int:
-        """Payload of the entries settled after the newest checkpoint that wait for one."""
-        return _waiting_bytes(self._unsaved)
+        """Payload of the entries that wait for a checkpoint that is not begun yet."""
+        return self._unsaved.image_entry_bytes
 
     @property
     def waiting_bytes(self) -> int:
         """Payload of the settled entries that wait for a checkpoint."""
-        return _waiting_bytes(self._unsaved) + _waiting_bytes(self._saved)
+        return sum(group.image_entry_bytes for group in self._in_checkpoints)
 
     @property
     def unacked_bytes(self) -> int:
         """Payload of all settled entries that Redis still keeps for the trainer."""
-        return sum(map(_payload_bytes, (self._unsaved, self._saved, self._releasable)))
+        return sum(group.payload_bytes for group in (*self._in_checkpoints, self._releasable))
 
-    def _entries_with(self, number: int) -> Entries:
-        """Where an entry of `number` belongs; one that comes late joins the others of its fate."""
-        if number not in self.settled:
-            return self._open.setdefault(number, {})
-        if number in self._in_older:
-            return self._releasable
-        return self._saved if number in self._in_newest else self._unsaved
+    @property
+    def _in_checkpoints(self) -> tuple[EntryGroup, ...]:
+        return self._unsaved, self._writing, self._saved
 
+    def _put_settled(self, entry_id: bytes, entry: PendingEntry) -> None:
+        """Book an entry of a settled number; one that comes late joins the others of its fate."""
+        number = entry.number
+        durable = number in self._durable and not entry.has_images
+        if durable or number in self._in_older:
+            self._releasable.put(entry_id, entry)
+            return
+        if not entry.has_images:
+            self._awaits_journal.setdefault(number, []).append(entry_id)
+        if number in self._in_newest:
+            self._saved.put(entry_id, entry)
+        elif number in self._in_written:
+            self._writing.put(entry_id, entry)
+        else:
+            self._unsaved.put(entry_id, entry)
 
-def _waiting_bytes(entries: Entries) -> int:
-    return sum(entry.payload_bytes for entry in entries.values() if entry.has_images)
-
-
-def _payload_bytes(entries: Entries) -> int:
-    return sum(entry.payload_bytes for entry in entries.values())
+    def _release(self, entry_id: bytes) -> None:
+        """Let go of a settled entry before its checkpoint: its record is durable in the journal."""
+        for group in self._in_checkpoints:
+            entry = group.take_out(entry_id)
+            if entry is not None:
+                self._releasable.put(entry_id, entry)

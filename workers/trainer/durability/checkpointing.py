@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from msgspec.structs import replace
 
 from onstream.pipeline.records import PolicyVersion
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.lease import Lease
-from onstream.pipeline.run_files.durable import digest_of
-from onstream.pipeline.run_files.ledger import LEDGER, Ledger, ledger_differs
+from onstream.pipeline.run_files.durable import digest_with
+from onstream.pipeline.run_files.ledger import LEDGER, Ledger, Settled, encoded, ledger_differs
 from onstream.pipeline.run_files.recording import JournalMark
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.record_sizes import STREAM_OVERHEAD
 from onstream.settings.sections.trainer import CheckpointSettings
+from onstream.workers.trainer.background import BACKGROUND_BYTES, BackgroundTask
 from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
 from onstream.workers.trainer.durability.checkpoint import CheckpointError, TrainerState
@@ -41,8 +45,43 @@ class TrainerPosition:
     recorded: int | None = None
 
 
+class Snapshot(Protocol):
+    """What of the training a checkpoint holds: the model, the optimizer and its random state."""
+
+    @property
+    def size_bytes(self) -> int:
+        """What a copy takes."""
+        ...
+
+    def copy(self) -> None:
+        """Copy what the next update of the weights changes."""
+        ...
+
+    def write(self, directory: Path) -> None:
+        """Write its files into `directory`."""
+        ...
+
+
+class CheckpointTask(BackgroundTask[None]):
+    """Writes a checkpoint of `position`."""
+
+    name = "onstream-checkpoint"
+
+    def __init__(
+        self,
+        position: TrainerPosition,
+        write: Callable[[Callable[[], None]], None],
+        wake: Callable[[], None] | None,
+    ) -> None:
+        self.position = position
+        super().__init__(write, wake)
+
+
 class Checkpointing:
     """Takes a run's checkpoints, and keeps its ledger and its acknowledgements in step with them.
+
+    A large one is written in a thread while training goes on; at most one at a time. What follows
+    from it is done by `collect`.
 
     `requeued` and `totals` are what checkpoints hold beside the training's own position. `requeued`
     is one dictionary, shared with who issues tickets: the next checkpoint holds what is requeued.
@@ -70,6 +109,7 @@ class Checkpointing:
         self._max_unacked_bytes = max_unacked_bytes
         self._sequence = state.sequence if state else 0
         self._saved_step = state.step if state else 0
+        self._task: CheckpointTask | None = None
         self._failures = 0
         self._retry_at = 0.0
         self.acknowledgements = Acknowledgements(state)
@@ -84,12 +124,12 @@ class Checkpointing:
             self.totals[name] = self.totals.get(name, 0) + row[name]
 
     def saved(self, step: int) -> bool:
-        """Whether a checkpoint holds all there is at `step`."""
-        return self._sequence > 0 and not self.unsaved(step)
+        """Whether a durable checkpoint holds all there is at `step`."""
+        return self._sequence > 0 and self._task is None and not self.unsaved(step)
 
     def unsaved(self, step: int) -> bool:
-        """Whether there is anything at `step` that no checkpoint holds."""
-        return step != self._saved_step or bool(self.acknowledgements.unsaved_lines)
+        """Whether there is anything at `step` that no checkpoint holds, not even one under way."""
+        return step != self._newest_step or bool(self.acknowledgements.unsaved_lines)
 
     def due(self, step: int, max_steps: int, *, full: bool) -> bool:
         """Whether to take a checkpoint at `step`: by the interval, at the end, or for the bytes.
@@ -101,9 +141,19 @@ class Checkpointing:
             return False
         interval = self._settings.interval
         at_end = step >= max_steps and not self.saved(step)
-        by_interval = step // interval > self._saved_step // interval
-        by_bytes = full and self.acknowledgements.waiting_bytes > 0
+        by_interval = step // interval > self._newest_step // interval
+        by_bytes = full and not self.pending and self.acknowledgements.waiting_bytes > 0
         return at_end or by_interval or by_bytes or self._many_bytes_unsaved()
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint is under way."""
+        return self._task is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the one that was under way is durable, or has failed; `collect` says which."""
+        return self._task is not None and self._task.done
 
     @property
     def stalled(self) -> bool:
@@ -111,28 +161,71 @@ class Checkpointing:
         waiting_bytes = self.acknowledgements.waiting_bytes * STREAM_OVERHEAD
         return self._failures > 0 and waiting_bytes >= self._max_unacked_bytes
 
-    def save(self, position: TrainerPosition, write_files: Callable[[Path], None]) -> bool:
-        """Write a checkpoint of `position`; False, with the reason in the log, where it failed.
+    def start(self, position: TrainerPosition, snapshot: Snapshot) -> None:
+        """Start to write a checkpoint of `position`; a small one is written on return.
 
-        A failure is tried again later, and training goes on meanwhile.
+        The one before must have been collected. The learner's tensors must not change before
+        `wait_until_copied`.
+        """
+        assert self._task is None, "one checkpoint at a time"
+        added = self.acknowledgements.checkpoint_begins()
+        # All that the main thread goes on to change is copied here.
+        state = TrainerState(
+            sequence=self._sequence + 1,
+            step=position.step,
+            policy=position.policy,
+            issued=position.issued,
+            settled=self.acknowledgements.settled.ranges(),
+            before=self.acknowledgements.in_newest_checkpoint,
+            ledger_bytes=self._ledger_bytes + len(encoded(added)),
+            totals=dict(self.totals),
+            requeued=dict(self.requeued),
+            dropped=position.dropped,
+            recorded=position.recorded,
+            journal=position.journal,
+        )
+
+        def write(copied: Callable[[], None]) -> None:
+            snapshot.copy()
+            copied()
+            self._write(state, added, snapshot.write)
+
+        large = snapshot.size_bytes >= BACKGROUND_BYTES
+        wake = self._bus.connection.unblock if large else None
+        self._task = CheckpointTask(position, write, wake)
+
+    def wait_until_copied(self) -> None:
+        """Wait until a checkpoint under way reads the learner's tensors no more."""
+        if self._task is not None:
+            self._task.wait_until_copied()
+
+    def collect(self) -> TrainerPosition | None:
+        """The position of the checkpoint under way once it is durable; waits for it.
+
+        None, with the reason in the log, where it failed: it is tried again later, and training
+        goes on meanwhile.
 
         Raises:
             LeaseLost: another trainer took over.
             UserError: it failed many times in a row.
         """
+        task = self._task
+        assert task is not None, "start() comes first"
+        task.wait()
+        self._task = None
         try:
-            ledger_bytes = self._write(position, write_files)
+            task.result()
         except (CheckpointError, OSError) as error:
             self._failed(error)
-            return False
+            return None
         self._failures = 0
         self._retry_at = 0.0
-        self._ledger_bytes = ledger_bytes
-        self._saved_step = position.step
+        self._ledger_bytes = self._ledger.size_bytes
+        self._saved_step = task.position.step
         self._sequence += 1
         self.acknowledgements.checkpoint_is_durable()
-        self._prune(recorded=position.recorded is not None)
-        return True
+        log.info("checkpoint", step=self._saved_step, seconds=round(task.seconds, 3))
+        return task.position
 
     def acknowledge(self) -> None:
         """Acknowledge what may be acknowledged.
@@ -170,50 +263,51 @@ class Checkpointing:
         unsaved_bytes = self.acknowledgements.unsaved_bytes * STREAM_OVERHEAD
         return unsaved_bytes >= self._max_unacked_bytes / 2
 
-    def _write(self, position: TrainerPosition, write_files: Callable[[Path], None]) -> int:
-        """Write the ledger, then the checkpoint; returns the ledger's size in bytes.
+    @property
+    def _newest_step(self) -> int:
+        """The step of the newest checkpoint, be it under way."""
+        return self._saved_step if self._task is None else self._task.position.step
+
+    def _write(
+        self, state: TrainerState, added: list[Settled], write_files: Callable[[Path], None]
+    ) -> None:
+        """Write a checkpoint with `state`, which adds the lines `added` to the ledger."""
+        # The folder first: where it is missing beside a ledger with lines, it was lost.
+        self._directory.mkdir(parents=True, exist_ok=True)
+        digest = digest_with(self._ledger.path, self._ledger_bytes, encoded(added))
+        state = replace(state, ledger_digest=digest)
+        # The model takes its time. Only what others see is fenced: a trainer whose lease has passed
+        # to another one meanwhile must not put its checkpoint among the successor's.
+        checkpoint.save(self._directory, state, write_files, fence=lambda: self._naming(added))
+        self._prune(recorded=state.recorded is not None)
+
+    @contextmanager
+    def _naming(self, added: list[Settled]) -> Iterator[None]:
+        """The fence in which a checkpoint gets its name; the lines `added` are in the ledger then.
 
         In this order: a kill between the two leaves ledger lines that no checkpoint knows, and the
         next trainer cuts them off. The other way round their fates would be missing for good.
         """
-        # The folder first: where it is missing beside a ledger with lines, it was lost.
-        self._directory.mkdir(parents=True, exist_ok=True)
         with self._bus.lease.writing(self._lease):
             self._ledger.cut(self._ledger_bytes)  # an attempt that failed may have left its lines
-            ledger_bytes = self._ledger.append(self.acknowledgements.unsaved_lines)
-        state = TrainerState(
-            sequence=self._sequence + 1,
-            step=position.step,
-            policy=position.policy,
-            issued=position.issued,
-            settled=self.acknowledgements.settled.ranges(),
-            before=self.acknowledgements.in_newest_checkpoint,
-            ledger_bytes=ledger_bytes,
-            totals=self.totals,
-            requeued=self.requeued,
-            dropped=position.dropped,
-            recorded=position.recorded,
-            journal=position.journal,
-            ledger_digest=digest_of(self._ledger.path, ledger_bytes),
-        )
-        # The model takes its time. Only the rename is fenced: a trainer whose lease has passed to
-        # another one meanwhile must not put its checkpoint among the successor's.
-        checkpoint.save(
-            self._directory, state, write_files, fence=lambda: self._bus.lease.writing(self._lease)
-        )
-        return ledger_bytes
+            self._ledger.append(added)
+            yield
 
     def _prune(self, *, recorded: bool) -> None:
         """Remove old checkpoints. A recorded run's keep their optimizer: a replay starts there."""
-        with self._bus.lease.writing(self._lease):
-            checkpoint.prune(
-                self._directory,
-                self._settings.keep,
-                self._settings.keep_every,
-                keep_optimizer=recorded,
-            )
+        try:
+            with self._bus.lease.writing(self._lease):
+                checkpoint.prune(
+                    self._directory,
+                    self._settings.keep,
+                    self._settings.keep_every,
+                    keep_optimizer=recorded,
+                )
+        except OSError as error:  # the new one stands all the same
+            log.warning("old checkpoints could not be removed", problem=str(error))
 
     def _failed(self, error: Exception) -> None:
+        self.acknowledgements.checkpoint_failed()
         self._failures += 1
         with self._bus.lease.writing(self._lease):
             self._ledger.cut(self._ledger_bytes)

@@ -48,6 +48,7 @@ class OperatorRequestHandler:
         self._planner = planner
         self._requeues: dict[int, list[OperatorRequest]] = {}  # by the group of the dead
         self._purges: list[OperatorRequest] = []  # acknowledged as purged, in no checkpoint yet
+        self._purges_written: list[OperatorRequest] = []  # of those, in the one under way
         self._accepted: set[bytes] = set()
         self._next_poll = 0.0
 
@@ -115,21 +116,27 @@ class OperatorRequestHandler:
             log.info("dead rollouts are requeued", new_to_dead=new_to_dead, group=group)
         return done
 
+    def checkpoint_begins(self) -> None:
+        """A checkpoint that records every purge so far is about to be written."""
+        self._purges_written = list(self._purges)
+
     def checkpoint_is_durable(self) -> None:
-        """A checkpoint records every purge so far: their letters may go.
+        """It is written: the letters of those purges may go.
 
         Raises:
             LeaseLost: another trainer took over.
             OSError: the disk is full; the letters stay, and the next checkpoint tries again.
         """
-        if not self._purges:
+        purges = self._purges_written
+        if not purges:
             return
         # The file first: the requests are closed last, so a kill in between purges them again.
-        forget_spilled(self._dead_file, {request.letter for request in self._purges})
-        self._bus.requests.close(self._lease, self._purges, with_letters=True)
-        numbers = sorted(request.number for request in self._purges)
+        forget_spilled(self._dead_file, {request.letter for request in purges})
+        self._bus.requests.close(self._lease, purges, with_letters=True)
+        numbers = sorted(request.number for request in purges)
         log.info("dead letters purged", numbers=numbers)
-        self._purges = []
+        self._purges = self._purges[len(purges) :]
+        self._purges_written = []
 
     def spill_dead_letters(self, keep: int) -> None:
         """Move dead letters over the bound `keep` from Redis to the run's file.

@@ -35,14 +35,13 @@ from onstream.settings import engines
 from onstream.settings.problems import SettingsError
 from onstream.settings.root import Settings
 from onstream.settings.rules.engines import vllm_missing
+from onstream.workers.trainer.background import BACKGROUND_BYTES
 from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.publication.background import PolicyBuffers, Publication
 from onstream.workers.trainer.publication.nccl_sender import NcclTransfer, address_towards
 from onstream.workers.trainer.publication.policy_probe import Prober
 
 MEND_S = 1.0
-BACKGROUND_BYTES = 32 << 20
-"""From this size on a version is published in a thread, while the next batch is trained on."""
 
 log = get_logger()
 

@@ -19,6 +19,7 @@ from onstream.pipeline.run_files import recording
 from onstream.pipeline.run_files.recording import RecordFrame, ResumeMark, StepMark, frames
 from onstream.workers.replay.output import ReplayOutput
 from onstream.workers.replay.replay import replay
+from onstream.workers.trainer.learner_snapshot import LearnerSnapshot
 from tests.workers.trainer.driver import CLOCKS, Run, dead, killed, rollout
 
 EQUAL = "the weights after each of them equal the recorded ones, bit for bit; so do the metrics"
@@ -159,9 +160,10 @@ def test_a_kill_between_the_recording_and_the_checkpoint_cuts_it_back(
     job = run(trainer__record=True)
     job.ready()
     job.until(3)
-    monkeypatch.setattr(job.trainer.training, "save", killed)
+    monkeypatch.setattr(LearnerSnapshot, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         job.until(4)
+    monkeypatch.undo()
     assert steps(job) == [1, 2, 3, 4], "it was made durable for the checkpoint that never came"
     job.start()
     job.trainer.recording.sync()

@@ -20,25 +20,11 @@ from onstream.pipeline.stage import Stats
 from onstream.pipeline.weights import DirectoryReader, PolicyFetcher, directory_store
 from onstream.pipeline.weights.redis_store import ChunkReader
 from onstream.settings.sections.run import DeliverySettings
+from onstream.workers.trainer.background import WAKES_S
 from onstream.workers.trainer.publication import publisher
-from onstream.workers.trainer.publication.background import WAKES_S, Publication
-from tests.workers.trainer.driver import CLOCKS, Run, killed, twin_to_the_end
+from onstream.workers.trainer.publication.background import Publication
+from tests.workers.trainer.driver import CLOCKS, Gate, Run, killed, twin_to_the_end
 from tests.workers.trainer.durability.test_recording import assert_replays
-
-
-class Gate:
-    """Holds back what calls `passes` until it is opened."""
-
-    def __init__(self) -> None:
-        self.reached = threading.Event()
-        self._open = threading.Event()
-
-    def open(self) -> None:
-        self._open.set()
-
-    def passes(self) -> None:
-        self.reached.set()
-        assert self._open.wait(30)
 
 
 @pytest.fixture
