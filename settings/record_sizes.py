@@ -58,7 +58,7 @@ class RecordSizes:
         """What stands for settings that are unset, by name: the value, and how it came about."""
         return {
             "redis.max_memory": f"{self.max_memory_mib} MiB, "
-            + _words(self.max_memory_mib, LEAST_MEMORY_MIB, "for window, batch and what waits"),
+            + _words(self.max_memory_mib, LEAST_MEMORY_MIB, "window + batch + what may wait"),
             "orchestrator.max_backlog": f"{self.max_backlog} rollouts, "
             + _words(self.max_backlog, LEAST_BACKLOG, "the window"),
             "checkpoint.max_unacked_bytes": f"{self.max_unacked_bytes} bytes, "

@@ -6,7 +6,6 @@ They import no torch, but for a loss of the user's own, and no transformers.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,11 +25,11 @@ from onstream.settings.route import rollout_teacher
 from onstream.settings.rules.deployment import redis_warnings
 from onstream.settings.rules.engines import engine_problems
 from onstream.settings.stages import COMPUTING, SWITCHES
+from onstream.workers.launcher.disk_room import check_disk
 from onstream.workers.launcher.model_files import (
     check_chat_template,
     check_model,
     context_tokens,
-    parameters,
 )
 from onstream.workers.launcher.model_warnings import model_warnings
 from onstream.workers.launcher.redis_binary import find_server
@@ -38,9 +37,6 @@ from onstream.workers.launcher.trainer_memory import check_memory
 from onstream.workers.launcher.unacked_records import check_unacked
 
 PROBLEMS_TRIED = 3
-FLOAT32_BYTES = 4
-TRAINED_BYTES = 3 * FLOAT32_BYTES
-"""Of one parameter in a checkpoint: its master weight and AdamW's two moments."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +188,7 @@ def check_student(subject: Subject) -> None:
         check_chat_template(template, ask_hub=subject.ask_hub)
     if student is not None:
         check_completion(settings, student)
-        check_disk(settings, student)
+        check_disk(settings, student, subject.plan.device)
 
 
 def check_completion(settings: Settings, student: Path) -> None:
@@ -307,36 +303,14 @@ def check_loss(settings: Settings) -> None:
     loss_function(settings.trainer.loss)
 
 
-def check_disk(settings: Settings, student: Path) -> None:
-    """Check that checkpoints and policies will fit on the disk, if the student's size is known.
-
-    Raises:
-        UserError: the disk of the run directory has less room.
-    """
-    # One more of each, while it is written.
-    checkpoints = settings.checkpoint.keep + 1
-    policies = settings.checkpoint.keep_policies + 1
-    need_bytes = parameters(student) * (checkpoints * TRAINED_BYTES + policies * FLOAT32_BYTES)
-    directory = settings.run.dir
-    while not directory.exists():
-        directory = directory.parent
-    free_bytes = shutil.disk_usage(directory).free
-    if free_bytes < need_bytes:
-        raise UserError(
-            f"{free_bytes / 2**20:,.0f} MiB free on the disk of {settings.run.dir}",
-            expected=f"{need_bytes / 2**20:,.0f} MiB for {checkpoints} checkpoints and {policies} "
-            "policy versions",
-            next_step="Free space, set run.dir to another disk, or lower checkpoint.keep and "
-            "checkpoint.keep_policies.",
-        )
-
-
 CHECKS = (
     Check(("deployment", "inference", "teacher_inference"), check_gpus),
     Check(("deployment",), check_torch),
     Check(("deployment", "trainer.lora"), check_packages),
     Check(("deployment", "redis", "run"), check_redis),
-    Check(("model", "checkpoint", "run", "inference.sampling"), check_student),
+    Check(
+        ("model", "checkpoint", "run", "inference.sampling", "trainer", "deployment"), check_student
+    ),
     Check(("deployment", "model", "trainer", "inference.sampling"), check_trainer_memory),
     Check(("checkpoint", "model", "trainer.loss", "orchestrator"), check_unacked_records),
     Check(("deployment", "model", "teacher_inference", "trainer.loss"), check_teacher),

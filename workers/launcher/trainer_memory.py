@@ -7,10 +7,12 @@ transformers.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.memory import (
+    DecoderSizes,
     MemoryPlan,
     TrainerMemory,
     memory_plan,
@@ -51,17 +53,19 @@ def memory_rows(settings: Settings) -> dict[str, str]:
         compared = "of a GPU whose memory is not known: nvidia-smi tells nothing"
     if room is not None:
         compared = f"of the {shown_bytes(room)} of its GPU"
-    return _rows(settings, plan, plan.memory) | {
-        "together": f"{shown_bytes(plan.memory.device):>8}  {compared}"
-    }
+    return _rows(settings, plan, plan.memory, compared)
 
 
 def check_memory(settings: Settings, device: Device) -> None:
     """Check that the trainer fits its GPU, where the sizes of both are known.
 
+    On a CPU, that the machine has room for what is always there: weights, gradients, moments.
+
     Raises:
         UserError: it does not; the message names the setting that would make it fit.
     """
+    if device == "cpu":
+        _check_host(settings)
     room = _room(settings, device)
     if room is None:
         return
@@ -76,6 +80,34 @@ def check_memory(settings: Settings, device: Device) -> None:
     )
 
 
+def _check_host(settings: Settings) -> None:
+    """Check that a trainer on a CPU can hold its model.
+
+    Raises:
+        UserError: it cannot.
+    """
+    held_bytes = _held_bytes(settings)
+    if held_bytes <= host_bytes():
+        return
+    adapter = _with(settings, {"lora": LoraSettings()})
+    fits = settings.trainer.lora is None and _held_bytes(adapter) <= host_bytes()
+    raise UserError(
+        f"the trainer of {settings.model.name} takes {shown_bytes(held_bytes)} for weights, "
+        "gradients and the optimizer alone",
+        expected=f"at most the {shown_bytes(host_bytes())} of this machine",
+        next_step="Set trainer.lora.rank = 16." if fits else "Take a smaller student, or a GPU.",
+    )
+
+
+def _held_bytes(settings: Settings) -> int:
+    """What a trainer on a CPU holds of its model all the time; 0 where that is not known."""
+    plan = _plan(settings, "cpu", None)
+    if plan is None or plan.memory is None:
+        return 0
+    memory = plan.memory
+    return memory.weights + memory.gradients + memory.optimizer + memory.host_optimizer
+
+
 def _plan(settings: Settings, device: Device, room: float | None) -> MemoryPlan | None:
     """None where the student is not on this machine.
 
@@ -88,15 +120,28 @@ def _plan(settings: Settings, device: Device, room: float | None) -> MemoryPlan 
     return memory_plan(
         settings,
         model_config(directory, "model.name"),
-        half=_half(settings, device),
+        half=computes_in_half(settings, device),
         device_bytes=room,
         parameters=parameters(directory) or None,
     )
 
 
-def _half(settings: Settings, device: Device) -> bool:
+def computes_in_half(settings: Settings, device: Device) -> bool:
+    """Whether the trainer computes in bfloat16, and publishes in it."""
     given = settings.trainer.dtype
     return given == "bfloat16" or (given == "auto" and device == "cuda")
+
+
+def trained_parameters(settings: Settings, student: Path) -> int:
+    """How many parameters are trained: those of the adapter where there is one.
+
+    All of them where the sizes of the model in `student` are not known.
+    """
+    shape = DecoderSizes.of(model_config(student, "model.name"))
+    adapter = settings.trainer.lora
+    if adapter is None or shape is None:
+        return parameters(student)
+    return shape.adapter(adapter)
 
 
 def _room(settings: Settings, device: Device) -> float | None:
@@ -105,7 +150,9 @@ def _room(settings: Settings, device: Device) -> float | None:
     return None if found is None else found * (memory_share(settings, "trainer") or 1.0)
 
 
-def _rows(settings: Settings, plan: MemoryPlan, memory: TrainerMemory) -> dict[str, str]:
+def _rows(
+    settings: Settings, plan: MemoryPlan, memory: TrainerMemory, compared: str
+) -> dict[str, str]:
     optimizer = memory.optimizer or memory.host_optimizer
     rows = {
         "weights": (memory.weights, ""),
@@ -113,6 +160,7 @@ def _rows(settings: Settings, plan: MemoryPlan, memory: TrainerMemory) -> dict[s
         "optimizer": (optimizer, "in the host's memory" if memory.host_optimizer else ""),
         "activations": (memory.activations, _of_rows(plan)),
         "head": (memory.head, f"{settings.trainer.head_chunk:,} positions at once"),
+        "together": (memory.device, compared),
         "published": (memory.published, "in the host's memory"),
         "checkpoint": (memory.checkpoint, "in the host's memory, while one is written"),
     }

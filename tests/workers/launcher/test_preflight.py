@@ -13,7 +13,7 @@ import sys
 import threading
 from collections import namedtuple
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -23,10 +23,10 @@ from onstream.settings.extras import EXTRAS
 from onstream.settings.load import load_settings, resolve
 from onstream.settings.plan import Plan, make_plan
 from onstream.settings.root import Settings
+from onstream.workers.launcher.disk_room import check_disk
 from onstream.workers.launcher.model_files import check_model, parameters
 from onstream.workers.launcher.model_warnings import model_warnings
 from onstream.workers.launcher.preflight import (
-    check_disk,
     check_resume,
     find_problems,
     refuse_problems,
@@ -405,12 +405,51 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(
     # 2^20 parameters: 3 checkpoints of 12 bytes each and 5 policies of 4, so 56 MiB
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 55 << 20))
-    with pytest.raises(
-        UserError, match=r"55 MiB free.*expected 56 MiB for 3 checkpoints and 5 policy versions"
-    ):
-        check_disk(settings, student)
+    words = (
+        r"57\.7 MB free.*expected 58\.7 MB for 3 checkpoints of 12\.6 MB and 5 policy versions of "
+        r"4\.2 MB"
+    )
+    with pytest.raises(UserError, match=words):
+        check_disk(settings, student, "cpu")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 56 << 20))
-    check_disk(settings, student)
+    check_disk(settings, student, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "device", "need"),
+    [
+        ([], "cpu", "3 checkpoints of 3.1 MB and 5 policy versions of 1.0 MB"),
+        ([], "cuda", "3 checkpoints of 3.1 MB and 5 policy versions of 524.3 kB"),
+        (
+            ["trainer.lora.rank=16"],
+            "cuda",
+            "3 checkpoints of 196.6 kB and 5 policy versions of 524",
+        ),
+    ],
+)
+def test_the_disk_needs_room_for_what_is_trained_and_for_versions_as_published(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    adapter: list[str],
+    device: Literal["cpu", "cuda"],
+    need: str,
+) -> None:
+    student = make_model(tmp_path / "student", shape=(1 << 18,))
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 100,
+    }
+    (student / "config.json").write_text(json.dumps(sizes))
+    settings = settings_of(tmp_path, *adapter)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 1000))
+    with pytest.raises(UserError) as refused:
+        check_disk(settings, student, device)
+    assert need in str(refused.value)
 
 
 def plans(tmp_path: Path, *theirs: str) -> tuple[Settings, Plan, Plan]:

@@ -10,6 +10,7 @@ import pytest
 from onstream.pipeline.errors import UserError
 from onstream.settings.devices import smallest_gpu_bytes
 from onstream.settings.root import Settings
+from onstream.workers.launcher import trainer_memory
 from onstream.workers.launcher.trainer_memory import check_memory, memory_rows
 from tests.pipeline.models.test_memory import QWEN3_4B
 from tests.workers.launcher.test_preflight import check_all, make_model, settings_of
@@ -81,7 +82,9 @@ def test_the_memory_of_4b_with_an_adapter_is_told_part_by_part(tmp_path: Path) -
         "trainer.lora.rank=16",
         "trainer.microbatch=16384",
     )
-    assert {name: told.strip() for name, told in memory_rows(settings).items()} == {
+    rows = memory_rows(settings)
+    assert list(rows)[-2:] == ["together", "published"]  # what is not on the GPU follows
+    assert {name: told.strip() for name, told in rows.items()} == {
         "weights": "8.2 GB",
         "gradients": "132.1 MB",
         "optimizer": "264.2 MB",
@@ -161,3 +164,32 @@ def test_onstream_up_refuses_it_before_anything_starts(tmp_path: Path) -> None:
     (directory / "config.json").write_text(json.dumps(QWEN3_8B))
     with pytest.raises(UserError, match=r"the trainer of .* takes about"):
         check_all(tmp_path, "deployment.device=cuda", "trainer.lora.rank=4096")
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "overrides", "advice"),
+    [
+        (80, [], "Set trainer.lora.rank = 16."),
+        (8, [], "Take a smaller student, or a GPU."),
+        (8, ["trainer.lora.rank=16"], "Take a smaller student, or a GPU."),
+        (140, [], None),
+    ],
+)
+def test_on_a_cpu_a_model_that_the_machine_cannot_hold_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gigabytes: int,
+    overrides: list[str],
+    advice: str | None,
+) -> None:
+    """8.19e9 parameters of 16 bytes: 131 GB; with an adapter 33."""
+    monkeypatch.setattr(trainer_memory, "host_bytes", lambda: gigabytes * 10**9)
+    settings = student(tmp_path, QWEN3_8B, *overrides)
+    if advice is None:
+        check_memory(settings, "cpu")
+        return
+    with pytest.raises(
+        UserError, match="for weights, gradients and the optimizer alone"
+    ) as refused:
+        check_memory(settings, "cpu")
+    assert refused.value.next_step == advice
