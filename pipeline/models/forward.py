@@ -38,6 +38,14 @@ MORE_THAN_PLAIN = ("sliding_window", "softcap", "s_aux", "position_bias")
 NO_IMAGES: Features = {}
 
 
+def on_device(values: npt.NDArray[np.generic], device: torch.device) -> Tensor:
+    """A tensor of `values`. The copy to a GPU does not wait for what that computes."""
+    tensor = torch.from_numpy(values)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class DeviceCall:
     """An `AttentionCall` on the device: flat places in the row, and the mask as sdpa takes it."""
@@ -60,18 +68,18 @@ def layout_of(packed: SharedPrefixRow, device: torch.device) -> AttentionLayout:
     """The attention layout of `packed`, on `device`."""
     return AttentionLayout(
         tuple(_to_device(call, device) for call in packed.calls),
-        torch.from_numpy(packed.output_index).to(device),
+        on_device(packed.output_index, device),
     )
 
 
 def _to_device(call: AttentionCall, device: torch.device) -> DeviceCall:
-    queries = torch.from_numpy(call.queries.reshape(-1)).to(device)
+    queries = on_device(call.queries.reshape(-1), device)
     keys = queries
     if call.keys is not call.queries:
-        keys = torch.from_numpy(call.keys.reshape(-1)).to(device)
+        keys = on_device(call.keys.reshape(-1), device)
     mask = None
     if call.mask is not None:
-        mask = torch.from_numpy(call.mask).to(device)[:, None]
+        mask = on_device(call.mask, device)[:, None]
     return DeviceCall(queries, keys, len(call.queries), mask)
 
 
@@ -90,9 +98,9 @@ def varlen_layout_of(packed: SharedPrefixRow, device: torch.device) -> VarlenLay
     """The layout of `packed`, on `device`."""
     lengths = packed.cumulative
     return VarlenLayout(
-        torch.from_numpy(lengths.keys).to(device),
-        torch.from_numpy(lengths.query_ends).to(device),
-        torch.from_numpy(lengths.key_ends).to(device),
+        on_device(lengths.keys, device),
+        on_device(lengths.query_ends, device),
+        on_device(lengths.key_ends, device),
         lengths.longest_query,
         lengths.longest_key,
     )
@@ -200,12 +208,12 @@ def hidden_states(
     if not shares_prompts(model):
         return _padded_hidden_states(model, packed, features)
     row: Tensor = model.base_model(  # the decoder, in every family that allows shared prompts
-        input_ids=torch.from_numpy(packed.input_ids).to(model.device)[None],
+        input_ids=on_device(packed.input_ids, model.device)[None],
         use_cache=False,  # with a cache, packed rows are silently wrong, by nats
         layout=_layout_for(model, packed),
         **_positions_and_images(model, packed, features),
     ).last_hidden_state[0]
-    return row.index_select(0, torch.from_numpy(packed.predicted_at).to(model.device))
+    return row.index_select(0, on_device(packed.predicted_at, model.device))
 
 
 def shares_prompts(model: PreTrainedModel) -> bool:
@@ -216,6 +224,14 @@ def shares_prompts(model: PreTrainedModel) -> bool:
 def _attention_of(model: PreTrainedModel) -> str:
     attention: str = model.config.get_text_config()._attn_implementation
     return attention
+
+
+def plan_attention(model: PreTrainedModel, packed: SharedPrefixRow) -> None:
+    """Find out how the model's attention reads `packed`, which keeps it for the forward pass."""
+    if _attention_of(model) == VARLEN:
+        _ = packed.cumulative
+    elif shares_prompts(model):
+        _ = packed.output_index
 
 
 def _layout_for(model: PreTrainedModel, packed: SharedPrefixRow) -> AttentionLayout | VarlenLayout:
@@ -232,7 +248,7 @@ def _positions_and_images(
     if any(group.images for group in packed.groups):
         tensors = multimodal.image_tensors(model, packed.groups, features)
         return {"position_ids": multimodal.packed_positions(model, packed, features), **tensors}
-    return {"position_ids": torch.from_numpy(packed.position_ids).to(model.device)[None]}
+    return {"position_ids": on_device(packed.position_ids, model.device)[None]}
 
 
 def _padded_hidden_states(

@@ -23,6 +23,7 @@ from onstream.pipeline.models.forward import (
     OutputHead,
     TokenLogprobs,
     hidden_states,
+    on_device,
     token_logprobs,
 )
 from onstream.pipeline.models.loading import load_model, resolve_device, resolve_dtype
@@ -116,7 +117,7 @@ class LocalScorer:
 
     def _score_row(self, packed: SharedPrefixRow, features: Features, top_k: int) -> TokenLogprobs:
         hidden = hidden_states(self._model, packed, features)
-        targets = torch.from_numpy(packed.targets).to(hidden.device)
+        targets = on_device(packed.targets, hidden.device)
         k = min(top_k, self.vocabulary_size - 1)  # the tail is never empty
         return token_logprobs(hidden, self._head, targets, top_k=k, chunk=self._head_chunk)
 

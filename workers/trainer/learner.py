@@ -6,7 +6,8 @@ It knows no streams, and no files but the model's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.images.vision import load_vision
 from onstream.pipeline.models.end_tokens import add_stops, end_token_ids
-from onstream.pipeline.models.forward import NO_IMAGES, hidden_states
+from onstream.pipeline.models.forward import NO_IMAGES, hidden_states, plan_attention
 from onstream.pipeline.models.frozen import round_frozen
 from onstream.pipeline.models.loading import base_of, load_model, resolve_dtype, text_config
 from onstream.pipeline.models.multimodal import Features
@@ -37,9 +38,11 @@ from onstream.workers.trainer.losses import loss_function
 from onstream.workers.trainer.losses.row_loss import (
     PerSampleLosses,
     RowLoss,
+    RowTokens,
     StepValues,
     gather_tokens,
     mismatch_metrics,
+    with_tokens,
 )
 from onstream.workers.trainer.maths.scalars import learning_rate
 from onstream.workers.trainer.optimizer import new_optimizer
@@ -95,8 +98,9 @@ class Learner:
     What is saved has the chat template and the end tokens that `student` says.
     The model stays in evaluation mode: dropout would make its logprobs differ from the generator's.
     `padded_because` is None where shared prompts are computed once, else the reason why the model's
-    code cannot do it. Token ids are below `vocabulary`.
-    With `recompute` each layer is computed anew in the backward pass.
+    code cannot do it. Token ids are below `vocabulary`. With `prepares_ahead`, on CUDA, threads
+    make ready what comes next; on a CPU they would take its time. With `recompute` each layer is
+    computed anew in the backward pass.
 
     Raises:
         UserError: the model, its tokenizer or a custom loss cannot be loaded, its head is no plain
@@ -115,6 +119,7 @@ class Learner:
         student = student or ModelSettings()
         self.trainer = trainer
         self.device = device
+        self.prepares_ahead = device.type == "cuda"
         self.dtype = resolve_dtype(trainer.dtype, device)
         self.tokenizer = load_student_tokenizer(model, student)
         self._loss_function = loss_function(trainer.loss)
@@ -131,7 +136,8 @@ class Learner:
                 round_frozen(self.model)
         self._recompute = recompute
         if recompute:
-            recompute_layers(self.model, draws_random=_drops(trainer))
+            drops = trainer.lora is not None and trainer.lora.dropout > 0
+            recompute_layers(self.model, draws_random=drops)
         with lora.without_dropout(self.model):
             choose_attention(self.model, trainer.attention, self.dtype, self.padded_because)
         self.head = head_of(self.model)
@@ -193,8 +199,8 @@ class Learner:
             )
         values = StepValues(per_sample)
         divisor = global_tokens or tokens
-        for packed in self._pack_samples(samples):
-            loss: Any = self._loss(packed, samples, features, values) / divisor
+        for packed, row in self._rows(samples):
+            loss: Any = self._loss(packed, row, samples, features, values) / divisor
             loss.backward()
         return {
             **values.metrics.result(divisor),
@@ -206,22 +212,24 @@ class Learner:
     def sample_losses(
         self, samples: Sequence[TrainSample], *, features: Features = NO_IMAGES
     ) -> dict[int, float]:
-        """The loss of each of `samples` by its place, for a step that could not be taken.
-
-        Without a token in its loss mask, a sample has none.
-        """
+        """The loss of each of `samples` by its place; none of one without a loss-mask token."""
         values = StepValues(PerSampleLosses())
-        for packed in self._pack_samples(samples):
-            self._loss(packed, samples, features, values)
+        for packed, row in self._rows(samples):
+            self._loss(packed, row, samples, features, values)
         assert values.per_sample is not None
         return values.per_sample.loss
 
-    def _pack_samples(self, samples: Sequence[TrainSample]) -> list[SharedPrefixRow]:
-        return self.pack(
+    def _rows(self, samples: Sequence[TrainSample]) -> Iterator[tuple[SharedPrefixRow, RowTokens]]:
+        rows = self.pack(
             [sample.prompt_ids for sample in samples],
             [sample.completion_ids for sample in samples],
             [sample.images for sample in samples],
         )
+        return with_tokens(rows, partial(self._gather, samples), ahead=self.prepares_ahead)
+
+    def _gather(self, samples: Sequence[TrainSample], packed: SharedPrefixRow) -> RowTokens:
+        plan_attention(self.model, packed)
+        return gather_tokens(packed, samples, self._loss_fields, self.device)
 
     def pack(
         self,
@@ -229,10 +237,7 @@ class Learner:
         completions: Sequence[Ids],
         images: Sequence[tuple[str, ...]] | None = None,
     ) -> list[SharedPrefixRow]:
-        """Prompts and their completions as the rows of this model's forward passes.
-
-        `images` names the images that each prompt shows; None: no prompt shows any.
-        """
+        """Prompts, with the images that they show, and completions as rows of forward passes."""
         arrange = single_rows if self.padded_because else share_prompts
         return pack(arrange(prompts, completions, images), self.trainer.microbatch)
 
@@ -250,12 +255,12 @@ class Learner:
     def _loss(
         self,
         packed: SharedPrefixRow,
+        tokens: RowTokens,
         samples: Sequence[TrainSample],
         features: Features,
         values: StepValues,
     ) -> Tensor:
         """The summed loss of one packed row; its metrics go to `values`."""
-        tokens = gather_tokens(packed, samples, self._loss_fields, self.device)
         hidden = self.hidden(packed, features)
         if tokens.kept is not None:
             hidden = hidden.index_select(0, tokens.kept)
@@ -383,11 +388,6 @@ class Learner:
 
 def _values(weight: Tensor | WeightSum) -> Tensor:
     return weight.values() if isinstance(weight, WeightSum) else weight
-
-
-def _drops(trainer: TrainerSettings) -> bool:
-    """Whether the forward pass draws random numbers: only an adapter's dropout does."""
-    return trainer.lora is not None and trainer.lora.dropout > 0
 
 
 def _in_float32(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -39,9 +40,9 @@ from onstream.workers.trainer.batches.batch_builder import (
     unscored_reason,
 )
 from onstream.workers.trainer.batches.train_samples import (
+    SampleDecoder,
     TrainSample,
     training_samples,
-    untrainable,
     worst_rollouts,
 )
 from onstream.workers.trainer.durability.checkpoint import OPTIMIZER, Checkpoint
@@ -119,7 +120,11 @@ class Training:
         self.dropped: Counter[str] = Counter(dropped)
         self._dropped_in_all = Counter[str]()
         self._worker = worker
-        self._group_size = settings.orchestrator.group_size
+        self._decoder = SampleDecoder(
+            group_size=settings.orchestrator.group_size,
+            check=learner.check,
+            ahead=learner.prepares_ahead,
+        )
         self._most_bad = settings.trainer.max_bad_rollouts
         self._normalize = settings.trainer.loss.normalize_advantage
         self._waiting: deque[TimedRecord] = deque()
@@ -137,7 +142,8 @@ class Training:
             self._images.prefetch(digest for sample in record.samples for digest in sample.images)
 
     def close(self) -> None:
-        """End the thread that fetches images."""
+        """End the threads that decode, and fetch images."""
+        self._decoder.close()
         if self._images:
             self._images.close()
 
@@ -163,6 +169,7 @@ class Training:
         self.batches = self._no_batches()
         self.batch = None
         self._waiting.clear()
+        self._decoder.clear()
 
     def take_step(
         self, per_sample: PerSampleLosses | None = None, give_up: GiveUp = lambda reasons: None
@@ -179,6 +186,7 @@ class Training:
         """
         units = self.batch or []
         self.batch = None
+        self._decode_next_batch()
         try:
             learned = self._learn(units, per_sample)
         except GradientNotFinite as error:
@@ -200,10 +208,17 @@ class Training:
         self.dropped.clear()
         return StepResult(batch, settled, row)
 
+    def _decode_next_batch(self) -> None:
+        """Begin to decode what waits already for the batch after the one at hand."""
+        size = self.batches.units_per_batch * self.batches.unit_size
+        waiting = (timed.record for timed in self._waiting)
+        rollouts = (record for record in waiting if isinstance(record, Rollout))
+        self._decoder.begin(islice(rollouts, size))
+
     def _learn(
         self, batch: list[TrainableUnit], per_sample: PerSampleLosses | None
     ) -> dict[str, Any]:
-        samples = training_samples(batch, normalize=self._normalize, version=self.step)
+        samples = self._samples(batch)
         features = self._features(samples)
         if per_sample:
             per_sample.clear()
@@ -219,7 +234,7 @@ class Training:
         """
         if not self._most_bad:
             raise error
-        samples = training_samples(batch, normalize=self._normalize, version=self.step)
+        samples = self._samples(batch)
         losses = self.learner.sample_losses(samples, features=self._features(samples))
         worst = worst_rollouts(batch, losses, self._most_bad)
         step = self.step + 1
@@ -234,6 +249,11 @@ class Training:
         if not any(unit.rollouts for unit in left):
             raise error
         return left
+
+    def _samples(self, batch: list[TrainableUnit]) -> list[TrainSample]:
+        return training_samples(
+            batch, self._decoder.samples, normalize=self._normalize, version=self.step
+        )
 
     def _features(self, samples: Sequence[TrainSample]) -> Features:
         """The images that `samples` show."""
@@ -258,8 +278,7 @@ class Training:
         record = timed.record
         if isinstance(record, Tombstone):
             return record
-        reason = untrainable(record, group_size=self._group_size, check=self.learner.check)
-        reason = reason or self._image_problem(record)
+        reason = self._decoder.problem(record) or self._image_problem(record)
         if reason:
             return Tombstone(record.number, "train", reason)
         timing = Timing("train", self._worker, timed.taken, timed.taken)
@@ -304,6 +323,8 @@ class Training:
                 fate = "dead"
             settled.append(Settled(number, fate, step))
             self.dropped[fate] += 1
+        for line in settled:
+            self._decoder.forget(line.number)
         return settled
 
 

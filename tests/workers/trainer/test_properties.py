@@ -38,6 +38,7 @@ class CountingLearner:
         """Nothing is wrong with it."""
 
     vision = None
+    prepares_ahead = False
 
     def step(self, samples: Sequence[Any], max_steps: int, **_: Any) -> dict[str, float]:
         """Nothing is learned."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from onstream.pipeline.models.packing import SharedPrefixRow
 from onstream.pipeline.records import Rollout, Timing, Tombstone
 from onstream.pipeline.run_files.ledger import Settled
 from onstream.settings.root import Settings
+from onstream.workers.trainer.batches import train_samples
+from onstream.workers.trainer.batches.train_samples import TrainSample
+from onstream.workers.trainer.learner import Learner
 from onstream.workers.trainer.training import AdvanceResult, Training, learner_at
 from tests.workers.trainer.records import rollout, tombstone
 
@@ -69,11 +74,15 @@ def stream() -> list[Rollout | Tombstone]:
     return [*records[:8], tombstone(9), tombstone(10), *records[8:]]
 
 
-def trained(model: Path, records: list[Rollout | Tombstone], at_once: int) -> Outcome:
-    """Feed `records`, `at_once` of them at a time."""
+def trained(
+    model: Path, records: list[Rollout | Tombstone], at_once: int, *, ahead: bool = False
+) -> Outcome:
+    """Feed `records`, `at_once` of them at a time; `ahead` as on a GPU."""
     outcome = Outcome()
     job = settings(model)
-    training = Training(job, learner_at(job, None), worker="tester")
+    learner = learner_at(job, None)
+    learner.prepares_ahead = ahead
+    training = Training(job, learner, worker="tester")
     for at in range(0, len(records), at_once):
         for record in records[at : at + at_once]:
             training.take(record, 0.0)
@@ -100,6 +109,31 @@ def test_the_same_stream_gives_the_same_steps_drops_and_weights_however_it_was_r
     assert together.settled == one_by_one.settled
     assert together.considered == one_by_one.considered
     assert together.weights == one_by_one.weights
+
+
+@pytest.mark.parametrize("microbatch", [16, 8192])
+def test_what_threads_prepare_ahead_of_the_device_gives_the_same_steps_drops_and_weights(
+    model: Path, microbatch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = Learner.pack
+
+    def in_rows(learner: Learner, *given: Any) -> list[SharedPrefixRow]:
+        learner.trainer = learner.trainer.model_copy(update={"microbatch": microbatch})
+        return pack(learner, *given)
+
+    monkeypatch.setattr(Learner, "pack", in_rows)
+    decoded_by = set()
+    decode = train_samples._train_sample
+
+    def spy(*given: Any) -> TrainSample:
+        decoded_by.add(threading.current_thread().name)
+        return decode(*given)
+
+    plain = trained(model, stream(), 100)
+    monkeypatch.setattr(train_samples, "_train_sample", spy)
+    ahead = trained(model, stream(), 100, ahead=True)
+    assert ahead == plain
+    assert "decode_0" in decoded_by
 
 
 def test_drops_are_counted_in_the_log_and_not_told_one_by_one(

@@ -7,8 +7,10 @@ sample is checked before it is in one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -77,13 +79,61 @@ def reward_out_of_bounds(record: Work, verification: VerificationSettings) -> st
     )
 
 
-def untrainable(
-    rollout: Rollout, *, group_size: int, check: Callable[[TrainSample], None]
-) -> str | None:
-    """Why `rollout` cannot be trained on, in words; None where it can.
+Decoded = list[TrainSample] | str
+"""The samples of a rollout, without advantage and staleness; or why it cannot be trained on."""
 
-    `check` raises ValueError for a sample that no step could take.
+
+class SampleDecoder:
+    """Decodes each rollout once, and keeps its samples until it has settled.
+
+    Args:
+        group_size: members of a group.
+        check: raises ValueError for a sample that no step could take.
+        ahead: whether a thread decodes rollouts before their turn comes.
     """
+
+    def __init__(
+        self, *, group_size: int, check: Callable[[TrainSample], None], ahead: bool = False
+    ) -> None:
+        self.samples: dict[int, list[TrainSample]] = {}
+        """Of the rollouts that can be trained on, by number."""
+        self._decode = partial(_decoded, group_size=group_size, check=check)
+        self._thread = ThreadPoolExecutor(1, "decode") if ahead else None
+        self._begun: dict[int, Future[Decoded]] = {}
+
+    def begin(self, rollouts: Iterable[Rollout]) -> None:
+        """Begin to decode rollouts whose turn comes soon."""
+        if self._thread is None:
+            return
+        for rollout in rollouts:
+            if rollout.number not in self._begun:
+                self._begun[rollout.number] = self._thread.submit(self._decode, rollout)
+
+    def problem(self, rollout: Rollout) -> str | None:
+        """Why `rollout` cannot be trained on, in words; None where it can."""
+        begun = self._begun.pop(rollout.number, None)
+        decoded = begun.result() if begun else self._decode(rollout)
+        if isinstance(decoded, str):
+            return decoded
+        self.samples[rollout.number] = decoded
+        return None
+
+    def forget(self, number: int) -> None:
+        """Forget the samples of a rollout that has settled."""
+        self.samples.pop(number, None)
+
+    def clear(self) -> None:
+        """Forget every rollout."""
+        self.samples.clear()
+        self._begun.clear()
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._thread:
+            self._thread.shutdown(cancel_futures=True)
+
+
+def _decoded(rollout: Rollout, *, group_size: int, check: Callable[[TrainSample], None]) -> Decoded:
     group = (rollout.number - 1) // group_size
     if (rollout.group, rollout.group_size) != (group, group_size):
         return (
@@ -93,27 +143,36 @@ def untrainable(
     if not rollout.samples:
         return "it has no samples"
     try:
-        for sample in rollout.samples:
-            check(_train_sample(sample, rollout, advantage=0.0, version=0))
+        samples = [_train_sample(sample, rollout) for sample in rollout.samples]
+        for sample in samples:
+            check(sample)
     except ValueError as error:
         return str(error)
-    return None
+    return samples
 
 
 def training_samples(
-    batch: Sequence[TrainableUnit], *, normalize: bool, version: int
+    batch: Sequence[TrainableUnit],
+    decoded: Mapping[int, list[TrainSample]],
+    *,
+    normalize: bool,
+    version: int,
 ) -> list[TrainSample]:
     """The samples of the live rollouts of `batch`, each with its rollout's advantage in its unit.
 
-    The weights of `version` take the step; the staleness of the tokens counts from it.
+    `decoded` has them by number. The weights of `version` take the step; the staleness of the
+    tokens counts from it.
     """
     samples = []
     for unit in batch:
         rewards = [rollout.reward for rollout in unit.rollouts]
         advantages = group_advantages(rewards, normalize=normalize)
         for rollout, advantage in zip(unit.rollouts, advantages, strict=True):
-            for sample in rollout.samples:
-                samples.append(_train_sample(sample, rollout, advantage, version))
+            for sample, one in zip(rollout.samples, decoded[rollout.number], strict=True):
+                staleness = token_staleness(sample.version_spans, len(one.loss_mask), version)
+                samples.append(
+                    replace(one, advantage=advantage, staleness=np.array(staleness, dtype=np.int32))
+                )
     return samples
 
 
@@ -146,24 +205,19 @@ def _loss_sizes(batch: Sequence[TrainableUnit], losses: Mapping[int, float]) -> 
     return sizes
 
 
-def _train_sample(sample: Sample, rollout: Rollout, advantage: float, version: int) -> TrainSample:
-    completion_ids = ids_array(sample.completion_ids)
+def _train_sample(sample: Sample, rollout: Rollout) -> TrainSample:
     return TrainSample(
         prompt_ids=ids_array(sample.prompt_ids),
-        completion_ids=completion_ids,
+        completion_ids=ids_array(sample.completion_ids),
         loss_mask=mask_array(sample.loss_mask),
         generator_logprobs=logprobs_array(sample.generator_logprobs),
         teacher_logprobs=_logprobs(sample.teacher_logprobs),
         teacher_top_ids=_top_ids(sample),
         teacher_top_logprobs=_top_logprobs(sample),
         teacher_tail_logprobs=_logprobs(sample.teacher_tail_logprobs),
-        advantage=advantage,
         group=rollout.group,
         temperature=rollout.temperature,
         images=tuple(sample.images),
-        staleness=np.array(
-            token_staleness(sample.version_spans, len(completion_ids), version), dtype=np.int32
-        ),
     )
 
 

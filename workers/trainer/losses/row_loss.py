@@ -5,8 +5,10 @@ The loss-mask tokens of the row are gathered from its samples first, as tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TypedDict
 
 import numpy as np
@@ -14,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from onstream.pipeline.models.forward import on_device
 from onstream.pipeline.models.packing import SharedPrefixRow
 from onstream.pipeline.records import Ids, Logprobs
 from onstream.workers.trainer.batches.train_samples import LossFields, TrainSample
@@ -277,16 +280,33 @@ def gather_tokens(
     row = _Row(packed, [samples[place] for place in packed.sequences], device)
     staleness = row.concatenated([_staleness(sample) for sample in row.samples])
     return RowTokens(
-        kept=None if row.mask.all() else torch.from_numpy(row.mask.nonzero()[0]).to(device),
+        kept=None if row.mask.all() else on_device(row.mask.nonzero()[0], device),
         targets=_targets(row, fields),
         generator_logprobs=_generator_logprobs(row, fields),
         advantage=row.repeated([sample.advantage for sample in row.samples]),
         teacher_logprobs=_teacher_logprobs(row, fields),
         teacher_top=_teacher_top(row, fields),
         teacher_tail=_teacher_tail(row, fields),
-        staleness=torch.from_numpy(staleness).to(device),
+        staleness=on_device(staleness, device),
         ages=tuple(int(age) for age in np.unique(staleness) if age != UNWRITTEN),
     )
+
+
+def with_tokens(
+    rows: Sequence[SharedPrefixRow], gather: Callable[[SharedPrefixRow], RowTokens], *, ahead: bool
+) -> Iterator[tuple[SharedPrefixRow, RowTokens]]:
+    """Each of `rows` with its tokens; with `ahead` a thread gathers them during the row before."""
+    if not ahead:
+        for row in rows:
+            yield row, gather(row)
+        return
+    with ThreadPoolExecutor(1, "gather") as thread:
+        coming = thread.submit(gather, rows[0])
+        for row, after in zip_longest(rows, rows[1:]):
+            tokens = coming.result()
+            if after is not None:
+                coming = thread.submit(gather, after)
+            yield row, tokens
 
 
 class _Row:
@@ -307,12 +327,12 @@ class _Row:
 
     def tensor(self, values: Sequence[npt.NDArray[np.generic]]) -> Tensor:
         """The same, on the device."""
-        return torch.from_numpy(self.concatenated(values)).to(self.device)
+        return on_device(self.concatenated(values), self.device)
 
     def repeated(self, values: Sequence[float]) -> Tensor:
         """A value a sample, repeated for each of its tokens."""
         each = np.repeat(np.array(values, dtype=np.float32), self.packed.lengths)
-        return torch.from_numpy(each[self.mask]).to(self.device)
+        return on_device(each[self.mask], self.device)
 
 
 def _targets(row: _Row, fields: LossFields) -> TargetTokens:
@@ -321,7 +341,7 @@ def _targets(row: _Row, fields: LossFields) -> TargetTokens:
         temperatures = row.repeated([sample.temperature for sample in row.samples])
     if fields.top_k:
         top_ids = row.tensor(_present([sample.teacher_top_ids for sample in row.samples])).long()
-    ids = torch.from_numpy(row.packed.targets[row.mask]).to(row.device)
+    ids = on_device(row.packed.targets[row.mask], row.device)
     return TargetTokens(ids, temperatures, top_ids)
 
 

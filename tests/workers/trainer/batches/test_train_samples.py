@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ from onstream.pipeline.record_codec import ids_bytes, logprobs_bytes, mask_bytes
 from onstream.pipeline.records import Rollout, Sample, Ticket, VersionSpan
 from onstream.workers.trainer.batches.batch_builder import TrainableUnit
 from onstream.workers.trainer.batches.train_samples import (
+    SampleDecoder,
     TrainSample,
     training_samples,
-    untrainable,
 )
 from onstream.workers.trainer.metrics_files import sample_rows
 from tests.workers.trainer.driver import rollout
@@ -21,6 +22,20 @@ from tests.workers.trainer.driver import rollout
 
 def accept(sample: TrainSample) -> None:
     """A learner that takes everything."""
+
+
+def samples_of(units: list[TrainableUnit]) -> list[TrainSample]:
+    """The samples of `units` as version 2 trains on them."""
+    decoder = SampleDecoder(group_size=4, check=accept)
+    for record in (record for unit in units for record in unit.rollouts):
+        assert decoder.problem(record) is None
+    return training_samples(units, decoder.samples, normalize=False, version=2)
+
+
+def untrainable(
+    rollout: Rollout, *, group_size: int, check: Callable[[TrainSample], None]
+) -> str | None:
+    return SampleDecoder(group_size=group_size, check=check).problem(rollout)
 
 
 def made(number: int = 6, **changes: Any) -> Rollout:
@@ -43,9 +58,7 @@ def test_every_field_arrives_as_an_array_of_its_shape() -> None:
         teacher_tail_logprobs=logprobs_bytes([-7, -8, -9]),
     )
     record = made(samples=[sample], temperature=0.5)
-    (found,) = training_samples(
-        [TrainableUnit(1, (record,), 0, {}, ())], normalize=False, version=2
-    )
+    (found,) = samples_of([TrainableUnit(1, (record,), 0, {}, ())])
     assert (found.prompt_ids.tolist(), found.completion_ids.tolist(), found.loss_mask.tolist()) == (
         [7, 8],
         [5, 6, 1],
@@ -78,7 +91,7 @@ def test_advantages_are_within_a_unit_and_every_sample_of_a_rollout_has_its_own(
         TrainableUnit(1, (two, made(6, reward=0.0)), 0, {}, ()),
         TrainableUnit(2, (made(9, reward=5.0),), 0, {}, ()),
     ]
-    assert [sample.advantage for sample in training_samples(units, normalize=False, version=2)] == [
+    assert [sample.advantage for sample in samples_of(units)] == [
         0.5,
         0.5,
         -0.5,
@@ -118,6 +131,31 @@ def test_what_the_learner_would_refuse_is_refused_in_its_words() -> None:
         raise ValueError("an id outside the vocabulary")
 
     assert untrainable(made(), group_size=4, check=refuse) == "an id outside the vocabulary"
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_is_decoded_ahead_is_refused_in_the_same_words_when_its_turn_comes(
+    ahead: bool,
+) -> None:
+    decoder = SampleDecoder(group_size=4, check=accept, ahead=ahead)
+    sound = made(6)
+    odd = made(7)
+    odd.samples[0].teacher_logprobs = b"odd"
+    decoder.begin([sound, odd])
+    assert decoder.problem(sound) is None
+    assert "multiple of element size" in (decoder.problem(odd) or "")
+    assert list(decoder.samples) == [6]
+    decoder.forget(6)
+    assert not decoder.samples
+    decoder.close()
+
+
+def test_a_rollout_that_comes_again_after_all_was_forgotten_is_decoded_anew() -> None:
+    decoder = SampleDecoder(group_size=4, check=accept, ahead=True)
+    decoder.begin([made(samples=[])])
+    decoder.clear()
+    assert decoder.problem(made()) is None
+    decoder.close()
 
 
 def test_an_excerpt_shows_a_person_what_was_asked_answered_and_thought_of_it() -> None:

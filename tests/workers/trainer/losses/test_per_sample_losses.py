@@ -8,7 +8,11 @@ import pytest
 
 from onstream.pipeline.records import Rollout
 from onstream.workers.trainer.batches.batch_builder import TrainableUnit
-from onstream.workers.trainer.batches.train_samples import training_samples
+from onstream.workers.trainer.batches.train_samples import (
+    SampleDecoder,
+    TrainSample,
+    training_samples,
+)
 from onstream.workers.trainer.losses.row_loss import PerSampleLosses
 from onstream.workers.trainer.training import learner_at
 from tests.workers.trainer.records import rollout
@@ -24,12 +28,19 @@ def units() -> list[TrainableUnit]:
     return [TrainableUnit(at, group(2 * at + 1), 0, {}, ()) for at in range(2)]
 
 
+def samples_of_units() -> list[TrainSample]:
+    decoder = SampleDecoder(group_size=2, check=lambda sample: None)
+    for unit in units():
+        assert [decoder.problem(record) for record in unit.rollouts] == [None, None]
+    return training_samples(units(), decoder.samples, normalize=False, version=0)
+
+
 @pytest.mark.parametrize("microbatch", [8192, 16])
 def test_the_samples_losses_add_up_to_the_loss_of_the_step(model: Path, microbatch: int) -> None:
     job = settings(model)
     trainer = job.trainer.model_copy(update={"microbatch": microbatch, "head_chunk": 2})
     job = job.model_copy(update={"trainer": trainer})
-    samples = training_samples(units(), normalize=False, version=0)
+    samples = samples_of_units()
     plain = learner_at(job, None)
     collecting = learner_at(job, None)
     per_sample = PerSampleLosses()
@@ -45,7 +56,7 @@ def test_the_samples_losses_add_up_to_the_loss_of_the_step(model: Path, microbat
 def test_supervised_samples_have_a_loss_and_no_mismatch(model: Path) -> None:
     per_sample = PerSampleLosses()
     job = settings(model, type="sft")
-    samples = training_samples(units(), normalize=False, version=0)
+    samples = samples_of_units()
     samples[1].loss_mask[:] = 0
     learner_at(job, None).step(samples, 3, per_sample=per_sample)
     assert sorted(per_sample.loss) == [0, 2, 3] and per_sample.mismatch_max == {}
