@@ -3,7 +3,8 @@
 `<run directory>/policies/000007/` is a Hugging Face model directory. It appears by one rename of a
 directory that was written and synced under another name, so no reader finds half a version. The
 digest shows what a crash of the machine, a failing disk or a replaced version may leave. Deltas are
-files in `policies/deltas/`, named by the version they give and the one they are applied to.
+files in `policies/deltas/`, named by the version they give and the one they are applied to. A
+version that is an adapter belongs to the model directory `policies/base-<digest>/`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,18 @@ import msgspec
 
 from onstream.pipeline.records import PolicyVersion
 from onstream.pipeline.run_files.durable import sync
+from onstream.pipeline.weights.adapter import (
+    ADAPTER_CONFIG,
+    BASE,
+    BASE_PREFIX,
+    base_directory,
+)
 from onstream.pipeline.weights.digest import MARK
 from onstream.pipeline.weights.file_format import Bytes
 from onstream.pipeline.weights.policy import LoadedPolicy, WeightsError
 from onstream.pipeline.weights.shards import (
     digest_in,
+    note_in,
     read_weights,
     weights_place,
     write_weights,
@@ -53,6 +61,7 @@ _NOT_LINKED = (
     ".msgpack",
     ".index.json",
     ".onnx",
+    ADAPTER_CONFIG,
 )
 _PINNED = "pinned"
 """The folder of the versions that must stay on disk: one empty file per version and use."""
@@ -78,7 +87,7 @@ def announced(policy: LoadedPolicy) -> PolicyVersion:
     return PolicyVersion(
         number=policy.number,
         digest=policy.digest,
-        path=_path(policy.number),
+        path=_path_of(policy),
         size_bytes=policy.data.size,
     )
 
@@ -86,7 +95,7 @@ def announced(policy: LoadedPolicy) -> PolicyVersion:
 def write_directory(
     run_dir: Path, policy: LoadedPolicy, model_files_from: Path, fence: Fence = nullcontext
 ) -> None:
-    """Write `policy` as a model directory, as `publish` says.
+    """Write `policy`, all weights or an adapter, as a model directory, as `publish` says.
 
     The directory gets its own name inside `fence`, which raises in a trainer whose lease has passed
     to another one. Its digest is waited for only where its number is there already.
@@ -94,14 +103,14 @@ def write_directory(
     number = policy.number
     folder = run_dir / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    final = run_dir / _path(number)
+    final = run_dir / _path_of(policy)
     # A name that no other process has: two trainers never write to the same files.
     unfinished = folder / _unfinished(number)
     shutil.rmtree(unfinished, ignore_errors=True)
     if final.exists() and digest_in(final) == policy.digest:
         return
     unfinished.mkdir()
-    _link_model_files(model_files_from, unfinished)
+    link_model_files(model_files_from, unfinished)
     write_weights(unfinished, policy.data)
     sync(unfinished)
     with fence():
@@ -124,9 +133,9 @@ class DirectoryReader:
 
     def parts(self) -> list[WeightPart]:
         """The model directories and the deltas that are there."""
-        return self._fulls() + self._deltas()
+        return self._directories() + self._bases() + self._deltas()
 
-    def _fulls(self) -> list[WeightPart]:
+    def _directories(self) -> list[WeightPart]:
         found = []
         for path in (self._run_dir / _FOLDER).glob("[0-9]*"):
             weights = weights_place(path) if path.name.isdecimal() else None
@@ -134,7 +143,20 @@ class DirectoryReader:
                 file, size = weights
                 # The digest is in no name, and computing it would read the whole file.
                 place = f"{_FOLDER}/{path.name}/{file}"
-                found.append(WeightPart(int(path.name), "", size, place))
+                note = note_in(path)
+                base = VersionId(BASE, note.base) if note else None
+                found.append(WeightPart(int(path.name), "", size, place, base))
+        return found
+
+    def _bases(self) -> list[WeightPart]:
+        """The full sets that adapters belong to."""
+        found = []
+        for path in (self._run_dir / _FOLDER).glob(f"{BASE_PREFIX}*"):
+            weights = weights_place(path)
+            if weights is not None:
+                file, size = weights
+                digest = path.name.removeprefix(BASE_PREFIX)
+                found.append(WeightPart(BASE, digest, size, f"{_FOLDER}/{path.name}/{file}"))
         return found
 
     def _deltas(self) -> list[WeightPart]:
@@ -188,10 +210,10 @@ class DirectoryWriter(DirectoryReader):
             OSError: it cannot be written.
         """
         write_directory(self._run_dir, policy, self._model_files, self._fence)
-        path = _path(policy.number)
+        path = _path_of(policy)
         written = weights_place(self._run_dir / path)
         assert written is not None
-        return WeightPart(policy.number, policy.digest, policy.data.size, f"{path}/{written[0]}")
+        return WeightPart.of(policy, f"{path}/{written[0]}")
 
     def put_delta(self, part: WeightPart, data: Bytes) -> WeightPart:
         """Write a delta's file.
@@ -260,6 +282,12 @@ def _unfinished(number: int) -> str:
     return f"{_UNFINISHED}{number:06d}-{socket.gethostname()}-{os.getpid()}"
 
 
+def _path_of(policy: LoadedPolicy) -> str:
+    if policy.number == BASE:
+        return str(base_directory(Path(_FOLDER), policy.digest))
+    return _path(policy.number)
+
+
 def _path(number: int) -> str:
     return f"{_FOLDER}/{number:06d}"
 
@@ -276,7 +304,7 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def _link_model_files(source: Path, target: Path) -> None:
+def link_model_files(source: Path, target: Path) -> None:
     """Put a model directory's files, all but weights of any format, into `target`.
 
     By links: writing them would cost more than writing the weights of a small model.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Bytes = NDArray[np.uint8]
 
+_METADATA = "__metadata__"
 _LENGTH_BYTES = 8  # of the number that says how long the header is
 _ALIGNMENT = 8  # bytes; the header is filled up with spaces to a multiple
 _TYPES: Final = {
@@ -66,10 +67,12 @@ class TensorLocation:
         return TensorSpec(self.dtype, self.shape)
 
 
-def head_for(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, TensorLocation]]:
+def head_for(
+    tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, TensorLocation]]:
     """The head of a file of `tensors`, and where in the file each of them is.
 
-    Head and order are those that the safetensors library writes.
+    Head and order are those that the safetensors library writes. `metadata` is added to the head.
 
     Raises:
         ValueError: a tensor has a dtype outside `_TYPES`.
@@ -78,7 +81,7 @@ def head_for(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, Tensor
     if unknown:
         raise ValueError(f"a tensor of {unknown[0]}; expected one of {', '.join(_CODES)}")
     order = sorted(tensors, key=lambda name: (-_RANKS[tensors[name].dtype], name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {_METADATA: {"format": "pt", **(metadata or {})}}
     offset = 0
     for name in order:
         spec = tensors[name]
@@ -92,7 +95,7 @@ def head_for(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, Tensor
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     start = _LENGTH_BYTES + len(text)
-    del header["__metadata__"]
+    del header[_METADATA]
     layout = {name: _location(header[name], start, start + offset) for name in order}
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text, layout
 
@@ -104,15 +107,32 @@ def layout_of(data: Bytes) -> dict[str, TensorLocation]:
         ValueError: it is not a safetensors file, or has tensors of a dtype outside `_TYPES`.
     """
     try:
-        length = int(data[:_LENGTH_BYTES].view("<u8")[0])
-        tensors_start = _LENGTH_BYTES + length
-        header: dict[str, Any] = json.loads(data[_LENGTH_BYTES:tensors_start].tobytes())
-        header.pop("__metadata__", None)
+        header, tensors_start = _header(data)
+        header.pop(_METADATA, None)
         return {
             name: _location(fields, tensors_start, data.size) for name, fields in header.items()
         }
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"{data.size} bytes are no safetensors file ({error})") from error
+
+
+def metadata_of(data: Bytes) -> dict[str, str]:
+    """The metadata in the head of `data`, a whole safetensors file.
+
+    Raises:
+        ValueError: it is not a safetensors file.
+    """
+    try:
+        header, _ = _header(data)
+        return dict(header.get(_METADATA, {}))
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"{data.size} bytes are no safetensors file ({error})") from error
+
+
+def _header(data: Bytes) -> tuple[dict[str, Any], int]:
+    """The header of `data`, and where the tensors start."""
+    tensors_start = _LENGTH_BYTES + int(data[:_LENGTH_BYTES].view("<u8")[0])
+    return json.loads(data[_LENGTH_BYTES:tensors_start].tobytes()), tensors_start
 
 
 def _location(fields: dict[str, Any], tensors_start: int, end: int) -> TensorLocation:

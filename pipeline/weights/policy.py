@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from onstream.pipeline.weights.adapter import AdapterNote, note_of
 from onstream.pipeline.weights.digest import TreeDigest, file_digest, is_of_file, tree_digest
 from onstream.pipeline.weights.file_format import Bytes, TensorSpec, head_for, layout_of, view
 from onstream.pipeline.weights.shards import WEIGHTS_FILE
@@ -58,7 +59,8 @@ class WeightSum:
 class LoadedPolicy:
     """All weights of policy version `number`, as a transport delivered them.
 
-    Read-only: nobody changes `data` or the tensors, which share its memory.
+    Read-only: nobody changes `data` or the tensors, which share its memory. Where they are an
+    adapter alone, `adapter` is its note.
 
     Args:
         number: of the version.
@@ -72,6 +74,7 @@ class LoadedPolicy:
     def __init__(self, number: int, digest: str | None, data: Bytes) -> None:
         try:
             self.layout = layout_of(data)
+            self.adapter: AdapterNote | None = note_of(data)
         except ValueError as error:
             raise WeightsError(f"version {number} cannot be read: {error}") from error
         self.number = number
@@ -172,16 +175,17 @@ def serialised(
     state: Mapping[str, Tensor | WeightSum],
     dtype: torch.dtype | None = None,
     into: Bytes | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Bytes:
     """[n], `state` as a safetensors file: the same weights give the same bytes.
 
     Each tensor is cast and copied straight to its place in the file, from whatever device. Of
     tensors that share their memory the first is in it. `dtype` and `into` are as in
-    `LoadedPolicy.of`.
+    `LoadedPolicy.of`; `metadata` is added to the file's head.
     """
     tensors = _distinct(state)
     specs = {name: _spec(weight, dtype) for name, weight in tensors.items()}
-    head, layout = head_for(specs)
+    head, layout = head_for(specs, metadata)
     size = max((location.stop for location in layout.values()), default=len(head))
     # Memory that was used before takes a copy several times faster than fresh pages do.
     data = into if into is not None and into.size == size else np.empty(size, dtype=np.uint8)

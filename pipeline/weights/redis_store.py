@@ -99,8 +99,7 @@ class ChunkWriter(ChunkReader):
         Raises:
             UserError: Redis has no room for it.
         """
-        part = WeightPart(policy.number, policy.digest, policy.data.size, place="")
-        return self._put(part, policy.data)
+        return self._put(WeightPart.of(policy, place=""), policy.data)
 
     def put_delta(self, part: WeightPart, data: Bytes) -> WeightPart:
         """Write the chunks of `part`. Readers see it only after `keep`.

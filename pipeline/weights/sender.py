@@ -1,9 +1,11 @@
-"""How the trainer gives a version to the generators: whole, or as what changed."""
+"""How the trainer gives a version to the generators: whole, as what changed, or as an adapter."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from onstream.pipeline.weights.adapter import BASE
 from onstream.pipeline.weights.delta import Delta, encode
 from onstream.pipeline.weights.policy import LoadedPolicy
 from onstream.pipeline.weights.store import (
@@ -32,7 +34,8 @@ class PolicySender:
 
     A full set goes out for versions that `full_every` divides, where the deltas since the last full
     set have come to its size, and where readers cannot get the base of the delta. `base` is the
-    version that the next delta starts from, where there will be one.
+    version that the next delta starts from, where there will be one. A version that is an adapter
+    goes as it is, beside the full set that it belongs to.
     """
 
     def __init__(self, store: StoreWriter, full_every: int | None) -> None:
@@ -40,15 +43,25 @@ class PolicySender:
         self._full_every = full_every
         self.base: LoadedPolicy | None = None
 
-    def send(self, policy: LoadedPolicy, *, whole: bool = False) -> SendResult:
+    def send(
+        self,
+        policy: LoadedPolicy,
+        *,
+        whole: bool = False,
+        adapter_base: Callable[[], LoadedPolicy] | None = None,
+    ) -> SendResult:
         """Offer `policy` as the newest version, and remove the parts that lead to it no more.
 
-        `whole` asks for a full set in any case.
+        `whole` asks for a full set instead of a delta. `adapter_base` gives the full set that an
+        adapter belongs to; it is asked where the store lacks that.
 
         Raises:
             UserError: there is no room for it.
             OSError: it cannot be written.
         """
+        if policy.adapter is not None:
+            assert adapter_base is not None, "an adapter belongs to a full set"
+            return self._send_adapter(policy, policy.adapter.base, adapter_base)
         # After a fall-back to a checkpoint there may be parts of later numbers: they go.
         parts = [part for part in self._store.parts() if part.number < policy.number]
         delta = self._delta(policy)
@@ -64,6 +77,18 @@ class PolicySender:
         update_bytes = delta_part.size_bytes if delta_part else policy.data.size
         return SendResult(update_bytes, delta.share if delta else None)
 
+    def _send_adapter(
+        self, policy: LoadedPolicy, base_digest: str, adapter_base: Callable[[], LoadedPolicy]
+    ) -> SendResult:
+        wanted = VersionId(BASE, base_digest)
+        found = [part for part in self._store.parts() if part.gives(wanted)]
+        base = found[0] if found else self._store.put_whole(adapter_base())
+        if policy.data.size > self._store.room_bytes():
+            self._store.keep([base])
+        self._store.keep([base, self._store.put_whole(policy)])
+        self.base = None
+        return SendResult(policy.data.size, None)
+
     def skip(self, policy: LoadedPolicy) -> SendResult:
         """Take `policy`, which is there already, as the base of the next delta."""
         delta = self._delta(policy)
@@ -75,7 +100,7 @@ class PolicySender:
         return _reachable(version, self._store.parts())
 
     def _remember(self, policy: LoadedPolicy) -> None:
-        self.base = policy if self._full_every else None
+        self.base = policy if self._full_every and policy.adapter is None else None
 
     def _delta(self, policy: LoadedPolicy) -> Delta | None:
         return encode(self.base, policy) if self.base else None

@@ -2,7 +2,7 @@
 
 `model.safetensors` holds all weights where they are no more than `SHARD_BYTES`. Otherwise they are
 in `model-00001-of-00003.safetensors` and so on, and `model.safetensors.index.json` says which
-tensor is in which file.
+tensor is in which file. An adapter is in `adapter_model.safetensors`, with peft's configuration.
 """
 
 from __future__ import annotations
@@ -15,6 +15,14 @@ from typing import BinaryIO
 import numpy as np
 
 from onstream.pipeline.run_files.durable import sync
+from onstream.pipeline.weights.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    CONFIG,
+    AdapterNote,
+    note_of,
+    text_note,
+)
 from onstream.pipeline.weights.digest import tree_digest
 from onstream.pipeline.weights.file_format import (
     Bytes,
@@ -22,6 +30,7 @@ from onstream.pipeline.weights.file_format import (
     TensorSpec,
     head_for,
     layout_of,
+    metadata_of,
 )
 
 WEIGHTS_FILE = "model.safetensors"
@@ -38,6 +47,11 @@ def write_weights(directory: Path, data: Bytes) -> None:
     Raises:
         OSError: the disk is full.
     """
+    if text_note(data) is not None:
+        config = metadata_of(data)[CONFIG].encode()
+        _write(directory / ADAPTER_CONFIG, [np.frombuffer(config, dtype=np.uint8)])
+        _write(directory / ADAPTER_FILE, [data])
+        return
     if data.size <= SHARD_BYTES:
         _write(directory / WEIGHTS_FILE, [data])
         return
@@ -59,12 +73,13 @@ def write_weights(directory: Path, data: Bytes) -> None:
 def weights_place(directory: Path) -> tuple[str, int] | None:
     """The name of the file to read in `directory`, and the bytes of all weights.
 
-    The file is the weights themselves, or their index. None where neither is there.
+    The file is the weights themselves, an adapter, or an index. None where none is there.
     """
-    try:
-        return WEIGHTS_FILE, (directory / WEIGHTS_FILE).stat().st_size
-    except OSError:
-        pass
+    for name in (WEIGHTS_FILE, ADAPTER_FILE):
+        try:
+            return name, (directory / name).stat().st_size
+        except OSError:
+            pass
     try:
         return INDEX_FILE, sum(path.stat().st_size for path in _files(directory / INDEX_FILE))
     except (OSError, ValueError):  # pruned since its directory was listed, say
@@ -101,6 +116,17 @@ def digest_in(directory: Path) -> str | None:
         return None
     try:
         return tree_digest(*_opened(directory / found[0]))
+    except (OSError, ValueError):
+        return None
+
+
+def note_in(directory: Path) -> AdapterNote | None:
+    """The note of the adapter in `directory`; None where there is none of a run, or a damaged one.
+
+    Reads no more than the head of its file.
+    """
+    try:
+        return note_of(np.memmap(directory / ADAPTER_FILE, dtype=np.uint8, mode="r"))
     except (OSError, ValueError):
         return None
 

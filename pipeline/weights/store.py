@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
+from onstream.pipeline.weights.adapter import BASE
 from onstream.pipeline.weights.file_format import Bytes
 from onstream.pipeline.weights.policy import LoadedPolicy
 
@@ -24,8 +25,8 @@ class VersionId(NamedTuple):
 class WeightPart(msgspec.Struct, frozen=True, array_like=True, tag="weights/1"):
     """Bytes stored at `place`: the whole version `number` or, with a `base`, a delta to that base.
 
-    `digest` is that of the version; "" for a whole file whose digest nobody
-    noted, so that only reading it tells.
+    A delta to the version `BASE` is an adapter. `digest` is that of the version; "" for a file
+    whose digest nobody noted, so that only reading it tells.
     """
 
     number: int
@@ -33,6 +34,18 @@ class WeightPart(msgspec.Struct, frozen=True, array_like=True, tag="weights/1"):
     size_bytes: int
     place: str
     base: VersionId | None = None
+
+    @classmethod
+    def of(cls, policy: LoadedPolicy, place: str) -> WeightPart:
+        """The bytes of `policy`, all weights or an adapter, as a part."""
+        note = policy.adapter
+        base = VersionId(BASE, note.base) if note else None
+        return cls(policy.number, policy.digest, policy.data.size, place, base)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter, to be added to its base."""
+        return self.base is not None and self.base.number == BASE
 
     def gives(self, version: VersionId) -> bool:
         """Whether reading this part gives `version`."""
@@ -68,7 +81,7 @@ class StoreWriter(StoreReader, Protocol):
         ...
 
     def put_whole(self, policy: LoadedPolicy) -> WeightPart:
-        """Store all of `policy`, and return it as a part.
+        """Store all of `policy`, weights or an adapter, and return it as a part.
 
         Where there is no room for it beside the present parts, it may replace them.
 

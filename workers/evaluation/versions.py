@@ -13,6 +13,7 @@ from rich.text import Text
 from onstream.pipeline import telemetry
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.run_files.json_lines import JsonLines
+from onstream.pipeline.weights.merging import model_directory
 from onstream.settings.root import Settings
 from onstream.workers.trainer.durability import checkpoint
 
@@ -27,7 +28,8 @@ def evaluate_version(settings: Settings, version: int | None) -> dict[str, Any]:
     from onstream.workers.evaluation.greedy import evaluate  # brings torch
 
     telemetry.configure("eval", f"eval-{version}", settings.run.name, settings.log)
-    row = {"version": version, "time": time.time(), **evaluate(directory, settings)}
+    with model_directory(directory) as whole:
+        row = {"version": version, "time": time.time(), **evaluate(whole, settings)}
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     evals = JsonLines(settings.run_dir / "evals.jsonl")
     evals.write(row)

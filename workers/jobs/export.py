@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from onstream.pipeline.errors import UserError
+from onstream.pipeline.weights.merging import is_adapter, write_whole
 from onstream.settings.root import Settings
 from onstream.workers.evaluation.versions import find_version
 
@@ -24,8 +25,8 @@ def export(settings: Settings, version: int | None, out: Path) -> int:
     Returns its number. An adapter is merged into its base.
 
     Raises:
-        UserError: the run has no such version, `out` is there already, or the model cannot be
-            loaded.
+        UserError: the run has no such version, `out` is there already, the model cannot be
+            loaded, or the base of an adapter is not there.
     """
     if out.exists():
         raise UserError(
@@ -43,7 +44,9 @@ def export(settings: Settings, version: int | None, out: Path) -> int:
     from onstream.pipeline.models.loading import base_of  # brings torch
     from onstream.workers.trainer.lora import write_merged
 
-    if base_of(directory):
+    if is_adapter(directory):
+        write_whole(directory, out)
+    elif base_of(directory):
         write_merged(directory, out)
     else:
         shutil.copytree(directory, out, ignore=shutil.ignore_patterns(*NOT_THE_MODELS))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from onstream.pipeline.images.feature_cache import FetchImages, no_images
 from onstream.pipeline.record_codec import decode_unchecked
 from onstream.pipeline.records import PolicyVersion, Ticket
 from onstream.pipeline.run_files.recording import Frame, RecordFrame, ResumeMark, StepMark
-from onstream.pipeline.weights import LoadedPolicy
+from onstream.pipeline.weights import DirectoryWriter, LoadedPolicy, PolicySender
+from onstream.pipeline.weights.digest import is_of_adapter
 from onstream.settings.root import Settings
 from onstream.workers.replay.recorded_run import ReplayStart, settled_in
 from onstream.workers.trainer.batches.batch_builder import TrainableUnit
@@ -28,7 +30,7 @@ from onstream.workers.trainer.durability.checkpoint import TrainerState
 from onstream.workers.trainer.durability.recording import conditions
 from onstream.workers.trainer.learner_snapshot import LearnerSnapshot
 from onstream.workers.trainer.losses.row_loss import PerSampleLosses
-from onstream.workers.trainer.publication.publisher import student_files
+from onstream.workers.trainer.publication.publisher import packer_of, student_files
 from onstream.workers.trainer.training import Training, learner_at
 
 
@@ -97,9 +99,11 @@ class Player:
             dropped=start.found.state.dropped if start.found else None,
             images=images,
         )
-        self._student_files = student_files(self.run_dir, learner)
+        store = DirectoryWriter(self.run_dir, student_files(self.run_dir, learner))
+        self._sender = PolicySender(store, full_every=None)
+        self._packer = packer_of(learner, self.settings)
         loaded = self._publish()
-        if not start.position and not loaded.has_digest(start.opened.digest):
+        if not start.position and not self._is_version(start.opened.digest, loaded):
             say(
                 "the weights that the recorded run started from "
                 "are not those that this replay starts from"
@@ -184,19 +188,30 @@ class Player:
         result = self.training.take_step(per_sample)
         self.settled.add(result.settled)
         loaded = self._publish()
-        same = recorded is not None and loaded.has_digest(recorded.digest)
+        same = recorded is not None and self._is_version(recorded.digest, loaded)
         row = _as_read(result.row)
         return ReplayedStep(self.policy, row, recorded, same, result.batch, per_sample)
 
     def _publish(self) -> LoadedPolicy:
         """Write the weights as they are now as a version, and note it as `policy`."""
         step = self.training.step
-        learner = self.training.learner
-        loaded = LoadedPolicy.of(step, learner.live_state(), learner.dtype)
-        weights.write_directory(self.run_dir, loaded, self._student_files)
+        state = self.training.learner.live_state()
+        loaded = LoadedPolicy(step, None, self._packer.pack(state))
+        self._sender.send(loaded, adapter_base=partial(self._packer.base, state))
+        self._packer.forget_base()
         weights.prune(self.run_dir, self.settings.checkpoint.keep_policies, pinned={step})
         self.policy = weights.announced(loaded)
         return loaded
+
+    def _is_version(self, digest: str, loaded: LoadedPolicy) -> bool:
+        """Whether `digest` is that of the version `loaded`.
+
+        Where that is an adapter, the recorded run may have published it merged.
+        """
+        if loaded.adapter is None or is_of_adapter(digest):
+            return loaded.has_digest(digest)
+        learner = self.training.learner
+        return LoadedPolicy.of(0, learner.live_state(), learner.dtype).has_digest(digest)
 
 
 def _as_read(row: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from onstream.pipeline.models.prompt_sharing import choose_attention, prepare
 from onstream.pipeline.models.recompute import recompute_layers
 from onstream.pipeline.models.tokenizer import has_vision, load_student_tokenizer
 from onstream.pipeline.records import Ids
-from onstream.pipeline.weights import WeightSum
+from onstream.pipeline.weights import PolicyPacker, WeightSum
 from onstream.settings.sections.run import ModelSettings
 from onstream.settings.sections.trainer import TrainerSettings
 from onstream.workers.trainer import lora
@@ -353,6 +353,12 @@ class Learner:
     def before_update(self, call: Callable[[], None]) -> None:
         """Have `call` return before each step of the optimizer, which changes the weights."""
         self._optimizer.register_step_pre_hook(lambda *_: call())
+
+    def packer(self, *, whole: bool) -> PolicyPacker:
+        """What makes versions of `live_state`: `whole` ones, or adapters with `trainer.lora`."""
+        as_adapters = self._adapter is not None and not whole
+        config = lora.configuration(self._adapter) if as_adapters else None
+        return PolicyPacker(self.dtype, config)
 
     def published_state(self) -> dict[str, Tensor]:
         """The weights as generators get them: on the CPU, in `dtype`, as `live_state` has them."""

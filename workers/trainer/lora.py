@@ -1,24 +1,26 @@
 """LoRA: trains a low-rank adapter instead of the weights.
 
-Checkpoints hold the adapter alone. Published and exported weights have it merged.
+Checkpoints and published versions hold the adapter alone. Exported weights have it merged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.end_tokens import add_stops
-from onstream.pipeline.models.loading import base_of, load_model
+from onstream.pipeline.models.loading import ADAPTER_CONFIG, base_of, load_model
 from onstream.pipeline.models.tokenizer import load_tokenizer
-from onstream.pipeline.weights import WeightSum
+from onstream.pipeline.weights import LowRank, WeightSum
 from onstream.settings.extras import missing_package
 from onstream.settings.paths import absolute_model
 from onstream.settings.sections.trainer import LoraSettings
@@ -117,8 +119,31 @@ def live_state(model: nn.Module) -> dict[str, Tensor | WeightSum]:
         name = f"{owner}.{leaf}" if inside else name
         merged[name] = weight
         if inside and leaf == "weight":
-            merged[name] = WeightSum(weight, partial(layers[owner].get_delta_weight, _ADAPTER))
+            merged[name] = WeightSum(weight, _addition(layers[owner]))
     return merged
+
+
+def _addition(layer: Any) -> Callable[[], Tensor]:
+    """What the adapter adds to the weight of `layer`: as two factors where that is all of it."""
+    from peft.tuners.lora import Linear
+
+    factors = (layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER])
+    float32 = all(factor.weight.dtype == torch.float32 for factor in factors)
+    if type(layer) is not Linear or _ADAPTER in layer.lora_variant or not float32:
+        return partial(layer.get_delta_weight, _ADAPTER)
+    a, b = (factor.weight.detach() for factor in factors)
+    return LowRank(a, b, layer.scaling[_ADAPTER], layer.fan_in_fan_out)
+
+
+def configuration(wrapped: Any) -> str:
+    """peft's configuration of the adapter, as it writes it beside one: JSON."""
+    config = wrapped.peft_config[_ADAPTER]
+    with tempfile.TemporaryDirectory() as directory:
+        config.save_pretrained(directory)
+        fields = msgspec.json.decode((Path(directory) / ADAPTER_CONFIG).read_bytes())
+    fields["inference_mode"] = True
+    fields["target_modules"] = sorted(fields["target_modules"])
+    return msgspec.json.format(msgspec.json.encode(fields), indent=2).decode()
 
 
 def adapter_state(wrapped: Any) -> dict[str, Tensor]:

@@ -25,7 +25,12 @@ from onstream.workers.trainer.durability.run_directory import RunDirectory
 from onstream.workers.trainer.evaluations import Evaluations
 from onstream.workers.trainer.metrics_files import MetricsFiles
 from onstream.workers.trainer.publication.policy_probe import prober
-from onstream.workers.trainer.publication.publisher import Publisher, nccl_transfer, student_files
+from onstream.workers.trainer.publication.publisher import (
+    Publisher,
+    nccl_transfer,
+    packer_of,
+    student_files,
+)
 from onstream.workers.trainer.recovery import Recovery
 from onstream.workers.trainer.tickets import TicketIssuer, TicketPlanner
 from onstream.workers.trainer.trainer import Trainer, TrainerStage
@@ -195,7 +200,7 @@ class _Builder:
             student_files(self.directory.path, training.learner),
             nccl_transfer(self.bus, self.lease, self.settings),
             prober(training.learner, self.settings.inference),
-            training.learner.dtype,
+            packer_of(training.learner, self.settings),
         )
         self.opened.callback(publisher.close)
         return publisher

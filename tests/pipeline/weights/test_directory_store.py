@@ -137,7 +137,7 @@ def test_what_was_checked_is_what_is_loaded_even_if_the_file_is_replaced_meanwhi
     assert torch.equal(loaded.tensors()["a"], STATE["a"])
 
 
-@pytest.mark.parametrize("killed_at", ["_link_model_files", "sync", "_discard"])
+@pytest.mark.parametrize("killed_at", ["link_model_files", "sync", "_discard"])
 def test_a_crash_while_publishing_leaves_no_version_and_the_next_attempt_succeeds(
     tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str
 ) -> None:

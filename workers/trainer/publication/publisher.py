@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from onstream.pipeline.telemetry import get_logger
 from onstream.pipeline.weights import (
     DirectoryWriter,
     LoadedPolicy,
+    PolicyPacker,
     PolicySender,
     SendResult,
     StoreWriter,
@@ -29,7 +31,6 @@ from onstream.pipeline.weights import (
 )
 from onstream.pipeline.weights.directory_store import pinned
 from onstream.pipeline.weights.nccl_transfer import TransferCoordinator
-from onstream.pipeline.weights.policy import serialised
 from onstream.pipeline.weights.redis_store import ChunkWriter
 from onstream.settings import engines
 from onstream.settings.problems import SettingsError
@@ -69,7 +70,7 @@ class Publisher:
         model_files: Path,
         transfer: NcclTransfer | None,
         prober: Prober,
-        dtype: torch.dtype,
+        packer: PolicyPacker,
     ) -> None:
         self._bus = bus
         self._lease = lease
@@ -81,7 +82,8 @@ class Publisher:
         self._sender = PolicySender(self._store(), full_every)
         self._transfer = transfer
         self._prober = prober
-        self._dtype = dtype
+        self._packer = packer
+        self._base_on_disk = False
         self._buffers = PolicyBuffers()
         # The newest version, where it went from GPU to GPU and into no file.
         self._unwritten: LoadedPolicy | None = None
@@ -111,7 +113,7 @@ class Publisher:
         `state` must not change before the publication's `wait_until_copied`. Until it is done,
         nothing else may be asked of this publisher.
         """
-        if self._transfer is not None or self._size_bytes(state) < BACKGROUND_BYTES:
+        if self._transfer is not None or self._packer.size_bytes(state) < BACKGROUND_BYTES:
             return Publication(lambda _: self.publish(number, state), wake=None)
         probe = self._prober.ask()  # computes with the model, as the main thread does
         threads = torch.get_num_threads()
@@ -131,6 +133,8 @@ class Publisher:
         copied: Callable[[], None],
     ) -> PolicyVersion:
         policy = self._copied(number, state, copied)
+        if policy.adapter is not None and not self._base_on_disk:
+            self._write_base(state)
         whole = self._is_whole(number)
         # The digest of a new number is computed while it is written.
         known = number in self._announced and self._announced[number] == policy.digest
@@ -138,7 +142,8 @@ class Publisher:
         if given_before:
             self.sent = self._sender.skip(policy)
         else:
-            self.sent = self._give(policy, whole=whole)
+            self.sent = self._give(policy, state, whole=whole)
+        self._packer.forget_base()
         if whole and (given_before or not self._on_disk):
             weights.write_directory(self._run_dir, policy, self._model_files, self._fence)
         announced = replace(weights.announced(policy), probe=probe)
@@ -166,8 +171,10 @@ class Publisher:
         if newest is not None and newest.number >= policy.number:
             return
         if not self._sender.offers(VersionId(policy.number, policy.digest)):
-            loaded = self._copied(policy.number, state(), lambda: None)
-            self._give(loaded, whole=True)
+            weights_now = state()
+            loaded = self._copied(policy.number, weights_now, lambda: None)
+            self._give(loaded, weights_now, whole=True)
+            self._packer.forget_base()
         self._bus.lease.announce(self._lease, policy)
 
     def mend(self, policy: PolicyVersion) -> None:
@@ -226,16 +233,18 @@ class Publisher:
         Calls `copied` before the digest is computed.
         """
         in_use = [self._sender.base.data] if self._sender.base else []
-        data = serialised(state, self._dtype, self._buffers.free(in_use))
+        data = self._packer.pack(state, self._buffers.free(in_use))
         copied()
         # A transfer that hangs is left behind, and may read its version's memory for ever.
         if self._transfer is None:
             self._buffers.keep(data, in_use)
         return LoadedPolicy(number, None, data)
 
-    def _size_bytes(self, state: Mapping[str, Tensor | WeightSum]) -> int:
-        weights = (one.base if isinstance(one, WeightSum) else one for one in state.values())
-        return sum(weight.numel() for weight in weights) * self._dtype.itemsize
+    def _write_base(self, state: Mapping[str, Tensor | WeightSum]) -> None:
+        """Write the full set that adapters belong to, unless it is there as it should be."""
+        base = self._packer.base(state)
+        weights.write_directory(self._run_dir, base, self._model_files, self._fence)
+        self._base_on_disk = True
 
     def _fence(self) -> AbstractContextManager[None]:
         """The right to change the run's files; held for as short as can be.
@@ -244,15 +253,18 @@ class Publisher:
         """
         return self._bus.lease.writing(self._lease)
 
-    def _give(self, policy: LoadedPolicy, *, whole: bool) -> SendResult:
+    def _give(
+        self, policy: LoadedPolicy, state: Mapping[str, Tensor | WeightSum], *, whole: bool
+    ) -> SendResult:
         """Give `policy` to the generators; again where Redis lost a part of it meanwhile."""
         self._unwritten = None
         if self._transfer is not None and self._transfer.send(policy) and not whole:
             self._unwritten = policy
             return SendResult(policy.data.size, None)
-        sent = self._sender.send(policy, whole=whole)
+        base = partial(self._packer.base, state)
+        sent = self._sender.send(policy, whole=whole, adapter_base=base)
         if not self._sender.offers(VersionId(policy.number, policy.digest)):
-            sent = self._sender.send(policy, whole=True)
+            sent = self._sender.send(policy, whole=True, adapter_base=base)
         return sent
 
     def _store(self) -> StoreWriter:
@@ -309,6 +321,11 @@ def nccl_transfer(bus: Bus, lease: Lease, settings: Settings) -> NcclTransfer | 
         address_towards(redis_url(settings)),
         patience_s,
     )
+
+
+def packer_of(learner: Learner, settings: Settings) -> PolicyPacker:
+    """What makes versions of the weights of `learner`: from GPU to GPU they go whole."""
+    return learner.packer(whole=settings.weights.transport == "nccl")
 
 
 def student_files(run_dir: Path, learner: Learner) -> Path:

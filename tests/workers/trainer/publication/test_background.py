@@ -17,7 +17,7 @@ from onstream.pipeline.errors import LeaseLost, UserError
 from onstream.pipeline.heartbeat import Heartbeat, LoopState
 from onstream.pipeline.records import PolicyVersion
 from onstream.pipeline.stage import Stats
-from onstream.pipeline.weights import DirectoryReader, PolicyFetcher, directory_store
+from onstream.pipeline.weights import DirectoryReader, PolicyFetcher, directory_store, packer
 from onstream.pipeline.weights.redis_store import ChunkReader
 from onstream.settings.sections.run import DeliverySettings
 from onstream.workers.trainer.background import WAKES_S
@@ -44,7 +44,7 @@ def late(in_background: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """No version is out before the trainer waits for it: all that can overlap does."""
     wanted = threading.Event()
     wait = Publication.wait
-    copied = publisher.serialised
+    copied = packer.serialised
 
     def waiting(publication: Publication) -> None:
         wanted.set()
@@ -61,7 +61,7 @@ def late(in_background: None, monkeypatch: pytest.MonkeyPatch) -> None:
             super().__init__(*args)
 
     monkeypatch.setattr(Publication, "wait", waiting)
-    monkeypatch.setattr(publisher, "serialised", copied_then_late)
+    monkeypatch.setattr(packer, "serialised", copied_then_late)
     monkeypatch.setattr(publisher, "LoadedPolicy", LatePolicy)
 
 
@@ -160,7 +160,7 @@ def test_the_optimizer_waits_until_the_weights_are_copied(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gate = Gate()
-    copy = publisher.serialised
+    copy = packer.serialised
     wait = Publication.wait_until_copied
 
     def copied(*args: Any) -> Any:
@@ -173,7 +173,7 @@ def test_the_optimizer_waits_until_the_weights_are_copied(
 
     job = run()
     job.ready()
-    monkeypatch.setattr(publisher, "serialised", copied)
+    monkeypatch.setattr(packer, "serialised", copied)
     monkeypatch.setattr(Publication, "wait_until_copied", waiting)
     job.until(2)
     monkeypatch.undo()
@@ -195,9 +195,7 @@ def test_a_kill_between_any_two_stages_of_a_late_version_is_made_good(
     job.ready()
     job.until(2)
     job.trainer.output.complete()
-    owner: Any = {"serialised": publisher, "announce": job.bus.lease}.get(
-        killed_at, directory_store
-    )
+    owner: Any = {"serialised": packer, "announce": job.bus.lease}.get(killed_at, directory_store)
     if killed_at == "prune":
         owner = publisher.weights
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -318,6 +316,6 @@ def test_each_phase_of_a_slice_may_take_max_handle(monkeypatch: pytest.MonkeyPat
 def test_tied_weights_and_buffers_are_copied_as_they_are_in_the_foreground() -> None:
     shared = torch.ones(4, 4)
     state = {"embed": shared, "head": shared, "buffer": torch.arange(3.0)}
-    data = publisher.serialised(state, torch.bfloat16, None)
+    data = packer.serialised(state, torch.bfloat16, None)
     policy = publisher.LoadedPolicy(1, None, data)
     assert sorted(policy.tensors()) == ["buffer", "embed"]
