@@ -142,7 +142,8 @@ def configuration(wrapped: Any) -> str:
         config.save_pretrained(directory)
         fields = msgspec.json.decode((Path(directory) / ADAPTER_CONFIG).read_bytes())
     fields["inference_mode"] = True
-    fields["target_modules"] = sorted(fields["target_modules"])
+    if isinstance(fields["target_modules"], list):
+        fields["target_modules"].sort()  # they are a set
     return msgspec.json.format(msgspec.json.encode(fields), indent=2).decode()
 
 
