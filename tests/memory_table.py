@@ -37,7 +37,7 @@ The memory of a GPU is what `nvidia-smi` says. **No line of this page was measur
   of one where they are recomputed.
 - *head*: 16 for each of `trainer.head_chunk` × vocabulary, and where the output layer is trained
   4 a parameter of it, 6 in bfloat16.
-- *published*: 4 a parameter, 2 in bfloat16, in the host's memory.
+- *published*: 4 a parameter, 2 in bfloat16, in the host's memory; of a LoRA run at its start alone.
 - *checkpoint*: 12 a trained parameter, in the host's memory, while one is written: a copy of the
   weights and of the optimizer's moments.
 

@@ -63,6 +63,7 @@ _NOT_LINKED = (
     ".onnx",
     ADAPTER_CONFIG,
 )
+_MODEL_CONFIG = "config.json"
 _PINNED = "pinned"
 """The folder of the versions that must stay on disk: one empty file per version and use."""
 
@@ -111,6 +112,9 @@ def write_directory(
         return
     unfinished.mkdir()
     link_model_files(model_files_from, unfinished)
+    if policy.adapter is not None:
+        # Beside one, transformers would look for whole weights here, and not for the base.
+        (unfinished / _MODEL_CONFIG).unlink(missing_ok=True)
     write_weights(unfinished, policy.data)
     sync(unfinished)
     with fence():

@@ -8,7 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.weights.adapter import ADAPTER_FILE, BASE, base_directory, from_file
+from onstream.pipeline.weights.adapter import (
+    ADAPTER_FILE,
+    BASE,
+    AdapterNote,
+    base_directory,
+    from_file,
+)
 from onstream.pipeline.weights.directory_store import link_model_files
 from onstream.pipeline.weights.policy import (
     LoadedPolicy,
@@ -83,16 +89,16 @@ def write_whole(directory: Path, out: Path) -> None:
         UserError: its base is not there, or damaged.
         OSError: `out` cannot be written.
     """
-    policy = _read_merged(directory)
-    out.mkdir()
-    link_model_files(directory, out)
-    write_weights(out, policy.data)
-
-
-def _read_merged(directory: Path) -> LoadedPolicy:
     note = note_in(directory)
     assert note is not None, "an adapter"
     folder = base_directory(directory.parent, note.base)
+    policy = _read_merged(directory, note, folder)
+    out.mkdir()
+    link_model_files(folder, out)
+    write_weights(out, policy.data)
+
+
+def _read_merged(directory: Path, note: AdapterNote, folder: Path) -> LoadedPolicy:
     try:
         adapter = LoadedPolicy(int(directory.name), None, read_weights(directory / ADAPTER_FILE))
         place = weights_place(folder)

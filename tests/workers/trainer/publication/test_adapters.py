@@ -107,7 +107,8 @@ def test_a_version_of_a_lora_run_is_far_smaller_than_one_of_a_full_run(
     [row] = full.rows()
     directory = undisturbed.trainer.directory.path / "policies" / "000006"
     files = {path.name for path in directory.iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json", "config.json"} <= files
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= files
+    assert not {"config.json", "model.safetensors"} & files
     factors = (directory / "adapter_model.safetensors").stat().st_size
     assert factors == undisturbed.rows()[0]["publish_bytes"]
     assert row["publish_bytes"] == newest(undisturbed).data.size
@@ -199,6 +200,10 @@ def test_an_export_and_an_evaluation_of_a_version_have_the_adapter_merged(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     wanted = newest(undisturbed).tensors()
     assert all(torch.equal(loaded.state_dict()[name], one) for name, one in wanted.items())
+    directory = undisturbed.trainer.directory.path / "policies" / "000006"
+    unmerged = AutoModelForCausalLM.from_pretrained(directory)  # by transformers with peft
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(unmerged(ids).logits, loaded(ids).logits, atol=1e-5, rtol=1e-5)
     asked: list[Path] = []
 
     def evaluated(directory: Path, _: Settings) -> dict[str, Any]:
