@@ -423,7 +423,17 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(
         (
             ["trainer.lora.rank=16"],
             "cuda",
-            "3 checkpoints of 196.6 kB and 5 policy versions of 524",
+            "3 checkpoints of 196.6 kB and 5 policy versions of 65.5 kB over a base of 524.3 kB",
+        ),
+        (
+            [
+                "trainer.lora.rank=16",
+                "weights.transport=nccl",
+                "deployment.device=cuda",
+                "inference.engine=vllm",
+            ],
+            "cuda",
+            "3 checkpoints of 196.6 kB and 5 policy versions of 524.3 kB",
         ),
     ],
 )
