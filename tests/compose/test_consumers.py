@@ -11,7 +11,7 @@ import pytest
 from tests.compose.conftest import MakeProject
 from tests.compose.project import Project, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 TEACHER = "examples/reverse-text/teacher"
 KEY = "sk-of-the-server"

@@ -23,7 +23,6 @@ FIRST = "10.77.0.1"
 SECOND = "10.77.0.2"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
     pytest.mark.skipif(
         os.geteuid() != 0 or not shutil.which("ip"),
         reason="laying a cable between namespaces takes root and iproute2",

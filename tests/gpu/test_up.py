@@ -9,14 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4
 
 
-@pytest.mark.timeout(300)
 def test_the_shipped_student_trains_under_the_shipped_teacher(
     tmp_path: Path, device: torch.device
 ) -> None:

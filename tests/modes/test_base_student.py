@@ -17,7 +17,7 @@ from tests.modes.run import ROOT, STUDENT, TEACHER, Run
 IM_END = 3
 PROMPTS = 64
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
+pytestmark = pytest.mark.slow
 
 
 def ended(directory: Path, settings: Settings) -> float:

@@ -21,7 +21,7 @@ from tests.processes import worker
 SNIPPET = PAGE / "hard_distillation.toml"
 SOURCE = "orchestrator.teacher_rollout_model"
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

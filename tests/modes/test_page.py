@@ -29,7 +29,7 @@ LEARNING = (
 )
 LARGE = "orchestrator.batch_size=256"
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
+pytestmark = pytest.mark.slow
 
 
 def shown(run: Run) -> tuple[list[dict[str, Any]], float, float]:

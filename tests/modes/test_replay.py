@@ -26,7 +26,7 @@ from onstream.workers.trainer.durability.recording import SETTINGS
 from tests.modes.run import ROOT, Run
 from tests.processes import worker
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.slow
 
 SEED = 20
 STEPS = 24

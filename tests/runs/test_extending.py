@@ -30,7 +30,6 @@ OURS = ("onstream", "settings", "pipeline", "workers")
 PORT = "8123"  # on the page; the test takes a free one
 BLOCK = re.compile(r"(?:^`([\w./-]+)`:\n\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
-pytestmark = pytest.mark.timeout(300)
 
 
 @dataclass

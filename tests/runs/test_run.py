@@ -82,7 +82,6 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_the_student_learns_and_nothing_is_lost_though_three_workers_are_killed(run: Run) -> None:
     for step, kind in ((3, "generator"), (6, "verifier"), (9, "teacher")):
         run.wait_for_step(step)

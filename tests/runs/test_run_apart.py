@@ -59,7 +59,6 @@ def run(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_the_student_learns_and_nothing_of_the_run_directory_is_needed_where_it_generates(
     run: dict[str, subprocess.Popen[str]], tmp_path: Path, run_name: str
 ) -> None:

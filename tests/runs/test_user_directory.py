@@ -141,7 +141,6 @@ def verifier(directory: UserDirectory) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_every_command_works_where_the_users_modules_are_named_as_ours(
     directory: UserDirectory, verifier: subprocess.Popen[str]
 ) -> None:

@@ -31,7 +31,7 @@ from onstream.workers.trainer.publication.policy_probe import prober
 from onstream.workers.trainer.publication.publisher import student_files
 from tests.vllm.reference import CLOSE_NATS, gaps, model_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 FIRST = 2000  # policy versions that no other test of the session uses
 REQUESTS = 16
 LORA = {"rank": 8, "alpha": 16.0}

@@ -17,7 +17,7 @@ from onstream.workers.generator.chat_stage import ChatGenerator
 from onstream.workers.tiny_models.character_tokenizer import character_tokenizer
 from tests.vllm.server import VllmServer
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 
 
 def configure(server: VllmServer, student: Path, model: str = "teacher") -> Settings:

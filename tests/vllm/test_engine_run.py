@@ -26,7 +26,6 @@ KILLED_AT = 10
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
 def test_the_example_reaches_the_same_result_and_a_killed_generator_leaves_no_engine(
     tmp_path: Path,
 ) -> None:

@@ -25,7 +25,7 @@ from onstream.workers.generator.student import Student
 from tests.vllm.conftest import on_vllm
 from tests.vllm.reference import CLOSE_NATS, gaps, model_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 FIRST = 1000  # policy versions that no other test of the session uses
 IN_FLIGHT = 64
 

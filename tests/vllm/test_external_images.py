@@ -23,7 +23,7 @@ from tests.vllm.reference import CLOSE_NATS
 from tests.vllm.server import VllmServer
 from tests.vllm.test_images import tiny_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

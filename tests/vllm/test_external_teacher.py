@@ -27,7 +27,7 @@ from tests.vllm.server import VllmServer
 from tests.workers.teacher.external.conftest import delivered, rollout, work
 from tests.workers.teacher.external.test_stage import feed
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 PROTOCOLS = ("vllm-generate", "vllm-completions", "echo")
 CLOSE_NATS = 1e-4
 

@@ -22,7 +22,7 @@ from tests.vllm.conftest import on_vllm
 from tests.vllm.reference import CLOSE_NATS
 from tests.vllm.test_guard import Trainer
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 FAMILIES = [
     "qwen3",
     "qwen2",

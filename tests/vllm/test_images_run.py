@@ -24,7 +24,6 @@ OPTIMIZER = ("lr=2e-3", "warmup=5", "min_lr_ratio=0.1", "betas=[0.9,0.95]")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
 @pytest.mark.rotates("students that learn to read pictures", 2, 3)
 def test_a_student_learns_to_read_pictures_from_what_vllm_writes_of_them(tmp_path: Path) -> None:
     if find_spec("torchvision") is None:

@@ -10,7 +10,7 @@ import torch
 
 from tests.models.pairs import learns
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+pytestmark = pytest.mark.slow
 
 # For matrices this small a second thread only waits; on a busy machine for seconds.
 torch.set_num_threads(1)

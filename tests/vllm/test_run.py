@@ -41,7 +41,6 @@ name = "teacher"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_a_run_whose_teacher_is_killed_and_started_again_says_what_it_waits_for_and_loses_nothing(
     server: VllmServer, student_dir: Path, tmp_path: Path
 ) -> None:

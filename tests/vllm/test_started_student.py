@@ -27,7 +27,6 @@ KILLED_AT = 10
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(590)
 def test_the_example_learns_from_a_server_that_is_started_killed_started_again_and_stopped(
     tmp_path: Path,
 ) -> None:

@@ -68,7 +68,6 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
 def test_the_example_runs_with_a_server_that_is_started_killed_started_again_and_stopped(
     tmp_path: Path,
 ) -> None:

@@ -32,7 +32,7 @@ from tests.workers.teacher.test_stage import delivered, rollout
 if TYPE_CHECKING:
     from onstream.workers.teacher.vllm.scorer import VllmScorer
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 BATCH_TOKENS = 128  # a forward pass of vLLM's, and a block of its prefix cache on a CPU
 SAME_NATS = 1e-6
 KS = (0, 8, 32)

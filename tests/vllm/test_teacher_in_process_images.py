@@ -19,7 +19,7 @@ from tests.vision.test_stages import GROUP, generate, rollouts, settings_of, sho
 from tests.vllm.reference import CLOSE_NATS
 from tests.vllm.test_images import tiny_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from onstream.workers.generator.student import Student, open_student
 from onstream.workers.trainer.publication.nccl_sender import NcclTransfer
 from tests.vllm.reference import CLOSE_NATS, gaps, model_of, policy_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 NOWHERE = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 2}
 PATIENCE_S = 120.0
 

@@ -23,7 +23,6 @@ def onstream(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_what_init_writes_is_checked_and_trains_as_it_is(tmp_path: Path) -> None:
     made = onstream("init", "my run", cwd=tmp_path)
     assert made.returncode == 0, made.stderr

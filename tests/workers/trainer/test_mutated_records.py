@@ -152,7 +152,6 @@ def connect(redis_url: str, run_name: str) -> Iterator[Callable[[str], Bus]]:
         )
 
 
-@pytest.mark.timeout(300)
 def test_mutated_records_in_every_stream_stop_no_stage_and_lose_no_rollout(
     run: Callable[..., Run], connect: Callable[[str], Bus]
 ) -> None:
