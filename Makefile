@@ -60,7 +60,7 @@ bench-gpu: .gpu/ready ## on a machine with an NVIDIA GPU: real sizes, each row b
 
 gpu-wheels: ## fetch what test-gpu and bench-gpu need on a machine without a network, for Python 3.12 on x86
 	@$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --constraint requirements.lock \
-	  --implementation cp --python-version 3.12 $(foreach tag,2_28 2_27 2_17 2_12,--platform manylinux_$(tag)_x86_64) --platform manylinux2014_x86_64 \
+	  --implementation cp --python-version 3.12 $(foreach tag,2_28 2_27 2_24 2_17 2_12,--platform manylinux_$(tag)_x86_64) --platform manylinux2014_x86_64 \
 	  --dest $(GPU_WHEELS) --requirement deploy/gpu-wheels.txt
 
 .gpu/ready: deploy/gpu-wheels.txt

@@ -31,6 +31,7 @@ from transformers import Qwen3Config
 
 from benchmarks.publication import Directory
 from benchmarks.trainer import sample
+from onstream.settings.extras import installed
 from onstream.settings.root import Settings
 from onstream.settings.sections.trainer import TrainerSettings
 from onstream.workers.generator.engines.base import Completion, GenerationRequest
@@ -274,6 +275,16 @@ def trainer_rows(place: Place) -> Iterator[Row]:
         "the row above",
         optim={"lr": 1e-5, "warmup": 0, "states": "host"},
     )
+    if installed("bitsandbytes"):
+        yield training(
+            place,
+            "the same, AdamW's moments in 8 bits",
+            place.student,
+            sizes.student,
+            sizes.long,
+            "the rows above",
+            optim={"lr": 1e-5, "warmup": 0, "states": "8bit"},
+        )
     yield training(
         place,
         f"trainer, 4B LoRA 16, {sizes.long} tokens, layers recomputed",

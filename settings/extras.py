@@ -10,6 +10,7 @@ EXTRAS = {
     "torch": "train",
     "matplotlib": "train",
     "peft": "lora",
+    "bitsandbytes": "8bit",
     "torchvision": "vision",
     "datasets": "tasks",
     "reasoning_gym": "tasks",

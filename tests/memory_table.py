@@ -31,7 +31,8 @@ The memory of a GPU is what `nvidia-smi` says. **No line of this page was measur
 - *weights*: 4 bytes a parameter; 2 of a frozen model under an adapter in bfloat16, and 4 while it
   is loaded.
 - *gradients*: 4 a trained parameter.
-- *optimizer*: 8 a trained parameter, in the host's memory with `trainer.optim.states = "host"`.
+- *optimizer*: 8 a trained parameter, in the host's memory with `trainer.optim.states = "host"`; 2
+  with `"8bit"`.
 - *activations*: those of the longest row, which has `trainer.microbatch` tokens, or is one longer
   completion. In bfloat16 also 2 bytes a parameter for casts of float32 weights: of all layers, or
   of one where they are recomputed.

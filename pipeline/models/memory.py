@@ -18,6 +18,8 @@ FLOAT32 = 4
 BFLOAT16 = 2
 ROOM = 0.9
 """The share of a device's memory that a plan may fill; the rest goes to CUDA and to fragments."""
+SCALED_TOGETHER = 256
+"""Moments in 8 bits that share a float32 scale."""
 LOGITS = 4
 """Float32 tensors of [chunk, vocabulary] at once: logits, probabilities, the tail, one between."""
 
@@ -144,6 +146,8 @@ def trainer_memory(
     if trainer.lora:
         weights = total * (BFLOAT16 if half else FLOAT32) + trained * FLOAT32
     moments = 2 * trained * FLOAT32
+    if trainer.optim.states == "8bit":
+        moments = 2 * trained + 2 * FLOAT32 * trained // SCALED_TOGETHER
     on_host = trainer.optim.states == "host"
     return TrainerMemory(
         weights=weights,

@@ -32,9 +32,11 @@ class OptimSettings(Section):
     """Where a falling schedule ends, as a share of `lr`."""
     max_grad_norm: Annotated[float, RUN, Unit("gradient"), Field(gt=0, le=10**6)] = 1.0
     """Gradients are scaled down to this global norm."""
-    states: Annotated[Literal["device", "host"], WORKER] = "device"
+    states: Annotated[Literal["device", "host", "8bit"], WORKER] = "device"
     """Where AdamW's two moments are kept, 8 bytes a trained parameter: beside the weights, or in
     the `host`'s memory, which frees that much of a GPU and takes two copies over its bus each step.
+    `8bit` keeps them beside the weights in 2 bytes, rounded, by bitsandbytes (the extra `8bit`). A
+    run cannot change to it or from it.
     """
 
 

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.gpu import TINY, measured
+from onstream.settings.extras import installed
 
 
 def test_every_row_of_the_benchmark_is_measured(device: torch.device) -> None:
@@ -25,3 +26,4 @@ def test_every_row_of_the_benchmark_is_measured(device: torch.device) -> None:
         "whole step 0.6B ← 4B",
     )
     assert [row for row in expected if row not in words] == []
+    assert ("AdamW's moments in 8 bits" in words) == installed("bitsandbytes")

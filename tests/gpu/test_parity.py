@@ -187,3 +187,16 @@ def test_layers_computed_anew_change_no_bit_in_float32(
         for recompute in (False, True)
     )
     assert torch.equal(plain, again)
+
+
+def test_steps_with_moments_in_8_bits_are_near_those_in_32(
+    model_dir: Path, device: torch.device
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, of the extra `8bit`")
+    batch = samples(groups())
+    losses = {}
+    for states in ("device", "8bit"):
+        optim = {"lr": 1e-3, "warmup": 0, "states": states}
+        learner = learner_of(model_dir, device, "float32", loss={"type": "sft"}, optim=optim)
+        losses[states] = [learner.step(batch, 10)["loss"] for _ in range(3)]
+    assert losses["8bit"] == pytest.approx(losses["device"], rel=0.02)

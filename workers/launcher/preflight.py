@@ -144,6 +144,8 @@ def check_packages(subject: Subject) -> None:
         return
     if subject.settings.trainer.lora is not None and not installed("peft"):
         raise missing_package("peft", "trainer.lora")
+    if subject.settings.trainer.optim.states == "8bit" and not installed("bitsandbytes"):
+        raise missing_package("bitsandbytes", 'trainer.optim.states = "8bit"')
     if installed("torch") and not installed("matplotlib"):
         raise missing_package("matplotlib", "the curves of a run")
 

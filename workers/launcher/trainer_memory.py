@@ -154,10 +154,11 @@ def _rows(
     settings: Settings, plan: MemoryPlan, memory: TrainerMemory, compared: str
 ) -> dict[str, str]:
     optimizer = memory.optimizer or memory.host_optimizer
+    kept = {"device": "", "host": "in the host's memory", "8bit": "in 8 bits"}
     rows = {
         "weights": (memory.weights, ""),
         "gradients": (memory.gradients, ""),
-        "optimizer": (optimizer, "in the host's memory" if memory.host_optimizer else ""),
+        "optimizer": (optimizer, kept[settings.trainer.optim.states]),
         "activations": (memory.activations, _of_rows(plan)),
         "head": (memory.head, f"{settings.trainer.head_chunk:,} positions at once"),
         "together": (memory.device, compared),

@@ -45,7 +45,7 @@ from onstream.workers.trainer.losses.row_loss import (
     with_tokens,
 )
 from onstream.workers.trainer.maths.scalars import learning_rate
-from onstream.workers.trainer.optimizer import new_optimizer
+from onstream.workers.trainer.optimizer import load_optimizer, new_optimizer
 
 __all__ = ["Learner", "TrainSample"]
 
@@ -318,7 +318,7 @@ class Learner:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from the `state()` of a learner with the same weights; on a CPU bit for bit."""
         self.steps = state["steps"]
-        self._optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self._optimizer, state["optimizer"])
         torch.set_rng_state(state["rng"].cpu())
         if self.device.type == "cuda" and state["cuda_rng"]:
             torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda_rng"]])

@@ -1,10 +1,12 @@
-"""AdamW, with its moments on the device or in the host's memory. The latter never ran on a GPU.
+"""AdamW, with its moments on the device, in the host's memory, or in 8 bits.
 
-A trainer needs the moments, twice the weights in float32, for a moment of each step only.
+The latter two never ran on a GPU. A trainer needs the moments, twice the weights in float32, for a
+moment of each step only.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,22 +14,59 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from onstream.pipeline.errors import UserError
+from onstream.settings.extras import missing_package
 from onstream.settings.sections.trainer import OptimSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def new_optimizer(weights: Iterable[Tensor], optim: OptimSettings) -> torch.optim.AdamW:
-    """The optimizer of `weights` that the settings ask for."""
+def new_optimizer(weights: Iterable[Tensor], optim: OptimSettings) -> torch.optim.Optimizer:
+    """The optimizer of `weights` that the settings ask for.
+
+    Raises:
+        UserError: its package is not installed.
+    """
+    given: dict[str, Any] = {
+        "lr": optim.lr,
+        "betas": optim.betas,
+        "eps": optim.eps,
+        "weight_decay": optim.weight_decay,
+    }
+    if optim.states == "8bit":
+        eight_bits: torch.optim.Optimizer = _bitsandbytes().AdamW8bit(list(weights), **given)
+        return eight_bits
     kind = HostStatesAdamW if optim.states == "host" else torch.optim.AdamW
-    return kind(
-        list(weights),
-        lr=optim.lr,
-        betas=optim.betas,
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        fused=True,
-    )
+    return kind(list(weights), **given, fused=True)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Go on from the `state_dict` of an optimizer that kept its moments in as many bits.
+
+    Raises:
+        UserError: that one kept them otherwise.
+    """
+    were_eight = any(MOMENTS[0] not in state for state in saved["state"].values())
+    are_eight = not isinstance(optimizer, torch.optim.AdamW)
+    if saved["state"] and were_eight != are_eight:
+        other = '"8bit"' if were_eight else '"device" or "host"'
+        raise UserError(
+            f"the checkpoint's optimizer has its moments in {8 if were_eight else 32} bits",
+            expected=f"{8 if are_eight else 32} bits, by trainer.optim.states",
+            next_step=f"Set trainer.optim.states = {other}, as the run had it, or begin another "
+            "run from its model.",
+        )
+    optimizer.load_state_dict(saved)
+
+
+def _bitsandbytes() -> Any:
+    # Its loader tells of kernels for 4-bit models that it lacks.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        import bitsandbytes.optim
+    except ImportError as error:
+        raise missing_package("bitsandbytes", 'trainer.optim.states = "8bit"') from error
+    return bitsandbytes.optim
 
 
 class HostStatesAdamW(torch.optim.AdamW):

@@ -68,6 +68,16 @@ def test_a_trainer_holds_weights_gradients_and_two_moments_in_float32() -> None:
     assert memory.checkpoint == 48e9
 
 
+def test_moments_in_8_bits_take_two_bytes_and_their_scales() -> None:
+    shape = DecoderSizes.of(QWEN3_4B)
+    assert shape is not None
+    trainer = TrainerSettings.model_validate({"optim": {"states": "8bit"}})
+    memory = trainer_memory(
+        shape, trainer, half=True, recompute=True, row_tokens=2048, parameters=4 * 10**9
+    )
+    assert (memory.optimizer, memory.host_optimizer) == (8.125e9, 0)
+
+
 def test_recomputed_layers_take_far_fewer_bytes_of_a_long_row() -> None:
     plain, again = (plan(recompute=choice, microbatch=16384).memory for choice in ("none", "layer"))
     assert plain is not None and again is not None

@@ -132,6 +132,11 @@ def test_check_and_up_tell_the_same_before_anything_starts(
         ("torch", [], "workers (trainer, generator) where torch is not installed"),
         ("matplotlib", [], "the curves of a run where matplotlib is not installed"),
         ("peft", ["trainer.lora.rank=4"], "trainer.lora where peft is not installed"),
+        (
+            "bitsandbytes",
+            ["trainer.optim.states=8bit"],
+            'trainer.optim.states = "8bit" where bitsandbytes is not installed',
+        ),
         ("datasets", ["task.name=hf:x/y"], "task.name = hf:x/y where datasets is not installed"),
         (
             "reasoning_gym",

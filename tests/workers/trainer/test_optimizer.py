@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from onstream.pipeline.errors import UserError
 from onstream.settings.sections.trainer import OptimSettings, TrainerSettings
+from onstream.workers.tiny_models.fresh import ModelShape, write_fresh
 from onstream.workers.trainer.batches.train_samples import TrainSample
 from onstream.workers.trainer.learner import Learner
 from onstream.workers.trainer.optimizer import HostStatesAdamW, new_optimizer
@@ -90,3 +92,69 @@ def test_a_weight_without_a_gradient_stays_and_has_no_moments() -> None:
     assert not torch.equal(moved, torch.ones(3))
     assert torch.equal(still, torch.ones(3))
     assert list(optimizer.state_dict()["state"]) == [0]
+
+
+@pytest.fixture(scope="module")
+def wide_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with weights of 4,096 numbers and more: smaller ones keep their moments in 32 bits."""
+    shape = ModelShape(hidden=64, layers=1, intermediate=128, heads=4, key_value_heads=2)
+    return write_fresh(tmp_path_factory.mktemp("wide"), shape, seed=0)
+
+
+@pytest.fixture
+def eight_bits() -> None:
+    """The optimizer of the extra `8bit`, where it is installed."""
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, of the extra `8bit`")
+
+
+@pytest.mark.usefixtures("eight_bits")
+def test_moments_in_8_bits_are_near_those_in_32_and_take_a_quarter(wide_student: Path) -> None:
+    plain = learner(wide_student, "device")
+    rounded = learner(wide_student, "8bit")
+    losses = {}
+    for name, one in (("plain", plain), ("rounded", rounded)):
+        losses[name] = [one.step(samples(), 100)["loss"] for _ in range(8)]
+    assert losses["rounded"][-1] < 0.8 * losses["rounded"][0]
+    assert losses["rounded"] == pytest.approx(losses["plain"], rel=0.05)
+    moments = rounded._optimizer.state.values()
+    kinds = {one["state1"].dtype for one in moments if one["state1"].numel() >= 4096}
+    assert kinds == {torch.uint8}
+
+
+@pytest.mark.usefixtures("eight_bits")
+def test_a_trainer_with_moments_in_8_bits_resumes_with_the_same_bits(
+    wide_student: Path, tmp_path: Path
+) -> None:
+    undisturbed = learner(wide_student, "8bit")
+    steps(undisturbed)
+    undisturbed.save_checkpoint(tmp_path)
+    torch.save(undisturbed.state(), tmp_path / "state")
+    resumed = learner(tmp_path, "8bit")
+    resumed.load_state(torch.load(tmp_path / "state", weights_only=True))
+    for one in (undisturbed, resumed):
+        steps(one)
+    assert_same_bits(weights(resumed), weights(undisturbed))
+
+
+@pytest.mark.usefixtures("eight_bits")
+def test_weights_under_moments_in_8_bits_wait_for_what_comes_before_an_update(
+    wide_student: Path,
+) -> None:
+    rounded = learner(wide_student, "8bit")
+    before = weights(rounded)
+    rounded.before_update(lambda: assert_same_bits(weights(rounded), before))
+    rounded.step(samples(), 10)
+    with pytest.raises(AssertionError):
+        assert_same_bits(weights(rounded), before)
+
+
+@pytest.mark.usefixtures("eight_bits")
+@pytest.mark.parametrize(("first", "then"), [("8bit", "device"), ("host", "8bit")])
+def test_moments_of_other_bits_are_refused_with_the_setting_that_the_run_had(
+    wide_student: Path, first: str, then: str
+) -> None:
+    saved = learner(wide_student, first)
+    steps(saved)
+    had = "8bit" if first == "8bit" else "host"
+    with pytest.raises(UserError, match=rf'(?s)moments in .* bits.*states = .*"{had}"'):
+        learner(wide_student, then).load_state(saved.state())
