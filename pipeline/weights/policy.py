@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from onstream.pipeline.run_files.direct_io import aligned_memory
 from onstream.pipeline.weights.adapter import AdapterNote, note_of
 from onstream.pipeline.weights.digest import TreeDigest, file_digest, is_of_file, tree_digest
 from onstream.pipeline.weights.file_format import Bytes, TensorSpec, head_for, layout_of, view
@@ -188,7 +189,7 @@ def serialised(
     head, layout = head_for(specs, metadata)
     size = max((location.stop for location in layout.values()), default=len(head))
     # Memory that was used before takes a copy several times faster than fresh pages do.
-    data = into if into is not None and into.size == size else np.empty(size, dtype=np.uint8)
+    data = into if into is not None and into.size == size else aligned_memory(size)
     data[: len(head)] = np.frombuffer(head, dtype=np.uint8)
     for name, location in layout.items():
         weight = tensors[name]

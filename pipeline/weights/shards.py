@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from onstream.pipeline.run_files.direct_io import read_whole, write_durably
 from onstream.pipeline.run_files.durable import sync
 from onstream.pipeline.weights.adapter import (
     ADAPTER_CONFIG,
@@ -53,7 +54,7 @@ def write_weights(directory: Path, data: Bytes) -> None:
         _write(directory / ADAPTER_FILE, [data])
         return
     if data.size <= SHARD_BYTES:
-        _write(directory / WEIGHTS_FILE, [data])
+        write_durably(directory / WEIGHTS_FILE, data)
         return
     layout = layout_of(data)
     shards = _shards(layout)
@@ -94,7 +95,7 @@ def read_weights(path: Path) -> Bytes:
         ValueError: a file is no index, or no safetensors file.
     """
     if path.name != INDEX_FILE:
-        return np.fromfile(path, dtype=np.uint8)
+        return read_whole(path)
     specs: dict[str, TensorSpec] = {}
     for _, layout in _opened(path):
         specs |= {name: location.spec for name, location in layout.items()}
