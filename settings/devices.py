@@ -58,6 +58,32 @@ def smallest_gpu_bytes() -> int | None:
     return min(mebibytes) << 20 if mebibytes else None
 
 
+def available_host_bytes(root: Path = Path("/")) -> int:
+    """The memory of this machine, or of this container where it has a bound, that is free now.
+
+    What the page cache has counts as free. `root` is where `proc` and `sys` are.
+    """
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    free = _numbers(root / "proc/meminfo").get("MemAvailable:", free // 1024) * 1024
+    container = root / "sys/fs/cgroup"
+    try:
+        bound = int((container / "memory.max").read_text())
+        used = int((container / "memory.current").read_text())
+    except (OSError, ValueError):  # no container, or one without a bound ("max")
+        return free
+    cached = _numbers(container / "memory.stat").get("inactive_file", 0)
+    return min(free, max(0, bound - used + cached))
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """The first number of each line, by the word before it; none where there is no such file."""
+    try:
+        lines = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {line[0]: int(line[1]) for line in lines if len(line) > 1}
+
+
 def host_bytes() -> int:
     """The memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

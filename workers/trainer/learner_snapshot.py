@@ -16,8 +16,8 @@ from onstream.workers.trainer.learner import Learner
 class LearnerSnapshot:
     """The weights, optimizer and random state of `learner`, as they are now.
 
-    The weights and the optimizer's are its own tensors until `copy`, which has to come before the
-    next update. The copies are in the host's memory: 12 bytes a trained parameter.
+    The weights and the optimizer's are its own tensors until `copy`, which, or `write`, has to come
+    before the next update. The copies are in the host's memory: 12 bytes a trained parameter.
     """
 
     def __init__(self, learner: Learner) -> None:

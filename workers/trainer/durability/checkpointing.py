@@ -18,6 +18,7 @@ from onstream.pipeline.run_files.durable import digest_with
 from onstream.pipeline.run_files.ledger import LEDGER, Ledger, Settled, encoded, ledger_differs
 from onstream.pipeline.run_files.recording import JournalMark
 from onstream.pipeline.telemetry import get_logger
+from onstream.settings.devices import available_host_bytes
 from onstream.settings.record_sizes import STREAM_OVERHEAD
 from onstream.settings.sections.trainer import CheckpointSettings
 from onstream.workers.trainer.background import BACKGROUND_BYTES, BackgroundTask
@@ -29,6 +30,9 @@ from onstream.workers.trainer.durability.run_directory import (
     disk_error,
     retry_after_s,
 )
+
+MEMORY_SHARE = 0.8
+"""The part of the host's free memory that the copy of a checkpoint may take."""
 
 log = get_logger()
 
@@ -185,13 +189,15 @@ class Checkpointing:
             journal=position.journal,
         )
 
+        in_background = _in_background(snapshot.size_bytes)
+
         def write(copied: Callable[[], None]) -> None:
-            snapshot.copy()
+            if in_background:
+                snapshot.copy()
             copied()
             self._write(state, added, snapshot.write)
 
-        large = snapshot.size_bytes >= BACKGROUND_BYTES
-        wake = self._bus.connection.unblock if large else None
+        wake = self._bus.connection.unblock if in_background else None
         self._task = CheckpointTask(position, write, wake)
 
     def wait_until_copied(self) -> None:
@@ -322,3 +328,18 @@ class Checkpointing:
         if self._failures >= FAILURES_ALLOWED:
             raise disk_error(self._run_dir, error) from error
         self._retry_at = time.monotonic() + pause_s
+
+
+def _in_background(size_bytes: int) -> bool:
+    """Whether a checkpoint of `size_bytes` is copied, and written while training goes on."""
+    if size_bytes < BACKGROUND_BYTES:
+        return False
+    available_bytes = available_host_bytes()
+    if size_bytes <= MEMORY_SHARE * available_bytes:
+        return True
+    log.warning(
+        "no memory for a copy of the checkpoint; training waits while it is written",
+        copy_bytes=size_bytes,
+        available_bytes=available_bytes,
+    )
+    return False

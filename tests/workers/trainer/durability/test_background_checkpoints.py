@@ -272,6 +272,21 @@ def test_a_trainer_that_drains_waits_for_the_checkpoint_under_way(
     assert_as_undisturbed(job, undisturbed)
 
 
+def test_where_memory_has_no_room_for_a_copy_the_trainer_waits_and_says_so(
+    run: Callable[..., Run],
+    in_background: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(checkpointing, "available_host_bytes", lambda: 1000)
+    monkeypatch.setattr(LearnerSnapshot, "copy", killed)
+    job = run(trainer__max_steps=2)
+    job.ready()
+    job.to_the_end()
+    assert job.checkpoints() == ["step-000002"]
+    assert "no memory for a copy of the checkpoint" in capsys.readouterr().out
+
+
 def test_an_update_waits_until_the_checkpoint_is_copied(
     run: Callable[..., Run], late: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
