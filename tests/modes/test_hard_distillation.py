@@ -109,13 +109,16 @@ def test_the_pages_reference_configs_run_on_the_cpu_pair(
     )
     checkpoint = run.directory / "checkpoints/step-000004"
     policy = run.directory / "policies/000004"
-    assert (checkpoint / "adapter_model.safetensors").exists() == ("lora" in config)
+    for directory in (checkpoint, policy):
+        assert (directory / "adapter_model.safetensors").exists() == ("lora" in config)
+        assert (directory / "model.safetensors").exists() == ("lora" not in config)
+    exported = tmp_path / "exported"
+    run.onstream("export", str(run.directory), "--out", str(exported))
+    assert (exported / "config.json").exists()
     assert (
-        load_file(policy / "model.safetensors").keys()
+        load_file(exported / "model.safetensors").keys()
         == load_file(STUDENT / "model.safetensors").keys()
     )
-    run.onstream("export", str(run.directory), "--out", str(tmp_path / "exported"))
-    assert (tmp_path / "exported" / "config.json").exists()
 
 
 def test_an_endpoint_that_is_away_and_a_generator_that_is_killed_lose_nothing(
