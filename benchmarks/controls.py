@@ -25,6 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.trainer import train_sample
 from onstream.pipeline.tasks import load_task
 from onstream.pipeline.weights import LoadedPolicy
 from onstream.settings.load import load_settings
@@ -160,18 +161,9 @@ class Loop:
         self, request: GenerationRequest, completion: Completion, scores: Scores
     ) -> TrainSample:
         """What the learner is given; with `constant` an advantage of −1 and no teacher."""
-        return TrainSample(
-            prompt_ids=request.prompt_ids,
-            completion_ids=completion.token_ids,
-            loss_mask=np.ones(len(completion.token_ids), dtype=np.uint8),
-            generator_logprobs=completion.logprobs,
-            teacher_logprobs=scores.logprobs,
-            teacher_top_ids=scores.top_ids,
-            teacher_top_logprobs=scores.top_logprobs,
-            teacher_tail_logprobs=scores.tail_logprobs,
-            advantage=-1.0 if self.control == "constant" else 0.0,
-            group=request.key // self.settings.orchestrator.group_size,
-        )
+        group = request.key // self.settings.orchestrator.group_size
+        made = train_sample(request, completion, scores, group=group)
+        return replace(made, advantage=-1.0) if self.control == "constant" else made
 
     def shuffled(self, samples: Sequence[TrainSample]) -> list[TrainSample]:
         """Every sample with the scores of another, repeated or cut to its length."""

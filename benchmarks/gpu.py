@@ -30,7 +30,7 @@ from rich.table import Table
 from transformers import Qwen3Config
 
 from benchmarks.publication import Directory
-from benchmarks.trainer import sample
+from benchmarks.trainer import sample, train_sample
 from onstream.settings.extras import installed
 from onstream.settings.root import Settings
 from onstream.settings.sections.trainer import TrainerSettings
@@ -392,17 +392,7 @@ def trained(
 ) -> list[TrainSample]:
     """Rollouts and their scores as the trainer gets them."""
     return [
-        TrainSample(
-            prompt_ids=request.prompt_ids,
-            completion_ids=completion.token_ids,
-            loss_mask=np.ones(len(completion.token_ids), dtype=np.uint8),
-            generator_logprobs=completion.logprobs,
-            teacher_logprobs=scores.logprobs,
-            teacher_top_ids=scores.top_ids,
-            teacher_top_logprobs=scores.top_logprobs,
-            teacher_tail_logprobs=scores.tail_logprobs,
-            group=request.key // 4,
-        )
+        train_sample(request, completion, scores, group=request.key // 4)
         for (request, completion), scores in zip(rollouts, scored, strict=True)
     ]
 

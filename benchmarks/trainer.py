@@ -39,6 +39,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from onstream.settings.sections.losses import RlLoss
 from onstream.settings.sections.trainer import OptimSettings, TrainerSettings
+from onstream.workers.generator.engines.base import Completion, GenerationRequest
+from onstream.workers.teacher.scorer import Scores
 from onstream.workers.tiny_models.fresh import ModelShape, write_fresh
 from onstream.workers.tiny_models.recipes import RECIPES
 from onstream.workers.trainer.learner import Learner, TrainSample
@@ -155,6 +157,23 @@ def sample(
         teacher_top_logprobs=bins[:, :TOP_K],
         teacher_tail_logprobs=bins[:, TOP_K],
         advantage=float(random.normal()),
+        group=group,
+    )
+
+
+def train_sample(
+    request: GenerationRequest, completion: Completion, scores: Scores, *, group: int
+) -> TrainSample:
+    """A completion and its scores as the trainer gets them."""
+    return TrainSample(
+        prompt_ids=request.prompt_ids,
+        completion_ids=completion.token_ids,
+        loss_mask=np.ones(len(completion.token_ids), dtype=np.uint8),
+        generator_logprobs=completion.logprobs,
+        teacher_logprobs=scores.logprobs,
+        teacher_top_ids=scores.top_ids,
+        teacher_top_logprobs=scores.top_logprobs,
+        teacher_tail_logprobs=scores.tail_logprobs,
         group=group,
     )
 

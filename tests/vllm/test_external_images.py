@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from onstream.pipeline.errors import UserError
@@ -19,7 +18,7 @@ from onstream.settings.root import Settings
 from onstream.workers.teacher.external import ExternalTeacher
 from tests.vision.conftest import Tiny, noise
 from tests.vision.test_stages import GROUP, generate, rollouts, settings_of, shows
-from tests.vllm.reference import CLOSE_NATS
+from tests.vllm.own_scores import contents_with_pictures, require_own_scores
 from tests.vllm.server import VllmServer
 from tests.vllm.test_images import tiny_of
 
@@ -73,27 +72,11 @@ def score(bus: Bus, settings: Settings) -> None:
 def test_every_token_is_scored_with_the_images_present(
     bus: Bus, tiny: Tiny, server: VllmServer, tmp_path: Path
 ) -> None:
-    """The teacher is the student: it must find every token exactly as likely as the student did,
-    who saw the pictures.
-    """
-    pictures = [noise(1), noise(2), noise(3, 48, 32)]
-    contents = [shows(picture.data_url) for picture in pictures] + [
-        shows(*(one.data_url for one in pictures)),
-        "a",
-    ]
+    contents = contents_with_pictures()
     settings = settings_with(tiny, server, tmp_path, contents)
     generate(bus, settings, tiny, problems=len(contents))
     score(bus, settings)
-    scored = rollouts(bus, "train")
-    assert bus.state.dead_letters() == [] and len(scored) == GROUP * len(contents)
-    gaps = []
-    for rollout in scored:
-        (sample,) = rollout.samples
-        teacher = np.frombuffer(sample.teacher_logprobs or b"", "<f4")
-        gaps.append(np.abs(np.frombuffer(sample.generator_logprobs, "<f4") - teacher).max())
-        assert sample.teacher_top_ids is not None
-    print(f"the teacher and the student differ by at most {max(gaps):.1e} nats")
-    assert max(gaps) < CLOSE_NATS
+    require_own_scores(bus, len(contents))
 
 
 def test_a_rollout_whose_image_is_gone_is_never_scored_without_them(

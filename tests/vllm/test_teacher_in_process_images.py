@@ -7,16 +7,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from onstream.pipeline.loop import Worker
 from onstream.pipeline.redis.bus import Bus
 from onstream.settings.root import Settings
 from onstream.workers.teacher.stage import Teacher
-from tests.vision.conftest import Tiny, noise
-from tests.vision.test_stages import GROUP, generate, rollouts, settings_of, shows
-from tests.vllm.reference import CLOSE_NATS
+from tests.vision.conftest import Tiny
+from tests.vision.test_stages import generate, settings_of
+from tests.vllm.own_scores import contents_with_pictures, require_own_scores
 from tests.vllm.test_images import tiny_of
 
 pytestmark = pytest.mark.slow
@@ -45,13 +44,8 @@ def score(bus: Bus, worker: Worker) -> None:
 def test_every_token_is_scored_with_the_images_present(
     bus: Bus, tiny: Tiny, tmp_path: Path
 ) -> None:
-    """The teacher is the student: it must find every token exactly as likely as the student did,
-    who saw the pictures.
-    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    pictures = [noise(1), noise(2), noise(3, 48, 32)]
-    contents = [shows(picture.data_url) for picture in pictures]
-    contents += [shows(*(one.data_url for one in pictures)), "a"]
+    contents = contents_with_pictures()
     settings = settings_with(tiny, tmp_path, contents)
     generate(bus, settings, tiny, problems=len(contents))
     worker = Worker(Teacher(settings, bus), bus, settings.delivery, block_s=0.05)
@@ -60,15 +54,6 @@ def test_every_token_is_scored_with_the_images_present(
         worker.stage.setup()
     try:
         score(bus, worker)
-        scored = rollouts(bus, "train")
-        assert bus.state.dead_letters() == [] and len(scored) == GROUP * len(contents)
-        gaps = []
-        for rollout in scored:
-            (sample,) = rollout.samples
-            teacher = np.frombuffer(sample.teacher_logprobs or b"", "<f4")
-            gaps.append(np.abs(np.frombuffer(sample.generator_logprobs, "<f4") - teacher).max())
-            assert sample.teacher_top_ids is not None
-        print(f"the teacher and the student differ by at most {max(gaps):.1e} nats")
-        assert max(gaps) < CLOSE_NATS
+        require_own_scores(bus, len(contents))
     finally:
         worker.stage.close(finished=False)
