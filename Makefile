@@ -4,8 +4,10 @@ BIN := .venv/bin
 PYTHON ?= python3
 export PYTHON
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable
-FAST := tests/settings tests/deploy tests/pipeline --ignore tests/pipeline/weights tests/workers/trainer/maths \
-  tests/workers/trainer/batches tests/test_layers.py tests/test_docs.py tests/test_readme.py
+# Files that import neither transformers nor datasets, which would take each of the processes seconds.
+FAST := tests/settings tests/deploy tests/pipeline tests/workers/trainer/maths tests/workers/trainer/batches tests/test_layers.py \
+  tests/test_docs.py tests/test_readme.py \
+  --ignore tests/pipeline/weights --ignore tests/pipeline/models --ignore tests/pipeline/images/test_feature_cache.py
 PEOPLE_DISTIL := tests/models/test_families.py::test_a_family_that_people_distil_is_exact_in_every_part
 # Four processes, since tests wait for others half of their time.
 IN_PARALLEL := $(BIN)/python -m pytest -n 4 --dist loadfile

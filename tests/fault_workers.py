@@ -10,7 +10,6 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome
 from onstream.settings.root import Settings
 from onstream.settings.sections.run import DeliverySettings
-from onstream.workers.trainer.startup import trainer_stage
 from onstream.workers.verifier.stage import Verifier
 from tests.pipeline.stages import Passing
 
@@ -39,7 +38,9 @@ def work(name: str, url: str, run: str, keeps: bool) -> None:
 
 
 def train(name: str, url: str, settings: str) -> None:
-    """The body of a trainer."""
+    """The body of a trainer. The fork server has its modules, and what only names it need not."""
+    from onstream.workers.trainer.startup import trainer_stage
+
     parsed = Settings.model_validate_json(settings)
     bus = Bus.connect(
         url, parsed.run.name, consumer=name, block_s=BLOCK_S, connect_timeout_s=PATIENCE_S

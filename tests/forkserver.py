@@ -7,7 +7,11 @@ from __future__ import annotations
 import multiprocessing
 from multiprocessing.context import ForkServerContext
 
-PRELOADED = ["tests.pipeline.crash_workers", "tests.fault_workers"]
+PRELOADED = [
+    "tests.pipeline.crash_workers",
+    "tests.fault_workers",
+    "onstream.workers.trainer.startup",
+]
 
 
 def context() -> ForkServerContext:

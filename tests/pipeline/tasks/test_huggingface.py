@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 
 from onstream.pipeline.errors import UserError
@@ -25,6 +24,9 @@ ROWS = {
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is cached outside of the test, and nothing is asked of a network."""
+    # Imported where it is used: it takes a second, and pytest reads this file in every process.
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
@@ -36,6 +38,8 @@ def settings_of(path: Path, *, samples: int = 2, **task: Any) -> Settings:
 
 
 def saved(path: Path, rows: dict[str, list[Any]] = ROWS) -> Path:
+    import datasets
+
     dataset = datasets.Dataset.from_dict(rows)
     match path.suffix:
         case ".parquet":
@@ -78,6 +82,8 @@ def test_rows_that_ask_the_same_as_a_held_out_one_are_not_trained_on(tmp_path: P
 
 
 def test_another_split_can_be_held_out(tmp_path: Path) -> None:
+    import datasets
+
     splits = {
         "train": datasets.Dataset.from_dict(ROWS),
         "test": datasets.Dataset.from_dict({"prompt": ["q3", "t"], "answer": ["3", "t"]}),

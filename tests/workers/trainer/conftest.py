@@ -1,31 +1,37 @@
-"""A tiny student, and runs that train it."""
+"""A tiny student, and runs that train it.
+
+What brings torch and transformers is imported by the fixtures that need it: pytest reads this file
+for the tests of maths and batches too, in each of its processes.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from onstream.pipeline.models.packing import share_prompts
 from onstream.pipeline.redis.bus import Bus
-from onstream.workers.trainer import learner
-from onstream.workers.trainer.learner import Learner
-from tests.tiny import write_tiny
-from tests.workers.trainer.driver import Run, digest, twin_to_the_end
+
+if TYPE_CHECKING:
+    from tests.workers.trainer.driver import Run
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a tiny student."""
+    from tests.tiny import write_tiny
+
     return write_tiny(tmp_path_factory.mktemp("student"))
 
 
 @pytest.fixture
 def run(bus: Bus, model: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Starts the test's run, with the settings it is given."""
+    from tests.workers.trainer.driver import Run
+
     runs: list[Run] = []
 
     def start(**changes: Any) -> Run:
@@ -40,6 +46,8 @@ def run(bus: Bus, model: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
 @pytest.fixture(scope="session")
 def undisturbed(redis_url: str, model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of the weights at the end of a run that nothing happened to."""
+    from tests.workers.trainer.driver import digest, twin_to_the_end
+
     directory = tmp_path_factory.mktemp("undisturbed")
     with twin_to_the_end(
         redis_url, f"test-{directory.name}-{os.getpid()}", model, directory
@@ -50,7 +58,10 @@ def undisturbed(redis_url: str, model: Path, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture
 def stand_in_for_vision(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny student takes prompts with images, and looks at none."""
-    monkeypatch.setattr(Learner, "check", lambda *_: None)
+    from onstream.pipeline.models.packing import share_prompts
+    from onstream.workers.trainer import learner
+
+    monkeypatch.setattr(learner.Learner, "check", lambda *_: None)
 
     def without_images(prompts: Any, completions: Any, _: Any) -> Any:
         return share_prompts(prompts, completions)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,8 +27,9 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.settings.root import Settings
 from onstream.workers.inspection.audit import audit, counted
-from onstream.workers.trainer.startup import trainer_stage
-from onstream.workers.trainer.trainer import Trainer
+
+if TYPE_CHECKING:
+    from onstream.workers.trainer.trainer import Trainer
 
 Answer = Callable[[Ticket, int], Rollout | Tombstone]
 CLOCKS = (
@@ -148,6 +149,9 @@ class Run:
 
     def start(self, **changes: Any) -> Trainer:
         """A new trainer process, which takes the run up."""
+        # Here, so that who wants a record alone waits for no transformers.
+        from onstream.workers.trainer.startup import trainer_stage
+
         settings = self.settings(**changes)
         stage = trainer_stage(settings, self.bus)
         self.worker = Worker(stage, self.bus, settings.delivery, block_s=0.01)
