@@ -85,6 +85,18 @@ def sampling_temperature(settings: Settings) -> Iterator[SettingsProblem]:
         )
 
 
+def sampled_divergence(settings: Settings) -> Iterator[SettingsProblem]:
+    """The sampled teacher term is the reverse KL's."""
+    loss = settings.trainer.loss
+    if loss.needs_bins and not loss.needs_top_k:
+        yield problem_with(
+            settings,
+            ["trainer.loss.teacher_divergence", "trainer.loss.teacher_top_k"],
+            'the reverse KL ("reverse") with the sampled teacher term, or teacher_top_k > 0',
+            "Set trainer.loss.teacher_top_k = 4.",
+        )
+
+
 def hard_distillation(settings: Settings) -> Iterator[SettingsProblem]:
     """A teacher's completions are trained on by a loss for them, and by that alone."""
     loss = settings.trainer.loss
@@ -196,6 +208,7 @@ TRAINING_RULES = (
     reward_bounds,
     learning_signal,
     sampling_temperature,
+    sampled_divergence,
     hard_distillation,
     token_client,
     adapter_dropout,

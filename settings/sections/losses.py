@@ -72,6 +72,11 @@ class LossSettings(Section):
         return False
 
     @property
+    def needs_bins(self) -> bool:
+        """Whether its teacher term is defined over the teacher's likeliest tokens alone."""
+        return False
+
+    @property
     def unit(self) -> Literal["group", "rollout"]:
         """What trains as one: a group, whose mean reward is the baseline, or a rollout alone."""
         return "group" if self.needs_reward else "rollout"
@@ -87,8 +92,8 @@ class RolloutLoss(LossSettings):
 
     teacher_top_k: Annotated[int, RUN, Unit("tokens"), Field(ge=0, le=1024)] = 0
     """The teacher sends its k likeliest tokens of each position. With k > 0 the teacher term of
-    `rl` is the reverse KL over them and one tail bin, differentiated; with 0 it is the sampled
-    token's."""
+    `rl` is the `teacher_divergence` over them and one tail bin, differentiated; with 0 it is the
+    sampled token's reverse KL."""
     teacher_tail_floor: Annotated[float, RUN, Unit("probability"), Field(gt=0, lt=1)] = 1e-6
     """Least probability of the tail bin, where an endpoint gives only the top k and their sum comes
     to 1 or more.
@@ -108,6 +113,12 @@ class RlLoss(RolloutLoss):
     type: Annotated[Literal["rl"], RUN] = "rl"
     teacher_tau: Annotated[float, RUN, Unit("weight"), Field(ge=0, le=1000)] = 0.0
     """Distillation strength. Set > 0 to enable."""
+    teacher_divergence: Annotated[Literal["reverse", "forward", "jsd"], RUN] = "reverse"
+    """What the teacher term measures over the k likeliest tokens and the tail: the reverse KL, the
+    forward KL, or the Jensen–Shannon divergence. Others than `reverse` need `teacher_top_k` > 0."""
+    teacher_jsd_beta: Annotated[float, RUN, Unit("weight"), Field(gt=0, lt=1)] = 0.5
+    """The teacher's share of the mixture in `jsd`: near 0 it acts as the forward KL, near 1 as the
+    reverse."""
     adv_tau: Annotated[float, RUN, Unit("weight"), Field(ge=0, le=1000)] = 1.0
     """Weight of the reward's advantage. Set 0 for pure distillation."""
     kl_tau: Annotated[float, RUN, Unit("weight"), Field(ge=0, le=1000)] = 1e-3
@@ -156,6 +167,10 @@ class RlLoss(RolloutLoss):
     def needs_temperature_1(self) -> bool:
         # The teacher judges at temperature 1, and the sampled term estimates nothing at another.
         return self.needs_teacher and self.teacher_top_k == 0
+
+    @property
+    def needs_bins(self) -> bool:
+        return self.needs_teacher and self.teacher_divergence != "reverse"
 
 
 class SftLoss(LossSettings):

@@ -238,6 +238,11 @@ REFUSED = [
         "trainer.loss.teacher_top_k = 0",
         "temperature 1 with the sampled",
     ),
+    (
+        [*TEACHER, "trainer.loss.teacher_divergence=jsd"],
+        'trainer.loss.teacher_divergence = "jsd" with trainer.loss.teacher_top_k = 0',
+        "Set trainer.loss.teacher_top_k = 4",
+    ),
     # Weights, counts and names.
     (
         ["trainer.loss.teacher_tau=-0.5"],
@@ -362,6 +367,8 @@ def test_each_rule_tells_one_thing_and_nothing_else_is_told(
     [
         [*TEACHER, "inference.sampling.temperature=0.7", "trainer.loss.teacher_top_k=4"],
         ["inference.sampling.temperature=0.7"],
+        [*TEACHER, "trainer.loss.teacher_divergence=jsd", "trainer.loss.teacher_top_k=4"],
+        ["trainer.loss.teacher_divergence=forward"],
         [*TEACHER, "trainer.loss.adv_tau=0", "orchestrator.group_size=1"],
         [*TEACHER, STAGES('["generate", "score", "train"]')],
         [*TEACHER, *ENDPOINT],

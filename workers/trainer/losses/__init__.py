@@ -31,6 +31,8 @@ def loss_function(settings: Loss) -> LossFunction:
         return partial(
             rl_loss,
             teacher_tau=settings.teacher_tau,
+            teacher_divergence=settings.teacher_divergence,
+            teacher_jsd_beta=settings.teacher_jsd_beta,
             adv_tau=settings.adv_tau,
             kl_tau=settings.kl_tau,
             reverse_kl_clip=settings.reverse_kl_clip,

@@ -7,6 +7,7 @@ returns one value a token; the caller sums and divides.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 TrustRegion = Literal["signed", "symmetric", "none"]
+Divergence = Literal["reverse", "forward", "jsd"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ def rl_loss(
     inputs: LossInputs,
     *,
     teacher_tau: float,
+    teacher_divergence: Divergence,
+    teacher_jsd_beta: float,
     adv_tau: float,
     kl_tau: float,
     reverse_kl_clip: float | None,
@@ -100,7 +104,8 @@ def rl_loss(
     )
     teacher = terms.teacher
     if inputs.teacher_top_logprobs is not None:
-        teacher = teacher_tau * _reverse_kl_over_top_k(inputs)
+        bins = _bins(inputs)
+        teacher = teacher_tau * divergence(*bins, kind=teacher_divergence, beta=teacher_jsd_beta)
     means = {
         "loss_policy": terms.reward,
         "loss_teacher": teacher,
@@ -125,15 +130,17 @@ def _sampled_teacher_advantage(inputs: LossInputs, clip: float | None) -> Tensor
     return -reverse_kl(trainer, teacher, clip)
 
 
-def _reverse_kl_over_top_k(inputs: LossInputs) -> Tensor:
-    """The reverse KL [N] over the teacher's likeliest tokens and the tail."""
+def _bins(inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """The trainer's and the teacher's logprobs [N, k + 1] of the k likeliest tokens and the tail.
+
+    The tail bin makes both a distribution. So a divergence over them is never negative, and cannot
+    shrink by pushing probability out of the k.
+    """
     assert inputs.trainer_top_logprobs is not None and inputs.trainer_tail_logprobs is not None
     assert inputs.teacher_top_logprobs is not None and inputs.teacher_tail_logprobs is not None
-    return top_k_reverse_kl(
-        inputs.trainer_top_logprobs,
-        inputs.trainer_tail_logprobs,
-        inputs.teacher_top_logprobs,
-        inputs.teacher_tail_logprobs,
+    return (
+        torch.cat((inputs.trainer_top_logprobs, inputs.trainer_tail_logprobs[:, None]), dim=1),
+        torch.cat((inputs.teacher_top_logprobs, inputs.teacher_tail_logprobs[:, None]), dim=1),
     )
 
 
@@ -241,18 +248,28 @@ def policy_loss(
     )
 
 
-def top_k_reverse_kl(
-    student_top: Tensor, student_tail: Tensor, teacher_top: Tensor, teacher_tail: Tensor
-) -> Tensor:
-    """Σ s·(log s − log t) over the teacher's k likeliest tokens [N, k] and one tail bin [N].
+def divergence(student: Tensor, teacher: Tensor, *, kind: Divergence, beta: float) -> Tensor:
+    """How far `student` is from `teacher` [N], both logprobs [N, bins] of distributions.
 
-    All logprobs are at temperature 1; the student's carry the gradient. The tail bin makes the bins
-    a distribution on both sides. So the term is never negative, and cannot shrink by pushing
-    probability out of the k.
+    - `reverse`: KL(s ‖ t) = Σ s·(log s − log t);
+    - `forward`: KL(t ‖ s);
+    - `jsd`: beta · KL(t ‖ m) + (1 − beta) · KL(s ‖ m) with m = beta·t + (1 − beta)·s, the
+      generalised Jensen–Shannon divergence of Agarwal et al., "On-Policy Distillation of Language
+      Models" (2024), equation 1.
+
+    The student's carry the gradient.
     """
-    student = torch.cat((student_top, student_tail[:, None]), dim=1)
-    teacher = torch.cat((teacher_top, teacher_tail[:, None]), dim=1)
-    return (student.exp() * (student - teacher)).sum(-1)
+    if kind == "reverse":
+        return _kl(student, teacher)
+    if kind == "forward":
+        return _kl(teacher, student)
+    mixed = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    return beta * _kl(teacher, mixed) + (1 - beta) * _kl(student, mixed)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p ‖ q) [N] of logprobs [N, bins]."""
+    return (p.exp() * (p - q)).sum(-1)
 
 
 def tail_from_top(teacher_top: Tensor, floor: float) -> tuple[Tensor, Tensor]:

@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 from onstream.workers.trainer.maths.loss import (
+    Divergence,
+    LossInputs,
     PolicyTerms,
     TrustRegion,
+    divergence,
     keep_mask,
     negative_log_likelihood,
     policy_loss,
     reverse_kl,
     reverse_kl_k3,
+    rl_loss,
     tail_from_top,
-    top_k_reverse_kl,
 )
 
 TRAINER = torch.tensor([-0.5, -1.0, -2.0, -0.1])
@@ -200,36 +203,143 @@ def test_supervised_loss_is_masked_negative_log_likelihood() -> None:
     assert negative_log_likelihood(kept).sum().item() == pytest.approx(0.3)
 
 
-def test_the_top_k_term_on_two_tokens_and_a_tail() -> None:
-    student = torch.tensor([[0.5, 0.2]]).log()
-    teacher = torch.tensor([[0.7, 0.2]]).log()
-    found = top_k_reverse_kl(student, torch.tensor([0.3]).log(), teacher, torch.tensor([0.1]).log())
-    assert found.item() == pytest.approx(
-        0.5 * math.log(0.5 / 0.7) + 0.2 * math.log(0.2 / 0.2) + 0.3 * math.log(0.3 / 0.1)
-    )
+KINDS: tuple[Divergence, ...] = ("reverse", "forward", "jsd")
 
 
-def test_the_top_k_term_of_equal_models_is_zero_with_no_gradient_in_the_logits() -> None:
+@pytest.mark.parametrize(
+    ("kind", "beta", "expected"),
+    [
+        # by hand, s = (.5, .2, .3) and t = (.7, .2, .1)
+        ("reverse", 0.5, 0.5 * math.log(0.5 / 0.7) + 0.3 * math.log(0.3 / 0.1)),
+        ("forward", 0.5, 0.7 * math.log(0.7 / 0.5) + 0.1 * math.log(0.1 / 0.3)),
+        (  # the mixture is (.6, .2, .2)
+            "jsd",
+            0.5,
+            0.5 * (0.7 * math.log(0.7 / 0.6) + 0.1 * math.log(0.1 / 0.2))
+            + 0.5 * (0.5 * math.log(0.5 / 0.6) + 0.3 * math.log(0.3 / 0.2)),
+        ),
+        (  # the mixture is (.55, .2, .25)
+            "jsd",
+            0.25,
+            0.25 * (0.7 * math.log(0.7 / 0.55) + 0.1 * math.log(0.1 / 0.25))
+            + 0.75 * (0.5 * math.log(0.5 / 0.55) + 0.3 * math.log(0.3 / 0.25)),
+        ),
+    ],
+)
+def test_the_divergence_on_two_tokens_and_a_tail(
+    kind: Divergence, beta: float, expected: float
+) -> None:
+    student = torch.tensor([[0.5, 0.2, 0.3]]).log()
+    teacher = torch.tensor([[0.7, 0.2, 0.1]]).log()
+    found = divergence(student, teacher, kind=kind, beta=beta)
+    assert found.item() == pytest.approx(expected, abs=1e-7)
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    return logits.softmax(-1)
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p * (p / q).log()).sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_the_gradient_of_a_divergence_is_that_of_its_definition(
+    kind: Divergence, beta: float
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    teacher = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+    ours = torch.randn(4, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    plain = ours.detach().clone().requires_grad_()
+    divergence(ours.log_softmax(-1), teacher.log_softmax(-1), kind=kind, beta=beta).sum().backward()
+    s = probabilities(plain)
+    t = probabilities(teacher)
+    m = beta * t + (1 - beta) * s
+    defined = {
+        "reverse": kl(s, t),
+        "forward": kl(t, s),
+        "jsd": beta * kl(t, m) + (1 - beta) * kl(s, m),
+    }
+    defined[kind].backward()
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=0, atol=1e-12)
+
+
+def test_jsd_acts_as_the_forward_kl_near_0_and_as_the_reverse_near_1() -> None:
+    generator = torch.Generator().manual_seed(2)
+    student, teacher = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
+    given = (student.log_softmax(-1), teacher.log_softmax(-1))
+    near = 1e-6
+    for kind, beta in (("forward", near), ("reverse", 1 - near)):
+        limit = divergence(*given, kind="jsd", beta=beta) / near
+        plain = divergence(*given, kind=kind, beta=0.5)  # type: ignore[arg-type]
+        torch.testing.assert_close(limit, plain, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_divergence_of_equal_models_is_zero_with_no_gradient_in_the_logits(
+    kind: Divergence,
+) -> None:
     logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
     logprobs = logits.log_softmax(-1)
-    top = logprobs[:, :2]
-    tail = logprobs[:, 2:].logsumexp(-1)
-    found = top_k_reverse_kl(top, tail, top.detach(), tail.detach())
+    bins = torch.cat((logprobs[:, :2], logprobs[:, 2:].logsumexp(-1)[:, None]), dim=1)
+    found = divergence(bins, bins.detach(), kind=kind, beta=0.5)
     found.sum().backward()
     assert logits.grad is not None
     torch.testing.assert_close(found.detach(), torch.zeros(3), rtol=0, atol=1e-6)
     torch.testing.assert_close(logits.grad, torch.zeros(3, 6), rtol=0, atol=1e-6)
 
 
-def test_pushing_mass_out_of_the_top_k_does_not_shrink_the_term() -> None:
-    teacher = torch.tensor([[0.6, 0.3]]).log()
-    tail = torch.tensor([0.1]).log()
+@pytest.mark.parametrize("kind", KINDS)
+def test_pushing_mass_out_of_the_top_k_does_not_shrink_the_term(kind: Divergence) -> None:
+    teacher = torch.tensor([[0.6, 0.3, 0.1]]).log()
     found = []
     for share in (0.1, 0.3, 0.6, 0.9):
-        student = torch.tensor([[0.6, 0.3]]).mul((1 - share) / 0.9).log()
-        student_tail = torch.tensor([share]).log()
-        found.append(top_k_reverse_kl(student, student_tail, teacher, tail).item())
-    assert found == sorted(found) and found[0] == pytest.approx(0, abs=1e-6) and found[-1] > 1
+        student = torch.tensor([[0.6, 0.3]]).mul((1 - share) / 0.9)
+        bins = torch.cat((student, torch.tensor([[share]])), dim=1).log()
+        found.append(divergence(bins, teacher, kind=kind, beta=0.5).item())
+    assert found == sorted(found) and found[0] == pytest.approx(0, abs=1e-6)
+    assert found[-1] > {"reverse": 1, "forward": 1, "jsd": 0.3}[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_student_surely_wrong_has_a_finite_term_and_gradient(kind: Divergence) -> None:
+    logits = torch.tensor([[60.0, -60.0, -60.0]]).requires_grad_()
+    teacher = torch.tensor([[-60.0, 60.0, -60.0]]).log_softmax(-1)
+    divergence(logits.log_softmax(-1), teacher, kind=kind, beta=0.5).sum().backward()
+    assert logits.grad is not None and logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rl_loss_takes_the_divergence_that_is_asked_for(kind: Divergence) -> None:
+    student = torch.tensor([[0.5, 0.2, 0.3]]).log()
+    teacher = torch.tensor([[0.7, 0.2, 0.1]]).log()
+    one = torch.zeros(1)
+    inputs = LossInputs(
+        token_ids=torch.zeros(1, dtype=torch.int64),
+        trainer_logprobs=one,
+        trainer_logprobs_unscaled=one,
+        entropy=one,
+        advantage=one,
+        generator_logprobs=one,
+        teacher_logprobs=one,
+        teacher_top_logprobs=teacher[:, :2],
+        teacher_tail_logprobs=teacher[:, 2],
+        trainer_top_logprobs=student[:, :2],
+        trainer_tail_logprobs=student[:, 2],
+    )
+    found = rl_loss(
+        inputs,
+        teacher_tau=2.0,
+        teacher_divergence=kind,
+        teacher_jsd_beta=0.25,
+        adv_tau=0.0,
+        reverse_kl_clip=None,
+        trust_region="none",
+        **COEFFICIENTS,
+    )
+    expected = 2 * divergence(student, teacher, kind=kind, beta=0.25)
+    torch.testing.assert_close(found.means["loss_teacher"], expected)
 
 
 def test_a_tail_computed_from_the_top_k_is_floored_where_rounding_ate_it() -> None:
