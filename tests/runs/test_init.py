@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from onstream.pipeline.errors import UserError
-from onstream.workers.tiny_models.starter import write_starter
-
 
 def onstream(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -39,11 +36,3 @@ def test_what_init_writes_is_checked_and_trains_as_it_is(tmp_path: Path) -> None
     assert report["unscored"]["rollouts"] == 0
     samples = (home / "runs" / "my-run" / "samples.jsonl").read_text().splitlines()
     assert all(set(json.loads(line)["reward_parts"]) == {"right", "letters"} for line in samples)
-
-
-def test_init_writes_over_nothing(tmp_path: Path) -> None:
-    (tmp_path / "scorer.py").write_text("mine\n")
-    with pytest.raises(UserError, match=r"scorer\.py exists"):
-        write_starter(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["scorer.py"]
-    assert (tmp_path / "scorer.py").read_text() == "mine\n"
