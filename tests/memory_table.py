@@ -39,8 +39,8 @@ The memory of a GPU is what `nvidia-smi` says. **No line of this page was measur
 - *head*: 16 for each of `trainer.head_chunk` × vocabulary, and where the output layer is trained
   4 a parameter of it, 6 in bfloat16.
 - *published*: 4 a parameter, 2 in bfloat16, in the host's memory; of a LoRA run at its start alone.
-- *checkpoint*: 12 a trained parameter, in the host's memory, while one is written: a copy of the
-  weights and of the optimizer's moments.
+- *checkpoint*: a copy of the trained weights and of the optimizer's moments in the host's memory,
+  while one is written: 12 a trained parameter, about 6 with moments in 8 bits.
 
 A layer keeps so many bytes a token for each number of its hidden state, of its queries, of its keys
 and of its MLP (of the experts that a token takes), and 8 a head; with `trainer.recompute = "layer"`
