@@ -112,6 +112,7 @@ def test_a_version_of_a_lora_run_is_far_smaller_than_one_of_a_full_run(
     factors = (directory / "adapter_model.safetensors").stat().st_size
     assert factors == undisturbed.rows()[0]["publish_bytes"]
     assert row["publish_bytes"] == newest(undisturbed).data.size
+    assert factors < row["publish_bytes"] / 2
 
 
 @pytest.mark.parametrize(
