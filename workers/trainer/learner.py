@@ -325,7 +325,7 @@ class Learner:
 
     def save_model(self, directory: Path) -> None:
         """Write a model directory that transformers loads, in float32, with any adapter merged."""
-        merged = _in_float32(lora.merged_state(self.model)) if self._adapter else None
+        merged = lora.merged_state(self.model) if self._adapter else None
         self.model.save_pretrained(directory, state_dict=merged)
         self._save_tokenizer(directory)
 
@@ -394,11 +394,3 @@ class Learner:
 
 def _values(weight: Tensor | WeightSum) -> Tensor:
     return weight.values() if isinstance(weight, WeightSum) else weight
-
-
-def _in_float32(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights in float32; those that are tied stay tied."""
-    made: dict[int, Tensor] = {}
-    return {
-        name: made.setdefault(weight.data_ptr(), weight.float()) for name, weight in state.items()
-    }

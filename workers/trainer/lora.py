@@ -97,19 +97,21 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights with the adapter added, under the names of a model without one.
+    """The weights with the adapter added, in float32, under the names of a model without one.
 
-    Those that it is added to are float32, so that what it changes is not rounded away. The live
-    model stays as it is.
+    In float32 what the adapter changes is not rounded away. Weights that are tied stay tied. The
+    live model stays as it is.
     """
-    return {
-        name: weight.values() if isinstance(weight, WeightSum) else weight
-        for name, weight in live_state(model).items()
-    }
+    made: dict[int, Tensor] = {}
+    merged = {}
+    for name, weight in live_state(model).items():
+        values = weight.values() if isinstance(weight, WeightSum) else weight
+        merged[name] = made.setdefault(values.data_ptr(), values.float())
+    return merged
 
 
 def live_state(model: nn.Module) -> dict[str, Tensor | WeightSum]:
-    """The same, where each sum is made when it is asked for."""
+    """The same in the dtypes they have, where each sum is made when it is asked for."""
     layers = _layers(model)
     merged: dict[str, Tensor | WeightSum] = {}
     for name, weight in model.state_dict().items():
