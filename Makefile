@@ -33,11 +33,11 @@ test-fast: .venv/dev ## units that load no model, for the inner loop: under a mi
 	@$(IN_PARALLEL) -m "not slow" $(FAST)
 
 test: .venv/vision ## units, single workers, and the families that people distil, on a real Redis of their own
-	@$(IN_PARALLEL) tests/settings tests/deploy tests/pipeline tests/workers tests/gpu tests/test_*.py $(PEOPLE_DISTIL)
+	@$(IN_PARALLEL) tests/settings tests/deploy tests/pipeline tests/workers tests/test_*.py $(PEOPLE_DISTIL)
 	@PYTHONPATH=$(CURDIR)/tests/vision/site:$(CURDIR)/.venv/torchvision $(IN_PARALLEL) tests/vision
 
-test-runs: .venv/dev ## whole runs of `onstream up`: kills, more steps, other directories, and each example of EXTENDING.md
-	@$(IN_PARALLEL) tests/runs
+test-runs: .venv/dev ## whole runs of `onstream up`: kills, more steps, other directories, each example of EXTENDING.md, and what test-gpu runs, on the CPU
+	@$(IN_PARALLEL) tests/runs tests/gpu
 
 test-modes: .venv/dev .venv-vllm/ready ## whole runs of the modes that docs/modes.md describes, and one whose processes are killed, on this machine's CPU
 	@$(BIN)/python -m pytest tests/modes tests/chaos
