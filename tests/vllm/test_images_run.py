@@ -18,7 +18,7 @@ from tests.vllm.reference import CLOSE_NATS
 
 ROOT = Path(__file__).parents[2]
 ONSTREAM = (sys.executable, "-m", "onstream")
-STEPS = 140
+STEPS = 200
 """Of the example's 800: here it begins to read pictures, by an optimizer set for so short a run."""
 OPTIMIZER = ("lr=2e-3", "warmup=5", "min_lr_ratio=0.1", "betas=[0.9,0.95]")
 
