@@ -232,7 +232,11 @@ class ChaosRun:
         )
         self.bus.connection.ask("CONFIG", "SET", "maxmemory", 1)
         self._note("redis full: maxmemory 1")
-        self._wait(lambda: "Redis is full" in self._detail("trainer"), "word of a full Redis")
+        # The latter where it has not yet issued again what Redis lost before.
+        words = ("Redis is full", "waits for room in Redis")
+        self._wait(
+            lambda: any(one in self._detail("trainer") for one in words), "word of a full Redis"
+        )
         issued = self.bus.state.issued()
         self._kill("verifier", early=True)
         self.dealt["verifier"] += 1
