@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from onstream.pipeline.weights.adapter import BASE, LowRank, metadata_for, to_file
 from onstream.pipeline.weights.file_format import Bytes
-from onstream.pipeline.weights.policy import LoadedPolicy, WeightSum, serialised
+from onstream.pipeline.weights.policy import LoadedPolicy, WeightSum, serialised, unadapted
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ class PolicyPacker:
         Kept until `forget_base`.
         """
         if self._base is None:
-            bases = {name: _base_of(weight) for name, weight in state.items()}
+            bases = {name: unadapted(weight) for name, weight in state.items()}
             self._base = LoadedPolicy(BASE, None, serialised(bases, self._dtype))
             self._base_digest = self._base.digest
         return self._base
@@ -60,7 +60,7 @@ class PolicyPacker:
         """How large a version of `state` is, but for its head."""
         if weights := self._adapted(state):
             return sum(tensor.nbytes for tensor in to_file(weights).values())
-        shapes = (_base_of(weight).shape for weight in state.values())
+        shapes = (unadapted(weight).shape for weight in state.values())
         return sum(math.prod(shape) for shape in shapes) * self._dtype.itemsize
 
     def _adapted(self, state: State) -> dict[str, LowRank]:
@@ -76,7 +76,3 @@ class PolicyPacker:
         if self._config is None or rounded or len(low_rank) < len(sums):
             return {}
         return low_rank
-
-
-def _base_of(weight: Tensor | WeightSum) -> Tensor:
-    return weight.base if isinstance(weight, WeightSum) else weight

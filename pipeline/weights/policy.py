@@ -57,6 +57,16 @@ class WeightSum:
             return self.base.float() + self.addition()
 
 
+def values_of(weight: Tensor | WeightSum) -> Tensor:
+    """The values of `weight`: of a sum, made now."""
+    return weight.values() if isinstance(weight, WeightSum) else weight
+
+
+def unadapted(weight: Tensor | WeightSum) -> Tensor:
+    """`weight` without what is added to it."""
+    return weight.base if isinstance(weight, WeightSum) else weight
+
+
 class LoadedPolicy:
     """All weights of policy version `number`, as a transport delivered them.
 
@@ -193,7 +203,7 @@ def serialised(
     data[: len(head)] = np.frombuffer(head, dtype=np.uint8)
     for name, location in layout.items():
         weight = tensors[name]
-        view(data, location).copy_(weight.values() if isinstance(weight, WeightSum) else weight)
+        view(data, location).copy_(values_of(weight))
     return data
 
 

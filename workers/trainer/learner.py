@@ -29,6 +29,7 @@ from onstream.pipeline.models.recompute import recompute_layers
 from onstream.pipeline.models.tokenizer import has_vision, load_student_tokenizer
 from onstream.pipeline.records import Ids
 from onstream.pipeline.weights import PolicyPacker, WeightSum
+from onstream.pipeline.weights.policy import unadapted, values_of
 from onstream.settings.sections.run import ModelSettings
 from onstream.settings.sections.trainer import TrainerSettings
 from onstream.workers.trainer import lora
@@ -363,7 +364,7 @@ class Learner:
     def published_state(self) -> dict[str, Tensor]:
         """The weights as generators get them: on the CPU, in `dtype`, as `live_state` has them."""
         return {
-            name: _values(weight).to("cpu", self.dtype)
+            name: values_of(weight).to("cpu", self.dtype)
             for name, weight in self.live_state().items()
         }
 
@@ -378,7 +379,7 @@ class Learner:
         bases: dict[str, Tensor] = {}
         seen: set[int] = set()
         for name, weight in state.items():
-            base = weight.base if isinstance(weight, WeightSum) else weight
+            base = unadapted(weight)
             if base.data_ptr() not in seen:
                 seen.add(base.data_ptr())
                 bases[name] = base.detach()
@@ -387,10 +388,6 @@ class Learner:
             return in_files
         names = {id(base): name for name, base in bases.items()}
         if any(id(tensor) not in names for tensor in in_files.values()):
-            merged = {name: _values(state[name]).detach() for name in bases}
+            merged = {name: values_of(state[name]).detach() for name in bases}
             return dict(revert_weight_conversion(self.model, merged))
         return {name: state[names[id(tensor)]] for name, tensor in in_files.items()}
-
-
-def _values(weight: Tensor | WeightSum) -> Tensor:
-    return weight.values() if isinstance(weight, WeightSum) else weight

@@ -21,6 +21,7 @@ from onstream.pipeline.models.end_tokens import add_stops
 from onstream.pipeline.models.loading import ADAPTER_CONFIG, base_of, load_model
 from onstream.pipeline.models.tokenizer import load_tokenizer
 from onstream.pipeline.weights import LowRank, WeightSum
+from onstream.pipeline.weights.policy import values_of
 from onstream.settings.extras import missing_package
 from onstream.settings.paths import absolute_model
 from onstream.settings.sections.trainer import LoraSettings
@@ -105,7 +106,7 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     made: dict[int, Tensor] = {}
     merged = {}
     for name, weight in live_state(model).items():
-        values = weight.values() if isinstance(weight, WeightSum) else weight
+        values = values_of(weight)
         merged[name] = made.setdefault(values.data_ptr(), values.float())
     return merged
 
