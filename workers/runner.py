@@ -111,6 +111,7 @@ def _admitted(kind: WorkerKind, settings: Settings, bus: Bus, *, optional: bool)
         log.info("this run needs no such worker", kind=kind, reason=refusal.got)
         bus.streams.retire(STAGE_OF[kind])
         return False
+    bus.limits.note(path=plan.streams)
     return True
 
 

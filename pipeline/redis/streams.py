@@ -89,10 +89,11 @@ class RunLimits:
         self.path: tuple[StageName, ...] = ()
         """The stages that rollouts pass, the first included; empty while no plan was found."""
 
-    def note(self, *, issued: int = 0, version: int = -1) -> None:
-        """Take in what the trainer, whose own doing both are, knows before Redis does."""
+    def note(self, *, issued: int = 0, version: int = -1, path: tuple[StageName, ...] = ()) -> None:
+        """Take in what this worker knows: the plan's path, or what the trainer is about to do."""
         self._issued.note(issued)
         self._announced.note(version)
+        self.path = path or self.path
 
     def was_issued(self, number: int) -> bool:
         """Whether the run has issued `number`."""

@@ -344,6 +344,14 @@ def test_another_run_of_the_same_name_may_have_another_route(bus: Bus) -> None:
     assert seen == [1, 2]
 
 
+def test_a_worker_that_read_the_plan_at_its_start_does_not_ask_for_it_again(bus: Bus) -> None:
+    issue(bus, 8)
+    bus.limits.note(path=("generate", "verify", "train"))
+    planned(bus, "score", "train")  # what it would hear if it asked
+    put(bus, "generate", 1, encode(ticket(1, ("verify", "train"))))
+    assert accepted(bus, "generate") == [1]
+
+
 def test_a_version_that_a_replica_does_not_know_yet_is_the_trainers_to_judge(bus: Bus) -> None:
     issue(bus, 8)
     for stage in STAGES[1:]:

@@ -69,6 +69,7 @@ def agree_on_plan(
         _record_changes(run_dir, ours, theirs, state.step if state else 0)
         ours = with_given_paths(ours, theirs)
     bus.lease.write_plan(lease, ours.encode())
+    bus.limits.note(path=ours.streams)
     fresh = run_dir / f"{PLAN}.new"
     fresh.write_bytes(ours.encode())
     fresh.rename(run_dir / PLAN)
