@@ -22,7 +22,15 @@ from onstream.settings.paths import given_paths, with_absolute_paths
 from onstream.settings.retired import RETIRED, says_nothing
 from onstream.settings.root import Settings
 from onstream.settings.route import external_teacher, local_teacher, rollout_teacher, route_of
-from onstream.settings.stages import FIRST, JOBS, KINDS_OF, STAGE_OF, StageName, WorkerKind
+from onstream.settings.stages import (
+    FIRST,
+    JOBS,
+    KINDS_OF,
+    STAGE_OF,
+    WORK_STAGES,
+    StageName,
+    WorkerKind,
+)
 from onstream.settings.toml import shown
 
 TEACHER_NAMES = ("teacher_inference.model.name", "orchestrator.teacher_model.model.name")
@@ -59,6 +67,15 @@ class Plan(msgspec.Struct, frozen=True):
     def kinds(self, stage: StageName) -> list[WorkerKind]:
         """The kinds of worker that serve `stage` by this plan."""
         return [kind for kind in self.workers if STAGE_OF.get(kind) == stage]
+
+    @property
+    def workers_by_stage(self) -> dict[StageName, int]:
+        """How many workers serve each stage that takes work, of all kinds together."""
+        return {
+            stage: sum(self.workers[kind] for kind in self.kinds(stage))
+            for stage in self.streams
+            if stage in WORK_STAGES
+        }
 
     @property
     def streams(self) -> tuple[StageName, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
+from typing import Any
 
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from onstream.workers.launcher.processes import EVAL
@@ -22,27 +24,38 @@ class CpuUsage:
         self._redis = redis
         self._launched = time.time()
         self._startup_s: dict[str, float] = {}
+        self._startup_ended = 0.0
 
     def look(self, metrics: MetricsTail) -> None:
         """Note the seconds of start-up once the first step has been taken."""
         if not self._startup_s and metrics.stepped_since(self._launched):
-            used = self._supervisor.cpu_seconds()
-            self._startup_s = {kind: used[kind] for kind in used if kind != EVAL}
+            self._startup_s = self._used()
+            self._startup_s.pop(EVAL, None)
+            self._startup_ended = time.monotonic()
 
-    def report(self) -> dict[str, dict[str, float]] | None:
-        """CPU seconds of each kind of process, as the report holds them.
+    def report(self) -> dict[str, Any] | None:
+        """CPU seconds of each kind of process, as the report holds them, and the share of the time
+        of this machine's cores that they are.
 
         None where no step was taken in this launch.
         """
         if not self._startup_s:
             return None
+        used = {kind: s - self._startup_s.get(kind, 0.0) for kind, s in self._used().items()}
+        cores_s = (time.monotonic() - self._startup_ended) * len(os.sched_getaffinity(0))
+        return {
+            "cpu_seconds": _rounded(used),
+            "cpu_seconds_startup": _rounded(self._startup_s),
+            "cores_busy": round(sum(used.values()) / cores_s, 3),
+        }
+
+    def _used(self) -> dict[str, float]:
         used = self._supervisor.cpu_seconds()
-        used = {kind: used[kind] - self._startup_s.get(kind, 0.0) for kind in used}
         if self._redis is not None and self._redis.pid is not None:
             used["redis"] = process_cpu_seconds(self._redis.pid)
         own = resource.getrusage(resource.RUSAGE_SELF)
         used["launcher"] = own.ru_utime + own.ru_stime
-        return {"cpu_seconds": _rounded(used), "cpu_seconds_startup": _rounded(self._startup_s)}
+        return used
 
 
 def _rounded(seconds: dict[str, float]) -> dict[str, float]:

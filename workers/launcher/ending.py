@@ -10,6 +10,8 @@ from onstream.pipeline.command_line import command
 
 REASONS_SHOWN = 3
 MANY_TRUNCATED = 0.1
+MUCH_WAITING = 0.1
+MUCH_FASTER = 1.05
 DROPPED = {"stale": "too stale", "other": "that nothing could train"}
 """The words for rollouts that were dropped, by their names in the report."""
 
@@ -17,6 +19,7 @@ DROPPED = {"stale": "too stale", "other": "that nothing could train"}
 def sentences(report: Mapping[str, Any], run_dir: Path) -> Iterator[str]:
     """What `report` has that a person should know, and the commands that come next."""
     yield from _troubles(report, run_dir)
+    yield from _waiting(report)
     if (nothing := nothing_learnt(report)) is not None:
         yield nothing
         return
@@ -56,6 +59,30 @@ def _troubles(report: Mapping[str, Any], run_dir: Path) -> Iterator[str]:
     without = report["steps_without_gradient"]
     if 0 < without < report["steps"]:
         yield f"{without} of {report['steps']} steps had no gradient"
+
+
+def _waiting(report: Mapping[str, Any]) -> Iterator[str]:
+    """Which stage the trainer waited for, and what another worker of it would give."""
+    waited = {stage: share for stage, share in report["waited_for"].items() if share >= 0.01}
+    if sum(waited.values()) < MUCH_WAITING:
+        return
+    shares = ", ".join(f"{share:.0%} for {stage}" for stage, share in waited.items())
+    yield f"the trainer waited {report['wait_share']:.0%} of the time: {shares}"
+    predicted = report.get("one_more_worker")
+    if not predicted:
+        return
+    stage = max(predicted, key=predicted.__getitem__)
+    now = report["rollouts_per_s"]
+    if predicted[stage] >= MUCH_FASTER * now:
+        yield (
+            f"one more worker for {stage} may give up to {predicted[stage]:.4g} rollouts a second "
+            f"(now {now:.4g}): deployment.workers"
+        )
+    else:
+        yield (
+            f"the cores were {report['cores_busy']:.0%} busy: more workers on this machine would "
+            "hardly help"
+        )
 
 
 def _reasons(dead: Sequence[Mapping[str, Any]]) -> str:

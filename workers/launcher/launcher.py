@@ -316,10 +316,11 @@ class Launcher:
             OSError: it cannot be written, and the launcher was told to stop.
         """
         dead_letters = self._dead_letters()
+        workers = self._plan.workers_by_stage
         told = False
         while True:
             try:
-                return report.build(self._run_dir, self._cpu.report(), dead_letters)
+                return report.build(self._run_dir, self._cpu.report(), dead_letters, workers)
             except OSError as error:
                 if self._stop.requests:
                     raise

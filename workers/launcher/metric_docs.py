@@ -151,6 +151,12 @@ _STEP = (
     MetricField("dead", "rollouts", "Given up since the step before: dead letters."),
     MetricField("wait_s", "s", "How long the trainer waited for the batch."),
     MetricField(
+        "waited_for",
+        "s",
+        "Of that, the seconds that the rollout which came last spent with each stage or in the "
+        "stream before it. `train`: on its way to the trainer, and with it.",
+    ),
+    MetricField(
         "step_s",
         "s",
         "From the whole batch until the trainer goes on: the new version is published, or, from "
@@ -242,6 +248,7 @@ _REPORT = (
         "Of each staleness the `mean` and `max` over the tokens of all steps, and their number.",
     ),
     MetricField("wait_share", "share", "Of `seconds`, those that the trainer waited for rollouts."),
+    MetricField("waited_for", "share", "Of `seconds`, those that it waited for each stage."),
     MetricField("publish_bytes", "bytes", "Mean size of an update."),
     MetricField("delta_share", "share", "Mean share of weights that changed; null without deltas."),
     MetricField("unscored.rollouts", "rollouts", "Trained rollouts that the scorer failed on."),
@@ -257,6 +264,19 @@ _REPORT = (
         "cpu_seconds",
         "s",
         "CPU time of each kind of process after the first step.",
+        when="`onstream up`",
+    ),
+    MetricField(
+        "cores_busy",
+        "share",
+        "Of the time of this machine's cores after the first step, what the run's processes used.",
+        when="`onstream up`",
+    ),
+    MetricField(
+        "one_more_worker",
+        "rollouts/s",
+        "What one more worker of a stage may at most give: without the share of the waiting that "
+        "it would take over, and with no more time of the cores than there is.",
         when="`onstream up`",
     ),
     MetricField(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import fsum
 from pathlib import Path
@@ -11,28 +12,32 @@ from typing import Any
 import msgspec
 
 from onstream.pipeline.run_files.json_lines import read_rows
+from onstream.settings.stages import StageName
 from onstream.workers.launcher.curves import draw
 from onstream.workers.launcher.metric_rows import Row, largest, mean, number, points
 
 LAST_STEPS = 10
 EVALUATED = ("version", "exact", "exact_swapped")
-USAGE = ("cpu_seconds", "cpu_seconds_startup")
+USAGE = ("cpu_seconds", "cpu_seconds_startup", "cores_busy")
 
 
 def build(
     run_dir: Path,
     usage: Mapping[str, Any] | None = None,
     dead_letters: Sequence[Mapping[str, Any]] | None = None,
+    workers: Mapping[StageName, int] | None = None,
 ) -> dict[str, Any]:
     """Write `report.json` and `curves.png` into `run_dir` and return the report.
 
-    `usage` holds the CPU seconds, which only a launcher that saw the training knows, and
-    `dead_letters` how many there are of each stage and reason. Without them, those of an earlier
-    report stay.
+    `usage` holds the CPU seconds, which only a launcher that saw the training knows, `dead_letters`
+    how many there are of each stage and reason, and `workers` how many each stage has. Without
+    them, what an earlier report says of them stays.
     """
     rows = read_rows(run_dir / "metrics.jsonl")
     evals = read_rows(run_dir / "evals.jsonl")
     report = summary(rows, evals) | _seen(run_dir, usage, dead_letters)
+    if workers is not None and "cores_busy" in report:
+        report["one_more_worker"] = one_more_worker(report, workers)
     text = msgspec.json.format(msgspec.json.encode(report), indent=2)
     temporary = run_dir / "report.json.tmp"
     temporary.write_bytes(text + b"\n")
@@ -58,7 +63,7 @@ def _seen(
     path = run_dir / "report.json"
     earlier: dict[str, Any] = msgspec.json.decode(path.read_bytes()) if path.exists() else {}
     if usage is None:
-        usage = {name: earlier[name] for name in USAGE if name in earlier}
+        usage = {name: earlier[name] for name in (*USAGE, "one_more_worker") if name in earlier}
     if dead_letters is None:
         dead_letters = earlier.get("dead_letters", [])
     return {**usage, "dead_letters": dead_letters}
@@ -92,6 +97,7 @@ def summary(rows: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str
         "mismatch_max": largest(rows, "mismatch_max"),
         "mismatch_by_staleness": mismatch_by_staleness(rows),
         "wait_share": _share(rows, "wait_s", seconds),
+        "waited_for": _waited_for(rows, seconds),
         "tokens": int(sum(number(row, "tokens") or 0 for row in rows)),
         "publish_bytes": mean(rows, "publish_bytes"),
         "delta_share": mean(rows, "delta_share"),
@@ -104,6 +110,23 @@ def summary(rows: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str
         "dead": _total(rows, "dead"),
         "steps_without_gradient": sum(number(row, "grad_norm") == 0 for row in rows),
     }
+
+
+def one_more_worker(
+    report: Mapping[str, Any], workers: Mapping[StageName, int]
+) -> dict[StageName, float]:
+    """Rollouts/s that one more worker of a stage may at most give, by the stages of `workers`.
+
+    Where the trainer waits for a stage of n workers, n + 1 take 1 / (n + 1) of that off. The cores
+    of this machine have no more time than they have: none comes out faster than they would be with
+    all of it in use.
+    """
+    predicted = {}
+    for stage, count in workers.items():
+        saved = report["waited_for"].get(stage, 0.0) / (count + 1)
+        share = min(1.0, max(1.0 - saved, report["cores_busy"]))
+        predicted[stage] = round(report["rollouts_per_s"] / share, 2)
+    return predicted
 
 
 def _unscored(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -178,6 +201,14 @@ def _together(mismatches: list[dict[str, float]]) -> dict[str, float]:
         "max": max(one["max"] for one in mismatches),
         "tokens": tokens,
     }
+
+
+def _waited_for(rows: list[dict[str, Any]], seconds: float) -> dict[str, float]:
+    """Of `seconds`, the share that the trainer waited for each stage, the largest first."""
+    waited: Counter[str] = Counter()
+    for row in rows:
+        waited.update(row.get("waited_for") or {})
+    return {stage: spent / seconds for stage, spent in waited.most_common()} if seconds else {}
 
 
 def _share(rows: list[dict[str, Any]], name: str, whole: float) -> float | None:

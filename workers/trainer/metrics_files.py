@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onstream.pipeline.record_codec import logprobs_array
-from onstream.pipeline.records import Rollout
+from onstream.pipeline.records import Rollout, StageName, Timing
 from onstream.pipeline.run_files.json_lines import JsonLines, cut
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
@@ -68,6 +68,7 @@ class StepClock:
         self._waiting_since = now
         self._last_step_ended = now
         self._started = now
+        self._batch_came = time.time()
         self._learned = now
         self._published = now
         self._waited_s = 0.0
@@ -86,6 +87,7 @@ class StepClock:
     def start_step(self) -> None:
         """A batch is there."""
         self._started = time.monotonic()
+        self._batch_came = time.time()
         self._waited_s = 0.0
         self._waited_for_checkpoint_s = 0.0
 
@@ -124,25 +126,52 @@ class StepClock:
         """The new weights are announced, or on their way; the trainer goes on."""
         self._published = time.monotonic()
 
-    def end_step(self, *, rollouts: float, tokens: float) -> dict[str, float]:
+    def end_step(self, batch: Sequence[TrainableUnit], tokens: float) -> dict[str, Any]:
         """The metrics of the step's time, by their names in metrics.jsonl."""
         now = time.monotonic()
+        rollouts = [rollout for unit in batch for rollout in unit.rollouts]
         elapsed_s = now - self._last_step_ended
         waited_s = self._waited_s + self._waited_for_checkpoint_s
         learning_s = self._learned - self._started - waited_s
+        wait_s = self._started - self._waiting_since
         metrics = {
-            "wait_s": self._started - self._waiting_since,
+            "wait_s": wait_s,
+            "waited_for": waited_for(rollouts, self._batch_came - wait_s, self._batch_came),
             "step_s": self._published - self._started,
             "publish_wait_s": self._published - self._learned + self._waited_s,
             "checkpoint_wait_s": self._checkpoint_s + self._waited_for_checkpoint_s,
             "tokens_per_s": tokens / learning_s,
             "elapsed_s": elapsed_s,
-            "rollouts_per_s": rollouts / elapsed_s,
+            "rollouts_per_s": len(rollouts) / elapsed_s,
         }
         self._waiting_since = now
         self._last_step_ended = now
         self._checkpoint_s = 0.0
         return metrics
+
+
+def waited_for(rollouts: Sequence[Rollout], start: float, end: float) -> dict[StageName, float]:
+    """Seconds between `start` and `end`, while the trainer waited for its batch, by stage.
+
+    The rollout that came last was meanwhile in the hands of one stage after the other, or in the
+    stream before it, which counts as that stage's too. `train` is the rest: the way to the trainer,
+    and what it did with its records. Times are in seconds since the epoch; clocks of two machines
+    differ, so a stage's time ends no earlier than that of the one before.
+    """
+    seconds: dict[StageName, float] = {}
+    since = start
+    for timing in max((rollout.timings for rollout in rollouts), key=_last_done, default=[]):
+        until = min(max(timing.done, since), end)
+        if until > since:
+            seconds[timing.stage] = seconds.get(timing.stage, 0.0) + until - since
+        since = until
+    if end > since:
+        seconds["train"] = end - since
+    return seconds
+
+
+def _last_done(timings: Sequence[Timing]) -> float:
+    return timings[-1].done if timings else 0.0
 
 
 def _opened(path: Path, step: int) -> JsonLines:

@@ -24,7 +24,7 @@ class UnpublishedStep:
 
     number: int
     result: StepResult
-    times: dict[str, float]
+    times: dict[str, Any]
     publication: Publication
 
 
@@ -74,8 +74,7 @@ class StepOutput:
         with self.directory.changing():
             publication = self.publisher.start(number, self.learner.live_state())
             self.clock.published()
-            row = result.row
-            times = self.clock.end_step(rollouts=row["rollouts"], tokens=row["tokens"])
+            times = self.clock.end_step(result.batch, result.row["tokens"])
             self._unpublished = UnpublishedStep(number, result, times, publication)
             if publication.done:
                 self._complete(self._unpublished)

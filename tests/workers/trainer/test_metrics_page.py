@@ -50,7 +50,8 @@ def test_a_report_has_the_documented_fields_and_no_others(run: Callable[..., Run
     evaluations = [EVALUATION, {**EVALUATION, "version": 1, "exact_swapped": 0.1}]
     lines = "".join(json.dumps(row) + "\n" for row in evaluations)
     (directory / "evals.jsonl").write_text(lines)
-    report = build(directory, {name: {"trainer": 1.0} for name in USAGE})
+    usage: dict[str, Any] = {name: {"trainer": 1.0} for name in USAGE}
+    report = build(directory, {**usage, "cores_busy": 0.5}, workers={"generate": 1})
     documented = set(DOCUMENTED["report.json"])
     assert set(leaves(report, documented)) == documented
 
