@@ -17,7 +17,7 @@ GPU_WHEELS ?= gpu-wheels
 ON_GPU = PYTHONPATH=$(CURDIR):$(CURDIR)/.gpu $(GPU_PYTHON)
 TORCHVISION := torchvision==0.28.0
 
-.PHONY: help up lint test-fast test test-runs test-modes test-models test-vllm test-compose chaos test-gpu bench bench-vllm bench-gpu gpu-wheels models models-table models-measured memory-table docs lock clean
+.PHONY: help up lint test-fast test test-runs test-modes test-models test-vllm test-compose chaos test-gpu bench bench-tuning bench-vllm bench-gpu gpu-wheels models models-table models-measured memory-table docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -72,8 +72,11 @@ gpu-wheels: ## fetch what test-gpu and bench-gpu need on a machine without a net
 	@touch $@
 
 bench: .venv/dev ## every benchmark, each beside what it compares with
-	@for file in $(filter-out vllm_% teacher_paths gpu,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
+	@for file in $(filter-out vllm_% teacher_paths gpu training_loop tuning,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
 	  echo "== $$file"; $(BIN)/python -m benchmarks.$$file || exit 1; done
+
+bench-tuning: .venv/dev ## steps to quality: rates, optimizers, staleness and groups, on three tasks; a stopped table goes on
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.tuning
 
 bench-vllm: .venv-vllm/ready ## vLLM beside the built-in engine: rollouts, scores, a teacher in process and over HTTP, updates, and sizes
 	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_engine --sweep && OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.teacher_paths && OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_update

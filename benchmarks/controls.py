@@ -15,28 +15,18 @@ be exchanged:
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.trainer import train_sample
-from onstream.pipeline.tasks import load_task
-from onstream.pipeline.weights import LoadedPolicy
+from benchmarks.training_loop import TrainingLoop
 from onstream.settings.load import load_settings
 from onstream.settings.root import Settings
-from onstream.workers.evaluation.greedy import evaluate
-from onstream.workers.generator.engines.base import Completion, GenerationRequest
-from onstream.workers.generator.student import load_student
-from onstream.workers.teacher.local_scorer import load_local
-from onstream.workers.teacher.scorer import ScoreRequest, Scores
 from onstream.workers.trainer.batches.train_samples import TrainSample
-from onstream.workers.trainer.learner import Learner
 
 SCORES = (
     "teacher_logprobs",
@@ -84,86 +74,37 @@ def main() -> None:
             # Without a model of its own, the teacher is the student's starting model.
             no_model = type(settings.teacher_inference)()
             settings = settings.model_copy(update={"teacher_inference": no_model})
-        table.add_row(control, *Loop(control, settings).run(steps))
+        table.add_row(control, *ControlLoop(control, settings).run(steps))
         Console(width=WIDTH).print(table)
 
 
-class Loop:
-    """Generate, score and learn, one step after the other, in one process."""
+class ControlLoop(TrainingLoop):
+    """A training loop whose teacher is that of a control."""
 
     def __init__(self, control: str, settings: Settings) -> None:
+        super().__init__(settings)
         self.control = control
-        self.settings = settings
-        self.student = load_student(settings.model.name, settings)
-        self.task = load_task(settings)
-        self.scorer = load_local(settings)
-        self.engine = self.student.engine
-        self.learner = Learner(settings.model.name, settings.trainer, torch.device("cpu"))
         self.random = np.random.default_rng(settings.run.seed)
 
     def run(self, steps: int) -> list[str]:
         """Train for `steps`; returns the cells of the table."""
-        before = evaluate(Path(self.settings.model.name), self.settings)["exact"]
-        metrics = [self.step(number) for number in range(steps)]
-        with tempfile.TemporaryDirectory() as scratch:
-            self.learner.save_model(Path(scratch))
-            after = evaluate(Path(scratch), self.settings)["exact"]
+        before = self.exact()
+        metrics = [self.step() for _ in range(steps)]
         first = metrics[0]
         last = metrics[-1]
         return [
             f"{before:.3f}",
-            f"{after:.3f}",
+            f"{self.exact():.3f}",
             f"{first['teacher_kl']:.2g}",
             f"{first['grad_norm']:.2g}",
             f"{last['teacher_kl']:.2g}",
         ]
 
-    def step(self, number: int) -> dict[str, float]:
-        """One step on rollouts of the newest weights."""
-        requests = self.requests(number)
-        self.engine.add(list(requests.values()))
-        completions: list[Completion] = []
-        while self.engine.active:
-            completions += self.engine.step()
-        completions.sort(key=lambda completion: completion.key)
-        to_score = [
-            ScoreRequest(requests[completion.key].prompt_ids, completion.token_ids)
-            for completion in completions
-        ]
-        scores = self.scorer.score(to_score, top_k=self.settings.trainer.loss.teacher_top_k)
-        samples = [
-            self.sample(requests[c.key], c, s) for c, s in zip(completions, scores, strict=True)
-        ]
-        if self.control == "shuffled":
-            samples = self.shuffled(samples)
-        metrics = self.learner.step(samples, self.settings.trainer.max_steps)
-        self.engine.load(LoadedPolicy.of(number + 1, self.learner.published_state()))
-        return metrics
-
-    def requests(self, number: int) -> dict[int, GenerationRequest]:
-        """The step's requests by key: a problem for each group, and a request for each member."""
-        size = self.settings.orchestrator.group_size
-        groups = self.settings.orchestrator.batch_size // size
-        requests = {}
-        for group in range(number * groups, (number + 1) * groups):
-            prompt_ids = self.student.prompt(self.task.train(group).messages).ids
-            for key in range(group * size, (group + 1) * size):
-                seed = key * 7919 + self.settings.run.seed
-                requests[key] = GenerationRequest(
-                    key,
-                    prompt_ids,
-                    self.settings.inference.sampling.max_completion,
-                    seed,
-                )
-        return requests
-
-    def sample(
-        self, request: GenerationRequest, completion: Completion, scores: Scores
-    ) -> TrainSample:
-        """What the learner is given; with `constant` an advantage of −1 and no teacher."""
-        group = request.key // self.settings.orchestrator.group_size
-        made = train_sample(request, completion, scores, group=group)
-        return replace(made, advantage=-1.0) if self.control == "constant" else made
+    def arrange(self, samples: list[TrainSample]) -> list[TrainSample]:
+        """With `constant` an advantage of −1 and no teacher; with `shuffled` another's scores."""
+        if self.control == "constant":
+            return [replace(sample, advantage=-1.0) for sample in samples]
+        return self.shuffled(samples) if self.control == "shuffled" else samples
 
     def shuffled(self, samples: Sequence[TrainSample]) -> list[TrainSample]:
         """Every sample with the scores of another, repeated or cut to its length."""
