@@ -32,7 +32,8 @@ The memory of a GPU is what `nvidia-smi` says. **No line of this page was measur
   is loaded.
 - *gradients*: 4 a trained parameter.
 - *optimizer*: 8 a trained parameter, in the host's memory with `trainer.optim.states = "host"`; 2
-  with `"8bit"`.
+  with `"8bit"`. With `trainer.optim.type = "muon"` 4 a parameter of a matrix inside the model, or
+  of an adapter, and 8 of the rest.
 - *activations*: those of the longest row, which has `trainer.microbatch` tokens, or is one longer
   completion. In bfloat16 also 2 bytes a parameter for casts of float32 weights: of all layers, or
   of one where they are recomputed.

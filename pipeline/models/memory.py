@@ -76,9 +76,20 @@ class DecoderSizes:
     @property
     def layer(self) -> int:
         """Parameters of one layer with a gated MLP."""
-        attention = 2 * self.hidden * (self.query + self.key)
-        mlp = 3 * self.hidden * self.intermediate * self.experts // self.experts_taken
-        return attention + mlp + 2 * self.hidden
+        return self._attention + self._mlp + 2 * self.hidden
+
+    @property
+    def matrices(self) -> int:
+        """Parameters of the layers in matrices; experts are in tensors of three dimensions."""
+        return self.layers * (self._attention + (self._mlp if self.experts == 1 else 0))
+
+    @property
+    def _attention(self) -> int:
+        return 2 * self.hidden * (self.query + self.key)
+
+    @property
+    def _mlp(self) -> int:
+        return 3 * self.hidden * self.intermediate * self.experts // self.experts_taken
 
     @property
     def parameters(self) -> int:
@@ -146,6 +157,9 @@ def trainer_memory(
     if trainer.lora:
         weights = total * (BFLOAT16 if half else FLOAT32) + trained * FLOAT32
     moments = 2 * trained * FLOAT32
+    if trainer.optim.type == "muon":
+        matrices = trained if trainer.lora else shape.matrices
+        moments -= matrices * FLOAT32
     if trainer.optim.states == "8bit":
         moments = 2 * trained + 2 * FLOAT32 * trained // SCALED_TOGETHER
     on_host = trainer.optim.states == "host"

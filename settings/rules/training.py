@@ -164,6 +164,18 @@ def adapter_dropout(settings: Settings) -> Iterator[SettingsProblem]:
         )
 
 
+def muon_states(settings: Settings) -> Iterator[SettingsProblem]:
+    """Muon keeps its moment beside the weights."""
+    optim = settings.trainer.optim
+    if optim.type == "muon" and optim.states != "device":
+        yield problem_with(
+            settings,
+            ["trainer.optim.type", "trainer.optim.states"],
+            'moments beside the weights ("device") with Muon, which has half as many',
+            'Leave trainer.optim.states out, or set trainer.optim.type = "adamw".',
+        )
+
+
 def task_files(settings: Settings) -> Iterator[SettingsProblem]:
     """A `jsonl` task has a file, and no other task has one."""
     if settings.task.name == "jsonl" and settings.task.path is None:
@@ -212,6 +224,7 @@ TRAINING_RULES = (
     hard_distillation,
     token_client,
     adapter_dropout,
+    muon_states,
     task_files,
     held_out_prompts,
 )

@@ -14,8 +14,12 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimSettings(Section):
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    type: Annotated[Literal["adamw", "muon"], RUN] = "adamw"
+    """`muon` moves the matrices inside the model, or the factors of an adapter, by Muon, with one
+    moment instead of two, and the rest by AdamW: embeddings, the output layer, norms and biases.
+    """
     lr: Annotated[float, CHANGEABLE, Unit("per step"), Field(gt=0, le=10)] = 1e-5
     """Learning rate at the end of the warm-up."""
     betas: Annotated[tuple[Beta, Beta], RUN, Unit("ratio")] = (0.9, 0.95)
@@ -24,6 +28,8 @@ class OptimSettings(Section):
     """AdamW's decoupled weight decay."""
     eps: Annotated[float, RUN, Unit("gradient"), Field(gt=0, le=1)] = 1e-8
     """AdamW's denominator term."""
+    momentum: Annotated[float, RUN, Unit("ratio"), Field(ge=0, lt=1)] = 0.95
+    """Muon's decay rate of its moment."""
     warmup: Annotated[int, RUN, Unit("steps"), Field(ge=0, le=10**6)] = 0
     """Steps over which the learning rate rises linearly."""
     schedule: Annotated[Literal["constant", "linear", "cosine"], RUN] = "constant"

@@ -145,6 +145,14 @@ REFUSED = [
         "verification, to know which",
     ),
     ([*TEACHER, "trainer.lora.dropout=0.1"], "trainer.lora.dropout = 0.1", "no dropout with rl"),
+    *(
+        (
+            [*TEACHER, "trainer.optim.type=muon", f"trainer.optim.states={states}"],
+            f'trainer.optim.type = "muon" with trainer.optim.states = "{states}"',
+            'Leave trainer.optim.states out, or set trainer.optim.type = "adamw".',
+        )
+        for states in ("host", "8bit")
+    ),
     # The teacher's server.
     (
         [

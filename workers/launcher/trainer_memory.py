@@ -201,7 +201,7 @@ def _changes(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
     if trainer.head_chunk > LEAST_HEAD_CHUNK:
         chunk = LEAST_HEAD_CHUNK
         yield f"trainer.head_chunk = {chunk}", {"head_chunk": chunk}
-    if trainer.optim.states == "device":
+    if trainer.optim.states == "device" and trainer.optim.type == "adamw":
         on_host = trainer.optim.model_copy(update={"states": "host"})
         yield 'trainer.optim.states = "host"', {"optim": on_host}
     if trainer.lora is None:

@@ -46,7 +46,7 @@ from onstream.workers.trainer.losses.row_loss import (
     with_tokens,
 )
 from onstream.workers.trainer.maths.scalars import learning_rate
-from onstream.workers.trainer.optimizer import load_optimizer, new_optimizer
+from onstream.workers.trainer.optimizer import hidden_matrices, load_optimizer, new_optimizer
 
 __all__ = ["Learner", "TrainSample"]
 
@@ -150,7 +150,7 @@ class Learner:
         self.context_tokens = context
         self.steps = 0
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        self._optimizer = new_optimizer(trained, trainer.optim)
+        self._optimizer = new_optimizer(trained, trainer.optim, hidden_matrices(self.model))
 
     def check(self, sample: TrainSample) -> None:
         """Make sure that a step can train on `sample`; `step` does so before it changes anything.

@@ -1,7 +1,7 @@
-"""AdamW, with its moments on the device, in the host's memory, or in 8 bits.
+"""AdamW, with its moments on the device, in the host's memory, or in 8 bits; Muon for matrices.
 
-The latter two never ran on a GPU. A trainer needs the moments, twice the weights in float32, for a
-moment of each step only.
+Of these only AdamW with its moments on the device ever ran on a GPU. A trainer needs the moments,
+twice the weights in float32, for a moment of each step only.
 """
 
 from __future__ import annotations
@@ -11,22 +11,47 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
+from transformers import PreTrainedModel
 
 from onstream.pipeline.errors import UserError
 from onstream.settings.extras import missing_package
 from onstream.settings.sections.trainer import OptimSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+FIRST_MOMENTS = {MOMENTS[0], "momentum_buffer"}
+"""Of AdamW, and of Muon. What keeps moments in 8 bits saves them under other names."""
 
 
-def new_optimizer(weights: Iterable[Tensor], optim: OptimSettings) -> torch.optim.Optimizer:
+def hidden_matrices(model: PreTrainedModel) -> list[Tensor]:
+    """The trained weights of `model` that Muon takes: matrices inside it.
+
+    Not embeddings and the output layer, whose rows are tokens; nor norms and biases. Of an adapter
+    it is every factor. Experts that are kept as one tensor of three dimensions are none.
+    """
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    output = model.get_output_embeddings()
+    of_tokens = {id(weight) for module in (*tables, output) for weight in module.parameters()}
+    return [
+        weight
+        for weight in model.parameters()
+        if weight.requires_grad and weight.ndim == 2 and id(weight) not in of_tokens
+    ]
+
+
+def new_optimizer(
+    weights: Iterable[Tensor], optim: OptimSettings, matrices: Iterable[Tensor] = ()
+) -> torch.optim.Optimizer:
     """The optimizer of `weights` that the settings ask for.
+
+    `matrices` are those of them that Muon takes, if it is asked for.
 
     Raises:
         UserError: its package is not installed.
     """
+    if optim.type == "muon":
+        return MuonAndAdamW(list(weights), list(matrices), optim)
     given: dict[str, Any] = {
         "lr": optim.lr,
         "betas": optim.betas,
@@ -46,8 +71,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
     Raises:
         UserError: that one kept them otherwise.
     """
-    were_eight = any(MOMENTS[0] not in state for state in saved["state"].values())
-    are_eight = not isinstance(optimizer, torch.optim.AdamW)
+    were_eight = any(FIRST_MOMENTS.isdisjoint(state) for state in saved["state"].values())
+    are_eight = not isinstance(optimizer, torch.optim.AdamW | MuonAndAdamW)
     if saved["state"] and were_eight != are_eight:
         other = '"8bit"' if were_eight else '"device" or "host"'
         raise UserError(
@@ -67,6 +92,46 @@ def _bitsandbytes() -> Any:
     except ImportError as error:
         raise missing_package("bitsandbytes", 'trainer.optim.states = "8bit"') from error
     return bitsandbytes.optim
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for `matrices`, AdamW for the rest of `weights`.
+
+    Muon makes the momentum of a matrix nearly orthogonal and moves the weight by that. The length
+    of its moves is adjusted to that of AdamW's (arXiv:2502.16982), so that one learning rate is
+    right for both.
+    """
+
+    def __init__(self, weights: list[Tensor], matrices: list[Tensor], optim: OptimSettings) -> None:
+        others = _without(weights, matrices)
+        shared: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay}
+        parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            muon = torch.optim.Muon(
+                matrices, **shared, momentum=optim.momentum, adjust_lr_fn="match_rms_adamw"
+            )
+            parts.append(muon)
+        if others:
+            adamw = torch.optim.AdamW(
+                others, **shared, betas=optim.betas, eps=optim.eps, fused=True
+            )
+            parts.append(adamw)
+        self._parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every weight that has a gradient."""
+        for part, group in zip(self._parts, self.param_groups, strict=True):
+            # They only compute: what is saved and loaded is this optimizer's.
+            part.param_groups = [group]
+            part.state = self.state
+            part.step()
+
+
+def _without(weights: list[Tensor], taken: list[Tensor]) -> list[Tensor]:
+    numbers = {id(weight) for weight in taken}
+    return [weight for weight in weights if id(weight) not in numbers]
 
 
 class HostStatesAdamW(torch.optim.AdamW):

@@ -78,6 +78,17 @@ def test_moments_in_8_bits_take_two_bytes_and_their_scales() -> None:
     assert (memory.optimizer, memory.host_optimizer) == (8.125e9, 0)
 
 
+def test_muon_has_one_moment_of_an_adapter() -> None:
+    shape = DecoderSizes.of(QWEN3_4B)
+    assert shape is not None
+    taken = {}
+    for kind in ("adamw", "muon"):
+        trainer = TrainerSettings.model_validate({"optim": {"type": kind}, "lora": {}})
+        memory = trainer_memory(shape, trainer, half=True, recompute=True, row_tokens=2048)
+        taken[kind] = memory.optimizer
+    assert taken["muon"] == taken["adamw"] / 2
+
+
 def test_recomputed_layers_take_far_fewer_bytes_of_a_long_row() -> None:
     plain, again = (plan(recompute=choice, microbatch=16384).memory for choice in ("none", "layer"))
     assert plain is not None and again is not None

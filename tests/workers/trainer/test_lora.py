@@ -29,13 +29,17 @@ from tests.workers.trainer.driver import Run
 CPU = torch.device("cpu")
 
 
-def learner(directory: Path, dropout: float = 0.0, targets: list[str] | None = None) -> Learner:
+def learner(
+    directory: Path,
+    dropout: float = 0.0,
+    targets: list[str] | None = None,
+    optimizer: str = "adamw",
+) -> Learner:
     lora = {"rank": 4, "alpha": 8, "dropout": dropout, "target_modules": targets}
+    optim = {"lr": 1e-2, "type": optimizer}
     return Learner(
         directory,
-        TrainerSettings.model_validate(
-            {"loss": {"type": "sft"}, "optim": {"lr": 1e-2}, "lora": lora}
-        ),
+        TrainerSettings.model_validate({"loss": {"type": "sft"}, "optim": optim, "lora": lora}),
         CPU,
     )
 
@@ -75,6 +79,15 @@ def test_steps_lower_the_loss_and_change_nothing_but_the_adapter(student: Path) 
     after = adapted.model.state_dict()
     base = [name for name in start if ".lora_" not in name]
     assert base and all(torch.equal(after[name], start[name]) for name in base)
+
+
+def test_muon_takes_both_factors_of_an_adapter(student: Path) -> None:
+    adapted = learner(student, optimizer="muon")
+    losses = [adapted.step(samples(), 10)["loss"] for _ in range(10)]
+    assert losses[-1] < 0.8 * losses[0]
+    trained = [weight for weight in adapted.model.parameters() if weight.requires_grad]
+    assert trained
+    assert all(set(adapted._optimizer.state[weight]) == {"momentum_buffer"} for weight in trained)
 
 
 def test_what_is_published_computes_what_the_trainer_computes(student: Path) -> None:

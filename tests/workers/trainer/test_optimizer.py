@@ -1,8 +1,9 @@
-"""Moments in the host's memory: the same steps, and the same checkpoints."""
+"""Moments in the host's memory, the same steps and checkpoints; Muon for matrices."""
 
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from onstream.pipeline.errors import UserError
+from onstream.pipeline.models.memory import DecoderSizes, trainer_memory
 from onstream.settings.sections.trainer import OptimSettings, TrainerSettings
 from onstream.workers.tiny_models.fresh import ModelShape, write_fresh
 from onstream.workers.trainer.batches.train_samples import TrainSample
@@ -27,8 +29,8 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("student"))
 
 
-def learner(directory: Path, states: str) -> Learner:
-    optim = {"lr": 1e-2, "weight_decay": 0.1, "states": states}
+def learner(directory: Path, states: str = "device", kind: str = "adamw") -> Learner:
+    optim = {"lr": 1e-2, "weight_decay": 0.1, "states": states, "type": kind}
     settings = TrainerSettings.model_validate({"loss": {"type": "sft"}, "optim": optim})
     return Learner(directory, settings, CPU)
 
@@ -158,3 +160,79 @@ def test_moments_of_other_bits_are_refused_with_the_setting_that_the_run_had(
     had = "8bit" if first == "8bit" else "host"
     with pytest.raises(UserError, match=rf'(?s)moments in .* bits.*states = .*"{had}"'):
         learner(wide_student, then).load_state(saved.state())
+
+
+def test_muon_takes_the_matrices_inside_the_model_and_adamw_the_rest(student: Path) -> None:
+    made = learner(student, kind="muon")
+    made.step(samples(), 10)
+    kinds = {
+        name: "muon" if "momentum_buffer" in made._optimizer.state[weight] else "adamw"
+        for name, weight in made.model.named_parameters()
+    }
+    assert kinds["model.embed_tokens.weight"] == "adamw"  # tied to the output layer
+    by_muon = {name.rpartition("layers.")[2] for name, kind in kinds.items() if kind == "muon"}
+    assert {name for name in by_muon if name.startswith("0.")} == {
+        *(f"0.self_attn.{part}_proj.weight" for part in "qkvo"),
+        *(f"0.mlp.{part}_proj.weight" for part in ("gate", "up", "down")),
+    }
+
+
+def test_untied_output_layers_are_not_muons(tmp_path: Path) -> None:
+    made = learner(write_tiny(tmp_path, "llama"), kind="muon")
+    made.step(samples(), 10)
+    of_tokens = (made.model.get_input_embeddings(), made.model.get_output_embeddings())
+    for module in of_tokens:
+        assert set(made._optimizer.state[module.weight]) >= {"exp_avg", "exp_avg_sq"}
+
+
+def test_muon_moves_a_matrix_as_far_as_adamw_does_at_the_same_rate() -> None:
+    torch.manual_seed(0)
+    gradient = torch.randn(32, 96)
+    moved = {}
+    for kind in ("adamw", "muon"):
+        matrix = torch.nn.Parameter(torch.zeros(32, 96))
+        optimizer = new_optimizer([matrix], OptimSettings(lr=1e-3, type=kind), [matrix])
+        for _ in range(20):
+            matrix.grad = gradient + torch.randn(32, 96)
+            optimizer.step()
+        moved[kind] = float(matrix.detach().square().mean().sqrt())
+    assert 0.2 < moved["muon"] / moved["adamw"] < 1
+
+
+def test_a_trainer_with_muon_resumes_with_the_same_bits(student: Path, tmp_path: Path) -> None:
+    undisturbed = learner(student, kind="muon")
+    steps(undisturbed)
+    undisturbed.save_checkpoint(tmp_path)
+    torch.save(undisturbed.state(), tmp_path / "state")
+    resumed = learner(tmp_path, kind="muon")
+    resumed.load_state(torch.load(tmp_path / "state", weights_only=True))
+    for one in (undisturbed, resumed):
+        steps(one)
+    assert_same_bits(weights(resumed), weights(undisturbed))
+
+
+def test_weights_under_muon_wait_for_what_comes_before_an_update(student: Path) -> None:
+    made = learner(student, kind="muon")
+    before = weights(made)
+    made.before_update(lambda: assert_same_bits(weights(made), before))
+    made.step(samples(), 10)
+    with pytest.raises(AssertionError):
+        assert_same_bits(weights(made), before)
+
+
+def test_the_memory_formula_counts_one_moment_of_each_matrix_with_muon(student: Path) -> None:
+    made = learner(student, kind="muon")
+    made.step(samples(), 10)
+    moments = [
+        value.numel()
+        for state in made._optimizer.state.values()
+        for name, value in state.items()
+        if name != "step"
+    ]
+    shape = DecoderSizes.of(json.loads((student / "config.json").read_text()))
+    assert shape is not None
+    total = sum(weight.numel() for weight in made.model.parameters())
+    memory = trainer_memory(
+        shape, made.trainer, half=False, recompute=False, row_tokens=64, parameters=total
+    )
+    assert memory.optimizer == 4 * sum(moments)
