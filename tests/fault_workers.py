@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 
 from onstream.pipeline.loop import run_worker
@@ -16,13 +17,17 @@ from tests.pipeline.stages import Passing
 LEASE_S = 0.5
 PATIENCE_S = 20.0
 BLOCK_S = 0.1
+SLICE_S = 0.2
 
 
 class Keeping(Passing):
     """Takes records and finishes none."""
 
     def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
-        """Nothing comes of it."""
+        """Nothing comes of it. It takes its time, so that a signal finds the worker at work: a read
+        would often end before the heartbeat's thread, which has to end it, gets a core.
+        """
+        time.sleep(SLICE_S)
         return []
 
 

@@ -30,6 +30,7 @@ VICTIM = "victim"
 OTHER = "other"
 DEAD = "dead"
 LIVES = 10
+PATIENCE_S = 120.0  # beside busy neighbours
 BEAT_S = 0.5  # the heartbeat of one that was put to sleep is older
 Blow = Literal["kill", "stall", "cut"]
 
@@ -102,7 +103,7 @@ class Crew:
         if blow != "stall":
             raise Cut
         os.kill(pid, signal.SIGSTOP)
-        assert self.wake.wait(20)
+        assert self.wake.wait(PATIENCE_S)
         os.kill(pid, signal.SIGCONT)
 
     def held(self, name: str) -> int:
@@ -124,7 +125,7 @@ class Crew:
 
     def end(self, name: str) -> None:
         """A clean end."""
-        self.processes[name].join(10)
+        self.processes[name].join(PATIENCE_S)
         assert self.processes[name].exitcode == 0
 
 
@@ -144,7 +145,7 @@ def crew(bus: Bus, redis_url: str) -> Iterator[Crew]:
     crew.proxy.close()
 
 
-def until(holds: Callable[[], object], within_s: float = 30) -> None:
+def until(holds: Callable[[], object], within_s: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + within_s
     while not holds():
         assert time.monotonic() < deadline, "it did not come to that"
@@ -208,10 +209,12 @@ def test_a_fault_at_any_call_loses_nothing_and_doubles_nothing(
     victim = crew.start(VICTIM, keeps=point.keeps, url=crew.proxy.url)
     if point.told_to_stop:
         victim = told_to_stop(crew, trap, victim)
-    assert trap.sprung.wait(10), f"no {point.call} came; those that did: {sorted(crew.proxy.calls)}"
+    assert trap.sprung.wait(PATIENCE_S), (
+        f"no {point.call} came; those that did: {sorted(crew.proxy.calls)}"
+    )
     assert_each_number_is_in_one_place(bus)
     if blow == "kill":
-        victim.join(10)
+        victim.join(PATIENCE_S)
         assert victim.exitcode == -signal.SIGKILL
     successor = VICTIM if blow == "kill" else OTHER
     crew.start(successor)
