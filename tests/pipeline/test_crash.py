@@ -143,7 +143,7 @@ def test_kills_of_workers_and_server_lose_nothing_and_double_nothing(
         else:
             crew.kill(crew.slot(blow, dice))
     for process in crew.processes.values():
-        process.join(timeout=30)
+        process.join(timeout=300)
 
     assert (crew.killed, crew.woken) == (15, 6)
     assert [process.exitcode for process in crew.processes.values()] == [0] * 5

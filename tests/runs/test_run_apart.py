@@ -63,7 +63,7 @@ def test_the_student_learns_and_nothing_of_the_run_directory_is_needed_where_it_
     run: dict[str, subprocess.Popen[str]], tmp_path: Path, run_name: str
 ) -> None:
     assert run["up"].wait() == 0, (tmp_path / "up").read_text()
-    assert run["worker"].wait(timeout=60) == 0, (tmp_path / "worker").read_text()
+    assert run["worker"].wait(timeout=300) == 0, (tmp_path / "worker").read_text()
     here = tmp_path / "here" / run_name
     elsewhere = tmp_path / "elsewhere"
     assert not list(elsewhere.rglob("*.safetensors"))
