@@ -10,15 +10,15 @@ from pathlib import Path
 def digest_of(path: Path, size_bytes: int | None = None) -> str:
     """The SHA-256 of a file, or of its first `size_bytes` bytes, in hexadecimal."""
     if size_bytes is not None:
-        return digest_with(path, size_bytes, b"")
+        return hash_of_first(path, size_bytes).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest_with(path: Path, size_bytes: int, added: bytes) -> str:
-    """The SHA-256 of the first `size_bytes` bytes of a file and `added` behind them.
+def hash_of_first(path: Path, size_bytes: int) -> hashlib._Hash:
+    """SHA-256 over the first `size_bytes` bytes of a file, to go on with.
 
-    Without any of its bytes, there need be no file.
+    Of no bytes, there need be no file.
     """
     digest = hashlib.sha256()
     if size_bytes:
@@ -26,8 +26,7 @@ def digest_with(path: Path, size_bytes: int, added: bytes) -> str:
             while size_bytes > 0 and (part := file.read(min(size_bytes, 1 << 20))):
                 digest.update(part)
                 size_bytes -= len(part)
-    digest.update(added)
-    return digest.hexdigest()
+    return digest
 
 
 def sync(path: Path) -> None:

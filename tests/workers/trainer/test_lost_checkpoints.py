@@ -99,6 +99,17 @@ def test_a_changed_line_of_the_same_size_is_found_by_the_audit_and_mended_by_the
     assert "beyond" not in audit(directory(job), bus)
 
 
+def test_a_line_that_changes_between_two_checkpoints_is_found_after_the_second(
+    run: Callable[..., Run], bus: Bus
+) -> None:
+    job = after_steps(run, 2)
+    ledger = directory(job) / "trained.jsonl"
+    ledger.write_bytes(ledger.read_bytes().replace(b'"number":3,', b'"number":5,'))
+    job.until(4)
+    found = audit(directory(job), bus)
+    assert found["beyond"] == ["the ledger is not the one that the checkpoint of step 4 remembers"]
+
+
 def test_a_checkpoint_of_the_version_before_has_no_digest_of_the_ledger_and_is_resumed(
     run: Callable[..., Run], bus: Bus
 ) -> None:

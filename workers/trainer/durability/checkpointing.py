@@ -9,12 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from msgspec.structs import replace
-
 from onstream.pipeline.records import PolicyVersion
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.lease import Lease
-from onstream.pipeline.run_files.durable import digest_with
+from onstream.pipeline.run_files.durable import hash_of_first
 from onstream.pipeline.run_files.ledger import LEDGER, Ledger, Settled, encoded, ledger_differs
 from onstream.pipeline.run_files.recording import JournalMark
 from onstream.pipeline.telemetry import get_logger
@@ -121,6 +119,10 @@ class Checkpointing:
         self.requeued: dict[int, int] = dict(state.requeued) if state else {}
         self._ledger = Ledger(run_dir / LEDGER)
         self._ledger_bytes = self._cut_ledger(state)
+        # Carried on, and not read from the file again: that takes longer with every checkpoint,
+        # and would agree to whatever the file holds by then.
+        self._ledger_hash = hash_of_first(self._ledger.path, self._ledger_bytes)
+        self._next_ledger_hash = self._ledger_hash
 
     def count(self, row: Mapping[str, Any]) -> None:
         """Add a step's metrics `row` to the totals."""
@@ -173,6 +175,9 @@ class Checkpointing:
         """
         assert self._task is None, "one checkpoint at a time"
         added = self.acknowledgements.checkpoint_begins()
+        lines = encoded(added)
+        self._next_ledger_hash = self._ledger_hash.copy()
+        self._next_ledger_hash.update(lines)
         # All that the main thread goes on to change is copied here.
         state = TrainerState(
             sequence=self._sequence + 1,
@@ -181,7 +186,8 @@ class Checkpointing:
             issued=position.issued,
             settled=self.acknowledgements.settled.ranges(),
             before=self.acknowledgements.in_newest_checkpoint,
-            ledger_bytes=self._ledger_bytes + len(encoded(added)),
+            ledger_bytes=self._ledger_bytes + len(lines),
+            ledger_digest=self._next_ledger_hash.hexdigest(),
             totals=dict(self.totals),
             requeued=dict(self.requeued),
             dropped=position.dropped,
@@ -227,6 +233,7 @@ class Checkpointing:
         self._failures = 0
         self._retry_at = 0.0
         self._ledger_bytes = self._ledger.size_bytes
+        self._ledger_hash = self._next_ledger_hash
         self._saved_step = task.position.step
         self._sequence += 1
         self.acknowledgements.checkpoint_is_durable()
@@ -280,8 +287,6 @@ class Checkpointing:
         """Write a checkpoint with `state`, which adds the lines `added` to the ledger."""
         # The folder first: where it is missing beside a ledger with lines, it was lost.
         self._directory.mkdir(parents=True, exist_ok=True)
-        digest = digest_with(self._ledger.path, self._ledger_bytes, encoded(added))
-        state = replace(state, ledger_digest=digest)
         # The model takes its time. Only what others see is fenced: a trainer whose lease has passed
         # to another one meanwhile must not put its checkpoint among the successor's.
         checkpoint.save(self._directory, state, write_files, fence=lambda: self._naming(added))

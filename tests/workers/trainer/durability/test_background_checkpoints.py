@@ -128,7 +128,6 @@ MODULES = {
     "copy": LearnerSnapshot,
     "write": LearnerSnapshot,
     "sync_tree": checkpoint,
-    "digest_with": checkpointing,
     "append": checkpointing.Ledger,
     "sync": checkpoint,
     "prune": checkpoint,
@@ -137,7 +136,7 @@ MODULES = {
 
 @pytest.mark.parametrize(
     "killed_at",
-    ["copy", "digest_with", "write", "sync_tree", "append", "rename", "sync", "prune", "trim"],
+    ["copy", "write", "sync_tree", "append", "rename", "sync", "prune", "trim"],
 )
 def test_a_kill_between_any_two_operations_is_made_good_from_the_newest_whole_one(
     run: Callable[..., Run],
