@@ -17,7 +17,7 @@ GPU_WHEELS ?= gpu-wheels
 ON_GPU = PYTHONPATH=$(CURDIR):$(CURDIR)/.gpu $(GPU_PYTHON)
 TORCHVISION := torchvision==0.28.0
 
-.PHONY: help up lint test-fast test test-runs test-modes test-models test-vllm test-compose chaos test-gpu bench bench-tuning bench-vllm bench-gpu gpu-wheels models models-table models-measured memory-table docs lock clean
+.PHONY: help up lint test-fast test test-runs test-modes test-models test-vllm test-compose chaos test-gpu bench bench-tuning bench-vllm bench-peers bench-gpu gpu-wheels models models-table models-measured memory-table docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -81,6 +81,10 @@ bench-tuning: .venv/dev ## steps to quality: rates, optimizers, staleness and gr
 bench-vllm: .venv-vllm/ready ## vLLM beside the built-in engine: rollouts, scores, a teacher in process and over HTTP, updates, and sizes
 	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_engine --sweep && OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.teacher_paths && OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_update
 
+# ARGS are those of `python -m benchmarks.peers --help`: make bench-peers ARGS="--only a --rounds 5".
+bench-peers: .venv/dev .venv-peers/ready ## Onstream beside TRL at three sizes, in turn, in one table: hours; it goes on where it was stopped
+	@$(BIN)/python -m benchmarks.peers $(ARGS)
+
 models: .venv/run ## make the shipped teachers and students again
 	@for task in reverse-text colour-words; do $(BIN)/onstream models make $$task --out examples/$$task || exit 1; done
 
@@ -102,7 +106,7 @@ lock: .venv/dev ## bring requirements.lock up to date with pyproject.toml
 	@$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-header --no-annotate --quiet --upgrade -o requirements.lock
 
 clean: ## remove the virtual environments and caches; runs/ stays
-	@rm -rf .venv .venv-vllm .pytest_cache .mypy_cache .ruff_cache *.egg-info .gpu
+	@rm -rf .venv .venv-vllm .venv-peers .pytest_cache .mypy_cache .ruff_cache *.egg-info .gpu
 
 .venv/run: pyproject.toml requirements.lock
 	@echo "Setting up .venv (a few minutes the first time) ..."
@@ -139,4 +143,13 @@ clean: ## remove the virtual environments and caches; runs/ stays
 	@echo "Setting up $(TORCHVISION) in .venv-vllm/torchvision ..."
 	@rm -rf .venv-vllm/torchvision
 	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv-vllm/torchvision $(TORCHVISION)
+	@touch $@
+
+# TRL lives apart: its newest version asks for other versions of transformers than ours. Of mistral-common only a file is read, the vocabulary of
+# the larger pair, so nothing comes with it.
+.venv-peers/ready: pyproject.toml
+	@echo "Setting up .venv-peers with TRL (2 minutes and 1.5 GB the first time) ..."
+	@.ci/python -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --upgrade torch==2.13.0 trl
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps mistral-common
 	@touch $@
