@@ -52,7 +52,6 @@ class Benchmark:
         self.tried: dict[str, Tried] = {}
         self.rounds: list[Rounds] = []
         self._left_s = sum(self._seconds(size) for size in self.sizes)
-        self._run_s = 0.0
         self._runner = Runner(environment, KeptResults(DIRECTORY / "results.jsonl"), self._tell)
 
     def run(self) -> None:
@@ -68,8 +67,6 @@ class Benchmark:
             self.rounds.append(self._rounds(size, form))
 
     def _sweep(self, size: Size, form: TrlForm, steps: int) -> Result:
-        whole = steps == size.steps["trl"]
-        self._run_s = size.seconds["trl" if whole else "sweep"]
         return self._runner.trl(size, form, steps, self.options.seeds[0], SWEEP)
 
     def _rounds(self, size: Size, form: TrlForm) -> Rounds:
@@ -77,10 +74,8 @@ class Benchmark:
         results: dict[str, list[Result]] = {name: [] for name in ["TRL", *map(_title, sides)]}
         for round_ in range(self.options.rounds):
             seed = self.options.seeds[round_ % len(self.options.seeds)]
-            self._run_s = size.seconds["trl"]
             results["TRL"].append(self._runner.trl(size, form, size.steps["trl"], seed, round_))
             for side in sides:
-                self._run_s = size.seconds[side]
                 results[_title(side)].append(self._runner.onstream(size, side, seed, round_))
         return Rounds(size, results)
 
@@ -94,9 +89,9 @@ class Benchmark:
         sweep += size.seconds["trl"] * len(size.sweep_of_rates(fastest))
         return sweep + self.options.rounds * sum(size.seconds[side] for side in size.steps)
 
-    def _tell(self, title: str, result: Result) -> None:
+    def _tell(self, title: str, expected_s: float, result: Result) -> None:
         """A line on a run that was done, or kept."""
-        self._left_s = max(0.0, self._left_s - self._run_s)
+        self._left_s = max(0.0, self._left_s - expected_s)
         goal = ""
         if "steps_to_goal" in result:
             goal = ", .95 not reached"

@@ -70,7 +70,9 @@ def write_model(directory: Path, role: str, seed: int, tokenizer_file: Path) -> 
     """A Qwen3 model with random weights and tied embeddings, and its tokenizer."""
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     shape = SHAPES[role]
     tokenizer = tekken_tokenizer(tokenizer_file)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -86,7 +88,7 @@ def write_model(directory: Path, role: str, seed: int, tokenizer_file: Path) -> 
         tie_word_embeddings=True,
     )
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(config)
+    model = Qwen3ForCausalLM(config).to(torch.bfloat16)  # as the shipped pair
     model.generation_config = GenerationConfig(**ends)
     tokenizer.save_pretrained(directory)
     model.save_pretrained(directory)

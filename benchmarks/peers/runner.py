@@ -30,6 +30,10 @@ ONSTREAM_SIDES = {"onstream": (), "synchronous": SYNCHRONOUS}
 """Onstream's own runs by name, and what they override of the example's settings."""
 
 
+Tell = Callable[[str, float, Result], None]
+"""Is told what a run was, how many seconds one like it was expected to take, and its result."""
+
+
 @dataclass(frozen=True)
 class Environment:
     """Where the runs take place."""
@@ -45,48 +49,56 @@ class Environment:
 class Runner:
     """Measures runs that are not kept, and tells each as it is done."""
 
-    def __init__(
-        self, environment: Environment, kept: KeptResults, tell: Callable[[str, Result], None]
-    ) -> None:
-        self.kept = kept
+    def __init__(self, environment: Environment, kept: KeptResults, tell: Tell) -> None:
+        self._kept = kept
         self._environment = environment
         self._tell = tell
         self._pairs: dict[str, Pair] = {}
 
     def trl(self, size: Size, form: TrlForm, steps: int, seed: int, round_: int) -> Result:
         """A run of TRL. The rates alone count of one that is shorter than the size's."""
-        run = self.identity(size, "trl", steps, seed, round_) | {"form": asdict(form)}
-        evaluated = size.to_goal and steps == size.steps["trl"]
+        run = self._identity(size, "trl", steps, seed, round_) | {"form": asdict(form)}
+        whole = steps == size.steps["trl"]
+        evaluated = size.to_goal and whole
         return self._run(
             f"({size.name}) TRL, {form}, seed {seed}",
+            size.seconds["trl" if whole else "sweep"],
             run,
             lambda directory: self._measure_trl(size, form, steps, seed, evaluated, directory),
         )
 
     def onstream(self, size: Size, side: str, seed: int, round_: int) -> Result:
         """A run of Onstream, under the name `side` of `ONSTREAM_SIDES`."""
-        run = self.identity(size, side, size.steps[side], seed, round_)
+        run = self._identity(size, side, size.steps[side], seed, round_)
+        name = "Onstream" if side == "onstream" else f"Onstream, {side}"
         return self._run(
-            f"({size.name}) Onstream, {side}, seed {seed}",
+            f"({size.name}) {name}, seed {seed}",
+            size.seconds[side],
             run,
             lambda directory: self._measure_onstream(size, side, seed, directory),
         )
 
-    def identity(self, size: Size, side: str, steps: int, seed: int, round_: int) -> dict[str, Any]:
+    def _identity(
+        self, size: Size, side: str, steps: int, seed: int, round_: int
+    ) -> dict[str, Any]:
         """What tells a run from others, but TRL's form."""
         versions = self._environment.versions["trl" if side == "trl" else "onstream"]
         names = {"size": size.name, "side": side, "steps": steps, "seed": seed, "round": round_}
         return {**names, "versions": dict(versions)}
 
-    def _run(self, title: str, run: Identity, measure: Callable[[Path], Result]) -> Result:
+    def _run(
+        self, title: str, expected_s: float, run: Identity, measure: Callable[[Path], Result]
+    ) -> Result:
         def in_a_directory() -> Result:
             began = time.monotonic()
             with tempfile.TemporaryDirectory(prefix="onstream-peers-") as directory:
                 result = measure(Path(directory))
             return result | {"wall_s": time.monotonic() - began}
 
-        result = self.kept.get(run, in_a_directory)
-        self._tell(title, result)
+        if self._kept.has(run):
+            title += " (kept)"
+        result = self._kept.get(run, in_a_directory)
+        self._tell(title, expected_s, result)
         return result
 
     def _pair(self, size: Size) -> Pair:
