@@ -16,6 +16,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,13 @@ class Benchmark:
             print(f"\n== ({size.name}) {size.title}", flush=True)
             form, self.tried[size.name] = best_form(
                 size,
-                lambda form, size=size: self._sweep(size, form, size.sweep_steps),
-                lambda form, size=size: self._sweep(size, form, size.steps["trl"]),
+                fast=partial(self._sweep, size, size.sweep_steps),
+                whole=partial(self._sweep, size, size.steps["trl"]),
             )
             print(f"({size.name}) TRL's best form: {form}", flush=True)
             self.rounds.append(self._rounds(size, form))
 
-    def _sweep(self, size: Size, form: TrlForm, steps: int) -> Result:
+    def _sweep(self, size: Size, steps: int, form: TrlForm) -> Result:
         return self._runner.trl(size, form, steps, self.options.seeds[0], SWEEP)
 
     def _rounds(self, size: Size, form: TrlForm) -> Rounds:
@@ -84,10 +85,11 @@ class Benchmark:
         return {size.name: self._seconds(size) / 60 for size in self.sizes}
 
     def _seconds(self, size: Size) -> float:
-        fastest = {form.objective: form for form in size.forms}
+        fastest: dict[str, TrlForm] = {form.objective: form for form in size.forms}
         sweep = size.seconds["sweep"] * len(size.forms)
         sweep += size.seconds["trl"] * len(size.sweep_of_rates(fastest))
-        return sweep + self.options.rounds * sum(size.seconds[side] for side in size.steps)
+        rounds: int = self.options.rounds
+        return sweep + rounds * sum(size.seconds[side] for side in size.steps)
 
     def _tell(self, title: str, expected_s: float, result: Result) -> None:
         """A line on a run that was done, or kept."""

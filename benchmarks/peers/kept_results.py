@@ -23,7 +23,7 @@ class KeptResults:
         text = path.read_text() if path.exists() else ""
         self._cut_off = bool(text) and not text.endswith("\n")
         rows = map(_row, text.splitlines())
-        self._found = {key(row["run"]): row["result"] for row in rows if row}
+        self._found: dict[str, Result] = {key(row["run"]): row["result"] for row in rows if row}
 
     def has(self, run: Identity) -> bool:
         return key(run) in self._found

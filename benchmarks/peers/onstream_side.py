@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.pairs import EXAMPLE, Pair
+from benchmarks.peers.pairs import EXAMPLE, ModelPair
 from benchmarks.peers.sizes import Size
 
 SETTINGS = EXAMPLE / "onstream.toml"
 RUN = "peers"
 
 
-def overrides(size: Size, pair: Pair, steps: int, seed: int) -> list[str]:
+def overrides(size: Size, pair: ModelPair, steps: int, seed: int) -> list[str]:
     """What differs from the example: lengths and paths, and of the run, its length and seed."""
     given = [f"run.seed={seed}", f"trainer.max_steps={steps}"]
     if pair.problems is None:

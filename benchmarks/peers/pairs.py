@@ -31,7 +31,7 @@ HEAD_DIM = 32
 
 
 @dataclass(frozen=True)
-class Pair:
+class ModelPair:
     """A student and its teacher; `problems` is a file of prompts, where the task makes none."""
 
     student: Path
@@ -39,14 +39,14 @@ class Pair:
     problems: Path | None = None
 
 
-def pair_of(size: Size, directory: Path, packages: Path) -> Pair:
+def pair_of(size: Size, directory: Path, packages: Path) -> ModelPair:
     """The pair of `size`. A random one is made in `directory`, unless it is there.
 
     Its tokenizer is made of a file in `packages`, the site-packages of TRL's environment.
     """
     if size.prompt_tokens is None:
-        return Pair(EXAMPLE / "student", EXAMPLE / "teacher")
-    pair = Pair(
+        return ModelPair(EXAMPLE / "student", EXAMPLE / "teacher")
+    pair = ModelPair(
         directory / "student",
         directory / "teacher",
         directory / f"prompts-{size.prompt_tokens}.jsonl",

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.peers import onstream_side
 from benchmarks.peers.kept_results import Identity, KeptResults, Result
 from benchmarks.peers.measured import EVALUATE_EVERY, Step, rates, way_to_goal
-from benchmarks.peers.pairs import Pair, pair_of, train_prompts
+from benchmarks.peers.pairs import ModelPair, pair_of, train_prompts
 from benchmarks.peers.sizes import EXAMPLE_OFF_POLICY_STEPS, SYNCHRONOUS, Size, TrlForm
 from benchmarks.peers.usage import Usage, UsageWatch
 from onstream.settings.load import load_settings
@@ -53,7 +53,7 @@ class Runner:
         self._kept = kept
         self._environment = environment
         self._tell = tell
-        self._pairs: dict[str, Pair] = {}
+        self._pairs: dict[str, ModelPair] = {}
 
     def trl(self, size: Size, form: TrlForm, steps: int, seed: int, round_: int) -> Result:
         """A run of TRL. The rates alone count of one that is shorter than the size's."""
@@ -101,7 +101,7 @@ class Runner:
         self._tell(title, expected_s, result)
         return result
 
-    def _pair(self, size: Size) -> Pair:
+    def _pair(self, size: Size) -> ModelPair:
         if size.name not in self._pairs:
             environment = self._environment
             self._pairs[size.name] = pair_of(size, environment.pairs, environment.packages)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
@@ -143,4 +143,4 @@ def shown(spread: Spread | None, show: Callable[[float], str]) -> str:
 
 
 def _plain(spreads: Mapping[str, Spread | None]) -> dict[str, dict[str, float] | None]:
-    return {key: spread and vars(spread) for key, spread in spreads.items()}
+    return {key: asdict(spread) if spread else None for key, spread in spreads.items()}

@@ -27,7 +27,7 @@ MIN_LR_SHARE = 0.1
 TOP_K = 4
 
 
-class StepClock(TrainerCallback):
+class TrlStepClock(TrainerCallback):
     """Notes each step's end, and keeps the policies that are evaluated later."""
 
     def __init__(self, rollouts: int, keep_every: int | None) -> None:
@@ -56,7 +56,7 @@ class StepClock(TrainerCallback):
         self._began = time.perf_counter()
 
 
-def counting(trainer: type, clock: StepClock) -> type:
+def counting(trainer: type, clock: TrlStepClock) -> type:
     """`trainer`, which tells `clock` how many tokens its loss reads."""
 
     class CountingTrainer(trainer):  # type: ignore[misc]
@@ -105,7 +105,7 @@ def common_arguments(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def full_vocabulary_trainer(request: dict[str, Any], clock: StepClock, **models: Any) -> Any:
+def full_vocabulary_trainer(request: dict[str, Any], clock: TrlStepClock, **models: Any) -> Any:
     """`DistillationTrainer`. It writes one completion a prompt, so each prompt is there a group."""
     prompts = [prompt for prompt in request["prompts"] for _ in range(request["group"])]
     return counting(DistillationTrainer, clock)(
@@ -116,7 +116,7 @@ def full_vocabulary_trainer(request: dict[str, Any], clock: StepClock, **models:
     )
 
 
-def top_k_trainer(request: dict[str, Any], clock: StepClock, **models: Any) -> Any:
+def top_k_trainer(request: dict[str, Any], clock: TrlStepClock, **models: Any) -> Any:
     """`IWOPDTrainer`, the one with a top-k loss for a teacher in the same process."""
     from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
 
@@ -153,7 +153,7 @@ def main() -> None:
         AutoModelForCausalLM.from_pretrained(request[role], dtype=torch.float32)
         for role in ("student", "teacher")
     )
-    clock = StepClock(request["batch"], request["keep_every"])
+    clock = TrlStepClock(request["batch"], request["keep_every"])
     trainer = TRAINERS[request["form"]["objective"]](
         request, clock, model=student, teacher_model=teacher, processing_class=tokenizer
     )
