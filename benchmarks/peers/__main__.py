@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.peers.kept_results import KeptResults, Result
-from benchmarks.peers.runner import ONSTREAM_SIDES, Environment, Runner
+from benchmarks.peers.runner import ONSTREAM_SIDES, Environment, RunFailed, Runner
 from benchmarks.peers.sizes import SIZES, Size, TrlForm
 from benchmarks.peers.sweep import Tried, best_form
 from benchmarks.peers.table import Rounds, as_json, table_of
@@ -68,7 +68,12 @@ class Benchmark:
             self.rounds.append(self._rounds(size, form))
 
     def _sweep(self, size: Size, steps: int, form: TrlForm) -> Result:
-        return self._runner.trl(size, form, steps, self.options.seeds[0], SWEEP)
+        """A run of the sweep. A form that fails, by a rate too high say, is not the best one."""
+        try:
+            return self._runner.trl(size, form, steps, self.options.seeds[0], SWEEP)
+        except RunFailed as failure:
+            print(f"({size.name}) TRL, {form}: failed; left out.\n{failure}", flush=True)
+            return {"tokens_per_s": 0.0, "failed": str(failure)}
 
     def _rounds(self, size: Size, form: TrlForm) -> Rounds:
         sides = [side for side in size.steps if side in ONSTREAM_SIDES]
@@ -118,7 +123,10 @@ def main() -> None:
     found = environment()
     benchmark = Benchmark(options, found)
     announce(benchmark, found)
-    benchmark.run()
+    try:
+        benchmark.run()
+    except RunFailed as failure:
+        sys.exit(str(failure))
     Console(width=WIDTH).print(table_of(benchmark.rounds))
     print("Medians (least–largest) over the rounds; ratios are taken round by round.")
     if options.json:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +43,10 @@ class Environment:
     pairs: Path
     versions: Mapping[str, Mapping[str, str]]
     """By side: what a kept result depends on."""
+
+
+class RunFailed(Exception):
+    """A run ended with an error; its last lines."""
 
 
 class Runner:
@@ -168,7 +171,7 @@ def watched(command: Sequence[str], variables: Mapping[str, str]) -> Usage:
     """Run `command` to its end; what it and all that it starts used.
 
     Raises:
-        SystemExit: it failed; the last lines of its output are shown.
+        RunFailed: it failed.
     """
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
@@ -185,5 +188,5 @@ def watched(command: Sequence[str], variables: Mapping[str, str]) -> Usage:
         if process.returncode:
             output.seek(0)
             last = output.read().splitlines()[-OUTPUT_LINES:]
-            sys.exit("\n".join([f"{' '.join(command)} failed:", *last]))
+            raise RunFailed("\n".join([f"{' '.join(command)} failed:", *last]))
     return usage

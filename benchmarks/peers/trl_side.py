@@ -64,6 +64,10 @@ def counting(trainer: type, clock: TrlStepClock) -> type:
             mask = inputs.get("completion_mask")
             if mask is None:
                 mask = inputs["labels"] != -100
+                # TRL 1.16 counts tokens before they are written, which gives 0 for prompts alone,
+                # and a loss of infinity.
+                accumulated = self.args.gradient_accumulation_steps
+                named["num_items_in_batch"] = mask.sum() * accumulated
             clock.tokens += int(mask.sum())
             return super().compute_loss(model, inputs, *others, **named)
 
