@@ -89,7 +89,7 @@ class TrainingLoop:
             ScoreRequest(request.prompt_ids, completion.token_ids)
             for request, completion in zip(requests, completions, strict=True)
         ]
-        scores = self.teacher.score(to_score, top_k=self.settings.trainer.loss.teacher_top_k)
+        scores = self.teacher.score(to_score, top_k=self.settings.trainer.loss.most_top_k)
         samples = [
             train_sample(request, completion, score, group=request.key // size)
             for request, completion, score in zip(requests, completions, scores, strict=True)

@@ -15,6 +15,7 @@ from onstream.settings.plan import Plan, make_plan
 from onstream.settings.problems import SettingsProblem
 from onstream.settings.record_sizes import record_sizes
 from onstream.settings.root import Settings
+from onstream.settings.route import external_teacher
 from onstream.settings.rules import warnings_of
 from onstream.settings.sections.client import EndpointSettings
 from onstream.settings.toml import shown, shown_bytes
@@ -93,7 +94,7 @@ def _print_records(settings: Settings, console: Console) -> None:
     tokens = f"{sizes.tokens:,} tokens of prompt, {sizes.tokens:,} of completion"
     console.print("\n[bold]Records[/bold] at their longest (by a formula: docs/delivery.md)")
     for name, count, words in (
-        ("rollout", sizes.rollout_bytes, tokens + f", top-k {sizes.top_k}" * (sizes.top_k > 0)),
+        ("rollout", sizes.rollout_bytes, tokens + _top_k(settings, sizes.top_k)),
         ("batch", sizes.batch_bytes, "in Redis, which takes 30 % more than records"),
         ("window", sizes.window_bytes, f"{sizes.window:,} rollouts that may be under way"),
     ):
@@ -101,6 +102,16 @@ def _print_records(settings: Settings, console: Console) -> None:
     for name, derived in sizes.derived.items():
         if known()[name].value(settings) is None:
             _line(console, f"  {name} is unset: {derived}")
+
+
+def _top_k(settings: Settings, most: int) -> str:
+    """The teacher's likeliest tokens in the records, for the end of a line."""
+    if not most:
+        return ""
+    external = external_teacher(settings) is not None
+    if settings.trainer.loss.teacher_top_k == "auto" and external:
+        return f", top-k {most}, or what the teacher's endpoint gives"
+    return f", top-k {most}"
 
 
 def _print_memory(memory: Mapping[str, str], console: Console) -> None:

@@ -67,7 +67,7 @@ class Setting:
     @property
     def bound(self) -> str:
         """What its value must keep to, or nothing."""
-        return ", ".join(text for item in self.field.metadata for text in _bound_texts(item))
+        return ", ".join(text for item in _constraints(self.field) for text in _bound_texts(item))
 
     @property
     def secret(self) -> bool:
@@ -203,7 +203,10 @@ def _common_base(variants: Mapping[str, type[BaseModel]]) -> type[BaseModel]:
 
 
 def plain_location(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """Where pydantic found an error, without the types of sections, which it puts in the path."""
+    """Where pydantic found an error, without the types that it puts in the path.
+
+    They are those of sections that come in several types, and those that a value may have.
+    """
     plain: list[str | int] = []
     rest = list(location)
     model: type[BaseModel] | None = Settings
@@ -214,7 +217,27 @@ def plain_location(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
         model = section_of(field) if field is not None else None
         if field is not None and rest and rest[0] in variants_of(field):
             model = variants_of(field)[str(rest.pop(0))]
+        elif field is not None and rest and _has_several_types(field):
+            rest.pop(0)
     return tuple(plain)
+
+
+def _has_several_types(field: FieldInfo) -> bool:
+    """Whether a plain value may be of one type or another, beside unset."""
+    kinds = [kind for kind in get_args(field.annotation) if kind is not NoneType]
+    return _is_union(field.annotation) and len(kinds) > 1
+
+
+def _is_union(annotation: Any) -> bool:
+    return get_origin(annotation) is Union or type(annotation).__name__ == "UnionType"
+
+
+def _constraints(field: FieldInfo) -> Iterator[Any]:
+    """What `field` says of its values, and what each of several types says of its own."""
+    yield from field.metadata
+    for kind in get_args(field.annotation):
+        for item in getattr(kind, "__metadata__", ()):
+            yield from getattr(item, "metadata", [item])
 
 
 def _plain(value: Any) -> Any:
@@ -234,7 +257,7 @@ def _type_text(annotation: Any) -> str:
     args = get_args(annotation)
     if origin is Literal:
         return " or ".join(f'"{value}"' for value in args)
-    if origin is Union or type(annotation).__name__ == "UnionType":
+    if _is_union(annotation):
         return " or ".join(_type_text(arg) for arg in args if arg is not NoneType)
     if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
         return f"list of {_type_text(args[0])}"

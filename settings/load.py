@@ -13,7 +13,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from onstream.settings.fields import known
 from onstream.settings.problems import SettingsError, SettingsProblem, field_problem, plain_detail
+from onstream.settings.retired import kept_defaults
 from onstream.settings.root import Settings
 from onstream.settings.rules import problems_of
 from onstream.settings.sources import fragments
@@ -64,7 +66,28 @@ def resolve(
         _merge(values, fragment.values)
         resolved.origins.update(dict.fromkeys(_leaf_names(fragment.values), fragment.origin))
     resolved.settings = _validate(values, resolved)
+    if resolved.settings is not None and not resolved.problems:
+        _keep_defaults(resolved.settings, values, resolved)
     return resolved
+
+
+def _keep_defaults(settings: Settings, values: dict[str, Any], resolved: Resolved) -> None:
+    """Where the run has begun with earlier defaults, and nothing is said of them, go on so."""
+    plan = settings.run_dir / "plan.json"
+    kept = {
+        name: value
+        for name, value in kept_defaults(plan).items()
+        if name not in resolved.origins and known()[name].applies(settings)
+    }
+    for name, value in kept.items():
+        *path, last = name.split(".")
+        nested: Any = {last: value}
+        for part in reversed(path):
+            nested = {part: nested}
+        _merge(values, nested)
+    if kept:
+        resolved.origins.update(dict.fromkeys(kept, str(plan)))
+        resolved.settings = _validate(values, resolved)
 
 
 def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
@@ -123,9 +146,22 @@ def _wrong_part(detail: Mapping[str, Any]) -> tuple[str | int, ...]:
 
 
 def _told_once(details: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`details` less a list said to be too short only because its items were wrong."""
+    """`details` less a list said to be too short only because its items were wrong.
+
+    Where a value may be of several types, there is one for each: they become one.
+    """
     wrong_lists = {detail["loc"][:-1] for detail in details if isinstance(detail["loc"][-1], int)}
-    return [detail for detail in details if detail["loc"] not in wrong_lists]
+    told: dict[tuple[str | int, ...], dict[str, Any]] = {}
+    for detail in details:
+        location = detail["loc"]
+        if location in wrong_lists:
+            continue
+        if location in told:
+            msg = f"{told[location]['msg']} or {detail['msg'].removeprefix('Input should be ')}"
+            told[location] = {**told[location], "msg": msg}
+        else:
+            told[location] = detail
+    return list(told.values())
 
 
 def _remove(values: dict[str, Any], location: tuple[str | int, ...]) -> Iterable[str]:

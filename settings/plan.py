@@ -19,7 +19,7 @@ from onstream.settings.devices import device_of
 from onstream.settings.engines import teacher_engine
 from onstream.settings.fields import Setting, known
 from onstream.settings.paths import given_paths, with_absolute_paths
-from onstream.settings.retired import RETIRED, says_nothing
+from onstream.settings.retired import RETIRED, is_default, says_nothing
 from onstream.settings.root import Settings
 from onstream.settings.route import external_teacher, local_teacher, rollout_teacher, route_of
 from onstream.settings.stages import (
@@ -217,7 +217,7 @@ def _of_another_type(name: str, ours: Plan, theirs: Plan) -> bool:
     if setting is None or not setting.types:
         return False
     values = [plan.run_settings[name] for plan in (ours, theirs) if name in plan.run_settings]
-    return values == [setting.default]
+    return len(values) == 1 and is_default(name, values[0])
 
 
 def refuse_differences(ours: Plan, theirs: Plan) -> None:

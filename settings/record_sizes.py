@@ -96,7 +96,7 @@ def record_sizes(settings: Settings) -> RecordSizes:
     """
     orchestrator = settings.orchestrator
     tokens = longest_completion(settings)
-    top_k = settings.trainer.loss.teacher_top_k if teacher_on(settings) else 0
+    top_k = settings.trainer.loss.most_top_k if teacher_on(settings) else 0
     rollout = longest_rollout(settings, scored=teacher_on(settings))
     batch = ceil(STREAM_OVERHEAD * rollout * orchestrator.batch_size)
     window = (1 + orchestrator.max_off_policy_steps) * orchestrator.batch_size
@@ -124,7 +124,7 @@ def longest_rollout(settings: Settings, *, scored: bool) -> int:
     token = TOKEN_BYTES
     if scored:
         token += SCORE_BYTES
-        if top_k := settings.trainer.loss.teacher_top_k:
+        if top_k := settings.trainer.loss.most_top_k:
             token += ALTERNATIVE_BYTES * top_k + TAIL_BYTES
     return FIXED_BYTES + (PROMPT_TOKEN_BYTES + token) * longest_completion(settings)
 

@@ -1,13 +1,16 @@
-"""Settings of earlier versions, and what takes their place.
+"""Settings of earlier versions, and what takes their place; defaults that have changed since.
 
-A run that an earlier version began has them in its plan and in its `settings.toml`. There they are
-ignored at their default; anywhere else, and at any other value, they are errors.
+A run that an earlier version began has retired settings in its plan and in its `settings.toml`.
+There they are ignored at their default; anywhere else, and at any other value, they are errors. It
+keeps the defaults that it began with.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from onstream.settings.fields import known
@@ -43,6 +46,24 @@ RETIRED: dict[str, RetiredSetting] = {
 }
 
 
+EARLIER_DEFAULTS: dict[str, Any] = {"trainer.loss.teacher_top_k": 0}
+"""What settings of scope `run` were by default in the version before, where that has changed."""
+
+
+def kept_defaults(plan: Path) -> dict[str, Any]:
+    """The settings at earlier defaults in the run's plan at `plan`; none where there is no plan."""
+    try:
+        kept = json.loads(plan.read_bytes())["run_settings"]
+        return {name: was for name, was in EARLIER_DEFAULTS.items() if kept.get(name) == was}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}  # there is none, or one that is told of where it is read
+
+
+def is_default(name: str, value: Any) -> bool:
+    """Whether `value` is the default of the setting `name`, or was in the version before."""
+    return value in (known()[name].default, EARLIER_DEFAULTS.get(name, known()[name].default))
+
+
 def says_nothing(name: str, value: Any) -> bool:
     """Whether `name` is a retired setting, and `value` the default at which it may be ignored."""
     return name in RETIRED and RETIRED[name].default == value
@@ -75,6 +96,6 @@ def without_other_types(values: dict[str, Any]) -> dict[str, Any]:
         if not setting.types or not isinstance(section, dict) or last not in section:
             continue
         other = section.get("type", setting.types[0]) not in setting.types
-        if other and section[last] == setting.default:
+        if other and is_default(setting.name, section[last]):
             del section[last]
     return values

@@ -159,7 +159,7 @@ def teacher_warnings(settings: Settings) -> Iterator[str]:
             f"The teacher is the student's own starting model ({settings.model.name}) and no "
             f"rewards are read ({loss.REWARD_SETTING}): nothing to learn."
         )
-    if loss.teacher_top_k > 0 and not loss.needs_teacher:
+    if loss.most_top_k > 0 and not loss.needs_teacher:
         yield (
             f"trainer.loss.teacher_top_k = {loss.teacher_top_k} has no effect: the loss needs no "
             f"teacher ({loss.TEACHER_SETTING})."

@@ -15,6 +15,9 @@ from onstream.settings.base import RUN, Section, Unit
 
 Need = Literal["generator_logprobs", "teacher_logprobs", "reward"]
 
+AUTO_TOP_K = 8
+"""How many of the teacher's likeliest tokens `"auto"` asks for. docs/objective.md has the table."""
+
 
 class LossSettings(Section):
     """What a training step minimises; docs/objective.md has the formulas."""
@@ -77,6 +80,11 @@ class LossSettings(Section):
         return False
 
     @property
+    def lowers_variance(self) -> bool:
+        """Whether its sampled teacher term is taken less a baseline from the step's others."""
+        return False
+
+    @property
     def unit(self) -> Literal["group", "rollout"]:
         """What trains as one: a group, whose mean reward is the baseline, or a rollout alone."""
         return "group" if self.needs_reward else "rollout"
@@ -90,10 +98,14 @@ class LossSettings(Section):
 class RolloutLoss(LossSettings):
     """What losses share that can read the teacher and rewards."""
 
-    teacher_top_k: Annotated[int, RUN, Unit("tokens"), Field(ge=0, le=1024)] = 0
+    teacher_top_k: Annotated[
+        Literal["auto"] | Annotated[int, Field(ge=0, le=1024)], RUN, Unit("tokens")
+    ] = "auto"
     """The teacher sends its k likeliest tokens of each position. With k > 0 the teacher term of
     `rl` is the `teacher_divergence` over them and one tail bin, differentiated; with 0 it is the
-    sampled token's reverse KL."""
+    sampled token's reverse KL. `auto`: 8 with `rl`, fewer where the teacher's endpoint gives fewer;
+    where it gives none, the sampled term less a baseline, which lowers its variance. 0 with
+    `custom`."""
     teacher_tail_floor: Annotated[float, RUN, Unit("probability"), Field(gt=0, lt=1)] = 1e-6
     """Least probability of the tail bin, where an endpoint gives only the top k and their sum comes
     to 1 or more.
@@ -102,9 +114,18 @@ class RolloutLoss(LossSettings):
     """Divide a group's advantages by the standard deviation of its rewards."""
 
     @property
+    def most_top_k(self) -> int:
+        """The most of the teacher's likeliest tokens that are asked for; 0: none."""
+        return 0 if self.teacher_top_k == "auto" else self.teacher_top_k
+
+    @property
     def needs_top_k(self) -> bool:
-        """Whether it reads the teacher's likeliest tokens."""
-        return self.needs_teacher and self.teacher_top_k > 0
+        """Whether it reads the teacher's likeliest tokens, where there are some."""
+        return self.needs_teacher and self.most_top_k > 0
+
+    def least_top_k(self, temperature: float) -> int:
+        """How many of them it needs at least, of what was sampled at `temperature`."""
+        return self.most_top_k if self.needs_top_k else 0
 
 
 class RlLoss(RolloutLoss):
@@ -166,11 +187,27 @@ class RlLoss(RolloutLoss):
     @property
     def needs_temperature_1(self) -> bool:
         # The teacher judges at temperature 1, and the sampled term estimates nothing at another.
-        return self.needs_teacher and self.teacher_top_k == 0
+        return self.needs_teacher and self.most_top_k == 0
 
     @property
     def needs_bins(self) -> bool:
         return self.needs_teacher and self.teacher_divergence != "reverse"
+
+    @property
+    def most_top_k(self) -> int:
+        if self.teacher_top_k == "auto":
+            return AUTO_TOP_K if self.needs_teacher else 0
+        return self.teacher_top_k
+
+    def least_top_k(self, temperature: float) -> int:
+        if self.teacher_top_k != "auto":
+            return super().least_top_k(temperature)
+        # The sampled term takes the place of the likeliest tokens where it can.
+        return int(self.needs_bins or (self.needs_teacher and temperature != 1))
+
+    @property
+    def lowers_variance(self) -> bool:
+        return self.needs_teacher and self.teacher_top_k == "auto"
 
 
 class SftLoss(LossSettings):
@@ -182,7 +219,13 @@ class SftLoss(LossSettings):
     teacher_top_k: ClassVar[int] = 0
     teacher_tail_floor: ClassVar[float] = 1.0
     normalize_advantage: ClassVar[bool] = False
+    reverse_kl_clip: ClassVar[None] = None
+    most_top_k: ClassVar[int] = 0
     needs_top_k: ClassVar[bool] = False
+
+    def least_top_k(self, temperature: float) -> int:
+        """None: it reads no teacher."""
+        return 0
 
     @property
     def reads_generator(self) -> bool:
@@ -217,6 +260,8 @@ class CustomLoss(RolloutLoss):
     needs: Annotated[tuple[Need, ...], RUN] = ()
     """What the function reads: `generator_logprobs`, `teacher_logprobs` or `reward`, in a list. A
     teacher and verifiers run only where they are needed."""
+
+    reverse_kl_clip: ClassVar[None] = None  # a setting of `rl`
 
     TEACHER_SETTING = "trainer.loss.needs"
     REWARD_SETTING = "trainer.loss.needs"

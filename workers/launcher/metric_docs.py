@@ -108,6 +108,12 @@ _STEP = (
     ),
     MetricField("masked_share", "share", "Of the tokens, those that `keep` drops."),
     MetricField(
+        "teacher_top_k",
+        "tokens",
+        "Of the teacher's likeliest tokens, those that a token was trained with, on average: 0 in "
+        "the sampled form. Between two whole numbers some endpoint gives fewer than another.",
+    ),
+    MetricField(
         "tail_floored_share",
         "share",
         "Of the tokens, those whose tail was floored, with `teacher_top_k`.",

@@ -62,7 +62,7 @@ def model_arguments(settings: Settings, context: int) -> list[str]:
         "--tensor-parallel-size": max(1, make_plan(settings).teacher_server),
         "--max-model-len": context,
         "--dtype": dtype,
-        "--max-logprobs": max(MAX_LOGPROBS, settings.trainer.loss.teacher_top_k),
+        "--max-logprobs": max(MAX_LOGPROBS, settings.trainer.loss.most_top_k),
     }
     share = None if cpu else memory_share(settings, "teacher")
     if share is not None:

@@ -45,7 +45,7 @@ class Teacher:
         self.stats = Stats()
         self._settings = settings
         self._load = load or partial(_load_local, bus=bus)
-        self._top_k = settings.trainer.loss.teacher_top_k
+        self._top_k = settings.trainer.loss.most_top_k
         # By group, in the order in which the groups came.
         self._in_hand: dict[int, list[Delivery]] = {}
 

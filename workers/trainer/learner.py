@@ -57,6 +57,7 @@ LEARNER_METRICS = (
     "loss_kl",
     "teacher_kl",
     "teacher_kl_k3",
+    "teacher_top_k",
     "entropy",
     "ratio_mean",
     "ratio_max",

@@ -126,7 +126,7 @@ class Training:
             ahead=learner.prepares_ahead,
         )
         self._most_bad = settings.trainer.max_bad_rollouts
-        self._normalize = settings.trainer.loss.normalize_advantage
+        self._loss = settings.trainer.loss
         self._waiting: deque[TimedRecord] = deque()
         self._images: FeatureCache | None = None
         if learner.vision and images:
@@ -251,9 +251,7 @@ class Training:
         return left
 
     def _samples(self, batch: list[TrainableUnit]) -> list[TrainSample]:
-        return training_samples(
-            batch, self._decoder.samples, normalize=self._normalize, version=self.step
-        )
+        return training_samples(batch, self._decoder.samples, self._loss, version=self.step)
 
     def _features(self, samples: Sequence[TrainSample]) -> Features:
         """The images that `samples` show."""

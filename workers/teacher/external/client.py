@@ -42,11 +42,11 @@ class TeacherClient:
         self.student = load_student_info(settings)
         if teacher.model.name != settings.model.name and not local_teacher_configured(settings):
             check_own_end(self.student.model)
-        self.top_k = min(
-            settings.trainer.loss.teacher_top_k, self.student.model.vocabulary_size - 1
-        )
+        loss = settings.trainer.loss
+        most = min(loss.most_top_k, self.student.model.vocabulary_size - 1)
+        least = loss.least_top_k(settings.inference.sampling.temperature)
         self._check = EndpointCheck(
-            self.student, teacher, self.top_k, arguments_of(teacher.model, settings)
+            self.student, teacher, most, min(least, most), arguments_of(teacher.model, settings)
         )
         self._replies: queue.SimpleQueue[SampleReply] = queue.SimpleQueue()
         self._thread = EventLoopThread()
@@ -69,9 +69,14 @@ class TeacherClient:
         """How the teacher scores the check's text; None until an endpoint has passed the check."""
         return self._check.reference
 
+    @property
+    def top_k(self) -> int:
+        """How many of the likeliest tokens the endpoint gives that gives most."""
+        return self._check.top_k
+
     def send(self, entry_id: bytes, at: int, request: ScoreRequest) -> None:
         """Ask about sample `at` of the rollout in `entry_id`; the reply comes by `replies`."""
-        work = self.pool.ask(lambda endpoint: endpoint.score(request, self.name, self.top_k))
+        work = self.pool.ask(lambda endpoint: endpoint.score(request, self.name))
         future = self._thread.submit(work)
         future.add_done_callback(lambda done: self._replies.put(SampleReply(entry_id, at, done)))
 

@@ -44,16 +44,18 @@ SECTION = "orchestrator.teacher_model"
 class TeacherEndpoint(Endpoint):
     """A server that scores.
 
-    The check at the start fills in `protocol`, and `context_tokens` where the server says them.
+    The check at the start fills in `protocol`, `top_k`, and `context_tokens` where the server says
+    them.
     """
 
     def __init__(self, base_url: str, http: httpx.AsyncClient, timeout_s: float) -> None:
         super().__init__(base_url, http, timeout_s)
         self.protocol: TeacherProtocol | None = None
+        self.top_k = 0
         self.context_tokens: int | None = None
 
-    async def score(self, request: ScoreRequest, model: str, top_k: int) -> Scores:
-        """The scores of `request`.
+    async def score(self, request: ScoreRequest, model: str) -> Scores:
+        """The scores of `request`, with the `top_k` likeliest tokens.
 
         Raises:
             EndpointFault: the server failed, and the request is not the cause.
@@ -71,8 +73,8 @@ class TeacherEndpoint(Endpoint):
                 f"{request.tokens} tokens, and one that scoring takes, "
                 f"exceed its context of {self.context_tokens}"
             )
-        reply = await self.post(self.protocol.path, self.protocol.body(model, request, top_k))
-        return self.protocol.scores(reply, request, top_k)
+        reply = await self.post(self.protocol.path, self.protocol.body(model, request, self.top_k))
+        return self.protocol.scores(reply, request, self.top_k)
 
 
 @dataclass(frozen=True)
@@ -80,28 +82,32 @@ class Tried:
     """A protocol that works at an endpoint, and what it gave for the check's text."""
 
     protocol: TeacherProtocol
+    top_k: int
     scores: Scores
     texts: dict[int, str]
 
 
 @dataclass
 class EndpointCheck:
-    """Checks that an endpoint can be this run's teacher, which gives the `top_k` likeliest tokens.
+    """Checks that an endpoint can be this run's teacher.
 
-    Its chat template is rendered with `template_arguments`.
+    It is asked for as many of the likeliest tokens as it gives, up to `most_top_k`; one that gives
+    fewer than `least_top_k` is refused. Its chat template is rendered with `template_arguments`.
 
     `reference` is how the first endpoint that passed scored the check's text. The others, and
-    whatever comes back, must score it alike.
+    whatever comes back, must score it alike. `top_k` is what the one that gives most gives.
     """
 
     student: StudentInfo
     teacher: TeacherModelSettings
-    top_k: int
+    most_top_k: int
+    least_top_k: int
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     reference: Logprobs | None = None
+    top_k: int = 0
 
     async def __call__(self, endpoint: TeacherEndpoint) -> None:
-        """Check `endpoint`, and fill in its protocol and context.
+        """Check `endpoint`, and fill in its protocol, its context and what it gives.
 
         Raises:
             UserError: it answers, and cannot be this run's teacher.
@@ -118,6 +124,7 @@ class EndpointCheck:
         nats = distance(self.reference, logprobs)
         if nats > ALIKE_NATS:
             raise _other_weights(endpoint, nats, ALIKE_NATS, self._model)
+        self.top_k = max(self.top_k, endpoint.top_k)
 
     async def _check(self, endpoint: TeacherEndpoint) -> Logprobs:
         listed = {}
@@ -134,8 +141,9 @@ class EndpointCheck:
         await self._check_context(endpoint, tried.protocol, context)
         await self._check_repeatable(endpoint, tried)
         if self.student.image_request is not None:
-            await self._check_images(endpoint, tried.protocol, self.student.image_request)
+            await self._check_images(endpoint, tried, self.student.image_request)
         endpoint.protocol = tried.protocol
+        endpoint.top_k = tried.top_k
         endpoint.context_tokens = context
         return tried.scores.logprobs
 
@@ -144,35 +152,40 @@ class EndpointCheck:
         return self.teacher.model.name
 
     async def _choose_protocol(self, endpoint: TeacherEndpoint) -> Tried:
-        """The first protocol that gives a prompt's logprobs and the `top_k` likeliest tokens."""
+        """The protocol that gives most of the likeliest tokens, of several the first."""
         refusals: dict[str, EndpointError] = {}
+        best: TeacherProtocol | None = None
         most = -1  # likeliest tokens that some protocol gives; -1 while none gives logprobs
         for protocol in load_variants(self.teacher.client.protocol):
             try:
-                most = max(most, await self._most_likeliest(endpoint, protocol))
+                given = await self._most_likeliest(endpoint, protocol)
             except EndpointError as fault:
                 if fault.status is None and not isinstance(fault, BadReply):
                     raise
                 refusals.setdefault(protocol.name, fault)
                 continue
-            if most >= self.top_k:
-                request = self.student.check_request
-                return await self._ask(endpoint, protocol, request, self.top_k)
-        if most >= 0:
-            raise _too_few_likeliest(endpoint, self.top_k, most)
-        raise _no_logprobs(endpoint, refusals)
+            if given > most:
+                best = protocol
+                most = given
+            if most >= self.most_top_k:
+                break
+        if best is None:
+            raise _no_logprobs(endpoint, refusals)
+        if most < self.least_top_k:
+            raise _too_few_likeliest(endpoint, self.most_top_k, self.least_top_k, most)
+        return await self._ask(endpoint, best, self.student.check_request, most)
 
     async def _most_likeliest(self, endpoint: TeacherEndpoint, protocol: TeacherProtocol) -> int:
-        """The most likeliest tokens that `protocol` gives here, up to `top_k`, found by halving.
+        """The most likeliest tokens that `protocol` gives here, up to `most_top_k`, by halving.
 
         Raises:
             EndpointFault, RequestRefused: it gives no logprobs at all.
         """
-        if self.top_k and await self._gives(endpoint, protocol, self.top_k):
-            return self.top_k
+        if self.most_top_k and await self._gives(endpoint, protocol, self.most_top_k):
+            return self.most_top_k
         await self._ask(endpoint, protocol, self.student.check_request, 0)
         given = 0
-        refused = max(1, self.top_k)
+        refused = max(1, self.most_top_k)
         while refused - given > 1:
             middle = (given + refused) // 2
             if await self._gives(endpoint, protocol, middle):
@@ -203,7 +216,7 @@ class EndpointCheck:
     ) -> Tried:
         reply = await endpoint.post(protocol.path, protocol.body(self._model, request, top_k))
         scores = protocol.scores(reply, request, top_k)
-        return Tried(protocol, scores, protocol.texts(reply, request))
+        return Tried(protocol, top_k, scores, protocol.texts(reply, request))
 
     async def _texts(self, endpoint: TeacherEndpoint, protocol: TeacherProtocol) -> dict[int, str]:
         """The texts of the check's tokens, by the variant of `protocol` that gives them, if any."""
@@ -232,21 +245,22 @@ class EndpointCheck:
 
     async def _check_repeatable(self, endpoint: TeacherEndpoint, first: Tried) -> None:
         request = self.student.check_request
-        again = await self._ask(endpoint, first.protocol, request, self.top_k)
+        again = await self._ask(endpoint, first.protocol, request, first.top_k)
         nats = distance(first.scores.logprobs, again.scores.logprobs)
         if nats > SAME_NATS:
             raise _not_repeatable(endpoint, nats, SAME_NATS)
 
     async def _check_images(
-        self, endpoint: TeacherEndpoint, protocol: TeacherProtocol, request: ScoreRequest
+        self, endpoint: TeacherEndpoint, tried: Tried, request: ScoreRequest
     ) -> None:
         """Check that it scores a prompt with an image, of which it makes the student's tokens."""
+        protocol = tried.protocol
         try:
             if not protocol.carries_images:
                 raise RequestRefused(
                     f"the protocol is {protocol.name}, which sends token ids alone"
                 )
-            await self._ask(endpoint, protocol, request, self.top_k)
+            await self._ask(endpoint, protocol, request, tried.top_k)
         except RequestRefused as refusal:
             raise _no_images(endpoint, refusal) from refusal
 
@@ -277,13 +291,21 @@ def _not_repeatable(endpoint: Endpoint, nats: float, bound: float) -> UserError:
     )
 
 
-def _too_few_likeliest(endpoint: Endpoint, top_k: int, most: int) -> UserError:
-    """It gives fewer likeliest tokens than `trainer.loss.teacher_top_k`."""
+def _too_few_likeliest(endpoint: Endpoint, asked: int, least: int, most: int) -> UserError:
+    """It gives `most` of the likeliest tokens; `asked` were asked for, and `least` are needed."""
     gives = "no likeliest tokens beside the one asked for"
     if most:
         gives = f"the {most} likeliest tokens of a position at most"
+    if least < asked:
+        return UserError(
+            f"the teacher at {endpoint.name} gives {gives}",
+            expected="at least 1: at another temperature than 1, and with another "
+            'trainer.loss.teacher_divergence than "reverse", the sampled token does not do',
+            next_step="Raise the server's own limit (vLLM: --max-logprobs), or set "
+            'inference.sampling.temperature = 1.0 and teacher_divergence = "reverse".',
+        )
     return UserError(
-        f"trainer.loss.teacher_top_k = {top_k}, but the teacher at {endpoint.name} gives {gives}",
+        f"trainer.loss.teacher_top_k = {asked}, but the teacher at {endpoint.name} gives {gives}",
         expected=f"teacher_top_k ≤ {most}, or a server that gives more",
         next_step=f"Set trainer.loss.teacher_top_k = {most}, or raise the server's own limit "
         "(vLLM: --max-logprobs).",

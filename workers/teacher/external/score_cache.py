@@ -42,13 +42,11 @@ class ScoreCache:
         most: int,
         *,
         teacher: str,
-        top_k: int,
         check_request: ScoreRequest,
         reference: Logprobs,
     ) -> None:
         self._store = store
         self._most = most
-        self._top_k = top_k
         if most:
             name = _digest(teacher.encode(), ids_bytes(check_request.completion_ids))
             noted = store.teacher_check(name)
@@ -57,24 +55,28 @@ class ScoreCache:
                 store.note_teacher_check(name, noted)
             self._teacher = _digest(name, noted)
 
-    def find(self, requests: Sequence[ScoreRequest]) -> list[Scores | None]:
-        """The scores that each of `requests` got before, or None."""
+    def find(self, requests: Sequence[ScoreRequest], top_k: int) -> list[Scores | None]:
+        """The scores with the `top_k` likeliest tokens that `requests` got before, each or None."""
         if not self._most:
             return [None] * len(requests)
-        kept = self._store.recall([self._key(request) for request in requests])
-        return [None if value is None else self._scores(value) for value in kept]
+        kept = self._store.recall([self._key(request, top_k) for request in requests])
+        return [None if value is None else _scores(value, top_k) for value in kept]
 
     def keep(self, scored: Sequence[tuple[ScoreRequest, Scores]]) -> None:
         """Keep scores for later."""
         if self._most:
             self._store.keep(
-                [(self._key(request), _value(scores)) for request, scores in scored], self._most
+                [
+                    (self._key(request, _top_k(scores)), _value(scores))
+                    for request, scores in scored
+                ],
+                self._most,
             )
 
-    def _key(self, request: ScoreRequest) -> bytes:
+    def _key(self, request: ScoreRequest, top_k: int) -> bytes:
         # The token ids of an image are the same for all images, so digests belong to the key.
         images = [digest.encode() for digest in request.images]
-        split = f"{self._top_k} {len(request.prompt_ids)}".encode()
+        split = f"{top_k} {len(request.prompt_ids)}".encode()
         return _digest(
             self._teacher,
             split,
@@ -83,16 +85,21 @@ class ScoreCache:
             *images,
         )
 
-    def _scores(self, value: bytes) -> Scores:
-        kept = _decoder.decode(value)
-        if kept.top_ids is None or kept.top_logprobs is None:
-            return Scores(logprobs_array(kept.logprobs))
-        shape = (-1, self._top_k)
-        return Scores(
-            logprobs_array(kept.logprobs),
-            ids_array(kept.top_ids).reshape(shape),
-            logprobs_array(kept.top_logprobs).reshape(shape),
-        )
+
+def _scores(value: bytes, top_k: int) -> Scores:
+    kept = _decoder.decode(value)
+    if kept.top_ids is None or kept.top_logprobs is None:
+        return Scores(logprobs_array(kept.logprobs))
+    shape = (-1, top_k)
+    return Scores(
+        logprobs_array(kept.logprobs),
+        ids_array(kept.top_ids).reshape(shape),
+        logprobs_array(kept.top_logprobs).reshape(shape),
+    )
+
+
+def _top_k(scores: Scores) -> int:
+    return 0 if scores.top_ids is None else scores.top_ids.shape[1]
 
 
 def _value(scores: Scores) -> bytes:

@@ -185,13 +185,12 @@ class ExternalTeacher:
                 self._bus.scores,
                 self._settings.orchestrator.score_cache,
                 teacher=self._client.name,
-                top_k=self._client.top_k,
                 check_request=self._client.student.check_request,
                 reference=self._client.reference,
             )
         if self._cache is None:
             return [None] * len(requests)
-        return self._cache.find(requests)
+        return self._cache.find(requests, self._client.top_k)
 
     def _send(self) -> None:
         """Ask about every rollout that the budget allows."""

@@ -70,7 +70,7 @@ def load_vllm(settings: Settings, images: FetchImages = no_images) -> VllmScorer
         images=RequestImages(settings, student_config, images) if reads_images else None,
     )
     try:
-        scorer.score([TRIAL], top_k=settings.trainer.loss.teacher_top_k)
+        scorer.score([TRIAL], top_k=settings.trainer.loss.most_top_k)
     except Exception as error:  # of whatever kind: vLLM failed, or its processes ended
         scorer.close()
         raise UserError(

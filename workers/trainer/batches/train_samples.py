@@ -19,16 +19,20 @@ from onstream.pipeline.records import Ids, Logprobs, Mask, Rollout, Sample, Work
 from onstream.settings.sections.losses import Loss
 from onstream.settings.sections.orchestrator import VerificationSettings
 from onstream.workers.trainer.batches.batch_builder import TrainableUnit
-from onstream.workers.trainer.maths.scalars import group_advantages, token_staleness
+from onstream.workers.trainer.maths.scalars import (
+    group_advantages,
+    teacher_baselines,
+    token_staleness,
+)
 
 
 @dataclass
 class TrainSample:
     """One prompt and completion with all that its loss reads.
 
-    P prompt tokens, C completion tokens, k teacher alternatives. Logprobs are in nats: the
-    generator's at the sampling temperature, the teacher's at temperature 1. No loss reads
-    `staleness`; it is for the metrics.
+    P prompt tokens, C completion tokens, k teacher alternatives; the k of two samples may differ.
+    Logprobs are in nats: the generator's at the sampling temperature, the teacher's at temperature
+    1. No loss reads `staleness`; it is for the metrics.
     """
 
     prompt_ids: Ids  # [P]
@@ -40,6 +44,7 @@ class TrainSample:
     teacher_top_logprobs: Logprobs | None = None  # [C, k]
     teacher_tail_logprobs: Logprobs | None = None  # [C], None where an endpoint gave only the top k
     advantage: float = 0.0
+    teacher_baseline: float = 0.0  # nats: the sampled reverse KL of the step's other samples
     group: int = 0
     temperature: float = 1.0
     staleness: Ids | None = None  # [C], steps; UNWRITTEN where no policy wrote
@@ -53,7 +58,8 @@ class LossFields:
     generator: bool
     teacher: bool  # where a sample has them
     teacher_needed: bool
-    top_k: int  # the teacher's likeliest tokens of each position; 0: none
+    top_k: int  # the most of the teacher's likeliest tokens of each position; 0: none
+    least_top_k: Callable[[float], int]  # the least, by the temperature of sampling
 
     @classmethod
     def of(cls, loss: Loss) -> LossFields:
@@ -62,7 +68,8 @@ class LossFields:
             generator=loss.reads_generator,
             teacher=loss.reads_teacher,
             teacher_needed=loss.needs_teacher,
-            top_k=loss.teacher_top_k if loss.needs_top_k else 0,
+            top_k=loss.most_top_k if loss.needs_top_k else 0,
+            least_top_k=loss.least_top_k,
         )
 
 
@@ -154,26 +161,79 @@ def _decoded(rollout: Rollout, *, group_size: int, check: Callable[[TrainSample]
 def training_samples(
     batch: Sequence[TrainableUnit],
     decoded: Mapping[int, list[TrainSample]],
+    loss: Loss,
     *,
-    normalize: bool,
     version: int,
 ) -> list[TrainSample]:
     """The samples of the live rollouts of `batch`, each with its rollout's advantage in its unit.
 
     `decoded` has them by number. The weights of `version` take the step; the staleness of the
-    tokens counts from it.
+    tokens counts from it. Where `loss` lowers its variance, and a sample has none of the teacher's
+    alternatives, each has the baseline of its teacher term.
     """
-    samples = []
+    rollouts = []
     for unit in batch:
         rewards = [rollout.reward for rollout in unit.rollouts]
-        advantages = group_advantages(rewards, normalize=normalize)
+        advantages = group_advantages(rewards, normalize=loss.normalize_advantage)
         for rollout, advantage in zip(unit.rollouts, advantages, strict=True):
+            samples = []
             for sample, one in zip(rollout.samples, decoded[rollout.number], strict=True):
                 staleness = token_staleness(sample.version_spans, len(one.loss_mask), version)
                 samples.append(
                     replace(one, advantage=advantage, staleness=np.array(staleness, dtype=np.int32))
                 )
+            rollouts.append(samples)
+    samples = [sample for own in rollouts for sample in own]
+    if loss.lowers_variance and any(sample.teacher_top_ids is None for sample in samples):
+        return _with_baselines(rollouts, loss.reverse_kl_clip)
     return samples
+
+
+def _with_baselines(
+    rollouts: Sequence[Sequence[TrainSample]], clip: float | None
+) -> list[TrainSample]:
+    """The samples of `rollouts`, each with the teacher's baseline by the other rollouts."""
+    baselines = teacher_baselines([_trained_logprobs(samples) for samples in rollouts], clip)
+    return [
+        replace(sample, teacher_baseline=baseline)
+        for samples, baseline in zip(rollouts, baselines, strict=True)
+        for sample in samples
+    ]
+
+
+def _trained_logprobs(samples: Sequence[TrainSample]) -> tuple[Logprobs, Logprobs]:
+    """The generator's and the teacher's logprobs of the tokens of `samples` in the loss mask."""
+    mask = np.concatenate([sample.loss_mask for sample in samples]).astype(bool)
+    generator = np.concatenate([sample.generator_logprobs for sample in samples])
+    # There in each: a loss with such a baseline needs them, and they have been checked.
+    teacher = np.concatenate([_present(sample.teacher_logprobs) for sample in samples])
+    return generator[mask], teacher[mask]
+
+
+def with_equal_top(samples: Sequence[TrainSample]) -> tuple[list[Ids], list[Logprobs]] | None:
+    """The ids and logprobs [C, k] of each sample's likeliest tokens, with the largest of their k.
+
+    Where a sample has fewer, the rest of its ids are any, and the logprobs NaN. None where no
+    sample has any.
+    """
+    given = [one.teacher_top_ids for one in samples if one.teacher_top_ids is not None]
+    if not given:
+        return None
+    most = max(ids.shape[1] for ids in given)
+    all_ids = []
+    all_logprobs = []
+    for sample in samples:
+        ids = sample.teacher_top_ids
+        logprobs = sample.teacher_top_logprobs
+        if ids is None or logprobs is None:
+            ids = np.empty((len(sample.completion_ids), 0), dtype=np.int32)
+            logprobs = ids.astype(np.float32)
+        missing = ((0, 0), (0, most - ids.shape[1]))
+        all_ids.append(np.pad(ids, missing) if missing[1][1] else ids)
+        all_logprobs.append(
+            np.pad(logprobs, missing, constant_values=np.nan) if missing[1][1] else logprobs
+        )
+    return all_ids, all_logprobs
 
 
 def worst_rollouts(
@@ -244,7 +304,7 @@ def check_sample(sample: TrainSample, fields: LossFields, vocabulary: int) -> No
     """
     _check_ids(sample, vocabulary)
     if fields.top_k:
-        _check_top(sample, min(fields.top_k, vocabulary - 1), vocabulary)
+        _check_top(sample, fields, vocabulary)
     for name in _logprobs_read(sample, fields):
         _check_logprobs(sample, name, getattr(sample, name))
 
@@ -256,7 +316,7 @@ def _logprobs_read(sample: TrainSample, fields: LossFields) -> list[str]:
         read.append("generator_logprobs")
     if fields.teacher_needed or (fields.teacher and sample.teacher_logprobs is not None):
         read.append("teacher_logprobs")
-    if fields.top_k:
+    if fields.top_k and sample.teacher_top_ids is not None:
         read.append("teacher_top_logprobs")
         if sample.teacher_tail_logprobs is not None:
             read.append("teacher_tail_logprobs")
@@ -280,15 +340,33 @@ def _check_ids(sample: TrainSample, vocabulary: int) -> None:
         _check_in_vocabulary(sample, "the token ids", ids, vocabulary)
 
 
-def _check_top(sample: TrainSample, top_k: int, vocabulary: int) -> None:
-    expected = (len(sample.completion_ids), top_k)
-    for name in ("teacher_top_ids", "teacher_top_logprobs"):
-        found = getattr(sample, name)
-        if found is None or found.shape != expected:
+def _present(logprobs: Logprobs | None) -> Logprobs:
+    assert logprobs is not None
+    return logprobs
+
+
+def _check_top(sample: TrainSample, fields: LossFields, vocabulary: int) -> None:
+    tokens = len(sample.completion_ids)
+    most = min(fields.top_k, vocabulary - 1)
+    least = min(fields.least_top_k(sample.temperature), most)
+    ids = sample.teacher_top_ids
+    logprobs = sample.teacher_top_logprobs
+    if ids is None and logprobs is None and not least:
+        return
+    fits = [(tokens, k) for k in range(max(1, least), most + 1)]
+    for name, found in (("teacher_top_ids", ids), ("teacher_top_logprobs", logprobs)):
+        if (
+            found is None
+            or found.shape not in fits
+            or (ids is not None and found.shape != ids.shape)
+        ):
             shape = getattr(found, "shape", None)
-            raise ValueError(f"{_name(sample)} has {name} of shape {shape}; expected {expected}")
-    assert sample.teacher_top_ids is not None
-    _check_in_vocabulary(sample, "teacher_top_ids", sample.teacher_top_ids, vocabulary)
+            fewer = "" if least == most else f", or fewer from {max(1, least)} on"
+            raise ValueError(
+                f"{_name(sample)} has {name} of shape {shape}; expected {(tokens, most)}{fewer}"
+            )
+    assert ids is not None
+    _check_in_vocabulary(sample, "teacher_top_ids", ids, vocabulary)
 
 
 def _check_in_vocabulary(sample: TrainSample, what: str, ids: Ids, vocabulary: int) -> None:

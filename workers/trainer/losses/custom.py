@@ -102,7 +102,7 @@ def _made_up(settings: CustomLoss) -> LossInputs:
     if settings.needs_teacher:
         inputs["teacher_logprobs"] = sampled + 0.05
     if settings.needs_top_k:
-        k = settings.teacher_top_k
+        k = settings.most_top_k
         likeliest = torch.full((_TOKENS, k), 0.9 / k).log()
         tail = torch.full((_TOKENS,), 0.1).log()
         inputs |= {

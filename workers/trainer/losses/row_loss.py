@@ -19,7 +19,11 @@ from torch import Tensor
 from onstream.pipeline.models.forward import on_device
 from onstream.pipeline.models.packing import SharedPrefixRow
 from onstream.pipeline.records import Ids, Logprobs
-from onstream.workers.trainer.batches.train_samples import LossFields, TrainSample
+from onstream.workers.trainer.batches.train_samples import (
+    LossFields,
+    TrainSample,
+    with_equal_top,
+)
 from onstream.workers.trainer.chunked_loss import TargetTokens, TrainerLogprobs
 from onstream.workers.trainer.maths.loss import (
     LossFunction,
@@ -218,6 +222,7 @@ class RowLoss:
             advantage=tokens.advantage[at],
             generator_logprobs=_part(tokens.generator_logprobs, at),
             teacher_logprobs=_part(tokens.teacher_logprobs, at),
+            teacher_baseline=_part(tokens.teacher_baseline, at),
             teacher_top_logprobs=_part(tokens.teacher_top, at),
             teacher_tail_logprobs=self._teacher_tail(at),
             trainer_top_logprobs=trainer.top,
@@ -238,7 +243,12 @@ class RowLoss:
         if inputs.teacher_logprobs is None:
             return
         kl = reverse_kl(inputs.trainer_logprobs_unscaled, inputs.teacher_logprobs)
-        self._step.metrics.add({"teacher_kl": kl, "teacher_kl_k3": reverse_kl_k3(kl)})
+        top_k = torch.zeros_like(kl)
+        if inputs.teacher_top_logprobs is not None:
+            top_k = (~inputs.teacher_top_logprobs.isnan()).sum(-1).to(kl.dtype)
+        self._step.metrics.add(
+            {"teacher_kl": kl, "teacher_kl_k3": reverse_kl_k3(kl), "teacher_top_k": top_k}
+        )
 
     def _add_mismatch(self, inputs: LossInputs, at: slice) -> None:
         if inputs.generator_logprobs is None:
@@ -264,7 +274,8 @@ class RowTokens:
     generator_logprobs: Tensor | None  # [N]
     advantage: Tensor  # [N]
     teacher_logprobs: Tensor | None  # [N]
-    teacher_top: Tensor | None  # [N, k]
+    teacher_baseline: Tensor | None  # [N]
+    teacher_top: Tensor | None  # [N, k], NaN where a token has fewer
     teacher_tail: Tensor | None  # [N], NaN where it is to be computed from the top k
     staleness: Tensor  # [N]
     ages: tuple[int, ...]  # every staleness that a token has, of those that a policy wrote
@@ -279,14 +290,16 @@ def gather_tokens(
     """What a loss that reads `fields` is given of `samples`, in the order of the row's targets."""
     row = _Row(packed, [samples[place] for place in packed.sequences], device)
     staleness = row.concatenated([_staleness(sample) for sample in row.samples])
+    top = with_equal_top(row.samples) if fields.top_k else None
     return RowTokens(
         kept=None if row.mask.all() else on_device(row.mask.nonzero()[0], device),
-        targets=_targets(row, fields),
+        targets=_targets(row, fields, None if top is None else row.tensor(top[0]).long()),
         generator_logprobs=_generator_logprobs(row, fields),
         advantage=row.repeated([sample.advantage for sample in row.samples]),
         teacher_logprobs=_teacher_logprobs(row, fields),
-        teacher_top=_teacher_top(row, fields),
-        teacher_tail=_teacher_tail(row, fields),
+        teacher_baseline=_teacher_baseline(row),
+        teacher_top=None if top is None else row.tensor(top[1]),
+        teacher_tail=None if top is None else row.tensor([_tail(one) for one in row.samples]),
         staleness=on_device(staleness, device),
         ages=tuple(int(age) for age in np.unique(staleness) if age != UNWRITTEN),
     )
@@ -335,12 +348,10 @@ class _Row:
         return on_device(each[self.mask], self.device)
 
 
-def _targets(row: _Row, fields: LossFields) -> TargetTokens:
-    temperatures = top_ids = None
+def _targets(row: _Row, fields: LossFields, top_ids: Tensor | None) -> TargetTokens:
+    temperatures = None
     if fields.generator and any(sample.temperature != 1.0 for sample in row.samples):
         temperatures = row.repeated([sample.temperature for sample in row.samples])
-    if fields.top_k:
-        top_ids = row.tensor(_present([sample.teacher_top_ids for sample in row.samples])).long()
     ids = on_device(row.packed.targets[row.mask], row.device)
     return TargetTokens(ids, temperatures, top_ids)
 
@@ -359,16 +370,9 @@ def _teacher_logprobs(row: _Row, fields: LossFields) -> Tensor | None:
     return row.tensor(given)
 
 
-def _teacher_top(row: _Row, fields: LossFields) -> Tensor | None:
-    if not fields.top_k:
-        return None
-    return row.tensor(_present([sample.teacher_top_logprobs for sample in row.samples]))
-
-
-def _teacher_tail(row: _Row, fields: LossFields) -> Tensor | None:
-    if not fields.top_k:
-        return None
-    return row.tensor([_tail(sample) for sample in row.samples])
+def _teacher_baseline(row: _Row) -> Tensor | None:
+    baselines = [sample.teacher_baseline for sample in row.samples]
+    return row.repeated(baselines) if any(baselines) else None
 
 
 def _tail(sample: TrainSample) -> Logprobs:

@@ -45,8 +45,11 @@ class LossInputs:
     """[N], by the policy version that sampled the token, at the temperature of sampling."""
     teacher_logprobs: Tensor | None = None
     """[N], by the teacher, at temperature 1."""
+    teacher_baseline: Tensor | None = None
+    """[N], the sampled reverse KL of the step's other samples; None: 0."""
     teacher_top_logprobs: Tensor | None = None
-    """[N, k], the teacher's likeliest tokens, likeliest first, at temperature 1."""
+    """[N, k], the teacher's likeliest tokens, likeliest first, at temperature 1. With
+    `teacher_top_k = "auto"` a token may have fewer: then the last ones are NaN."""
     teacher_tail_logprobs: Tensor | None = None
     """[N], all other tokens together, by the teacher."""
     trainer_top_logprobs: Tensor | None = None
@@ -87,8 +90,8 @@ def rl_loss(
 ) -> LossValues:
     """`rl`: rewards and the teacher's judgement of the student's own tokens.
 
-    The teacher's term is the sampled token's, or the one over the teacher's likeliest tokens where
-    they are given.
+    The teacher's term of a token is the one over the teacher's likeliest tokens where they are
+    given, else the sampled token's.
     """
     assert inputs.generator_logprobs is not None
     terms = policy_loss(
@@ -105,7 +108,8 @@ def rl_loss(
     teacher = terms.teacher
     if inputs.teacher_top_logprobs is not None:
         bins = _bins(inputs)
-        teacher = teacher_tau * divergence(*bins, kind=teacher_divergence, beta=teacher_jsd_beta)
+        over_bins = divergence(*bins, kind=teacher_divergence, beta=teacher_jsd_beta)
+        teacher = teacher + teacher_tau * over_bins
     means = {
         "loss_policy": terms.reward,
         "loss_teacher": teacher,
@@ -122,26 +126,33 @@ def sft_loss(inputs: LossInputs) -> LossValues:
 
 
 def _sampled_teacher_advantage(inputs: LossInputs, clip: float | None) -> Tensor:
-    """−reverse_kl [N] in the sampled form; else 0."""
+    """−reverse_kl [N], less its baseline, of the tokens in the sampled form; else 0."""
     trainer = inputs.trainer_logprobs_unscaled
     teacher = inputs.teacher_logprobs
-    if teacher is None or inputs.teacher_top_logprobs is not None:
+    if teacher is None:
         return torch.zeros_like(trainer)
-    return -reverse_kl(trainer, teacher, clip)
+    sampled = reverse_kl(trainer, teacher, clip)
+    if inputs.teacher_baseline is not None:
+        sampled = sampled - inputs.teacher_baseline
+    if inputs.teacher_top_logprobs is not None:
+        sampled = sampled.where(inputs.teacher_top_logprobs[:, 0].isnan(), 0.0)
+    return -sampled
 
 
 def _bins(inputs: LossInputs) -> tuple[Tensor, Tensor]:
     """The trainer's and the teacher's logprobs [N, k + 1] of the k likeliest tokens and the tail.
 
     The tail bin makes both a distribution. So a divergence over them is never negative, and cannot
-    shrink by pushing probability out of the k.
+    shrink by pushing probability out of the k. Bins that a token does not have are 0 in both, which
+    adds nothing to a divergence.
     """
     assert inputs.trainer_top_logprobs is not None and inputs.trainer_tail_logprobs is not None
     assert inputs.teacher_top_logprobs is not None and inputs.teacher_tail_logprobs is not None
-    return (
-        torch.cat((inputs.trainer_top_logprobs, inputs.trainer_tail_logprobs[:, None]), dim=1),
-        torch.cat((inputs.teacher_top_logprobs, inputs.teacher_tail_logprobs[:, None]), dim=1),
-    )
+    student = torch.cat((inputs.trainer_top_logprobs, inputs.trainer_tail_logprobs[:, None]), dim=1)
+    teacher = torch.cat((inputs.teacher_top_logprobs, inputs.teacher_tail_logprobs[:, None]), dim=1)
+    missing = inputs.teacher_top_logprobs.isnan()
+    missing = torch.cat((missing, missing[:, :1]), dim=1)  # without a first one there is no tail
+    return student.masked_fill(missing, 0.0), teacher.masked_fill(missing, 0.0)
 
 
 @dataclass(frozen=True)
@@ -276,9 +287,11 @@ def tail_from_top(teacher_top: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     """The tail's logprob log(1 − Σ exp) [N] from the top k [N, k], and 1 where it was floored.
 
     It is for endpoints that give only the k. Their rounded sum comes to 1 or more in many positions
-    of a confident teacher, so the tail's probability is at least `floor`.
+    of a confident teacher, so the tail's probability is at least `floor`. NaN stands for a token
+    that was not given.
     """
-    rest = 1 - teacher_top.double().exp().sum(-1)
+    given = teacher_top.double().exp()
+    rest = 1 - given.masked_fill(given.isnan(), 0.0).sum(-1)
     floored = rest < floor
     return rest.clamp(min=floor).log().to(teacher_top.dtype), floored.to(teacher_top.dtype)
 

@@ -7,8 +7,15 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean, pstdev
 from typing import Final, Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+Logprobs = npt.NDArray[np.float32]
+
 UNWRITTEN: Final = -1
 """The staleness of a token that no policy wrote."""
+LEAST_WEIGHT: Final = 1e-6
+"""Below it the tokens of a step say nothing about its baseline: the student is sure of all."""
 
 
 def group_advantages(rewards: Sequence[float | None], *, normalize: bool = False) -> list[float]:
@@ -26,6 +33,41 @@ def group_advantages(rewards: Sequence[float | None], *, normalize: bool = False
     mean = fmean(known)
     scale = pstdev(known) if normalize else 1.0
     return [0.0 if reward is None else (reward - mean) / scale for reward in rewards]
+
+
+def teacher_baselines(
+    logprobs: Sequence[tuple[Logprobs, Logprobs]], clip: float | None = None
+) -> list[float]:
+    """For each of R rollouts: the weighted mean of the sampled reverse KL of the others, in nats.
+
+    `logprobs` has the generator's [C] and the teacher's [C] of each rollout's C tokens. A token of
+    probability p has the reverse KL generator − teacher, within ± `clip`, and the weight (1 − p)².
+    0 where there are no others, or the student was sure of all their tokens.
+
+    Taken off the reverse KL of a rollout's own tokens it leaves the expected gradient as it is,
+    since it does not depend on what was sampled there. The weights are near the squared gradient of
+    a token's logprob by the logits, which is between (1 − p)² and twice that: with these the mean
+    is the constant that lowers the variance most (Greensmith et al., "Variance Reduction Techniques
+    for Gradient Estimates in Reinforcement Learning", 2004).
+
+    Example: of one token each, with p = 1/2 and a reverse KL of 1, 2 and 6 -> [4, 3.5, 1.5].
+    """
+    sums = np.array([_weighted_sums(*own, clip) for own in logprobs])
+    weighted, weights = (sums.sum(0) - sums).T
+    sure = weights < LEAST_WEIGHT
+    baselines: list[float] = np.where(sure, 0.0, weighted / np.where(sure, 1.0, weights)).tolist()
+    return baselines
+
+
+def _weighted_sums(
+    generator: Logprobs, teacher: Logprobs, clip: float | None
+) -> tuple[float, float]:
+    """The sum of weight · reverse KL over C tokens, and that of the weights."""
+    sampled = generator.astype(np.float64) - teacher
+    if clip is not None:
+        sampled = sampled.clip(-clip, clip)
+    weights = np.square(np.expm1(generator.astype(np.float64)))
+    return float(weights @ sampled), float(weights.sum())
 
 
 class Span(Protocol):

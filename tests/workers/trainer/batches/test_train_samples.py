@@ -10,6 +10,7 @@ import pytest
 
 from onstream.pipeline.record_codec import ids_bytes, logprobs_bytes, mask_bytes
 from onstream.pipeline.records import Rollout, Sample, Ticket, VersionSpan
+from onstream.settings.sections.losses import RlLoss
 from onstream.workers.trainer.batches.batch_builder import TrainableUnit
 from onstream.workers.trainer.batches.train_samples import (
     SampleDecoder,
@@ -29,7 +30,7 @@ def samples_of(units: list[TrainableUnit]) -> list[TrainSample]:
     decoder = SampleDecoder(group_size=4, check=accept)
     for record in (record for unit in units for record in unit.rollouts):
         assert decoder.problem(record) is None
-    return training_samples(units, decoder.samples, normalize=False, version=2)
+    return training_samples(units, decoder.samples, RlLoss(), version=2)
 
 
 def untrainable(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from onstream.pipeline.records import Rollout
+from onstream.settings.sections.losses import RlLoss
 from onstream.workers.trainer.batches.batch_builder import TrainableUnit
 from onstream.workers.trainer.batches.train_samples import (
     SampleDecoder,
@@ -32,7 +33,7 @@ def samples_of_units() -> list[TrainSample]:
     decoder = SampleDecoder(group_size=2, check=lambda sample: None)
     for unit in units():
         assert [decoder.problem(record) for record in unit.rollouts] == [None, None]
-    return training_samples(units(), decoder.samples, normalize=False, version=0)
+    return training_samples(units(), decoder.samples, RlLoss(), version=0)
 
 
 @pytest.mark.parametrize("microbatch", [8192, 16])
