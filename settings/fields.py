@@ -235,7 +235,8 @@ def _is_union(annotation: Any) -> bool:
 def _constraints(field: FieldInfo) -> Iterator[Any]:
     """What `field` says of its values, and what each of several types says of its own."""
     yield from field.metadata
-    for kind in get_args(field.annotation):
+    kinds = get_args(field.annotation) if _has_several_types(field) else ()
+    for kind in kinds:
         for item in getattr(kind, "__metadata__", ()):
             yield from getattr(item, "metadata", [item])
 

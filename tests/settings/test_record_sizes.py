@@ -91,6 +91,13 @@ def test_the_longest_rollout_of_a_run_is_within_its_bytes(k: int) -> None:
     assert 0.9 * rollout_bytes < encoded(2048, 2048, k) <= rollout_bytes
 
 
+def test_an_automatic_top_k_counts_with_its_bound() -> None:
+    assert record_sizes(settings_of(*TEACHER)) == record_sizes(
+        settings_of(*TEACHER, "trainer.loss.teacher_top_k=8")
+    )
+    assert record_sizes(settings_of()).top_k == 0
+
+
 DERIVED = [
     # overrides, MiB of Redis, backlog, bytes that wait for a checkpoint
     ([], 1024, 16384, 256 << 20),

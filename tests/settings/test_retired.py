@@ -88,3 +88,21 @@ def test_a_retired_setting_names_what_takes_its_place_in_every_source(name: str)
         (problem,) = resolve(overrides=overrides, environ=environ).problems
         assert "retired setting" in str(problem)
         assert RETIRED[name].next_step in str(problem)
+
+
+@pytest.mark.parametrize(("begun_with", "goes_on_with"), [(0, 0), (4, "auto")])
+def test_a_run_that_began_with_an_earlier_default_goes_on_so_where_nothing_is_said_of_it(
+    run: Path, tmp_path: Path, begun_with: int, goes_on_with: object
+) -> None:
+    """The same command as before: a file of the user's, not the one that the run wrote."""
+    plan = earlier_plan("rl")
+    plan.run_settings["trainer.loss.teacher_top_k"] = begun_with
+    (run / "plan.json").write_bytes(plan.encode())
+    mine = tmp_path / "mine.toml"
+    mine.write_text(f'[run]\ndir = "{tmp_path}"\nname = "reverse-text"\n')
+    found = load_settings([mine], environ={})
+    assert found.trainer.loss.teacher_top_k == goes_on_with
+    said = load_settings([mine], ["trainer.loss.teacher_top_k=auto"], environ={})
+    assert said.trainer.loss.teacher_top_k == "auto"
+    sft = load_settings([mine], ["trainer.loss.type=sft"], environ={})
+    assert sft.trainer.loss.type == "sft", "which has no such setting"

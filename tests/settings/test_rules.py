@@ -242,12 +242,12 @@ REFUSED = [
     ([*NCCL, "weights.delta=true"], "with weights.delta = true", "expected whole sets"),
     # Sampling.
     (
-        [*TEACHER, "inference.sampling.temperature=0.7"],
+        [*TEACHER, "inference.sampling.temperature=0.7", "trainer.loss.teacher_top_k=0"],
         "trainer.loss.teacher_top_k = 0",
         "temperature 1 with the sampled",
     ),
     (
-        [*TEACHER, "trainer.loss.teacher_divergence=jsd"],
+        [*TEACHER, "trainer.loss.teacher_divergence=jsd", "trainer.loss.teacher_top_k=0"],
         'trainer.loss.teacher_divergence = "jsd" with trainer.loss.teacher_top_k = 0',
         "Set trainer.loss.teacher_top_k = 4",
     ),
@@ -374,6 +374,8 @@ def test_each_rule_tells_one_thing_and_nothing_else_is_told(
     "overrides",
     [
         [*TEACHER, "inference.sampling.temperature=0.7", "trainer.loss.teacher_top_k=4"],
+        [*TEACHER, "inference.sampling.temperature=0.7"],
+        [*TEACHER, "trainer.loss.teacher_divergence=jsd"],
         ["inference.sampling.temperature=0.7"],
         [*TEACHER, "trainer.loss.teacher_divergence=jsd", "trainer.loss.teacher_top_k=4"],
         ["trainer.loss.teacher_divergence=forward"],

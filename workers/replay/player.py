@@ -56,9 +56,12 @@ class ReplayedStep:
 
     @property
     def other_metrics(self) -> list[str]:
-        """Names of the metrics that differ from the recorded ones."""
+        """Names of the metrics that differ from the recorded ones.
+
+        Those that the version which recorded did not have are left out.
+        """
         recorded = self.recorded.metrics if self.recorded else {}
-        names = {**recorded, **self.row}
+        names = recorded or self.row
         return [name for name in names if recorded.get(name) != self.row.get(name)]
 
 

@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.records import PolicyVersion
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.run_files import recording
 from onstream.pipeline.run_files.recording import (
@@ -25,8 +26,10 @@ from onstream.pipeline.run_files.recording import (
     frames,
 )
 from onstream.workers.replay.output import JsonOutput, ReplayOutput, TableOutput
+from onstream.workers.replay.player import ReplayedStep
 from onstream.workers.replay.replay import replay
 from onstream.workers.replay.result import FIGURES
+from onstream.workers.trainer.losses.row_loss import PerSampleLosses
 from tests.tiny import write_tiny
 from tests.workers.trainer.driver import Run
 
@@ -341,3 +344,12 @@ def test_on_a_terminal_the_last_step_is_in_tables_and_json_has_it_all(
     assert (result["steps"], result["equal"], result["metrics"]["step"]) == ([1, 2], True, 2)
     assert len(result["samples"]) == 2
     assert "steps 1 to 2: " in printed.err
+
+
+def test_a_metric_that_the_version_before_did_not_have_is_no_difference() -> None:
+    row = {"loss": 0.5, "teacher_top_k": 8.0}
+    policy = PolicyVersion(1, "a", "policies/000001", 10)
+    for recorded, other in (({"loss": 0.5}, []), ({"loss": 0.25}, ["loss"])):
+        mark = StepMark(1, "a", recorded)
+        step = ReplayedStep(policy, row, mark, True, [], PerSampleLosses())
+        assert step.other_metrics == other

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,77 @@ def test_the_gradient_does_not_depend_on_how_the_samples_are_packed(
     torch.testing.assert_close(
         gradient(split, batch[::-1]), expected, rtol=0, atol=1e-5 * expected.abs().max().item()
     )
+
+
+def of_two_teachers(policy: Learner, teacher: Learner) -> list[TrainSample]:
+    """Samples with 3 of the teacher's alternatives, 1, or none, side by side in each group."""
+    given = samples(policy, teacher, top_k=3)
+    for index, sample in enumerate(given):
+        k = (3, 1, 0, 3)[index % 4]
+        assert sample.teacher_top_ids is not None and sample.teacher_top_logprobs is not None
+        if k < 3:
+            sample.teacher_tail_logprobs = None
+        if k == 0:
+            sample.teacher_baseline = 0.25 * index
+        sample.teacher_top_ids = sample.teacher_top_ids[:, :k] if k else None
+        sample.teacher_top_logprobs = sample.teacher_top_logprobs[:, :k] if k else None
+    return given
+
+
+def test_each_sample_of_a_step_is_trained_with_the_alternatives_that_it_has(
+    student: Path, tmp_path: Path
+) -> None:
+    teacher = learner(write_tiny(tmp_path, seed=1))
+    auto = learner(student, teacher_tau=0.5)
+    batch = of_two_teachers(auto, teacher)
+    tokens = sum(int(sample.loss_mask.sum()) for sample in batch)
+    apart = []
+    for k in (3, 1, 0):
+        alike = [one for one in batch if width(one) == k]
+        given = auto if k == 0 else learner(student, teacher_tau=0.5, teacher_top_k=k)
+        apart.append(gradient(given, alike, global_tokens=tokens))
+    whole = gradient(auto, batch)
+    torch.testing.assert_close(sum(apart), whole, rtol=0, atol=1e-6 * whole.abs().max().item())
+    small = learner(student, teacher_tau=0.5, microbatch=16)
+    torch.testing.assert_close(
+        gradient(small, batch), whole, rtol=0, atol=1e-5 * whole.abs().max().item()
+    )
+    mean = sum(width(one) * int(one.loss_mask.sum()) for one in batch) / tokens
+    assert auto.step(batch, 10)["teacher_top_k"] == pytest.approx(mean)
+
+
+def width(sample: TrainSample) -> int:
+    return 0 if sample.teacher_top_ids is None else sample.teacher_top_ids.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("k", "loss", "temperature", "words"),
+    [
+        (9, {}, 1.0, "expected (3, 8), or fewer from 1 on"),
+        (0, {}, 0.7, "has teacher_top_ids of shape None"),
+        (0, {"teacher_divergence": "forward"}, 1.0, "has teacher_top_ids of shape None"),
+        (1, {"teacher_top_k": 2}, 1.0, "has teacher_top_ids of shape (3, 1); expected (3, 2)"),
+        (0, {}, 1.0, None),
+        (8, {}, 0.7, None),
+        (1, {"teacher_divergence": "forward"}, 1.0, None),
+    ],
+)
+def test_a_sample_with_other_alternatives_than_its_loss_can_take_is_refused(
+    student: Path, k: int, loss: dict[str, Any], temperature: float, words: str | None
+) -> None:
+    ids = np.array([4, 5, 6], dtype=np.int32)
+    logprobs = np.full(3, -1.0, dtype=np.float32)
+    sample = TrainSample(ids, ids, np.ones(3, dtype=np.uint8), logprobs, teacher_logprobs=logprobs)
+    if k:
+        sample.teacher_top_ids = np.tile(np.arange(k, dtype=np.int32), (3, 1))
+        sample.teacher_top_logprobs = np.full((3, k), np.log(0.9 / k), dtype=np.float32)
+    sample.temperature = temperature
+    found = learner(student, teacher_tau=1.0, **loss)
+    if words is None:
+        found.check(sample)
+        return
+    with pytest.raises(ValueError, match=re.escape(words)):
+        found.check(sample)
 
 
 def test_a_model_that_cannot_share_prompts_has_the_same_gradient_from_padded_rows(

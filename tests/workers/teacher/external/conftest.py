@@ -41,14 +41,15 @@ def servers() -> Iterator[Servers]:
 def configure(model_dir: Path) -> Configure:
     """Settings of a run with the given servers as its teacher.
 
-    Keywords are the client's settings, `top_k` and `score_cache`.
+    Keywords are the client's settings, `top_k`, `temperature` and `score_cache`.
     """
 
     def make(
         *servers: TableTeacher,
-        top_k: int = 0,
+        top_k: int | str = 0,
         score_cache: int = 0,
         max_completion: int = 16,
+        temperature: float = 1.0,
         **client: Any,
     ) -> Settings:
         fast = {"breaker_pause": 0.05, "timeout": 5, "connect_timeout": 1}
@@ -56,7 +57,9 @@ def configure(model_dir: Path) -> Configure:
         return Settings.model_validate(
             {
                 "model": {"name": str(model_dir)},
-                "inference": {"sampling": {"max_completion": max_completion}},
+                "inference": {
+                    "sampling": {"max_completion": max_completion, "temperature": temperature}
+                },
                 "trainer": {"loss": {"teacher_tau": 1.0, "teacher_top_k": top_k}},
                 "orchestrator": {
                     "score_cache": score_cache,

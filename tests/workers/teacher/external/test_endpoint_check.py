@@ -7,11 +7,20 @@ import pytest
 from tokenizers import AddedToken
 
 from onstream.pipeline.errors import Exit, UserError
+from onstream.pipeline.records import Rollout
+from onstream.pipeline.stage import Outcome
 from onstream.workers.tiny_models.character_tokenizer import character_tokenizer
 from tests.base_student import make_base
 from tests.faulty_server import drip, status
 from tests.table_teacher import ALL_ROUTES, TableTeacher
-from tests.workers.teacher.external.conftest import Configure, Servers, Stages
+from tests.workers.teacher.external.conftest import (
+    Configure,
+    Servers,
+    Stages,
+    delivered,
+    rollout,
+    work,
+)
 
 
 def other_tokenizer(
@@ -114,6 +123,46 @@ def test_a_teacher_whose_logprobs_are_above_0_is_refused_with_the_value(
     found = refusal(server, configure, stages)
     assert "returns no logprobs of a prompt (vllm-generate: logprob 0.75 for token" in found.got
     assert "expected -32768 to 0, in nats" in found.got
+
+
+@pytest.mark.parametrize(("limit", "given"), [(20, 8), (5, 5), (0, 0)])
+def test_a_teacher_is_asked_for_as_many_likeliest_tokens_as_it_gives(
+    servers: Servers, configure: Configure, stages: Stages, limit: int, given: int
+) -> None:
+    stage = stages(configure(servers(max_top_k=limit), top_k="auto"))
+    [outcome] = work(stage, delivered(rollout(1)))
+    assert top_k_of(outcome) == given
+
+
+def top_k_of(outcome: Outcome) -> int:
+    """How many of the likeliest tokens a scored rollout of 4 tokens has at each."""
+    assert isinstance(outcome.record, Rollout), outcome.dead
+    [sample] = outcome.record.samples
+    assert len(sample.teacher_logprobs or b"") == 4 * 4
+    assert sample.teacher_tail_logprobs is None
+    return len(sample.teacher_top_ids or b"") // (4 * 4)
+
+
+def test_of_two_endpoints_each_gives_what_it_can(
+    servers: Servers, configure: Configure, stages: Stages
+) -> None:
+    most = servers()
+    fewer = servers(max_top_k=3)
+    stage = stages(configure(most, fewer, top_k="auto", max_in_flight=4))
+    outcomes = work(stage, delivered(*(rollout(number) for number in range(1, 21))))
+    by = {outcome.record.scored_by: top_k_of(outcome) for outcome in outcomes}
+    assert by == {most.base_url: 8, fewer.base_url: 3}
+
+
+def test_a_teacher_without_likeliest_tokens_is_refused_where_the_sampled_one_does_not_do(
+    servers: Servers, configure: Configure, stages: Stages
+) -> None:
+    silent = servers(max_top_k=0)
+    found = refusal(silent, configure, stages, top_k="auto", temperature=0.7)
+    assert "gives no likeliest tokens beside the one asked for" in found.got
+    assert found.expected.startswith("at least 1: at another temperature than 1")
+    assert "set inference.sampling.temperature = 1.0" in found.next_step
+    stages(configure(servers(max_top_k=1), top_k="auto", temperature=0.7))
 
 
 @pytest.mark.parametrize(("limit", "wanted"), [(5, 8), (20, 64), (0, 1)])

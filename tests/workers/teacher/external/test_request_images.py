@@ -34,7 +34,6 @@ def test_the_same_tokens_of_another_picture_were_not_scored_before(bus: Bus) -> 
         bus.scores,
         10,
         teacher="teacher",
-        top_k=0,
         check_request=SHOWS,
         reference=np.zeros(2, dtype=np.float32),
     )
@@ -45,7 +44,8 @@ def test_the_same_tokens_of_another_picture_were_not_scored_before(bus: Bus) -> 
             replace(SHOWS, images=("b",)),
             replace(SHOWS, images=("a", "a")),
             replace(SHOWS, images=()),
-        ]
+        ],
+        top_k=0,
     )
     assert [scores is not None for scores in found] == [True, False, False, False]
 

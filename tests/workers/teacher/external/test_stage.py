@@ -358,6 +358,19 @@ def test_a_replay_is_answered_from_what_was_kept(
     assert check(third, other).scored_by == other.base_url
 
 
+def test_scores_with_fewer_likeliest_tokens_are_not_taken_for_those_of_a_teacher_that_gives_more(
+    servers: Servers, configure: Configure, stages: Stages
+) -> None:
+    settings = [
+        configure(servers(seed=11, max_top_k=limit), top_k="auto", score_cache=100)
+        for limit in (3, 20)
+    ]
+    for given, k in zip(settings, (3, 8), strict=True):
+        (outcome,) = work(stages(given), delivered(rollout(1)))
+        assert isinstance(outcome.record, Rollout)
+        assert len(outcome.record.samples[0].teacher_top_ids or b"") == 4 * 4 * k
+
+
 def encode_sample(sample: object) -> tuple[object, ...]:
     return tuple(
         getattr(sample, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,12 +26,12 @@ def accept(sample: TrainSample) -> None:
     """A learner that takes everything."""
 
 
-def samples_of(units: list[TrainableUnit]) -> list[TrainSample]:
+def samples_of(units: list[TrainableUnit], loss: RlLoss | None = None) -> list[TrainSample]:
     """The samples of `units` as version 2 trains on them."""
     decoder = SampleDecoder(group_size=4, check=accept)
     for record in (record for unit in units for record in unit.rollouts):
         assert decoder.problem(record) is None
-    return training_samples(units, decoder.samples, RlLoss(), version=2)
+    return training_samples(units, decoder.samples, loss or RlLoss(), version=2)
 
 
 def untrainable(
@@ -98,6 +99,24 @@ def test_advantages_are_within_a_unit_and_every_sample_of_a_rollout_has_its_own(
         -0.5,
         0.0,
     ]
+
+
+def test_the_sampled_teacher_term_has_a_baseline_by_the_other_rollouts_alone() -> None:
+    """Of tokens with p = 1/2 and a reverse KL of 1, 2 and 6; the first rollout has two samples."""
+    records = [made(number) for number in (5, 6, 7)]
+    for record, kl in zip(records, (1.0, 2.0, 6.0), strict=True):
+        for sample in record.samples:
+            tokens = len(sample.loss_mask)
+            sample.generator_logprobs = logprobs_bytes([math.log(0.5)] * tokens)
+            sample.teacher_logprobs = logprobs_bytes([math.log(0.5) - kl] * tokens)
+    records[0].samples = [*records[0].samples, *records[0].samples]
+    units = [TrainableUnit(1, tuple(records), 0, {}, ())]
+    auto = samples_of(units, RlLoss(teacher_tau=1.0, adv_tau=0.0))
+    assert [one.teacher_baseline for one in auto] == pytest.approx(
+        [4.0, 4.0, (2 * 1 + 6) / 3, (2 * 1 + 2) / 3], rel=1e-5
+    )
+    plain = samples_of(units, RlLoss(teacher_tau=1.0, adv_tau=0.0, teacher_top_k=0))
+    assert [one.teacher_baseline for one in plain] == [0.0] * 4
 
 
 def test_nothing_is_wrong_with_a_sound_rollout() -> None:

@@ -342,7 +342,55 @@ def test_the_rl_loss_takes_the_divergence_that_is_asked_for(kind: Divergence) ->
     torch.testing.assert_close(found.means["loss_teacher"], expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_with_fewer_alternatives_are_each_trained_with_their_own(kind: Divergence) -> None:
+    """Three tokens, of which the teacher gave 2, 1 and none of its likeliest."""
+    student = torch.tensor([[0.5, 0.2, 0.3], [0.5, 0.2, 0.5], [0.5, 0.2, 0.3]]).log()
+    teacher = torch.tensor([[0.7, 0.2, 0.1], [0.7, math.nan, 0.3], [math.nan] * 3]).log()
+    leaves = [student[:, :2].clone().requires_grad_(), student[:, 2].clone().requires_grad_()]
+    sampled = torch.tensor([-0.5, -1.0, -2.0]).requires_grad_()
+    inputs = LossInputs(
+        token_ids=torch.zeros(3, dtype=torch.int64),
+        trainer_logprobs=sampled,
+        trainer_logprobs_unscaled=sampled.detach(),
+        entropy=torch.zeros(3),
+        advantage=torch.zeros(3),
+        generator_logprobs=sampled.detach(),
+        teacher_logprobs=torch.tensor([-0.2, -1.5, -0.5]),
+        teacher_baseline=torch.tensor([9.0, 9.0, -0.5]),
+        teacher_top_logprobs=teacher[:, :2],
+        teacher_tail_logprobs=teacher[:, 2],
+        trainer_top_logprobs=leaves[0],
+        trainer_tail_logprobs=leaves[1],
+    )
+    values = rl_loss(
+        inputs,
+        teacher_tau=2.0,
+        teacher_divergence=kind,
+        teacher_jsd_beta=0.25,
+        adv_tau=0.0,
+        reverse_kl_clip=None,
+        trust_region="none",
+        **COEFFICIENTS,
+    ).means["loss_teacher"]
+    bins = [student[:1], student[1:2, [0, 2]]], [teacher[:1], teacher[1:2, [0, 2]]]
+    expected = [
+        2 * divergence(ours, theirs, kind=kind, beta=0.25).item()
+        for ours, theirs in zip(*bins, strict=True)
+    ]
+    # −ratio · advantage, with 2 · −((−2 − −.5) − −.5) = 2 as the advantage
+    assert values.tolist() == pytest.approx([*expected, -2.0], rel=1e-5)
+    values.sum().backward()
+    assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
+    assert leaves[0].grad is not None and leaves[1].grad is not None and sampled.grad is not None
+    assert leaves[0].grad[1, 1] == 0.0 and leaves[0].grad[2].abs().sum() == 0.0
+    assert leaves[1].grad[2] == 0.0
+    assert sampled.grad.tolist() == [0.0, 0.0, -2.0]
+
+
 def test_a_tail_computed_from_the_top_k_is_floored_where_rounding_ate_it() -> None:
     tail, floored = tail_from_top(torch.tensor([[0.7, 0.2], [0.9, 0.1]]).log(), 1e-6)
     assert tail.tolist() == pytest.approx([math.log(0.1), math.log(1e-6)], rel=1e-4)
     assert floored.tolist() == [0, 1]
+    tail, _ = tail_from_top(torch.tensor([[0.7, math.nan]]).log(), 1e-6)
+    assert tail.tolist() == pytest.approx([math.log(0.3)], rel=1e-4)
