@@ -104,5 +104,6 @@ def test_a_run_that_began_with_an_earlier_default_goes_on_so_where_nothing_is_sa
     assert found.trainer.loss.teacher_top_k == goes_on_with
     said = load_settings([mine], ["trainer.loss.teacher_top_k=auto"], environ={})
     assert said.trainer.loss.teacher_top_k == "auto"
-    sft = load_settings([mine], ["trainer.loss.type=sft"], environ={})
-    assert sft.trainer.loss.type == "sft", "which has no such setting"
+    hard = ["trainer.loss.type=sft", "orchestrator.teacher_rollout_model.model.name=big"]
+    sft = resolve([mine], hard, environ={}).settings
+    assert sft is not None and sft.trainer.loss.type == "sft", "which has no such setting"

@@ -77,7 +77,6 @@ def test_nothing_is_asked_of_a_sample_that_would_be_scored_without_its_images(
             await endpoint.score(
                 replace(SHOWS, image_fields=None) if protocol == VllmGenerate() else SHOWS,
                 "teacher",
-                0,
             )
 
     with pytest.raises(RequestRefused, match="it would be scored without its images"):

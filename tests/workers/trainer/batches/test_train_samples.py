@@ -103,13 +103,19 @@ def test_advantages_are_within_a_unit_and_every_sample_of_a_rollout_has_its_own(
 
 def test_the_sampled_teacher_term_has_a_baseline_by_the_other_rollouts_alone() -> None:
     """Of tokens with p = 1/2 and a reverse KL of 1, 2 and 6; the first rollout has two samples."""
-    records = [made(number) for number in (5, 6, 7)]
-    for record, kl in zip(records, (1.0, 2.0, 6.0), strict=True):
-        for sample in record.samples:
-            tokens = len(sample.loss_mask)
-            sample.generator_logprobs = logprobs_bytes([math.log(0.5)] * tokens)
-            sample.teacher_logprobs = logprobs_bytes([math.log(0.5) - kl] * tokens)
-    records[0].samples = [*records[0].samples, *records[0].samples]
+    half = math.log(0.5)
+    records = []
+    for number, kl in ((5, 1.0), (6, 2.0), (7, 6.0)):
+        sample = Sample(
+            prompt_ids=ids_bytes([7, 8]),
+            completion_ids=ids_bytes([5, 6]),
+            loss_mask=mask_bytes([1, 0]),
+            generator_logprobs=logprobs_bytes([half, -9.0]),
+            version_spans=[],
+            completion_text="",
+            teacher_logprobs=logprobs_bytes([half - kl, -1.0]),
+        )
+        records.append(made(number, samples=[sample, sample] if number == 5 else [sample]))
     units = [TrainableUnit(1, tuple(records), 0, {}, ())]
     auto = samples_of(units, RlLoss(teacher_tau=1.0, adv_tau=0.0))
     assert [one.teacher_baseline for one in auto] == pytest.approx(

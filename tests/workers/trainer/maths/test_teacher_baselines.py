@@ -63,7 +63,7 @@ def test_the_expected_gradient_is_that_without_a_baseline_over_all_that_can_be_s
 
 
 def test_the_variance_of_the_gradient_falls() -> None:
-    drawn = np.random.default_rng(0).choice(3, size=400, p=STUDENT.double() / STUDENT.sum())
+    drawn = np.random.default_rng(0).choice(3, size=400, p=[0.6, 0.3, 0.1])
     [baseline, *_] = teacher_baselines([sampled(token) for token in drawn])
     assert variance(baseline) < 0.35 * variance(0.0)
     best = min(variance(value) for value in np.linspace(-1, 4, 501))
