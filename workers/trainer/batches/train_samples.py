@@ -213,27 +213,27 @@ def _trained_logprobs(samples: Sequence[TrainSample]) -> tuple[Logprobs, Logprob
 def with_equal_top(samples: Sequence[TrainSample]) -> tuple[list[Ids], list[Logprobs]] | None:
     """The ids and logprobs [C, k] of each sample's likeliest tokens, with the largest of their k.
 
-    Where a sample has fewer, the rest of its ids are any, and the logprobs NaN. None where no
-    sample has any.
+    Where a sample has fewer, its last id stands again, so that no other token leaves its tail, with
+    NaN for the logprob. None where no sample has any.
     """
     given = [one.teacher_top_ids for one in samples if one.teacher_top_ids is not None]
     if not given:
         return None
     most = max(ids.shape[1] for ids in given)
-    all_ids = []
-    all_logprobs = []
-    for sample in samples:
-        ids = sample.teacher_top_ids
-        logprobs = sample.teacher_top_logprobs
-        if ids is None or logprobs is None:
-            ids = np.empty((len(sample.completion_ids), 0), dtype=np.int32)
-            logprobs = ids.astype(np.float32)
-        missing = ((0, 0), (0, most - ids.shape[1]))
-        all_ids.append(np.pad(ids, missing) if missing[1][1] else ids)
-        all_logprobs.append(
-            np.pad(logprobs, missing, constant_values=np.nan) if missing[1][1] else logprobs
-        )
-    return all_ids, all_logprobs
+    widened = [_widened(sample, most) for sample in samples]
+    return [ids for ids, _ in widened], [logprobs for _, logprobs in widened]
+
+
+def _widened(sample: TrainSample, most: int) -> tuple[Ids, Logprobs]:
+    ids = sample.teacher_top_ids
+    logprobs = sample.teacher_top_logprobs
+    if ids is None or logprobs is None:
+        shape = (len(sample.completion_ids), most)
+        return np.zeros(shape, dtype=np.int32), np.full(shape, np.nan, dtype=np.float32)
+    missing = ((0, 0), (0, most - ids.shape[1]))
+    if not missing[1][1]:
+        return ids, logprobs
+    return np.pad(ids, missing, mode="edge"), np.pad(logprobs, missing, constant_values=np.nan)
 
 
 def worst_rollouts(
