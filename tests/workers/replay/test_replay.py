@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 
 from onstream.pipeline.errors import Exit, UserError
-from onstream.pipeline.records import PolicyVersion
+from onstream.pipeline.record_codec import ids_bytes, logprobs_bytes
+from onstream.pipeline.records import PolicyVersion, Rollout, Ticket
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.run_files import recording
 from onstream.pipeline.run_files.recording import (
@@ -31,7 +32,7 @@ from onstream.workers.replay.replay import replay
 from onstream.workers.replay.result import FIGURES
 from onstream.workers.trainer.losses.row_loss import PerSampleLosses
 from tests.tiny import write_tiny
-from tests.workers.trainer.driver import Run
+from tests.workers.trainer.driver import Run, rollout
 
 EQUAL = "the weights after each of them equal the recorded ones, bit for bit; so do the metrics"
 
@@ -353,3 +354,35 @@ def test_a_metric_that_the_version_before_did_not_have_is_no_difference() -> Non
         mark = StepMark(1, "a", recorded)
         step = ReplayedStep(policy, row, mark, True, [], PerSampleLosses())
         assert step.other_metrics == other
+
+
+def of_unlike_teachers(ticket: Ticket, version: int) -> Rollout:
+    """A rollout with 2, 1 or none of the teacher's alternatives at each token."""
+    made = rollout(ticket, version)
+    [sample] = made.samples
+    tokens = len(sample.loss_mask)
+    if k := ticket.number % 3:
+        sample.teacher_top_ids = ids_bytes([4, 5][:k] * tokens)
+        sample.teacher_top_logprobs = logprobs_bytes([-1.0, -1.5][:k] * tokens)
+    return made
+
+
+def test_a_run_whose_teachers_gave_unlike_numbers_of_alternatives_is_replayed_bit_for_bit(
+    bus: Bus, tmp_path: Path
+) -> None:
+    student = write_tiny(tmp_path / "student")
+    changes = {
+        "trainer__record": True,
+        "trainer__loss__teacher_tau": 1.0,
+        "trainer__max_steps": 2,
+        "teacher_inference__model__name": str(student),
+    }
+    job = Run(bus, student, tmp_path, **changes)
+    job.ready()
+    bus.state.mark_ready("score")
+    job.to_the_end(of_unlike_teachers)
+    assert all(0 < row["teacher_top_k"] < 2 for row in job.rows())
+    job.close_files()
+    command = Command(tmp_path / bus.run, tmp_path / "again")
+    assert command() is Exit.OK
+    assert f"steps 1 to 2: {EQUAL}" in command.said
