@@ -21,6 +21,7 @@ from onstream.pipeline.http import (
 )
 from onstream.pipeline.http.endpoint import key_refused
 from onstream.pipeline.records import Logprobs
+from onstream.pipeline.telemetry import get_logger
 from onstream.settings.sections.client import TeacherModelSettings
 from onstream.settings.teacher_protocols import TEACHER_PROTOCOLS
 from onstream.workers.teacher.external.protocols import TeacherProtocol, load_variants
@@ -125,6 +126,13 @@ class EndpointCheck:
         if nats > ALIKE_NATS:
             raise _other_weights(endpoint, nats, ALIKE_NATS, self._model)
         self.top_k = max(self.top_k, endpoint.top_k)
+        if endpoint.top_k < self.most_top_k:
+            get_logger().warning(
+                "the endpoint gives fewer of the teacher's likeliest tokens",
+                endpoint=endpoint.name,
+                gives=endpoint.top_k,
+                asked=self.most_top_k,
+            )
 
     async def _check(self, endpoint: TeacherEndpoint) -> Logprobs:
         listed = {}

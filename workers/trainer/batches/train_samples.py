@@ -201,13 +201,13 @@ def _with_baselines(
     ]
 
 
-def _trained_logprobs(samples: Sequence[TrainSample]) -> tuple[Logprobs, Logprobs]:
+def _trained_logprobs(samples: Sequence[TrainSample]) -> tuple[list[float], list[float]]:
     """The generator's and the teacher's logprobs of the tokens of `samples` in the loss mask."""
     mask = np.concatenate([sample.loss_mask for sample in samples]).astype(bool)
     generator = np.concatenate([sample.generator_logprobs for sample in samples])
     # There in each: a loss with such a baseline needs them, and they have been checked.
     teacher = np.concatenate([_present(sample.teacher_logprobs) for sample in samples])
-    return generator[mask], teacher[mask]
+    return generator[mask].tolist(), teacher[mask].tolist()
 
 
 def with_equal_top(samples: Sequence[TrainSample]) -> tuple[list[Ids], list[Logprobs]] | None:

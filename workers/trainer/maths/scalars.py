@@ -7,11 +7,6 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean, pstdev
 from typing import Final, Literal, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-Logprobs = npt.NDArray[np.float32]
-
 UNWRITTEN: Final = -1
 """The staleness of a token that no policy wrote."""
 LEAST_WEIGHT: Final = 1e-6
@@ -36,7 +31,7 @@ def group_advantages(rewards: Sequence[float | None], *, normalize: bool = False
 
 
 def teacher_baselines(
-    logprobs: Sequence[tuple[Logprobs, Logprobs]], clip: float | None = None
+    logprobs: Sequence[tuple[Sequence[float], Sequence[float]]], clip: float | None = None
 ) -> list[float]:
     """For each of R rollouts: the weighted mean of the sampled reverse KL of the others, in nats.
 
@@ -52,22 +47,28 @@ def teacher_baselines(
 
     Example: of one token each, with p = 1/2 and a reverse KL of 1, 2 and 6 -> [4, 3.5, 1.5].
     """
-    sums = np.array([_weighted_sums(*own, clip) for own in logprobs])
-    weighted, weights = (sums.sum(0) - sums).T
-    sure = weights < LEAST_WEIGHT
-    baselines: list[float] = np.where(sure, 0.0, weighted / np.where(sure, 1.0, weights)).tolist()
+    bound = math.inf if clip is None else clip
+    sums = [_weighted_sums(*own, bound) for own in logprobs]
+    all_weighted = sum(weighted for weighted, _ in sums)
+    all_weights = sum(weights for _, weights in sums)
+    baselines = []
+    for weighted, weights in sums:
+        others = all_weights - weights
+        baselines.append((all_weighted - weighted) / others if others > LEAST_WEIGHT else 0.0)
     return baselines
 
 
 def _weighted_sums(
-    generator: Logprobs, teacher: Logprobs, clip: float | None
+    generator: Sequence[float], teacher: Sequence[float], bound: float
 ) -> tuple[float, float]:
     """The sum of weight · reverse KL over C tokens, and that of the weights."""
-    sampled = generator.astype(np.float64) - teacher
-    if clip is not None:
-        sampled = sampled.clip(-clip, clip)
-    weights = np.square(np.expm1(generator.astype(np.float64)))
-    return float(weights @ sampled), float(weights.sum())
+    weighted = 0.0
+    total = 0.0
+    for own, judged in zip(generator, teacher, strict=True):
+        weight = math.expm1(own) ** 2
+        weighted += weight * max(-bound, min(bound, own - judged))
+        total += weight
+    return weighted, total
 
 
 class Span(Protocol):

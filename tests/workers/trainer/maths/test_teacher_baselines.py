@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from onstream.workers.trainer.maths.scalars import Logprobs, teacher_baselines
+from onstream.workers.trainer.maths.scalars import teacher_baselines
 
 STUDENT = torch.tensor([0.6, 0.3, 0.1])
 TEACHER = torch.tensor([0.9, 0.09, 0.01])
@@ -18,10 +18,12 @@ SCORES = torch.eye(3) - STUDENT
 """Of each token: the gradient of its logprob by the logits."""
 
 
-def tokens(*of: tuple[float, float]) -> tuple[Logprobs, Logprobs]:
+Rollout = tuple[list[float], list[float]]
+
+
+def tokens(*of: tuple[float, float]) -> Rollout:
     """A rollout of tokens with these probabilities and reverse KLs."""
-    generator = np.log(np.array([p for p, _ in of], dtype=np.float32))
-    return generator, generator - np.array([kl for _, kl in of], dtype=np.float32)
+    return [math.log(p) for p, _ in of], [math.log(p) - kl for p, kl in of]
 
 
 def test_a_rollout_has_the_mean_of_the_others_weighed_by_what_the_student_was_unsure_of() -> None:
@@ -40,7 +42,7 @@ def test_a_clip_bounds_what_the_mean_is_of() -> None:
 
 @pytest.mark.parametrize("others", [[], [tokens((1.0, 0.5))], [tokens()]])
 def test_without_an_unsure_token_elsewhere_the_baseline_is_0(
-    others: list[tuple[Logprobs, Logprobs]],
+    others: list[Rollout],
 ) -> None:
     assert teacher_baselines([tokens((0.5, 3.0)), *others])[0] == 0.0
 
@@ -72,7 +74,7 @@ def test_the_variance_of_the_gradient_falls() -> None:
     assert variance(baseline) < 0.6 * variance(mean), "the plain mean lowers it less"
 
 
-def sampled(token: int) -> tuple[Logprobs, Logprobs]:
+def sampled(token: int) -> Rollout:
     return tokens((float(STUDENT[token]), float(REVERSE_KL[token])))
 
 
