@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import time
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from onstream.pipeline.record_codec import encode, ids_bytes, logprobs_bytes, mask_bytes
 from onstream.pipeline.records import Rollout, Sample, Timing, VersionSpan
-from onstream.settings.load import load_settings
+from onstream.settings.check import report
+from onstream.settings.load import load_settings, resolve
 from onstream.settings.record_sizes import (
     max_backlog,
     max_memory_mib,
@@ -19,6 +22,10 @@ from onstream.settings.record_sizes import (
 from onstream.settings.root import Settings
 
 TEACHER = ["deployment.num_teacher_gpus=1", "trainer.loss.teacher_tau=1"]
+ENDPOINT = [
+    'orchestrator.teacher_model.client.base_url=["http://teacher/v1"]',
+    "orchestrator.teacher_model.model.name=big",
+]
 LONG = [*TEACHER, "inference.sampling.max_completion=16384", "trainer.loss.teacher_top_k=32"]
 
 
@@ -96,6 +103,24 @@ def test_an_automatic_top_k_counts_with_its_bound() -> None:
         settings_of(*TEACHER, "trainer.loss.teacher_top_k=8")
     )
     assert record_sizes(settings_of()).top_k == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (TEACHER, "of completion, top-k 8\n"),
+        ([*ENDPOINT, TEACHER[1]], "of completion, top-k 8, or what the teacher's endpoint gives\n"),
+        ([*ENDPOINT, TEACHER[1], "trainer.loss.teacher_top_k=4"], "of completion, top-k 4\n"),
+        ([], "of completion\n"),
+    ],
+)
+def test_the_check_says_how_many_of_the_likeliest_tokens_a_record_holds(
+    overrides: list[str], words: str
+) -> None:
+    printed = io.StringIO()
+    console = Console(file=printed, width=200)
+    report(resolve(overrides=overrides, environ={}), [], console, everything=False)
+    assert words in printed.getvalue()
 
 
 DERIVED = [
