@@ -51,6 +51,7 @@ class Benchmark:
         self.options = options
         self.sizes = [SIZES[name] for name in options.only]
         self.tried: dict[str, Tried] = {}
+        self.best: dict[str, TrlForm] = {}
         self.rounds: list[Rounds] = []
         self._left_s = sum(self._seconds(size) for size in self.sizes)
         self._runner = Runner(environment, KeptResults(DIRECTORY / "results.jsonl"), self._tell)
@@ -64,6 +65,7 @@ class Benchmark:
                 fast=partial(self._sweep, size, size.sweep_steps),
                 whole=partial(self._sweep, size, size.steps["trl"]),
             )
+            self.best[size.name] = form
             print(f"({size.name}) TRL's best form: {form}", flush=True)
             self.rounds.append(self._rounds(size, form))
 
@@ -129,6 +131,8 @@ def main() -> None:
         sys.exit(str(failure))
     Console(width=WIDTH).print(table_of(benchmark.rounds))
     print("Medians (least–largest) over the rounds; ratios are taken round by round.")
+    for name, form in benchmark.best.items():
+        print(f"({name}) TRL is the best of {len(benchmark.tried[name])} that were tried: {form}")
     if options.json:
         options.json.write_text(json.dumps(as_data(benchmark, found), indent=2) + "\n")
 
@@ -201,7 +205,12 @@ def as_data(benchmark: Benchmark, found: Environment) -> Mapping[str, Any]:
         name: [{"form": str(form), **result} for form, result in forms]
         for name, forms in benchmark.tried.items()
     }
-    return {"versions": found.versions, "tried": tried, "sizes": as_json(benchmark.rounds)}
+    return {
+        "versions": found.versions,
+        "tried": tried,
+        "best": {name: str(form) for name, form in benchmark.best.items()},
+        "sizes": as_json(benchmark.rounds),
+    }
 
 
 if __name__ == "__main__":

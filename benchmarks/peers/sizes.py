@@ -114,7 +114,7 @@ SHORT = Size(
     sweep_steps=3,
     steps={"trl": 8, "onstream": 29},
     untimed=2,
-    seconds={"sweep": 150, "trl": 330, "onstream": 330},
+    seconds={"sweep": 200, "trl": 500, "onstream": 500},
 )
 LONG = replace(
     SHORT,
@@ -129,7 +129,7 @@ LONG = replace(
     ),
     sweep_steps=2,
     steps={"trl": 5, "onstream": 28},
-    seconds={"sweep": 300, "trl": 660, "onstream": 480},
+    seconds={"sweep": 500, "trl": 1250, "onstream": 1100},
     untimed=1,
 )
 SIZES = {size.name: size for size in (EXAMPLE, SHORT, LONG)}
