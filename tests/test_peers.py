@@ -5,6 +5,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,16 @@ from benchmarks.peers.measured import rates, way_to_goal
 from benchmarks.peers.sizes import EXAMPLE, SHORT, SIZES, TrlForm
 from benchmarks.peers.sweep import best_form
 from benchmarks.peers.table import Rounds, Spread, as_json, table_of
-from benchmarks.peers.usage import Usage
+from benchmarks.peers.usage import Usage, UsageWatch
 
+BURN_S = 0.2
+PARENT = f"""
+import subprocess, sys
+burn = "import time\\nwhile time.process_time() < {BURN_S}: pass"
+subprocess.run([sys.executable, "-S", "-c", burn], check=True)
+print("burnt", flush=True)
+sys.stdin.read()
+"""
 RUN = {"size": "a", "side": "trl", "seed": 0, "versions": {"trl": "1.16.0"}}
 
 
@@ -43,6 +54,23 @@ def test_first_and_last_steps_are_left_out_of_the_rates() -> None:
         "cpu_s_per_rollout": pytest.approx(6 / 24),  # of 112 to 118, at one core
         "peak_bytes": 7,
     }
+
+
+def test_a_child_that_has_ended_counts_in_the_cpu_seconds_of_a_run() -> None:
+    command = [sys.executable, "-S", "-c", PARENT]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        watch = UsageWatch(process.pid)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"burnt\n"
+        ended = len(watch.usage.times)
+        while len(watch.usage.times) < ended + 2:  # a look that began after the child's end
+            time.sleep(0.05)
+        assert process.stdin is not None
+        process.stdin.close()
+        usage = watch.stop()
+    assert usage.cpu_s[-1] >= BURN_S
+    assert usage.cpu_s == sorted(usage.cpu_s)
+    assert usage.peak_bytes > 0
 
 
 def test_rates_need_a_step_that_is_timed() -> None:

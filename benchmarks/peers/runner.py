@@ -22,6 +22,8 @@ from onstream.settings.load import load_settings
 from onstream.settings.root import Settings
 
 TRL_SIDE = Path(__file__).with_name("trl_side.py")
+WORK = ("batch", "group", "prompt_tokens", "max_completion", "untimed")
+"""What of a size a result depends on."""
 FEW_POLICIES = 4
 MAX_PROMPT_TOKENS = 512  # what the shipped pair reads
 OUTPUT_LINES = 40
@@ -86,8 +88,15 @@ class Runner:
     ) -> dict[str, Any]:
         """What tells a run from others, but TRL's form."""
         versions = self._environment.versions["trl" if side == "trl" else "onstream"]
-        names = {"size": size.name, "side": side, "steps": steps, "seed": seed, "round": round_}
-        return {**names, "versions": dict(versions)}
+        return {
+            "size": size.name,
+            **{name: getattr(size, name) for name in WORK},
+            "side": side,
+            "steps": steps,
+            "seed": seed,
+            "round": round_,
+            "versions": dict(versions),
+        }
 
     def _run(
         self, title: str, expected_s: float, run: Identity, measure: Callable[[Path], Result]
