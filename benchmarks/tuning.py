@@ -93,11 +93,15 @@ def each(template: str, *values: object) -> list[str]:
 
 
 GRIDS: dict[str, list[Case]] = {
-    "rate": cases(each(LR, 3e-4, 1e-3, 2e-3, 4e-3), each(WARMUP, 0, 10)),
-    "optimizer": cases(each(TYPE, "adamw", "muon"), each(LR, 1e-3, 2e-3, 4e-3), each(WARMUP, 10)),
-    "schedule": cases(each(SCHEDULE, "constant", "linear", "cosine"), each(LR, 2e-3)),
-    "staleness": cases(each(STALE, 0, 1, 2, 4)),
-    "group": cases(each(GROUP, 1, 4, 8, 16)),
+    "rate": cases(each(TYPE, "adamw", "muon"), each(LR, 2.5e-4, 5e-4, 1e-3, 2e-3)),
+    "warm-up": cases(each(TYPE, "adamw", "muon"), each(WARMUP, 0, 5, 10, 20)),
+    "schedule": cases(
+        each(TYPE, "adamw", "muon"),
+        each(SCHEDULE, "constant", "linear", "cosine"),
+        each(LR, 1e-3, 2e-3),
+    ),
+    "staleness": cases(each(TYPE, "adamw", "muon"), each(STALE, 0, 1, 2, 4)),
+    "group": cases(each(TYPE, "adamw", "muon"), each(GROUP, 1, 4, 8, 16)),
     "rewards": [(*REWARDS_TOO, *case) for case in cases(each(TYPE, "adamw", "muon"))],
     "default": [()],
 }

@@ -29,11 +29,13 @@ def report(
     everything: bool,
     warnings_here: Iterable[str] = (),
     memory_here: Mapping[str, str] | None = None,
+    rate_here: str | None = None,
 ) -> Exit:
     """Print all there is to say of `resolved`; with `everything`, settings at their defaults too.
 
-    `problems_here` and `warnings_here` are those that this machine has with the settings, and
-    `memory_here` is what its trainer takes of its memory. Returns `Exit.USAGE` where there are
+    `problems_here` and `warnings_here` are those that this machine has with the settings,
+    `memory_here` is what its trainer takes of its memory, and `rate_here` says its learning rate.
+    Returns `Exit.USAGE` where there are
     problems.
     """
     problems = [*resolved.problems, *problems_here]
@@ -41,7 +43,7 @@ def report(
     if settings is not None:
         plan = make_plan(settings)
         _print_settings(settings, resolved.origins, console, everything=everything)
-        _print_plan(plan, settings, console)
+        _print_plan(plan, settings, console, rate_here)
         _print_records(settings, console)
         _print_memory(memory_here or {}, console)
         _print_warnings([*warnings_of(settings), *warnings_here], console)
@@ -71,7 +73,7 @@ def _print_settings(
         _line(console, "  none")
 
 
-def _print_plan(plan: Plan, settings: Settings, console: Console) -> None:
+def _print_plan(plan: Plan, settings: Settings, console: Console, rate: str | None) -> None:
     streams = [f"{{onstream:{plan.run}}}:stream:{stage}" for stage in plan.streams]
     rows = {
         "run": f"{plan.run} in {settings.run_dir.absolute()}",
@@ -83,6 +85,8 @@ def _print_plan(plan: Plan, settings: Settings, console: Console) -> None:
         "devices": _devices(plan, settings),
         "redis": "as redis.url says" if settings.redis.url else "started by onstream up",
     }
+    if rate is not None:
+        rows["rate"] = rate
     console.print("\n[bold]Plan[/bold]")
     for name, value in rows.items():
         _line(console, f"  {name:<8} {escape(value)}")

@@ -46,7 +46,11 @@ RETIRED: dict[str, RetiredSetting] = {
 }
 
 
-EARLIER_DEFAULTS: dict[str, Any] = {"trainer.loss.teacher_top_k": 0}
+EARLIER_DEFAULTS: dict[str, Any] = {
+    "trainer.loss.teacher_top_k": 0,
+    "trainer.optim.lr": 1e-5,
+    "trainer.optim.warmup": 0,
+}
 """What settings of scope `run` were by default in the version before, where that has changed."""
 
 

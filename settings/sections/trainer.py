@@ -20,8 +20,13 @@ class OptimSettings(Section):
     """`muon` moves the matrices inside the model, or the factors of an adapter, by Muon, with one
     moment instead of two, and the rest by AdamW: embeddings, the output layer, norms and biases.
     """
-    lr: Annotated[float, CHANGEABLE, Unit("per step"), Field(gt=0, le=10)] = 1e-5
-    """Learning rate at the end of the warm-up."""
+    lr: Annotated[
+        Literal["auto"] | Annotated[float, Field(gt=0, le=10)], CHANGEABLE, Unit("per step")
+    ] = "auto"
+    """Learning rate at the end of the warm-up. `auto` is 5e-4 for a student of hidden size 96 and
+    falls with the square of the size, to 4.4e-6 at 1,024; of an adapter it is ten times that, and
+    at least 1e-4. `onstream check` prints it, and the run's plan keeps the number.
+    """
     betas: Annotated[tuple[Beta, Beta], RUN, Unit("ratio")] = (0.9, 0.95)
     """AdamW's decay rates of the two moments, each ≥ 0 and < 1."""
     weight_decay: Annotated[float, RUN, Unit("ratio"), Field(ge=0, le=10)] = 0.0
@@ -30,8 +35,10 @@ class OptimSettings(Section):
     """AdamW's denominator term."""
     momentum: Annotated[float, RUN, Unit("ratio"), Field(ge=0, lt=1)] = 0.95
     """Muon's decay rate of its moment."""
-    warmup: Annotated[int, RUN, Unit("steps"), Field(ge=0, le=10**6)] = 0
-    """Steps over which the learning rate rises linearly."""
+    warmup: Annotated[int, RUN, Unit("steps"), Field(ge=0, le=10**6)] = 10
+    """Steps over which the learning rate rises linearly. Without them the first steps harm a
+    student, most of all one that is near its teacher.
+    """
     schedule: Annotated[Literal["constant", "linear", "cosine"], RUN] = "constant"
     """What the learning rate does after the warm-up, until `trainer.max_steps`."""
     min_lr_ratio: Annotated[float, RUN, Unit("ratio"), Field(ge=0, le=1)] = 0.0
@@ -44,6 +51,12 @@ class OptimSettings(Section):
     `8bit` keeps them beside the weights in 2 bytes, rounded, by bitsandbytes (the extra `8bit`). A
     run cannot change to it or from it.
     """
+
+    @property
+    def known_lr(self) -> float:
+        """`lr` as a number; whoever asks has put one in the place of `auto`."""
+        assert self.lr != "auto"
+        return self.lr
 
 
 class LoraSettings(Section):

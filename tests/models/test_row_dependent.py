@@ -29,7 +29,7 @@ LONGROPE = {
     "original_max_position_embeddings": 64,
 }
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
-TRAINER = TrainerSettings(loss=SftLoss(), optim=OptimSettings(lr=1e-3))
+TRAINER = TrainerSettings(loss=SftLoss(), optim=OptimSettings(lr=1e-3, warmup=0))
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}),
     ("llama", {"rope_parameters": LONGROPE}),

@@ -258,6 +258,13 @@ def test_worker_settings_are_not_compared_and_changeable_ones_do_not_refuse() ->
     refuse_differences(ours, theirs)
 
 
+def test_a_worker_with_an_automatic_rate_fits_the_number_that_the_trainer_made_of_it() -> None:
+    theirs = plan("trainer.optim.lr=1e-3")
+    assert differences(plan(), theirs) == []
+    (other,) = differences(plan("trainer.optim.lr=1e-4"), theirs)
+    assert other.name == "trainer.optim.lr"
+
+
 def test_a_refusal_names_every_setting_that_differs_with_both_values() -> None:
     with pytest.raises(UserError) as caught:
         refuse_differences(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -107,3 +108,19 @@ def test_a_run_that_began_with_an_earlier_default_goes_on_so_where_nothing_is_sa
     hard = ["trainer.loss.type=sft", "orchestrator.teacher_rollout_model.model.name=big"]
     sft = resolve([mine], hard, environ={}).settings
     assert sft is not None and sft.trainer.loss.type == "sft", "which has no such setting"
+
+
+def test_a_run_of_an_earlier_version_keeps_the_rate_and_warm_up_that_were_its_defaults(
+    run: Path, tmp_path: Path
+) -> None:
+    plan = run / "plan.json"
+    kept = json.loads(plan.read_bytes())
+    kept["run_settings"] |= {"trainer.optim.lr": 1e-5, "trainer.optim.warmup": 0}
+    plan.write_text(json.dumps(kept))
+    here = [f"run.dir={tmp_path}", f"run.name={run.name}"]
+    same = load_settings([], here, environ={}).trainer.optim
+    assert (same.lr, same.warmup) == (1e-5, 0)
+    said = load_settings([], [*here, "trainer.optim.warmup=3"], environ={}).trainer.optim
+    assert (said.lr, said.warmup) == (1e-5, 3)
+    new = load_settings([], [f"run.dir={tmp_path}", "run.name=other"], environ={}).trainer.optim
+    assert (new.lr, new.warmup) == ("auto", 10)

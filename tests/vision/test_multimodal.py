@@ -230,7 +230,7 @@ def test_a_step_lowers_the_loss_and_moves_the_vision_tower_only_where_asked(
 ) -> None:
     settings = TrainerSettings(
         loss=SftLoss(),
-        optim=OptimSettings(lr=2e-3, schedule="constant"),
+        optim=OptimSettings(lr=2e-3, warmup=0, schedule="constant"),
         dtype=dtype,
         train_vision=train_vision,
     )

@@ -46,7 +46,9 @@ class Trainer:
     """
 
     def __init__(self, engine: Any, student_dir: Path) -> None:
-        settings = TrainerSettings.model_validate({"loss": {"type": "sft"}, "optim": {"lr": STEP}})
+        settings = TrainerSettings.model_validate(
+            {"loss": {"type": "sft"}, "optim": {"lr": STEP, "warmup": 0}}
+        )
         self.engine = engine
         self.learner = Learner(student_dir, settings, torch.device("cpu"))
         self.prober = prober(self.learner, InferenceSettings())

@@ -19,14 +19,15 @@ def check(
 ) -> Exit:
     """Print the settings, the plan and every problem.
 
-    The plan says what the trainer takes of its memory. Looks for all that can be known before a
-    model is loaded, as `onstream up` does: models, task, scorer, packages, GPUs, Redis and disk.
-    Nothing is started, and no network is asked.
+    The plan says what the trainer takes of its memory, and the rate that it learns at. Looks for
+    all that can be known before a model is loaded, as `onstream up` does: models, task, scorer,
+    packages, GPUs, Redis and disk. Nothing is started, and no network is asked.
     """
     from rich.console import Console
 
     from onstream.settings.check import report
     from onstream.settings.load import resolve
+    from onstream.workers.launcher.learning_rate import learning_rate_line
     from onstream.workers.launcher.model_warnings import model_warnings
     from onstream.workers.launcher.preflight import find_problems
     from onstream.workers.launcher.trainer_memory import memory_rows
@@ -35,6 +36,7 @@ def check(
     found = find_problems(resolved, online=online)
     warnings = model_warnings(resolved.settings) if resolved.settings is not None else ()
     memory = memory_rows(resolved.settings) if resolved.settings is not None else {}
+    rate = learning_rate_line(resolved.settings) if resolved.settings is not None else None
     return report(
         resolved,
         found,
@@ -42,4 +44,5 @@ def check(
         everything=everything,
         warnings_here=warnings,
         memory_here=memory,
+        rate_here=rate,
     )

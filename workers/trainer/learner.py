@@ -20,6 +20,7 @@ from onstream.pipeline.images.vision import load_vision
 from onstream.pipeline.models.end_tokens import add_stops, end_token_ids
 from onstream.pipeline.models.forward import NO_IMAGES, hidden_states, plan_attention
 from onstream.pipeline.models.frozen import round_frozen
+from onstream.pipeline.models.learning_rate import with_learning_rate
 from onstream.pipeline.models.loading import base_of, load_model, resolve_dtype, text_config
 from onstream.pipeline.models.multimodal import Features
 from onstream.pipeline.models.output_layer import head_of
@@ -119,7 +120,6 @@ class Learner:
         recompute: bool = False,
     ) -> None:
         student = student or ModelSettings()
-        self.trainer = trainer
         self.device = device
         self.prepares_ahead = device.type == "cuda"
         self.dtype = resolve_dtype(trainer.dtype, device)
@@ -129,6 +129,7 @@ class Learner:
         self._tail_floor = trainer.loss.teacher_tail_floor
         base = base_of(model)
         self.model = load_model(base or model, dtype=torch.float32, device=device)
+        self.trainer = with_learning_rate(trainer, self.model.config.to_dict())
         add_stops(self.model, end_token_ids(self.tokenizer, student.end_tokens))
         self.padded_because = prepare(self.model)
         self._adapter = None
@@ -151,7 +152,8 @@ class Learner:
         self.context_tokens = context
         self.steps = 0
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        self._optimizer = new_optimizer(trained, trainer.optim, hidden_matrices(self.model))
+        matrices = hidden_matrices(self.model)
+        self._optimizer = new_optimizer(trained, self.trainer.optim, matrices)
 
     def check(self, sample: TrainSample) -> None:
         """Make sure that a step can train on `sample`; `step` does so before it changes anything.
@@ -287,10 +289,10 @@ class Learner:
         norm = float(clipped)
         if not math.isfinite(norm):
             self._optimizer.zero_grad()
-            raise GradientNotFinite(self.steps + 1, norm, optim.lr)
+            raise GradientNotFinite(self.steps + 1, norm, optim.known_lr)
         rate = learning_rate(
             self.steps + 1,
-            peak=optim.lr,
+            peak=optim.known_lr,
             warmup=optim.warmup,
             max_steps=max_steps,
             schedule=optim.schedule,

@@ -53,7 +53,7 @@ def new_optimizer(
     if optim.type == "muon":
         return MuonAndAdamW(list(weights), list(matrices), optim)
     given: dict[str, Any] = {
-        "lr": optim.lr,
+        "lr": optim.known_lr,
         "betas": optim.betas,
         "eps": optim.eps,
         "weight_decay": optim.weight_decay,
@@ -104,7 +104,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     def __init__(self, weights: list[Tensor], matrices: list[Tensor], optim: OptimSettings) -> None:
         others = _without(weights, matrices)
-        shared: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay}
+        shared: dict[str, Any] = {"lr": optim.known_lr, "weight_decay": optim.weight_decay}
         parts: list[torch.optim.Optimizer] = []
         if matrices:
             muon = torch.optim.Muon(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 
+from onstream.pipeline.models.learning_rate import with_learning_rate
+from onstream.pipeline.models.loading import base_of
+from onstream.pipeline.models.tokenizer import load_configs
 from onstream.pipeline.redis.bus import Bus, redis_url
 from onstream.pipeline.redis.dead_letters import dead_numbers
 from onstream.pipeline.redis.lease import Lease
@@ -53,18 +56,33 @@ def start_trainer(settings: Settings, bus: Bus, stats: Stats) -> Trainer:
         UserError: another trainer has the run, the settings are not the run's, the student cannot
             be loaded, or the disk is full.
     """
-    plan = make_plan(settings)
     files = Ownership(settings.run_dir)
     lease = become_trainer(bus, settings.delivery.lease, files)
     with bus.lease.writing(lease):
         found = checkpoint.load_newest(settings.run_dir / checkpoint.FOLDER)
-        plan = agree_on_plan(bus, lease, plan, settings, found.state if found else None)
+        settings = _with_learning_rate(settings, found)
+        state = found.state if found else None
+        plan = agree_on_plan(bus, lease, make_plan(settings), settings, state)
     directory = RunDirectory(bus, lease, files, settings.run_dir)
     with contextlib.ExitStack() as opened:
         trainer = _Builder(settings, plan, bus, lease, directory, found, opened).build(stats)
         trainer.begin()
         opened.pop_all()  # from here on the trainer closes them
     return trainer
+
+
+def _with_learning_rate(settings: Settings, found: Checkpoint | None) -> Settings:
+    """`settings` with the number that `trainer.optim.lr = "auto"` means for the student.
+
+    Raises:
+        UserError: there is no such student.
+    """
+    if settings.trainer.optim.lr != "auto":
+        return settings
+    start = found.path if found else settings.model.name
+    config, _ = load_configs(base_of(start) or start)
+    trainer = with_learning_rate(settings.trainer, config.to_dict())
+    return settings.model_copy(update={"trainer": trainer})
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,11 @@ def test_check_prints_where_a_value_came_from_and_hides_secrets(tmp_path: Path) 
     assert "checkpoint.interval" not in done.stdout
 
 
+def test_check_prints_the_learning_rate_and_why_it_is_that() -> None:
+    done = onstream("check", *overrides("model.name=examples/reverse-text/student"))
+    assert 'steps of warm-up; trainer.optim.lr = "auto": hidden size 96' in done.stdout
+
+
 def test_check_all_prints_settings_at_their_defaults_too() -> None:
     assert "checkpoint.interval = 20  default" in onstream("check", "--all").stdout
 

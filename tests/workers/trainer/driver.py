@@ -35,6 +35,7 @@ Answer = Callable[[Ticket, int], Rollout | Tombstone]
 CLOCKS = (
     "time",
     "wait_s",
+    "waited_for",
     "step_s",
     "publish_s",
     "publish_wait_s",
@@ -134,7 +135,7 @@ class Run:
             "model": {"name": str(self.model)},
             "deployment": {"device": "cpu", "stages": ["generate", "verify", "train"]},
             "orchestrator": {"batch_size": 8, "group_size": 4, "max_off_policy_steps": 1},
-            "trainer": {"max_steps": 6, "sample_interval": 2, "optim": {"lr": 1e-3}},
+            "trainer": {"max_steps": 6, "sample_interval": 2, "optim": {"lr": 1e-3, "warmup": 0}},
             "checkpoint": {"interval": 2},
             "delivery": {"lease": 0.5},
         }

@@ -27,7 +27,11 @@ CPU = torch.device("cpu")
 
 
 def adapted(directory: Path, **settings: Any) -> Learner:
-    given = {"loss": {"type": "sft"}, "optim": {"lr": 1e-2}, "dtype": "bfloat16"} | settings
+    given = {
+        "loss": {"type": "sft"},
+        "optim": {"lr": 1e-2, "warmup": 0},
+        "dtype": "bfloat16",
+    } | settings
     return Learner(
         directory, TrainerSettings.model_validate(given | {"lora": {"rank": 4, "alpha": 8}}), CPU
     )

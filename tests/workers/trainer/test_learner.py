@@ -41,7 +41,7 @@ def learner(
     settings = TrainerSettings.model_validate(
         {
             "loss": loss,
-            "optim": OptimSettings(**{"lr": LR, **(optim or {})}),
+            "optim": OptimSettings(**{"lr": LR, "warmup": 0, **(optim or {})}),
             "microbatch": microbatch,
             "dtype": dtype,
         }

@@ -16,7 +16,9 @@ from tests.workers.trainer.test_learner import CPU, samples
 
 
 def learner(model: Path, **changes: Any) -> Learner:
-    return Learner(model, TrainerSettings.model_validate({"optim": {"lr": 1e-2}, **changes}), CPU)
+    return Learner(
+        model, TrainerSettings.model_validate({"optim": {"lr": 1e-2, "warmup": 0}, **changes}), CPU
+    )
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -36,7 +36,7 @@ def learner(
     optimizer: str = "adamw",
 ) -> Learner:
     lora = {"rank": 4, "alpha": 8, "dropout": dropout, "target_modules": targets}
-    optim = {"lr": 1e-2, "type": optimizer}
+    optim = {"lr": 1e-2, "warmup": 0, "type": optimizer}
     return Learner(
         directory,
         TrainerSettings.model_validate({"loss": {"type": "sft"}, "optim": optim, "lora": lora}),

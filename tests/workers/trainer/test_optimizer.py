@@ -30,7 +30,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def learner(directory: Path, states: str = "device", kind: str = "adamw") -> Learner:
-    optim = {"lr": 1e-2, "weight_decay": 0.1, "states": states, "type": kind}
+    optim = {"lr": 1e-2, "warmup": 0, "weight_decay": 0.1, "states": states, "type": kind}
     settings = TrainerSettings.model_validate({"loss": {"type": "sft"}, "optim": optim})
     return Learner(directory, settings, CPU)
 
@@ -88,7 +88,9 @@ def test_a_trainer_goes_on_from_the_moments_that_the_other_kind_has_saved(
 def test_a_weight_without_a_gradient_stays_and_has_no_moments() -> None:
     moved = torch.nn.Parameter(torch.ones(3))
     still = torch.nn.Parameter(torch.ones(3))
-    optimizer = new_optimizer([moved, still], OptimSettings(states="host", weight_decay=0.5))
+    optimizer = new_optimizer(
+        [moved, still], OptimSettings(lr=1e-3, states="host", weight_decay=0.5)
+    )
     moved.grad = torch.ones(3)
     optimizer.step()
     assert not torch.equal(moved, torch.ones(3))

@@ -21,6 +21,7 @@ from onstream.pipeline.records import Rollout, Ticket, Tombstone
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.lease import LeaseHeld
 from onstream.pipeline.redis.streams import Move, Out
+from onstream.settings.plan import Plan
 from onstream.workers.trainer.durability import checkpoint, checkpointing
 from onstream.workers.trainer.learner_snapshot import LearnerSnapshot
 from tests.workers.trainer.driver import Run, dead, digest, killed, rollout, with_image
@@ -427,3 +428,18 @@ def test_other_weights_under_an_announced_number_are_announced_anew(
     )
     job.to_the_end()
     assert job.announced() == [0, 1, 2, 3, 3, 4, 5, 6]
+
+
+def test_the_plan_keeps_the_number_of_an_automatic_learning_rate_and_a_resume_goes_on_with_it(
+    run: Callable[..., Run], bus: Bus
+) -> None:
+    job = run(trainer__optim__lr="auto")
+    job.ready()
+    job.until(3)
+    stored = bus.state.plan()
+    assert stored is not None
+    assert Plan.decode(stored).run_settings["trainer.optim.lr"] == 5e-4
+    job.start(trainer__optim__lr="auto")
+    job.until(3)
+    assert not (job.trainer.directory.path / "changes.jsonl").exists()
+    assert {row["lr"] for row in job.rows("metrics.jsonl")} == {5e-4}

@@ -40,7 +40,7 @@ def settings(model: Path, **loss: Any) -> Settings:
             "model": {"name": str(model)},
             "deployment": {"device": "cpu", "stages": ["generate", "verify", "train"]},
             "orchestrator": {"batch_size": 4, "group_size": 2, "max_off_policy_steps": 1},
-            "trainer": {"max_steps": 3, "optim": {"lr": 1e-3}, "loss": loss},
+            "trainer": {"max_steps": 3, "optim": {"lr": 1e-3, "warmup": 0}, "loss": loss},
         }
     )
 

@@ -29,7 +29,7 @@ LORA = {"lora": {"rank": 4, "alpha": 8, "dropout": 0.5}}
 
 
 def learner(directory: Path, **trainer: Any) -> Learner:
-    settings = {"loss": {"type": "sft"}, "optim": {"lr": 1e-2}, **trainer}
+    settings = {"loss": {"type": "sft"}, "optim": {"lr": 1e-2, "warmup": 0}, **trainer}
     return Learner(directory, TrainerSettings.model_validate(settings), torch.device("cpu"))
 
 

@@ -31,6 +31,7 @@ CHANGES = {
     "weights__full_every": 4,
     "trainer__dtype": "bfloat16",
     "trainer__optim__lr": 1e-5,
+    "trainer__optim__warmup": 0,
 }
 
 
