@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,16 +159,14 @@ def waited_for(rollouts: Sequence[Rollout], start: float, end: float) -> dict[St
     and what it did with its records. Times are in seconds since the epoch; clocks of two machines
     differ, so a stage's time ends no earlier than that of the one before.
     """
-    seconds: dict[StageName, float] = {}
+    seconds: defaultdict[StageName, float] = defaultdict(float)
     since = start
     for timing in max((rollout.timings for rollout in rollouts), key=_last_done, default=[]):
         until = min(max(timing.done, since), end)
-        if until > since:
-            seconds[timing.stage] = seconds.get(timing.stage, 0.0) + until - since
+        seconds[timing.stage] += until - since
         since = until
-    if end > since:
-        seconds["train"] = end - since
-    return seconds
+    seconds["train"] += end - since
+    return {stage: spent for stage, spent in seconds.items() if spent}
 
 
 def _last_done(timings: Sequence[Timing]) -> float:

@@ -22,6 +22,8 @@ LATE = came(("generate", 11.0, 14.0), ("verify", 14.0, 14.5), ("score", 18.0, 19
 CASES: list[tuple[list[Rollout], dict[str, float]]] = [
     # The stream before a stage counts as the stage's: 14.5 to 18 was spent before the teacher.
     ([EARLY, LATE], {"generate": 4.0, "verify": 0.5, "score": 4.5, "train": 1.0}),
+    # What the trainer had in its own hands is its own, as is what comes after.
+    ([came(("generate", 5.0, 11.0), ("train", 12.0, 15.0))], {"generate": 1.0, "train": 9.0}),
     # All of it came before the wait began: the trainer was busy with records.
     ([EARLY], {"train": 10.0}),
     # A clock that is behind: what it says was done before the stage before is nothing.
