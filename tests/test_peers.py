@@ -17,7 +17,7 @@ from benchmarks.peers.kept_results import KeptResults
 from benchmarks.peers.measured import rates, way_to_goal
 from benchmarks.peers.sizes import EXAMPLE, SHORT, SIZES, TrlForm
 from benchmarks.peers.sweep import best_form
-from benchmarks.peers.table import Rounds, Spread, as_json, table_of
+from benchmarks.peers.table import Rounds, Spread, as_json, table_of, three_digits
 from benchmarks.peers.usage import Usage, UsageWatch
 
 BURN_S = 0.2
@@ -127,6 +127,14 @@ def test_the_table_has_each_contender_and_each_ratio() -> None:
     assert list(table.columns[5].cells) == ["–", "–", "–"]
     [data] = json.loads(json.dumps(as_json([rounds])))
     assert data["ratios"]["Onstream / TRL"]["tokens_per_s"]["median"] == 5.0
+
+
+def test_rates_are_shown_without_an_exponent() -> None:
+    assert [three_digits(value) for value in (0.0753, 5.467, 1729.45)] == [
+        "0.0753",
+        "5.47",
+        "1,729",
+    ]
 
 
 def test_a_stopped_benchmark_goes_on_with_the_results_that_it_kept(tmp_path: Path) -> None:

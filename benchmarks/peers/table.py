@@ -40,10 +40,15 @@ class Column:
     show: Callable[[float], str]
 
 
+def three_digits(value: float) -> str:
+    """At least three digits, and no exponent: 0.0753, 5.47, 1,729."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 COLUMNS = (
-    Column("rollouts_per_s", "rollouts/s", lambda value: f"{value:,.3g}"),
-    Column("tokens_per_s", "tokens/s", lambda value: f"{value:,.0f}"),
-    Column("cpu_s_per_rollout", "CPU ms a rollout", lambda value: f"{1000 * value:,.3g}"),
+    Column("rollouts_per_s", "rollouts/s", three_digits),
+    Column("tokens_per_s", "tokens/s", three_digits),
+    Column("cpu_s_per_rollout", "CPU ms a rollout", lambda value: three_digits(1000 * value)),
     Column("seconds_to_goal", "seconds to .95", lambda value: f"{value:.1f}"),
     Column("steps_to_goal", "steps to .95", lambda value: f"{value:g}"),
     Column("peak_bytes", "peak memory, GiB", lambda value: f"{value / GIB:.2f}"),
