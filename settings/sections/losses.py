@@ -123,8 +123,8 @@ class RolloutLoss(LossSettings):
         """Whether it reads the teacher's likeliest tokens, where there are some."""
         return self.needs_teacher and self.most_top_k > 0
 
-    def least_top_k(self, temperature: float) -> int:
-        """How many of them it needs at least, of what was sampled at `temperature`."""
+    def least_top_k(self, *, scaled: bool) -> int:
+        """How many of them it needs at least; `scaled`: at another temperature than 1."""
         return self.most_top_k if self.needs_top_k else 0
 
 
@@ -199,11 +199,11 @@ class RlLoss(RolloutLoss):
             return AUTO_TOP_K if self.needs_teacher else 0
         return self.teacher_top_k
 
-    def least_top_k(self, temperature: float) -> int:
+    def least_top_k(self, *, scaled: bool) -> int:
         if self.teacher_top_k != "auto":
-            return super().least_top_k(temperature)
+            return super().least_top_k(scaled=scaled)
         # The sampled term takes the place of the likeliest tokens where it can.
-        return int(self.needs_bins or (self.needs_teacher and temperature != 1))
+        return int(self.needs_bins or (self.needs_teacher and scaled))
 
     @property
     def lowers_variance(self) -> bool:
@@ -223,7 +223,7 @@ class SftLoss(LossSettings):
     most_top_k: ClassVar[int] = 0
     needs_top_k: ClassVar[bool] = False
 
-    def least_top_k(self, temperature: float) -> int:
+    def least_top_k(self, *, scaled: bool) -> int:
         """None: it reads no teacher."""
         return 0
 

@@ -128,16 +128,16 @@ def test_a_function_that_is_wrong_is_not_told_to_be_missing_as_well() -> None:
 def test_an_automatic_top_k_asks_for_8_and_needs_one_where_the_sampled_token_does_not_do() -> None:
     auto = RlLoss(teacher_tau=1)
     assert (auto.teacher_top_k, auto.most_top_k, auto.lowers_variance) == ("auto", 8, True)
-    assert [auto.least_top_k(temperature) for temperature in (1.0, 0.7)] == [0, 1]
-    assert RlLoss(teacher_tau=1, teacher_divergence="jsd").least_top_k(1.0) == 1
+    assert [auto.least_top_k(scaled=scaled) for scaled in (False, True)] == [0, 1]
+    assert RlLoss(teacher_tau=1, teacher_divergence="jsd").least_top_k(scaled=False) == 1
     for k in (0, 4):
         given = RlLoss(teacher_tau=1, teacher_top_k=k)
         assert (given.most_top_k, given.lowers_variance) == (k, False)
-        assert [given.least_top_k(temperature) for temperature in (1.0, 0.7)] == [k, k]
+        assert [given.least_top_k(scaled=scaled) for scaled in (False, True)] == [k, k]
     needs = ("teacher_logprobs",)
     for other in (RlLoss(), SftLoss(), CustomLoss(function="mine:loss", needs=needs)):
         assert (other.most_top_k, other.needs_top_k, other.lowers_variance) == (0, False, False)
-        assert other.least_top_k(0.7) == 0
+        assert other.least_top_k(scaled=True) == 0
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,7 @@ class Learner:
         self.steps = 0
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         matrices = hidden_matrices(self.model)
+        self._peak_rate = self.trainer.optim.known_lr
         self._optimizer = new_optimizer(trained, self.trainer.optim, matrices)
 
     def check(self, sample: TrainSample) -> None:
@@ -289,10 +290,10 @@ class Learner:
         norm = float(clipped)
         if not math.isfinite(norm):
             self._optimizer.zero_grad()
-            raise GradientNotFinite(self.steps + 1, norm, optim.known_lr)
+            raise GradientNotFinite(self.steps + 1, norm, self._peak_rate)
         rate = learning_rate(
             self.steps + 1,
-            peak=optim.known_lr,
+            peak=self._peak_rate,
             warmup=optim.warmup,
             max_steps=max_steps,
             schedule=optim.schedule,

@@ -44,7 +44,7 @@ class TeacherClient:
             check_own_end(self.student.model)
         loss = settings.trainer.loss
         most = min(loss.most_top_k, self.student.model.vocabulary_size - 1)
-        least = loss.least_top_k(settings.inference.sampling.temperature)
+        least = loss.least_top_k(scaled=settings.inference.sampling.temperature != 1)
         self._check = EndpointCheck(
             self.student, teacher, most, min(least, most), arguments_of(teacher.model, settings)
         )

@@ -59,7 +59,8 @@ class LossFields:
     teacher: bool  # where a sample has them
     teacher_needed: bool
     top_k: int  # the most of the teacher's likeliest tokens of each position; 0: none
-    least_top_k: Callable[[float], int]  # the least, by the temperature of sampling
+    least_top_k: int  # the least of what was sampled at temperature 1
+    least_top_k_scaled: int  # the same at any other temperature
 
     @classmethod
     def of(cls, loss: Loss) -> LossFields:
@@ -69,7 +70,8 @@ class LossFields:
             teacher=loss.reads_teacher,
             teacher_needed=loss.needs_teacher,
             top_k=loss.most_top_k if loss.needs_top_k else 0,
-            least_top_k=loss.least_top_k,
+            least_top_k=loss.least_top_k(scaled=False),
+            least_top_k_scaled=loss.least_top_k(scaled=True),
         )
 
 
@@ -184,7 +186,7 @@ def training_samples(
                 )
             rollouts.append(samples)
     samples = [sample for own in rollouts for sample in own]
-    if loss.lowers_variance and any(sample.teacher_top_ids is None for sample in samples):
+    if any(sample.teacher_top_ids is None for sample in samples) and loss.lowers_variance:
         return _with_baselines(rollouts, loss.reverse_kl_clip)
     return samples
 
@@ -348,7 +350,8 @@ def _present(logprobs: Logprobs | None) -> Logprobs:
 def _check_top(sample: TrainSample, fields: LossFields, vocabulary: int) -> None:
     tokens = len(sample.completion_ids)
     most = min(fields.top_k, vocabulary - 1)
-    least = min(fields.least_top_k(sample.temperature), most)
+    least = fields.least_top_k if sample.temperature == 1 else fields.least_top_k_scaled
+    least = min(least, most)
     ids = sample.teacher_top_ids
     logprobs = sample.teacher_top_logprobs
     if ids is None and logprobs is None and not least:
