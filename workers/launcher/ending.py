@@ -12,6 +12,7 @@ REASONS_SHOWN = 3
 MANY_TRUNCATED = 0.1
 MUCH_WAITING = 0.1
 MUCH_FASTER = 1.05
+BUSY = 0.9
 DROPPED = {"stale": "too stale", "other": "that nothing could train"}
 """The words for rollouts that were dropped, by their names in the report."""
 
@@ -66,7 +67,10 @@ def _waiting(report: Mapping[str, Any]) -> Iterator[str]:
     waited = {stage: share for stage, share in report["waited_for"].items() if share >= 0.01}
     if sum(waited.values()) < MUCH_WAITING:
         return
-    shares = ", ".join(f"{share:.0%} for {stage}" for stage, share in waited.items())
+    words = {"train": "its own work with the records"}
+    shares = ", ".join(
+        f"{share:.0%} for {words.get(stage, stage)}" for stage, share in waited.items()
+    )
     yield f"the trainer waited {report['wait_share']:.0%} of the time: {shares}"
     predicted = report.get("one_more_worker")
     if not predicted:
@@ -78,7 +82,7 @@ def _waiting(report: Mapping[str, Any]) -> Iterator[str]:
             f"one more worker for {stage} may give up to {predicted[stage]:.4g} rollouts a second "
             f"(now {now:.4g}): deployment.workers"
         )
-    else:
+    elif report["cores_busy"] >= BUSY:
         yield (
             f"the cores were {report['cores_busy']:.0%} busy: more workers on this machine would "
             "hardly help"

@@ -57,15 +57,16 @@ def test_a_run_that_taught_the_student_nothing_says_so_and_is_not_called_finishe
     assert nothing_learnt(report({"grad_norm": 0.0}, {})) is None
 
 
-def waiting(predicted: float) -> dict[str, Any]:
-    waited_for = {"generate": 0.25, "score": 0.125, "train": 0.005}
-    row = {"wait_s": 0.38, "waited_for": waited_for}
-    return report(row) | {"cores_busy": 0.94, "one_more_worker": {"generate": predicted}}
+def waiting(predicted: float, cores_busy: float = 0.94) -> dict[str, Any]:
+    waited_for = {"generate": 0.25, "score": 0.125, "train": 0.0625, "verify": 0.005}
+    row = {"wait_s": 0.4425, "waited_for": waited_for}
+    return report(row) | {"cores_busy": cores_busy, "one_more_worker": {"generate": predicted}}
 
 
 def test_who_was_waited_for_is_told_and_what_another_worker_would_give() -> None:
     assert list(sentences(waiting(predicted=80.0), RUN))[:2] == [
-        "the trainer waited 38% of the time: 25% for generate, 12% for score",
+        "the trainer waited 44% of the time: 25% for generate, 12% for score, 6% for its own work "
+        "with the records",
         "one more worker for generate may give up to 80 rollouts a second (now 64): "
         "deployment.workers",
     ]
@@ -74,6 +75,12 @@ def test_who_was_waited_for_is_told_and_what_another_worker_would_give() -> None
 def test_where_the_cores_are_busy_another_worker_is_not_advised() -> None:
     assert list(sentences(waiting(predicted=66.0), RUN))[1] == (
         "the cores were 94% busy: more workers on this machine would hardly help"
+    )
+
+
+def test_where_neither_would_help_nothing_is_advised() -> None:
+    assert list(sentences(waiting(predicted=66.0, cores_busy=0.5), RUN))[1] == (
+        "finished after step 1"
     )
 
 
