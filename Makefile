@@ -72,7 +72,7 @@ gpu-wheels: ## fetch what test-gpu and bench-gpu need on a machine without a net
 	@touch $@
 
 bench: .venv/dev ## every benchmark, each beside what it compares with
-	@for file in $(filter-out vllm_% teacher_paths gpu training_loop tuning,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
+	@for file in $(filter-out vllm_% teacher_paths gpu training_loop tuning kept_results,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
 	  echo "== $$file"; $(BIN)/python -m benchmarks.$$file || exit 1; done
 
 bench-tuning: .venv/dev ## steps to quality: rates, optimizers, staleness and groups, on three tasks; a stopped table goes on

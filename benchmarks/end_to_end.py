@@ -20,16 +20,14 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.peers.measured import GOAL, exact, way_to_goal
+from onstream.pipeline.run_files.json_lines import read_rows
 from onstream.settings.load import load_settings
-from onstream.workers.evaluation.greedy import evaluate
 
-GOAL = 0.95
-PROBE_STEPS = 5
 TERMS = {
     "top-k": ["trainer.loss.teacher_top_k=4"],
     "sampled": ["trainer.loss.teacher_top_k=0", "trainer.optim.lr=5e-4"],
@@ -78,7 +76,12 @@ def row(term: str, seed: int, example: str, steps: int, runs: Path) -> list[str]
     run(file, given)
     directory = runs / f"{example}-{term}-{seed}"
     report = json.loads((directory / "report.json").read_text())
-    reached, seconds = first_at_goal(file, given, directory)
+    settings = load_settings([file], given)
+    rows = read_rows(directory / "metrics.jsonl")
+    policies = directory / "policies"
+    way = way_to_goal(rows, lambda step: exact(policies / f"{step:06d}", settings))
+    reached = way["steps_to_goal"]
+    seconds = way["seconds_to_goal"] or report["seconds"]
     cpu = {kind: spent for kind, spent in report["cpu_seconds"].items() if kind != "eval"}
     return [
         term,
@@ -113,28 +116,6 @@ def run(file: Path, given: list[str]) -> None:
     )
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-
-
-def first_at_goal(file: Path, given: list[str], directory: Path) -> tuple[int | None, float]:
-    """The first evaluated step whose policy reaches the goal, and the seconds of training until
-    then (of all, if none did).
-    """
-    settings = load_settings([file], given)
-    seconds = 0.0
-    for line in (directory / "metrics.jsonl").read_text().splitlines():
-        metrics = json.loads(line)
-        seconds += metrics["elapsed_s"]
-        if (
-            metrics["step"] % PROBE_STEPS == 0
-            and exact(directory / "policies" / f"{metrics['step']:06d}", settings) >= GOAL
-        ):
-            return metrics["step"], seconds
-    return None, seconds
-
-
-def exact(policy: Path, settings: Any) -> float:
-    """The greedy exact-match share of a published policy."""
-    return float(evaluate(policy, settings)["exact"])
 
 
 def shares(seconds: Mapping[str, float]) -> str:

@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.kept_results import KeptResults
 from benchmarks.training_loop import TrainingLoop
 from onstream.settings.load import load_settings
 from onstream.workers.tiny_models.make import make
@@ -126,32 +127,22 @@ def main() -> None:
     table = new_table()
     for task, case in itertools.product(asked.tasks, dict.fromkeys(chosen)):
         results = [
-            kept.get(task, seed, asked.steps, case, asked.cache) for seed in range(asked.seeds)
+            result_of(kept, task, seed, asked.steps, case, asked.cache)
+            for seed in range(asked.seeds)
         ]
         table.add_row(task, " ".join(map(short, case)) or "defaults", *cells(results))
         Console(width=WIDTH).print(table)
 
 
-class KeptResults:
-    """The results in a file of JSON lines, each looked up there before it is made."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_bytes().splitlines() if path.exists() else []
-        self._known = [msgspec.json.decode(line, type=Result) for line in lines]
-
-    def get(self, task: str, seed: int, steps: int, case: Case, cache: Path) -> Result:
-        """The result of a case; it is trained where it is not there yet."""
-        wanted = (task, seed, steps, case)
-        for one in self._known:
-            if (one.task, one.seed, one.steps, one.case) == wanted:
-                return one
-        made = train(task, seed, steps, case, pair(task, cache))
-        self._known.append(made)
-        with self._path.open("ab") as file:
-            file.write(msgspec.json.encode(made) + b"\n")
-        return made
+def result_of(
+    kept: KeptResults, task: str, seed: int, steps: int, case: Case, cache: Path
+) -> Result:
+    """The result of a case; it is trained where it is not kept yet."""
+    run = {"task": task, "seed": seed, "steps": steps, "case": case}
+    found = kept.get(
+        run, lambda: msgspec.to_builtins(train(task, seed, steps, case, pair(task, cache)))
+    )
+    return msgspec.convert(found, Result, strict=False)
 
 
 def pair(task: str, cache: Path) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.peers.kept_results import KeptResults
+from benchmarks.kept_results import KeptResults
 from benchmarks.peers.measured import rates, way_to_goal
 from benchmarks.peers.sizes import EXAMPLE, SHORT, SIZES, TrlForm
 from benchmarks.peers.sweep import best_form

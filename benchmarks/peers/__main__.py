@@ -23,7 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.peers.kept_results import KeptResults, Result
+from benchmarks.kept_results import KeptResults, Result
 from benchmarks.peers.runner import ONSTREAM_SIDES, Environment, RunFailed, Runner
 from benchmarks.peers.sizes import SIZES, Size, TrlForm
 from benchmarks.peers.sweep import Tried, best_form

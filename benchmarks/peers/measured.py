@@ -1,11 +1,13 @@
-"""What a run is measured by, the same for both sides."""
+"""What a run is measured by, the same for all sides."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.usage import Usage
+from onstream.settings.root import Settings
 
 GOAL = 0.95
 EVALUATE_EVERY = 5
@@ -57,3 +59,11 @@ def way_to_goal(steps: Sequence[Step], exact: Callable[[int], float]) -> dict[st
         if found[-1][1] >= GOAL:
             return {"steps_to_goal": number, "seconds_to_goal": seconds, "exact": found}
     return {"steps_to_goal": None, "seconds_to_goal": None, "exact": found}
+
+
+def exact(policy: Path, settings: Settings) -> float:
+    """The greedy exact-match share of a policy, whichever side made it."""
+    # Only now: most of what a benchmark does needs no torch.
+    from onstream.workers.evaluation.greedy import evaluate
+
+    return float(evaluate(policy, settings)["exact"])

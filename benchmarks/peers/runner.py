@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kept_results import Identity, KeptResults, Result
 from benchmarks.peers import onstream_side
-from benchmarks.peers.kept_results import Identity, KeptResults, Result
-from benchmarks.peers.measured import EVALUATE_EVERY, Step, rates, way_to_goal
+from benchmarks.peers.measured import EVALUATE_EVERY, Step, exact, rates, way_to_goal
 from benchmarks.peers.pairs import ModelPair, pair_of, train_prompts
 from benchmarks.peers.sizes import EXAMPLE_OFF_POLICY_STEPS, SYNCHRONOUS, Size, TrlForm
 from benchmarks.peers.usage import Usage, UsageWatch
@@ -167,13 +167,6 @@ class Runner:
                 rows, lambda step: exact(onstream_side.policy(directory, step), settings)
             )
         return result
-
-
-def exact(policy: Path, settings: Settings) -> float:
-    """The greedy exact-match share of a policy, whichever side made it."""
-    from onstream.workers.evaluation.greedy import evaluate
-
-    return float(evaluate(policy, settings)["exact"])
 
 
 def watched(command: Sequence[str], variables: Mapping[str, str]) -> Usage:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import inf
 
-from benchmarks.peers.kept_results import Result
+from benchmarks.kept_results import Result
 from benchmarks.peers.sizes import Size, TrlForm
 
 Tried = list[tuple[TrlForm, Result]]

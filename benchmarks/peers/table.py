@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.peers.kept_results import Result
+from benchmarks.kept_results import Result
 from benchmarks.peers.sizes import Size
 
 GIB = 2**30

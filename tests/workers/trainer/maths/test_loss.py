@@ -310,6 +310,21 @@ def test_a_student_surely_wrong_has_a_finite_term_and_gradient(kind: Divergence)
     assert logits.grad is not None and logits.grad.isfinite().all()
 
 
+def doubled_teacher_term(inputs: LossInputs, kind: Divergence) -> torch.Tensor:
+    """What the teacher alone adds to each token's loss, at a `teacher_tau` of 2."""
+    value = rl_loss(
+        inputs,
+        teacher_tau=2.0,
+        teacher_divergence=kind,
+        teacher_jsd_beta=0.25,
+        adv_tau=0.0,
+        reverse_kl_clip=None,
+        trust_region="none",
+        **COEFFICIENTS,
+    )
+    return value.means["loss_teacher"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_rl_loss_takes_the_divergence_that_is_asked_for(kind: Divergence) -> None:
     student = torch.tensor([[0.5, 0.2, 0.3]]).log()
@@ -328,18 +343,9 @@ def test_the_rl_loss_takes_the_divergence_that_is_asked_for(kind: Divergence) ->
         trainer_top_logprobs=student[:, :2],
         trainer_tail_logprobs=student[:, 2],
     )
-    found = rl_loss(
-        inputs,
-        teacher_tau=2.0,
-        teacher_divergence=kind,
-        teacher_jsd_beta=0.25,
-        adv_tau=0.0,
-        reverse_kl_clip=None,
-        trust_region="none",
-        **COEFFICIENTS,
-    )
+    found = doubled_teacher_term(inputs, kind)
     expected = 2 * divergence(student, teacher, kind=kind, beta=0.25)
-    torch.testing.assert_close(found.means["loss_teacher"], expected)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -363,16 +369,7 @@ def test_tokens_with_fewer_alternatives_are_each_trained_with_their_own(kind: Di
         trainer_top_logprobs=leaves[0],
         trainer_tail_logprobs=leaves[1],
     )
-    values = rl_loss(
-        inputs,
-        teacher_tau=2.0,
-        teacher_divergence=kind,
-        teacher_jsd_beta=0.25,
-        adv_tau=0.0,
-        reverse_kl_clip=None,
-        trust_region="none",
-        **COEFFICIENTS,
-    ).means["loss_teacher"]
+    values = doubled_teacher_term(inputs, kind)
     bins = [student[:1], student[1:2, [0, 2]]], [teacher[:1], teacher[1:2, [0, 2]]]
     expected = [
         2 * divergence(ours, theirs, kind=kind, beta=0.25).item()
