@@ -159,7 +159,7 @@ class Player:
         """Go on as the trainer that resumed the run there: it knew only what had settled."""
         self.training.forget()
         self.settings = self._settings_at(opened)
-        self.training.learner.trainer = self.settings.trainer
+        self.training.learner.take_settings(self.settings.trainer)
         self.training.max_steps = self.settings.trainer.max_steps
         self._set_conditions(opened)
 

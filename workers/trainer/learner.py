@@ -129,7 +129,7 @@ class Learner:
         self._tail_floor = trainer.loss.teacher_tail_floor
         base = base_of(model)
         self.model = load_model(base or model, dtype=torch.float32, device=device)
-        self.trainer = with_learning_rate(trainer, self.model.config.to_dict())
+        self.take_settings(trainer)
         add_stops(self.model, end_token_ids(self.tokenizer, student.end_tokens))
         self.padded_because = prepare(self.model)
         self._adapter = None
@@ -152,9 +152,12 @@ class Learner:
         self.context_tokens = context
         self.steps = 0
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        matrices = hidden_matrices(self.model)
+        self._optimizer = new_optimizer(trained, self.trainer.optim, hidden_matrices(self.model))
+
+    def take_settings(self, trainer: TrainerSettings) -> None:
+        """Go on by `trainer`, as one does that resumes its run with other settings."""
+        self.trainer = with_learning_rate(trainer, self.model.config.to_dict())
         self._peak_rate = self.trainer.optim.known_lr
-        self._optimizer = new_optimizer(trained, self.trainer.optim, matrices)
 
     def check(self, sample: TrainSample) -> None:
         """Make sure that a step can train on `sample`; `step` does so before it changes anything.

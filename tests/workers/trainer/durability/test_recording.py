@@ -240,6 +240,18 @@ def test_a_learning_rate_that_changed_on_resume_changes_in_the_replay(
     assert_replays(job)
 
 
+def test_a_run_at_the_automatic_learning_rate_is_replayed_over_its_resumes(
+    run: Callable[..., Run],
+) -> None:
+    job = run(trainer__record=True, trainer__optim__lr="auto")
+    job.ready()
+    job.until(3)
+    job.start()
+    job.to_the_end()
+    job.trainer.recording.sync()
+    assert_replays(job)
+
+
 def test_dropout_draws_the_same_after_a_kill_and_in_the_replay(run: Callable[..., Run]) -> None:
     source = {"client": {"base_url": ["http://127.0.0.1:1/v1"]}, "model": {"name": "somebody"}}
     supervised = {
