@@ -26,8 +26,16 @@ _PROTOCOLS = {
 }
 
 
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
 class TableTeacher(FaultyServer):
-    """The teacher. Faults answer scoring requests alone, and `delay_s` is how long these take."""
+    """The teacher. Faults answer scoring requests alone, and `delay_s` is how long these take.
+
+    `logprobs` is the table, [token before, token]. With `noise` each request has other logprobs,
+    and each of them is a distribution still.
+    """
 
     def __init__(
         self,
@@ -51,8 +59,9 @@ class TableTeacher(FaultyServer):
         self.noise = noise
         self.tokenizer = tokenizer or character_tokenizer()
         self.delay_s = 0.0
-        logits = np.random.default_rng(seed).normal(0, 2, (VOCABULARY_SIZE, VOCABULARY_SIZE))
-        self.logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))  # [before, token]
+        draw = np.random.default_rng(seed)
+        self.logprobs = _log_softmax(draw.normal(0, 2, (VOCABULARY_SIZE, VOCABULARY_SIZE)))
+        self._draw = draw
         self.scored: list[
             list[int]
         ] = []  # the ids of each scoring request that was answered rightly
@@ -143,9 +152,9 @@ class TableTeacher(FaultyServer):
         self._check(ids, k)
         positions: list[dict[str, Any] | None] = [None]
         for before, token in pairwise(ids):
-            row = self.logprobs[before] + (
-                np.random.default_rng().normal(0, self.noise) if self.noise else 0
-            )
+            row = self.logprobs[before]
+            if self.noise:
+                row = _log_softmax(row + self._draw.normal(0, self.noise, row.shape))
             chosen = [*np.argsort(row)[: -k - 1 : -1], token][::-1]
             positions.append(
                 {
