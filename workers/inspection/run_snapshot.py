@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -23,8 +24,8 @@ class RunSnapshot:
 
     `version` is the newest policy's. `backlog` counts the records of each stage, and `in_hand`
     those of them that workers hold. `workers` has what each live worker says that it does;
-    `taking` are the stages with a worker that has finished starting. `unreachable` says why the
-    snapshot is older than it should be.
+    `taking` counts the workers of each stage that have finished starting. `unreachable` says why
+    the snapshot is older than it should be.
     """
 
     taken: float = 0.0
@@ -34,7 +35,7 @@ class RunSnapshot:
     backlog: Mapping[StageName, int] = field(default_factory=dict)
     in_hand: Mapping[StageName, int] = field(default_factory=dict)
     workers: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    taking: frozenset[str] = frozenset()
+    taking: Mapping[str, int] = field(default_factory=dict)
     unreachable: str = ""
 
 
@@ -56,7 +57,7 @@ def take_snapshot(state: RunState, run_end: RunEnd | None = None) -> RunSnapshot
         backlog=state.backlog(),
         in_hand=state.pending_counts(),
         workers=workers,
-        taking=frozenset(beat.stage for beat in heartbeats if beat.state != "starting"),
+        taking=Counter(beat.stage for beat in heartbeats if beat.state != "starting"),
     )
 
 

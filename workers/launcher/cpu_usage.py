@@ -8,9 +8,10 @@ import time
 from typing import Any
 
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
+from onstream.workers.launcher.process_usage import process_cpu_seconds
 from onstream.workers.launcher.processes import EVAL
 from onstream.workers.launcher.run_watcher import MetricsTail
-from onstream.workers.launcher.supervisor import Supervisor, process_cpu_seconds
+from onstream.workers.launcher.supervisor import Supervisor
 
 
 class CpuUsage:
@@ -32,6 +33,10 @@ class CpuUsage:
             self._startup_s = self._used()
             self._startup_s.pop(EVAL, None)
             self._startup_ended = time.monotonic()
+
+    def total_s(self) -> float:
+        """CPU seconds of all processes of the run so far."""
+        return sum(self._used().values())
 
     def report(self) -> dict[str, Any] | None:
         """CPU seconds of each kind of process, as the report holds them, and the share of the time

@@ -18,6 +18,7 @@ from typing import BinaryIO
 from onstream.pipeline.errors import Exit
 from onstream.pipeline.processes import kill_group
 from onstream.workers.launcher.log_tail import last_lines
+from onstream.workers.launcher.process_usage import process_cpu_seconds
 
 NOT_MENDABLE = (Exit.USAGE, Exit.REFUSED)
 """Exit codes of a process that would end in the same way again."""
@@ -57,7 +58,9 @@ class Child:
     Its output is appended to `log`, and `environ` is put on top of what all children get. With
     `once` a clean exit means that its work is done, without it that it may be the run's end. It is
     started, and started again, only while `may_start()`; a death while not `mendable()` ends the
-    run.
+    run. The run can do without an `optional` one: what would end the run ends that child alone.
+
+    Nobody misses a `dismissed` one: its process is told to stop, and is not started again.
 
     `deaths` are in a row, without progress of the run between them. `clean_exit_at` is set until it
     is known whether the run is over; `start_at` until it is started. `cpu_s` is of all its
@@ -73,6 +76,8 @@ class Child:
     environ: Mapping[str, str] = field(default_factory=dict)
     may_start: Callable[[], bool] = always
     mendable: Callable[[], bool] = always
+    optional: bool = False
+    dismissed: bool = False
     process: subprocess.Popen[bytes] | None = None
     started: bool = False
     deaths: int = 0
@@ -128,13 +133,20 @@ class Supervisor:
         """
         for child in self.children:
             code = self._reap(child)
-            if code:
+            if child.dismissed:
+                child.done = not child.alive
+            elif code:
                 self._handle_death(child, f"{child.name} {describe_exit(code)}", progress, code)
             elif child.clean_exit_at is not None:
                 over = True if child.once else finished(child.clean_exit_at)
                 self._handle_clean_exit(child, over, progress)
             else:
                 self._spawn_if_due(child)
+
+    def dismiss(self, child: Child) -> None:
+        """Ask `child` to stop, and do not start it again; it is done once it has stopped."""
+        child.dismissed = True
+        self._signal([child], signal.SIGTERM)
 
     def running(self, *kinds: str) -> list[Child]:
         """Children with a live process, of these kinds or of all."""
@@ -188,7 +200,10 @@ class Supervisor:
             child.restarts += child.started
             child.start_at = None
             child.started = True
-            self._spawn(child)
+            try:
+                self._spawn(child)
+            except OSError as error:
+                self._give_up(child, f"{child.name} cannot be started: {error}", Exit.FAILED)
 
     def _spawn(self, child: Child) -> None:
         command = [
@@ -244,20 +259,35 @@ class Supervisor:
     def _handle_death(self, child: Child, why: str, progress: int, code: int | None) -> None:
         """Plan the restart of a child that died; `code` is None for an early clean exit."""
         if code in NOT_MENDABLE:
-            raise ChildFailed(why, _last_lines(child), Exit(code), child)
+            self._give_up(child, why, Exit(code))
+            return
         if code is not None and not child.mendable():
-            raise ChildFailed(why, _last_lines(child), Exit.FAILED)
+            self._give_up(child, why, Exit.FAILED)
+            return
         if not self.excused():
             child.deaths = child.deaths + 1 if progress <= child.progress_at_death else 1
         child.progress_at_death = progress
         if child.deaths > self.max_restarts:
             if child.deaths > 1:
                 why += f", {child.deaths} times in a row without progress of the run"
-            raise ChildFailed(why, _last_lines(child), Exit.FAILED)
+            self._give_up(child, why, Exit.FAILED)
+            return
         pause_s = pause_before_restart_s(child.deaths)
         child.start_at = time.monotonic() + pause_s
         when = f" in {pause_s:g} s" if pause_s else ""
         self.say(f"{why}; restarting it{when} (its log: {child.log})")
+
+    def _give_up(self, child: Child, why: str, exit: Exit) -> None:
+        """Let the run go on without `child`.
+
+        Raises:
+            ChildFailed: it cannot.
+        """
+        if not child.optional:
+            raise ChildFailed(why, _last_lines(child), exit, child)
+        child.dismissed = True
+        child.done = True
+        self.say(f"{why}; the run goes on without it (its log: {child.log})")
 
     def _handle_clean_exit(self, child: Child, over: bool | None, progress: int) -> None:
         if over is None:
@@ -289,16 +319,3 @@ def describe_exit(code: int) -> str:
         return f"was killed by {signal.Signals(-code).name}"
     names = {member.value: member.name.lower() for member in Exit}
     return f"exited with {code} ({names.get(code, 'unknown')})"
-
-
-def process_cpu_seconds(pid: int) -> float:
-    """CPU seconds of a live process and of the children it has waited for.
-
-    0 where /proc does not tell.
-    """
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return 0.0
-    fields = text.rpartition(")")[2].split()
-    return sum(int(ticks) for ticks in fields[11:15]) / os.sysconf("SC_CLK_TCK")

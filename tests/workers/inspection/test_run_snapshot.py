@@ -11,6 +11,7 @@ from onstream.workers.inspection.run_snapshot import RunSnapshot, take_snapshot,
 
 STAGES = ("generate", "verify", "train")
 ALL = frozenset(STAGES)
+ONE_EACH = dict.fromkeys(STAGES, 1)
 
 
 def test_a_snapshot_holds_what_redis_says(bus: Bus) -> None:
@@ -30,14 +31,14 @@ def test_a_snapshot_holds_what_redis_says(bus: Bus) -> None:
     assert snapshot.version == 3
     assert snapshot.in_hand == {"generate": 0, "verify": 0, "score": 0, "train": 0}
     assert snapshot.workers == {"generate": ["loading the weights"]}
-    assert snapshot.taking == frozenset()
+    assert snapshot.taking == {}
     assert not snapshot.finished
 
 
 def held_up(details: list[str], backlog: int = 9) -> RunSnapshot:
     """A run whose workers of one stage say `details`."""
     return RunSnapshot(
-        ready=ALL, taking=ALL, workers={"verify": details}, backlog={"verify": backlog}
+        ready=ALL, taking=ONE_EACH, workers={"verify": details}, backlog={"verify": backlog}
     )
 
 
@@ -47,7 +48,7 @@ def held_up(details: list[str], backlog: int = 9) -> RunSnapshot:
         (
             RunSnapshot(
                 ready=ALL,
-                taking=ALL,
+                taking=ONE_EACH,
                 workers={stage: [""] for stage in STAGES},
                 backlog={"verify": 900},
             ),
@@ -67,7 +68,7 @@ def held_up(details: list[str], backlog: int = 9) -> RunSnapshot:
         (
             RunSnapshot(
                 ready=ALL,
-                taking=ALL - {"verify"},
+                taking={"generate": 1, "train": 1},
                 workers={"verify": ["loading"]},
                 backlog={"verify": 900},
             ),

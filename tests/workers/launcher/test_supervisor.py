@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from onstream.pipeline.errors import Exit
+from onstream.workers.launcher.process_usage import process_cpu_seconds
 from onstream.workers.launcher.supervisor import (
     Child,
     ChildFailed,
@@ -160,6 +161,36 @@ def test_a_second_request_to_stop_kills_at_once(supervisor: Supervisor, tmp_path
     until((tmp_path / "up").exists)
     supervisor.drain([child], within_s=None, hurry=lambda: True, tick=lambda: None)
     assert not child.alive
+
+
+def test_a_worker_that_is_dismissed_stops_and_is_not_started_again(
+    supervisor: Supervisor, tmp_path: Path, said: list[str]
+) -> None:
+    up = tmp_path / "up"
+    child = start(supervisor, tmp_path, "wait", str(up))
+    until(up.exists)
+    supervisor.dismiss(child)
+    until(lambda: child.done, poll(supervisor))
+    assert (child.alive, child.restarts, said) == (False, 0, [])
+
+
+def test_the_run_goes_on_without_an_optional_worker_that_cannot_work(
+    supervisor: Supervisor, tmp_path: Path, said: list[str]
+) -> None:
+    log = tmp_path / "verify-1.log"
+    child = Child("verify-1", "verify", OBEDIENT, ["exit", "2"], log, optional=True)
+    supervisor.start(child)
+    until(lambda: child.done, poll(supervisor))
+    assert said == [f"verify-1 exited with 2 (usage); the run goes on without it (its log: {log})"]
+
+
+def test_cpu_seconds_of_a_live_worker_have_those_of_its_own_live_children(
+    supervisor: Supervisor, tmp_path: Path
+) -> None:
+    busy = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
+    with subprocess.Popen([sys.executable, "-c", busy], start_new_session=True) as parent:
+        until(lambda: process_cpu_seconds(parent.pid) > 0.1)
+        os.killpg(parent.pid, signal.SIGKILL)
 
 
 def test_cpu_seconds_are_kept_of_processes_that_have_ended(
