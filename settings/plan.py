@@ -27,7 +27,6 @@ from onstream.settings.stages import (
     JOBS,
     KINDS_OF,
     STAGE_OF,
-    WORK_STAGES,
     StageName,
     WorkerKind,
 )
@@ -67,15 +66,6 @@ class Plan(msgspec.Struct, frozen=True):
     def kinds(self, stage: StageName) -> list[WorkerKind]:
         """The kinds of worker that serve `stage` by this plan."""
         return [kind for kind in self.workers if STAGE_OF.get(kind) == stage]
-
-    @property
-    def workers_by_stage(self) -> dict[StageName, int]:
-        """How many workers serve each stage that takes work, of all kinds together."""
-        return {
-            stage: sum(self.workers[kind] for kind in self.kinds(stage))
-            for stage in self.streams
-            if stage in WORK_STAGES
-        }
 
     @property
     def streams(self) -> tuple[StageName, ...]:

@@ -11,6 +11,7 @@ from onstream.settings.redis import TLS
 from onstream.settings.root import Settings
 from onstream.settings.route import route_of
 from onstream.settings.rules.engines import LOOPBACK
+from onstream.settings.scalable_stages import scalable_stages
 
 
 def stages_once(settings: Settings) -> Iterator[SettingsProblem]:
@@ -86,7 +87,7 @@ def redis_warnings(settings: Settings) -> Iterator[str]:
 
 
 def deployment_warnings(settings: Settings) -> Iterator[str]:
-    """Workers that the run waits for, or that no rollout passes; an open Redis."""
+    """Workers that are missing, that no rollout passes, or that are never added; an open Redis."""
     yield from redis_warnings(settings)
     plan = make_plan(settings)
     elsewhere = settings.deployment.count_elsewhere
@@ -103,6 +104,11 @@ def deployment_warnings(settings: Settings) -> Iterator[str]:
     ):
         if stage in (settings.deployment.stages or ()) and stage not in route_of(settings):
             yield f"deployment.stages names {stage}, but {why}: no {stage} worker runs."
+    if settings.deployment.balance == "auto" and not scalable_stages(settings, plan):
+        yield (
+            'deployment.balance = "auto" has no effect: no stage may have more workers here '
+            "(docs/health.md#more-workers-while-it-trains)."
+        )
     if plan.workers.get("jobs") == 0 and not elsewhere("jobs"):
         yield (
             "No jobs worker is started here: evaluations and verifications in jobs wait until one "

@@ -95,7 +95,12 @@ class DeploymentSettings(Section):
     """Where models run; `auto` is CUDA where a GPU is found."""
     threads: Annotated[int | None, WORKER, Unit("threads"), Field(ge=1, le=1024)] = None
     """CPU threads of each worker's tensor library. Unset: 1 on a CPU with up to 4 cores, else cores
-    divided by workers.
+    divided by workers (docs/health.md#threads).
+    """
+    balance: Annotated[Literal["fixed", "auto"], WORKER] = "fixed"
+    """`auto`: `onstream up` starts one more worker of a stage that the trainer waits much for, and
+    takes it away again where it gives little (docs/health.md#more-workers-while-it-trains).
+    `fixed`: there are as many as `deployment.workers` says.
     """
     max_restarts: Annotated[int, WORKER, Unit("deaths"), Field(ge=0, le=1000)] = 5
     """Deaths of one worker in a row, without any progress of the run between them, after which the

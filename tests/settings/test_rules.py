@@ -293,6 +293,16 @@ WARNED = [
     ),
     (["trainer.loss.teacher_top_k=4"], "teacher_top_k = 4 has no effect"),
     (
+        [
+            *TEACHER,
+            UNVERIFIED,
+            "trainer.loss.adv_tau=0",
+            "deployment.balance=auto",
+            "deployment.device=cuda",
+        ],
+        'deployment.balance = "auto" has no effect',
+    ),
+    (
         [*TEACHER, 'teacher_inference.extra_args=["--seed", "1"]'],
         "extra_args has no effect: the teacher's engine is transformers",
     ),

@@ -24,9 +24,11 @@ from onstream.settings.record_sizes import max_memory_mib
 from onstream.settings.redis import address
 from onstream.settings.root import Settings
 from onstream.settings.rules.deployment import deployment_warnings
+from onstream.settings.scalable_stages import workers_with_room
 from onstream.settings.toml import toml_text
 from onstream.workers.inspection.dead_letters import dead_by_reason
 from onstream.workers.launcher import ending, preflight, report
+from onstream.workers.launcher.balance import Balance
 from onstream.workers.launcher.cpu_usage import CpuUsage
 from onstream.workers.launcher.disk_watch import DiskWatch
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
@@ -125,7 +127,8 @@ class Launcher:
         self._display = display
         self._stop = stop
         self._run_dir = settings.run_dir
-        environ = environment(settings.deployment, plan.workers, redis.url if redis else None)
+        workers = workers_with_room(settings, plan)
+        environ = environment(settings.deployment, workers, redis.url if redis else None)
         self._disk = DiskWatch(self._run_dir)
         max_restarts = settings.deployment.max_restarts
         self._supervisor = Supervisor(
@@ -137,6 +140,9 @@ class Launcher:
         self._cpu = CpuUsage(self._supervisor, redis)
         self._processes = RunProcesses(
             settings, plan, arguments, self._supervisor, lambda: self._watcher.latest.finished
+        )
+        self._balance = Balance(
+            settings, plan, self._processes, self._cpu, self._metrics, self._watcher
         )
         self._final_evaluation_due = False
         self._superseded = False
@@ -198,6 +204,8 @@ class Launcher:
             self._metrics.read()  # the last step may have been written since the read above
             self._processes.evaluate(self._metrics.step)
         self._cpu.look(self._metrics)
+        for sentence in self._balance.look():
+            self._say(sentence)
         self._display.show(self._view())
         time.sleep(TICK_S)
 
@@ -316,11 +324,14 @@ class Launcher:
             OSError: it cannot be written, and the launcher was told to stop.
         """
         dead_letters = self._dead_letters()
-        workers = self._plan.workers_by_stage
+        workers = self._processes.workers_by_stage
+        usage = self._cpu.report()
+        if usage is not None:
+            usage["balance"] = self._balance.report()
         told = False
         while True:
             try:
-                return report.build(self._run_dir, self._cpu.report(), dead_letters, workers)
+                return report.build(self._run_dir, usage, dead_letters, workers)
             except OSError as error:
                 if self._stop.requests:
                     raise

@@ -286,6 +286,14 @@ _REPORT = (
         when="`onstream up`",
     ),
     MetricField(
+        "balance",
+        "",
+        'What `deployment.balance = "auto"` did, a worker each: the `stage`, its `workers` with '
+        "that one, the rollouts/s that were `predicted`, those `before` and `after` (null where "
+        "the run ended first), and whether it was `kept`.",
+        when="`onstream up`",
+    ),
+    MetricField(
         "cpu_seconds_startup",
         "s",
         "CPU time of each kind of process before that.",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from statistics import fmean
 from typing import Any
 
@@ -21,6 +22,14 @@ def points(rows: list[dict[str, Any]], name: str) -> Iterator[tuple[int, float]]
     for row in rows:
         if (value := number(row, name)) is not None:
             yield int(row["step"]), value
+
+
+def waited_for(rows: Iterable[Row], seconds: float) -> dict[str, float]:
+    """Of `seconds`, the share that the trainer waited for each stage, the largest first."""
+    waited: Counter[str] = Counter()
+    for row in rows:
+        waited.update(row.get("waited_for") or {})
+    return {stage: spent / seconds for stage, spent in waited.most_common()} if seconds else {}
 
 
 def mean(rows: list[dict[str, Any]], name: str) -> float | None:

@@ -10,9 +10,10 @@ from onstream.settings.devices import gpus_found
 from onstream.settings.gpus import Place, gpus_of, placement
 from onstream.settings.plan import Plan
 from onstream.settings.root import Settings
-from onstream.settings.stages import START_ORDER, WorkerKind
+from onstream.settings.stages import START_ORDER, WORK_STAGES, StageName, WorkerKind
 from onstream.workers.launcher.model_servers import KINDS as SERVER_KINDS
 from onstream.workers.launcher.model_servers import ModelServers, may_ask
+from onstream.workers.launcher.process_usage import process_bytes
 from onstream.workers.launcher.supervisor import Child, Supervisor
 from onstream.workers.launcher.vllm_server_process import ModelServer
 
@@ -75,6 +76,42 @@ class RunProcesses:
         children = self._supervisor.children
         return sum(child.kind in kinds and not child.done for child in children)
 
+    def count(self, kind: WorkerKind) -> int:
+        """How many workers of `kind` there shall be."""
+        children = self._supervisor.children
+        return sum(child.kind == kind and not child.dismissed for child in children)
+
+    def bytes_of_one(self, kind: WorkerKind) -> int:
+        """The memory of the largest live worker of `kind`; 0 where none lives."""
+        running = self._supervisor.running(kind)
+        return max((process_bytes(child.pid) for child in running if child.pid), default=0)
+
+    @property
+    def threads(self) -> int:
+        """The threads of each worker that computes tensors."""
+        return int(self._supervisor.environ["OMP_NUM_THREADS"].split(",")[0])
+
+    @property
+    def workers_by_stage(self) -> dict[StageName, int]:
+        """How many workers each stage that takes work shall have here, of all kinds together."""
+        return {
+            stage: sum(self.count(kind) for kind in self._plan.kinds(stage))
+            for stage in self._plan.streams
+            if stage in WORK_STAGES
+        }
+
+    def add_worker(self, kind: WorkerKind) -> Child:
+        """Start one more worker of `kind`, which the run can do without."""
+        # One that was taken away keeps its name, under which it may still hold something.
+        index = sum(child.kind == kind for child in self._supervisor.children)
+        child = self._worker(kind, index)
+        child.optional = True
+        return self._supervisor.start(child)
+
+    def take_away(self, child: Child) -> None:
+        """Have a worker finish what it has in hand, and leave the run."""
+        self._supervisor.dismiss(child)
+
     def start(self) -> Iterator[str]:
         """Start the servers, then the workers. Yields what there is to say of it."""
         for server in self.servers.all:
@@ -83,7 +120,7 @@ class RunProcesses:
             yield f"{server.name}: vLLM loads {model} (its log: {self._log_file(server.name)})"
         for kind in START_ORDER:
             for index in range(self._plan.workers.get(kind, 0)):
-                child = self._start_worker(kind, index)
+                child = self._supervisor.start(self._worker(kind, index))
                 if kind == "trainer":
                     self.trainer = child
 
@@ -115,8 +152,8 @@ class RunProcesses:
         self._supervisor.start(child)
         server.start()
 
-    def _start_worker(self, kind: WorkerKind, index: int) -> Child:
-        """Start the index-th worker of `kind`.
+    def _worker(self, kind: WorkerKind, index: int) -> Child:
+        """The index-th worker of `kind`.
 
         One that asks servers waits for them, or for the end of the run.
         """
@@ -130,7 +167,7 @@ class RunProcesses:
             child.may_start = lambda: self._finished() or may_ask(servers)
         else:
             child.environ = self._environ((kind, index))
-        return self._supervisor.start(child)
+        return child
 
     def _child(self, name: str, kind: str, arguments: Sequence[str]) -> Child:
         return Child(name, kind, COMMAND, arguments, self._log_file(name))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import fsum
 from pathlib import Path
@@ -14,11 +13,12 @@ import msgspec
 from onstream.pipeline.run_files.json_lines import read_rows
 from onstream.settings.stages import StageName
 from onstream.workers.launcher.curves import draw
-from onstream.workers.launcher.metric_rows import Row, largest, mean, number, points
+from onstream.workers.launcher.metric_rows import Row, largest, mean, number, points, waited_for
+from onstream.workers.launcher.scaling_decision import Window, one_more_worker
 
 LAST_STEPS = 10
 EVALUATED = ("version", "exact", "exact_swapped")
-USAGE = ("cpu_seconds", "cpu_seconds_startup", "cores_busy")
+USAGE = ("cpu_seconds", "cpu_seconds_startup", "cores_busy", "balance")
 
 
 def build(
@@ -29,15 +29,16 @@ def build(
 ) -> dict[str, Any]:
     """Write `report.json` and `curves.png` into `run_dir` and return the report.
 
-    `usage` holds the CPU seconds, which only a launcher that saw the training knows, `dead_letters`
-    how many there are of each stage and reason, and `workers` how many each stage has. Without
-    them, what an earlier report says of them stays.
+    `usage` holds the CPU seconds and the workers that were added, which only a launcher that saw
+    the training knows, `dead_letters` how many there are of each stage and reason, and `workers`
+    how many each stage has. Without them, what an earlier report says of them stays.
     """
     rows = read_rows(run_dir / "metrics.jsonl")
     evals = read_rows(run_dir / "evals.jsonl")
     report = summary(rows, evals) | _seen(run_dir, usage, dead_letters)
     if workers is not None and "cores_busy" in report:
-        report["one_more_worker"] = one_more_worker(report, workers)
+        window = Window(report["rollouts_per_s"], report["waited_for"], report["cores_busy"])
+        report["one_more_worker"] = one_more_worker(window, workers)
     text = msgspec.json.format(msgspec.json.encode(report), indent=2)
     temporary = run_dir / "report.json.tmp"
     temporary.write_bytes(text + b"\n")
@@ -97,7 +98,7 @@ def summary(rows: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str
         "mismatch_max": largest(rows, "mismatch_max"),
         "mismatch_by_staleness": mismatch_by_staleness(rows),
         "wait_share": _share(rows, "wait_s", seconds),
-        "waited_for": _waited_for(rows, seconds),
+        "waited_for": waited_for(rows, seconds),
         "tokens": int(sum(number(row, "tokens") or 0 for row in rows)),
         "publish_bytes": mean(rows, "publish_bytes"),
         "delta_share": mean(rows, "delta_share"),
@@ -110,23 +111,6 @@ def summary(rows: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str
         "dead": _total(rows, "dead"),
         "steps_without_gradient": sum(number(row, "grad_norm") == 0 for row in rows),
     }
-
-
-def one_more_worker(
-    report: Mapping[str, Any], workers: Mapping[StageName, int]
-) -> dict[StageName, float]:
-    """Rollouts/s that one more worker of a stage may at most give, by the stages of `workers`.
-
-    Where the trainer waits for a stage of n workers, n + 1 take 1 / (n + 1) of that off. The cores
-    of this machine have no more time than they have: none comes out faster than they would be with
-    all of it in use.
-    """
-    predicted = {}
-    for stage, count in workers.items():
-        saved = report["waited_for"].get(stage, 0.0) / (count + 1)
-        share = min(1.0, max(1.0 - saved, report["cores_busy"]))
-        predicted[stage] = round(report["rollouts_per_s"] / share, 2)
-    return predicted
 
 
 def _unscored(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -201,14 +185,6 @@ def _together(mismatches: list[dict[str, float]]) -> dict[str, float]:
         "max": max(one["max"] for one in mismatches),
         "tokens": tokens,
     }
-
-
-def _waited_for(rows: list[dict[str, Any]], seconds: float) -> dict[str, float]:
-    """Of `seconds`, the share that the trainer waited for each stage, the largest first."""
-    waited: Counter[str] = Counter()
-    for row in rows:
-        waited.update(row.get("waited_for") or {})
-    return {stage: spent / seconds for stage, spent in waited.most_common()} if seconds else {}
 
 
 def _share(rows: list[dict[str, Any]], name: str, whole: float) -> float | None:

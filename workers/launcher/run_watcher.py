@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 from onstream.pipeline.redis.run_end import RunEnd
 from onstream.pipeline.redis.run_state import RunState
 from onstream.workers.inspection.run_snapshot import RunSnapshot, take_snapshot
+from onstream.workers.launcher.metric_rows import waited_for
 from onstream.workers.launcher.polling import PollingThread
 
 RECENT_STEPS = 10
@@ -85,6 +86,11 @@ class MetricsTail:
         return (
             sum(int(row["rollouts"]) for row in self.rows) / self._elapsed_s if self.rows else None
         )
+
+    @property
+    def waited_for(self) -> dict[str, float]:
+        """The share of the last ten steps that the trainer waited for each stage."""
+        return waited_for(self.rows, self._elapsed_s)
 
     def stepped_since(self, time_s: float) -> bool:
         """Whether a step was taken after `time_s`, in seconds since the epoch."""

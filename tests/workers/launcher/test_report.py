@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from onstream.pipeline.run_files.json_lines import read_rows
-from onstream.workers.launcher.report import build, one_more_worker, summary
+from onstream.workers.launcher.report import build, summary
 
 
 def row(step: int, **metrics: Any) -> dict[str, Any]:
@@ -185,29 +185,11 @@ def test_the_waiting_is_shared_out_among_the_stages_the_largest_first() -> None:
     assert list(shares.items()) == [("score", 0.125), ("generate", pytest.approx(0.125 / 3))]
 
 
-@pytest.mark.parametrize(
-    ("cores_busy", "expected"),
-    [
-        (0.5, {"generate": 125.0, "score": 111.11, "verify": 100.0}),
-        (0.875, {"generate": 114.29, "score": 111.11, "verify": 100.0}),
-        (1.02, {"generate": 100.0, "score": 100.0, "verify": 100.0}),
-    ],
-)
-def test_one_more_worker_takes_its_part_of_the_waiting_and_no_more_than_the_cores_have(
-    cores_busy: float, expected: dict[str, float]
-) -> None:
-    report = {
-        "rollouts_per_s": 100.0,
-        "waited_for": {"generate": 0.4, "score": 0.3},
-        "cores_busy": cores_busy,
-    }
-    # one of two generators' waiting is left, two of three teachers'
-    assert one_more_worker(report, {"generate": 1, "verify": 1, "score": 2}) == expected
-
-
 def test_a_report_without_a_launcher_keeps_what_the_one_before_said(tmp_path: Path) -> None:
     line = json.dumps(row(1, waited_for={"generate": 0.25})) + "\n"
     (tmp_path / "metrics.jsonl").write_text(line)
-    first = build(tmp_path, {"cores_busy": 0.5}, [], {"generate": 1})
+    added = [{"stage": "generate", "workers": 2}]
+    first = build(tmp_path, {"cores_busy": 0.5, "balance": added}, [], {"generate": 1})
+    assert first["balance"] == added
     assert first["one_more_worker"] == {"generate": pytest.approx(64 / 0.875, abs=0.01)}
     assert build(tmp_path) == first
