@@ -167,7 +167,7 @@ class Balance:
         yield sentence
 
     def _add(self, window: Window) -> Iterator[str]:
-        """WindowStart one more worker of the stage that is waited for most, if there is one."""
+        """Start one more worker of the stage that is waited for most, if there is one."""
         # What the window says is of the workers with the one that is leaving.
         if not self._has_settled() or self._metrics.step > self._last_step:
             return
