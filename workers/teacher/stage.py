@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -14,7 +15,7 @@ from onstream.pipeline.record_codec import (
     ids_bytes,
     logprobs_bytes,
 )
-from onstream.pipeline.records import Rollout, Sample, StageName
+from onstream.pipeline.records import Sample, StageName
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.settings.engines import IN_PROCESS, teacher_engine
@@ -25,7 +26,24 @@ ROOM = 256
 """Rollouts in hand at once: enough for the groups among them to be whole when they come from a busy
 stream.
 """
-ID_BYTES = 4
+
+
+@dataclass(frozen=True)
+class RolloutToScore:
+    """A rollout in hand, and what the teacher is asked about each of its samples."""
+
+    delivery: Delivery
+    requests: list[ScoreRequest]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of its prompts."""
+        return sum(len(request.prompt_ids) for request in self.requests)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of its completions."""
+        return sum(len(request.completion_ids) for request in self.requests)
 
 
 class Teacher:
@@ -47,7 +65,7 @@ class Teacher:
         self._load = load or partial(_load_local, bus=bus)
         self._top_k = settings.trainer.loss.most_top_k
         # By group, in the order in which the groups came.
-        self._in_hand: dict[int, list[Delivery]] = {}
+        self._in_hand: dict[int, list[RolloutToScore]] = {}
 
     def setup(self) -> None:
         """Load the teacher and compare it with the student.
@@ -71,10 +89,11 @@ class Teacher:
         """Score about one forward pass of what is in hand."""
         refused = []
         for delivery in new:
-            if reason := self._objection(delivery):
+            rollout = RolloutToScore(delivery, list(map(request_of, delivery.rollout.samples)))
+            if reason := self._objection(rollout.requests):
                 refused.append(Outcome(delivery, dead=reason))
             else:
-                self._take(delivery)
+                self._take(rollout)
         return refused + self._score(self._next_slice())
 
     def close(self, *, finished: bool) -> None:
@@ -82,11 +101,11 @@ class Teacher:
         self._in_hand.clear()
         self._scorer.close()
 
-    def _objection(self, delivery: Delivery) -> str | None:
-        """Why this rollout cannot be scored; None when it can."""
-        for sample in delivery.rollout.samples:
+    def _objection(self, requests: Sequence[ScoreRequest]) -> str | None:
+        """Why a rollout with these requests cannot be scored; None when it can."""
+        for request in requests:
             reason = objection(
-                sample,
+                request,
                 self._scorer.name,
                 context_tokens=self._scorer.context_tokens,
                 vocabulary_size=self._scorer.vocabulary_size,
@@ -95,69 +114,71 @@ class Teacher:
                 return reason
         return None
 
-    def _take(self, delivery: Delivery) -> None:
-        rollout = delivery.rollout
-        for sample in rollout.samples:
-            self._scorer.prefetch_images(request_of(sample))
-        self._in_hand.setdefault(rollout.group, []).append(delivery)
+    def _take(self, rollout: RolloutToScore) -> None:
+        for request in rollout.requests:
+            self._scorer.prefetch_images(request)
+        self._in_hand.setdefault(rollout.delivery.rollout.group, []).append(rollout)
 
-    def _next_slice(self) -> list[Delivery]:
+    def _next_slice(self) -> list[RolloutToScore]:
         """The rollouts of about as many forward passes as the scorer takes, taken out of hand.
 
         Groups go in the order in which they came; at least one rollout is taken.
         """
-        taken: list[Delivery] = []
+        taken: list[RolloutToScore] = []
         tokens = 0
         budget = self._settings.teacher_inference.max_batch_tokens * self._scorer.passes
         for group in list(self._in_hand):
             members = self._in_hand[group]
-            tokens += _prompt_tokens(members[0])
+            tokens += members[0].prompt_tokens
             while members and (not taken or tokens < budget):
                 taken.append(members.pop(0))
-                tokens += _completion_tokens(taken[-1])
+                tokens += taken[-1].completion_tokens
             if members:
                 break
             del self._in_hand[group]
         return taken
 
-    def _score(self, deliveries: Sequence[Delivery]) -> list[Outcome]:
+    def _score(self, rollouts: Sequence[RolloutToScore]) -> list[Outcome]:
         outcomes = []
         scorable = []
-        for delivery in deliveries:
-            if reason := self._image_problem(delivery.rollout):
+        for rollout in rollouts:
+            if reason := self._image_problem(rollout.requests):
                 dead = f"it would be scored without its images: {reason}"
-                outcomes.append(Outcome(delivery, dead=dead))
+                outcomes.append(Outcome(rollout.delivery, dead=dead))
             else:
-                scorable.append(delivery)
-        problems = self._add_scores([delivery.rollout for delivery in scorable])
+                scorable.append(rollout)
+        problems = self._add_scores(scorable)
         return outcomes + [
             Outcome(delivery, delivery.rollout, dead=problems.get(delivery.number))
-            for delivery in scorable
+            for delivery in (rollout.delivery for rollout in scorable)
         ]
 
-    def _image_problem(self, rollout: Rollout) -> str | None:
-        for sample in rollout.samples:
-            if reason := self._scorer.image_problem(request_of(sample)):
+    def _image_problem(self, requests: Sequence[ScoreRequest]) -> str | None:
+        for request in requests:
+            if reason := self._scorer.image_problem(request):
                 return reason
         return None
 
-    def _add_scores(self, rollouts: Sequence[Rollout]) -> dict[int, str]:
+    def _add_scores(self, rollouts: Sequence[RolloutToScore]) -> dict[int, str]:
         """Score `rollouts`; returns why one cannot be used, by number, of those that cannot."""
         problems = {}
-        samples = [sample for rollout in rollouts for sample in rollout.samples]
-        if samples:
-            requests = [request_of(sample) for sample in samples]
+        records = [rollout.delivery.rollout for rollout in rollouts]
+        requests = [request for rollout in rollouts for request in rollout.requests]
+        if requests:
             scored = self._scorer.score(requests, top_k=self._top_k)
-            numbers = [rollout.number for rollout in rollouts for _ in rollout.samples]
-            for number, sample, scores in zip(numbers, samples, scored, strict=True):
+            samples = [(record.number, sample) for record in records for sample in record.samples]
+            for (number, sample), scores in zip(samples, scored, strict=True):
                 write_scores(sample, scores)
-                if problem := scores_problem(
-                    scores, self._scorer.name, self._scorer.vocabulary_size
-                ):
+                if problem := self._problem_with(sample, scores):
                     problems[number] = problem
-        for rollout in rollouts:
-            rollout.scored_by = self._scorer.name
+        for record in records:
+            record.scored_by = self._scorer.name
         return problems
+
+    def _problem_with(self, sample: Sample, scores: Scores) -> str | None:
+        """Why the `scores` that were written into `sample` cannot be trained on."""
+        scorer = self._scorer
+        return written_scores_problem(sample, scores, scorer.name, scorer.vocabulary_size)
 
 
 def request_of(sample: Sample) -> ScoreRequest:
@@ -168,10 +189,9 @@ def request_of(sample: Sample) -> ScoreRequest:
 
 
 def objection(
-    sample: Sample, teacher: str, *, context_tokens: int | None, vocabulary_size: int
+    request: ScoreRequest, teacher: str, *, context_tokens: int | None, vocabulary_size: int
 ) -> str | None:
-    """Why the teacher of that name cannot score `sample`; None when it can, by these limits."""
-    request = request_of(sample)
+    """Why the teacher of that name cannot score this; None when it can, by these limits."""
     prompt = len(request.prompt_ids)
     completion = len(request.completion_ids)
     if not prompt or not completion:
@@ -199,13 +219,20 @@ def scores_problem(scores: Scores, teacher: str, vocabulary_size: int) -> str | 
 
     The student knows `vocabulary_size` tokens.
     """
+    sample = Sample(b"", b"", b"", b"", [], "")
+    write_scores(sample, scores)
+    return written_scores_problem(sample, scores, teacher, vocabulary_size)
+
+
+def written_scores_problem(
+    sample: Sample, scores: Scores, teacher: str, vocabulary_size: int
+) -> str | None:
+    """The same of `scores` that are in `sample` already."""
     if scores.top_ids is not None and scores.top_ids.max() >= vocabulary_size:
         return (
             f"the teacher finds token {scores.top_ids.max()} likely, "
             f"and the student knows 0 to {vocabulary_size - 1}"
         )
-    sample = Sample(b"", b"", b"", b"", [], "")
-    write_scores(sample, scores)
     try:
         check_teacher(sample, len(scores.logprobs))
     except FieldError as error:
@@ -231,13 +258,3 @@ def _load_local(settings: Settings, bus: Bus) -> TokenScorer:
     from onstream.workers.teacher.local_scorer import load_local  # imports torch
 
     return load_local(settings, bus.images.read)
-
-
-def _prompt_tokens(delivery: Delivery) -> int:
-    samples = delivery.rollout.samples
-    return sum(len(sample.prompt_ids) for sample in samples) // ID_BYTES
-
-
-def _completion_tokens(delivery: Delivery) -> int:
-    samples = delivery.rollout.samples
-    return sum(len(sample.completion_ids) for sample in samples) // ID_BYTES

@@ -117,6 +117,19 @@ def test_a_rollout_gets_the_teachers_logprobs_and_its_name() -> None:
     assert record.scored_by == "recorder"
 
 
+def test_a_request_is_made_once_for_each_sample() -> None:
+    prefetched = []
+
+    class Prefetching(Recorder):
+        def prefetch_images(self, request: ScoreRequest) -> None:
+            prefetched.append(request)
+
+    scorer = Prefetching()
+    stage_with(scorer).handle(delivered(rollout(1, samples=2)))
+    [asked] = scorer.calls
+    assert list(map(id, asked)) == list(map(id, prefetched))
+
+
 def test_a_scorer_of_several_passes_is_given_the_tokens_of_all_of_them_at_once() -> None:
     sizes = []
     for passes in (1, 3):

@@ -147,7 +147,8 @@ class ExternalTeacher:
         for sample in delivery.rollout.samples:
             if reason := self._image_problem(sample):
                 return f"it would be scored without its images: {reason}"
-            reason = objection(sample, teacher, context_tokens=None, vocabulary_size=size)
+            request = request_of(sample)
+            reason = objection(request, teacher, context_tokens=None, vocabulary_size=size)
             if reason:
                 return reason
         return None
