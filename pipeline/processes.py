@@ -1,4 +1,4 @@
-"""Processes and signals: is one gone, kill a whole group, hear a request to stop."""
+"""Processes and signals: is one gone, kill a whole group, hear a request to stop, keep memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ from types import FrameType
 from typing import Self
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+# Parameters of mallopt(3) by their numbers.
+_TRIM_THRESHOLD = -1
+_MMAP_THRESHOLD = -3
+KEPT_BYTES = 1 << 30
+"""How much freed memory at the end of the heap a process keeps at most."""
+LARGEST_KEPT_BYTES = 32 << 20
+"""Of one block; glibc allows no more."""
 
 
 def is_gone(pid: int) -> bool:
@@ -31,6 +39,21 @@ def kill_group(pid: int) -> None:
     """Kill the process group that `pid` leads, if any of it is left."""
     with contextlib.suppress(ProcessLookupError):  # no group yet, or all of it is gone
         os.killpg(pid, signal.SIGKILL)
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the memory that it frees for what it allocates next.
+
+    The tensors of a step are a few megabytes each, and all are freed at its end. glibc then gives
+    their pages back to the system, which clears each of them anew in the next step. With another C
+    library nothing changes.
+    """
+    import ctypes  # costs a start of other processes more than all the rest here
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
+        mallopt(_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 class StopSignals:

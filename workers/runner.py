@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from onstream.pipeline import telemetry
 from onstream.pipeline.errors import Exit, UserError
-from onstream.pipeline.processes import StopSignals
+from onstream.pipeline.processes import StopSignals, keep_freed_memory
 from onstream.pipeline.redis.bus import Bus, connect, redis_url
 from onstream.pipeline.stage import Stage, Stats
 from onstream.settings.devices import device_of
@@ -44,6 +44,8 @@ def run_kind(
     telemetry.configure(STAGE_OF.get(kind, kind), worker, settings.run.name, settings.log)
     _refuse_without_torch(kind)
     _limit_threads(settings)
+    if kind in COMPUTING:
+        keep_freed_memory()
     with contextlib.closing(connect(settings, redis_url(settings), consumer=worker)) as bus:
         if kind == "jobs":
             from onstream.workers.jobs.worker import run_jobs
