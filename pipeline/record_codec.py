@@ -55,7 +55,8 @@ _ROUTES: Final = frozenset(
     for stages in combinations(STAGE_NAMES[:-1], count)
 )
 _LOGPROBS: Final = np.dtype("<f4")
-_IDS: Final = np.dtype("<u4")  # an id below 0 is one of 2³¹ or more so
+_IDS: Final = np.dtype("<i4")
+_IDS_UNSIGNED: Final = np.dtype("<u4")  # an id below 0 is one of 2³¹ or more so
 _LONG_BYTES: Final = 6000
 _json = msgspec.json.Encoder()
 
@@ -317,7 +318,7 @@ def check_plain(name: str, value: Any) -> None:
 def _all_positive(ids: bytes) -> bool:
     if len(ids) < _LONG_BYTES:
         return ids[3::4].isascii()  # the highest byte of each: below 128 where its sign is +
-    values = np.frombuffer(ids, _IDS)
+    values = np.frombuffer(ids, _IDS_UNSIGNED)
     return bool(values[values.argmax()] < 1 << 31)
 
 
@@ -338,17 +339,17 @@ def _wrong_length(name: str, field: bytes, count: int) -> FieldError:
 
 def ids_array(field: bytes) -> Ids:
     """A writable int32 copy of an ids field: the wire's own is read-only and pins the reply."""
-    return np.frombuffer(field, dtype="<i4").astype(np.int32)
+    return np.frombuffer(field, _IDS).copy()
 
 
 def logprobs_array(field: bytes) -> Logprobs:
     """A writable float32 copy of a logprobs field."""
-    return np.frombuffer(field, dtype="<f4").astype(np.float32)
+    return np.frombuffer(field, _LOGPROBS).copy()
 
 
 def mask_array(field: bytes) -> Mask:
     """A writable uint8 copy of a mask field."""
-    return np.frombuffer(field, dtype=np.uint8).copy()
+    return np.frombuffer(field, np.uint8).copy()
 
 
 def ids_bytes(ids: npt.ArrayLike) -> bytes:

@@ -34,7 +34,7 @@ from onstream.pipeline.weights.policy import unadapted, values_of
 from onstream.settings.sections.run import ModelSettings
 from onstream.settings.sections.trainer import TrainerSettings
 from onstream.workers.trainer import lora
-from onstream.workers.trainer.batches.train_samples import LossFields, TrainSample, check_sample
+from onstream.workers.trainer.batches.train_samples import LossFields, TrainSample, check_samples
 from onstream.workers.trainer.chunked_loss import chunked_loss
 from onstream.workers.trainer.losses import loss_function
 from onstream.workers.trainer.losses.row_loss import (
@@ -159,24 +159,25 @@ class Learner:
         self.trainer = with_learning_rate(trainer, self.model.config.to_dict())
         self._peak_rate = self.trainer.optim.known_lr
 
-    def check(self, sample: TrainSample) -> None:
-        """Make sure that a step can train on `sample`; `step` does so before it changes anything.
+    def check(self, *samples: TrainSample) -> None:
+        """Make sure that a step can train on `samples`; `step` does so before it changes anything.
 
         Raises:
             ValueError: it cannot.
         """
-        check_sample(sample, self._loss_fields, self.vocabulary)
-        tokens = len(sample.prompt_ids) + len(sample.completion_ids)
-        if self.context_tokens is not None and tokens > self.context_tokens:
-            raise ValueError(
-                f"a sample of group {sample.group} has {tokens} tokens; "
-                f"expected at most the student's context of {self.context_tokens}"
-            )
-        if sample.images and self.vision is None:
-            raise ValueError(
-                f"a sample of group {sample.group} shows {len(sample.images)} images; "
-                "the student reads none"
-            )
+        check_samples(samples, self._loss_fields, self.vocabulary)
+        for sample in samples:
+            tokens = len(sample.prompt_ids) + len(sample.completion_ids)
+            if self.context_tokens is not None and tokens > self.context_tokens:
+                raise ValueError(
+                    f"a sample of group {sample.group} has {tokens} tokens; "
+                    f"expected at most the student's context of {self.context_tokens}"
+                )
+            if sample.images and self.vision is None:
+                raise ValueError(
+                    f"a sample of group {sample.group} shows {len(sample.images)} images; "
+                    "the student reads none"
+                )
 
     def step(
         self,
@@ -197,8 +198,7 @@ class Learner:
             ValueError: a sample cannot be trained on, or no token is in the loss mask.
             GradientNotFinite: the weights are as they were.
         """
-        for sample in samples:
-            self.check(sample)
+        self.check(*samples)
         tokens = sum(int(sample.loss_mask.sum()) for sample in samples)
         if not tokens:
             raise ValueError(

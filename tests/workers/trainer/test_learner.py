@@ -539,6 +539,18 @@ def flawed(**changes: Any) -> dict[str, Any]:
             "token ids 1 to 48; expected 0 to 47",
         ),
         (flawed(prompt_ids=np.array([], dtype=np.int32)), "0 prompt and 3 completion tokens"),
+        (
+            flawed(prompt_ids=np.array([3, -1, 2], dtype=np.int32)),
+            "token ids -1 to 3; expected 0 to 47",
+        ),
+        (
+            flawed(teacher_top_logprobs=np.array([[-1, -1], [-1, np.nan], [-1, -1]], np.float32)),
+            "teacher_top_logprobs that are not finite",
+        ),
+        (
+            flawed(teacher_tail_logprobs=np.array([-1, -np.inf, -1], dtype=np.float32)),
+            "teacher_tail_logprobs that are not finite",
+        ),
     ],
 )
 def test_a_sample_that_cannot_be_trained_on_is_named_before_anything_changes(
@@ -559,7 +571,7 @@ def test_a_sample_that_cannot_be_trained_on_is_named_before_anything_changes(
     )
     found.check(good)
     with pytest.raises(ValueError, match=f"a sample of group 7 has .*{words}"):
-        found.step([good, replace(copy.deepcopy(good), **changes)], 10)
+        found.step([replace(good, group=6), replace(copy.deepcopy(good), **changes)], 10)
     assert found.steps == 0
 
 

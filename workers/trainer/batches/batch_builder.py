@@ -16,7 +16,6 @@ from statistics import fmean, pstdev
 from typing import Literal
 
 from onstream.pipeline.errors import Exit, UserError
-from onstream.pipeline.record_codec import ids_array
 from onstream.pipeline.records import Rollout, Tombstone
 from onstream.pipeline.run_files.ledger import Fate, Settled
 from onstream.settings.stages import FIRST, STAGE_NAMES, WORK_STAGES
@@ -297,7 +296,7 @@ def drop_metrics(dropped: Mapping[str, int]) -> Metrics:
 
 
 def _completion_tokens(rollout: Rollout) -> int:
-    return sum(len(ids_array(sample.completion_ids)) for sample in rollout.samples)
+    return sum(len(sample.loss_mask) for sample in rollout.samples)
 
 
 def _times(rollouts: Iterable[Rollout]) -> Metrics:

@@ -180,10 +180,9 @@ def training_samples(
         for rollout, advantage in zip(unit.rollouts, advantages, strict=True):
             samples = []
             for sample, one in zip(rollout.samples, decoded[rollout.number], strict=True):
-                staleness = token_staleness(sample.version_spans, len(one.loss_mask), version)
-                samples.append(
-                    replace(one, advantage=advantage, staleness=np.array(staleness, dtype=np.int32))
-                )
+                ages = token_staleness(sample.version_spans, len(one.loss_mask), version)
+                staleness = np.array(ages, dtype=np.int32)
+                samples.append(replace(one, advantage=advantage, staleness=staleness))
             rollouts.append(samples)
     samples = [sample for own in rollouts for sample in own]
     if any(sample.teacher_top_ids is None for sample in samples) and loss.lowers_variance:
@@ -208,7 +207,8 @@ def _trained_logprobs(samples: Sequence[TrainSample]) -> tuple[list[float], list
     mask = np.concatenate([sample.loss_mask for sample in samples]).astype(bool)
     generator = np.concatenate([sample.generator_logprobs for sample in samples])
     # There in each: a loss with such a baseline needs them, and they have been checked.
-    teacher = np.concatenate([_present(sample.teacher_logprobs) for sample in samples])
+    given = (sample.teacher_logprobs for sample in samples)
+    teacher = np.concatenate([logprobs for logprobs in given if logprobs is not None])
     return generator[mask].tolist(), teacher[mask].tolist()
 
 
@@ -297,25 +297,39 @@ def _top_logprobs(sample: Sample) -> Logprobs | None:
     return None if field is None else logprobs_array(field).reshape(len(sample.loss_mask), -1)
 
 
-def check_sample(sample: TrainSample, fields: LossFields, vocabulary: int) -> None:
-    """Make sure that a step can train on `sample`: one bad value would spoil the whole step.
+def check_samples(samples: Sequence[TrainSample], fields: LossFields, vocabulary: int) -> None:
+    """Make sure that a step can train on `samples`: one bad value would spoil the whole step.
+
+    Values are looked at all at once: a call of numpy costs more than its look at a short array.
 
     Raises:
-        ValueError: one of the `fields` is missing, has another length than the completion
-            or is not finite; or an id is not in the vocabulary.
+        ValueError: one of the `fields` of a sample is missing, has another length than the
+            completion or is not finite; or an id is not in the vocabulary.
     """
-    _check_ids(sample, vocabulary)
-    if fields.top_k:
-        _check_top(sample, fields, vocabulary)
-    for name in _logprobs_read(sample, fields):
-        _check_logprobs(sample, name, getattr(sample, name))
+    ids = []
+    logprobs = []
+    for sample in samples:
+        _check_lengths(sample, fields)
+        if fields.top_k:
+            _check_top(sample, fields, vocabulary)
+        ids += [one.ravel() for one in _ids_read(sample, fields)]
+        logprobs += [getattr(sample, name).ravel() for name in _logprobs_read(sample, fields)]
+    beyond = bool(ids) and np.concatenate(ids).view(np.uint32).max() >= vocabulary  # or below 0
+    if beyond or (logprobs and not np.isfinite(np.concatenate(logprobs)).all()):
+        for sample in samples:
+            _check_values(sample, fields, vocabulary)
+
+
+def _ids_read(sample: TrainSample, fields: LossFields) -> list[Ids]:
+    read = [sample.prompt_ids, sample.completion_ids]
+    if fields.top_k and sample.teacher_top_ids is not None:
+        read.append(sample.teacher_top_ids)
+    return read
 
 
 def _logprobs_read(sample: TrainSample, fields: LossFields) -> list[str]:
     """The fields with logprobs that a loss reads of `sample`, or would if they were there."""
-    read = []
-    if fields.generator:
-        read.append("generator_logprobs")
+    read = ["generator_logprobs"] if fields.generator else []
     if fields.teacher_needed or (fields.teacher and sample.teacher_logprobs is not None):
         read.append("teacher_logprobs")
     if fields.top_k and sample.teacher_top_ids is not None:
@@ -325,7 +339,7 @@ def _logprobs_read(sample: TrainSample, fields: LossFields) -> list[str]:
     return read
 
 
-def _check_ids(sample: TrainSample, vocabulary: int) -> None:
+def _check_lengths(sample: TrainSample, fields: LossFields) -> None:
     prompt = len(sample.prompt_ids)
     tokens = len(sample.completion_ids)
     if not tokens or not prompt:
@@ -338,13 +352,11 @@ def _check_ids(sample: TrainSample, vocabulary: int) -> None:
             f"{_name(sample)} has a loss mask of {len(sample.loss_mask)}; "
             f"expected its {tokens} completion tokens"
         )
-    for ids in (sample.prompt_ids, sample.completion_ids):
-        _check_in_vocabulary(sample, "the token ids", ids, vocabulary)
-
-
-def _present(logprobs: Logprobs | None) -> Logprobs:
-    assert logprobs is not None
-    return logprobs
+    for name in _logprobs_read(sample, fields):
+        logprobs: Logprobs | None = getattr(sample, name)
+        if logprobs is None or len(logprobs) != tokens:
+            count = "no" if logprobs is None else len(logprobs)
+            raise ValueError(f"{_name(sample)} has {count} {name}; expected {tokens}, one a token")
 
 
 def _check_top(sample: TrainSample, fields: LossFields, vocabulary: int) -> None:
@@ -363,29 +375,24 @@ def _check_top(sample: TrainSample, fields: LossFields, vocabulary: int) -> None
             or found.shape not in fits
             or (ids is not None and found.shape != ids.shape)
         ):
-            shape = getattr(found, "shape", None)
             fewer = "" if least == most else f", or fewer from {max(1, least)} on"
             raise ValueError(
-                f"{_name(sample)} has {name} of shape {shape}; expected {(tokens, most)}{fewer}"
+                f"{_name(sample)} has {name} of shape {getattr(found, 'shape', None)}; "
+                f"expected {(tokens, most)}{fewer}"
             )
-    assert ids is not None
-    _check_in_vocabulary(sample, "teacher_top_ids", ids, vocabulary)
 
 
-def _check_in_vocabulary(sample: TrainSample, what: str, ids: Ids, vocabulary: int) -> None:
-    if ids.min() < 0 or ids.max() >= vocabulary:
-        raise ValueError(
-            f"{_name(sample)} has {what} {ids.min()} to {ids.max()}; expected 0 to {vocabulary - 1}"
-        )
-
-
-def _check_logprobs(sample: TrainSample, name: str, logprobs: Logprobs | None) -> None:
-    tokens = len(sample.completion_ids)
-    if logprobs is None or len(logprobs) != tokens:
-        count = "no" if logprobs is None else len(logprobs)
-        raise ValueError(f"{_name(sample)} has {count} {name}; expected {tokens}, one a token")
-    if not np.isfinite(logprobs).all():
-        raise ValueError(f"{_name(sample)} has {name} that are not finite; expected nats, ≤ 0")
+def _check_values(sample: TrainSample, fields: LossFields, vocabulary: int) -> None:
+    for ids in _ids_read(sample, fields):
+        if ids.min() < 0 or ids.max() >= vocabulary:
+            what = "teacher_top_ids" if ids is sample.teacher_top_ids else "the token ids"
+            raise ValueError(
+                f"{_name(sample)} has {what} {ids.min()} to {ids.max()}; "
+                f"expected 0 to {vocabulary - 1}"
+            )
+    for name in _logprobs_read(sample, fields):
+        if not np.isfinite(getattr(sample, name)).all():
+            raise ValueError(f"{_name(sample)} has {name} that are not finite; expected nats, ≤ 0")
 
 
 def _name(sample: TrainSample) -> str:
