@@ -174,8 +174,10 @@ class TicketIssuer:
         Raises:
             LeaseLost: another trainer took over.
         """
+        if time.monotonic() < self._next_try:
+            return
         tickets = self.planner.due(version=step, issued=self.issued, outstanding=self.outstanding)
-        if not (tickets or self._lost) or time.monotonic() < self._next_try:
+        if not (tickets or self._lost):
             return
         self.waits_for = ""
         self._issue_lost()
