@@ -68,7 +68,9 @@ MIXES = (
     Mix("A", RECIPES["student"].shape, 16, (30, 36), (5, 11)),
     Mix(
         "B",
-        ModelShape(hidden=256, layers=4, intermediate=768, heads=8, key_value_heads=4),
+        ModelShape(
+            hidden=256, layers=4, intermediate=768, heads=8, key_value_heads=4, context=1024
+        ),
         2,
         (500, 500),
         (150, 250),

@@ -17,7 +17,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -25,14 +24,24 @@ from transformers import (
 )
 
 from onstream.pipeline.models import multimodal
-from onstream.pipeline.models.loading import text_config
 from onstream.pipeline.models.multimodal import Features
-from onstream.pipeline.models.packing import AttentionCall, PrefixGroup, SharedPrefixRow
-from onstream.pipeline.models.trial import decoder_of, row_dependent_positions
+from onstream.pipeline.models.packing import (
+    AttentionCall,
+    PrefixGroup,
+    SharedPrefixRow,
+    pack,
+    share_prompts,
+)
+from onstream.pipeline.models.padded_rows import padded_hidden_states, single_rows
 
 SHARED_PREFIX = "onstream_shared_prefix"
 VARLEN = "onstream_varlen"
 """By cumulative lengths, without masks: `varlen.py`."""
+MASKED_START_TOKENS = 2048
+"""Under masks a common start is computed once where no sequence is longer: a mask has its square.
+
+What reads the whole past of longer ones needs none, and is faster without.
+"""
 MORE_THAN_PLAIN = ("sliding_window", "softcap", "s_aux", "position_bias")
 """What a family hands to its attention that is more than softmax(q·k)·v over the whole past."""
 NO_IMAGES: Features = {}
@@ -206,7 +215,7 @@ def hidden_states(
     images that the prompts show.
     """
     if not shares_prompts(model):
-        return _padded_hidden_states(model, packed, features)
+        return padded_hidden_states(model, packed, features)
     row: Tensor = model.base_model(  # the decoder, in every family that allows shared prompts
         input_ids=on_device(packed.input_ids, model.device)[None],
         use_cache=False,  # with a cache, packed rows are silently wrong, by nats
@@ -224,6 +233,35 @@ def shares_prompts(model: PreTrainedModel) -> bool:
 def _attention_of(model: PreTrainedModel) -> str:
     attention: str = model.config.get_text_config()._attn_implementation
     return attention
+
+
+def rows_for(
+    model: PreTrainedModel,
+    prompts: Sequence[npt.ArrayLike],
+    completions: Sequence[npt.ArrayLike],
+    images: Sequence[tuple[str, ...]] | None,
+    max_tokens: int,
+) -> list[SharedPrefixRow]:
+    """Sequences as rows of at most `max_tokens`, in the form that the model's attention reads.
+
+    Prompts are shared where it can. So is their common start: always by cumulative lengths, under
+    masks where no sequence is longer than `MASKED_START_TOKENS`. `images` names those that each
+    prompt shows; None: no prompt shows any.
+
+    Raises:
+        ValueError: a prompt or a completion is empty.
+    """
+    if not shares_prompts(model):
+        return pack(single_rows(prompts, completions, images), max_tokens)
+    groups = share_prompts(prompts, completions, images)
+    share_start = _attention_of(model) == VARLEN or _longest(groups) <= MASKED_START_TOKENS
+    return pack(groups, max_tokens, share_start=share_start)
+
+
+def _longest(groups: Sequence[PrefixGroup]) -> int:
+    """Tokens of the longest sequence."""
+    lengths = [len(group.prompt_ids) + max(map(len, group.completions)) for group in groups]
+    return max(lengths, default=0)
 
 
 def plan_attention(model: PreTrainedModel, packed: SharedPrefixRow) -> None:
@@ -249,45 +287,6 @@ def _positions_and_images(
         tensors = multimodal.image_tensors(model, packed.groups, features)
         return {"position_ids": multimodal.packed_positions(model, packed, features), **tensors}
     return {"position_ids": on_device(packed.position_ids, model.device)[None]}
-
-
-def _padded_hidden_states(
-    model: PreTrainedModel, packed: SharedPrefixRow, features: Features
-) -> Tensor:
-    """The same from rows padded on the right; from one row at a time where neighbours would matter.
-
-    There is no mask: the model is causal, so no position that is read sees the padding.
-    """
-    sequences = [(group, completion) for group in packed.groups for completion in group.completions]
-    together = len(sequences)
-    if row_dependent_positions(text_config(model)):
-        together = 1
-    states = []
-    for first in range(0, len(sequences), together):
-        states += _padded_batch(model, sequences[first : first + together], features)
-    return torch.cat(states)
-
-
-def _padded_batch(
-    model: PreTrainedModel,
-    sequences: Sequence[tuple[PrefixGroup, npt.NDArray[np.integer]]],
-    features: Features,
-) -> list[Tensor]:
-    """The hidden states that predict the completion of each sequence, [C, H] each."""
-    rows = [
-        torch.cat((torch.from_numpy(group.prompt_ids), torch.from_numpy(completion[:-1])))
-        for group, completion in sequences
-    ]
-    input_ids = pad_sequence(rows, batch_first=True).to(model.device)
-    images: dict[str, Tensor] = {}
-    shown = [group for group, _ in sequences]
-    if any(group.images for group in shown):
-        images = multimodal.padded_inputs(model, input_ids, shown, features)
-    states = decoder_of(model)(input_ids=input_ids, use_cache=False, **images).last_hidden_state
-    return [
-        states[row, len(group.prompt_ids) - 1 : len(rows[row])]
-        for row, (group, _) in enumerate(sequences)
-    ]
 
 
 @dataclass(frozen=True)

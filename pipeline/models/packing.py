@@ -1,9 +1,10 @@
 """Packs prompts and completions into rows whose shared prompts are computed once. Pure numpy.
 
 A packed row holds T tokens: for each prompt its P tokens, then every completion of it without its
-last token, which predicts nothing. Positions restart after the prompt in each completion. Linear
-layers run on the row as it is; attention runs as a few calls that gather their queries and keys
-from it (`AttentionCall`), and each token is a query of exactly one of them.
+last token, which predicts nothing. Positions restart after the prompt in each completion. Tokens
+that all prompts of a row begin with, those of a system prompt say, may stand once, before them all.
+Linear layers run on the row as it is; attention runs as a few calls that gather their queries and
+keys from it (`AttentionCall`), and each token is a query of exactly one of them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ The square of a short row costs less than further calls (measured).
 """
 BRANCH_SHARE = 0.25
 """Completions that attend in one row are together at most this share of their prompt's length."""
+START_SHARE = 1 / 16
+"""A common start is computed once where that saves at least this share of all tokens."""
 ROW_PADDING = 0.25
 """Rows that differ more than this share in length do not go into one call."""
 
@@ -47,13 +50,18 @@ class PrefixGroup:
         """Tokens that it takes in a packed row."""
         return len(self.prompt_ids) + sum(len(completion) - 1 for completion in self.completions)
 
+    def part(self, first: int, end: int) -> PrefixGroup:
+        """The same prompt with the completions from `first` up to `end`."""
+        own = slice(first, end)
+        return PrefixGroup(self.prompt_ids, self.completions[own], self.sequences[own], self.images)
+
 
 @dataclass(frozen=True)
 class AttentionCall:
     """One call of scaled dot product attention: b rows of queries and of keys.
 
-    Both are places in the packed row. Padding repeats the row's first place: as a key it is masked,
-    as a query nothing reads it. Without a `mask` the call is causal: query i sees the keys up to i.
+    Both are places in the packed row. Padding repeats a place before: as a key it is masked, as a
+    query nothing reads it. Without a `mask` the call is causal: query i sees the keys up to i.
     """
 
     queries: Ids  # [b, q]
@@ -65,9 +73,10 @@ class AttentionCall:
 class CumulativeLengths:
     """One call of attention over S sequences of queries and of keys, end to end.
 
-    The queries are the packed row as it is: a prompt, then what each of its completions has there.
-    The keys of a prompt are its own, those of a completion the prompt's and its own. Query i of a
-    sequence sees its keys up to the one that is as far from their end as the query is from its.
+    The queries are the packed row as it is: a prompt, then what each of its completions has there;
+    the common start before the first prompt. The keys of a prompt are its own with the start's,
+    those of a completion the prompt's and its own. Query i of a sequence sees its keys up to the
+    one that is as far from their end as the query is from its.
 
     Example: the prompt [5, 6] with the completions [7, 8, 9] and [4], which has no place of its
     own::
@@ -88,6 +97,8 @@ class CumulativeLengths:
 class SharedPrefixRow:
     """One forward pass: T tokens that predict the N completion tokens of S sequences in turn.
 
+    `start` is how many tokens stand once for all prompts, at the row's beginning.
+
     Example: the prompt [5, 6] with the completions [7, 8, 9] and [4] has T = 4 and N = 4::
 
         input_ids    5 6 7 8
@@ -103,11 +114,12 @@ class SharedPrefixRow:
     sequences: tuple[int, ...]  # [S]
     lengths: tuple[int, ...]  # [S], completion tokens; they sum to N
     groups: tuple[PrefixGroup, ...] = field(repr=False)
+    start: int = 0
 
     @cached_property
     def calls(self) -> tuple[AttentionCall, ...]:
         """How attention reads the row in calls with masks, which grow with the square of it."""
-        return _plan_attention(_place(self.groups))
+        return _plan_attention(_place(self.groups, self.start), self.start)
 
     @cached_property
     def output_index(self) -> Ids:
@@ -117,7 +129,7 @@ class SharedPrefixRow:
     @cached_property
     def cumulative(self) -> CumulativeLengths:
         """How attention reads the row in one call without masks."""
-        return _cumulative_lengths(_place(self.groups))
+        return _cumulative_lengths(_place(self.groups, self.start), self.start)
 
 
 def share_prompts(
@@ -152,42 +164,48 @@ def share_prompts(
     return groups
 
 
-def single_rows(
-    prompts: Sequence[npt.ArrayLike],
-    completions: Sequence[npt.ArrayLike],
-    images: Sequence[tuple[str, ...]] | None = None,
-) -> list[PrefixGroup]:
-    """Every sequence with a prompt of its own, longest first, for models that take padded rows.
-
-    In this order, rows of similar length are padded together.
-
-    Raises:
-        ValueError: a prompt or a completion is empty.
-    """
-    groups = share_prompts(prompts, completions, images)
-    singles = [
-        _part(group, index, index + 1)
-        for group in groups
-        for index in range(len(group.completions))
-    ]
-    return sorted(singles, key=lambda single: -single.tokens)
-
-
-def pack(groups: Sequence[PrefixGroup], max_tokens: int) -> list[SharedPrefixRow]:
+def pack(
+    groups: Sequence[PrefixGroup], max_tokens: int, *, share_start: bool = False
+) -> list[SharedPrefixRow]:
     """Rows of at most `max_tokens` tokens, filled with `groups` in order.
 
     A group that is longer is split, and its prompt repeated. A single sequence that is longer has a
-    row of its own.
+    row of its own. With `share_start` the tokens that all prompts begin with stand once in a row,
+    where that is worth it.
     """
+    start = _worthwhile_start(groups) if share_start else 0
     rows: list[list[PrefixGroup]] = []
     room = 0
     for group in (part for whole in groups for part in _split(whole, max_tokens)):
-        if not rows or group.tokens > room:
+        if not rows or group.tokens - start > room:
             rows.append([])
-            room = max_tokens
+            room = max_tokens - start
         rows[-1].append(group)
-        room -= group.tokens
-    return [_lay_out(row) for row in rows]
+        room -= group.tokens - start
+    return [_lay_out(row, start if len(row) > 1 else 0) for row in rows]
+
+
+def _worthwhile_start(groups: Sequence[PrefixGroup]) -> int:
+    """How many tokens of all prompts stand once; 0 where that saves little."""
+    start = _common_start(groups)
+    saved = start * (len(groups) - 1)
+    return start if saved >= START_SHARE * sum(group.tokens for group in groups) else 0
+
+
+def _common_start(groups: Sequence[PrefixGroup]) -> int:
+    """How many tokens all prompts begin with. Each keeps one of its own, its last one.
+
+    None where one shows images: their positions and tensors belong to whole prompts.
+    """
+    if not groups or any(group.images for group in groups):
+        return 0
+    first = groups[0].prompt_ids
+    start = min(len(group.prompt_ids) for group in groups) - 1
+    for group in groups[1:]:
+        other = np.flatnonzero(group.prompt_ids[:start] != first[:start])
+        if len(other):
+            start = int(other[0])
+    return start
 
 
 def _split(group: PrefixGroup, max_tokens: int) -> Iterator[PrefixGroup]:
@@ -196,22 +214,19 @@ def _split(group: PrefixGroup, max_tokens: int) -> Iterator[PrefixGroup]:
     used = len(group.prompt_ids)
     for index, completion in enumerate(group.completions):
         if index > start and used + len(completion) - 1 > max_tokens:
-            yield _part(group, start, index)
+            yield group.part(start, index)
             start = index
             used = len(group.prompt_ids)
         used += len(completion) - 1
-    yield _part(group, start, len(group.completions))
-
-
-def _part(group: PrefixGroup, start: int, end: int) -> PrefixGroup:
-    return PrefixGroup(
-        group.prompt_ids, group.completions[start:end], group.sequences[start:end], group.images
-    )
+    yield group.part(start, len(group.completions))
 
 
 @dataclass(frozen=True)
 class _GroupPlaces:
-    """Places in the packed row: of a prompt, and of each completion without its last token."""
+    """Places in the packed row: of a prompt, and of each completion without its last token.
+
+    A prompt's first places are those of the common start.
+    """
 
     prompt: Ids
     completions: tuple[Ids, ...]
@@ -227,28 +242,31 @@ class _GroupPlaces:
         return np.repeat(np.arange(len(lengths)), lengths)
 
 
-def _place(groups: Sequence[PrefixGroup]) -> list[_GroupPlaces]:
+def _place(groups: Sequence[PrefixGroup], start: int) -> list[_GroupPlaces]:
     placed = []
-    at = 0
+    at = start
     for group in groups:
-        ends = at + np.cumsum(
-            [len(group.prompt_ids), *(len(completion) - 1 for completion in group.completions)]
-        )
-        pieces = [np.arange(start, end) for start, end in zip([at, *ends[:-1]], ends, strict=True)]
-        placed.append(_GroupPlaces(pieces[0], tuple(pieces[1:])))
+        lengths = [
+            len(group.prompt_ids) - start,
+            *(len(completion) - 1 for completion in group.completions),
+        ]
+        ends = at + np.cumsum(lengths)
+        pieces = [np.arange(first, end) for first, end in zip([at, *ends[:-1]], ends, strict=True)]
+        prompt = np.concatenate((np.arange(start), pieces[0]))
+        placed.append(_GroupPlaces(prompt, tuple(pieces[1:])))
         at = int(ends[-1])
     return placed
 
 
-def _lay_out(groups: Sequence[PrefixGroup]) -> SharedPrefixRow:
-    placed = _place(groups)
-    inputs = []
-    positions = []
+def _lay_out(groups: Sequence[PrefixGroup], start: int) -> SharedPrefixRow:
+    placed = _place(groups, start)
+    inputs = [groups[0].prompt_ids[:start]]
+    positions = [np.arange(start)]
     predicted_at = []
     for group, places in zip(groups, placed, strict=True):
         prompt_tokens = len(group.prompt_ids)
-        inputs.append(group.prompt_ids)
-        positions.append(np.arange(prompt_tokens))
+        inputs.append(group.prompt_ids[start:])
+        positions.append(np.arange(start, prompt_tokens))
         for completion, own in zip(group.completions, places.completions, strict=True):
             inputs.append(completion[:-1])
             positions.append(prompt_tokens + np.arange(len(own)))
@@ -263,23 +281,24 @@ def _lay_out(groups: Sequence[PrefixGroup]) -> SharedPrefixRow:
         sequences=tuple(sequence for group in groups for sequence in group.sequences),
         lengths=tuple(map(len, completions)),
         groups=tuple(groups),
+        start=start,
     )
 
 
 def _output_index(calls: Sequence[AttentionCall], tokens: int) -> Ids:
     flat = np.concatenate([call.queries.ravel() for call in calls])
     index = np.zeros(tokens, dtype=np.int64)
-    # Reversed, so that a row's own first token wins over the padding that repeats its place.
+    # Reversed, so that a token's own place wins over the padding, further on, that repeats it.
     index[flat[::-1]] = np.arange(len(flat))[::-1]
     return index
 
 
-def _cumulative_lengths(placed: Sequence[_GroupPlaces]) -> CumulativeLengths:
-    queries: list[Ids] = []
-    keys: list[Ids] = []
+def _cumulative_lengths(placed: Sequence[_GroupPlaces], start: int) -> CumulativeLengths:
+    queries = [np.arange(start)] if start else []
+    keys = [*queries]
     for one in placed:
         own = [completion for completion in one.completions if len(completion)]
-        queries += [one.prompt, *own]
+        queries += [one.prompt[start:], *own]
         keys += [one.prompt, *(np.concatenate((one.prompt, completion)) for completion in own)]
     query_lengths = [len(places) for places in queries]
     key_lengths = [len(places) for places in keys]
@@ -292,8 +311,8 @@ def _cumulative_lengths(placed: Sequence[_GroupPlaces]) -> CumulativeLengths:
     )
 
 
-def _plan_attention(placed: Sequence[_GroupPlaces]) -> tuple[AttentionCall, ...]:
-    """The cheapest calls for each group.
+def _plan_attention(placed: Sequence[_GroupPlaces], start: int) -> tuple[AttentionCall, ...]:
+    """The cheapest calls for the common start, and for each group.
 
     Groups of one are causal rows, short groups are masked rows, and a long group is its prompt in
     one call and its completions in another.
@@ -301,11 +320,12 @@ def _plan_attention(placed: Sequence[_GroupPlaces]) -> tuple[AttentionCall, ...]
     plain = [one for one in placed if len(one.completions) == 1]
     shared = [one for one in placed if len(one.completions) > 1]
     short = [one for one in shared if len(one.row) <= DENSE_ROW_TOKENS]
-    calls = [_causal_rows([one.row for one in rows]) for rows in _alike(plain)]
-    calls += [_masked_rows(rows) for rows in _alike(short)]
+    calls = [_causal_rows([np.arange(start)], 0)] if start else []
+    calls += [_causal_rows([one.row for one in rows], start) for rows in _alike(plain)]
+    calls += [_masked_rows(rows, start) for rows in _alike(short)]
     for one in shared:
         if len(one.row) > DENSE_ROW_TOKENS:
-            calls += _prompt_and_branches(one)
+            calls += _prompt_and_branches(one, start)
     return tuple(calls)
 
 
@@ -327,14 +347,20 @@ def _pad(rows: Sequence[Ids]) -> Ids:
     return np.stack([np.concatenate((row, np.full(width - len(row), row[0]))) for row in rows])
 
 
-def _causal_rows(rows: Sequence[Ids]) -> AttentionCall:
+def _causal_rows(rows: Sequence[Ids], start: int) -> AttentionCall:
+    """The tokens of each row from `start` on, which see the past."""
     index = _pad(rows)  # pads on the right lie in every true token's future
-    return AttentionCall(index, index, None)
+    if not start:
+        return AttentionCall(index, index, None)
+    width = index.shape[1]
+    mask = np.tri(width - start, width, start, dtype=np.bool_)
+    return AttentionCall(index[:, start:], index, mask[None])
 
 
-def _masked_rows(batch: Sequence[_GroupPlaces]) -> AttentionCall:
+def _masked_rows(batch: Sequence[_GroupPlaces], start: int) -> AttentionCall:
     index = _pad([one.row for one in batch])
-    return AttentionCall(index, index, _visible(batch, width=index.shape[1], first=0))
+    mask = _visible(batch, width=index.shape[1], first=start)
+    return AttentionCall(index[:, start:], index, mask)
 
 
 def _visible(batch: Sequence[_GroupPlaces], *, width: int, first: int) -> Bools:
@@ -352,13 +378,13 @@ def _visible(batch: Sequence[_GroupPlaces], *, width: int, first: int) -> Bools:
     return seen
 
 
-def _prompt_and_branches(one: _GroupPlaces) -> list[AttentionCall]:
-    """The prompt alone, then rows of completions that have it before them as keys.
+def _prompt_and_branches(one: _GroupPlaces, start: int) -> list[AttentionCall]:
+    """The prompt from `start` on, then rows of completions that have all of it before them as keys.
 
     Several completions in one row need fewer copies of the prompt's keys. They cost a few scores
     between completions, which the mask discards: little, where the prompt is long.
     """
-    prompt_call = _causal_rows([one.prompt])
+    prompt_call = _causal_rows([one.prompt], start)
     own = [completion for completion in one.completions if len(completion)]
     if not own:
         return [prompt_call]

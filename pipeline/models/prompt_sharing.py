@@ -134,11 +134,15 @@ def _states_and_gradients(
 
 
 def _trial_row(vocabulary: int) -> SharedPrefixRow:
-    """Sequences of 7 to 46 tokens, two groups of them: longer than a window of the trial."""
+    """Sequences of 17 to 46 tokens: longer than a window of the trial.
+
+    They are two groups, with a common start.
+    """
     ids = np.random.default_rng(0).integers(0, vocabulary, 96)
-    prompts = [ids[:23], ids[:23], ids[:23], ids[23:28]]
+    other = np.concatenate((ids[:10], ids[23:28]))
+    prompts = [ids[:23], ids[:23], ids[:23], other]
     completions = [ids[28:51], ids[51:55], ids[55:56], ids[56:58]]
-    return pack(share_prompts(prompts, completions), max_tokens=256)[0]
+    return pack(share_prompts(prompts, completions), max_tokens=256, share_start=True)[0]
 
 
 @torch.no_grad()

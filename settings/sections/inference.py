@@ -127,8 +127,8 @@ class TeacherInferenceSettings(Section):
     of the trainer, for the teacher's model.
     """
     max_batch_tokens: Annotated[int, WORKER, Unit("tokens"), Field(ge=16, le=1 << 24)] = 8192
-    """Tokens that one forward pass of the teacher takes, shared prompts counted once. A vLLM server
-    goes by limits of its own.
+    """Tokens that one forward pass of the teacher takes, what prompts share counted once. A vLLM
+    server goes by limits of its own.
     """
     head_chunk: Annotated[int, WORKER, Unit("tokens"), Field(ge=1, le=1 << 20)] = 1024
     """Positions whose logits over the whole vocabulary exist at once. vLLM goes by limits of its

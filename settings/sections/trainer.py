@@ -85,7 +85,7 @@ class TrainerSettings(Section):
     max_steps: Annotated[int, CHANGEABLE, Unit("steps"), Field(ge=1, le=10**9)] = 100
     """The run ends after so many steps."""
     microbatch: Annotated[int, WORKER, Unit("tokens"), Field(ge=16, le=1 << 24)] = 8192
-    """Tokens that one forward and backward pass takes, shared prompts counted once."""
+    """Tokens that one forward and backward pass takes, what prompts share counted once."""
     head_chunk: Annotated[int, WORKER, Unit("tokens"), Field(ge=1, le=1 << 20)] = 1024
     """Positions whose logits over the whole vocabulary exist at once."""
     recompute: Annotated[Literal["auto", "none", "layer"], WORKER] = "auto"

@@ -63,6 +63,23 @@ def test_a_steps_gradient_is_that_of_single_sequences(tmp_path: Path, kind: str)
     assert gap <= CLOSE
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
+def test_a_common_start_of_all_prompts_gets_the_gradient_of_them_all(
+    tmp_path: Path, attention: str
+) -> None:
+    directory = written(tmp_path, *KINDS["packed"])
+    plain = load_model(directory, dtype=torch.float64, device=CPU)
+    batch = a_batch(plain, start=20)
+    expected = mean_of_single(plain, batch)
+    learner = learner_of(directory, attention, microbatch=200)
+    rows = learner.pack(
+        [sample.prompt_ids for sample in batch], [sample.completion_ids for sample in batch]
+    )
+    assert max(row.start for row in rows) == 20
+    found = gradient_of_a_step(learner, batch)
+    assert float((found - expected).norm() / expected.norm()) <= CLOSE
+
+
 def written(directory: Path, family: str, changes: dict[str, Any]) -> Path:
     """A tiny model of `family` with the character tokenizer."""
     given = {"vocab_size": VOCABULARY_SIZE, "initializer_range": 0.1}
@@ -73,19 +90,26 @@ def written(directory: Path, family: str, changes: dict[str, Any]) -> Path:
     return directory
 
 
-def learner_of(directory: Path) -> Learner:
+def learner_of(directory: Path, attention: str = "auto", microbatch: int = 100) -> Learner:
     """A trainer of rewards and a teacher, whose rows are too short for the whole batch."""
     loss = {"teacher_tau": TEACHER_TAU, "kl_tau": 0.0}
-    settings = TrainerSettings.model_validate({"loss": loss, "microbatch": 100})
+    settings = TrainerSettings.model_validate(
+        {"loss": loss, "microbatch": microbatch, "attention": attention}
+    )
     return Learner(directory, settings, CPU)
 
 
-def a_batch(plain: PreTrainedModel) -> list[TrainSample]:
-    """Groups of unlike lengths over prompts of unlike lengths, as sampled from `plain`."""
+def a_batch(plain: PreTrainedModel, start: int = 0) -> list[TrainSample]:
+    """Groups of unlike lengths over prompts of unlike lengths, as sampled from `plain`.
+
+    All prompts begin with the same `start` tokens.
+    """
     random = np.random.default_rng(5)
     batch = []
+    common = np.arange(3, 3 + start, dtype=np.int32)
     for group, tokens in enumerate(PROMPTS):
         prompt = random.integers(3, VOCABULARY_SIZE, tokens).astype(np.int32)
+        prompt = np.concatenate((common, prompt))
         for own in COMPLETIONS:
             completion = random.integers(3, VOCABULARY_SIZE, own).astype(np.int32)
             mask = random.random(own) < 0.8

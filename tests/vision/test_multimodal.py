@@ -18,7 +18,8 @@ from onstream.pipeline.models.forward import SHARED_PREFIX, hidden_states
 from onstream.pipeline.models.loading import text_config
 from onstream.pipeline.models.multimodal import joined
 from onstream.pipeline.models.output_layer import head_of
-from onstream.pipeline.models.packing import Ids, pack, share_prompts, single_rows
+from onstream.pipeline.models.packing import Ids, pack, share_prompts
+from onstream.pipeline.models.padded_rows import single_rows
 from onstream.pipeline.models.prompt_sharing import prepare
 from onstream.pipeline.record_codec import ids_array, ids_bytes
 from onstream.settings.sections.losses import SftLoss

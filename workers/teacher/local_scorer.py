@@ -24,12 +24,13 @@ from onstream.pipeline.models.forward import (
     TokenLogprobs,
     hidden_states,
     on_device,
+    rows_for,
     token_logprobs,
 )
 from onstream.pipeline.models.loading import load_model, resolve_device, resolve_dtype
 from onstream.pipeline.models.multimodal import Features
 from onstream.pipeline.models.output_layer import head_of
-from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts
+from onstream.pipeline.models.packing import SharedPrefixRow
 from onstream.pipeline.models.prompt_sharing import choose_attention, prepare
 from onstream.pipeline.models.tokenizer import has_vision, load_configs
 from onstream.pipeline.telemetry import get_logger
@@ -105,10 +106,10 @@ class LocalScorer:
         """
         prompts = [request.prompt_ids for request in requests]
         completions = [request.completion_ids for request in requests]
-        groups = share_prompts(prompts, completions, [request.images for request in requests])
+        images = [request.images for request in requests]
         shown = {digest for request in requests for digest in request.images}
         features = self._features.get(shown) if self._features and shown else NO_IMAGES
-        rows = pack(groups, self._max_batch_tokens)
+        rows = rows_for(self._model, prompts, completions, images, self._max_batch_tokens)
         begun = [self._score_row(packed, features, top_k) for packed in rows]
         scores: dict[int, Scores] = {}
         for packed, scored in zip(rows, begun, strict=True):

@@ -26,6 +26,7 @@ class ModelShape:
     heads: int = 4
     key_value_heads: int = 2
     head_dim: int = 32
+    context: int = CONTEXT_TOKENS
 
 
 def write_fresh(
@@ -45,7 +46,7 @@ def write_fresh(
         num_key_value_heads=shape.key_value_heads,
         head_dim=shape.head_dim,
         intermediate_size=shape.intermediate,
-        max_position_embeddings=CONTEXT_TOKENS,
+        max_position_embeddings=shape.context,
         tie_word_embeddings=True,
         initializer_range=initializer_range,
         eos_token_id=tokenizer.eos_token_id,

@@ -18,13 +18,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.images.vision import load_vision
 from onstream.pipeline.models.end_tokens import add_stops, end_token_ids
-from onstream.pipeline.models.forward import NO_IMAGES, hidden_states, plan_attention
+from onstream.pipeline.models.forward import NO_IMAGES, hidden_states, plan_attention, rows_for
 from onstream.pipeline.models.frozen import round_frozen
 from onstream.pipeline.models.learning_rate import with_learning_rate
 from onstream.pipeline.models.loading import base_of, load_model, resolve_dtype, text_config
 from onstream.pipeline.models.multimodal import Features
 from onstream.pipeline.models.output_layer import head_of
-from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts, single_rows
+from onstream.pipeline.models.packing import SharedPrefixRow
 from onstream.pipeline.models.prompt_sharing import choose_attention, prepare
 from onstream.pipeline.models.recompute import recompute_layers
 from onstream.pipeline.models.tokenizer import has_vision, load_student_tokenizer
@@ -246,8 +246,7 @@ class Learner:
         images: Sequence[tuple[str, ...]] | None = None,
     ) -> list[SharedPrefixRow]:
         """Prompts, with the images that they show, and completions as rows of forward passes."""
-        arrange = single_rows if self.padded_because else share_prompts
-        return pack(arrange(prompts, completions, images), self.trainer.microbatch)
+        return rows_for(self.model, prompts, completions, images, self.trainer.microbatch)
 
     def hidden(self, packed: SharedPrefixRow, features: Features = NO_IMAGES) -> Tensor:
         """The last hidden states [N, H] that predict the packed targets, in `dtype`."""

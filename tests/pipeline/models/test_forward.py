@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from onstream.pipeline.models import packing
+from onstream.pipeline.models import forward, packing
 from onstream.pipeline.models.forward import (
     SHARED_PREFIX,
+    VARLEN,
     OutputHead,
     entropy_of,
     hidden_states,
+    rows_for,
     token_logprobs,
 )
+from onstream.pipeline.models.loading import set_text_attention
 from onstream.pipeline.models.output_layer import head_of
 from onstream.pipeline.models.packing import Ids, pack, share_prompts
 from onstream.pipeline.models.prompt_sharing import prepare
@@ -42,7 +45,7 @@ def packed_logprobs(
 ) -> list[Tensor]:
     """The same from packed rows."""
     logprobs: dict[int, Tensor] = {}
-    for packed in pack(share_prompts(prompts, completions), max_tokens):
+    for packed in rows_for(model, prompts, completions, None, max_tokens):
         logits = head_of(model).logits(hidden_states(model, packed))
         sampled = logits.log_softmax(-1).gather(1, torch.from_numpy(packed.targets)[:, None])[:, 0]
         logprobs |= zip(packed.sequences, sampled.split(packed.lengths), strict=True)
@@ -58,6 +61,7 @@ def gradients(model: PreTrainedModel, logprobs: list[Tensor]) -> list[Tensor]:
     return found
 
 
+@pytest.mark.parametrize("start", [0, 6])
 @pytest.mark.parametrize("dense_row_tokens", [0, 512])
 @pytest.mark.parametrize("group_size", [1, 4])
 @pytest.mark.parametrize("max_tokens", [40, 1000])
@@ -67,11 +71,13 @@ def test_packed_rows_give_the_logprobs_and_gradients_of_one_sequence_at_a_time(
     max_tokens: int,
     group_size: int,
     dense_row_tokens: int,
+    start: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(packing, "DENSE_ROW_TOKENS", dense_row_tokens)
     model = tiny_model(family)
     prompts, completions = sequences(5, group_size, seed=7)
+    prompts = [np.concatenate((np.arange(start), prompt)) for prompt in prompts]
     wanted = one_by_one(model, prompts, completions)
     wanted_gradients = gradients(model, wanted)
     assert prepare(model) is None
@@ -81,6 +87,23 @@ def test_packed_rows_give_the_logprobs_and_gradients_of_one_sequence_at_a_time(
         torch.testing.assert_close(
             gradient, expected, rtol=0, atol=1e-5 * expected.abs().max().item()
         )
+
+
+def test_under_masks_a_common_start_is_shared_as_long_as_no_sequence_is_very_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model()
+    assert prepare(model) is None
+    prompts = [np.array([*range(9), own]) for own in (11, 12)]
+    completions = [np.array([13, 14])] * 2
+    (row,) = rows_for(model, prompts, completions, None, 100)
+    assert row.start == 9
+    monkeypatch.setattr(forward, "MASKED_START_TOKENS", 11)
+    (row,) = rows_for(model, prompts, completions, None, 100)
+    assert row.start == 0
+    set_text_attention(model, VARLEN)
+    (row,) = rows_for(model, prompts, completions, None, 100)
+    assert row.start == 9
 
 
 def test_padded_rows_give_the_same() -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from onstream.pipeline.models import packing
-from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts, single_rows
+from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts
+from onstream.pipeline.models.padded_rows import single_rows
 from tests.tiny import sequences
 
 
@@ -30,14 +31,15 @@ def expected_visible(packed: SharedPrefixRow) -> np.ndarray:
     """The same, written out.
 
     A prompt token sees the prompt up to itself, a completion's token also the completion up to
-    itself.
+    itself. The common start is a part of every prompt.
     """
     seen = np.zeros((len(packed.input_ids),) * 2, dtype=bool)
-    at = 0
+    at = packed.start
     for group in packed.groups:
-        prompt = at + np.arange(len(group.prompt_ids))
+        own = at + np.arange(len(group.prompt_ids) - packed.start)
+        prompt = np.concatenate((np.arange(packed.start), own))
         seen[np.ix_(prompt, prompt)] = np.tri(len(prompt), dtype=bool)
-        at += len(prompt)
+        at += len(own)
         for completion in group.completions:
             own = at + np.arange(len(completion) - 1)
             seen[np.ix_(own, prompt)] = True
@@ -80,14 +82,64 @@ def test_an_empty_prompt_or_completion_is_refused_with_its_place(
         share_prompts([[1], prompt], [[1], completion])
 
 
+@pytest.mark.parametrize("start", [0, 1, 9])
 @pytest.mark.parametrize("dense_row_tokens", [0, 20, 512])
 @pytest.mark.parametrize("group_size", [1, 2, 5])
 def test_every_token_sees_its_prompt_and_its_own_past_and_nothing_else(
-    group_size: int, dense_row_tokens: int, monkeypatch: pytest.MonkeyPatch
+    group_size: int, dense_row_tokens: int, start: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "DENSE_ROW_TOKENS", dense_row_tokens)
-    for packed in pack(share_prompts(*sequences(6, group_size, seed=group_size)), max_tokens=60):
+    monkeypatch.setattr(packing, "START_SHARE", 0)
+    prompts, completions = sequences(6, group_size, seed=group_size)
+    prompts = [np.concatenate((np.arange(start), prompt)) for prompt in prompts]
+    rows = pack(share_prompts(prompts, completions), max_tokens=90, share_start=True)
+    assert {row.start for row in rows if len(row.groups) > 1} == {start}
+    for packed in rows:
         np.testing.assert_array_equal(visible(packed), expected_visible(packed))
+
+
+def test_tokens_that_all_prompts_begin_with_stand_once_in_a_row() -> None:
+    prompts = [[5, 6, 7], [5, 6, 8, 8], [5, 6, 7]]
+    groups = share_prompts(prompts, [[1, 2], [3, 4], [9]])
+    (packed,) = pack(groups, max_tokens=32, share_start=True)
+    assert packed.start == 2
+    assert packed.input_ids.tolist() == [5, 6, 7, 1, 8, 8, 3]
+    assert packed.position_ids.tolist() == [0, 1, 2, 3, 2, 3, 4]
+    assert packed.predicted_at.tolist() == [2, 3, 2, 5, 6]
+    assert packed.targets.tolist() == [1, 2, 9, 3, 4]
+    assert packed.sequences == (0, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "start"),
+    [
+        ([[1, 2, 3], [1, 2, 3, 4]], 2),  # one is the beginning of the other
+        ([[1], [1, 2]], 0),
+        ([[1, 2, 3], [4, 2, 3]], 0),
+        ([[1, 2, 3]] * 2, 0),  # one group
+        ([[1, *[7] * 40], [1, *[8] * 40]], 0),  # not worth it
+    ],
+)
+def test_every_prompt_keeps_a_token_of_its_own(prompts: list[list[int]], start: int) -> None:
+    (packed,) = pack(share_prompts(prompts, [[9], [9]]), max_tokens=99, share_start=True)
+    assert packed.start == start
+
+
+def test_a_common_start_is_not_shared_where_a_prompt_shows_an_image() -> None:
+    prompts = [[1, 2, 3, 4], [1, 2, 3, 5]]
+    groups = share_prompts(prompts, [[9], [9]], [("cat",), ()])
+    (packed,) = pack(groups, max_tokens=99, share_start=True)
+    assert packed.start == 0
+
+
+def test_rows_with_a_common_start_keep_to_the_budget_and_hold_more() -> None:
+    prompts, completions = sequences(12, 2, prompt=(3, 9), completion=(1, 9), seed=3)
+    prompts = [np.concatenate((np.arange(30), prompt)) for prompt in prompts]
+    groups = share_prompts(prompts, completions)
+    rows = pack(groups, max_tokens=100, share_start=True)
+    assert max(len(row.input_ids) for row in rows) <= 100
+    assert sorted(sequence for row in rows for sequence in row.sequences) == list(range(24))
+    assert len(rows) < len(pack(groups, max_tokens=100))
 
 
 def test_no_row_exceeds_the_budget_and_every_completion_is_packed_once() -> None:

@@ -28,8 +28,8 @@ PROMPTS = (1, 5, 300)
 COMPLETIONS = (1, 2, 9, 40)
 
 
-def sequences() -> tuple[list[Ids], list[Ids]]:
-    """Groups of unlike completions, and one sequence alone."""
+def sequences(start: int) -> tuple[list[Ids], list[Ids]]:
+    """Groups of unlike completions, and one sequence alone. All begin with `start` tokens."""
     random = np.random.default_rng(7)
     prompts = []
     completions = []
@@ -40,11 +40,12 @@ def sequences() -> tuple[list[Ids], list[Ids]]:
             completions.append(random.integers(3, VOCABULARY, tokens))
     prompts.append(random.integers(3, VOCABULARY, 17))
     completions.append(random.integers(3, VOCABULARY, 8))
-    return prompts, completions
+    common = random.integers(3, VOCABULARY, start)
+    return [np.concatenate((common, prompt)) for prompt in prompts], completions
 
 
-def rows(max_tokens: int) -> list[SharedPrefixRow]:
-    return pack(share_prompts(*sequences()), max_tokens)
+def rows(max_tokens: int, start: int = 0) -> list[SharedPrefixRow]:
+    return pack(share_prompts(*sequences(start)), max_tokens, share_start=True)
 
 
 def test_the_arrays_of_a_prompt_with_two_completions() -> None:
@@ -56,9 +57,15 @@ def test_the_arrays_of_a_prompt_with_two_completions() -> None:
     assert (lengths.longest_query, lengths.longest_key) == (2, 4)
 
 
-@pytest.mark.parametrize("max_tokens", [64, 400, 4096])
-def test_each_token_sees_by_cumulative_lengths_what_it_sees_in_the_calls(max_tokens: int) -> None:
-    for row in rows(max_tokens):
+@pytest.mark.parametrize(
+    ("max_tokens", "start"), [(64, 0), (400, 0), (4096, 0), (400, 50), (4096, 50)]
+)
+def test_each_token_sees_by_cumulative_lengths_what_it_sees_in_the_calls(
+    max_tokens: int, start: int
+) -> None:
+    packed = rows(max_tokens, start)
+    assert any(row.start == start for row in packed)
+    for row in packed:
         assert seen_by_lengths(row) == seen_in_calls(row)
 
 
@@ -89,11 +96,13 @@ def seen_in_calls(row: SharedPrefixRow) -> dict[int, set[int]]:
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "qwen3_moe", "granite"])
-@pytest.mark.parametrize("max_tokens", [64, 4096])
-def test_hidden_states_and_gradients_are_those_of_the_calls(family: str, max_tokens: int) -> None:
+@pytest.mark.parametrize(("max_tokens", "start"), [(64, 0), (4096, 0), (4096, 50)])
+def test_hidden_states_and_gradients_are_those_of_the_calls(
+    family: str, max_tokens: int, start: int
+) -> None:
     model = tiny_model(family)
     assert prepare(model) is None
-    packed = rows(max_tokens)
+    packed = rows(max_tokens, start)
     expected = states_and_gradient(model, packed)
     set_text_attention(model, VARLEN)
     found = states_and_gradient(model, packed)
