@@ -40,7 +40,6 @@ WIDTH = 170  # characters; a file has no width of its own
 PAGE = (
     "trainer.loss.teacher_tau=1.0",
     "trainer.loss.adv_tau=0.0",
-    "trainer.loss.teacher_top_k=4",
     "orchestrator.verification.enabled=false",
     "inference.sampling.max_completion=16",
     "deployment.device=cpu",
