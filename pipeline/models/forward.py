@@ -335,12 +335,9 @@ class OutputHead:
         return (1 - (logits / self.cap) ** 2) * self.scale
 
 
-def entropy_of(probabilities: Tensor, logits: Tensor, normaliser: Tensor) -> Tensor:
-    """Entropy [n] of softmax(logits), without another [n, V] tensor.
-
-    `probabilities` [n, V] are that softmax, `normaliser` [n] is the logsumexp of `logits` [n, V].
-    """
-    return normaliser - torch.bmm(probabilities[:, None, :], logits[:, :, None])[:, 0, 0]
+def entropy_of(probabilities: Tensor, logprobs: Tensor) -> Tensor:
+    """Entropy [n] of `probabilities` [n, V], whose logs are `logprobs`, without another tensor."""
+    return -torch.bmm(probabilities[:, None, :], logprobs[:, :, None])[:, 0, 0]
 
 
 @torch.no_grad()
@@ -380,10 +377,10 @@ def _chunk_logprobs(
     logits = head.logits(hidden)
     if temperature != 1.0:
         logits /= temperature
-    normaliser = logits.logsumexp(-1)
-    sampled = logits.gather(1, targets[:, None])[:, 0] - normaliser
+    logprobs = torch.log_softmax(logits, -1, out=logits)
+    sampled = logprobs.gather(1, targets[:, None])[:, 0]
     if not top_k:
         return (sampled,)
-    top = logits.topk(top_k, dim=-1)
-    tail = logits.scatter_(1, top.indices, float("-inf")).logsumexp(-1) - normaliser
-    return sampled, top.indices, top.values - normaliser[:, None], tail
+    top = logprobs.topk(top_k, dim=-1)
+    tail = logprobs.scatter_(1, top.indices, float("-inf")).logsumexp(-1)
+    return sampled, top.indices, top.values, tail

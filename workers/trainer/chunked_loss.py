@@ -18,6 +18,9 @@ from torch import Tensor
 
 from onstream.pipeline.models.forward import OutputHead, entropy_of
 
+FAINT = 1e-30
+"""A sum of probabilities under which float32 has lost digits of its terms, or all of them."""
+
 
 @dataclass(frozen=True)
 class TargetTokens:
@@ -36,7 +39,7 @@ class TargetTokens:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainerLogprobs:
     """What the weights being trained say of n positions. Float32, nats.
 
@@ -127,37 +130,47 @@ def _loss_and_gradient(
 class _Chunk:
     """The logits [n, V] of one chunk, what the loss reads off them, and their gradient.
 
-    The gradient is made in the memory of the logits.
+    The logprobs take the memory of the logits, and the gradient that of the probabilities.
     """
 
     def __init__(self, logits: Tensor, targets: TargetTokens) -> None:
-        self._logits = logits
         self._targets = targets
-        self._normaliser = logits.logsumexp(-1)
         scaled = logits
-        scaled_normaliser = self._normaliser
         if targets.temperatures is not None:
             scaled = logits / targets.temperatures[:, None]
-            scaled_normaliser = scaled.logsumexp(-1)
-        self._probabilities = (scaled - scaled_normaliser[:, None]).exp_()
-        top, tail = self._bins()
+            torch.log_softmax(scaled, -1, out=scaled)
+        self._logprobs = torch.log_softmax(logits, -1, out=logits)
+        self._probabilities = scaled.exp()
         self.logprobs = TrainerLogprobs(
-            sampled=_pick(scaled, targets.ids) - scaled_normaliser,
-            sampled_unscaled=_pick(logits, targets.ids) - self._normaliser,
-            entropy=entropy_of(self._probabilities, scaled, scaled_normaliser),
-            top=top,
-            tail=tail,
+            sampled=_pick(scaled, targets.ids),
+            sampled_unscaled=_pick(self._logprobs, targets.ids),
+            entropy=entropy_of(self._probabilities, scaled),
+            top=None,
+            tail=None,
         )
+        if targets.top_ids is not None:
+            self._bins(targets.top_ids)
 
-    def _bins(self) -> tuple[Tensor | None, Tensor | None]:
-        """Logprobs of the top ids, and of the tail. Keeps the tail's own distribution."""
-        if self._targets.top_ids is None:
-            return None, None
-        outside = self._logits.scatter(1, self._targets.top_ids, float("-inf"))
-        normaliser = outside.logsumexp(-1)
-        self._outside = outside.sub_(normaliser[:, None]).exp_()
-        top = self._logits.gather(1, self._targets.top_ids) - self._normaliser[:, None]
-        return top, normaliser - self._normaliser
+    def _bins(self, ids: Tensor) -> None:
+        """Logprobs of the top ids, and of the tail, summed over its own tokens.
+
+        One less the sum of the top ids would be nothing where the student is sure. Where the sum of
+        the tail is nothing too, it is made of logprobs.
+        """
+        if self._targets.temperatures is None:
+            self._outside = self._probabilities
+        else:
+            self._outside = self._logprobs.exp()
+        self._top = self._outside.gather(1, ids)
+        self._outside.scatter_(1, ids, 0.0)
+        self._mass = self._outside.sum(-1)
+        self.logprobs.top = self._logprobs.gather(1, ids)
+        self.logprobs.tail = self._mass.log()
+        self._faint = (self._mass < FAINT).nonzero()[:, 0]
+        if len(self._faint):
+            outside = self._logprobs[self._faint].scatter(1, ids[self._faint], float("-inf"))
+            self.logprobs.tail[self._faint] = outside.logsumexp(-1)
+            self._outside[self._faint] = outside.softmax(-1)
 
     def gradient(self, by_sampled: Tensor, by_top: Tensor | None, by_tail: Tensor | None) -> Tensor:
         """The loss's gradient by the logits [n, V], from its gradients by what was read off them.
@@ -166,22 +179,32 @@ class _Chunk:
         distribution less the probabilities. Every step is in place, so the order matters: the
         chunk's tensors are used up.
         """
+        ids = self._targets.ids[:, None]
         temperatures = self._targets.temperatures
-        ids = self._targets.top_ids
         if temperatures is not None:
             by_sampled = by_sampled / temperatures
-        gradient = self._probabilities
-        if ids is None or by_top is None or by_tail is None:
-            gradient.mul_(-by_sampled[:, None])
+        if by_top is None or by_tail is None:
+            gradient = self._probabilities.mul_(-by_sampled[:, None])
+        elif temperatures is None:
+            gradient = self._gradient_of_bins(by_top, by_tail, by_sampled)
         else:
-            by_bins = by_top.sum(-1) + by_tail
-            if temperatures is None:
-                gradient.mul_(-(by_sampled + by_bins)[:, None])
-            else:
-                unscaled = self._logits.sub_(self._normaliser[:, None]).exp_()
-                gradient.mul_(-by_sampled[:, None]).sub_(unscaled.mul_(by_bins[:, None]))
-            gradient.add_(self._outside.mul_(by_tail[:, None])).scatter_add_(1, ids, by_top)
-        return gradient.scatter_add_(1, self._targets.ids[:, None], by_sampled[:, None])
+            gradient = self._gradient_of_bins(by_top, by_tail, torch.zeros_like(by_sampled))
+            gradient.sub_(self._probabilities.mul_(by_sampled[:, None]))
+        return gradient.scatter_add_(1, ids, by_sampled[:, None])
+
+    def _gradient_of_bins(self, by_top: Tensor, by_tail: Tensor, by_other: Tensor) -> Tensor:
+        """That of the bins, less `by_other` [n] times the probabilities.
+
+        The tail's own distribution is the probabilities outside of the top ids over their sum.
+        """
+        assert self._targets.top_ids is not None
+        by_all = by_top.sum(-1) + by_tail + by_other
+        by_outside = by_tail / self._mass - by_all
+        by_outside[self._faint] = by_tail[self._faint]
+        gradient = self._outside.mul_(by_outside[:, None])
+        # Written, not added: a row with fewer alternatives than others has the last one repeated.
+        gradient.scatter_(1, self._targets.top_ids, self._top * -by_all[:, None])
+        return gradient.scatter_add_(1, self._targets.top_ids, by_top)
 
 
 def _add_weight_gradient(

@@ -124,6 +124,32 @@ def test_scaled_and_capped_logits_have_the_gradients_of_autograd(
         torch.testing.assert_close(gradient, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("sure", [20.0, 80.0, 300.0])
+@pytest.mark.parametrize("heated", [False, True])
+def test_the_tail_of_a_sure_student_is_exact_where_float32_has_no_probability_for_it(
+    heated: bool, sure: float, draw: torch.Generator
+) -> None:
+    logits = torch.randn(4, VOCABULARY, generator=draw)
+    logits[:2, 3] += sure  # two rows that are sure, and two that are not
+    top_ids = torch.tensor([[3, 1], [3, 1], [4, 4], [5, 6]])  # one is repeated to fill a row
+    targets = TargetTokens(
+        torch.tensor([3, 2, 1, 0]), torch.tensor([0.7, 1.0, 1.3, 1.0]) if heated else None, top_ids
+    )
+
+    def loss(_: slice, logprobs: TrainerLogprobs) -> Tensor:
+        assert logprobs.top is not None and logprobs.tail is not None
+        return logprobs.sampled + 2 * logprobs.top[:, 0] + 3 * logprobs.tail
+
+    exact = logits.double().requires_grad_()
+    expected = loss(slice(None), logprobs_of(exact, targets)).sum()
+    (wanted,) = torch.autograd.grad(expected, [exact])
+    hidden = logits.clone().requires_grad_()
+    found = chunked_loss(hidden, OutputHead(torch.eye(VOCABULARY)), targets, loss, chunk=3)
+    (gradient,) = torch.autograd.grad(found, [hidden])
+    torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_the_gradient_equals_a_finite_difference(draw: torch.Generator) -> None:
     hidden = torch.randn(3, HIDDEN, generator=draw, dtype=torch.float64).requires_grad_()
     head = nn.Linear(HIDDEN, VOCABULARY).double()
