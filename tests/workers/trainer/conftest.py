@@ -58,12 +58,12 @@ def undisturbed(redis_url: str, model: Path, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture
 def stand_in_for_vision(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny student takes prompts with images, and looks at none."""
-    from onstream.pipeline.models.packing import share_prompts
     from onstream.workers.trainer import learner
 
     monkeypatch.setattr(learner.Learner, "check", lambda *_: None)
+    pack = learner.Learner.pack
 
-    def without_images(prompts: Any, completions: Any, _: Any) -> Any:
-        return share_prompts(prompts, completions)
+    def without_images(self: Any, prompts: Any, completions: Any, _: Any = None) -> Any:
+        return pack(self, prompts, completions)
 
-    monkeypatch.setattr(learner, "share_prompts", without_images)
+    monkeypatch.setattr(learner.Learner, "pack", without_images)
