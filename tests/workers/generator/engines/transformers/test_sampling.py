@@ -42,6 +42,21 @@ def test_the_largest_draw_never_falls_past_the_last_token_that_can_be_drawn() ->
     assert ids.tolist() == [1]
 
 
+@pytest.mark.parametrize("vocabulary", [255, 256, 257, 70_001])
+def test_a_draw_is_that_of_the_whole_cumulative_sum_in_float64(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(1, vocabulary, generator=generator)
+    random = np.random.default_rng(0).random(500)
+    ids, _ = draw(logits.repeat(500, 1), [1.0] * 500, random)
+    cdf = logits[0].double().softmax(-1).cumsum(-1).numpy()
+    wanted = np.searchsorted(cdf, random, side="right")
+    differ = ids.numpy() != wanted
+    # Only where the draw is so near to the end of a token that float32's logprobs decide.
+    assert np.abs(cdf[ids.numpy()[differ]] - random[differ]).max(initial=0) < 1e-6
+    assert differ.mean() < 0.01
+    assert len(set(ids.tolist())) > 20
+
+
 def test_the_logprob_of_a_draw_is_at_the_sampling_temperature() -> None:
     _, logprobs = draw(PROBS.log(), [0.5], np.array([0.0]))
     assert logprobs.exp().tolist() == pytest.approx([0.16 / 0.30])
