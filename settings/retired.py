@@ -47,6 +47,7 @@ RETIRED: dict[str, RetiredSetting] = {
 
 
 EARLIER_DEFAULTS: dict[str, Any] = {
+    "orchestrator.group_size": 8,
     "trainer.loss.teacher_top_k": 0,
     "trainer.optim.lr": 1e-5,
     "trainer.optim.warmup": 0,

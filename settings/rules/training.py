@@ -62,7 +62,7 @@ def learning_signal(settings: Settings) -> Iterator[SettingsProblem]:
             settings,
             ["orchestrator.group_size", loss.REWARD_SETTING],
             "at least 2 rollouts a group, whose mean is the baseline of the advantage",
-            f"Set orchestrator.group_size = 8. Or: {loss.WITHOUT_REWARD}.",
+            f"Set orchestrator.group_size = 4. Or: {loss.WITHOUT_REWARD}.",
         )
 
 

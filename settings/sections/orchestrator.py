@@ -62,7 +62,7 @@ class OrchestratorSettings(Section):
 
     batch_size: Annotated[int, RUN, Unit("rollouts"), Field(ge=1, le=1 << 20)] = 128
     """Rollouts of one training step; a multiple of `group_size`."""
-    group_size: Annotated[int, RUN, Unit("rollouts"), Field(ge=1, le=4096)] = 8
+    group_size: Annotated[int, RUN, Unit("rollouts"), Field(ge=1, le=4096)] = 4
     """Rollouts of one prompt, which share its computation and give each other's reward a baseline.
     """
     max_off_policy_steps: Annotated[int, RUN, Unit("steps"), Field(ge=0, le=1024)] = 2

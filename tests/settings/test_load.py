@@ -29,7 +29,7 @@ def test_defaults_alone_are_reward_only_training_of_the_named_student() -> None:
     assert (settings.model.name, settings.task.name, settings.orchestrator.group_size) == (
         "Qwen/Qwen3-0.6B",
         "reverse-text",
-        8,
+        4,
     )
     assert settings.trainer.loss.teacher_tau == 0
 

@@ -260,14 +260,14 @@ REFUSED = [
     (["trainer.loss.adv_tau=-1"], "trainer.loss.adv_tau = -1", "greater than or equal to 0"),
     (["trainer.loss.kl_tau=-1"], "trainer.loss.kl_tau = -1", "greater than or equal to 0"),
     (
-        ["orchestrator.batch_size=100"],
-        "orchestrator.batch_size = 100",
-        "Set orchestrator.batch_size = 96",
+        ["orchestrator.batch_size=101"],
+        "orchestrator.batch_size = 101",
+        "Set orchestrator.batch_size = 100",
     ),
     (
         ["orchestrator.batch_size=3"],
-        "orchestrator.group_size = 8",
-        "Set orchestrator.batch_size = 8",
+        "orchestrator.group_size = 4",
+        "Set orchestrator.batch_size = 4",
     ),
     ([STAGES('["train", "train", "generate", "verify"]')], "deployment.stages", "each stage once"),
     (["task.name=jsonl"], "task.path = unset", "the file of the jsonl task"),
@@ -416,7 +416,7 @@ def test_the_problems_of_all_rules_are_told_at_once() -> None:
         *(
             *ENDPOINT,
             "teacher_inference.model.name=other",
-            "orchestrator.batch_size=100",
+            "orchestrator.batch_size=101",
             "task.name=jsonl",
             "eval.samples=-1",
         ),
