@@ -1,4 +1,4 @@
-"""The learning rate that `trainer.optim.lr = "auto"` means, from the shape of the student alone.
+"""The learning rate that `trainer.optim.lr = "auto"` means, by the student and by who teaches it.
 
 Pure arithmetic: no torch, and no weights. docs/tuning.md has what it rests on.
 """
@@ -18,6 +18,8 @@ MEASURED_RATE = 5e-4
 LEAST_RATE = 1e-6
 """Below it no published on-policy training of whole weights goes."""
 UNKNOWN_RATE = 1e-5
+REWARDS_FACTOR = 0.2
+"""Of a rate where rewards alone teach: at the whole one the score falls under its start."""
 ADAPTER_FACTOR = 10.0
 """An adapter's rate to that of whole weights (Schulman et al., *LoRA Without Regret*, 2025)."""
 LEAST_ADAPTER_RATE = 1e-4
@@ -31,11 +33,12 @@ class LearningRate:
     reason: str
 
 
-def automatic_rate(config: Mapping[str, Any], *, adapter: bool) -> LearningRate:
-    """The rate for a student of this `config.json`; `adapter`: for one on it.
+def automatic_rate(config: Mapping[str, Any], trainer: TrainerSettings) -> LearningRate:
+    """The rate for a student of this `config.json`, or for an adapter on it, with this loss.
 
     It falls with the square of the hidden size, from 5e-4 at 96 to 4.4e-6 at 1,024, and stays at
-    1e-6 from 2,147 on. That of an adapter is ten times as high, and at least 1e-4.
+    1e-6 from 2,147 on. That of an adapter is ten times as high, and at least 1e-4. Where rewards
+    alone teach it is a fifth, and not under 1e-6.
     """
     shape = DecoderSizes.of(config)
     if shape is None:
@@ -45,17 +48,21 @@ def automatic_rate(config: Mapping[str, Any], *, adapter: bool) -> LearningRate:
         share = MEASURED_WIDTH / shape.hidden
         whole = max(LEAST_RATE, MEASURED_RATE * min(1.0, share**2))
         reason = f"hidden size {shape.hidden:,}"
-    if not adapter:
-        return LearningRate(_two_digits(whole), reason)
-    rate = max(LEAST_ADAPTER_RATE, ADAPTER_FACTOR * whole)
-    return LearningRate(_two_digits(rate), f"{reason}, an adapter is trained")
+    rate = whole
+    if trainer.lora is not None:
+        rate = max(LEAST_ADAPTER_RATE, ADAPTER_FACTOR * whole)
+        reason += ", an adapter is trained"
+    if trainer.loss.needs_reward and not trainer.loss.needs_teacher:
+        rate = max(LEAST_RATE, REWARDS_FACTOR * rate)
+        reason += ", rewards alone teach"
+    return LearningRate(_two_digits(rate), reason)
 
 
 def with_learning_rate(trainer: TrainerSettings, config: Mapping[str, Any]) -> TrainerSettings:
     """`trainer` with a number for its rate: its own, or the one for a student of `config`."""
     if trainer.optim.lr != "auto":
         return trainer
-    rate = automatic_rate(config, adapter=trainer.lora is not None)
+    rate = automatic_rate(config, trainer)
     optim = trainer.optim.model_copy(update={"lr": rate.value})
     return trainer.model_copy(update={"optim": optim})
 

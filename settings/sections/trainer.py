@@ -25,7 +25,8 @@ class OptimSettings(Section):
     ] = "auto"
     """Learning rate at the end of the warm-up. `auto` is 5e-4 for a student of hidden size 96 and
     falls with the square of the size, to 4.4e-6 at 1,024; of an adapter it is ten times that, and
-    at least 1e-4. `onstream check` prints it, and the run's plan keeps the number.
+    at least 1e-4; where rewards alone teach a fifth. `onstream check` prints it, and the run's plan
+    keeps the number.
     """
     betas: Annotated[tuple[Beta, Beta], RUN, Unit("ratio")] = (0.9, 0.95)
     """AdamW's decay rates of the two moments, each ≥ 0 and < 1."""

@@ -21,5 +21,5 @@ def learning_rate_line(settings: Settings) -> str:
         config = None
     if config is None:
         return f'{after}; trainer.optim.lr = "auto", and the student is not on this machine'
-    rate = automatic_rate(config, adapter=settings.trainer.lora is not None)
+    rate = automatic_rate(config, settings.trainer)
     return f'{rate.value:g} {after}; trainer.optim.lr = "auto": {rate.reason}'

@@ -438,8 +438,8 @@ def test_the_plan_keeps_the_number_of_an_automatic_learning_rate_and_a_resume_go
     job.until(3)
     stored = bus.state.plan()
     assert stored is not None
-    assert Plan.decode(stored).run_settings["trainer.optim.lr"] == 5e-4
+    assert Plan.decode(stored).run_settings["trainer.optim.lr"] == 1e-4
     job.start(trainer__optim__lr="auto")
     job.until(3)
     assert not (job.trainer.directory.path / "changes.jsonl").exists()
-    assert {row["lr"] for row in job.rows("metrics.jsonl")} == {5e-4}
+    assert {row["lr"] for row in job.rows("metrics.jsonl")} == {1e-4}
