@@ -3,10 +3,8 @@ seconds to 95 % for both teacher terms.
 
     python benchmarks/end_to_end.py [--example reverse-text] [--seeds 3] [--steps 80]
 
-Each run is a real `onstream up`: separate workers, Redis Streams, evaluation apart. For scale stand
-beside it what a plain synchronous loop needs on such a pair (more than 60 steps of 128 with the
-sampled term, 30 with the top-k term), and the 213 rollouts/s of a synchronous trainer with padded
-batches; both were measured on two idle cores of another machine.
+Each run is a real `onstream up`: separate workers, Redis Streams, evaluation apart. What others
+need for the same is in `make bench-peers`.
 """
 
 from __future__ import annotations
@@ -32,8 +30,6 @@ TERMS = {
     "top-k": ["trainer.loss.teacher_top_k=4"],
     "sampled": ["trainer.loss.teacher_top_k=0", "trainer.optim.lr=5e-4"],
 }  # 1e-3 is too high a rate for it
-PEER_STEPS = {"top-k": "30", "sampled": "more than 60"}
-PEER_ROLLOUTS_PER_S = 213
 WIDTH = 200  # characters; a file has no width of its own
 
 
@@ -51,10 +47,8 @@ def main() -> None:
         "exact before",
         "exact after",
         f"steps to {GOAL}",
-        "synchronous",
         "seconds",
         "rollouts/s",
-        "peer",
         "CPU s by worker",
     )
     with tempfile.TemporaryDirectory(prefix="onstream-bench-") as runs:
@@ -89,10 +83,8 @@ def row(term: str, seed: int, example: str, steps: int, runs: Path) -> list[str]
         f"{report['eval']['before']:.3f}",
         f"{report['eval']['after']:.3f}",
         str(reached) if reached else f"not in {steps}",
-        PEER_STEPS[term],
         f"{seconds:.1f} of {report['seconds']:.1f}",
         f"{report['rollouts_per_s']:.0f}",
-        str(PEER_ROLLOUTS_PER_S),
         shares(cpu),
     ]
 

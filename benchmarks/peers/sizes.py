@@ -114,7 +114,7 @@ SHORT = Size(
     sweep_steps=3,
     steps={"trl": 8, "onstream": 29},
     untimed=2,
-    seconds={"sweep": 200, "trl": 500, "onstream": 500},
+    seconds={"sweep": 300, "trl": 520, "onstream": 860},
 )
 LONG = replace(
     SHORT,
