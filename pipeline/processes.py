@@ -1,4 +1,4 @@
-"""Processes and signals: is one gone, kill a whole group, hear a request to stop, keep memory."""
+"""Processes: their cores and memory, is one gone, kill a whole group, hear a request to stop."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ KEPT_BYTES = 1 << 30
 """How much freed memory at the end of the heap a process keeps at most."""
 LARGEST_KEPT_BYTES = 32 << 20
 """Of one block; glibc allows no more."""
+
+
+def usable_cores() -> int:
+    """How many cores this process may use; on macOS, without affinity, all of the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def is_gone(pid: int) -> bool:

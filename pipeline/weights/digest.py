@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+from onstream.pipeline.processes import usable_cores
 from onstream.pipeline.weights.adapter import text_note
 from onstream.pipeline.weights.file_format import Bytes, TensorLocation
 
@@ -94,4 +94,4 @@ def _sha256(data: memoryview) -> str:
 
 
 def _threads() -> int:
-    return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    return min(_MOST_THREADS, usable_cores())

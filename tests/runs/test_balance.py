@@ -101,6 +101,7 @@ def run(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Run]:
 
 
 @pytest.mark.slow
+@pytest.mark.rotates("a worker that is added", 0, 2)
 @pytest.mark.parametrize("run", ["pass"], indirect=True)
 def test_a_verifier_that_only_waits_gets_another_one_and_the_run_is_faster_for_it(
     run: Run,
@@ -116,6 +117,7 @@ def test_a_verifier_that_only_waits_gets_another_one_and_the_run_is_faster_for_i
 
 
 @pytest.mark.slow
+@pytest.mark.rotates("a worker that is added", 1, 2)
 @pytest.mark.parametrize("run", [ONE_AT_A_TIME], indirect=True)
 def test_a_verifier_that_gives_nothing_leaves_again_and_nothing_of_it_is_lost(run: Run) -> None:
     run.wait_for("verifier-1 leaves again")

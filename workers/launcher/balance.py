@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from onstream.pipeline import telemetry
+from onstream.pipeline.processes import usable_cores
 from onstream.settings.devices import available_host_bytes
 from onstream.settings.plan import Plan
 from onstream.settings.root import Settings
@@ -77,7 +77,7 @@ class Balance:
         self._cpu = cpu
         self._metrics = metrics
         self._watcher = watcher
-        self._cores = len(os.sched_getaffinity(0))
+        self._cores = usable_cores()
         self._launched = time.time()
         self._start: WindowStart | None = None
         self._trial: AddedWorker | None = None

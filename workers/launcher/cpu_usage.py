@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import time
 from typing import Any
 
+from onstream.pipeline.processes import usable_cores
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 from onstream.workers.launcher.process_usage import process_cpu_seconds
 from onstream.workers.launcher.processes import EVAL
@@ -47,7 +47,7 @@ class CpuUsage:
         if not self._startup_s:
             return None
         used = {kind: s - self._startup_s.get(kind, 0.0) for kind, s in self._used().items()}
-        cores_s = (time.monotonic() - self._startup_ended) * len(os.sched_getaffinity(0))
+        cores_s = (time.monotonic() - self._startup_ended) * usable_cores()
         return {
             "cpu_seconds": _rounded(used),
             "cpu_seconds_startup": _rounded(self._startup_s),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from onstream.pipeline.processes import usable_cores
 from onstream.settings.sections.deployment import DeploymentSettings
 from onstream.settings.stages import COMPUTING, JOBS, WorkerKind
 
@@ -33,6 +34,6 @@ def default_threads(workers: Mapping[WorkerKind, int], cores: int | None = None)
 
     1 with up to 4 cores, else the cores shared out among them.
     """
-    cores = cores or len(os.sched_getaffinity(0))
+    cores = cores or usable_cores()
     computing = sum(count for kind, count in workers.items() if kind in (*COMPUTING, JOBS.kind))
     return 1 if cores <= 4 else max(1, cores // max(1, computing))

@@ -117,13 +117,13 @@ def test_check_all_prints_settings_at_their_defaults_too() -> None:
 
 
 def test_check_tells_every_problem_and_exits_2() -> None:
-    wrong = ("trainer.loss.teacher_tua=1", "trainer.max_steps=-1", "orchestrator.batch_size=100")
+    wrong = ("trainer.loss.teacher_tua=1", "trainer.max_steps=-1", "orchestrator.batch_size=101")
     done = onstream("check", *overrides(*wrong))
     assert done.returncode == 2
     assert "3 problems" in done.stdout
     assert "Did you mean trainer.loss.teacher_tau?" in done.stdout
     assert "trainer.max_steps = -1" in done.stdout
-    assert "Set orchestrator.batch_size = 96." in done.stdout
+    assert "Set orchestrator.batch_size = 100." in done.stdout
 
 
 def test_check_warns_of_a_teacher_that_trains_nothing() -> None:

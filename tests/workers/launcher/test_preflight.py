@@ -480,7 +480,7 @@ def test_the_same_settings_resume(tmp_path: Path) -> None:
 
 def test_a_run_that_exists_with_other_settings_is_refused_by_their_names(tmp_path: Path) -> None:
     settings, ours, theirs = plans(
-        tmp_path, "run.seed=7", "orchestrator.group_size=4", "trainer.max_steps=7"
+        tmp_path, "run.seed=7", "orchestrator.group_size=2", "trainer.max_steps=7"
     )
     with pytest.raises(UserError, match=r"orchestrator\.group_size") as refused:
         check_resume(settings, ours, theirs, lambda: 0)
