@@ -39,7 +39,7 @@ class TargetTokens:
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainerLogprobs:
     """What the weights being trained say of n positions. Float32, nats.
 
@@ -141,22 +141,25 @@ class _Chunk:
             torch.log_softmax(scaled, -1, out=scaled)
         self._logprobs = torch.log_softmax(logits, -1, out=logits)
         self._probabilities = scaled.exp()
+        entropy = entropy_of(self._probabilities, scaled)
+        top, tail = self._bins()  # only now: they take probabilities out
         self.logprobs = TrainerLogprobs(
             sampled=_pick(scaled, targets.ids),
             sampled_unscaled=_pick(self._logprobs, targets.ids),
-            entropy=entropy_of(self._probabilities, scaled),
-            top=None,
-            tail=None,
+            entropy=entropy,
+            top=top,
+            tail=tail,
         )
-        if targets.top_ids is not None:
-            self._bins(targets.top_ids)
 
-    def _bins(self, ids: Tensor) -> None:
+    def _bins(self) -> tuple[Tensor | None, Tensor | None]:
         """Logprobs of the top ids, and of the tail, summed over its own tokens.
 
         One less the sum of the top ids would be nothing where the student is sure. Where the sum of
         the tail is nothing too, it is made of logprobs.
         """
+        ids = self._targets.top_ids
+        if ids is None:
+            return None, None
         if self._targets.temperatures is None:
             self._outside = self._probabilities
         else:
@@ -164,13 +167,13 @@ class _Chunk:
         self._top = self._outside.gather(1, ids)
         self._outside.scatter_(1, ids, 0.0)
         self._mass = self._outside.sum(-1)
-        self.logprobs.top = self._logprobs.gather(1, ids)
-        self.logprobs.tail = self._mass.log()
+        tail = self._mass.log()
         self._faint = (self._mass < FAINT).nonzero()[:, 0]
         if len(self._faint):
             outside = self._logprobs[self._faint].scatter(1, ids[self._faint], float("-inf"))
-            self.logprobs.tail[self._faint] = outside.logsumexp(-1)
+            tail[self._faint] = outside.logsumexp(-1)
             self._outside[self._faint] = outside.softmax(-1)
+        return self._logprobs.gather(1, ids), tail
 
     def gradient(self, by_sampled: Tensor, by_top: Tensor | None, by_tail: Tensor | None) -> Tensor:
         """The loss's gradient by the logits [n, V], from its gradients by what was read off them.

@@ -240,15 +240,20 @@ def test_a_learning_rate_that_changed_on_resume_changes_in_the_replay(
     assert_replays(job)
 
 
-def test_a_run_at_the_automatic_learning_rate_is_replayed_over_its_resumes(
-    run: Callable[..., Run],
-) -> None:
-    job = run(trainer__record=True, trainer__optim__lr="auto")
+def stopped_and_resumed(job: Run) -> None:
+    """Train, stop in the middle, and go on to the end."""
     job.ready()
     job.until(3)
     job.start()
     job.to_the_end()
     job.trainer.recording.sync()
+
+
+def test_a_run_at_the_automatic_learning_rate_is_replayed_over_its_resumes(
+    run: Callable[..., Run],
+) -> None:
+    job = run(trainer__record=True, trainer__optim__lr="auto")
+    stopped_and_resumed(job)
     assert_replays(job)
 
 
@@ -260,11 +265,7 @@ def test_dropout_draws_the_same_after_a_kill_and_in_the_replay(run: Callable[...
         "orchestrator__use_token_client": False,
     }
     job = run(trainer__record=True, trainer__lora={"rank": 4, "dropout": 0.3}, **supervised)
-    job.ready()
-    job.until(3)
-    job.start()
-    job.to_the_end()
-    job.trainer.recording.sync()
+    stopped_and_resumed(job)
     assert_replays(job)
 
 
