@@ -132,8 +132,8 @@ def work(
         assert time.monotonic() < deadline, (
             f"{len(outcomes)} of {len(new)} outcomes; {stage.stats.detail}"
         )
-        taken = waiting[: stage.room]
-        waiting = waiting[stage.room :]
+        room = stage.room  # once: an endpoint may come back at any moment
+        taken, waiting = waiting[:room], waiting[room:]
         outcomes += stage.handle(taken)
     return outcomes
 
