@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import random
+import sys
 import uuid
 from collections.abc import Iterator
 from datetime import date
@@ -40,6 +42,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if today % of != place:
                 reason = f"{group}: one of {of} a day, and this one is another day's"
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """A test that draws at random draws the same every time."""
+    random.seed(0)
+    if torch := sys.modules.get("torch"):  # tests that do not use it should not wait for it
+        torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 import psutil
 
-PATIENCE_S = 30.0
+from tests.waiting import until
 
 
 def living(launcher: int, words: str) -> list[psutil.Process]:
@@ -26,9 +24,8 @@ def living(launcher: int, words: str) -> list[psutil.Process]:
 
 def worker(launcher: int, kind: str) -> psutil.Process:
     """The one worker of `kind`, waited for while a launcher is restarting it."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not (found := living(launcher, f" worker {kind} ")):
-        assert time.monotonic() < deadline, f"no {kind} under {launcher} within {PATIENCE_S:g} s"
-        time.sleep(0.01)
+    found: list[psutil.Process] = until(
+        lambda: living(launcher, f" worker {kind} "), lambda: f"a {kind} under {launcher}"
+    )
     assert len(found) == 1, [child.cmdline() for child in found]
     return found[0]

@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 TEACHER = ROOT / "examples/reverse-text/teacher"
@@ -75,10 +76,7 @@ class Run:
         return metrics.read_text().count("\n") if metrics.exists() else 0
 
     def wait_for(self, happens: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 120
-        while not happens():
-            assert time.monotonic() < deadline, self.said()[-3000:]
-            time.sleep(0.02)
+        until(happens, lambda: self.said()[-3000:])
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.directory / name).read_text().splitlines()]

@@ -17,6 +17,7 @@ from tests.chat_server import chat_server
 from tests.faulty_server import Answer, Body, serving
 from tests.modes.run import PAGE, ROOT, STUDENT, TEACHER, Run
 from tests.processes import worker
+from tests.waiting import LONGEST_S
 
 SNIPPET = PAGE / "hard_distillation.toml"
 SOURCE = "orchestrator.teacher_rollout_model"
@@ -150,7 +151,7 @@ def test_an_endpoint_that_is_away_and_a_generator_that_is_killed_lose_nothing(
             server.answer = answer
             run.wait_for(lambda: run.steps() >= 12)
             worker(up.pid, "generator").kill()
-            assert up.wait(120) == 0, run.said()[-3000:]
+            assert up.wait(LONGEST_S) == 0, run.said()[-3000:]
     assert f"waiting for the teacher: {url}: 503 overloaded" in run.said()
     assert "generator-0 " in run.said(), "its death is told"
     audit = run.audit()

@@ -25,6 +25,7 @@ from onstream.pipeline.run_files.recording import (
 from onstream.workers.trainer.durability.recording import SETTINGS
 from tests.modes.run import ROOT, Run
 from tests.processes import worker
+from tests.waiting import LONGEST_S
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +62,7 @@ def test_a_trainer_killed_at_three_random_points_comes_to_the_weights_of_an_undi
             run.wait_for(lambda at=at: run.steps() >= at)  # type: ignore[misc]
             time.sleep(draw.uniform(0, 0.1))  # anywhere in a step, not at its end
             worker(up.pid, "trainer").kill()  # as the kernel does when memory runs out
-        assert up.wait(180) == 0, run.said()[-3000:]
+        assert up.wait(LONGEST_S) == 0, run.said()[-3000:]
     audit = run.audit()
     assert (audit["lost"], audit["duplicated"], audit["trained"]) == (0, 0, STEPS * 32)
     print(f"killed at steps {kills}")

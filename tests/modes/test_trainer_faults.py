@@ -31,6 +31,7 @@ from tests.fault_proxy import MOMENTS, Cut, FaultProxy, Moment, Trap
 from tests.fault_workers import LEASE_S, train
 from tests.forkserver import context
 from tests.tiny import write_tiny
+from tests.waiting import LONGEST_S
 from tests.workers.trainer.driver import rollout
 
 pytestmark = pytest.mark.slow
@@ -121,7 +122,7 @@ class Company:
         if blow != "stall":
             raise Cut
         os.kill(pid, signal.SIGSTOP)
-        assert self.wake.wait(100)
+        assert self.wake.wait(LONGEST_S)
         os.kill(pid, signal.SIGCONT)
 
     def succeed(self, victim: BaseProcess) -> None:
@@ -154,9 +155,9 @@ class Company:
                 return True
         return False
 
-    def until(self, holds: Callable[[], Any], within_s: float = 60) -> None:
+    def until(self, holds: Callable[[], Any]) -> None:
         """Answer tickets until `holds()`."""
-        deadline = time.monotonic() + within_s
+        deadline = time.monotonic() + LONGEST_S
         while not holds():
             self._answer()
             assert time.monotonic() < deadline, "it did not come to that"

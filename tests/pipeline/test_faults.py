@@ -6,9 +6,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import Literal
@@ -22,6 +21,7 @@ from tests.fault_proxy import MOMENTS, Cut, FaultProxy, Moment, Trap
 from tests.fault_workers import work
 from tests.forkserver import context
 from tests.pipeline.stages import ticket
+from tests.waiting import LONGEST_S, until
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,6 @@ VICTIM = "victim"
 OTHER = "other"
 DEAD = "dead"
 LIVES = 10
-PATIENCE_S = 120.0  # beside busy neighbours
 BEAT_S = 0.5  # the heartbeat of one that was put to sleep is older
 Blow = Literal["kill", "stall", "cut"]
 
@@ -103,7 +102,7 @@ class Crew:
         if blow != "stall":
             raise Cut
         os.kill(pid, signal.SIGSTOP)
-        assert self.wake.wait(PATIENCE_S)
+        assert self.wake.wait(LONGEST_S)
         os.kill(pid, signal.SIGCONT)
 
     def held(self, name: str) -> int:
@@ -125,7 +124,7 @@ class Crew:
 
     def end(self, name: str) -> None:
         """A clean end."""
-        self.processes[name].join(PATIENCE_S)
+        self.processes[name].join(LONGEST_S)
         assert self.processes[name].exitcode == 0
 
 
@@ -143,13 +142,6 @@ def crew(bus: Bus, redis_url: str) -> Iterator[Crew]:
         process.kill()
         process.join()
     crew.proxy.close()
-
-
-def until(holds: Callable[[], object], within_s: float = PATIENCE_S) -> None:
-    deadline = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.01)
 
 
 def issue(bus: Bus, holder: str) -> None:
@@ -209,12 +201,12 @@ def test_a_fault_at_any_call_loses_nothing_and_doubles_nothing(
     victim = crew.start(VICTIM, keeps=point.keeps, url=crew.proxy.url)
     if point.told_to_stop:
         victim = told_to_stop(crew, trap, victim)
-    assert trap.sprung.wait(PATIENCE_S), (
+    assert trap.sprung.wait(LONGEST_S), (
         f"no {point.call} came; those that did: {sorted(crew.proxy.calls)}"
     )
     assert_each_number_is_in_one_place(bus)
     if blow == "kill":
-        victim.join(PATIENCE_S)
+        victim.join(LONGEST_S)
         assert victim.exitcode == -signal.SIGKILL
     successor = VICTIM if blow == "kill" else OTHER
     crew.start(successor)

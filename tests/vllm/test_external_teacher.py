@@ -94,7 +94,7 @@ def test_the_servers_logprobs_agree_with_transformers_in_every_protocol(
 ) -> None:
     rollouts = some_rollouts()
     worst = 0.0
-    for outcome in work(stage, delivered(*rollouts), patience_s=60):
+    for outcome in work(stage, delivered(*rollouts)):
         assert isinstance(outcome.record, Rollout), outcome.dead
         (sample,) = outcome.record.samples
         wanted = transformers_logprobs(teacher_dir, sample)

@@ -160,7 +160,7 @@ def test_vllm_in_process_scores_as_a_server_does(
         for number, request in enumerate(requests)
     ]
     try:
-        outcomes = work(stage, delivered(*rollouts), patience_s=60)
+        outcomes = work(stage, delivered(*rollouts))
     finally:
         stage.close(finished=True)
     served = {}

@@ -18,6 +18,7 @@ from onstream.pipeline.images import ImageFile
 from onstream.pipeline.images.feature_cache import FETCHED_AT_ONCE, FeatureCache, MissingImage
 from onstream.pipeline.images.vision import Vision, load_vision
 from tests.vision.conftest import noise
+from tests.waiting import LONGEST_S
 
 STUDENT = Path(__file__).parents[3] / "examples/colour-words/student"
 PICTURES = {picture.digest: picture for picture in map(noise, range(40))}
@@ -91,13 +92,13 @@ def test_those_that_wait_are_fetched_together_a_few_at_a_time(vision: Vision) ->
 
     def fetch(digests: Sequence[str]) -> list[bytes | None]:
         first.set()
-        assert go.wait(20)
+        assert go.wait(LONGEST_S)
         fetched.append(len(digests))
         return [PICTURES[digest].data for digest in digests]
 
     cache = FeatureCache(vision, fetch, ROOM)
     cache.prefetch(NAMES[:1])
-    assert first.wait(20)
+    assert first.wait(LONGEST_S)
     cache.prefetch(NAMES[1 : 3 + FETCHED_AT_ONCE])
     go.set()
     cache.get(NAMES[: 3 + FETCHED_AT_ONCE])

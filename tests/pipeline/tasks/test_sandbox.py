@@ -13,6 +13,7 @@ import pytest
 
 from onstream.pipeline.tasks.sandbox import REQUIRED, Sandbox, SandboxError
 from onstream.settings.sections.orchestrator import SandboxSettings
+from tests.waiting import LONGEST_S
 
 LIMITS = SandboxSettings(
     wall=1.5, cpu=1, memory=96, processes=6, file_size=1, scratch=4, output=10_000
@@ -48,7 +49,7 @@ def leaves_nothing(sandbox: Sandbox) -> bool:
 
     The kernel may take a moment to bury what was killed.
     """
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + LONGEST_S
     while processes_of(sandbox._user) and time.monotonic() < deadline:
         time.sleep(0.02)
     return os.geteuid() != 0 or not processes_of(sandbox._user)

@@ -24,6 +24,7 @@ from onstream.pipeline.weights import (
     prune,
     publish,
 )
+from tests.waiting import LONGEST_S
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 
@@ -164,7 +165,7 @@ def test_the_digest_of_a_new_version_is_computed_while_it_is_written(
     write = onstream.pipeline.weights.directory_store.write_weights
 
     def hashed(piece: memoryview) -> str:
-        assert written.wait(30)
+        assert written.wait(LONGEST_S)
         return sha256(piece)
 
     def noted(*args: Any) -> None:

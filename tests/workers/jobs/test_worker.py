@@ -30,6 +30,7 @@ from onstream.pipeline.redis.job_queue import (
 from onstream.pipeline.weights.directory_store import pinned
 from onstream.settings.root import Settings
 from onstream.workers.launcher.embedded_redis import EmbeddedRedis
+from tests.waiting import LONGEST_S, until
 
 Start = Callable[..., subprocess.Popen[bytes]]
 
@@ -75,14 +76,6 @@ def start(redis_url: str, settings: Settings) -> Iterator[Start]:
 def ask(jobs: JobQueue, kind: str, *args: Any, key: str = "1") -> bool:
     assert kind in misbehaving.NAMES
     return jobs.ask(kind, key, *args)  # type: ignore[arg-type]
-
-
-def until(holds: Callable[[], Any], within_s: float = 120) -> Any:
-    deadline = time.monotonic() + within_s
-    while not (found := holds()):
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.05)
-    return found
 
 
 def ended(jobs: JobQueue, kind: str) -> JobRow:
@@ -172,7 +165,7 @@ def test_a_worker_told_to_stop_gives_the_job_in_hand_back_uncounted(
     worker = start(jobs={"retries": 0})
     until(begun.exists)
     worker.send_signal(signal.SIGTERM)
-    assert worker.wait(20) == 0
+    assert worker.wait(LONGEST_S) == 0
     assert [row.status for row in jobs.rows()] == ["queued"]
     start()
     assert ended(jobs, "slow").result == "done"
@@ -183,7 +176,7 @@ def test_a_worker_ends_by_itself_when_the_run_has_and_nothing_is_left_to_do(
 ) -> None:
     ask(jobs, "answer", 1)
     bus.lease.finish(bus.lease.acquire(30))
-    assert start().wait(25) == 0
+    assert start().wait(LONGEST_S) == 0
     assert ended(jobs, "answer").status == "finished"
 
 
@@ -200,7 +193,7 @@ def test_a_worker_that_is_up_before_a_finished_run_goes_on_stays(
     assert worker.poll() is None
     bus.lease.release(lease)
     bus.lease.finish(bus.lease.acquire(30))
-    assert worker.wait(25) == 0
+    assert worker.wait(LONGEST_S) == 0
 
 
 def test_it_says_in_heartbeats_that_it_lives(jobs: JobQueue, start: Start, bus: Bus) -> None:

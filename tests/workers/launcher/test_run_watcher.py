@@ -13,6 +13,7 @@ from redis.exceptions import ConnectionError
 from onstream.pipeline.redis.bus import Bus
 from onstream.workers.inspection.run_snapshot import waits
 from onstream.workers.launcher.run_watcher import MetricsTail, RunWatcher
+from tests.waiting import LONGEST_S
 
 STAGES = ("generate", "verify", "train")
 
@@ -105,7 +106,7 @@ def test_a_redis_that_is_away_is_said_and_asked_again() -> None:
     bus = Away()
     watcher = RunWatcher(bus, interval_s=0.01)  # type: ignore[arg-type]
     watcher.start()
-    assert bus.asked_again.wait(5)
+    assert bus.asked_again.wait(LONGEST_S)
     watcher.stop()
     assert waits(watcher.latest, STAGES, {}) == [
         "the run's state cannot be read from Redis (connection refused)"

@@ -7,6 +7,7 @@ import threading
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Stats
 from onstream.workers.launcher.shutdown import wait_until_alone
+from tests.waiting import LONGEST_S
 
 
 def test_it_waits_for_a_worker_that_was_heard_of_and_says_so(bus: Bus) -> None:
@@ -24,7 +25,7 @@ def test_it_waits_for_a_worker_that_was_heard_of_and_says_so(bus: Bus) -> None:
         kwargs={"alone_s": 0.3, "still_here_s": 0.1},
     )
     waiting.start()
-    assert heard.wait(5)
+    assert heard.wait(LONGEST_S)
     assert waiting.is_alive()
     assert said[0] == "the run has ended; waiting for tester to leave"
     bus.state.remove_heartbeat()

@@ -27,6 +27,7 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.settings.root import Settings
 from onstream.workers.inspection.audit import audit, counted
+from tests.waiting import LONGEST_S
 
 if TYPE_CHECKING:
     from onstream.workers.trainer.trainer import Trainer
@@ -113,7 +114,7 @@ class Gate:
 
     def passes(self) -> None:
         self.reached.set()
-        assert self._open.wait(30)
+        assert self._open.wait(LONGEST_S)
 
 
 class Run:

@@ -13,6 +13,7 @@ from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Stats
 from onstream.workers.generator.nccl_receiver import READING, READY, TransferReceiver
 from tests.forkserver import context
+from tests.waiting import LONGEST_S
 
 
 class SaysSo:
@@ -73,5 +74,5 @@ def start(
         target=generator, args=(url, bus.run, name, gpus, ends, joined), daemon=True
     )
     process.start()
-    assert joined.get(timeout=60) == (name, "up")
+    assert joined.get(timeout=LONGEST_S) == (name, "up")
     return process

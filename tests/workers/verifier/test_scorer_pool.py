@@ -22,6 +22,7 @@ from onstream.settings.root import Settings
 from onstream.workers.verifier.scorer_messages import ScoringRequest, Verdict
 from onstream.workers.verifier.scorer_pool import CRASHED, TIMED_OUT, ScorerPool
 from onstream.workers.verifier.scorer_process import score_completion
+from tests.waiting import LONGEST_S
 from tests.workers.verifier.own_modules import (
     REWARD,
     SCORER,
@@ -64,7 +65,7 @@ def verdicts(pool: ScorerPool, *infos: dict[str, Any]) -> list[Verdict]:
         pool.submit(key, "a completion", info)
     got: dict[int, Verdict] = {}
     while pool.in_hand:
-        got.update(pool.collect(5))
+        got.update(pool.collect(LONGEST_S))
     return [got[key] for key in range(len(infos))]
 
 
@@ -74,7 +75,7 @@ def test_the_builtin_scorer_gives_the_exact_answer_one_and_anything_else_nothing
     pool = start_pool(scorer=None)
     pool.submit(1, "cba", {"answer": "cba"})
     pool.submit(2, "cbx", {"answer": "cba"})
-    assert dict(pool.collect(5)) == {
+    assert dict(pool.collect(LONGEST_S)) == {
         1: Verdict(1.0, {"similarity": 1.0}),
         2: Verdict(0.0, {"similarity": 2 / 3}),
     }
@@ -208,27 +209,27 @@ def test_a_crowd_of_all_kinds_gets_each_its_own_verdict(start_pool: StartPool) -
 
 
 def test_the_time_limit_is_each_rollouts_own_and_not_the_batches(start_pool: StartPool) -> None:
-    pool = start_pool(timeout=1)
+    pool = start_pool(timeout=2.5)
     assert all(
         verdict == Verdict(1.0) for verdict in verdicts(pool, *[HONEST] * 200)
     )  # batches are large by now
-    assert verdicts(pool, *[{"do": "nap", "seconds": 0.2}] * 8) == [Verdict(1.0)] * 8
+    assert verdicts(pool, *[{"do": "nap", "seconds": 0.4}] * 8) == [Verdict(1.0)] * 8
 
 
 def test_an_answer_that_came_while_the_verifier_was_away_is_not_late(start_pool: StartPool) -> None:
-    pool = start_pool(timeout=0.4)
+    pool = start_pool(timeout=2)
     pool.submit(0, "", {"do": "nap", "seconds": 0.2})
     while not any(process.requests for process in pool._slots.values()):
         assert pool.collect(0.01) == []
-    time.sleep(0.6)  # what is waited for is the time limit itself
-    assert pool.collect(5) == [(0, Verdict(1.0))]
+    time.sleep(2.1)  # what is waited for is the time limit itself
+    assert pool.collect(LONGEST_S) == [(0, Verdict(1.0))]
 
 
 def test_a_completion_larger_than_any_socket_buffer_is_scored(start_pool: StartPool) -> None:
     pool = start_pool(scorer=None, timeout=5)
     answer = "é" * 2**22
     pool.submit(0, answer, {"answer": answer})
-    assert pool.collect(5) == [(0, Verdict(1.0, {"similarity": 1.0}))]
+    assert pool.collect(LONGEST_S) == [(0, Verdict(1.0, {"similarity": 1.0}))]
 
 
 def test_a_collection_ends_when_its_time_is_over(start_pool: StartPool) -> None:
@@ -254,7 +255,7 @@ def test_the_end_of_the_fork_server_is_an_error_and_not_a_silence(start_pool: St
     assert pool.collect(0.05) == []
     os.kill(int(told.parts["parent"]), signal.SIGKILL)
     with pytest.raises(RuntimeError, match="has ended, with status -9"):
-        pool.collect(5)
+        pool.collect(LONGEST_S)
     assert is_gone(int(told.parts["pid"]))
 
 
@@ -313,7 +314,7 @@ def test_processes_that_never_become_ready_are_an_error_and_not_an_endless_attem
         RuntimeError,
         match="5 scorer processes in a row ended as they started, the last with status 9",
     ):
-        pool.collect(5)
+        pool.collect(LONGEST_S)
 
 
 def test_a_scorer_in_the_working_directory_is_found(
@@ -356,7 +357,7 @@ def test_a_rollout_costs_little_more_than_its_two_messages_and_its_score(
     for key in range(6000):
         pool.submit(key, "cba", {"answer": "cba"})
         if pool.room == 0 or key == 5999:
-            pool.collect(5)
+            pool.collect(LONGEST_S)
     fork_server = psutil.Process(pool._fork_server.pid)
     child_s = sum(sum(process.cpu_times()[:2]) for process in fork_server.children())
     pool_s = time.process_time() - began + child_s

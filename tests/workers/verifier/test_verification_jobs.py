@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from onstream.workers.jobs.process_tree import descendants
 from onstream.workers.verifier.verification_jobs import verify_entry
 from tests.fault_workers import LEASE_S, verify
 from tests.forkserver import context
+from tests.waiting import until
 from tests.workers.verifier.own_modules import (
     REWARD,
     SCORER,
@@ -119,14 +120,6 @@ def site(bus: Bus, redis_url: str, tmp_path: Path) -> Iterator[Site]:
     for process in site.processes:
         process.kill()
         process.join() if isinstance(process, BaseProcess) else process.wait()
-
-
-def until(holds: Callable[[], Any], within_s: float = 40) -> Any:
-    deadline = time.monotonic() + within_s
-    while not (found := holds()):
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.02)
-    return found
 
 
 def test_a_job_moves_the_entry_on_with_its_verdict_and_runs_once(site: Site) -> None:

@@ -15,6 +15,7 @@ from onstream.pipeline.stage import Delivery, Outcome
 from onstream.settings.root import Settings
 from onstream.workers.teacher.external import ExternalTeacher
 from tests.table_teacher import TableTeacher
+from tests.waiting import LONGEST_S
 
 Servers = Callable[..., TableTeacher]
 Configure = Callable[..., Settings]
@@ -122,12 +123,11 @@ def work(
     new: Sequence[Delivery],
     *,
     count: int | None = None,
-    patience_s: float = 60,
 ) -> list[Outcome]:
-    """The outcomes of `new`, handed in as the loop does; gives up after `patience_s`."""
+    """The outcomes of `new`, handed in as the loop does."""
     outcomes = []
     waiting = list(new)
-    deadline = time.monotonic() + patience_s
+    deadline = time.monotonic() + LONGEST_S
     while len(outcomes) < (len(new) if count is None else count):
         assert time.monotonic() < deadline, (
             f"{len(outcomes)} of {len(new)} outcomes; {stage.stats.detail}"
@@ -138,9 +138,9 @@ def work(
     return outcomes
 
 
-def until(condition: Callable[[], Any], stage: ExternalTeacher, patience_s: float = 60) -> None:
+def until(condition: Callable[[], Any], stage: ExternalTeacher) -> None:
     """Let `stage` work until `condition` holds."""
-    deadline = time.monotonic() + patience_s
+    deadline = time.monotonic() + LONGEST_S
     while not condition():
         assert time.monotonic() < deadline, stage.stats.detail
         assert stage.handle([]) == []

@@ -94,7 +94,7 @@ def test_a_request_that_failed_is_sent_again(
     servers: Servers, configure: Configure, stages: Stages, fault: Fault
 ) -> None:
     server = servers()
-    stage = stages(configure(server, timeout=0.3))
+    stage = stages(configure(server, timeout=2))
     server.faults.extend([fault] * 3)
     for outcome in work(stage, delivered(*(rollout(number) for number in range(1, 5)))):
         check(outcome, server)

@@ -20,6 +20,7 @@ from onstream.pipeline.redis.dead_letters import all_letters, dead_numbers
 from onstream.workers.trainer.durability import checkpoint, checkpointing
 from onstream.workers.trainer.durability.checkpointing import CheckpointTask
 from onstream.workers.trainer.learner_snapshot import LearnerSnapshot
+from tests.waiting import LONGEST_S
 from tests.workers.trainer.driver import Gate, Run, digest, killed, with_image
 from tests.workers.trainer.durability.test_operator_requests import look_again, start
 
@@ -51,12 +52,12 @@ def late(in_background: None, monkeypatch: pytest.MonkeyPatch) -> None:
         wait_until_copied(task)
 
     def late_copy(snapshot: LearnerSnapshot) -> None:
-        assert copy_wanted.wait(60)
+        assert copy_wanted.wait(LONGEST_S)
         copy_wanted.clear()
         copy(snapshot)
 
     def late_write(snapshot: LearnerSnapshot, directory: Path) -> None:
-        assert wanted.wait(60)
+        assert wanted.wait(LONGEST_S)
         wanted.clear()
         write(snapshot, directory)
 
@@ -98,7 +99,7 @@ def test_steps_are_taken_while_a_checkpoint_is_written_and_the_next_one_waits(
     job = run()
     job.ready()
     job.until(3)
-    assert gate.reached.wait(30)
+    assert gate.reached.wait(LONGEST_S)
     assert finished_checkpoints(job) == [] and not job.trainer.checkpointing.saved(3)
     assert job.rows("metrics.jsonl")[-1]["step"] == 3
     assert not (job.trainer.directory.path / "trained.jsonl").exists(), "no line before its files"
@@ -187,7 +188,7 @@ def test_entries_with_images_wait_until_the_second_checkpoint_is_durable(
     job = run(checkpoint__interval=1)
     job.ready()
     job.until(1, with_image)
-    assert gate.reached.wait(30)
+    assert gate.reached.wait(LONGEST_S)
     job.turn(2)
     assert 1 in bus.state.numbers("train"), "no checkpoint is durable"
     gate.open()
@@ -242,7 +243,7 @@ def test_a_trainer_that_is_superseded_while_it_writes_leaves_no_checkpoint(
     job.ready()
     job.until(2)
     old = job.trainer
-    assert gate.reached.wait(30)
+    assert gate.reached.wait(LONGEST_S)
     job.start()
     gate.open()
     with pytest.raises(LeaseLost):
@@ -308,7 +309,7 @@ def test_a_purge_that_comes_while_a_checkpoint_is_written_waits_for_the_next_one
 ) -> None:
     job = start(run)
     job.until(2)
-    assert gate.reached.wait(30)
+    assert gate.reached.wait(LONGEST_S)
     run_dir = job.trainer.directory.path
     [letter] = [letter for letter in all_letters(job.bus, run_dir) if letter.number == 3]
     job.bus.requests.add("purge", 3, letter.entry_id)

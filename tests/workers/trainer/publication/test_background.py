@@ -23,6 +23,7 @@ from onstream.settings.sections.run import DeliverySettings
 from onstream.workers.trainer.background import WAKES_S
 from onstream.workers.trainer.publication import publisher
 from onstream.workers.trainer.publication.background import Publication
+from tests.waiting import LONGEST_S
 from tests.workers.trainer.driver import CLOCKS, Gate, Run, killed, twin_to_the_end
 from tests.workers.trainer.durability.test_recording import assert_replays
 
@@ -57,7 +58,7 @@ def late(in_background: None, monkeypatch: pytest.MonkeyPatch) -> None:
     class LatePolicy(publisher.LoadedPolicy):
         def __init__(self, *args: Any) -> None:
             if threading.current_thread() is not threading.main_thread():
-                assert wanted.wait(30)
+                assert wanted.wait(LONGEST_S)
             super().__init__(*args)
 
     monkeypatch.setattr(Publication, "wait", waiting)
@@ -243,7 +244,7 @@ def test_a_trainer_that_is_superseded_while_it_publishes_makes_nothing_visible(
     monkeypatch.setattr(directory_store, "write_weights", slow)
     job.until(1)
     old = job.trainer
-    assert gate.reached.wait(30)
+    assert gate.reached.wait(LONGEST_S)
     monkeypatch.undo()
     job.start()
     before = (job.announced(), list((old.directory.path / "policies").glob("[0-9]*")))
@@ -285,7 +286,7 @@ def test_the_main_thread_is_woken_a_few_times() -> None:
     woken = threading.Event()
 
     publication = Publication(lambda copied: POLICY, woken.set)
-    assert woken.wait(30)
+    assert woken.wait(LONGEST_S)
     assert publication.done and publication.result() == POLICY
     calls = list[float]()
     ended = threading.Event()
@@ -296,7 +297,7 @@ def test_the_main_thread_is_woken_a_few_times() -> None:
             ended.set()
 
     Publication(lambda copied: POLICY, count)
-    assert ended.wait(30)
+    assert ended.wait(LONGEST_S)
 
 
 def test_each_phase_of_a_slice_may_take_max_handle(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from onstream.pipeline.weights.nccl_transfer import PolicyHeader, TransferCoordi
 from onstream.workers.generator.nccl_receiver import READING, REGISTER_S, TransferReceiver
 from onstream.workers.trainer.publication.nccl_sender import NcclTransfer, RedisSyncClient
 from tests.forkserver import context
+from tests.waiting import LONGEST_S
 from tests.workers.trainer.receivers import SaysSo, start
 
 PATIENCE_S = 4.0
@@ -54,7 +55,7 @@ class Generators:
         self.processes[name] = start(self._url, self._bus, name, gpus, ends, self.joined)
 
     def ranks(self, count: int) -> dict[str, int]:
-        return dict(self.joined.get(timeout=60) for _ in range(count))
+        return dict(self.joined.get(timeout=LONGEST_S) for _ in range(count))
 
     def kill(self, name: str) -> None:
         self.processes[name].kill()
