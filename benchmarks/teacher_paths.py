@@ -48,16 +48,16 @@ START_S = 240.0
 Score = Callable[[Sequence[ScoreRequest], int], object]
 
 
-def samples(groups: int) -> list[ScoreRequest]:
-    """Groups of samples whose completions have lengths drawn evenly from their range."""
+def samples(groups: int, prompt_tokens: int, lengths: tuple[int, int]) -> list[ScoreRequest]:
+    """Groups of samples whose completions have lengths [tokens] drawn evenly from a range."""
     random = np.random.default_rng(0)
 
     def ids(tokens: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
         return random.integers(8, 128, tokens).astype(np.int32)
 
-    prompts = [ids(PROMPT_TOKENS) for _ in range(groups)]
+    prompts = [ids(prompt_tokens) for _ in range(groups)]
     return [
-        ScoreRequest(prompt, ids(int(random.integers(*COMPLETION_TOKENS))))
+        ScoreRequest(prompt, ids(int(random.integers(*lengths))))
         for prompt in prompts
         for _ in range(GROUP_SIZE)
     ]
@@ -192,13 +192,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--model", type=Path, help="a model directory; by default a random one")
+    options.add_argument("--prompt", type=int, default=PROMPT_TOKENS, help="tokens of a prompt")
+    options.add_argument("--completion", type=int, help="tokens of a completion, at most 192")
     options.add_argument("--groups", type=int, default=6)
     options.add_argument("--rounds", type=int, default=5)
     asked = options.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         shape = ModelShape(hidden=128, layers=4, intermediate=512)
         model = asked.model or write_fresh(Path(scratch), shape, seed=0, initializer_range=0.3)
-        Console(width=160).print(measured(model, samples(asked.groups), asked.rounds))
+        one_length = asked.completion and (asked.completion, asked.completion + 1)
+        requests = samples(asked.groups, asked.prompt, one_length or COMPLETION_TOKENS)
+        Console(width=160).print(measured(model, requests, asked.rounds))
 
 
 if __name__ == "__main__":

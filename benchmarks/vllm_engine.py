@@ -9,7 +9,9 @@ are those of all processes of an engine, so that a busy machine disturbs them le
 clock.
 
 Run it as `OMP_NUM_THREADS=1 .venv-vllm/bin/python -m benchmarks.vllm_engine`; `--sweep` also tries
-sizes. For the time that an update takes there is `benchmarks/vllm_update.py`.
+sizes. `--pair DIRECTORY` compares the writing alone, by the student that `benchmarks.peers` makes
+in runs/peers/pair, at its sizes b and c. For the time that an update takes there is
+`benchmarks/vllm_update.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.peers.sizes import SIZES
 from benchmarks.teacher import rollouts as to_score
 from onstream.settings.root import Settings
 from onstream.workers.generator.engines.base import Engine, GenerationRequest
@@ -37,27 +41,45 @@ from onstream.workers.generator.student import load_student, open_student
 from onstream.workers.teacher.local_scorer import load_local
 from onstream.workers.tiny_models.fresh import ModelShape, write_fresh
 
-KINDS = {"short": ((24, 33), (5, 12)), "long": ((100, 161), (64, 193))}
 SWEPT_BATCHES = (16, 64, 128, 256)
 SWEPT_PREFETCH = (0, 16, 64, 256)
-GROUP_SIZE = 4
 REPEATS = 3
+WIDTH = 120  # characters; a file has no width of its own
 
 
-def workload(kind: str, count: int) -> list[GenerationRequest]:
-    """Requests of that kind whose lengths are drawn evenly from its ranges."""
-    (shortest, longest), (least, most) = KINDS[kind]
-    random = np.random.default_rng(0)
-    prompts = [
-        random.integers(8, 128, random.integers(shortest, longest)).astype(np.int32)
-        for _ in range(-(-count // GROUP_SIZE))
-    ]
-    return [
-        GenerationRequest(
-            key, prompts[key // GROUP_SIZE], int(random.integers(least, most)), seed=key
-        )
-        for key in range(count)
-    ]
+@dataclass(frozen=True)
+class Kind:
+    """Requests whose lengths are drawn evenly from ranges of tokens, in groups with one prompt."""
+
+    prompt: tuple[int, int]
+    completion: tuple[int, int]
+    group: int = 4
+
+    def requests(self, count: int) -> list[GenerationRequest]:
+        """`count` of them, the same every time."""
+        random = np.random.default_rng(0)
+        prompts = [
+            random.integers(8, 128, random.integers(*self.prompt)).astype(np.int32)
+            for _ in range(-(-count // self.group))
+        ]
+        return [
+            GenerationRequest(
+                key, prompts[key // self.group], int(random.integers(*self.completion)), seed=key
+            )
+            for key in range(count)
+        ]
+
+
+KINDS = {"short": Kind((24, 33), (5, 12)), "long": Kind((100, 161), (64, 193))}
+AS_PEERS = {
+    f"size {size.name}": Kind(
+        (size.prompt_tokens, size.prompt_tokens + 1),
+        (size.max_completion, size.max_completion + 1),
+        size.group,
+    )
+    for size in SIZES.values()
+    if size.prompt_tokens is not None
+}
 
 
 def settings_of(model: Path, engine: str, max_batch: int = 256) -> Settings:
@@ -117,25 +139,24 @@ def cpu_seconds() -> float:
     return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
-def compare_writing(model: Path, count: int) -> Table:
-    """A line for each kind of requests and each engine."""
+def compare_writing(model: Path, counts: Mapping[str, int]) -> Table:
+    """A line for each kind of requests, of which there are so many, and each engine."""
     columns = ("requests", "engine", "rollouts/s", "tokens/s", "rollouts per CPU second")
-    table = Table(
-        *columns, title=f"{count} short and {count // 4} long rollouts, max_batch 256, prefetch 64"
-    )
+    numbers = " and ".join(f"{number} {kind}" for kind, number in counts.items())
+    table = Table(*columns, title=f"{numbers} rollouts, max_batch 256, prefetch 64")
     for name in ("transformers", "vllm"):
         with opened(settings_of(model, name)) as engine:
-            for kind, number in (("short", count), ("long", count // 4)):
-                requests = workload(kind, number)
+            for kind, number in counts.items():
+                requests = (KINDS | AS_PEERS)[kind].requests(number)
                 write(engine, requests[: number // 4])  # warms up
                 wall, cpu = timed(lambda engine=engine, requests=requests: write(engine, requests))  # type: ignore[misc]
                 tokens = sum(request.max_tokens for request in requests)
                 table.add_row(
                     kind,
                     name,
-                    f"{number / wall:,.0f}",
+                    f"{number / wall:,.4g}",
                     f"{tokens / wall:,.0f}",
-                    f"{number / cpu:,.0f}",
+                    f"{number / cpu:,.4g}",
                 )
     return table
 
@@ -192,7 +213,7 @@ def sweep(model: Path, count: int) -> Iterator[Table]:
         for max_batch in SWEPT_BATCHES:
             with opened(settings_of(model, name, max_batch)) as engine:
                 for kind, number in (("short", count), ("long", count // 4)):
-                    requests = workload(kind, number)
+                    requests = KINDS[kind].requests(number)
                     write(engine, requests[: number // 4])
                     rates = [
                         number / fastest(engine, requests, prefetch) for prefetch in SWEPT_PREFETCH
@@ -211,15 +232,21 @@ def main() -> None:
     for name, default in (("rollouts", 2048), ("hidden", 96), ("layers", 3), ("groups", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--sweep", action="store_true", help="also try sizes: eight more starts")
+    parser.add_argument("--pair", type=Path, help="a directory with a model in student/")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    console = Console(width=WIDTH)
+    if options.pair:
+        counts = dict.fromkeys(AS_PEERS, options.rollouts)
+        console.print(compare_writing(options.pair / "student", counts))
+        return
     shape = ModelShape(
         hidden=options.hidden, layers=options.layers, intermediate=options.hidden * 10 // 3
     )
     with tempfile.TemporaryDirectory() as scratch:
         model = write_fresh(Path(scratch), shape, seed=0, initializer_range=0.1)
-        console = Console()
-        console.print(compare_writing(model, options.rollouts))
+        counts = {"short": options.rollouts, "long": options.rollouts // 4}
+        console.print(compare_writing(model, counts))
         console.print(compare_scoring(model, options.groups))
         if options.sweep:
             for table in sweep(model, options.rollouts):
