@@ -27,7 +27,7 @@ from onstream.pipeline.models.forward import (
     rows_for,
     token_logprobs,
 )
-from onstream.pipeline.models.loading import load_model, resolve_device, resolve_dtype
+from onstream.pipeline.models.loading import load_model, resolve_device
 from onstream.pipeline.models.multimodal import Features
 from onstream.pipeline.models.output_layer import head_of
 from onstream.pipeline.models.packing import SharedPrefixRow
@@ -36,6 +36,7 @@ from onstream.pipeline.models.tokenizer import has_vision, load_configs
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
 from onstream.workers.teacher.compatibility import check_compatible, load_student, load_teacher
+from onstream.workers.teacher.precision import teacher_dtype
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
 
 PASSES_ON_CUDA = 4
@@ -174,7 +175,8 @@ def load_local(settings: Settings, images: FetchImages = no_images) -> LocalScor
     name = teacher.name
     check_compatible(student, teacher, settings.inference.sampling.max_completion)
     device = resolve_device(settings.deployment.device)
-    dtype = resolve_dtype(local.dtype, device)
+    hidden = getattr(load_configs(name)[0].get_text_config(), "hidden_size", 0)
+    dtype = teacher_dtype(local.dtype, hidden, device)
     model = load_model(name, dtype=dtype, device=device).requires_grad_(False)
     reason = prepare(model)
     if reason:
