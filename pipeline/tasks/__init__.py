@@ -7,6 +7,7 @@ from pathlib import Path
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.import_path import import_function, search_modules_in
+from onstream.pipeline.tasks.answer_scorers import ANSWER_SCORERS, answer_scorer
 from onstream.pipeline.tasks.base import Problem, Task
 from onstream.pipeline.tasks.procedural import BUILTIN, ProceduralTask, builtin_draw
 from onstream.pipeline.tasks.scorers import (
@@ -80,17 +81,20 @@ def load_scorer(settings: Settings) -> Scorer:
     """The function that scores a completion: `task.scorer`, or the task's own where that is unset.
 
     Raises:
-        UserError: it cannot be imported, the task does not exist, or this machine cannot confine
-            the programs that it would run.
+        UserError: it cannot be imported, a package that it needs is not installed, the task does
+            not exist, or this machine cannot confine the programs that it would run.
     """
     name = settings.task.name
-    if settings.task.scorer == CODE_SCORER:
+    scorer = settings.task.scorer
+    if scorer == CODE_SCORER:
         from onstream.pipeline.tasks.code import code_scorer
 
         return code_scorer(settings)
-    if settings.task.scorer:
+    if scorer in ANSWER_SCORERS:
+        return answer_scorer(scorer)
+    if scorer:
         search_modules_in(settings.run.modules)
-        return import_function(settings.task.scorer, setting="task.scorer")
+        return import_function(scorer, setting="task.scorer")
     if name.startswith(GYM):
         from onstream.pipeline.tasks.reasoning_gym import gym_scorer
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from onstream.pipeline.errors import UserError
+from onstream.pipeline.tasks.answer_scorers import ANSWER_SCORERS
 from onstream.pipeline.tasks.base import FiniteTask, Message, Problem
 from onstream.settings.root import Settings
 from onstream.settings.route import verification_on
@@ -33,16 +34,17 @@ class RowError(ValueError):
 class RowReader:
     """Reads rows with `messages`, or with a prompt field, and an answer.
 
-    With a scorer of the user's own, a problem's `info` is every other column. Otherwise it is the
-    answer alone, as text.
+    With the scorer `code` or one of the user's own, a problem's `info` is every other column.
+    Otherwise it is the answer alone, as text.
     """
 
     def __init__(self, settings: Settings) -> None:
         task = settings.task
         self._prompt = task.prompt_field
         self._answer = task.answer_field
-        self._custom = task.scorer is not None
-        self._needs_answer = not self._custom and verification_on(settings)
+        self._whole_row = task.scorer is not None and task.scorer not in ANSWER_SCORERS
+        self._takes_schema = task.scorer == "json-schema"
+        self._needs_answer = not self._whole_row and verification_on(settings)
         self._system: list[Message] = (
             [{"role": "system", "content": task.system_prompt}] if task.system_prompt else []
         )
@@ -72,12 +74,14 @@ class RowReader:
         return [{"role": "user", "content": prompt}]
 
     def _info(self, row: dict[str, Any]) -> dict[str, Any]:
-        if self._custom:
+        if self._whole_row:
             prompts = ("messages", self._prompt)
             return _encodable({key: value for key, value in row.items() if key not in prompts})
         answer = row.get(self._answer)
         if isinstance(answer, str | int | float) and not isinstance(answer, bool):
             return {"answer": str(answer)}
+        if self._takes_schema and isinstance(answer, dict):
+            return {"answer": msgspec.json.encode(_encodable(answer)).decode()}
         if self._needs_answer:
             raise RowError(f"`{self._answer}` is {shown(answer)}", expected="a text or a number")
         return {}

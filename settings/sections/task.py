@@ -30,10 +30,15 @@ class TaskSettings(Section):
     """The column or key that holds the prompt where there is no `messages`."""
     answer_field: Annotated[str, RUN, Field(min_length=1)] = "answer"
     """The column or key that holds the answer."""
-    scorer: Annotated[str | None, RUN, Field(pattern=r"^(code|[\w.]+:[\w.]+)$")] = None
-    """An importable function `module:function(completion: str, info: dict) -> float | dict[str,
-    float]` instead of the task's own scorer; or `code`, which runs the completion's program against
-    the problem's `tests` in a sandbox."""
+    scorer: Annotated[
+        str | None,
+        RUN,
+        Field(pattern=r"^(math|number|choice|json-schema|regex|code|[\w.]+:[\w.]+)$"),
+    ] = None
+    """Instead of the task's own scorer: `math`, `number`, `choice`, `json-schema` or `regex`, which
+    compare a completion with the problem's answer (docs/tasks.md); `code`, which runs the
+    completion's program against the problem's `tests` in a sandbox; or an importable function
+    `module:function(completion: str, info: dict) -> float | dict[str, float]`."""
     args: Annotated[dict[str, Any], RUN] = Field(default_factory=dict)
     """Arguments of the task, such as `min_length` and `max_length` of `reverse-text`, or a
     reasoning-gym dataset's configuration.
