@@ -51,6 +51,20 @@ class Task(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Repeats:
+    """How many of `rows` are asked elsewhere too.
+
+    `held_out` ask exactly what a held-out problem asks, and are not trained on; `nearly_held_out`
+    do so but for case and white space, and are; `earlier` ask exactly what a row before them asks.
+    """
+
+    rows: int
+    held_out: int
+    nearly_held_out: int
+    earlier: int
+
+
 class FiniteTask:
     """Problems from a list, reshuffled each epoch.
 
@@ -72,6 +86,26 @@ class FiniteTask:
     @property
     def held_out_size(self) -> int:
         return len(self._held_out)
+
+    @property
+    def size(self) -> int:
+        """How many rows there are besides the held-out ones."""
+        return len(self._rows)
+
+    def repeats(self) -> Repeats:
+        """Read every row, and count those that are asked elsewhere too."""
+        nearly_held_out = {_words(problem) for problem in self._held_out}
+        seen = set[bytes]()
+        held_out = nearly = earlier = 0
+        for problem in self._rows:
+            content = _content(problem)
+            if content in self._held_out_contents:
+                held_out += 1
+            elif _words(problem) in nearly_held_out:
+                nearly += 1
+            earlier += content in seen
+            seen.add(content)
+        return Repeats(self.size, held_out, nearly, earlier)
 
     def train(self, index: int) -> Problem:
         size = len(self._rows)
@@ -100,6 +134,16 @@ class FiniteTask:
 
 def _content(problem: Problem) -> bytes:
     """A digest of the problem's messages without the system prompt: equal for equal problems."""
-    messages = [message for message in problem.messages if message["role"] != "system"]
-    encoded = msgspec.json.encode(messages, order="deterministic")
+    encoded = msgspec.json.encode(_asked(problem), order="deterministic")
     return hashlib.blake2b(encoded, digest_size=16).digest()
+
+
+def _words(problem: Problem) -> bytes:
+    """A digest as `_content`, and equal too for problems that differ in case or white space."""
+    text = " ".join(str(message["content"]) for message in _asked(problem))
+    words = " ".join(text.casefold().split())
+    return hashlib.blake2b(words.encode(errors="replace"), digest_size=16).digest()
+
+
+def _asked(problem: Problem) -> list[Message]:
+    return [message for message in problem.messages if message["role"] != "system"]

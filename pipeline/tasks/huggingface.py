@@ -56,7 +56,7 @@ def load_huggingface(settings: Settings) -> FiniteTask:
     """The task over the data set that `task.name` names after `hf:`.
 
     `task.args` go to `datasets.load_dataset`, except `eval_split`: the split that is held out in
-    place of the last `eval.samples` rows.
+    place of the last `eval.samples` rows. Of a local file this is the file `task.eval_path`.
 
     Raises:
         UserError: the data set cannot be loaded, a row holds no problem, or nothing is left to
@@ -71,15 +71,34 @@ def load_huggingface(settings: Settings) -> FiniteTask:
     dataset = _load(path, split, args)
     rows = DatasetRows(dataset, reader)
     rows.check(f"{path} [{split}]")
-    if eval_split is None:
+    others = _held_out(settings, path, eval_split, args)
+    if others is None:
         cut = max(0, len(rows) - samples)
         held_out = rows[cut:]
         rows = DatasetRows(dataset.select(range(cut)), reader)
     else:
-        others = DatasetRows(_load(path, eval_split, args), reader)
-        others.check(f"{path} [{eval_split}]")
-        held_out = others[:samples]
+        held_out_rows = DatasetRows(others, reader)
+        held_out_rows.check(str(settings.task.eval_path or f"{path} [{eval_split}]"))
+        held_out = held_out_rows[:samples]
     return FiniteTask(rows, held_out, name=path, seed=settings.run.seed)
+
+
+def _held_out(
+    settings: Settings, path: str, eval_split: str | None, args: dict[str, Any]
+) -> Dataset | None:
+    """The data that is held out, where it is apart from what is trained on."""
+    eval_path = settings.task.eval_path
+    is_file = Path(path).is_file()
+    if (eval_path is not None and not is_file) or (eval_split is not None and is_file):
+        raise UserError(
+            f"hf:{path} with `task.eval_path` = {eval_path} and `eval_split` = {eval_split}",
+            expected="`task.eval_path` for a local file, `task.args.eval_split` for a data set "
+            "with splits",
+            next_step="Leave the other one out.",
+        )
+    if eval_path is not None:
+        return _load(str(eval_path), "train", args)
+    return None if eval_split is None else _load(path, eval_split, args)
 
 
 def _load(path: str, split: str, args: dict[str, Any]) -> Dataset:
@@ -92,6 +111,8 @@ def _load(path: str, split: str, args: dict[str, Any]) -> Dataset:
     try:
         if local.is_file() and kind:
             files = {split.partition("[")[0]: str(local)}
+            if kind == "csv":
+                args = _all_text(datasets, local, args)
             return datasets.load_dataset(kind, data_files=files, split=split, **args)
         if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
             return _saved(datasets.load_from_disk(path, **args), split)
@@ -103,6 +124,18 @@ def _load(path: str, split: str, args: dict[str, Any]) -> Dataset:
             raise _not_loaded(path, split, why) from error
         first_line = str(error).strip().partition("\n")[0]
         raise _not_loaded(path, split, f"{type(error).__name__}: {first_line}") from error
+
+
+def _all_text(datasets: Any, file: Path, args: dict[str, Any]) -> dict[str, Any]:
+    """`args` with which the columns of a CSV file are texts, and an empty field is missing.
+
+    The library would guess types: an answer 007 would become 7, and a prompt `None` nothing.
+    """
+    import pandas
+
+    columns = pandas.read_csv(file, nrows=0, **args).columns
+    features = datasets.Features({name: datasets.Value("string") for name in columns})
+    return {"features": features, "keep_default_na": False, "na_values": [""], **args}
 
 
 @contextmanager

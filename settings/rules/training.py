@@ -177,19 +177,26 @@ def muon_states(settings: Settings) -> Iterator[SettingsProblem]:
 
 
 def task_files(settings: Settings) -> Iterator[SettingsProblem]:
-    """A `jsonl` task has a file, and no other task has one."""
-    if settings.task.name == "jsonl" and settings.task.path is None:
+    """A `jsonl` task has a file, and no other task has one; local data may have one to hold out."""
+    name = settings.task.name
+    if name == "jsonl" and settings.task.path is None:
         yield problem_with(
             settings, ["task.name", "task.path"], "the file of the jsonl task", "Set task.path."
         )
-    for name in ("path", "eval_path"):
-        if settings.task.name != "jsonl" and getattr(settings.task, name) is not None:
-            yield problem_with(
-                settings,
-                ["task.name", f"task.{name}"],
-                f"no task.{name}, which only a jsonl task reads",
-                f"Leave task.{name} out.",
-            )
+    if name != "jsonl" and settings.task.path is not None:
+        yield problem_with(
+            settings,
+            ["task.name", "task.path"],
+            "no task.path, which only a jsonl task reads",
+            "Leave task.path out; of a Parquet or CSV file, task.name is hf:<path>.",
+        )
+    if name != "jsonl" and not name.startswith("hf:") and settings.task.eval_path is not None:
+        yield problem_with(
+            settings,
+            ["task.name", "task.eval_path"],
+            "no task.eval_path, which only tasks over files read",
+            "Leave task.eval_path out.",
+        )
 
 
 def held_out_prompts(settings: Settings) -> Iterator[SettingsProblem]:

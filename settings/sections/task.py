@@ -21,8 +21,8 @@ class TaskSettings(Section):
     path: Annotated[Path | None, WORKER] = None
     """The file of a `jsonl` task: one object a line, with `messages` (or `prompt`) and `answer`."""
     eval_path: Annotated[Path | None, WORKER] = None
-    """The held-out file of a `jsonl` task. Unset: the last `eval.samples` lines of `task.path`,
-    which are then not trained on.
+    """The held-out file of a `jsonl` task, or of an `hf:` task over a local file. Unset: the last
+    `eval.samples` lines or rows, which are then not trained on.
     """
     split: Annotated[str, RUN, Field(min_length=1)] = "train"
     """The split of a Hugging Face dataset."""

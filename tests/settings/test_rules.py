@@ -399,6 +399,7 @@ def test_each_rule_tells_one_thing_and_nothing_else_is_told(
         [*HARD, "orchestrator.group_size=1"],
         [*HARD, "orchestrator.teacher_rollout_model.keep=verified"],
         ["task.name=jsonl", "task.path=a.jsonl", "task.eval_path=b.jsonl"],
+        ["task.name=hf:a.csv", "task.eval_path=b.csv"],
         NCCL,
     ],
 )

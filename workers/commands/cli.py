@@ -14,6 +14,7 @@ import click
 from onstream.pipeline.errors import Exit, UserError
 from onstream.workers.commands.audit import audit
 from onstream.workers.commands.check import check
+from onstream.workers.commands.data import data
 from onstream.workers.commands.dead import dead
 from onstream.workers.commands.evaluate import evaluate
 from onstream.workers.commands.export import export
@@ -46,6 +47,7 @@ def cli() -> None:
 for command in (
     audit,
     check,
+    data,
     dead,
     evaluate,
     export,

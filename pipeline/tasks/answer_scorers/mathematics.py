@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from math_verify import parse, verify
-from sympy import Basic
+from sympy import Basic, false
 from sympy.core.relational import Relational
 
 from onstream.pipeline.tasks.answer_scorers.boxed import last_boxed
@@ -62,6 +62,6 @@ def _claims_what_is_false(given: list[Any]) -> bool:
         for relation in expression.atoms(Relational)
     )
     try:
-        return any(not each.free_symbols and each.doit() == False for each in relations)  # noqa: E712 - sympy's own
+        return any(not each.free_symbols and each.doit() == false for each in relations)
     except Exception:  # sympy raises dozens of types, at what a student made up
         return True

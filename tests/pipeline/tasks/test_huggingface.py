@@ -169,3 +169,73 @@ def test_a_hub_that_is_out_of_reach_is_told_in_plain_words(tmp_path: Path) -> No
     )
     assert "the hub is out of reach, and the data set is not in the local cache" in done.stderr
     assert "Retrying" not in done.stderr
+
+
+def test_the_fields_of_a_csv_file_are_texts_as_they_stand(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text('prompt,answer,note\n"None, or 1?",007,x\nNA,1.50,\n"two\nlines",-0,y\n')
+    task = load_task(settings_of(path, samples=0))
+    problems = [task.train(index) for index in range(3)]
+    assert {problem.messages[0]["content"]: problem.info["answer"] for problem in problems} == {
+        "None, or 1?": "007",
+        "NA": "1.50",
+        "two\nlines": "-0",
+    }
+
+
+def test_a_csv_file_with_another_separator_is_read_by_the_librarys_own_argument(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("question;solution\na;01\nb;2\n")
+    task = load_task(
+        settings_of(
+            path, samples=0, prompt_field="question", answer_field="solution", args={"sep": ";"}
+        )
+    )
+    assert {task.train(index).info["answer"] for index in range(2)} == {"01", "2"}
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ({"prompt": ["a", None], "answer": ["1", "2"]}, "row 1: `prompt` is None"),
+        ({"prompt": ["a", "b"], "answer": ["1", None]}, "row 1: `answer` is None; expected a text"),
+        ({"question": ["a"], "answer": ["1"]}, r"keys here: answer, question"),
+    ],
+)
+def test_a_missing_field_of_a_file_is_named(
+    tmp_path: Path, name: str, rows: dict[str, list[Any]], words: str
+) -> None:
+    import datasets
+
+    file = tmp_path / name
+    dataset = datasets.Dataset.from_dict(rows)
+    if file.suffix == ".csv":
+        dataset.to_csv(file, index=False)
+    else:
+        dataset.to_parquet(file)
+    with pytest.raises(UserError, match=words):
+        load_task(settings_of(file, samples=0))
+
+
+def test_another_file_can_be_held_out(tmp_path: Path) -> None:
+    held_out = saved(tmp_path / "test.csv", {"prompt": ["q3", "t"], "answer": ["3", "t"]})
+    task = load_task(settings_of(saved(tmp_path / "t.parquet"), eval_path=held_out))
+    assert [task.held_out(index).info["answer"] for index in range(2)] == ["3", "t"]
+    assert {task.train(index).info["answer"] for index in range(40)} == set("012456789")
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("t.parquet", {"args": {"eval_split": "test"}}), ("directory", {"eval_path": "t.parquet"})],
+)
+def test_what_is_held_out_is_a_file_of_files_and_a_split_of_splits(
+    tmp_path: Path, name: str, task: dict[str, Any]
+) -> None:
+    saved(tmp_path / name)
+    with pytest.raises(
+        UserError, match=r"`task\.eval_path` for a local file, `task\.args\.eval_split`"
+    ):
+        load_task(settings_of(tmp_path / name, **task))
