@@ -38,8 +38,10 @@ from onstream.workers.generator.student import StudentModel, require_possible
 # SplitMix64 (Steele, Lea and Flood 2014, https://doi.org/10.1145/2714064.2660195).
 _INCREMENT = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
-_SAMPLED_AT_ONCE = 1 << 24
-"""Elements of [rows, vocabulary] whose float64 cumulative sum exists at once."""
+_DRAWN_AT_ONCE = 1 << 20
+"""Elements of [rows, vocabulary] whose probabilities exist at once: few enough for a core's cache,
+and for malloc to keep their memory.
+"""
 _UINT64 = (1 << 64) - 1
 
 log = get_logger()
@@ -241,7 +243,7 @@ class TransformersEngine:
         )
         ids = []
         logprobs = []
-        size = max(1, _SAMPLED_AT_ONCE // logits.shape[-1])
+        size = max(1, _DRAWN_AT_ONCE // logits.shape[-1])
         for start in range(0, len(requests), size):
             part = slice(start, start + size)
             part_ids, part_logprobs = draw(logits[part], temperatures[part], uniform[part])
@@ -309,40 +311,53 @@ def draw(
     scaled = logits.float()
     if any(divisor != 1.0 for divisor in divisors):
         scaled = scaled / torch.tensor(divisors, device=logits.device)[:, None]
-    logprobs = scaled.log_softmax(dim=-1)
-    ids = _inverse_cdf(logprobs, torch.from_numpy(uniform).to(logits.device)[:, None])
+    largest = scaled.amax(dim=-1, keepdim=True)
+    weights = (scaled - largest).exp_()
+    ids, total = _inverse_cdf(weights, torch.from_numpy(uniform).to(logits.device)[:, None])
     if any(greedy):
-        ids = torch.where(torch.tensor(greedy, device=logits.device), logprobs.argmax(dim=-1), ids)
-    return ids, logprobs.gather(-1, ids[:, None])[:, 0]
+        likeliest = weights.argmax(dim=-1, keepdim=True)
+        ids = torch.where(torch.tensor(greedy, device=logits.device)[:, None], likeliest, ids)
+    logprobs = scaled.gather(-1, ids) - largest - total.log().float()
+    return ids[:, 0], logprobs[:, 0]
 
 
-def _inverse_cdf(logprobs: Tensor, uniform: Tensor) -> Tensor:
-    """The token [n] at which the cumulative probability passes `uniform` [n, 1], of each row.
+def _inverse_cdf(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """The token [n, 1] at which the cumulative weight passes the share `uniform` [n, 1] of all.
 
     First the block of tokens is found, then the token in it, so that the cumulative sum is one over
     blocks. It is in float64: over a vocabulary of 150k tokens that of float32 is off by more than
     the probability of its rare tokens.
 
+    Args:
+        weights: [n, V], proportional to the probabilities; the largest of a row is 1.
+        uniform: [n, 1] draws in [0, 1).
+
+    Returns:
+        The tokens, and the sum of each row's weights [n, 1] in float64.
+
     Raises:
-        FloatingPointError: a row's probabilities are not numbers.
+        FloatingPointError: a row's weights are not numbers.
     """
-    rows, vocabulary = logprobs.shape
-    blocks = nn.functional.pad(logprobs.exp(), (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)
+    rows, vocabulary = weights.shape
+    if ragged := -vocabulary % BLOCK:
+        weights = nn.functional.pad(weights, (0, ragged))
+    blocks = weights.view(rows, -1, BLOCK)
     ends = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
-    if not ends[:, -1].isfinite().all():
+    total = ends[:, -1:]
+    if not total.isfinite().all():
         raise FloatingPointError(
             "the model's logits are not finite; "
             "its weights are broken, or overflow at this precision"
         )
-    target = uniform * ends[:, -1:]
+    target = uniform * total
     block = torch.searchsorted(ends, target, right=True)
     before = nn.functional.pad(ends, (1, 0)).gather(1, block)
     share = (target - before) / (ends.gather(1, block) - before)
-    inside = blocks[torch.arange(rows, device=logprobs.device), block[:, 0]]
+    inside = blocks[torch.arange(rows, device=weights.device), block[:, 0]]
     inside = inside.cumsum(-1, dtype=torch.float64)
     # Under 1, whatever was rounded, so that it never falls past the block's last token.
     within = torch.searchsorted(inside, share.clamp(max=1 - 2**-52) * inside[:, -1:], right=True)
-    return (block * BLOCK + within)[:, 0]
+    return block * BLOCK + within, total
 
 
 def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -78,6 +78,14 @@ def test_rows_of_several_temperatures_share_a_batch() -> None:
     assert logprobs.exp().tolist() == pytest.approx([0.04 / 0.30, 0.1, 0.4])
 
 
+def test_the_logprob_of_a_rare_token_is_exact_beside_one_that_is_far_likelier() -> None:
+    logits = torch.full((1, 70_000), -30.0)
+    logits[0, 41_000] = 4.0
+    ids, logprobs = draw(logits, [1.0], np.array([2.0**-52]))
+    assert ids.tolist() == [0]
+    assert logprobs.item() == pytest.approx(logits.double().log_softmax(-1)[0, 0].item(), abs=1e-6)
+
+
 def test_logits_that_are_not_numbers_are_an_error_and_no_token() -> None:
     with pytest.raises(FloatingPointError, match="not finite"):
         draw(torch.tensor([[0.0, torch.nan]]), [1.0], np.array([0.5]))
