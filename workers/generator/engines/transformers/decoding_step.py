@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +19,12 @@ from onstream.workers.generator.engines.base import Completion, GenerationReques
 Integers = npt.NDArray[Any]
 PromptKey = tuple[bytes, tuple[str, ...]]
 """A prompt as something to compare and hash: its ids, and the digests of its images."""
+SHORTEST_SHARED_TOKENS = 64
+"""Prompts that are shorter are not read once for all their rows, however many those are."""
+WORTH_SHARING_TOKENS = 1024
+"""Keys that the rows of a prompt need not read, on average, so that reading it once is faster: it
+costs calls of its own.
+"""
 
 
 @dataclass
@@ -39,7 +46,7 @@ class SequenceState:
         """Tokens of prompt and completion."""
         return len(self.request.prompt_ids) + len(self.token_ids)
 
-    @property
+    @cached_property
     def prompt(self) -> PromptKey:
         """What is equal for sequences of the same prompt."""
         digests = tuple(image.file.digest for image in self.request.images)
@@ -107,12 +114,29 @@ class PromptBlock:
 
 
 @dataclass(frozen=True)
+class SharedPrompts:
+    """The start of the slots of a block, read once for all slots that have the same prompt.
+
+    `tokens` is the length of that start. `leaders` are slots, one of each prompt, and `sizes` how
+    many of the block's n rows have it. `order` [n] are the rows by prompt, and `places` [n] where
+    each row is in that order.
+    """
+
+    tokens: int
+    leaders: list[int]
+    sizes: list[int]
+    order: Tensor
+    places: Tensor
+
+
+@dataclass(frozen=True)
 class ContinuationBlock:
     """Packed tokens `begin` … `end`−1: the new tokens of slots `first` … `last`−1, M each at most.
 
     `longest` is M. `slots` and `positions` [end − begin] are each token's place in the cache, and
     `cells` its place in a [last − first, M] grid; None when every slot adds exactly one. `bias`
-    [last − first, M, L] is 0 where a query may attend, and −inf elsewhere.
+    [last − first, M, L] is 0 where a query may attend, and −inf elsewhere; without the start that
+    slots have in common, where they are `shared`.
     """
 
     begin: int
@@ -124,6 +148,7 @@ class ContinuationBlock:
     positions: Tensor
     cells: Tensor | None
     bias: Tensor
+    shared: SharedPrompts | None
 
 
 @dataclass
@@ -212,6 +237,8 @@ class RowPacker:
         cells = _ramps(np.arange(len(rows)) * longest, sizes)
         queries = np.full(len(rows) * longest, most)
         queries[cells] = positions
+        shared = None if whole else self._shared(rows, first)
+        start = shared.tokens if shared else 0
         block = ContinuationBlock(
             begin=begin,
             end=self._tokens,
@@ -221,7 +248,8 @@ class RowPacker:
             slots=self._index(first + np.repeat(np.arange(len(rows)), sizes)),
             positions=self._index(positions),
             cells=None if longest == 1 else self._index(cells),
-            bias=self._bias(queries.reshape(len(rows), longest), most),
+            bias=self._bias(queries.reshape(len(rows), longest) - start, most - start),
+            shared=shared,
         )
         self._pass.continuations.append(block)
         return begin + np.cumsum(sizes) - 1
@@ -237,6 +265,25 @@ class RowPacker:
             last=self._index(np.concatenate(last)),
             forward_pass=self._pass,
             images=self._images,
+        )
+
+    def _shared(self, rows: Sequence[SequenceState], first: int) -> SharedPrompts | None:
+        """What is read once of the prompts of `rows`; None where that is not faster."""
+        if self._device.type != "cpu":  # a GPU has calls to save, not reads
+            return None
+        tokens = min(len(row.request.prompt_ids) for row in rows)
+        if tokens < SHORTEST_SHARED_TOKENS:
+            return None
+        members = rows_by_prompt(rows)
+        if (len(rows) - len(members)) * tokens < len(members) * WORTH_SHARING_TOKENS:
+            return None
+        order = np.concatenate(members)
+        return SharedPrompts(
+            tokens=tokens,
+            leaders=[first + places[0] for places in members],
+            sizes=[len(places) for places in members],
+            order=self._index(order),
+            places=self._index(np.argsort(order)),
         )
 
     def _add(self, ids: Integers, positions: Integers) -> None:
@@ -285,6 +332,17 @@ def step_input(
     if restarted > cached:
         last.append(packer.continuations(rows[cached:restarted], cached, whole=True))
     return packer.step_input([*last, new_last])
+
+
+def rows_by_prompt(rows: Sequence[SequenceState]) -> list[list[int]]:
+    """The places of the rows of each prompt that was computed by one version.
+
+    Rows that keep what an older version computed share nothing with those that a newer one started.
+    """
+    members: dict[Any, list[int]] = {}
+    for place, row in enumerate(rows):
+        members.setdefault((row.prompt, *row.spans[:1]), []).append(place)
+    return list(members.values())
 
 
 def _prompt_positions(rows: Sequence[SequenceState], offsets: Integers) -> Integers:

@@ -3,7 +3,8 @@
 Each running sequence has one slot, and slots 0 … n−1 are always in use, so that decoding reads
 views and copies no keys. All tokens of a pass lie in one packed row, so that linear layers see no
 padding; only attention works in the layout of the slots. Grouped queries are folded into the query
-axis, so that keys are never repeated per query head.
+axis, so that keys are never repeated per query head. Where many slots have one long prompt, its
+keys and values are read from one of them for all.
 
 Shapes: T packed tokens, n slots in use, g prompts, M the most new tokens of one slot or prompt, H
 query heads, K key/value heads, D head dimension, L positions that are attended to.
@@ -27,6 +28,7 @@ from onstream.workers.generator.engines.transformers.decoding_step import (
     ForwardPass,
     PromptBlock,
     SequenceState,
+    SharedPrompts,
     step_input,
 )
 
@@ -173,13 +175,36 @@ def _attend_one(
     rows = len(q)
     heads = q.shape[1]
     kv_heads = keys.shape[1]
-    length = block.bias.shape[-1]
-    k, v = (x[block.first : block.last, :, :length].flatten(0, 1) for x in (keys, values))
+    shared = block.shared
+    start = shared.tokens if shared else 0
+    own = slice(start, start + block.bias.shape[-1])
+    k, v = (x[block.first : block.last, :, own].flatten(0, 1) for x in (keys, values))
     folded = q.reshape(rows * kv_heads, heads // kv_heads, -1)
     bias = block.bias if kv_heads == 1 else block.bias.repeat_interleave(kv_heads, dim=0)
     scores = torch.baddbmm(bias, folded, k.transpose(1, 2), alpha=scale)
+    if shared:
+        prompts = keys.transpose(2, 3)[..., :start]
+        to_prompts = _by_prompt(shared, folded * scale, prompts)
+        scores = torch.cat((to_prompts, scores), dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
-    return torch.bmm(weights, v).reshape(rows, heads, -1)
+    out = torch.bmm(weights[..., start:], v)
+    if shared:
+        out += _by_prompt(shared, weights[..., :start], values[:, :, :start])
+    return out.reshape(rows, heads, -1)
+
+
+def _by_prompt(shared: SharedPrompts, x: Tensor, prompts: Tensor) -> Tensor:
+    """`x` [n·K, H/K, a] times what the cache [slots, K, a, b] has of each row's prompt.
+
+    One product for each prompt and all its rows. Returns [n·K, H/K, b].
+    """
+    kv_heads = prompts.shape[1]
+    ordered = x.reshape(-1, kv_heads, *x.shape[1:]).index_select(0, shared.order)
+    products = []
+    for leader, rows in zip(shared.leaders, ordered.split_with_sizes(shared.sizes), strict=True):
+        product = torch.bmm(rows.transpose(0, 1).flatten(1, 2), prompts[leader])
+        products.append(product.view(kv_heads, len(rows), x.shape[1], -1).transpose(0, 1))
+    return torch.cat(products).index_select(0, shared.places).flatten(0, 1)
 
 
 def _attend_many(
