@@ -1,6 +1,7 @@
 """The built-in engine: a transformers causal language model that writes many completions at once.
 
-A request waits until it gets a slot. A step starts the prompts of new slots and writes one token of
+A request waits until it gets a slot; the first ones start one group after the other, so that they
+do not all end in the same step. A step starts the prompts of new slots and writes one token of
 every slot. Where its model's attention allows it, a step is one forward pass over one packed row;
 otherwise it is one from the model's own cache, and one for each length of new prompts. New weights
 send all that runs back to the head of the queue with what was written so far; the next step
@@ -42,6 +43,8 @@ _DRAWN_AT_ONCE = 1 << 20
 """Elements of [rows, vocabulary] whose probabilities exist at once: few enough for a core's cache,
 and for malloc to keep their memory.
 """
+SPREAD_FROM_TOKENS = 32
+"""Completions that may be as long do not all start in the first step."""
 _UINT64 = (1 << 64) - 1
 
 log = get_logger()
@@ -112,6 +115,7 @@ class TransformersEngine:
         self._next_policy: LoadedPolicy | None = None  # loaded when what runs is finished
         self._waiting: deque[SequenceState] = deque()
         self._running: list[SequenceState] = []
+        self._has_ended = False
         self._context = exact_context(text_config(model))
         self._decoder, self.own_cache_because = choose_decoder(
             model, slots, self._context, prefill_tokens
@@ -194,7 +198,7 @@ class TransformersEngine:
         completions = longest_prompt = longest_completion = 0
         while self._waiting and len(self._running) < self._slots:
             sequence = self._waiting[0]
-            if sequence.prompt not in prompts and self._better_later():
+            if sequence.prompt not in prompts and (self._better_later() or self._too_early()):
                 return
             longest_prompt = max(longest_prompt, len(sequence.request.prompt_ids))
             longest_completion = max(longest_completion, len(sequence.token_ids))
@@ -222,6 +226,21 @@ class TransformersEngine:
         if not self._running or free > self._slots // 8 or free >= len(self._waiting):
             return False
         return self._waiting[0].prompt == self._waiting[free].prompt
+
+    def _too_early(self) -> bool:
+        """Whether the next group should start later, so that it does not end with the others.
+
+        Until the first completion has ended, groups start as if all were to be as long as they may:
+        evenly over that many steps. Where all do get that long, the stages after this one have work
+        when a few groups are done, rather than all of it at once when everything is.
+        """
+        longest = self._waiting[0].request.max_tokens
+        if self._has_ended or not self._running or longest < SPREAD_FROM_TOKENS:
+            return False
+        if self._waiting[0].token_ids:  # it did start, under older weights
+            return False
+        steps = 1 + max(len(sequence.token_ids) for sequence in self._running)
+        return len(self._running) * longest > min(self._slots, self.active) * steps
 
     def _space(self, request: GenerationRequest) -> Any:
         """Where the prompt's tokens lie in time, height and width [3, P].
@@ -259,6 +278,8 @@ class TransformersEngine:
             if reason := row.finish_reason(self._stop):
                 finished.append(place)
                 completions.append(row.completion(reason))
+                # What may have one token alone says nothing about the length of others.
+                self._has_ended |= row.request.max_tokens > 1
         self._running = self._decoder.without(self._running, finished)
         return completions
 
