@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.tasks import Scorer, load_scorer
+from onstream.pipeline.tasks import Scorer, load_scorer, read_score
 from onstream.pipeline.tasks.answer_scorers.number import final_number
 from onstream.settings.root import Settings
 
@@ -280,6 +281,25 @@ def test_a_scorer_without_its_package_says_what_to_install(
     )
     with pytest.raises(UserError, match=f"task.scorer = '{name}' where {package} is not installed"):
         scorer(name)
+
+
+PIECES = r"""
+    \boxed{ } { $ ( ) [ ] \{ \} \text{ \frac \sqrt \le \pm \infty \cup \in \log | ^ _ - + / % & , = <
+    \begin{pmatrix} \end{pmatrix} \\ i x 7 72 e5 nan or and #### answer is C A ** ٧ ```
+""".split()
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"), [("math", "x > 3"), ("number", "72"), ("choice", "C"), ("regex", "C+")]
+)
+def test_no_text_of_a_student_makes_a_scorer_fail(name: str, answer: str) -> None:
+    """Else a student would escape its reward: rollouts whose scorer fails have none."""
+    draw = Random(1)
+    score = scorer(name)
+    for _ in range(300):
+        text = "".join(draw.choices([*PIECES, " ", "\n"], k=draw.randint(1, 9)))
+        for form in ("{}", r"\boxed{{{}}}", "${}$"):
+            read_score(score(form.format(text), {"answer": answer}))
 
 
 def test_an_unknown_name_is_refused() -> None:
