@@ -39,10 +39,10 @@ from onstream.workers.generator.student import StudentModel, require_possible
 # SplitMix64 (Steele, Lea and Flood 2014, https://doi.org/10.1145/2714064.2660195).
 _INCREMENT = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
-_DRAWN_AT_ONCE = 1 << 20
-"""Elements of [rows, vocabulary] whose probabilities exist at once: few enough for a core's cache,
-and for malloc to keep their memory.
-"""
+_DRAWN_AT_ONCE = 1 << 24
+"""Elements of [rows, vocabulary] whose probabilities exist at once."""
+_DRAWN_AT_ONCE_BY_CPU = 1 << 20
+"""Few enough for a core's cache, and for malloc to keep their memory."""
 SPREAD_FROM_TOKENS = 32
 """Completions that may be as long do not all start in the first step."""
 _UINT64 = (1 << 64) - 1
@@ -262,7 +262,8 @@ class TransformersEngine:
         )
         ids = []
         logprobs = []
-        size = max(1, _DRAWN_AT_ONCE // logits.shape[-1])
+        elements = _DRAWN_AT_ONCE_BY_CPU if logits.device.type == "cpu" else _DRAWN_AT_ONCE
+        size = max(1, elements // logits.shape[-1])
         for start in range(0, len(requests), size):
             part = slice(start, start + size)
             part_ids, part_logprobs = draw(logits[part], temperatures[part], uniform[part])
