@@ -1,4 +1,4 @@
-"""The forward pass over packed rows: attention, hidden states, logits, logprobs of given tokens.
+"""The forward pass over packed rows: attention and hidden states.
 
 Completions share their prompt in a packed row. Linear layers see the row as it is; attention
 gathers its queries and keys from it. It is registered with transformers as
@@ -188,23 +188,6 @@ AttentionMaskInterface.register(SHARED_PREFIX, _no_mask)
 AttentionMaskInterface.register(VARLEN, _no_mask)
 
 
-@dataclass(frozen=True)
-class TopLogprobs:
-    """The k likeliest tokens of N positions, and all others together as a tail. Float32, nats."""
-
-    ids: Tensor  # [N, k], likeliest first
-    logprobs: Tensor  # [N, k]
-    tail: Tensor  # [N]
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """The logprobs of N positions. Float32, nats."""
-
-    sampled: Tensor  # [N], logprobs of the targets
-    top: TopLogprobs | None  # with top_k > 0
-
-
 def hidden_states(
     model: PreTrainedModel, packed: SharedPrefixRow, features: Features = NO_IMAGES
 ) -> Tensor:
@@ -287,100 +270,3 @@ def _positions_and_images(
         tensors = multimodal.image_tensors(model, packed.groups, features)
         return {"position_ids": multimodal.packed_positions(model, packed, features), **tensors}
     return {"position_ids": on_device(packed.position_ids, model.device)[None]}
-
-
-@dataclass(frozen=True)
-class OutputHead:
-    """logits = cap · tanh(scale · (hidden · weightᵀ + bias) / cap); without a cap, the scaled ones.
-
-    Args:
-        weight: [V, H].
-        bias: [V].
-        scale: of the logits (Granite, Cohere, MiniCPM).
-        cap: what no logit exceeds; None: there is no bound.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    cap: float | None = None
-
-    @property
-    def out_features(self) -> int:
-        """V."""
-        return self.weight.shape[0]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits [n, V] of `hidden` [n, H], multiplied in the precision of `hidden`."""
-        bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        logits = nn.functional.linear(hidden, self.weight.to(hidden.dtype), bias).float()
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.cap is not None:
-            logits = torch.tanh(logits / self.cap) * self.cap
-        return logits
-
-    def with_weight(self, weight: Tensor) -> OutputHead:
-        """The same with `weight`, say of another precision or with fewer rows."""
-        bias = None if self.bias is None else self.bias[: len(weight)]
-        return OutputHead(weight, bias, self.scale, self.cap)
-
-    def slope(self, logits: Tensor) -> Tensor | float:
-        """The derivative of `logits` by the product of hidden states and weight, elementwise.
-
-        [n, V] where there is a cap, otherwise one number. `logits` stay as they are.
-        """
-        if self.cap is None:
-            return self.scale
-        return (1 - (logits / self.cap) ** 2) * self.scale
-
-
-def entropy_of(probabilities: Tensor, logprobs: Tensor) -> Tensor:
-    """Entropy [n] of `probabilities` [n, V], whose logs are `logprobs`, without another tensor."""
-    return -torch.bmm(probabilities[:, None, :], logprobs[:, :, None])[:, 0, 0]
-
-
-@torch.no_grad()
-def token_logprobs(
-    hidden: Tensor,
-    head: OutputHead,
-    targets: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    chunk: int = 1024,
-) -> TokenLogprobs:
-    """Logprobs of `targets` [N] given `hidden` [N, H], at `temperature`.
-
-    At most [chunk, V] logits exist at once. With `top_k` = k > 0 there are also the k likeliest
-    tokens of each position and the tail: the logprob of all others together. The tail is summed
-    over the other logits, since 1 − Σ of the k would round to 0 where the model is confident.
-
-    Raises:
-        ValueError: `top_k` leaves no tail.
-    """
-    if top_k >= head.out_features:
-        raise ValueError(
-            f"top_k is {top_k}; expected less than the vocabulary of {head.out_features}, "
-            "so that a tail remains"
-        )
-    chunks = zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
-    parts = [_chunk_logprobs(*part, head, temperature, top_k) for part in chunks]
-    sampled, *top = (torch.cat(column) for column in zip(*parts, strict=True))
-    return TokenLogprobs(sampled, TopLogprobs(*top) if top else None)
-
-
-def _chunk_logprobs(
-    hidden: Tensor, targets: Tensor, head: OutputHead, temperature: float, top_k: int
-) -> tuple[Tensor, ...]:
-    """Sampled [n]; with `top_k` also ids [n, k], logprobs [n, k] and tail [n]."""
-    logits = head.logits(hidden)
-    if temperature != 1.0:
-        logits /= temperature
-    logprobs = torch.log_softmax(logits, -1, out=logits)
-    sampled = logprobs.gather(1, targets[:, None])[:, 0]
-    if not top_k:
-        return (sampled,)
-    top = logprobs.topk(top_k, dim=-1)
-    tail = logprobs.scatter_(1, top.indices, float("-inf")).logsumexp(-1)
-    return sampled, top.indices, top.values, tail

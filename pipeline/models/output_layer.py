@@ -6,8 +6,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.models.forward import OutputHead
 from onstream.pipeline.models.loading import text_config
+from onstream.pipeline.models.logprobs import OutputHead
 
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
 """What configurations call the bound of the logits (Gemma 2, arXiv:2408.00118, section 2)."""

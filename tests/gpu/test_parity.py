@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from onstream.pipeline.models.forward import token_logprobs
+from onstream.pipeline.models.logprobs import token_logprobs
 from onstream.settings.root import Settings
 from onstream.settings.sections.trainer import TrainerSettings
 from onstream.workers.generator.engines.base import Completion, GenerationRequest

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.loop import Worker
-from onstream.pipeline.models.forward import hidden_states, token_logprobs
+from onstream.pipeline.models.forward import hidden_states
 from onstream.pipeline.models.loading import load_model
+from onstream.pipeline.models.logprobs import token_logprobs
 from onstream.pipeline.models.output_layer import head_of
 from onstream.pipeline.models.packing import pack, share_prompts
 from onstream.pipeline.record_codec import decode_work, ids_array, logprobs_array

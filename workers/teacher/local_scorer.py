@@ -20,14 +20,12 @@ from onstream.pipeline.images.feature_cache import FeatureCache, FetchImages, no
 from onstream.pipeline.images.vision import Vision, load_vision
 from onstream.pipeline.models.forward import (
     NO_IMAGES,
-    OutputHead,
-    TokenLogprobs,
     hidden_states,
     on_device,
     rows_for,
-    token_logprobs,
 )
 from onstream.pipeline.models.loading import load_model, resolve_device
+from onstream.pipeline.models.logprobs import OutputHead, TokenLogprobs, token_logprobs
 from onstream.pipeline.models.multimodal import Features
 from onstream.pipeline.models.output_layer import head_of
 from onstream.pipeline.models.packing import SharedPrefixRow

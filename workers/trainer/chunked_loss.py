@@ -2,8 +2,8 @@
 
 The loss reads a few numbers of each position's logits. Its gradient by the logits is known as soon
 as the logits are. So each chunk's gradients of the hidden states and of the layer are computed at
-once, and its logits are dropped. Nothing of size [tokens, vocabulary] is kept, and nothing is
-computed twice.
+once, and the next chunk's logits take the memory. Nothing of size [tokens, vocabulary] is kept, and
+nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onstream.pipeline.models.forward import OutputHead, entropy_of
+from onstream.pipeline.models.logprobs import OutputHead, cached_rows
 
 FAINT = 1e-30
 """A sum of probabilities under which float32 has lost digits of its terms, or all of them."""
@@ -88,14 +88,14 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if weight.requires_grad else None
         grad_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        memory = _Memory(hidden[:chunk], compute_head, targets)
         for start in range(0, len(hidden), chunk):
             at = slice(start, min(start + chunk, len(hidden)))
-            logits = compute_head.logits(hidden[at])
+            logits = compute_head.logits(hidden[at], out=memory.logits[: at.stop - start])
             slope = head.slope(logits)
             loss, grad_logits = _loss_and_gradient(
-                logits, targets.chunk(at), partial(token_loss, at)
+                logits, targets.chunk(at), partial(token_loss, at), memory
             )
-            del logits  # its memory is the gradient's, or free for the next chunk's
             if not isinstance(slope, float) or slope != 1.0:
                 grad_logits *= slope
             total += loss
@@ -105,7 +105,6 @@ class _ChunkedLoss(torch.autograd.Function):
             torch.mm(rounded, compute_weight, out=grad_hidden[at])
             if grad_weight is not None:
                 _add_weight_gradient(grad_weight, grad_logits, rounded, hidden[at])
-            del grad_logits, rounded
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total
 
@@ -118,62 +117,77 @@ class _ChunkedLoss(torch.autograd.Function):
         return (*scaled, None, None, None, None)
 
 
+class _Memory:
+    """What every chunk computes in: fresh memory of this size costs as much as a pass over it."""
+
+    def __init__(self, hidden: Tensor, head: OutputHead, targets: TargetTokens) -> None:
+        self.logits = head.empty_logits(hidden)  # then probabilities, then their gradient
+        self.outside = self.logits  # probabilities at temperature 1, without those of top ids
+        if targets.top_ids is not None and targets.temperatures is not None:
+            self.outside = head.empty_logits(hidden)
+
+
 def _loss_and_gradient(
-    logits: Tensor, targets: TargetTokens, token_loss: Callable[[TrainerLogprobs], Tensor]
+    logits: Tensor,
+    targets: TargetTokens,
+    token_loss: Callable[[TrainerLogprobs], Tensor],
+    memory: _Memory,
 ) -> tuple[Tensor, Tensor]:
-    """The chunk's summed loss, and its gradient by `logits` [n, V]. The logits are used up."""
-    chunk = _Chunk(logits, targets)
+    """The chunk's summed loss, and its gradient by `logits` [n, V], which takes their memory."""
+    chunk = _Chunk(logits, memory.outside[: len(logits)], targets)
     loss, by_sampled, by_top, by_tail = _differentiate(chunk.logprobs, token_loss)
     return loss, chunk.gradient(by_sampled, by_top, by_tail)
+
+
+@dataclass(frozen=True)
+class _Bins:
+    """The probabilities, at temperature 1, of the top ids, and of all others together."""
+
+    top: Tensor  # [n, k]
+    tail: Tensor  # [n]
+    faint: Tensor  # [n], where `tail` is too little to divide by
 
 
 class _Chunk:
     """The logits [n, V] of one chunk, what the loss reads off them, and their gradient.
 
-    The logprobs take the memory of the logits, and the gradient that of the probabilities.
+    The probabilities take the memory of the logits, and the gradient that of the probabilities.
     """
 
-    def __init__(self, logits: Tensor, targets: TargetTokens) -> None:
+    def __init__(self, logits: Tensor, outside: Tensor, targets: TargetTokens) -> None:
         self._targets = targets
-        scaled = logits
-        if targets.temperatures is not None:
-            scaled = logits / targets.temperatures[:, None]
-            torch.log_softmax(scaled, -1, out=scaled)
-        self._logprobs = torch.log_softmax(logits, -1, out=logits)
-        self._probabilities = scaled.exp()
-        entropy = entropy_of(self._probabilities, scaled)
-        top, tail = self._bins()  # only now: they take probabilities out
-        self.logprobs = TrainerLogprobs(
-            sampled=_pick(scaled, targets.ids),
-            sampled_unscaled=_pick(self._logprobs, targets.ids),
-            entropy=entropy,
-            top=top,
-            tail=tail,
+        self._probabilities = logits
+        self._outside = outside
+        parts = [self._read(at) for at in cached_rows(logits)]
+        sampled, unscaled, entropy, *bins = (
+            torch.cat(column) for column in zip(*parts, strict=True)
         )
+        top = tail = None
+        if bins:
+            top, tail, *probabilities = bins
+            self._bins = _Bins(*probabilities)
+        self.logprobs = TrainerLogprobs(sampled, unscaled, entropy, top, tail)
 
-    def _bins(self) -> tuple[Tensor | None, Tensor | None]:
-        """Logprobs of the top ids, and of the tail, summed over its own tokens.
-
-        One less the sum of the top ids would be nothing where the student is sure. Where the sum of
-        the tail is nothing too, it is made of logprobs.
-        """
-        ids = self._targets.top_ids
-        if ids is None:
-            return None, None
-        if self._targets.temperatures is None:
-            self._outside = self._probabilities
-        else:
-            self._outside = self._logprobs.exp()
-        self._top = self._outside.gather(1, ids)
-        self._outside.scatter_(1, ids, 0.0)
-        self._mass = self._outside.sum(-1)
-        tail = self._mass.log()
-        self._faint = (self._mass < FAINT).nonzero()[:, 0]
-        if len(self._faint):
-            outside = self._logprobs[self._faint].scatter(1, ids[self._faint], float("-inf"))
-            tail[self._faint] = outside.logsumexp(-1)
-            self._outside[self._faint] = outside.softmax(-1)
-        return self._logprobs.gather(1, ids), tail
+    def _read(self, at: slice) -> tuple[Tensor, ...]:
+        """The logprobs of some rows, and what `_Bins` has of them; probabilities replace logits."""
+        targets = self._targets.chunk(at)
+        logits = self._probabilities[at]
+        logprobs = logits.log_softmax(-1)
+        scaled = logprobs
+        if targets.temperatures is not None:
+            scaled = (logits / targets.temperatures[:, None]).log_softmax(-1)
+        probabilities = torch.exp(scaled, out=logits)
+        read = (
+            _pick(scaled, targets.ids),
+            _pick(logprobs, targets.ids),
+            -(probabilities * scaled).sum(-1),
+        )
+        if targets.top_ids is None:
+            return read
+        outside = self._outside[at]
+        if targets.temperatures is not None:
+            torch.exp(logprobs, out=outside)
+        return *read, *_read_bins(logprobs, outside, targets.top_ids)
 
     def gradient(self, by_sampled: Tensor, by_top: Tensor | None, by_tail: Tensor | None) -> Tensor:
         """The loss's gradient by the logits [n, V], from its gradients by what was read off them.
@@ -191,8 +205,8 @@ class _Chunk:
         elif temperatures is None:
             gradient = self._gradient_of_bins(by_top, by_tail, by_sampled)
         else:
-            gradient = self._gradient_of_bins(by_top, by_tail, torch.zeros_like(by_sampled))
-            gradient.sub_(self._probabilities.mul_(by_sampled[:, None]))
+            gradient = self._probabilities.mul_(-by_sampled[:, None])
+            gradient += self._gradient_of_bins(by_top, by_tail, torch.zeros_like(by_sampled))
         return gradient.scatter_add_(1, ids, by_sampled[:, None])
 
     def _gradient_of_bins(self, by_top: Tensor, by_tail: Tensor, by_other: Tensor) -> Tensor:
@@ -201,13 +215,33 @@ class _Chunk:
         The tail's own distribution is the probabilities outside of the top ids over their sum.
         """
         assert self._targets.top_ids is not None
+        bins = self._bins
         by_all = by_top.sum(-1) + by_tail + by_other
-        by_outside = by_tail / self._mass - by_all
-        by_outside[self._faint] = by_tail[self._faint]
+        by_outside = torch.where(bins.faint, by_tail, by_tail / bins.tail - by_all)
         gradient = self._outside.mul_(by_outside[:, None])
         # Written, not added: a row with fewer alternatives than others has the last one repeated.
-        gradient.scatter_(1, self._targets.top_ids, self._top * -by_all[:, None])
+        gradient.scatter_(1, self._targets.top_ids, bins.top * -by_all[:, None])
         return gradient.scatter_add_(1, self._targets.top_ids, by_top)
+
+
+def _read_bins(logprobs: Tensor, outside: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+    """Logprobs of the top ids [n, k] and of the tail [n], and what `_Bins` has of them.
+
+    The tail is summed over its own tokens: one less the sum of the top ids would be nothing where
+    the student is sure. Where the sum of the tail is nothing too, it is made of logprobs. `outside`
+    holds the probabilities [n, V], and loses those of the top ids; where the tail is faint it holds
+    the tail's own distribution instead.
+    """
+    top = outside.gather(1, ids)
+    mass = outside.scatter_(1, ids, 0.0).sum(-1)
+    tail = mass.log()
+    faint = mass < FAINT
+    rows = faint.nonzero()[:, 0]
+    if len(rows):
+        alone = logprobs[rows].scatter(1, ids[rows], float("-inf"))
+        tail[rows] = alone.logsumexp(-1)
+        outside[rows] = alone.softmax(-1)
+    return logprobs.gather(1, ids), tail, top, mass, faint
 
 
 def _add_weight_gradient(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -14,18 +12,14 @@ from onstream.pipeline.models import forward, packing
 from onstream.pipeline.models.forward import (
     SHARED_PREFIX,
     VARLEN,
-    OutputHead,
-    entropy_of,
     hidden_states,
     rows_for,
-    token_logprobs,
 )
 from onstream.pipeline.models.loading import set_text_attention
 from onstream.pipeline.models.output_layer import head_of
 from onstream.pipeline.models.packing import Ids, pack, share_prompts
 from onstream.pipeline.models.prompt_sharing import prepare
 from tests.tiny import Family, sequences, tiny_model
-from tests.widest import Widest
 
 
 def one_by_one(model: PreTrainedModel, prompts: list[Ids], completions: list[Ids]) -> list[Tensor]:
@@ -46,7 +40,8 @@ def packed_logprobs(
     """The same from packed rows."""
     logprobs: dict[int, Tensor] = {}
     for packed in rows_for(model, prompts, completions, None, max_tokens):
-        logits = head_of(model).logits(hidden_states(model, packed))
+        head = head_of(model)
+        logits = nn.functional.linear(hidden_states(model, packed), head.weight, head.bias)
         sampled = logits.log_softmax(-1).gather(1, torch.from_numpy(packed.targets)[:, None])[:, 0]
         logprobs |= zip(packed.sequences, sampled.split(packed.lengths), strict=True)
     return [logprobs[sequence] for sequence in range(len(prompts))]
@@ -126,52 +121,6 @@ def test_a_completion_does_not_see_its_siblings() -> None:
     )
     torch.testing.assert_close(after[2], before[2], rtol=0, atol=1e-6)
     assert not torch.allclose(after[1], before[1], atol=1e-2)
-
-
-def test_chunked_logprobs_and_their_tail_equal_the_naive_ones() -> None:
-    torch.manual_seed(0)
-    hidden = torch.randn(37, 16)
-    head = nn.Linear(16, 50)
-    targets = torch.randint(0, 50, (37,))
-    found = token_logprobs(
-        hidden, OutputHead(head.weight, head.bias), targets, temperature=0.7, top_k=4, chunk=8
-    )
-    logprobs = (head(hidden) / 0.7).log_softmax(-1).detach()
-    top = logprobs.topk(4)
-    assert found.top is not None
-    torch.testing.assert_close(found.sampled, logprobs.gather(1, targets[:, None])[:, 0])
-    scaled = head(hidden).detach() / 0.7
-    entropy = entropy_of(logprobs.exp(), scaled.log_softmax(-1))
-    torch.testing.assert_close(entropy, -(logprobs.exp() * logprobs).sum(-1))
-    torch.testing.assert_close(found.top.logprobs, top.values)
-    assert torch.equal(found.top.ids, top.indices)
-    torch.testing.assert_close(
-        found.top.logprobs.exp().sum(-1) + found.top.tail.exp(), torch.ones(37)
-    )
-
-
-def test_the_tail_of_a_confident_model_is_exact_where_one_less_the_sum_would_be_nothing() -> None:
-    head = nn.Linear(1, 4, bias=False)
-    with torch.no_grad():
-        head.weight.copy_(torch.tensor([[40.0], [0.0], [0.0], [-1.0]]))
-    found = token_logprobs(torch.ones(1, 1), OutputHead(head.weight), torch.tensor([0]), top_k=2)
-    assert found.top is not None
-    assert 1 - found.top.logprobs.exp().sum().item() == 0
-    assert found.top.tail.item() == pytest.approx(math.log(1 + math.exp(-1)) - 40, abs=1e-5)
-
-
-def test_a_top_k_without_a_tail_is_refused() -> None:
-    with pytest.raises(ValueError, match="top_k is 5; expected less than the vocabulary of 5"):
-        token_logprobs(torch.ones(1, 2), OutputHead(torch.zeros(5, 2)), torch.tensor([0]), top_k=5)
-
-
-def test_no_tensor_of_more_than_one_chunk_of_logits_is_made() -> None:
-    hidden = torch.randn(256, 8)
-    head = nn.Linear(8, 1000)
-    targets = torch.zeros(256, dtype=torch.long)
-    with Widest() as widest:
-        token_logprobs(hidden, OutputHead(head.weight, head.bias), targets, top_k=4, chunk=16)
-    assert widest.elements == 16 * 1000
 
 
 def test_hidden_states_come_in_the_order_of_the_targets() -> None:

@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.models.forward import SHARED_PREFIX, VARLEN, OutputHead, hidden_states
+from onstream.pipeline.models.forward import SHARED_PREFIX, VARLEN, hidden_states
 from onstream.pipeline.models.loading import text_config
+from onstream.pipeline.models.logprobs import OutputHead
 from onstream.pipeline.models.packing import SharedPrefixRow, pack, share_prompts
 from onstream.settings.root import Settings
 from onstream.workers.teacher import local_scorer
@@ -191,9 +192,9 @@ def test_no_more_positions_than_a_chunk_have_logits_at_once(
     seen: list[int] = []
     logits = OutputHead.logits
 
-    def spy(head: OutputHead, hidden: torch.Tensor) -> torch.Tensor:
+    def spy(head: OutputHead, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         seen.append(len(hidden))
-        return logits(head, hidden)
+        return logits(head, hidden, out)
 
     requests = some_requests()
     scorer = scorer_of(model_dir, head_chunk=8)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from onstream.pipeline.models.forward import OutputHead
+from onstream.pipeline.models.logprobs import OutputHead
 from onstream.workers.trainer.chunked_loss import (
     TargetTokens,
     TokenLoss,
@@ -77,8 +77,14 @@ def output_head(linear: nn.Linear, scale: float = 1.0, cap: float | None = None)
 @pytest.mark.parametrize("heated", [False, True])
 @pytest.mark.parametrize("top", [False, True])
 def test_values_and_gradients_equal_the_naive_ones(
-    top: bool, heated: bool, bias: bool, chunk: int, draw: torch.Generator
+    top: bool,
+    heated: bool,
+    bias: bool,
+    chunk: int,
+    draw: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("onstream.pipeline.models.logprobs.CACHED", 5 * VOCABULARY)
     hidden = torch.randn(TOKENS, HIDDEN, generator=draw).requires_grad_()
     head = nn.Linear(HIDDEN, VOCABULARY, bias=bias)
     targets = TargetTokens(

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.models.forward import hidden_states, token_logprobs
+from onstream.pipeline.models.forward import hidden_states
+from onstream.pipeline.models.logprobs import token_logprobs
 from onstream.pipeline.models.output_layer import head_of
 from onstream.pipeline.models.packing import pack, share_prompts
 from onstream.settings.sections.run import ModelSettings

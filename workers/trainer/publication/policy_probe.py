@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from onstream.pipeline.models.forward import token_logprobs
 from onstream.pipeline.models.loading import text_config
+from onstream.pipeline.models.logprobs import token_logprobs
 from onstream.pipeline.models.trial import windows_of
 from onstream.pipeline.record_codec import ids_bytes, logprobs_bytes
 from onstream.pipeline.records import Probe
