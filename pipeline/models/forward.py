@@ -56,40 +56,34 @@ def on_device(values: npt.NDArray[np.generic], device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DeviceCall:
-    """An `AttentionCall` on the device: flat places in the row, and the mask as sdpa takes it."""
-
-    queries: Tensor  # [b·q]
-    keys: Tensor  # [b·s]
-    rows: int  # b
-    mask: Tensor | None  # [b or 1, 1, q, s]
-
-
-@dataclass(frozen=True)
 class AttentionLayout:
-    """How attention reads one packed row."""
+    """How attention reads one packed row, in C calls.
 
-    calls: tuple[DeviceCall, ...]
+    Places in the row are those of all calls, end to end: gathered at once, their gradient is one
+    tensor of the row, and not one for each call.
+    """
+
+    queries: Tensor  # [Σ b·q]
+    keys: Tensor  # [Σ b·s]
+    shapes: tuple[tuple[int, int, int], ...]  # [C], each b, q, s
+    masks: tuple[Tensor | None, ...]  # [C], each [b or 1, 1, q, s], as sdpa takes it
     output_index: Tensor  # [T], each token's place in the outputs of all calls, end to end
 
 
 def layout_of(packed: SharedPrefixRow, device: torch.device) -> AttentionLayout:
     """The attention layout of `packed`, on `device`."""
+    calls = packed.calls
     return AttentionLayout(
-        tuple(_to_device(call, device) for call in packed.calls),
+        on_device(np.concatenate([call.queries.ravel() for call in calls]), device),
+        on_device(np.concatenate([call.keys.ravel() for call in calls]), device),
+        tuple((*call.queries.shape, call.keys.shape[1]) for call in calls),
+        tuple(_mask(call, device) for call in calls),
         on_device(packed.output_index, device),
     )
 
 
-def _to_device(call: AttentionCall, device: torch.device) -> DeviceCall:
-    queries = on_device(call.queries.reshape(-1), device)
-    keys = queries
-    if call.keys is not call.queries:
-        keys = on_device(call.keys.reshape(-1), device)
-    mask = None
-    if call.mask is not None:
-        mask = on_device(call.mask, device)[:, None]
-    return DeviceCall(queries, keys, len(call.queries), mask)
+def _mask(call: AttentionCall, device: torch.device) -> Tensor | None:
+    return None if call.mask is None else on_device(call.mask, device)[:, None]
 
 
 @dataclass(frozen=True)
@@ -137,19 +131,21 @@ def shared_prefix_attention(
     """
     refuse_more_than_plain(others)
     grouped = query.shape[1] != key.shape[1]
-    queries = by_token(query)
-    keys = by_token(key)
-    values = by_token(value)
+    rows = [b for b, _, _ in layout.shapes]
+    queries = _gather(query, layout.queries, rows, [b * q for b, q, _ in layout.shapes])
+    key_counts = [b * s for b, _, s in layout.shapes]
+    keys = _gather(key, layout.keys, rows, key_counts)
+    values = _gather(value, layout.keys, rows, key_counts)
     outputs = []
-    for call in layout.calls:
+    for q, k, v, mask in zip(queries, keys, values, layout.masks, strict=True):
         out = scaled_dot_product_attention(
-            _gather(queries, call.queries, call.rows),
-            _gather(keys, call.keys, call.rows),
-            _gather(values, call.keys, call.rows),
-            attn_mask=call.mask,
+            q,
+            k,
+            v,
+            attn_mask=mask,
             dropout_p=dropout,
             scale=scaling,
-            is_causal=call.mask is None,
+            is_causal=mask is None,
             enable_gqa=grouped,
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
@@ -173,10 +169,15 @@ def by_token(states: Tensor) -> Tensor:
     return states[0].transpose(0, 1)
 
 
-def _gather(states: Tensor, places: Tensor, rows: int) -> Tensor:
-    """[T, heads, D] -> [b, heads, q or s, D], at `places` [b·q or b·s]."""
-    gathered = states.index_select(0, places)
-    return gathered.view(rows, -1, *states.shape[1:]).transpose(1, 2)
+def _gather(
+    states: Tensor, places: Tensor, rows: Sequence[int], counts: Sequence[int]
+) -> list[Tensor]:
+    """[1, heads, T, D] -> for each call [b, heads, q or s, D], at its `counts` of the `places`."""
+    gathered = by_token(states).index_select(0, places).split_with_sizes(list(counts))
+    return [
+        part.view(b, -1, *part.shape[1:]).transpose(1, 2)
+        for part, b in zip(gathered, rows, strict=True)
+    ]
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

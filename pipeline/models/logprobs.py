@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 CACHED = 1 << 18
 """Logits that are read together: 1 MiB in float32, of the 1 to 2 MiB that a core has to itself."""
+ON_GPU = 1 << 24
+"""The same on a GPU, where it only bounds the memory of the passes; untried on one."""
 STRIPES = 64
 """Of how many tokens, each from another stripe of the vocabulary, the likeliest one is found."""
 
@@ -82,8 +84,8 @@ class OutputHead:
 
 
 def cached_rows(logits: Tensor) -> Iterator[slice]:
-    """The rows of `logits` [n, V] in parts that a core's cache holds; on a GPU all at once."""
-    rows = max(1, len(logits) if logits.is_cuda else CACHED // logits.shape[1])
+    """The rows of `logits` [n, V] in parts that a core's cache holds."""
+    rows = max(1, (ON_GPU if logits.is_cuda else CACHED) // logits.shape[1])
     for start in range(0, len(logits), rows):
         yield slice(start, start + rows)
 
