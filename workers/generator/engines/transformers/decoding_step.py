@@ -271,9 +271,9 @@ class RowPacker:
         """What is read once of the prompts of `rows`; None where that is not faster."""
         if self._device.type != "cpu":  # a GPU has calls to save, not reads
             return None
-        tokens = min(len(row.request.prompt_ids) for row in rows)
-        if tokens < SHORTEST_SHARED_TOKENS:
+        if any(len(row.request.prompt_ids) < SHORTEST_SHARED_TOKENS for row in rows):
             return None
+        tokens = min(len(row.request.prompt_ids) for row in rows)
         members = rows_by_prompt(rows)
         if (len(rows) - len(members)) * tokens < len(members) * WORTH_SHARING_TOKENS:
             return None
