@@ -115,7 +115,8 @@ class TransformersEngine:
         self._next_policy: LoadedPolicy | None = None  # loaded when what runs is finished
         self._waiting: deque[SequenceState] = deque()
         self._running: list[SequenceState] = []
-        self._has_ended = False
+        # On a GPU a step takes as long with few rows as with many, so starting late gains nothing.
+        self._spreads_starts = model.device.type == "cpu"
         self._context = exact_context(text_config(model))
         self._decoder, self.own_cache_because = choose_decoder(
             model, slots, self._context, prefill_tokens
@@ -230,12 +231,12 @@ class TransformersEngine:
     def _too_early(self) -> bool:
         """Whether the next group should start later, so that it does not end with the others.
 
-        Until the first completion has ended, groups start as if all were to be as long as they may:
-        evenly over that many steps. Where all do get that long, the stages after this one have work
-        when a few groups are done, rather than all of it at once when everything is.
+        On a CPU, until the first completion has ended, groups start as if all were to be as long as
+        they may: evenly over that many steps. Where all do get that long, the stages after this one
+        have work when a few groups are done, rather than all of it at once when everything is.
         """
         longest = self._waiting[0].request.max_tokens
-        if self._has_ended or not self._running or longest < SPREAD_FROM_TOKENS:
+        if not self._spreads_starts or not self._running or longest < SPREAD_FROM_TOKENS:
             return False
         if self._waiting[0].token_ids:  # it did start, under older weights
             return False
@@ -280,7 +281,7 @@ class TransformersEngine:
                 finished.append(place)
                 completions.append(row.completion(reason))
                 # What may have one token alone says nothing about the length of others.
-                self._has_ended |= row.request.max_tokens > 1
+                self._spreads_starts &= row.request.max_tokens == 1
         self._running = self._decoder.without(self._running, finished)
         return completions
 
