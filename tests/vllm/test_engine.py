@@ -23,7 +23,7 @@ from onstream.workers.tiny_models.fresh import ModelShape, write_fresh
 from tests.vllm.conftest import on_vllm
 from tests.vllm.reference import CLOSE_NATS, gaps, model_of, policy_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.rotates("vLLM in the generator, and in a server", 0, 2)]
 MODES = ("recompute", "keep", "wait", "abort")
 NUMBERS = count(1)
 """Version numbers that no other test of the session has used."""

@@ -22,7 +22,7 @@ from tests.vllm.own_scores import contents_with_pictures, require_own_scores
 from tests.vllm.server import VllmServer
 from tests.vllm.test_images import tiny_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.rotates("images on vLLM", 2, 3)]
 
 
 @pytest.fixture(scope="module")

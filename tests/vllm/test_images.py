@@ -30,7 +30,7 @@ from tests.vision.test_engine import gap, requests
 from tests.vllm.conftest import on_vllm
 from tests.vllm.reference import CLOSE_NATS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.rotates("images on vLLM", 0, 3)]
 MODES = ("recompute", "keep", "wait", "abort")
 NUMBERS = count(1)
 """Version numbers that no other test of the session has used."""

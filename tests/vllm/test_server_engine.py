@@ -21,7 +21,7 @@ from onstream.workers.generator.engines.server.engine import ServerEngine
 from tests.vllm.reference import CLOSE_NATS, gaps, model_of, policy_of
 from tests.vllm.server import VllmServer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.rotates("vLLM in the generator, and in a server", 1, 2)]
 CONTEXT = 512
 ALWAYS_ACTIVE = 24
 Models = Mapping[int, Any]

@@ -22,7 +22,7 @@ from tests.vllm.reference import CLOSE_NATS
 from tests.vllm.server import VllmServer
 from tests.vllm.test_images import finish, load, tiny_of, weights_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.rotates("images on vLLM", 1, 3)]
 UPDATES = 6
 COMPLETION = "inference.sampling.max_completion=120"
 

@@ -27,6 +27,7 @@ KILLED_AT = 10
 
 
 @pytest.mark.slow
+@pytest.mark.rotates("a vLLM server that is started", 0, 2)
 def test_the_example_learns_from_a_server_that_is_started_killed_started_again_and_stopped(
     tmp_path: Path,
 ) -> None:

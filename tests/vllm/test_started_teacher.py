@@ -68,6 +68,7 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.rotates("a vLLM server that is started", 1, 2)
 def test_the_example_runs_with_a_server_that_is_started_killed_started_again_and_stopped(
     tmp_path: Path,
 ) -> None:
