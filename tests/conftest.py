@@ -22,6 +22,10 @@ from onstream.workers.launcher.embedded_redis import EmbeddedRedis
 ROOT = str(Path(__file__).parents[1])
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
 
+# Models of tests are tiny. Threads of theirs gain nothing where they are alone, and wait for each
+# other most of the time where they are not. Read when torch is imported, here and in children.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # The same examples every time, since a test that fails one time in many is of no use to whoever
 # happens to run it.
 hypothesis.settings.register_profile("onstream", derandomize=True, database=None, deadline=None)
