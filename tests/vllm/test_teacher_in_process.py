@@ -5,7 +5,6 @@ transformers.
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -55,7 +54,6 @@ def settings_of(model: Path, top_k: int = 32, **teacher: Any) -> Settings:
 
 
 def loaded(settings: Settings) -> VllmScorer:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # vLLM's imports warn of what torch deprecates
         return load_vllm(settings)
