@@ -134,7 +134,7 @@ def _verdicts(
     scorers.start()
     try:
         for key, (problem, answer) in enumerate(zip(problems, answers, strict=True)):
-            scorers.submit(key, answer, problem.info)
+            scorers.score(key, answer, problem.info)
         verdicts: dict[int, Verdict] = {}
         while len(verdicts) < len(answers):
             verdicts.update(scorers.collect(WAIT_S))

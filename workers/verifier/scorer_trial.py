@@ -30,7 +30,7 @@ def try_scorer(settings: Settings, problems: Sequence[Problem]) -> None:
     pool.start()
     try:
         for key, (answer, problem) in enumerate(trials):
-            pool.submit(key, answer, problem.info)
+            pool.score(key, answer, problem.info)
         verdicts = _verdicts(pool, len(trials))
     finally:
         pool.close()

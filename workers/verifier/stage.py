@@ -104,7 +104,7 @@ class Verifier:
             return
         key = next(self._keys)
         self._in_hand[key] = delivery
-        self._pool.submit(key, final_answer(rollout), rollout.info)
+        self._pool.score(key, final_answer(rollout), rollout.info)
 
     def _from_pool(self) -> list[Outcome]:
         outcomes = []

@@ -146,7 +146,7 @@ def _verdict(settings: Settings, rollout: Rollout) -> Verdict:
     pool = ScorerPool(settings, processes=1)
     pool.start()
     try:
-        pool.submit(0, final_answer(rollout), rollout.info)
+        pool.score(0, final_answer(rollout), rollout.info)
         while not (found := pool.collect(1.0)):
             continue
         return found[0][1]

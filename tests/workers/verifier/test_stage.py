@@ -161,7 +161,7 @@ def test_a_scorer_that_cannot_be_imported_stops_the_worker_before_it_takes_anyth
 def test_the_verifier_imports_no_tensor_library() -> None:
     script = (
         "import sys, onstream.pipeline.loop\n"
-        "import onstream.workers.verifier.stage, onstream.workers.verifier.fork_server\n"
+        "import onstream.workers.verifier.stage, onstream.pipeline.child_processes.fork_server\n"
         "print({'torch', 'transformers', 'datasets', 'reasoning_gym'} & set(sys.modules))"
     )
     assert (

@@ -1,9 +1,9 @@
-"""The single-threaded process that scorer processes are forked from.
+"""The single-threaded process that a worker's children are forked from.
 
-A fork of this process takes a few milliseconds. The verifier itself has threads and must not fork.
-`onstream.workers.verifier.fork_server_client` runs it as
-`python -P -m onstream.workers.verifier.fork_server FD`, where FD is its end of a packet socket.
-When the other end is closed, for whatever reason, it kills every scorer process and ends.
+A fork of this process takes a few milliseconds. The worker itself has threads and must not fork.
+`onstream.pipeline.child_processes.fork_server_client` runs it as
+`python -P -m onstream.pipeline.child_processes.fork_server FD`, where FD is its end of a packet
+socket. When the other end is closed, for whatever reason, it kills every child and ends.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ import traceback
 
 import msgspec
 
-from onstream.pipeline.errors import UserError
-from onstream.pipeline.processes import kill_group
-from onstream.pipeline.tasks import Scorer, load_scorer
-from onstream.settings.root import Settings
-from onstream.workers.verifier import scorer_process
-from onstream.workers.verifier.scorer_messages import (
+from onstream.pipeline.child_processes import child
+from onstream.pipeline.child_processes.child import ChildWork
+from onstream.pipeline.child_processes.messages import (
     PACKET_BYTES,
+    ChildExited,
     Kill,
+    NotLoaded,
     Ready,
-    ScorerExited,
-    ScorerNotLoaded,
     Spawn,
     Start,
 )
+from onstream.pipeline.errors import UserError
+from onstream.pipeline.import_path import import_function
+from onstream.pipeline.processes import kill_group
 
 
 class ForkServer:
-    """Forks and kills scorer processes as the verifier says, and reports those that have ended.
+    """Forks and kills children as the worker says, and reports those that have ended.
 
     Consumes messages on `control` and the ends of its children; waits for either; is unblocked by
-    both, and by the verifier's end of `control` closing; produces one `ScorerExited` a child.
+    both, and by the worker's end of `control` closing; produces one `ChildExited` a child.
     """
 
-    def __init__(self, control: socket.socket, scorer: Scorer, max_memory_bytes: int) -> None:
+    def __init__(self, control: socket.socket, work: ChildWork, max_memory_bytes: int) -> None:
         self._control = control
-        self._scorer = scorer
+        self._work = work
         self._max_memory_bytes = max_memory_bytes
         self._slots: dict[int, int] = {}  # pid -> slot
         self._decode = msgspec.msgpack.Decoder(Spawn | Kill).decode
@@ -54,7 +54,7 @@ class ForkServer:
         os.set_blocking(self._wake_up_end, False)
 
     def run(self) -> None:
-        """Serve until the verifier is gone."""
+        """Serve until the worker is gone."""
         signal.set_wakeup_fd(self._wake_up_end)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         try:
@@ -65,7 +65,7 @@ class ForkServer:
                 kill_group(pid)
 
     def _serve(self) -> bool:
-        """Wait for a message or a signal; act on a message. False when the verifier is gone."""
+        """Wait for a message or a signal; act on a message. False when the worker is gone."""
         readable, _, _ = select.select([self._control.fileno(), self._wake_up], [], [])
         if self._wake_up in readable:
             os.read(self._wake_up, 4096)
@@ -86,7 +86,7 @@ class ForkServer:
             connection.set_inheritable(False)
             pid = os.fork()
             if not pid:
-                self._become_scorer(connection)
+                self._become_child(connection)
             self._slots[pid] = slot
             try:
                 # The child does so too. Whoever comes first, it leads a group before it can be
@@ -100,14 +100,14 @@ class ForkServer:
             if its_slot == slot:
                 kill_group(pid)
 
-    def _become_scorer(self, connection: socket.socket) -> None:
+    def _become_child(self, connection: socket.socket) -> None:
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._control.close()
             os.close(self._wake_up)
             os.close(self._wake_up_end)
-            scorer_process.serve(connection, self._scorer, self._max_memory_bytes)
+            child.serve(connection, self._work, self._max_memory_bytes)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
@@ -123,27 +123,27 @@ class ForkServer:
             _, status = os.waitpid(ended.si_pid, 0)
             slot = self._slots.pop(ended.si_pid, None)
             if slot is not None:
-                exited = ScorerExited(slot, os.waitstatus_to_exitcode(status))
+                exited = ChildExited(slot, os.waitstatus_to_exitcode(status))
                 self._control.send(msgspec.msgpack.encode(exited))
 
 
 def main() -> None:
-    """Load the scorer, say so, and serve."""
+    """Load the work, say so, and serve."""
     control = socket.socket(fileno=int(sys.argv[1]))
     os.set_inheritable(control.fileno(), False)
     start = msgspec.msgpack.decode(control.recv(PACKET_BYTES), type=Start)
     try:
-        scorer = load_scorer(Settings.model_validate_json(start.settings))
+        work: ChildWork = import_function(start.loader, setting=start.what)(start.settings)
     except UserError as error:
-        not_loaded = ScorerNotLoaded(error.got, error.expected, error.next_step)
+        not_loaded = NotLoaded(error.got, error.expected, error.next_step)
         control.send(msgspec.msgpack.encode(not_loaded))
         return
     control.send(msgspec.msgpack.encode(Ready()))
     gc.freeze()  # the children's collectors leave what they share alone, so that it stays shared
     try:
-        ForkServer(control, scorer, start.max_memory_bytes).run()
+        ForkServer(control, work, start.max_memory_bytes).run()
     except (BrokenPipeError, ConnectionResetError):
-        return  # the verifier ended between two messages; `run` has killed the children
+        return  # the worker ended between two messages; `run` has killed the children
 
 
 if __name__ == "__main__":

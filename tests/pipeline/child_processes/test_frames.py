@@ -1,4 +1,4 @@
-"""The frames that verifier and scorer process speak in."""
+"""The frames that a worker and its children speak in."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onstream.workers.verifier.scorer_messages import LENGTH
-from onstream.workers.verifier.scorer_pool import FrameError, Frames
+from onstream.pipeline.child_processes.frames import FrameError, Frames
+from onstream.pipeline.child_processes.messages import LENGTH
 
 
 @given(st.lists(st.binary(max_size=50)), st.lists(st.integers(1, 30)))
