@@ -189,8 +189,17 @@ def check_sample(sample: Sample) -> int:
                 f"spans one behind the other within {tokens} tokens"
             )
         end = span.end
+    if sample.teacher_prompt_ids is not None:
+        check_teacher_prompt(sample.teacher_prompt_ids, len(sample.images))
     check_teacher(sample, tokens)
     return trained_tokens
+
+
+def check_teacher_prompt(ids: bytes, images: int) -> None:
+    """Raise FieldError unless `ids` is a prompt, of a sample that shows no `images`."""
+    check_ids("teacher_prompt_ids", ids, len(ids) // 4)
+    if images:
+        raise FieldError(f"teacher_prompt_ids beside {images} images; expected one without images")
 
 
 def check_teacher(sample: Sample, tokens: int) -> None:

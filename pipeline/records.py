@@ -99,6 +99,8 @@ class Sample(msgspec.Struct, array_like=True):
     teacher_tail_logprobs: bytes | None = None  # <f4 [C], logprob of everything outside the k
     # digests of the images that the prompt shows, in order; their tokens are in prompt_ids
     images: list[ImageDigest] = []
+    # <i4, the prompt behind which the teacher reads the completion; None where it is the student's
+    teacher_prompt_ids: bytes | None = None
 
 
 # generator -> verify, score or train -> … -> trainer

@@ -15,6 +15,8 @@ PROMPT_TOKEN_BYTES = 8
 """An int32 id, and four characters of text."""
 TOKEN_BYTES = 13
 """An int32 id, a byte of the mask, the generator's float32 logprob, and four characters of text."""
+ID_BYTES = 4
+"""An int32 id. A token is taken to be a character, which is the most."""
 SCORE_BYTES = 4
 """The teacher's float32 logprob of a token."""
 ALTERNATIVE_BYTES = 8
@@ -76,7 +78,8 @@ def record_sizes(settings: Settings) -> RecordSizes:
     With P prompt and C completion tokens, k of the teacher's alternatives, B rollouts a batch and
     W = (1 + `max_off_policy_steps`) × B under way, in bytes:
 
-        rollout = 1024 + 8 P + 13 C,   + 4 C where a teacher scores,   + (8 k + 4) C where k > 0
+        rollout = 1024 + 8 P + 13 C,   + 4 C where a teacher scores,   + (8 k + 4) C where k > 0,
+                  + 4 (P + characters of task.teacher_prompt) where the teacher has its own prompt
         batch   = 1.3 × B × rollout
         window  = 1.3 × W × rollout
 
@@ -126,7 +129,18 @@ def longest_rollout(settings: Settings, *, scored: bool) -> int:
         token += SCORE_BYTES
         if top_k := settings.trainer.loss.most_top_k:
             token += ALTERNATIVE_BYTES * top_k + TAIL_BYTES
-    return FIXED_BYTES + (PROMPT_TOKEN_BYTES + token) * longest_completion(settings)
+    whole = FIXED_BYTES + (PROMPT_TOKEN_BYTES + token) * longest_completion(settings)
+    return whole + _teacher_prompt_bytes(settings)
+
+
+def _teacher_prompt_bytes(settings: Settings) -> int:
+    """Of the teacher's own prompt: the student's, and what the settings put around it."""
+    own = settings.task.teacher_prompt
+    if not own.differs or not teacher_on(settings):
+        return 0
+    examples = [text for example in own.examples for text in example.values()]
+    texts = [own.system or "", own.template or "", *map(str, examples)]
+    return ID_BYTES * (longest_completion(settings) + sum(map(len, texts)))
 
 
 def longest_entry(settings: Settings, stage: StageName) -> int:

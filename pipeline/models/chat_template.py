@@ -11,6 +11,8 @@ from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from onstream.pipeline.errors import UserError
+
 NO_TEMPLATE = (
     "For a base student, set model.chat_template to the teacher's model id or directory, or to a "
     "Jinja file (docs/teachers.md has the recipe). Else use the instruction-tuned variant of the "
@@ -36,8 +38,28 @@ class GenerationTag(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class TemplateRefusal(TemplateError):
+    """What a template says of a conversation that it does not render."""
+
+
 def tail_of_answer(template: str, variables: Mapping[str, Any]) -> str:
     """What `template` writes behind the last answer; empty where it cannot be rendered here."""
+    try:
+        text = rendered(template, ANSWERED_CHAT, variables) or ""
+    except TemplateRefusal:
+        return ""
+    _, answer, tail = text.rpartition(ANSWER)
+    return tail if answer else ""
+
+
+def rendered(
+    template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+) -> str | None:
+    """`messages` as text by `template`; None where it cannot be rendered here.
+
+    Raises:
+        TemplateRefusal: the template refuses them.
+    """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -46,15 +68,35 @@ def tail_of_answer(template: str, variables: Mapping[str, Any]) -> str:
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = str
     try:
-        text = environment.from_string(template).render(messages=ANSWERED_CHAT, **variables)
+        return environment.from_string(template).render(messages=messages, **variables)
+    except TemplateRefusal:
+        raise
     except Exception:  # templates raise anything: jinja's errors, TypeError, …
-        return ""
-    _, answer, tail = text.rpartition(ANSWER)
-    return tail if answer else ""
+        return None
+
+
+def refused_teacher_prompt(model: str, reason: str) -> UserError:
+    """The error of a chat template that refuses what the teacher is to read, a system role say."""
+    return UserError(
+        f"the chat template of {model} refuses the teacher's prompt: {reason}",
+        expected="a conversation that it renders: task.teacher_prompt.system is a system message, "
+        "and each of task.teacher_prompt.examples a user's and an assistant's",
+        next_step="Put the text into task.teacher_prompt.template instead.",
+    )
+
+
+def too_long_teacher_prompt(model: str, longest: int, context: int) -> UserError:
+    """The error of a teacher whose `context` is less than the `longest` sample that it may read."""
+    return UserError(
+        f"the teacher {model} reads up to {longest} tokens, its own prompt and a completion, "
+        f"and its context is {context}",
+        expected="a prompt and a completion within it",
+        next_step="Shorten task.teacher_prompt, or lower inference.sampling.max_completion.",
+    )
 
 
 def _refuse(message: str) -> NoReturn:
-    raise TemplateError(message)
+    raise TemplateRefusal(message)
 
 
 def unread_arguments(template: str | Mapping[str, str], arguments: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ from onstream.pipeline.tasks.scorers import (
     match_answer,
     read_score,
 )
+from onstream.pipeline.tasks.teacher_prompt import TeacherPrompt
 from onstream.settings.root import Settings
 
 GYM = "reasoning-gym:"
@@ -68,6 +69,7 @@ def load_task(settings: Settings) -> Task:
         seed=settings.run.seed,
         samples=settings.eval.samples,
         system_prompt=task.system_prompt,
+        teacher_prompt=TeacherPrompt(task.teacher_prompt),
     )
 
 

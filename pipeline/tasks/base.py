@@ -24,11 +24,13 @@ class Problem:
     """One problem.
 
     The scorer gets `info` beside the completion; `info["answer"]` is the right answer where there
-    is one.
+    is one. `teacher_messages` are what a teacher reads in place of `messages`, by
+    `task.teacher_prompt`; None where it reads the same.
     """
 
     messages: list[Message]
     info: dict[str, Any] = field(default_factory=dict)
+    teacher_messages: list[Message] | None = None
 
 
 class Task(Protocol):

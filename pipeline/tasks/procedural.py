@@ -16,8 +16,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.tasks.base import Draw, Problem, Question
+from onstream.pipeline.tasks.base import Draw, Message, Problem, Question
 from onstream.pipeline.tasks.colour_words import PictureArgs, colour_words
+from onstream.pipeline.tasks.teacher_prompt import TeacherPrompt, TeacherPromptError
 
 HELD_OUT_SHARE = 1 / 4
 """The share of a procedural task's questions that is held out. It is large so that narrow tasks
@@ -35,7 +36,14 @@ class ProceduralTask:
     """
 
     def __init__(
-        self, draw: Draw, *, name: str, seed: int, samples: int, system_prompt: str | None
+        self,
+        draw: Draw,
+        *,
+        name: str,
+        seed: int,
+        samples: int,
+        system_prompt: str | None,
+        teacher_prompt: TeacherPrompt,
     ) -> None:
         """Raises UserError when nothing that `draw` makes may be trained on."""
         self._draw = draw
@@ -43,6 +51,7 @@ class ProceduralTask:
         self._seed = seed
         self._samples = samples
         self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        self._teacher_prompt = teacher_prompt
         self.train(0)
 
     @property
@@ -80,7 +89,15 @@ class ProceduralTask:
         return list(found.values())
 
     def _problem(self, question: Question, info: dict[str, Any]) -> Problem:
-        return Problem([*self._system, {"role": "user", "content": question}], info)
+        messages: list[Message] = [*self._system, {"role": "user", "content": question}]
+        try:
+            return Problem(messages, info, self._teacher_prompt.messages(messages, info))
+        except TeacherPromptError as error:
+            raise UserError(
+                f"task {self._name}: {error.got}",
+                expected=error.expected,
+                next_step="Correct `task.teacher_prompt`.",
+            ) from error
 
     def _too_narrow(self, what: str) -> UserError:
         return UserError(

@@ -10,6 +10,7 @@ import msgspec
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.tasks.answer_scorers import ANSWER_SCORERS
 from onstream.pipeline.tasks.base import FiniteTask, Message, Problem
+from onstream.pipeline.tasks.teacher_prompt import TeacherPrompt, TeacherPromptError
 from onstream.settings.root import Settings
 from onstream.settings.route import verification_on
 
@@ -48,6 +49,7 @@ class RowReader:
         self._system: list[Message] = (
             [{"role": "system", "content": task.system_prompt}] if task.system_prompt else []
         )
+        self._teacher_prompt = TeacherPrompt(task.teacher_prompt)
 
     def problem(self, row: object) -> Problem:
         """The problem in `row`. Raises RowError when there is none."""
@@ -57,7 +59,13 @@ class RowReader:
             )
         messages = self._messages(row)
         system = [] if messages[0]["role"] == "system" else self._system
-        return Problem([*system, *messages], self._info(row))
+        messages = [*system, *messages]
+        info = self._info(row)
+        try:
+            teacher_messages = self._teacher_prompt.messages(messages, {**row, **info})
+        except TeacherPromptError as error:
+            raise RowError(error.got, expected=error.expected) from error
+        return Problem(messages, info, teacher_messages)
 
     def _messages(self, row: dict[str, Any]) -> list[Message]:
         if row.get("messages") is not None:

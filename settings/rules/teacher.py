@@ -8,10 +8,12 @@ from onstream.settings.engines import taken_flags, teacher_engine
 from onstream.settings.fields import known
 from onstream.settings.plan import Plan, make_plan
 from onstream.settings.problems import SettingsProblem, problem_with
+from onstream.settings.prompt_template import template_fields
 from onstream.settings.root import Settings
 from onstream.settings.route import (
     local_teacher,
     local_teacher_configured,
+    rollout_teacher,
     teacher_configured,
     teacher_on,
     verification_on,
@@ -131,6 +133,27 @@ def unread_teacher(settings: Settings) -> Iterator[SettingsProblem]:
         )
 
 
+def teacher_prompt(settings: Settings) -> Iterator[SettingsProblem]:
+    """Some teacher reads the prompt that is the teacher's alone, and it shows no images."""
+    given = settings.task.teacher_prompt.given
+    if not given:
+        return
+    if not teacher_on(settings) and rollout_teacher(settings) is None:
+        yield problem_with(
+            settings,
+            given,
+            "a teacher that reads it: one that scores, or one whose completions are trained on",
+            "Set trainer.loss.teacher_tau and name a teacher, or leave task.teacher_prompt out.",
+        )
+    if settings.task.name == "colour-words":
+        yield problem_with(
+            settings,
+            ["task.name", *given],
+            "a task without images: the teacher's own prompt is text alone",
+            "Leave task.teacher_prompt out.",
+        )
+
+
 def teacher_count(settings: Settings) -> Iterator[SettingsProblem]:
     """There is one number of teachers."""
     deployment = settings.deployment
@@ -154,10 +177,17 @@ def teacher_warnings(settings: Settings) -> Iterator[str]:
             "as teacher_kl and train nothing."
         )
     own_teacher = local_teacher(settings) == settings.model.name
-    if own_teacher and loss.needs_teacher and not loss.needs_reward:
+    teacher_prompt = settings.task.teacher_prompt
+    if own_teacher and loss.needs_teacher and not loss.needs_reward and not teacher_prompt.differs:
         yield (
             f"The teacher is the student's own starting model ({settings.model.name}) and no "
             f"rewards are read ({loss.REWARD_SETTING}): nothing to learn."
+        )
+    template = teacher_prompt.template
+    if template is not None and "prompt" not in template_fields(template):
+        yield (
+            "task.teacher_prompt.template has no {prompt}: the teacher does not read what the "
+            "student is asked."
         )
     if loss.most_top_k > 0 and not loss.needs_teacher:
         yield (
@@ -181,4 +211,5 @@ TEACHER_RULES = (
     server_flags,
     unread_teacher,
     teacher_count,
+    teacher_prompt,
 )

@@ -7,9 +7,56 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from onstream.settings.base import CHANGEABLE, RUN, WORKER, Section, Unit
+from onstream.settings.prompt_template import template_fields
+
+
+def _question_and_answer(example: dict[str, str]) -> dict[str, str]:
+    if set(example) != {"prompt", "answer"}:
+        raise ValueError("a table with `prompt` and `answer`")
+    return example
+
+
+Example = Annotated[dict[str, str], AfterValidator(_question_and_answer)]
+"""A question with its answer."""
+
+
+def _with_fields(template: str) -> str:
+    template_fields(template)
+    return template
+
+
+Template = Annotated[str, Field(min_length=1), AfterValidator(_with_fields)]
+"""A text with names in braces."""
+
+
+class TeacherPromptSettings(Section):
+    """What the teacher reads in place of the student's prompt, where any of this is set: the same
+    completion behind a prompt that says more (docs/teacher-prompt.md).
+    """
+
+    system: Annotated[str | None, RUN, Field(min_length=1)] = None
+    """The system message that the teacher reads. Unset: the student's, where there is one."""
+    examples: Annotated[tuple[Example, ...], RUN, Field(max_length=64)] = ()
+    """Questions with answers, such as `[{ prompt = "1 + 1", answer = "2" }]`, which the teacher
+    reads as earlier turns of the conversation."""
+    template: Annotated[Template | None, RUN] = None
+    """The teacher's last message. `{prompt}` stands for the student's, `{answer}` for the problem's
+    answer, and another name in braces for that column or key of the row. Braces that are part of
+    the text are written twice. Unset: the student's message as it is."""
+
+    @property
+    def differs(self) -> bool:
+        """Whether the teacher reads another prompt than the student."""
+        return bool(self.given)
+
+    @property
+    def given(self) -> list[str]:
+        """The names of the settings that are set."""
+        values = {"system": self.system, "examples": self.examples, "template": self.template}
+        return [f"task.teacher_prompt.{name}" for name, value in values.items() if value]
 
 
 class TaskSettings(Section):
@@ -45,6 +92,7 @@ class TaskSettings(Section):
     """
     system_prompt: Annotated[str | None, RUN] = None
     """A system message put before each prompt."""
+    teacher_prompt: TeacherPromptSettings = TeacherPromptSettings()
 
 
 class EvalSettings(Section):

@@ -46,6 +46,7 @@ def whole() -> Rollout:
     sample.teacher_top_ids = ids_bytes([1, 2] * TOKENS)
     sample.teacher_top_logprobs = logprobs_bytes([math.log(0.6), math.log(0.3)] * TOKENS)
     sample.teacher_tail_logprobs = logprobs_bytes([math.log(0.1)] * TOKENS)
+    sample.teacher_prompt_ids = ids_bytes([7, 8, 9])
     made.timings = [Timing("generate", "g", 1.0, 2.0)]
     made.reward = 1.0
     made.reward_parts = {"similarity": 0.5}
@@ -144,6 +145,22 @@ REFUSED = {
         "add up to 0.910 to 0.910; expected 1",
     ),
     "ids without logprobs": (of_sample(teacher_top_logprobs=None), "lack their ids or their"),
+    "an empty prompt for the teacher": (
+        of_sample(teacher_prompt_ids=b""),
+        "teacher_prompt_ids has 0 bytes",
+    ),
+    "half an id for the teacher": (
+        of_sample(teacher_prompt_ids=b"\0" * 7),
+        "teacher_prompt_ids has 7 bytes",
+    ),
+    "a negative id for the teacher": (
+        of_sample(teacher_prompt_ids=ids_bytes([1, -1])),
+        "teacher_prompt_ids has a token id below 0",
+    ),
+    "a prompt for the teacher, and images": (
+        of_sample(images=["0" * 64]),
+        "teacher_prompt_ids beside 1 images; expected one without images",
+    ),
     "an image by path": (of_sample(images=["../../../etc/passwd"]), "samples: Expected `str`"),
 }
 

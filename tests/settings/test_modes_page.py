@@ -1,4 +1,7 @@
-"""docs/modes.md: its files are files that work, and the seed page's are on it."""
+"""docs/modes.md: its files are files that work, and the seed page's are on it.
+
+The file of docs/teacher-prompt.md works too.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,12 @@ from onstream.settings.load import resolve
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "modes.md").read_text(encoding="utf-8")
+OWN_PROMPT = (ROOT / "docs" / "teacher-prompt.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```toml\n(.*?)```", PAGE, flags=re.DOTALL)
+[OWN_PROMPT_BLOCK] = re.findall(r"```toml\n(.*?)```", OWN_PROMPT, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", [*BLOCKS, OWN_PROMPT_BLOCK])
 def test_every_file_on_the_page_checks_clean(block: str, tmp_path: Path) -> None:
     (tmp_path / "mode.toml").write_text(block, encoding="utf-8")
     assert resolve([tmp_path / "mode.toml"], environ={}).problems == []

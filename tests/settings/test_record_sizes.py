@@ -14,6 +14,7 @@ from onstream.pipeline.records import Rollout, Sample, Timing, VersionSpan
 from onstream.settings.check import report
 from onstream.settings.load import load_settings, resolve
 from onstream.settings.record_sizes import (
+    longest_rollout,
     max_backlog,
     max_memory_mib,
     max_unacked_bytes,
@@ -152,3 +153,13 @@ def test_what_is_given_is_never_changed() -> None:
     settings = settings_of(*LONG, *given)
     used = (max_memory_mib(settings), max_backlog(settings), max_unacked_bytes(settings))
     assert used == (8192, 7, 65536)
+
+
+def test_a_prompt_of_the_teachers_own_is_counted_where_a_teacher_reads_it() -> None:
+    teacher = ["deployment.num_teacher_gpus=1", "trainer.loss.teacher_tau=1"]
+    own = ["task.teacher_prompt.template={prompt} {answer}", "task.teacher_prompt.system=Think."]
+    plain, more = (
+        longest_rollout(settings_of(*overrides), scored=True)
+        for overrides in (teacher, [*teacher, *own])
+    )
+    assert more - plain == 4 * (512 + len("{prompt} {answer}") + len("Think."))

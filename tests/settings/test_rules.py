@@ -75,6 +75,37 @@ REFUSED = [
         "orchestrator.teacher_model.client.base_url[0] = teacher:8000",
         "text to match pattern '^https?://",
     ),
+    # A prompt for the teacher alone.
+    (
+        ["task.teacher_prompt.system=Think."],
+        'task.teacher_prompt.system = "Think."',
+        "a teacher that reads it",
+    ),
+    (
+        [*TEACHER, "task.name=colour-words", "task.teacher_prompt.template={prompt} {answer}"],
+        'task.name = "colour-words" with task.teacher_prompt.template = "{prompt} {answer}"',
+        "a task without images",
+    ),
+    (
+        [*TEACHER, "task.teacher_prompt.template={prompt} \\boxed{}"],
+        "task.teacher_prompt.template = {prompt} \\boxed{}",
+        "a name in braces, which {} is not; braces that are part of the text are written twice",
+    ),
+    (
+        [*TEACHER, "task.teacher_prompt.template={prompt!r}"],
+        "task.teacher_prompt.template = {prompt!r}",
+        "a name in braces, which {prompt!r} is not",
+    ),
+    (
+        [*TEACHER, "task.teacher_prompt.template={prompt"],
+        "task.teacher_prompt.template = {prompt",
+        "every brace closed",
+    ),
+    (
+        [*TEACHER, 'task.teacher_prompt.examples=[{"prompt": "a"}]'],
+        "task.teacher_prompt.examples[0] = ",
+        "a table with `prompt` and `answer`",
+    ),
     # Rewards.
     (
         [UNVERIFIED],
@@ -291,6 +322,7 @@ WARNED = [
         ["deployment.num_teacher_gpus=1", "trainer.loss.teacher_tau=1", "trainer.loss.adv_tau=0"],
         "nothing to learn",
     ),
+    ([*TEACHER, "task.teacher_prompt.template=It is {answer}."], "template has no {prompt}"),
     (["trainer.loss.teacher_top_k=4"], "teacher_top_k = 4 has no effect"),
     (
         [
@@ -398,6 +430,7 @@ def test_each_rule_tells_one_thing_and_nothing_else_is_told(
         [*TEACHER, "trainer.lora.rank=8"],
         [*HARD, "orchestrator.group_size=1"],
         [*HARD, "orchestrator.teacher_rollout_model.keep=verified"],
+        [*HARD, "task.teacher_prompt.template={prompt} {answer}"],
         ["task.name=jsonl", "task.path=a.jsonl", "task.eval_path=b.jsonl"],
         ["task.name=hf:a.csv", "task.eval_path=b.csv"],
         NCCL,
@@ -405,6 +438,15 @@ def test_each_rule_tells_one_thing_and_nothing_else_is_told(
 )
 def test_what_can_work_is_not_refused(overrides: list[str]) -> None:
     assert resolve(overrides=overrides, environ={}).problems == []
+
+
+def test_a_student_learns_from_its_own_start_where_that_reads_more() -> None:
+    own = ["deployment.num_teacher_gpus=1", "trainer.loss.teacher_tau=1", "trainer.loss.adv_tau=0"]
+    told = [
+        warnings_of(load_settings(overrides=[*own, *more], environ={}))
+        for more in ([], ["task.teacher_prompt.system=Think."])
+    ]
+    assert ["nothing to learn" in line for lines in told for line in lines] == [True]
 
 
 def test_the_problems_of_all_rules_are_told_at_once() -> None:

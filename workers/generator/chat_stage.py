@@ -218,7 +218,7 @@ class ChatGenerator:
         longest = self._settings.inference.sampling.max_completion
         body = {
             "model": self._source.model.name,
-            "messages": problem.messages,
+            "messages": problem.teacher_messages or problem.messages,
             "max_tokens": self._source.max_completion or longest,
             "temperature": self._source.temperature,
         }

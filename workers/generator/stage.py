@@ -45,11 +45,19 @@ log = get_logger()
 
 
 @dataclass(frozen=True)
-class PreparedProblem:
-    """A problem, its prompt, and the most tokens that a completion may have."""
+class RenderedProblem:
+    """A problem and its prompt; `teacher_prompt_ids` is the teacher's, where it reads another."""
 
     problem: Problem
     prompt: Prompt
+    teacher_prompt_ids: bytes | None = None
+
+
+@dataclass(frozen=True)
+class PreparedProblem:
+    """A problem as it is asked, and the most tokens that a completion may have."""
+
+    rendered: RenderedProblem
     max_tokens: int
 
 
@@ -103,7 +111,7 @@ class Generator:
         self._policies = PolicyLoader(
             self._student.engine, fetcher, self._newest, receiver=self._receiver()
         )
-        self._prompt = lru_cache(maxsize=PROMPTS_KEPT)(self._render)
+        self._rendered = lru_cache(maxsize=PROMPTS_KEPT)(self._render)
         self._guard = Guard(
             self._student.engine,
             interval=self._settings.inference.guard.interval,
@@ -201,15 +209,19 @@ class Generator:
                 exit=Exit.UNREACHABLE,
             )
 
-    def _render(self, index: int) -> tuple[Problem, Prompt]:
+    def _render(self, index: int) -> RenderedProblem:
         problem = self._task.train(index)
-        return problem, self._student.prompt(problem.messages)
+        prompt = self._student.prompt(problem.messages)
+        if problem.teacher_messages is None:
+            return RenderedProblem(problem, prompt)
+        ids = self._student.model.teacher_prompt_ids(problem.teacher_messages)
+        return RenderedProblem(problem, prompt, ids_bytes(ids))
 
     def _prepare(self, index: int) -> PreparedProblem:
-        problem, prompt = self._prompt(index)
+        rendered = self._rendered(index)
         # Not cached: the context is the least of the servers', which come and go.
         longest = self._settings.inference.sampling.max_completion
-        return PreparedProblem(problem, prompt, self._student.completion_room(prompt, longest))
+        return PreparedProblem(rendered, self._student.completion_room(rendered.prompt, longest))
 
     def _request(self, delivery: Delivery, prepared: PreparedProblem) -> GenerationRequest:
         # Not the ticket's number: an entry may be handed out twice, and both be in the engine.
@@ -217,21 +229,22 @@ class Generator:
         self._active[self._last_key] = ActiveTicket(delivery, prepared)
         return GenerationRequest(
             key=self._last_key,
-            prompt_ids=prepared.prompt.ids,
+            prompt_ids=prepared.rendered.prompt.ids,
             max_tokens=prepared.max_tokens,
             seed=delivery.ticket.seed,
             temperature=self._settings.inference.sampling.temperature,
-            images=prepared.prompt.images,
+            images=prepared.rendered.prompt.images,
         )
 
     def _outcome(self, completion: Completion) -> Outcome:
         ticket = self._active.pop(completion.key)
         self.stats.add("tokens", len(completion.token_ids))
-        self._images.add(ticket.delivery, ticket.prepared.prompt)
+        self._images.add(ticket.delivery, ticket.prepared.rendered.prompt)
         return Outcome(ticket.delivery, self._rollout(ticket, completion))
 
     def _rollout(self, ticket: ActiveTicket, completion: Completion) -> Rollout:
-        prompt = ticket.prepared.prompt
+        rendered = ticket.prepared.rendered
+        prompt = rendered.prompt
         sample = Sample(
             prompt_ids=ids_bytes(prompt.ids),
             completion_ids=ids_bytes(completion.token_ids),
@@ -240,10 +253,11 @@ class Generator:
             version_spans=completion.version_spans,
             completion_text=self._student.text(completion.token_ids),
             images=prompt.digests,
+            teacher_prompt_ids=rendered.teacher_prompt_ids,
         )
         return rollout_of(
             ticket.delivery.ticket,
-            ticket.prepared.problem,
+            rendered.problem,
             prompt,
             [sample],
             temperature=self._settings.inference.sampling.temperature,

@@ -87,6 +87,10 @@ class StudentModel:
         rendered = render_prompt(self.tokenizer, messages, self.template_arguments)
         return self.prompts.build(rendered, messages, images)
 
+    def teacher_prompt_ids(self, messages: list[Message]) -> Ids:
+        """What the teacher reads before the completion, rendered as the student's prompts are."""
+        return render_prompt(self.tokenizer, messages, self.template_arguments)
+
     def require_template_end(self) -> None:
         """Check that it stops where its chat template ends an answer.
 

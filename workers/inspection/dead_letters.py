@@ -39,6 +39,7 @@ _ARRAYS: dict[str, Callable[[bytes], Any]] = {
     "teacher_top_ids": ids_array,
     "teacher_top_logprobs": logprobs_array,
     "teacher_tail_logprobs": logprobs_array,
+    "teacher_prompt_ids": ids_array,
 }
 
 

@@ -11,9 +11,10 @@ from jinja2 import TemplateError
 from rich.console import Console
 from rich.text import Text
 
-from onstream.pipeline.images import ImageError
+from onstream.pipeline.images import ImageError, Message
 from onstream.pipeline.models.tokenizer import load_configs, load_student_tokenizer
 from onstream.pipeline.prompts import PromptBuilder, prompt_builder, render_prompt
+from onstream.pipeline.records import Ids
 from onstream.pipeline.tasks import Problem, load_task
 from onstream.pipeline.tasks.base import FiniteTask
 from onstream.settings.root import Settings
@@ -47,9 +48,24 @@ class StudentReader:
             ImageError: one of its images cannot be used.
         """
         images = self.builder.images_of(problem.messages)
-        ids = render_prompt(self.tokenizer, problem.messages, self.template_arguments)
-        text: str = self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+        text, ids = self._rendered(problem.messages)
         return text, len(self.builder.build(ids, problem.messages, images).ids)
+
+    def teacher_reads(self, problem: Problem) -> tuple[str, int] | None:
+        """The same of the teacher's own prompt; None where it reads the student's.
+
+        Raises:
+            TemplateError: the chat template refuses it.
+        """
+        if problem.teacher_messages is None:
+            return None
+        text, ids = self._rendered(problem.teacher_messages)
+        return text, len(ids)
+
+    def _rendered(self, messages: list[Message]) -> tuple[str, Ids]:
+        ids = render_prompt(self.tokenizer, messages, self.template_arguments)
+        text: str = self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+        return text, ids
 
 
 @dataclass(frozen=True)
@@ -91,7 +107,7 @@ def preview(settings: Settings, console: Console, *, prompts: int, sample: int) 
     for number, problem in enumerate(trained[:prompts], start=1):
         _print_prompt(console, number, problem, reader)
     lengths = {"trained on": _lengths(trained, reader), "held out": _lengths(held_out, reader)}
-    _print_lengths(console, lengths)
+    _print_lengths(console, lengths | _teacher_lengths(trained, reader))
     _print_room(
         console, lengths, settings.inference.sampling.max_completion, _context(settings, config)
     )
@@ -106,6 +122,21 @@ def _lengths(problems: Iterable[Problem], reader: StudentReader) -> Lengths:
         except (TemplateError, ImageError) as error:
             lengths.refused.append(str(error))
     return lengths
+
+
+def _teacher_lengths(problems: Iterable[Problem], reader: StudentReader) -> dict[str, Lengths]:
+    """The lengths of the teacher's own prompts; none where it reads the student's."""
+    lengths = Lengths()
+    for problem in problems:
+        try:
+            read = reader.teacher_reads(problem)
+        except TemplateError as error:
+            lengths.refused.append(str(error))
+            continue
+        if read is None:
+            return {}
+        lengths.tokens.append(read[1])
+    return {"as the teacher reads them": lengths}
 
 
 def _context(settings: Settings, config: PretrainedConfig) -> int | None:
@@ -123,8 +154,24 @@ def _print_prompt(console: Console, number: int, problem: Problem, reader: Stude
         return
     _line(console, f"\nPrompt {number}, {tokens:,} tokens", style="bold")
     _line(console, _cut(text, SHOWN_CHARACTERS))
+    _print_teacher_prompt(console, number, problem, reader)
     if (answer := problem.info.get("answer")) is not None:
         _line(console, f"Its answer: {_cut(str(answer), SHOWN_CHARACTERS // 10)}", style="dim")
+
+
+def _print_teacher_prompt(
+    console: Console, number: int, problem: Problem, reader: StudentReader
+) -> None:
+    try:
+        read = reader.teacher_reads(problem)
+    except TemplateError as error:
+        _line(console, f"\nThe teacher cannot read prompt {number}: {error}", style="red")
+        return
+    if read is not None:
+        _line(
+            console, f"\nPrompt {number} as the teacher reads it, {read[1]:,} tokens", style="bold"
+        )
+        _line(console, _cut(read[0], SHOWN_CHARACTERS))
 
 
 def _print_lengths(console: Console, lengths: dict[str, Lengths]) -> None:

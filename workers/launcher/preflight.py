@@ -263,6 +263,23 @@ def check_task(subject: Subject) -> None:
         swapped_problems(task)
 
 
+def check_teacher_prompt(subject: Subject) -> None:
+    """Check what the teacher reads of the first problems, where that is a prompt of its own.
+
+    Raises:
+        UserError: the chat template refuses it, or it does not fit the teacher's context.
+    """
+    from onstream.pipeline.tasks import is_on_hub, load_task
+    from onstream.workers.launcher.teacher_prompt import check_prompts
+
+    settings = subject.settings
+    teacher = subject.plan.teacher
+    needs_hub = is_on_hub(settings) and not subject.ask_hub
+    if settings.task.teacher_prompt.differs and teacher is not None and not needs_hub:
+        task = load_task(settings)
+        check_prompts(settings, teacher, [task.train(index) for index in range(PROBLEMS_TRIED)])
+
+
 def check_scorer(subject: Subject) -> None:
     """Import the scorer, and try it on the first problems where rollouts will be verified.
 
@@ -317,6 +334,7 @@ CHECKS = (
     Check(("checkpoint", "model", "trainer.loss", "orchestrator"), check_unacked_records),
     Check(("deployment", "model", "teacher_inference", "trainer.loss"), check_teacher),
     Check(("task", "eval", "run"), check_task),
+    Check(("task", "eval", "run", "model", "teacher_inference"), check_teacher_prompt),
     Check(("task", "eval", "run", "orchestrator.verification"), check_scorer),
     Check(("trainer.loss",), check_user_loss),
 )

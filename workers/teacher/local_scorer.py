@@ -18,6 +18,7 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.images import grey_image
 from onstream.pipeline.images.feature_cache import FeatureCache, FetchImages, no_images
 from onstream.pipeline.images.vision import Vision, load_vision
+from onstream.pipeline.models.chat_template import too_long_teacher_prompt
 from onstream.pipeline.models.forward import (
     NO_IMAGES,
     hidden_states,
@@ -33,7 +34,13 @@ from onstream.pipeline.models.prompt_sharing import choose_attention, prepare
 from onstream.pipeline.models.tokenizer import has_vision, load_configs
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
-from onstream.workers.teacher.compatibility import check_compatible, load_student, load_teacher
+from onstream.workers.teacher.compatibility import (
+    ModelInfo,
+    check_compatible,
+    load_student,
+    load_teacher,
+)
+from onstream.workers.teacher.external.student_info import load_student_info
 from onstream.workers.teacher.precision import teacher_dtype
 from onstream.workers.teacher.scorer import ScoreRequest, Scores
 
@@ -172,6 +179,8 @@ def load_local(settings: Settings, images: FetchImages = no_images) -> LocalScor
     teacher = load_teacher(settings)
     name = teacher.name
     check_compatible(student, teacher, settings.inference.sampling.max_completion)
+    if settings.task.teacher_prompt.differs:
+        check_longest_sample(settings, teacher)
     device = resolve_device(settings.deployment.device)
     hidden = getattr(load_configs(name)[0].get_text_config(), "hidden_size", 0)
     dtype = teacher_dtype(local.dtype, hidden, device)
@@ -194,6 +203,17 @@ def load_local(settings: Settings, images: FetchImages = no_images) -> LocalScor
         head_chunk=local.head_chunk,
         features=FeatureCache(vision, images, settings.images.keep_bytes) if vision else None,
     )
+
+
+def check_longest_sample(settings: Settings, teacher: ModelInfo) -> None:
+    """Check that what the teacher reads, its own prompt and a completion, fits its context.
+
+    Raises:
+        UserError: one of the task's first problems does not, or the chat template refuses it.
+    """
+    longest = load_student_info(settings).longest_sample
+    if longest > teacher.context_tokens:
+        raise too_long_teacher_prompt(teacher.name, longest, teacher.context_tokens)
 
 
 def check_image_tokens(

@@ -90,7 +90,8 @@ class Teacher:
         refused = []
         for delivery in new:
             rollout = RolloutToScore(delivery, list(map(request_of, delivery.rollout.samples)))
-            if reason := self._objection(rollout.requests):
+            reason = view_problem(delivery.rollout.samples, self._settings)
+            if reason := reason or self._objection(rollout.requests):
                 refused.append(Outcome(delivery, dead=reason))
             else:
                 self._take(rollout)
@@ -182,10 +183,23 @@ class Teacher:
 
 
 def request_of(sample: Sample) -> ScoreRequest:
-    """What a teacher is asked about `sample`."""
-    return ScoreRequest(
-        ids_array(sample.prompt_ids), ids_array(sample.completion_ids), tuple(sample.images)
-    )
+    """What a teacher is asked about `sample`: its completion, behind the teacher's own prompt where
+    there is one.
+    """
+    prompt = sample.teacher_prompt_ids or sample.prompt_ids
+    return ScoreRequest(ids_array(prompt), ids_array(sample.completion_ids), tuple(sample.images))
+
+
+def view_problem(samples: Sequence[Sample], settings: Settings) -> str | None:
+    """Why the prompts that a teacher is to read are not those of `settings`; None where they are.
+
+    Scores behind another prompt would train on, unnoticed.
+    """
+    own = settings.task.teacher_prompt.differs
+    if all((sample.teacher_prompt_ids is not None) == own for sample in samples):
+        return None
+    got = "lacks" if own else "has"
+    return f"a sample {got} a prompt for the teacher alone; expected as task.teacher_prompt says"
 
 
 def objection(

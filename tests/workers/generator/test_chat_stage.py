@@ -154,6 +154,24 @@ def test_a_group_is_one_request_in_stock_fields_alone(
     assert server.asked[-1].path == "/v1/chat/completions"
 
 
+def test_a_teacher_that_writes_is_asked_by_its_own_prompt_and_the_student_trained_on_its_own(
+    student_dir: Path, tmp_path: Path, bus: Bus
+) -> None:
+    with serving(as_asked) as (server, url):
+        plain = settings_of(student_dir, tmp_path, url)
+        own = {"teacher_prompt": {"template": "{prompt} {answer}"}}
+        made = [
+            one_rollout(Settings.model_validate({**plain.model_dump(), **task}), bus)
+            for task in ({}, {"task": own})
+        ]
+    question, answer = made[0].messages[0]["content"], made[0].info["answer"]
+    assert [body["messages"][0]["content"] for body in server.bodies] == [
+        question,
+        f"{question} {answer}",
+    ]
+    assert made[0] == made[1]
+
+
 def test_a_rollout_has_the_students_tokens_and_no_policy_that_wrote_it(
     make: Callable[..., ChatGenerator], student_dir: Path
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.loop import Worker
@@ -142,6 +143,31 @@ def test_a_ticket_becomes_a_rollout_with_all_that_the_next_stages_need(
     assert mask_array(sample.loss_mask).tolist() == [1] * len(completion)
     plain = plain_logprobs(prompt, completion)[np.arange(len(completion)), completion]
     assert np.abs(plain - logprobs_array(sample.generator_logprobs)).max() < 1e-5
+
+
+def test_a_rollout_carries_what_the_teacher_reads_where_that_is_another_prompt(
+    make: Callable[..., Generator], announced: Announced, student_dir: Path, tmp_path: Path
+) -> None:
+    announced.publish(0)
+    own = {"teacher_prompt": {"system": "Think.", "template": "{prompt} {answer}"}}
+    settings = settings_of(student_dir, tmp_path)
+    viewed = Settings.model_validate({**settings.model_dump(), "task": own})
+    rollouts = []
+    for each in (settings, viewed):
+        stage = make(each)
+        stage.handle([delivery(6)])
+        rollouts.append(finish(stage)[6])
+    plain, other = rollouts
+    assert plain.samples[0].teacher_prompt_ids is None
+    ids = other.samples[0].teacher_prompt_ids
+    assert ids is not None
+    text = AutoTokenizer.from_pretrained(student_dir).decode(ids_array(ids))
+    question, answer = plain.messages[0]["content"], plain.info["answer"]
+    assert "Think." in text and f"<|user|>{question} {answer}<|im_end|>" in text
+    assert text.endswith("<|im_start|><|assistant|>")
+    other.samples[0].teacher_prompt_ids = None
+    other.timings = plain.timings
+    assert other == plain
 
 
 def test_the_text_of_a_completion_has_no_special_tokens(

@@ -49,6 +49,17 @@ def test_the_first_prompts_are_shown_as_the_student_reads_them(tmp_path: Path) -
     assert "Prompt 3" not in text
 
 
+def test_what_the_teacher_reads_is_shown_beside_them(tmp_path: Path) -> None:
+    settings = jsonl(written(tmp_path / "p.jsonl", "abc", "abc", "held", "out"))
+    settings["task"]["teacher_prompt"] = {"template": "{prompt} is {answer}"}
+    text = shown(settings)
+    asked, viewed = FORM.format("abc"), FORM.format("abc is cba")
+    assert (
+        f"Prompt 1, 8 tokens {asked} Prompt 1 as the teacher reads it, 15 tokens {viewed}" in text
+    )
+    assert "as the teacher reads them 2 15 15 15 15" in text
+
+
 def test_what_is_asked_twice_is_counted(tmp_path: Path) -> None:
     rows = ["abc", "def", "abc", "held", "HELD ", "out", "ghi", "held", "out"]
     text = shown(jsonl(written(tmp_path / "p.jsonl", *rows)))

@@ -373,6 +373,36 @@ def test_a_student_that_is_decoded_more_slowly_is_told_of_before_it_starts(
     assert all(told in line and "through its own cache" in line for line in said)
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("template={prompt} {solution}", "`solution`, which task.teacher_prompt.template shows"),
+        ("system=Think.", "refuses the teacher's prompt: no system role here"),
+        ("template={prompt}" + "x" * 490, "reads up to 529 tokens, its own prompt and a"),
+        ("template={prompt} {answer}", ""),
+    ],
+)
+def test_a_prompt_that_the_teacher_cannot_read_is_told(
+    tmp_path: Path, setting: str, words: str
+) -> None:
+    pair = Path("examples/reverse-text").absolute()
+    template = (pair / "student" / "chat_template.jinja").read_text()
+    file = tmp_path / "chat.jinja"
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role here') }}"
+    file.write_text(f"{refusal}{{% endif %}}{template}")
+    told = problems(
+        tmp_path,
+        f"model.name={pair / 'student'}",
+        f"model.chat_template={file}",
+        f"teacher_inference.model.name={pair / 'teacher'}",
+        "trainer.loss.teacher_tau=1",
+        "inference.sampling.max_completion=16",
+        f"task.teacher_prompt.{setting}",
+    )
+    assert [words in line for line in told] == ([True] * len(told) if words else [])
+    assert bool(told) == bool(words)
+
+
 def test_a_configuration_that_is_not_json_is_refused(tmp_path: Path) -> None:
     model = make_model(tmp_path / "student")
     (model / "config.json").write_text("{")

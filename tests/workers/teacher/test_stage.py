@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.images.feature_cache import no_images
@@ -181,6 +183,84 @@ def test_the_local_teacher_writes_k_alternatives_and_the_tail_into_every_sample(
         np.testing.assert_allclose(
             mass + np.exp(logprobs_array(sample.teacher_tail_logprobs or b"")), 1, atol=1e-5
         )
+
+
+VIEW = {"teacher_prompt": {"template": "{prompt} {answer}"}}
+
+
+def with_own_prompt(record: Rollout, *prompt: int) -> Rollout:
+    for sample in record.samples:
+        sample.teacher_prompt_ids = ids_bytes(prompt)
+    return record
+
+
+def test_a_completion_is_scored_behind_the_prompt_that_is_the_teachers_alone(
+    model_dir: Path,
+) -> None:
+    settings = {
+        "model": {"name": str(model_dir)},
+        "task": VIEW,
+        "inference": {"sampling": {"max_completion": 16}},
+        "trainer": {"loss": {"teacher_tau": 1.0, "teacher_top_k": 0}},
+    }
+    teacher = Teacher(Settings.model_validate(settings), BUS)
+    teacher.setup()
+    views = {1: (9, 10, 11, 12), 2: (9, 10, 11, 12), 3: (40, 41)}
+    records = [
+        with_own_prompt(rollout(number, completion=[20 + number, 30, 3]), *view)
+        for number, view in views.items()
+    ]
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    for outcome in teacher.handle(delivered(*records)):
+        [sample] = scored(outcome).samples
+        read = [*views[outcome.delivery.number], *ids_array(sample.completion_ids).tolist()]
+        with torch.no_grad():
+            logprobs = model(torch.tensor([read])).logits[0, -4:-1].log_softmax(-1)
+        np.testing.assert_allclose(
+            logprobs_array(sample.teacher_logprobs or b""),
+            logprobs[range(3), read[-3:]].numpy(),
+            atol=1e-5,
+        )
+        assert ids_array(sample.prompt_ids).tolist() == [5, 6]
+
+
+def test_a_rollout_with_another_prompt_than_the_settings_say_is_a_dead_letter() -> None:
+    outcomes = [
+        *stage_with(Recorder(), task=VIEW).handle(delivered(rollout(1))),
+        *stage_with(Recorder()).handle(delivered(with_own_prompt(rollout(2), 9))),
+        *stage_with(Recorder(), task=VIEW).handle(delivered(with_own_prompt(rollout(3), 9))),
+    ]
+    expected = "a prompt for the teacher alone; expected as task.teacher_prompt says"
+    assert [outcome.dead for outcome in outcomes] == [
+        f"a sample lacks {expected}",
+        f"a sample has {expected}",
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("teacher_prompt", "words"),
+    [
+        ({"template": "{prompt}" + "x" * 500}, "reads up to .* and its context is 512"),
+        ({"system": "Think."}, "refuses the teacher's prompt: no system role here"),
+    ],
+)
+def test_a_prompt_that_the_teacher_cannot_read_is_refused_at_setup(
+    tmp_path: Path, teacher_prompt: dict[str, str], words: str
+) -> None:
+    model = write_fresh(
+        tmp_path / "model", ModelShape(hidden=32, layers=1, intermediate=32), seed=0
+    )
+    file = model / "chat_template.jinja"
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role here') }}"
+    file.write_text(f"{refusal}{{% endif %}}{file.read_text()}")
+    settings = {
+        "model": {"name": str(model)},
+        "task": {"teacher_prompt": teacher_prompt},
+        "inference": {"sampling": {"max_completion": 16}},
+    }
+    with pytest.raises(UserError, match=words):
+        Teacher(Settings.model_validate(settings), BUS).setup()
 
 
 def test_a_rollout_whose_images_the_teacher_does_not_read_is_a_dead_letter() -> None:

@@ -21,6 +21,7 @@ from onstream.workers.teacher.stage import (
     objection,
     request_of,
     scores_problem,
+    view_problem,
     write_scores,
 )
 
@@ -144,6 +145,8 @@ class ExternalTeacher:
         """Why this rollout cannot be scored; None when it can."""
         teacher = self._client.name
         size = self._client.student.model.vocabulary_size
+        if reason := view_problem(delivery.rollout.samples, self._settings):
+            return reason
         for sample in delivery.rollout.samples:
             if reason := self._image_problem(sample):
                 return f"it would be scored without its images: {reason}"

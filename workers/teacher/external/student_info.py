@@ -8,13 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from jinja2 import TemplateError
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.images import ImageError, Message, grey_image, image_urls
 from onstream.pipeline.images.vllm_prompts import VllmPrompts
+from onstream.pipeline.models.chat_template import refused_teacher_prompt
 from onstream.pipeline.models.tokenizer import has_vision, load_configs
 from onstream.pipeline.prompts import Prompt, PromptBuilder, prompt_builder, render_prompt
-from onstream.pipeline.tasks import load_task
+from onstream.pipeline.tasks import Problem, load_task
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
 from onstream.workers.teacher.compatibility import ModelInfo, load_student
@@ -56,13 +58,14 @@ def load_student_info(settings: Settings) -> StudentInfo:
         UserError: it has no usable tokenizer, or the task's prompts hold images and it reads none.
     """
     student = load_student(settings)
-    prompts = _first_prompts(settings)
+    problems = _first_problems(settings)
     builder = None
-    if any(image_urls(messages) for messages in prompts):
+    if any(image_urls(problem.messages) for problem in problems):
         builder = _prompt_builder(settings)
-    longest_prompt = max((_tokens(messages, student, builder) for messages in prompts), default=1)
-    longest_sample = min(
-        student.context_tokens, longest_prompt + settings.inference.sampling.max_completion
+    longest_completion = settings.inference.sampling.max_completion
+    longest_sample = max(
+        (_tokens(problem, student, builder, longest_completion) for problem in problems),
+        default=min(student.context_tokens, 1 + longest_completion),
     )
     check_request = make_check_request(student, longest_sample)
     image_request = None
@@ -91,8 +94,8 @@ def prompt_ids(student: ModelInfo, messages: list[Message]) -> list[int]:
     return [int(token) for token in ids]
 
 
-def _first_prompts(settings: Settings) -> list[list[Message]]:
-    """The task's first prompts; none where the task's data is not on this machine."""
+def _first_problems(settings: Settings) -> list[Problem]:
+    """The task's first problems; none where the task's data is not on this machine."""
     try:
         task = load_task(settings)
     except UserError as error:
@@ -102,10 +105,30 @@ def _first_prompts(settings: Settings) -> list[list[Message]]:
             reason=str(error),
         )
         return []
-    return [list(task.train(index).messages) for index in range(PROMPTS)]
+    return [task.train(index) for index in range(PROMPTS)]
 
 
-def _tokens(messages: list[Message], student: ModelInfo, builder: PromptBuilder | None) -> int:
+def _tokens(
+    problem: Problem, student: ModelInfo, builder: PromptBuilder | None, longest_completion: int
+) -> int:
+    """What the teacher reads of the longest sample of `problem`, in tokens.
+
+    Raises:
+        UserError: the chat template refuses what the teacher is to read.
+    """
+    asked = _prompt_tokens(problem.messages, student, builder)
+    completion = min(longest_completion, student.context_tokens - asked)
+    if problem.teacher_messages is None:
+        return asked + completion
+    try:
+        return len(prompt_ids(student, problem.teacher_messages)) + completion
+    except TemplateError as error:
+        raise refused_teacher_prompt(student.name, str(error)) from error
+
+
+def _prompt_tokens(
+    messages: list[Message], student: ModelInfo, builder: PromptBuilder | None
+) -> int:
     """The tokens of a prompt; 1 where its images cannot be used, since no teacher will get it."""
     if builder is None:
         return len(prompt_ids(student, messages))

@@ -7,12 +7,19 @@ import numpy as np
 import pytest
 
 from onstream.pipeline.loop import Worker
-from onstream.pipeline.record_codec import decode_work, encode, ids_array, logprobs_array
+from onstream.pipeline.record_codec import (
+    decode_work,
+    encode,
+    ids_array,
+    ids_bytes,
+    logprobs_array,
+)
 from onstream.pipeline.records import Rollout
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.stage import Outcome
 from onstream.settings.sections.run import DeliverySettings
+from onstream.settings.sections.task import TeacherPromptSettings
 from onstream.workers.teacher.external.stage import CACHED
 from tests.faulty_server import Answer, Asked, Fault, cut, drip, status
 from tests.table_teacher import TableTeacher, wrong_ids
@@ -83,6 +90,25 @@ def test_load_goes_to_the_endpoint_with_less_in_flight(
         for outcome in work(stage, delivered(*(rollout(number) for number in range(1, 41))))
     )
     assert by[quick.base_url] > 2 * by[slow.base_url] > 0
+
+
+def test_an_endpoint_is_sent_the_prompt_that_is_the_teachers_alone(
+    servers: Servers, configure: Configure, stages: Stages
+) -> None:
+    server = servers()
+    settings = configure(server)
+    task = settings.task.model_copy(
+        update={"teacher_prompt": TeacherPromptSettings(template="{prompt} {answer}")}
+    )
+    stage = stages(settings.model_copy(update={"task": task}))
+    record = rollout(1)
+    record.samples[0].teacher_prompt_ids = ids_bytes([7, 8, 9])
+    scored, refused = work(stage, delivered(record, rollout(2)))[::-1]
+    assert refused.dead is not None and "lacks a prompt for the teacher alone" in refused.dead
+    [sample] = record.samples
+    expected = server.expected([7, 8, 9], ids_array(sample.completion_ids).tolist())
+    assert scored.dead is None
+    np.testing.assert_allclose(logprobs_array(sample.teacher_logprobs or b""), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
