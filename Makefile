@@ -36,8 +36,8 @@ test: .venv/vision ## units, single workers, and the families that people distil
 	@$(IN_PARALLEL) tests/settings tests/deploy tests/pipeline tests/workers tests/test_*.py $(PEOPLE_DISTIL)
 	@PYTHONPATH=$(CURDIR)/tests/vision/site:$(CURDIR)/.venv/torchvision $(IN_PARALLEL) tests/vision
 
-test-runs: .venv/dev ## whole runs of `onstream up`: kills, more steps, other directories, each example of EXTENDING.md, and what test-gpu runs, on the CPU
-	@$(IN_PARALLEL) tests/runs tests/gpu
+test-runs: .venv/dev ## whole runs of `onstream up`: kills, more steps, other directories, each example of EXTENDING.md, the recipes with tiny models, and what test-gpu runs, on the CPU
+	@$(IN_PARALLEL) tests/runs tests/recipes tests/gpu
 
 test-modes: .venv/dev .venv-vllm/ready ## whole runs of the modes that docs/modes.md describes, and one whose processes are killed, on this machine's CPU
 	@$(BIN)/python -m pytest tests/modes tests/chaos

@@ -30,13 +30,13 @@ def report(
     warnings_here: Iterable[str] = (),
     memory_here: Mapping[str, str] | None = None,
     rate_here: str | None = None,
+    cost_here: Mapping[str, str] | None = None,
 ) -> Exit:
     """Print all there is to say of `resolved`; with `everything`, settings at their defaults too.
 
     `problems_here` and `warnings_here` are those that this machine has with the settings,
-    `memory_here` is what its trainer takes of its memory, and `rate_here` says its learning rate.
-    Returns `Exit.USAGE` where there are
-    problems.
+    `memory_here` is what its trainer takes of its memory, `rate_here` says its learning rate, and
+    `cost_here` what the run may cost. Returns `Exit.USAGE` where there are problems.
     """
     problems = [*resolved.problems, *problems_here]
     settings = resolved.settings
@@ -46,6 +46,7 @@ def report(
         _print_plan(plan, settings, console, rate_here)
         _print_records(settings, console)
         _print_memory(memory_here or {}, console)
+        _print_cost(cost_here or {}, console)
         _print_warnings([*warnings_of(settings), *warnings_here], console)
     _print_problems(problems, console)
     return Exit.USAGE if problems else Exit.OK
@@ -123,6 +124,14 @@ def _print_memory(memory: Mapping[str, str], console: Console) -> None:
         console.print("\n[bold]Memory of the trainer[/bold] (by a formula: docs/memory.md)")
     for name, value in memory.items():
         _line(console, f"  {name:<11} {escape(value)}")
+
+
+def _print_cost(cost: Mapping[str, str], console: Console) -> None:
+    if cost:
+        title = "\n[bold]Time on one H100[/bold], completions at their longest"
+        console.print(f"{title} (by a formula: docs/cost.md)", soft_wrap=True)
+    for name, value in cost.items():
+        _line(console, f"  {name:<8} {escape(value)}")
 
 
 def _teachers(plan: Plan, settings: Settings) -> Iterator[str]:

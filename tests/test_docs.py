@@ -12,8 +12,12 @@ DOCS = ROOT / "docs"
 TOP_PAGES = [
     ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "EXTENDING.md")
 ]
-PAGES = sorted([*TOP_PAGES, *DOCS.glob("*.md"), *ROOT.glob("examples/*/README.md")])
-NAMING = ("settings", "pipeline", "workers", "tests", "deploy", "examples", "configs", "benchmarks")
+RECIPES = ROOT.glob("recipes/**/README.md")
+PAGES = sorted([*TOP_PAGES, *DOCS.glob("*.md"), *ROOT.glob("examples/*/README.md"), *RECIPES])
+NAMING = (
+    *("settings", "pipeline", "workers", "tests"),
+    *("deploy", "examples", "recipes", "configs", "benchmarks"),
+)
 TEXT = {".py", ".toml", ".yaml", ".md", ".lua"}
 PAGE_NAME = re.compile(r"\bdocs/[a-z0-9-]+\.md")
 LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")

@@ -21,7 +21,9 @@ PAGE_FILES = [
 ]
 PAGES = [page.read_text() for page in PAGE_FILES]
 SETTINGS_FILES = [
-    path for folder in ("examples", "configs") for path in sorted((ROOT / folder).rglob("*.toml"))
+    path
+    for folder in ("examples", "configs", "recipes")
+    for path in sorted((ROOT / folder).rglob("*.toml"))
 ]
 
 

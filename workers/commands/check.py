@@ -19,7 +19,8 @@ def check(
 ) -> Exit:
     """Print the settings, the plan and every problem.
 
-    The plan says what the trainer takes of its memory, and the rate that it learns at. Looks for
+    The plan says what the trainer takes of its memory, the rate that it learns at, and what the run
+    may cost on a GPU. Looks for
     all that can be known before a model is loaded, as `onstream up` does: models, task, scorer,
     packages, GPUs, Redis and disk. Nothing is started, and no network is asked.
     """
@@ -30,12 +31,14 @@ def check(
     from onstream.workers.launcher.learning_rate import learning_rate_line
     from onstream.workers.launcher.model_warnings import model_warnings
     from onstream.workers.launcher.preflight import find_problems
+    from onstream.workers.launcher.run_cost import cost_rows
     from onstream.workers.launcher.trainer_memory import memory_rows
 
     resolved = resolve(files, overrides)
     found = find_problems(resolved, online=online)
     warnings = model_warnings(resolved.settings) if resolved.settings is not None else ()
     memory = memory_rows(resolved.settings) if resolved.settings is not None else {}
+    cost = cost_rows(resolved.settings) if resolved.settings is not None else {}
     rate = learning_rate_line(resolved.settings) if resolved.settings is not None else None
     return report(
         resolved,
@@ -45,4 +48,5 @@ def check(
         warnings_here=warnings,
         memory_here=memory,
         rate_here=rate,
+        cost_here=cost,
     )
