@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from onstream.pipeline.models import forward
 from onstream.pipeline.models.forward import hidden_states
 from onstream.pipeline.models.frozen import round_frozen
 from onstream.pipeline.models.packing import pack, share_prompts
@@ -79,6 +82,8 @@ def saved_bytes(model: PreTrainedModel, tokens: int, *, half: bool) -> int:
         return tensor
 
     with (
+        # Attention of a CPU alone is in float32, and the formula is that of a GPU.
+        patch.object(forward, "attend", scaled_dot_product_attention),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=half),
     ):

@@ -16,7 +16,7 @@ from benchmarks.kept_results import Identity, KeptResults, Result
 from benchmarks.peers import onstream_side
 from benchmarks.peers.measured import EVALUATE_EVERY, Step, exact, rates, way_to_goal
 from benchmarks.peers.pairs import ModelPair, pair_of, train_prompts
-from benchmarks.peers.sizes import EXAMPLE_OFF_POLICY_STEPS, SYNCHRONOUS, Size, TrlForm
+from benchmarks.peers.sizes import BFLOAT16, EXAMPLE_OFF_POLICY_STEPS, SYNCHRONOUS, Size, TrlForm
 from benchmarks.peers.usage import Usage, UsageWatch
 from onstream.settings.load import load_settings
 from onstream.settings.root import Settings
@@ -27,7 +27,7 @@ WORK = ("batch", "group", "prompt_tokens", "max_completion", "untimed")
 FEW_POLICIES = 4
 MAX_PROMPT_TOKENS = 512  # what the shipped pair reads
 OUTPUT_LINES = 40
-ONSTREAM_SIDES = {"onstream": (), "synchronous": SYNCHRONOUS}
+ONSTREAM_SIDES = {"onstream": (), "synchronous": SYNCHRONOUS, "bfloat16": BFLOAT16}
 """Onstream's own runs by name, and what they override of the example's settings."""
 
 
@@ -160,7 +160,9 @@ class Runner:
         words = onstream_side.command(given, directory, kept_policies)
         usage = watched(words, {"PYTHONPATH": os.getcwd()})
         rows = onstream_side.steps_of(directory)
-        result = rates(rows, usage, size.untimed, 0 if more else EXAMPLE_OFF_POLICY_STEPS)
+        result = rates(
+            rows, usage, size.untimed, 0 if more == SYNCHRONOUS else EXAMPLE_OFF_POLICY_STEPS
+        )
         if size.to_goal:
             settings = self._settings(size, steps, seed)
             result |= way_to_goal(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
+BFLOAT16 = ("trainer.dtype=bfloat16", "inference.dtype=bfloat16")
 SYNCHRONOUS = ("orchestrator.max_off_policy_steps=0",)
 EXAMPLE_OFF_POLICY_STEPS = 2
 RATES = (5e-4, 1e-3, 2e-3)
@@ -112,9 +113,9 @@ SHORT = Size(
         TrlForm("top-k", threads=2, rows=8, precision="bfloat16"),
     ),
     sweep_steps=3,
-    steps={"trl": 8, "onstream": 29},
+    steps={"trl": 8, "onstream": 29, "bfloat16": 29},
     untimed=2,
-    seconds={"sweep": 300, "trl": 520, "onstream": 860},
+    seconds={"sweep": 300, "trl": 520, "onstream": 860, "bfloat16": 700},
 )
 LONG = replace(
     SHORT,
@@ -128,8 +129,8 @@ LONG = replace(
         TrlForm("top-k", threads=2, rows=2),
     ),
     sweep_steps=2,
-    steps={"trl": 5, "onstream": 28},
-    seconds={"sweep": 500, "trl": 1250, "onstream": 1100},
+    steps={"trl": 5, "onstream": 28, "bfloat16": 28},
+    seconds={"sweep": 500, "trl": 1250, "onstream": 800, "bfloat16": 700},
     untimed=1,
 )
 SIZES = {size.name: size for size in (EXAMPLE, SHORT, LONG)}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 CACHED = 1 << 18
 """Logits that are read together: 1 MiB in float32, of the 1 to 2 MiB that a core has to itself."""
@@ -43,30 +43,25 @@ class OutputHead:
         return self.weight.shape[0]
 
     @torch.no_grad()
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, memory: LogitsMemory | None = None) -> Tensor:
         """Float32 logits [n, V] of `hidden` [n, H], multiplied in the precision of `hidden`.
 
-        Without gradient; in the memory of `out` [n, V], where it is given.
+        Without gradient; in `memory`, where it is given.
         """
+        memory = memory or LogitsMemory.of(hidden, self)
+        product, logits = memory.product[: len(hidden)], memory.logits[: len(hidden)]
         weight = self.weight.to(hidden.dtype)
-        bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        if out is None:
-            out = self.empty_logits(hidden)
-        if hidden.dtype != out.dtype:
-            out.copy_(nn.functional.linear(hidden, weight, bias))
-        elif bias is None:
-            torch.mm(hidden, weight.t(), out=out)
+        if self.bias is None:
+            torch.mm(hidden, weight.t(), out=product)
         else:
-            torch.addmm(bias, hidden, weight.t(), out=out)
+            torch.addmm(self.bias.to(hidden.dtype), hidden, weight.t(), out=product)
+        if product.dtype != logits.dtype:
+            logits.copy_(product)
         if self.scale != 1.0:
-            out *= self.scale
+            logits *= self.scale
         if self.cap is not None:
-            out.div_(self.cap).tanh_().mul_(self.cap)
-        return out
-
-    def empty_logits(self, hidden: Tensor) -> Tensor:
-        """Memory for the logits of `hidden`."""
-        return hidden.new_empty(len(hidden), self.out_features, dtype=torch.float32)
+            logits.div_(self.cap).tanh_().mul_(self.cap)
+        return logits
 
     def with_weight(self, weight: Tensor) -> OutputHead:
         """The same with `weight`, say of another precision or with fewer rows."""
@@ -81,6 +76,24 @@ class OutputHead:
         if self.cap is None:
             return self.scale
         return (1 - (logits / self.cap) ** 2) * self.scale
+
+
+@dataclass(frozen=True)
+class LogitsMemory:
+    """What chunks of up to n positions compute their logits in, one after the other.
+
+    Fresh memory of this size costs as much as a pass over it.
+    """
+
+    logits: Tensor  # [n, V], float32
+    product: Tensor  # [n, V], in the precision of the hidden states; in float32 it is `logits`
+
+    @classmethod
+    def of(cls, hidden: Tensor, head: OutputHead) -> LogitsMemory:
+        """Memory for as many positions as `hidden` [n, H] has."""
+        shape = (len(hidden), head.out_features)
+        logits = hidden.new_empty(shape, dtype=torch.float32)
+        return cls(logits, logits if hidden.dtype == torch.float32 else hidden.new_empty(shape))
 
 
 def cached_rows(logits: Tensor) -> Iterator[slice]:
@@ -131,10 +144,10 @@ def token_logprobs(
             f"top_k is {top_k}; expected less than the vocabulary of {head.out_features}, "
             "so that a tail remains"
         )
-    memory = head.empty_logits(hidden[:chunk])
+    memory = LogitsMemory.of(hidden[:chunk], head)
     parts = []
     for states, ids in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True):
-        logits = head.logits(states, out=memory[: len(states)])
+        logits = head.logits(states, memory)
         for at in cached_rows(logits):
             parts.append(_row_logprobs(logits[at], ids[at], temperature, top_k))
     sampled, *top = (torch.cat(column) for column in zip(*parts, strict=True))

@@ -54,7 +54,9 @@ class InferenceSettings(Section):
     longer to start than a small model to learn, only where it is asked for."""
     max_batch: Annotated[int, WORKER, Unit("rollouts"), Field(ge=1, le=65536)] = 256
     """Rollouts that one generator decodes at once; with `data_parallel_size` replicas, each of
-    them.
+    them. `transformers` on a CPU, with a student of 256 channels or more, decodes at most a step's
+    `orchestrator.batch_size`, or 64 where that is more: further rows are no faster there, and are
+    computed anew under new weights.
     """
     prefetch: Annotated[int, WORKER, Unit("rollouts"), Field(ge=0, le=65536)] = 64
     """Tickets that a generator holds beyond those it decodes, so that a slot never waits for Redis.

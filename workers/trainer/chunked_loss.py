@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onstream.pipeline.models.logprobs import OutputHead, cached_rows
+from onstream.pipeline.models.logprobs import LogitsMemory, OutputHead, cached_rows
 
 FAINT = 1e-30
 """A sum of probabilities under which float32 has lost digits of its terms, or all of them."""
@@ -91,7 +91,7 @@ class _ChunkedLoss(torch.autograd.Function):
         memory = _Memory(hidden[:chunk], compute_head, targets)
         for start in range(0, len(hidden), chunk):
             at = slice(start, min(start + chunk, len(hidden)))
-            logits = compute_head.logits(hidden[at], out=memory.logits[: at.stop - start])
+            logits = compute_head.logits(hidden[at], memory.logits)
             slope = head.slope(logits)
             loss, grad_logits = _loss_and_gradient(
                 logits, targets.chunk(at), partial(token_loss, at), memory
@@ -101,7 +101,7 @@ class _ChunkedLoss(torch.autograd.Function):
             total += loss
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
-            rounded = grad_logits.to(hidden.dtype)
+            rounded = memory.rounded(grad_logits)
             torch.mm(rounded, compute_weight, out=grad_hidden[at])
             if grad_weight is not None:
                 _add_weight_gradient(grad_weight, grad_logits, rounded, hidden[at])
@@ -121,10 +121,16 @@ class _Memory:
     """What every chunk computes in: fresh memory of this size costs as much as a pass over it."""
 
     def __init__(self, hidden: Tensor, head: OutputHead, targets: TargetTokens) -> None:
-        self.logits = head.empty_logits(hidden)  # then probabilities, then their gradient
-        self.outside = self.logits  # probabilities at temperature 1, without those of top ids
+        # Logits, then probabilities, then their gradient; the product is free once they are read.
+        self.logits = LogitsMemory.of(hidden, head)
+        self.outside = self.logits.logits  # probabilities at temperature 1, less the top ids
         if targets.top_ids is not None and targets.temperatures is not None:
-            self.outside = head.empty_logits(hidden)
+            self.outside = torch.empty_like(self.outside)
+
+    def rounded(self, grad_logits: Tensor) -> Tensor:
+        """`grad_logits` [n, V] in the precision of the hidden states."""
+        product = self.logits.product[: len(grad_logits)]
+        return grad_logits if product.dtype == grad_logits.dtype else product.copy_(grad_logits)
 
 
 def _loss_and_gradient(

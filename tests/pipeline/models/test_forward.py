@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from onstream.pipeline.models import forward, packing
 from onstream.pipeline.models.forward import (
     SHARED_PREFIX,
     VARLEN,
+    attend,
     hidden_states,
     rows_for,
 )
@@ -130,3 +132,14 @@ def test_hidden_states_come_in_the_order_of_the_targets() -> None:
     prompts, completions = sequences(3, 2, seed=1)
     (packed,) = pack(share_prompts(prompts, completions), 1000)
     assert hidden_states(model, packed).shape == (sum(map(len, completions)), 32)
+
+
+def test_attention_is_in_float32_on_a_cpu_where_products_are_in_bfloat16() -> None:
+    draw = torch.Generator().manual_seed(0)
+    states = [torch.randn(1, 2, 7, 8, generator=draw).bfloat16() for _ in range(3)]
+    exact = scaled_dot_product_attention(*(one.float() for one in states), is_causal=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = scaled_dot_product_attention(*states, is_causal=True)
+        found = attend(*states, is_causal=True)
+    assert torch.equal(found, exact.bfloat16())
+    assert not torch.equal(found, rounded)

@@ -1,4 +1,4 @@
-"""Finds by trying how a model is decoded exactly: from slots, or from its own cache."""
+"""How a model is decoded: in how many rows, and from slots or its own cache, found by trying."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from onstream.pipeline.models.loading import set_text_attention, text_config
 from onstream.pipeline.models.multimodal import images_see_themselves
 from onstream.pipeline.models.tokenizer import has_vision
 from onstream.pipeline.models.trial import partial_attention, short_windows
+from onstream.settings.root import Settings
 from onstream.workers.generator.engines.base import GenerationRequest
 from onstream.workers.generator.engines.transformers.decoder import Decoder
 from onstream.workers.generator.engines.transformers.decoding_step import SequenceState
@@ -27,6 +28,8 @@ from onstream.workers.generator.engines.transformers.slot_decoder import (
     UnsupportedAttention,
 )
 
+ENOUGH_ON_CPU = 64
+BUSY_HIDDEN = 256
 PROMPTS = (23, 23, 5, 2)
 COMPLETIONS = (5, 4, 8, 7)
 """Tokens of the trial's sequences. Prompts are longer than the short windows of a trial, and one is
@@ -48,6 +51,17 @@ ERRORS = (
     ValueError,
 )
 """What a model's code raises where it has no such way."""
+
+
+def slots_for(settings: Settings, hidden: int, device: torch.device) -> int:
+    """How many completions are decoded at once.
+
+    A CPU decodes further rows of a wide model no faster, and computes each anew for new weights.
+    """
+    most = settings.inference.max_batch
+    if device.type != "cpu" or hidden < BUSY_HIDDEN:
+        return most
+    return min(most, max(ENOUGH_ON_CPU, settings.orchestrator.batch_size))
 
 
 @torch.inference_mode()

@@ -32,7 +32,7 @@ from onstream.pipeline.models.weight_shapes import WeightShapes
 from onstream.pipeline.telemetry import get_logger
 from onstream.pipeline.weights import LoadedPolicy, WeightsError
 from onstream.workers.generator.engines.base import Completion, GenerationRequest
-from onstream.workers.generator.engines.transformers.decoder_choice import choose_decoder
+from onstream.workers.generator.engines.transformers.decoder_choice import choose_decoder, slots_for
 from onstream.workers.generator.engines.transformers.decoding_step import PromptKey, SequenceState
 from onstream.workers.generator.student import StudentModel, require_possible
 
@@ -59,10 +59,12 @@ def open_engine(student: StudentModel) -> TransformersEngine:
     settings = student.settings
     device = resolve_device(settings.deployment.device)
     dtype = resolve_dtype(settings.inference.dtype, device)
+    model = load_model(student.name, dtype=dtype, device=device)
+    hidden = model.get_input_embeddings().weight.shape[1]
     engine = TransformersEngine(
-        load_model(student.name, dtype=dtype, device=device),
+        model,
         student.stop_ids,
-        slots=settings.inference.max_batch,
+        slots=slots_for(settings, hidden, device),
         on_new_weights=settings.inference.on_new_weights,
     )
     if engine.own_cache_because:

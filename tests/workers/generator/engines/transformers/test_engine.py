@@ -29,7 +29,9 @@ from transformers import (
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.records import VersionSpan
 from onstream.pipeline.weights import LoadedPolicy, WeightsError
+from onstream.settings.root import Settings
 from onstream.workers.generator.engines.base import Completion, GenerationRequest
+from onstream.workers.generator.engines.transformers.decoder_choice import slots_for
 from onstream.workers.generator.engines.transformers.engine import TransformersEngine
 
 EXACT = 1e-5
@@ -482,3 +484,21 @@ def test_an_abort_writes_the_same_as_recomputing(
         student = engine._model
         student.set_attn_implementation("sdpa")
     assert written[0] == written[1]
+
+
+@pytest.mark.parametrize(
+    ("device", "hidden", "batch_size", "max_batch", "expected"),
+    [
+        ("cpu", 512, 128, 256, 128),
+        ("cpu", 512, 8, 256, 64),
+        ("cpu", 512, 128, 16, 16),
+        ("cpu", 64, 128, 256, 256),
+        ("cuda", 512, 128, 256, 256),
+    ],
+)
+def test_a_cpu_decodes_no_more_of_a_wide_student_than_a_step_takes(
+    device: str, hidden: int, batch_size: int, max_batch: int, expected: int
+) -> None:
+    given = {"orchestrator": {"batch_size": batch_size}, "inference": {"max_batch": max_batch}}
+    settings = Settings.model_validate(given)
+    assert slots_for(settings, hidden, torch.device(device)) == expected
