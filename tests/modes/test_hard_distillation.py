@@ -42,6 +42,7 @@ def hard_run(directory: Path, endpoint: str, first: Path, *extra: str) -> Run:
     )
 
 
+@pytest.mark.rotates("a run of the page of three minutes", 2, 3)
 def test_a_chat_endpoint_brings_the_student_to_its_accuracy(tmp_path: Path, endpoint: str) -> None:
     run = hard_run(
         *(

@@ -47,6 +47,7 @@ def mean(rows: list[dict[str, Any]], name: str) -> float:
     return sum(float(row[name]) for row in rows) / len(rows)
 
 
+@pytest.mark.rotates("a run of the page of three minutes", 0, 3)
 def test_quick_start_teaches_by_reward_since_its_teacher_is_the_students_own_start(
     tmp_path: Path,
 ) -> None:
@@ -90,6 +91,7 @@ def test_pure_distillation_runs_no_verifier_and_has_no_reward(tmp_path: Path) ->
     assert after > before
 
 
+@pytest.mark.rotates("a run of the page of three minutes", 1, 3)
 def test_an_external_teacher_is_asked_over_http(tmp_path: Path) -> None:
     assert VLLM_PYTHON.exists(), "`make test-modes` makes the environment that the server runs in"
     server = VllmServer(TEACHER, tmp_path / "vllm.log", python=VLLM_PYTHON)

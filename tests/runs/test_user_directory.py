@@ -115,7 +115,12 @@ def editable(tmp_path: Path) -> Installation:
     return Installation(tmp_path / "venv" / "bin" / "python", {})
 
 
-@pytest.fixture(params=[from_wheel, editable], ids=["wheel", "editable"])
+@pytest.fixture(
+    params=[
+        pytest.param(way, id=name, marks=pytest.mark.rotates("a way to install", place, 2))
+        for place, (name, way) in enumerate({"wheel": from_wheel, "editable": editable}.items())
+    ]
+)
 def installed(request: pytest.FixtureRequest, tmp_path: Path) -> Installation:
     """Onstream as a user installs it."""
     made: Installation = request.param(tmp_path)
