@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from onstream.pipeline.records import (
     MOST,
+    Episode,
     Ids,
     Logprobs,
     Mask,
@@ -61,6 +62,7 @@ _LONG_BYTES: Final = 6000
 _json = msgspec.json.Encoder()
 
 _FIELDS: dict[bytes, tuple[str, ...]] = {
+    b"episode/1": Episode.__struct_fields__,
     b"ticket/1": Ticket.__struct_fields__,
     b"rollout/1": Rollout.__struct_fields__,
     b"tombstone/1": Tombstone.__struct_fields__,
@@ -91,7 +93,7 @@ def encode(record: Work | PolicyVersion) -> bytes:
 
 
 def decode_work(payload: bytes) -> Work:
-    """The ticket, rollout or tombstone in `payload`, every field of it within its bounds.
+    """The ticket, episode, rollout or tombstone in `payload`, every field of it within its bounds.
 
     Raises:
         RecordError: the bytes are not msgpack, or a record of another schema version, or one with
@@ -101,6 +103,8 @@ def decode_work(payload: bytes) -> Work:
     try:
         if isinstance(record, Rollout):
             check_rollout(record)
+        elif isinstance(record, Episode):
+            check_episode(record)
         elif isinstance(record, Ticket):
             check_route(record.route)
     except FieldError as error:
@@ -120,8 +124,8 @@ def decode_unchecked(payload: bytes) -> Work:
         return _work.decode(payload)
     except UNDECODABLE as error:
         raise RecordError(
-            f"{len(payload)} bytes do not decode as a ticket/1, rollout/1 or tombstone/1: "
-            f"{_with_name(str(error), payload)}"
+            f"{len(payload)} bytes do not decode as a ticket/1, episode/1, rollout/1 or "
+            f"tombstone/1: {_with_name(str(error), payload)}"
         ) from error
 
 
@@ -168,6 +172,18 @@ def check_rollout(rollout: Rollout) -> None:
     if not trained_tokens:
         raise FieldError("no token is in a loss mask; expected at least one to train on")
     check_plain("messages or info", [rollout.messages, rollout.info])
+
+
+def check_episode(episode: Episode) -> None:
+    """Raise FieldError where a field of `episode` is at odds with another, or with its bounds."""
+    check_route(episode.ticket.route)
+    check_route(episode.route)
+    check_temperature(episode.temperature)
+    for sample in episode.samples:
+        check_sample(sample)
+    if bool(episode.samples) != bool(episode.turns):
+        raise FieldError(f"{len(episode.samples)} samples of {episode.turns} turns")
+    check_plain("messages, info or tools", [episode.messages, episode.info, episode.tools])
 
 
 def check_sample(sample: Sample) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
 
+from onstream.settings.record_sizes import STATE_BYTES
 from onstream.settings.stages import STAGE_NAMES
 from onstream.settings.stages import StageName as StageName
 
@@ -26,6 +27,8 @@ REASON_CHARACTERS: Final = 4000
 """What is kept of a reason when it is written; far under the bound of its type."""
 
 FinishReason = Literal["stop", "length"]
+Bound = Literal["turns", "tokens", "context"]
+"""What may end an episode before its environment does."""
 
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.uint8]
@@ -40,11 +43,12 @@ Reward = Annotated[float, Meta(ge=-1e9, le=1e9)]
 Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
 Name = Annotated[str, Meta(max_length=4096)]
 Reason = Annotated[str, Meta(max_length=1 << 16)]
+State = Annotated[bytes, Meta(max_length=STATE_BYTES)]
 ImageDigest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Route = Annotated[list[StageName], Meta(min_length=1, max_length=len(STAGE_NAMES))]
 
 
-# trainer -> tickets -> generator
+# trainer -> generate or act -> generator or environment
 class Ticket(msgspec.Struct, tag="ticket/1", array_like=True, frozen=True):
     """A request for one rollout, which gets the same `number`. Numbers count up from 1 in a run.
 
@@ -103,9 +107,41 @@ class Sample(msgspec.Struct, array_like=True):
     teacher_prompt_ids: bytes | None = None
 
 
-# generator -> verify, score or train -> … -> trainer
+# act -> generate -> generator -> act -> environment -> generate -> …
+class Episode(msgspec.Struct, tag="episode/1", array_like=True):
+    """A rollout of several turns, between two of them: all there is of it.
+
+    `messages` are those so far, each turn of the student one of them, and `tools` the schemas of
+    what it may call. `state` is the environment's own, msgpack. `reward` is the sum of what its
+    steps gave. `turns` counts the student's turns, of which `finish_reason` is the last one's;
+    `bound` says that there was no room for another. It ends as a rollout.
+    """
+
+    ticket: Ticket
+    messages: list[dict[str, Any]]
+    info: dict[str, Any]
+    tools: list[dict[str, Any]]
+    state: State
+    temperature: Temperature
+    route: Route
+    samples: list[Sample] = []
+    turns: Count = 0
+    finish_reason: FinishReason = "stop"
+    bound: Bound | None = None
+    reward: Reward = 0.0
+    reward_parts: Annotated[dict[str, Finite], Meta(max_length=256)] = {}
+    timings: Annotated[list[Timing], Meta(max_length=256)] = []
+
+    @property
+    def number(self) -> int:
+        """The number of the rollout that it becomes."""
+        return self.ticket.number
+
+
+# generator or environment -> verify, score or train -> … -> trainer
 class Rollout(msgspec.Struct, tag="rollout/1", array_like=True):
-    """One answer of the policy to one ticket, with what each stage added and the route to go.
+    """One answer of the policy to one ticket, or an episode that has ended, with what each stage
+    added and the route to go.
 
     `info` is what the task's scorer needs beside the messages (the answer, say). `reward` is None
     where no verifier was on the route, or where the scorer failed; then `unscored` says why.
@@ -164,4 +200,4 @@ class PolicyVersion(msgspec.Struct, tag="policy/1", array_like=True, frozen=True
     probe: Probe | None = None
 
 
-Work = Ticket | Rollout | Tombstone
+Work = Ticket | Episode | Rollout | Tombstone

@@ -16,6 +16,7 @@ import structlog
 from onstream.pipeline.record_codec import RecordError, decode_work, encode
 from onstream.pipeline.records import (
     REASON_CHARACTERS,
+    Episode,
     Rollout,
     StageName,
     Ticket,
@@ -24,12 +25,12 @@ from onstream.pipeline.records import (
     Work,
 )
 from onstream.pipeline.redis.streams import Entry, Move, Out
-from onstream.settings.stages import STAGES
+from onstream.settings.stages import FIRST, STAGES, takes_tickets
 
 log = structlog.get_logger(__name__)
 
 RECORDS: dict[str, type[Work]] = {
-    record.__name__: record for record in (Ticket, Rollout, Tombstone)
+    record.__name__: record for record in (Ticket, Episode, Rollout, Tombstone)
 }
 TAKES: dict[StageName, tuple[type[Work], ...]] = {
     stage.name: tuple(RECORDS[name] for name in stage.takes) for stage in STAGES
@@ -59,7 +60,9 @@ class Delivery:
 
     @property
     def ticket(self) -> Ticket:
-        """The record of an entry of the stage `generate`."""
+        """The ticket of an entry of the stages `generate` and `act`: itself, or the episode's."""
+        if isinstance(self.record, Episode):
+            return self.record.ticket
         if not isinstance(self.record, Ticket):
             raise TypeError(f"number {self.number} is a {type(self.record).__name__}, no Ticket")
         return self.record
@@ -82,16 +85,17 @@ class Outcome:
     """
 
     delivery: Delivery
-    record: Rollout | Tombstone | None = None
+    record: Episode | Rollout | Tombstone | None = None
     dead: str | None = None
     elsewhere: bool = False
 
 
-def complete_stage(record: Rollout, stage: StageName, worker: str, taken: float) -> None:
-    """Take `stage` off the route of `record`, and add its timing: `worker` had the record from
-    `taken` until now, in seconds since the epoch.
+def complete_stage(record: Episode | Rollout, stage: StageName, worker: str, taken: float) -> None:
+    """Take `stage` off the route of `record`, where that begins with it, and add its timing:
+    `worker` had the record from `taken` until now, in seconds since the epoch.
     """
-    record.route = [name for name in record.route if name != stage]
+    if record.route[:1] == [stage]:
+        record.route = record.route[1:]
     if not record.timings or record.timings[-1].stage != stage:
         record.timings = [*record.timings, Timing(stage, worker, taken, time.time())]
 
@@ -214,7 +218,7 @@ def delivery_of(entry: Entry, stage: StageName, limits: Limits) -> Delivery:
             f"number {number} was never issued; the run has issued 1 to {limits.issued}", 0
         )
     if not isinstance(record, TAKES[stage]):
-        raise NotForThisStage(f"a {type(record).__name__} in the stream of {stage}", number)
+        raise NotForThisStage(f"{_with_article(record)} in the stream of {stage}", number)
     if record.number != entry.number:
         reason = f"the entry has the number {entry.number} and its record {record.number}"
         raise NotForThisStage(reason, number)
@@ -229,19 +233,30 @@ def _misplaced(record: Work, stage: StageName, limits: Limits) -> str | None:
     if isinstance(record, Tombstone):
         return None
     version = newest_version(record)
-    passing = isinstance(record, Rollout) and stage != "train"
+    passing = not isinstance(record, Ticket) and stage != "train"
     if not limits.was_announced(version, VERSIONS_AHEAD if passing else 0):
         return f"policy version {version} was never announced; the newest is {limits.version}"
-    if isinstance(record, Rollout) and record.route[0] != stage:
-        return f"a rollout at {stage} whose route goes on with {' → '.join(record.route)}"
-    path = [stage, *record.route] if isinstance(record, Ticket) else record.route
+    if isinstance(record, Ticket):
+        path = [FIRST, *record.route]
+        right = takes_tickets(record.route)
+    else:
+        path = record.route
+        right = record.route[0]
+    if right != stage:
+        goes_on = " → ".join(record.route)
+        return f"{_with_article(record)} at {stage} whose route goes on with {goes_on}"
     if not limits.leads_on(path):
         # A stage that nobody works at would keep it for ever.
         return f"the route {' → '.join(path)}; rollouts of this run pass {' → '.join(limits.path)}"
     return None
 
 
-def newest_version(record: Ticket | Rollout) -> int:
+def _with_article(record: Work) -> str:
+    name = type(record).__name__.lower()
+    return f"an {name}" if isinstance(record, Episode) else f"a {name}"
+
+
+def newest_version(record: Ticket | Episode | Rollout) -> int:
     """The newest policy version that `record` names; −1 where it names none."""
     if isinstance(record, Ticket):
         return record.min_policy_version

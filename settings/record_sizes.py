@@ -21,6 +21,8 @@ SCORE_BYTES = 4
 """The teacher's float32 logprob of a token."""
 ALTERNATIVE_BYTES = 8
 """An int32 id and a float32 logprob."""
+STATE_BYTES = 1 << 16
+"""Of the longest state that an environment may keep in an episode."""
 TAIL_BYTES = 4
 """The float32 logprob of all tokens outside the k."""
 STREAM_OVERHEAD = 1.3
@@ -83,8 +85,9 @@ def record_sizes(settings: Settings) -> RecordSizes:
         batch   = 1.3 × B × rollout
         window  = 1.3 × W × rollout
 
-    C is the longest completion. P is not known, and taken to be C. Images are not in it: a record
-    has 66 bytes for each, and Redis their files once beside it.
+    C is the longest completion, or with an environment `task.max_episode`. P is not known, and
+    taken to be C. Images are not in it: a record has 66 bytes for each, and Redis
+    their files once beside it.
 
     What is derived, each at least what it was before there was a formula:
 
@@ -145,13 +148,19 @@ def _teacher_prompt_bytes(settings: Settings) -> int:
 
 def longest_entry(settings: Settings, stage: StageName) -> int:
     """Bytes of the longest record that the stream of `stage` may hold: tickets are short."""
-    if stage == FIRST:
+    plays = settings.task.environment is not None
+    if stage == FIRST and not plays:
         return FIXED_BYTES
-    return longest_rollout(settings, scored=stage == STAGE_NAMES[-1] and teacher_on(settings))
+    state = STATE_BYTES if plays and stage in (FIRST, "act") else 0
+    return state + longest_rollout(
+        settings, scored=stage == STAGE_NAMES[-1] and teacher_on(settings)
+    )
 
 
 def longest_completion(settings: Settings) -> int:
-    """Tokens of the longest completion that may come."""
+    """Tokens of the longest completion, or with an environment episode, that may come."""
+    if settings.task.environment is not None:
+        return settings.task.max_episode
     teacher = settings.orchestrator.teacher_rollout_model
     if teacher is not None and teacher.max_completion is not None:
         return teacher.max_completion

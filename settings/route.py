@@ -9,6 +9,8 @@ from onstream.settings.stages import STAGE_NAMES, StageName
 def route_of(settings: Settings) -> tuple[StageName, ...]:
     """The stages of a rollout after it was generated."""
     route: list[StageName] = []
+    if settings.task.environment is not None:
+        route.append("act")
     if verification_on(settings):
         route.append("verify")
     if teacher_on(settings):
@@ -19,8 +21,11 @@ def route_of(settings: Settings) -> tuple[StageName, ...]:
 def verification_on(settings: Settings) -> bool:
     """Whether rollouts are verified.
 
-    As `orchestrator.verification.enabled` says, else where there is a verifier.
+    As `orchestrator.verification.enabled` says, else where there is a verifier; not where an
+    environment gives the rewards.
     """
+    if settings.task.environment is not None:
+        return False
     enabled = settings.orchestrator.verification.enabled
     deployment = settings.deployment
     if enabled is not None:
@@ -28,6 +33,11 @@ def verification_on(settings: Settings) -> bool:
     if deployment.stages is not None:
         return "verify" in deployment.stages
     return deployment.workers.of("verifier") != 0
+
+
+def rewards_on(settings: Settings) -> bool:
+    """Whether rollouts get rewards: from a verifier or from their environment."""
+    return verification_on(settings) or settings.task.environment is not None
 
 
 def teacher_on(settings: Settings) -> bool:

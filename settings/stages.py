@@ -8,12 +8,15 @@ deployment files follow.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-StageName = Literal["generate", "verify", "score", "train"]
-WorkerKind = Literal["generator", "verifier", "teacher", "teacher-external", "trainer", "jobs"]
-RecordName = Literal["Ticket", "Rollout", "Tombstone"]
+StageName = Literal["generate", "act", "verify", "score", "train"]
+WorkerKind = Literal[
+    "generator", "environment", "verifier", "teacher", "teacher-external", "trainer", "jobs"
+]
+RecordName = Literal["Ticket", "Episode", "Rollout", "Tombstone"]
 # The names stand twice, here and in the table below, because mypy and msgspec read no table:
 # tests/settings/test_stages.py holds them together.
 
@@ -58,7 +61,7 @@ class StageSpec:
 STAGES: tuple[StageSpec, ...] = (
     StageSpec(
         "generate",
-        takes=("Ticket",),
+        takes=("Ticket", "Episode"),
         workers=(
             WorkerSpec(
                 "generator",
@@ -68,6 +71,19 @@ STAGES: tuple[StageSpec, ...] = (
                 count_doc="Workers that generate rollouts.",
             ),
         ),
+    ),
+    StageSpec(
+        "act",
+        takes=("Ticket", "Episode"),
+        workers=(
+            WorkerSpec(
+                "environment",
+                "onstream.workers.environment.stage:EnvironmentWorker",
+                count_doc="Workers that play the environment of `task.environment`, where that is "
+                "set.",
+            ),
+        ),
+        switch="task.environment",
     ),
     StageSpec(
         "verify",
@@ -142,7 +158,7 @@ STAGE_NAMES: tuple[StageName, ...] = tuple(stage.name for stage in STAGES)
 """Every stage, in the order of the flow."""
 
 FIRST: StageName = STAGE_NAMES[0]
-"""The stage that takes tickets: every rollout starts there."""
+"""The stage that writes: every rollout passes it."""
 
 WORK_STAGES: tuple[StageName, ...] = tuple(stage.name for stage in STAGES if stage.is_work)
 """The stages whose streams hold only work to do."""
@@ -173,3 +189,14 @@ START_ORDER: tuple[WorkerKind, ...] = tuple(
 
 SWITCHES: dict[StageName, str] = {stage.name: stage.switch for stage in STAGES if stage.switch}
 """The setting that takes a stage off the route, for those that are not always on it."""
+
+EPISODE_STAGES: tuple[StageName, StageName] = (FIRST, "act")
+"""The two stages between which episodes go back and forth."""
+
+
+def takes_tickets(route: Sequence[StageName]) -> StageName:
+    """The stage that the tickets of a run go to, by the `route` of its rollouts after `FIRST`.
+
+    An environment has the first word in an episode.
+    """
+    return "act" if "act" in route else FIRST

@@ -9,7 +9,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,12 @@ _encode = msgspec.msgpack.Encoder().encode
 
 @dataclass(frozen=True)
 class ChildWork:
-    """What a child does: `answer` returns a reply to each request, and never raises."""
+    """What a child does: `answer` returns a reply to each request, and never raises.
 
-    request_type: type[msgspec.Struct]
+    `decode` reads the requests of one frame.
+    """
+
+    decode: Callable[[bytes], Sequence[Any]]
     answer: Callable[[Any], Reply]
 
 
@@ -38,11 +41,10 @@ def serve(connection: socket.socket, work: ChildWork, max_memory_bytes: int) -> 
     _confine(max_memory_bytes)
     _send(connection, b"")
     pid = os.getpid()
-    requests = msgspec.msgpack.Decoder(list[work.request_type])  # type: ignore[name-defined]
     with connection.makefile("rb") as incoming:
         while header := incoming.read(LENGTH.size):
             (length,) = LENGTH.unpack(header)
-            for request in requests.decode(incoming.read(length)):
+            for request in work.decode(incoming.read(length)):
                 reply = work.answer(request)
                 if os.getpid() != pid:
                     os._exit(0)  # the work forked, and this is the copy, which returns as well

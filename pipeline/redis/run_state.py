@@ -21,12 +21,14 @@ from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection
 from onstream.pipeline.redis.keys import GROUP, STAGES
 from onstream.settings.decoding import UNDECODABLE
-from onstream.settings.stages import FIRST
+from onstream.settings.stages import EPISODE_STAGES, FIRST
 
 if TYPE_CHECKING:
     from onstream.pipeline.stage import Stats
 
 PAGE = 500
+LOOKS = 4
+"""How often streams between which records go back and forth are read, so that none is missed."""
 STARTED = time.time()
 VERSION = version("onstream")
 FAILED = "failed"
@@ -278,6 +280,17 @@ class RunState:
     def numbers(self, stage: StageName) -> list[int]:
         """The numbers of all entries of the stream of `stage`, in order; 0 where one names none."""
         return list(self._numbers(self._keys.streams[stage]))
+
+    def numbers_of_episodes(self) -> set[int]:
+        """The numbers of the episodes on their way between environment and student.
+
+        They go back and forth between two streams. One is missed only where it has moved between
+        each two of several looks. Empty where the run has no environment.
+        """
+        if "act" not in self.path():
+            return set()
+        looks = (*EPISODE_STAGES,) * LOOKS
+        return {number for stage in looks for number in self.numbers(stage)}
 
     def dead_numbers(self) -> list[int]:
         """The numbers of all dead letters still in Redis, in order; 0 for one that names none."""

@@ -23,6 +23,7 @@ from onstream.pipeline.redis.connection import Connection, batched
 from onstream.pipeline.redis.keys import GROUP, WORKING
 from onstream.pipeline.redis.lease import DataLost, Lease, LeaseHeld, is_dead, while_it_may_expire
 from onstream.pipeline.run_files.ownership import Ownership
+from onstream.settings.stages import takes_tickets
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
@@ -164,7 +165,7 @@ class TrainerLease:
             )
         keys = [
             self._keys.issued,
-            self._keys.streams["generate"],
+            self._tickets_stream(tickets),
             self._keys.requests,
             self._keys.requeued,
             *self._working,
@@ -179,6 +180,11 @@ class TrainerLease:
             *_numbered(tickets),
         ]
         return self._issue(scripts.ISSUE, lease, keys, args)
+
+    def _tickets_stream(self, tickets: Sequence[Ticket]) -> str:
+        """The stream of `tickets`, which are of one run."""
+        route = tickets[0].route if tickets else ()
+        return self._keys.streams[takes_tickets(route)]
 
     def _issue(
         self, script: scripts.Script, lease: Lease, keys: Sequence[str], args: Sequence[Any]
@@ -215,7 +221,7 @@ class TrainerLease:
         Raises:
             LeaseLost: another trainer took over.
         """
-        keys = [self._keys.reissued, self._keys.streams["generate"]]
+        keys = [self._keys.reissued, self._tickets_stream(tickets)]
         args = [token, *self.required_stages, *_numbered(tickets)]
         return self._issue(scripts.REISSUE, lease, keys, args)
 

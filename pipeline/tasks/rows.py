@@ -35,15 +35,16 @@ class RowError(ValueError):
 class RowReader:
     """Reads rows with `messages`, or with a prompt field, and an answer.
 
-    With the scorer `code` or one of the user's own, a problem's `info` is every other column.
-    Otherwise it is the answer alone, as text.
+    With an environment, the scorer `code` or one of the user's own, a problem's `info` is every
+    other column. Otherwise it is the answer alone, as text.
     """
 
     def __init__(self, settings: Settings) -> None:
         task = settings.task
         self._prompt = task.prompt_field
         self._answer = task.answer_field
-        self._whole_row = task.scorer is not None and task.scorer not in ANSWER_SCORERS
+        own_scorer = task.scorer is not None and task.scorer not in ANSWER_SCORERS
+        self._whole_row = own_scorer or task.environment is not None
         self._takes_schema = task.scorer == "json-schema"
         self._needs_answer = not self._whole_row and verification_on(settings)
         self._system: list[Message] = (

@@ -9,11 +9,19 @@ from onstream.settings.problems import SettingsProblem
 from onstream.settings.root import Settings
 from onstream.settings.rules.deployment import DEPLOYMENT_RULES, deployment_warnings
 from onstream.settings.rules.engines import ENGINE_RULES, engine_warnings
+from onstream.settings.rules.episodes import EPISODE_RULES
 from onstream.settings.rules.sizes import SIZE_RULES, size_warnings
 from onstream.settings.rules.teacher import TEACHER_RULES, teacher_warnings
 from onstream.settings.rules.training import TRAINING_RULES, hard_distillation_warnings
 
-RULES = (*ENGINE_RULES, *TRAINING_RULES, *TEACHER_RULES, *DEPLOYMENT_RULES, *SIZE_RULES)
+RULES = (
+    *ENGINE_RULES,
+    *TRAINING_RULES,
+    *TEACHER_RULES,
+    *DEPLOYMENT_RULES,
+    *SIZE_RULES,
+    *EPISODE_RULES,
+)
 
 
 def problems_of(settings: Settings) -> list[SettingsProblem]:

@@ -86,6 +86,12 @@ def redis_warnings(settings: Settings) -> Iterator[str]:
         )
 
 
+def _unverified(settings: Settings) -> str:
+    if settings.task.environment is not None:
+        return "the environment gives the rewards"
+    return "orchestrator.verification.enabled = false"
+
+
 def deployment_warnings(settings: Settings) -> Iterator[str]:
     """Workers that are missing, that no rollout passes, or that are never added; an open Redis."""
     yield from redis_warnings(settings)
@@ -99,7 +105,8 @@ def deployment_warnings(settings: Settings) -> Iterator[str]:
                 f"(onstream worker {kinds[0]} {settings.run_dir})."
             )
     for stage, why in (
-        ("verify", "orchestrator.verification.enabled = false"),
+        ("act", "task.environment is unset"),
+        ("verify", _unverified(settings)),
         ("score", f'trainer.loss.type = "{settings.trainer.loss.type}"'),
     ):
         if stage in (settings.deployment.stages or ()) and stage not in route_of(settings):

@@ -13,10 +13,10 @@ from onstream.settings.root import Settings
 from onstream.settings.route import (
     local_teacher,
     local_teacher_configured,
+    rewards_on,
     rollout_teacher,
     teacher_configured,
     teacher_on,
-    verification_on,
 )
 from onstream.settings.stages import WorkerKind
 
@@ -197,7 +197,7 @@ def teacher_warnings(settings: Settings) -> Iterator[str]:
     without_vllm = local_teacher(settings) and teacher_engine(settings) == "transformers"
     if settings.teacher_inference.extra_args and without_vllm:
         yield "teacher_inference.extra_args has no effect: the teacher's engine is transformers."
-    if loss.needs_teacher and loss.needs_reward and not verification_on(settings):
+    if loss.needs_teacher and loss.needs_reward and not rewards_on(settings):
         yield (
             f"{loss.REWARD_SETTING} has no effect: deployment.stages leaves the verifier out, so "
             "no rollout has a reward."

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from onstream.settings.fields import known
 from onstream.settings.problems import SettingsProblem, problem_with
 from onstream.settings.root import Settings
-from onstream.settings.route import verification_on
+from onstream.settings.route import rewards_on, verification_on
 
 
 def whole_groups(settings: Settings) -> Iterator[SettingsProblem]:
@@ -40,9 +40,10 @@ def reward_bounds(settings: Settings) -> Iterator[SettingsProblem]:
 def learning_signal(settings: Settings) -> Iterator[SettingsProblem]:
     """There is a teacher or a reward to learn from."""
     loss = settings.trainer.loss
-    verified = verification_on(settings)
-    rewarded = loss.needs_reward and verified
-    if loss.needs_reward and settings.orchestrator.verification.enabled is False:
+    has_rewards = rewards_on(settings)
+    rewarded = loss.needs_reward and has_rewards
+    turned_off = settings.orchestrator.verification.enabled is False and not has_rewards
+    if loss.needs_reward and turned_off:
         yield problem_with(
             settings,
             ["orchestrator.verification.enabled", loss.REWARD_SETTING],

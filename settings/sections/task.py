@@ -92,6 +92,17 @@ class TaskSettings(Section):
     """
     system_prompt: Annotated[str | None, RUN] = None
     """A system message put before each prompt."""
+    environment: Annotated[str | None, RUN, Field(pattern=r"^([a-z-]+|[\w.]+:[\w.]+)$")] = None
+    """Play an episode of several turns on each problem: `calculator`, `sort-turns`, or a class or
+    function of yours, `module:name`, that makes an environment (docs/environments.md). It gives the
+    reward.
+    """
+    max_turns: Annotated[int, RUN, Unit("turns"), Field(ge=1, le=100)] = 8
+    """With an environment: the most turns of the student in an episode, which then ends."""
+    max_episode: Annotated[int, RUN, Unit("tokens"), Field(ge=1, le=1 << 20)] = 4096
+    """With an environment: the most tokens of an episode after its first prompt, those of the
+    environment included. The episode ends where the next turn would have none left.
+    """
     teacher_prompt: TeacherPromptSettings = TeacherPromptSettings()
 
 

@@ -27,7 +27,16 @@ COMPOSE_FILES = [*sorted(ROOT.glob("compose*.yaml")), ROOT / "deploy/stack.yaml"
 MANIFESTS = sorted((ROOT / "deploy/k8s").glob("*.yaml"))
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-WORKERS = ("trainer", "generator", "verifier", "teacher", "teacher-external", "jobs", "status")
+WORKERS = (
+    "trainer",
+    "generator",
+    "environment",
+    "verifier",
+    "teacher",
+    "teacher-external",
+    "jobs",
+    "status",
+)
 KUBERNETES = "1.31"
 
 
@@ -118,9 +127,13 @@ def test_the_default_services_carry_no_profile_and_may_be_scaled_to_none() -> No
     profiles = {
         name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service
     }
-    assert profiles == {"teacher-external": ["teacher-external"], "status": ["monitoring"]}
+    assert profiles == {
+        "environment": ["environment"],
+        "teacher-external": ["teacher-external"],
+        "status": ["monitoring"],
+    }
     scaled = {name: service["scale"] for name, service in SERVICES.items() if "scale" in service}
-    assert set(scaled) == {"generator", "verifier", "teacher", "teacher-external", "jobs"}
+    assert set(scaled) == set(WORKERS) - {"trainer", "status"}
     for kind, scale in scaled.items():
         variable = variable_of(f"deployment.workers.{count_name(kind)}")
         assert SERVICES["trainer"]["environment"][variable] == scale, (

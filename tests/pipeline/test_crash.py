@@ -152,6 +152,6 @@ def test_kills_of_workers_and_server_lose_nothing_and_double_nothing(
     assert bus.state.issued() == RECORDS
     assert {number for number in range(1, RECORDS + 1) if number not in arrived} == set(), "lost"
     assert {number: count for number, count in arrived.items() if count > 1} == {}, "duplicated"
-    assert bus.state.backlog() == {"generate": 0, "verify": 0, "score": 0, "train": 0}
+    assert bus.state.backlog() == {"generate": 0, "act": 0, "verify": 0, "score": 0, "train": 0}
     assert bus.state.dead_numbers() == []
     bus.close()

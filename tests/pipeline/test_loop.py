@@ -93,7 +93,13 @@ def test_a_ticket_becomes_a_rollout_for_the_first_stage_of_its_route(
     assert all(
         isinstance(record, Rollout) and record.route == ["verify", "train"] for record in moved
     )
-    assert bus.state.backlog() == {"generate": 0, "verify": 3, "score": 0, "train": 0}
+    assert bus.state.backlog() == {
+        "generate": 0,
+        "act": 0,
+        "verify": 3,
+        "score": 0,
+        "train": 0,
+    }
     assert bus.state.ready_stages() == {"generate"}
 
 
@@ -133,7 +139,7 @@ def test_bytes_that_do_not_decode_become_a_dead_letter_and_a_tombstone(
         "verify",
     )
     assert "do not decode" in letters[0].reason
-    assert letters[1].reason == "a Ticket in the stream of verify"
+    assert letters[1].reason == "a ticket in the stream of verify"
     assert letters[2].reason == "the entry has the number 9 and its record 3"
     tombstones = [decode_work(entry.payload) for entry in second_bus.streams.read("train", 10)]
     assert tombstones[0] == Tombstone(7, "verify", letters[0].reason)
@@ -226,7 +232,7 @@ def test_a_worker_drains_what_it_works_on_before_it_stops(bus: Bus, second_bus: 
 
     issue(bus, 4)
     assert run_worker(Slow("generate"), bus, LASTING, block_s=0.2) == Exit.OK
-    assert bus.state.backlog() == {"generate": 0, "verify": 4, "score": 0, "train": 0}
+    assert bus.state.backlog() == {"generate": 0, "act": 0, "verify": 4, "score": 0, "train": 0}
 
 
 def test_a_record_that_was_never_finished_is_taken_over_when_its_lease_ends(

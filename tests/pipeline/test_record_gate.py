@@ -20,6 +20,7 @@ from onstream.pipeline.record_codec import (
     read_number,
 )
 from onstream.pipeline.records import (
+    Episode,
     PolicyVersion,
     Rollout,
     StageName,
@@ -163,6 +164,69 @@ REFUSED = {
     ),
     "an image by path": (of_sample(images=["../../../etc/passwd"]), "samples: Expected `str`"),
 }
+
+
+EPISODE_ROUTE: tuple[StageName, ...] = ("act", "train")
+
+
+def whole_episode() -> Episode:
+    """An episode after a turn, on its way to the environment."""
+    asked = ticket(1, EPISODE_ROUTE)
+    made = rollout(asked, tokens=TOKENS)
+    return Episode(
+        asked, made.messages, {}, [], b"\xc0", 1.0, list(EPISODE_ROUTE), made.samples, turns=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"state": b"x" * 65_537}, "state: Expected `bytes` of length <= 65536"),
+        ({"turns": 0}, "1 samples of 0 turns"),
+        ({"samples": []}, "0 samples of 1 turns"),
+        ({"bound": "time"}, "bound: Invalid enum value 'time'"),
+        ({"route": ["generate", "score", "act", "train"]}, "in the order of the flow"),
+        ({"tools": [{"a": {None: 1}}]}, "messages, info or tools holds what JSON cannot"),
+        ({"temperature": 1e-9}, "temperature 1e-09; expected 0, or 0.001 to 10"),
+    ],
+)
+def test_a_field_of_an_episode_out_of_its_bounds_is_refused(
+    fields: dict[str, Any], words: str
+) -> None:
+    assert decode_work(encode(whole_episode())) == whole_episode()
+    with pytest.raises(RecordError, match=words):
+        decode_work(encode(msgspec.structs.replace(whole_episode(), **fields)))
+
+
+def test_the_samples_of_an_episode_are_checked_as_a_rollouts_are() -> None:
+    made = whole_episode()
+    made.samples[0].loss_mask = b"\xff" * TOKENS
+    with pytest.raises(RecordError, match="episode 1: loss_mask has the byte 255"):
+        decode_work(encode(made))
+
+
+def test_tickets_of_episodes_go_to_the_environment_and_episodes_where_their_route_says(
+    bus: Bus,
+) -> None:
+    issue(bus, 8)
+    planned(bus, *EPISODE_ROUTE)
+    put(bus, "act", 1, encode(ticket(1, EPISODE_ROUTE)))
+    put(bus, "act", 2, encode(ticket(2)))
+    put(bus, "generate", 3, encode(ticket(3, EPISODE_ROUTE)))
+    made = whole_episode()
+    for stage, route in (("act", ["act"]), ("generate", ["generate", "act"]), ("generate", [])):
+        put(bus, stage, 1, encode(msgspec.structs.replace(made, route=[*route, "train"])))
+    put(bus, "train", 1, encode(made))
+
+    assert accepted(bus, "train") == []
+    assert accepted(bus, "act") == [1, 1]
+    assert accepted(bus, "generate") == [1]
+    assert [letter.reason for letter in bus.state.dead_letters()] == [
+        "an episode in the stream of train",
+        "a ticket at act whose route goes on with verify → train",
+        "a ticket at generate whose route goes on with act → train",
+        "an episode at generate whose route goes on with train",
+    ]
 
 
 def test_a_whole_rollout_passes() -> None:

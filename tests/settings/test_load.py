@@ -182,7 +182,7 @@ def test_a_rule_between_settings_is_silent_where_one_of_them_is_wrong_by_itself(
 def test_one_message_tells_of_a_list_with_a_wrong_item() -> None:
     [told] = problems('deployment.stages=["generate", "judge"]')
     assert told.startswith(
-        "deployment.stages[1] = judge; expected 'generate', 'verify', 'score' or 'train'"
+        "deployment.stages[1] = judge; expected 'generate', 'act', 'verify', 'score' or 'train'"
     )
 
 

@@ -26,7 +26,31 @@ UNVERIFIED = "orchestrator.verification.enabled=false"
 NCCL = ["weights.transport=nccl", "deployment.device=cuda", "inference.engine=vllm"]
 STAGES = "deployment.stages={}".format
 
+EPISODES = ["task.environment=sort-turns", "eval.samples=0"]
+
 REFUSED = [
+    # Episodes.
+    (
+        [*EPISODES, "orchestrator.verification.enabled=true"],
+        'task.environment = "sort-turns" with orchestrator.verification.enabled = true',
+        "expected no verifier: an environment gives the reward itself",
+    ),
+    (
+        [*EPISODES, *TEACHER, "task.teacher_prompt.system=You know."],
+        'task.environment = "sort-turns" with task.teacher_prompt.system = "You know."',
+        "it reads an episode as it was played",
+    ),
+    ([*EPISODES, "task.scorer=math"], 'with task.scorer = "math"', "expected no scorer"),
+    (
+        EPISODES[:1],
+        'task.environment = "sort-turns" with eval.samples = 256',
+        "episodes are not evaluated yet, only trained on. Set eval.samples = 0",
+    ),
+    (
+        [*EPISODES, *HARD],
+        'orchestrator.teacher_rollout_model.model.name = "big"',
+        "expected a student that writes the turns of its episodes itself",
+    ),
     # Sizes.
     (
         ["redis.max_memory=64", "orchestrator.batch_size=8192"],
@@ -378,6 +402,14 @@ WARNED = [
         "inference.sampling.temperature has no effect",
     ),
     (
+        [STAGES('["generate", "act", "verify", "train"]')],
+        "deployment.stages names act, but task.environment is unset: no act worker runs.",
+    ),
+    (
+        [*EPISODES, STAGES('["generate", "act", "verify", "train"]')],
+        "deployment.stages names verify, but the environment gives the rewards",
+    ),
+    (
         [*HARD, STAGES('["generate", "verify", "score", "train"]')],
         'names score, but trainer.loss.type = "sft"',
     ),
@@ -434,6 +466,8 @@ def test_each_rule_tells_one_thing_and_nothing_else_is_told(
         ["task.name=jsonl", "task.path=a.jsonl", "task.eval_path=b.jsonl"],
         ["task.name=hf:a.csv", "task.eval_path=b.csv"],
         NCCL,
+        EPISODES,
+        [*EPISODES, UNVERIFIED],
     ],
 )
 def test_what_can_work_is_not_refused(overrides: list[str]) -> None:

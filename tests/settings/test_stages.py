@@ -6,7 +6,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from onstream.pipeline.records import Rollout, Ticket, Tombstone
+from onstream.pipeline.records import Episode, Rollout, Ticket, Tombstone
 from onstream.pipeline.redis.keys import STAGES as STREAMS
 from onstream.pipeline.redis.keys import WORKING
 from onstream.pipeline.stage import TAKES
@@ -42,10 +42,11 @@ def test_every_stage_has_its_own_workers() -> None:
 
 
 def test_the_streams_and_what_they_hold_follow_from_the_table() -> None:
-    assert STREAMS == ("generate", "verify", "score", "train")
-    assert WORKING == ("generate", "verify", "score")
+    assert STREAMS == ("generate", "act", "verify", "score", "train")
+    assert WORKING == ("generate", "act", "verify", "score")
     assert dict(TAKES) == {
-        "generate": (Ticket,),
+        "generate": (Ticket, Episode),
+        "act": (Ticket, Episode),
         "verify": (Rollout,),
         "score": (Rollout,),
         "train": (Rollout, Tombstone),

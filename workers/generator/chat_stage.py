@@ -33,13 +33,13 @@ from onstream.settings.chat_templates import arguments_of
 from onstream.settings.root import Settings
 from onstream.workers.generator.chat_template import ReconstructionError
 from onstream.workers.generator.reconstruction import ReconstructedSample, Reconstructor
-from onstream.workers.generator.stage import (
+from onstream.workers.generator.student import load_student_model
+from onstream.workers.generator.tickets import (
     STAGE,
     ImagesToHold,
     rollout_of,
     split_unusable,
 )
-from onstream.workers.generator.student import load_student_model
 
 if TYPE_CHECKING:
     from onstream.pipeline.redis.bus import Bus

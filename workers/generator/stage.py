@@ -1,45 +1,46 @@
-"""The worker that writes rollouts: each ticket's problem, answered by the newest policy version."""
+"""The worker that writes rollouts: each ticket's problem, answered by the newest policy version;
+and turns of episodes.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
+from msgspec.structs import replace
 
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.images import ImageError
 from onstream.pipeline.prompts import PROMPTS_KEPT, Prompt
-from onstream.pipeline.record_codec import ids_bytes, logprobs_bytes, mask_bytes
+from onstream.pipeline.record_codec import ids_bytes
 from onstream.pipeline.records import (
-    FinishReason,
+    Episode,
     PolicyVersion,
     Rollout,
-    Sample,
     StageName,
-    Ticket,
 )
-from onstream.pipeline.redis.image_store import ImageHold, ImageStore
 from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.pipeline.tasks import Problem, load_task
 from onstream.pipeline.telemetry import get_logger
 from onstream.pipeline.weights import DirectoryReader, PolicyFetcher, StoreReader
 from onstream.pipeline.weights.redis_store import ChunkReader
 from onstream.settings.root import Settings
+from onstream.workers.generator.conversation import Conversation
 from onstream.workers.generator.engines.base import Completion, GenerationRequest
+from onstream.workers.generator.episode_turns import EpisodeTurns, Turn, new_sample, turn_seed
 from onstream.workers.generator.guard import Guard, tolerance_of
 from onstream.workers.generator.nccl_receiver import ReceivingEngine, TransferReceiver
 from onstream.workers.generator.policy_loader import PolicyLoader
 from onstream.workers.generator.student import PromptTooLong, open_student
+from onstream.workers.generator.tickets import STAGE, ImagesToHold, rollout_of, split_unusable
 
 if TYPE_CHECKING:
     from onstream.pipeline.redis.bus import Bus
 
-STAGE: StageName = "generate"
-Prepared = TypeVar("Prepared")
 
 log = get_logger()
 
@@ -69,13 +70,21 @@ class ActiveTicket:
     prepared: PreparedProblem
 
 
+@dataclass(frozen=True)
+class ActiveTurn:
+    """An episode whose next turn the engine is writing."""
+
+    delivery: Delivery
+    turn: Turn
+
+
 class Generator:
     """Writes rollouts with an engine.
 
-    - Consumes: tickets.
+    - Consumes: tickets, and with an environment episodes.
     - Waits for: the policy version that each ticket asks for at least, and a slot of the engine.
     - Is unblocked by: a newer announced version, and completions that end.
-    - Produces: rollouts.
+    - Produces: rollouts, and episodes with another turn.
 
     Each `handle` looks for a newer version, then writes one token of every running rollout. While
     the newest version cannot be loaded it takes no tickets, and `stats.detail` says why. If that
@@ -95,7 +104,7 @@ class Generator:
         self._bus = bus
         self._newest = newest or bus.state.newest_policy
         self._images = ImagesToHold(bus.images, settings.delivery.max_handle / 2)
-        self._active: dict[int, ActiveTicket] = {}  # by the request's key
+        self._active: dict[int, ActiveTicket | ActiveTurn] = {}  # by the request's key
         self._early: deque[Delivery] = deque()  # tickets for a version that is not loaded yet
         self._last_key = 0
 
@@ -107,6 +116,7 @@ class Generator:
         """
         self._task = load_task(self._settings)
         self._student = open_student(self._settings)
+        self._turns = self._episode_turns()
         fetcher = PolicyFetcher(self._weight_store(), deltas=self._settings.weights.deltas)
         self._policies = PolicyLoader(
             self._student.engine, fetcher, self._newest, receiver=self._receiver()
@@ -162,6 +172,24 @@ class Generator:
         self._early.clear()
         self._student.engine.close()
 
+    def _episode_turns(self) -> EpisodeTurns:
+        """What the episodes of this run need, where it has any.
+
+        Raises:
+            UserError: the student's chat template does not render them.
+        """
+        model = self._student.model
+        turns = EpisodeTurns(
+            Conversation(model.tokenizer, model.template_arguments),
+            max_context=lambda: self._student.engine.max_context,
+            max_completion=self._settings.inference.sampling.max_completion,
+            max_episode=self._settings.task.max_episode,
+            text=self._student.text,
+        )
+        if self._settings.task.environment is not None:
+            turns.check()
+        return turns
+
     def _weight_store(self) -> StoreReader:
         if self._settings.weights.transport == "redis":
             return ChunkReader(self._bus.weights)
@@ -192,11 +220,20 @@ class Generator:
             else:
                 due.append(delivery)
         self._early = early
-        usable, refused = split_unusable(
-            due, self._prepare, (PromptTooLong, TemplateError, ImageError)
+        tickets = [delivery for delivery in due if not isinstance(delivery.record, Episode)]
+        usable, outcomes = split_unusable(
+            tickets, self._prepare, (PromptTooLong, TemplateError, ImageError)
         )
-        self._student.engine.add([self._request(*ticket) for ticket in usable])
-        return refused
+        requests = [self._request(*ticket) for ticket in usable]
+        for delivery in due:
+            if isinstance(delivery.record, Episode):
+                begun = self._begin_turn(delivery, delivery.record)
+                if isinstance(begun, Outcome):
+                    outcomes.append(begun)
+                else:
+                    requests.append(begun)
+        self._student.engine.add(requests)
+        return outcomes
 
     def _require_progress(self) -> None:
         failing_s = self._policies.failing_s
@@ -236,25 +273,40 @@ class Generator:
             images=prepared.rendered.prompt.images,
         )
 
+    def _begin_turn(self, delivery: Delivery, episode: Episode) -> GenerationRequest | Outcome:
+        """The request for the next turn of `episode`; it goes on without one that has no room."""
+        try:
+            turn = self._turns.next(episode)
+        except TemplateError as error:
+            return Outcome(delivery, dead=f"the episode cannot be rendered: {error}")
+        if not isinstance(turn, Turn):
+            if not episode.turns:
+                return Outcome(delivery, dead=f"no room for a first turn: {turn}")
+            return Outcome(delivery, replace(episode, bound=turn))
+        self._last_key += 1
+        self._active[self._last_key] = ActiveTurn(delivery, turn)
+        return GenerationRequest(
+            key=self._last_key,
+            prompt_ids=turn.prompt_ids,
+            max_tokens=turn.max_tokens,
+            seed=turn_seed(episode.ticket.seed, episode.turns),
+            temperature=self._settings.inference.sampling.temperature,
+        )
+
     def _outcome(self, completion: Completion) -> Outcome:
-        ticket = self._active.pop(completion.key)
+        active = self._active.pop(completion.key)
         self.stats.add("tokens", len(completion.token_ids))
-        self._images.add(ticket.delivery, ticket.prepared.rendered.prompt)
-        return Outcome(ticket.delivery, self._rollout(ticket, completion))
+        if isinstance(active, ActiveTurn):
+            return Outcome(active.delivery, self._turns.after(active.turn, completion))
+        self._images.add(active.delivery, active.prepared.rendered.prompt)
+        return Outcome(active.delivery, self._rollout(active, completion))
 
     def _rollout(self, ticket: ActiveTicket, completion: Completion) -> Rollout:
         rendered = ticket.prepared.rendered
         prompt = rendered.prompt
-        sample = Sample(
-            prompt_ids=ids_bytes(prompt.ids),
-            completion_ids=ids_bytes(completion.token_ids),
-            loss_mask=mask_bytes([1] * len(completion.token_ids)),
-            generator_logprobs=logprobs_bytes(completion.logprobs),
-            version_spans=completion.version_spans,
-            completion_text=self._student.text(completion.token_ids),
-            images=prompt.digests,
-            teacher_prompt_ids=rendered.teacher_prompt_ids,
-        )
+        sample = new_sample(prompt.ids, completion, self._student.text(completion.token_ids))
+        sample.images = prompt.digests
+        sample.teacher_prompt_ids = rendered.teacher_prompt_ids
         return rollout_of(
             ticket.delivery.ticket,
             rendered.problem,
@@ -281,87 +333,3 @@ class Generator:
         if detail and detail != self.stats.detail:
             log.info(detail)
         self.stats.detail = detail
-
-
-# What both generators, this one and that of chat endpoints, do with tickets.
-
-
-def split_unusable(
-    deliveries: Iterable[Delivery],
-    prepare: Callable[[int], Prepared],
-    errors: tuple[type[Exception], ...],
-) -> tuple[list[tuple[Delivery, Prepared]], list[Outcome]]:
-    """The tickets whose problem can be prepared, with the result, and dead letters for the others.
-
-    A problem that fails is not prepared again for the rest of its group: an image may take long to
-    be given up.
-
-    Args:
-        deliveries: tickets.
-        prepare: called with the index of a problem.
-        errors: what `prepare` raises for a problem that cannot be used.
-    """
-    usable = []
-    dead = []
-    reasons = dict[int, str]()
-    for delivery in deliveries:
-        index = delivery.ticket.index
-        if index not in reasons:
-            try:
-                usable.append((delivery, prepare(index)))
-                continue
-            except errors as error:
-                reasons[index] = f"problem {index} cannot be asked: {error}"
-        dead.append(Outcome(delivery, dead=reasons[index]))
-    return usable, dead
-
-
-class ImagesToHold:
-    """The images of rollouts that are about to move on; Redis gets them before that.
-
-    `patience_s` is how long to wait for a full Redis.
-    """
-
-    def __init__(self, store: ImageStore, patience_s: float) -> None:
-        self._store = store
-        self._patience_s = patience_s
-        self._holds: list[ImageHold] = []
-
-    def add(self, delivery: Delivery, prompt: Prompt) -> None:
-        """Note the images of `prompt`, which the rollout from `delivery` names."""
-        if prompt.images:
-            self._holds.append(ImageHold(delivery.entry_id, delivery.number, prompt.files))
-
-    def hold(self) -> None:
-        """Put them into Redis, until their numbers have settled.
-
-        Raises:
-            ImagesFull: Redis stayed full.
-        """
-        if self._holds:
-            self._store.hold(STAGE, self._holds, patience_s=self._patience_s)
-            self._holds.clear()
-
-
-def rollout_of(
-    ticket: Ticket,
-    problem: Problem,
-    prompt: Prompt,
-    samples: Sequence[Sample],
-    *,
-    temperature: float,
-    finish_reason: FinishReason,
-) -> Rollout:
-    """The rollout that answers `ticket`."""
-    return Rollout(
-        number=ticket.number,
-        group=ticket.group,
-        group_size=ticket.group_size,
-        index=ticket.index,
-        messages=prompt.messages,
-        info=problem.info,
-        samples=list(samples),
-        temperature=temperature,
-        finish_reason=finish_reason,
-        route=list(ticket.route),
-    )

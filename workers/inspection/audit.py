@@ -17,6 +17,7 @@ from onstream.pipeline.records import StageName
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import dead_numbers
 from onstream.pipeline.redis.keys import STAGES
+from onstream.pipeline.redis.run_state import LOOKS
 from onstream.pipeline.run_files import recording
 from onstream.pipeline.run_files.json_lines import read_rows
 from onstream.pipeline.run_files.ledger import LEDGER, Ledger, Settled, ledger_differs
@@ -46,6 +47,7 @@ def audit(run_dir: Path, bus: Bus) -> dict[str, Any]:
     # of the flow, the journal, and the ledger last. So a rollout that moves on is met at least
     # once.
     issued = range(1, bus.state.issued() + 1)
+    episodes = bus.state.numbers_of_episodes()
     streams = {stage: bus.state.numbers(stage) for stage in STAGES}
     in_journal = _in_journal(run_dir)
     dead = dead_numbers(bus, run_dir)
@@ -53,7 +55,7 @@ def audit(run_dir: Path, bus: Bus) -> dict[str, Any]:
     ledger = list(Ledger(run_dir / LEDGER).read())
 
     fates: dict[int, str] = {line.number: line.fate for line in ledger}
-    in_streams = {number for numbers in streams.values() for number in numbers}
+    in_streams = episodes.union(*streams.values())
     numbers: dict[str, list[int]] = {
         name: [] for name in ("trained", *DROPPED, "dead", "in_flight", "lost")
     }
@@ -181,8 +183,8 @@ def _settled_twice(ledger: Sequence[Settled]) -> set[int]:
 def _in_two_entries(bus: Bus, streams: Mapping[StageName, Sequence[int]]) -> set[int]:
     """The numbers that two entries carry at once.
 
-    They are in one stream, or in two where the earlier one still has it on a second look. A record
-    that moved on between the readings of two streams is in both of them, and that is no fault.
+    They are in one stream, or in two on further looks as well. A record that moved on between the
+    readings of two streams, or back, is in both of them, and that is no fault.
     """
     found: set[int] = set()
     for numbers in streams.values():
@@ -191,8 +193,11 @@ def _in_two_entries(bus: Bus, streams: Mapping[StageName, Sequence[int]]) -> set
     in_later_streams: set[int] = set()
     for stage in reversed(STAGES):
         suspects = in_later_streams.intersection(streams[stage])
-        if suspects:
-            found |= suspects.intersection(bus.state.numbers(stage))
+        for _ in range(LOOKS if suspects else 0):
+            later = STAGES[STAGES.index(stage) + 1 :]
+            suspects &= set(bus.state.numbers(stage))
+            suspects &= {number for name in later for number in bus.state.numbers(name)}
+        found |= suspects
         in_later_streams.update(streams[stage])
     return found
 

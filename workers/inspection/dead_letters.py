@@ -20,7 +20,7 @@ from onstream.pipeline.record_codec import (
     logprobs_array,
     mask_array,
 )
-from onstream.pipeline.records import Rollout, Sample
+from onstream.pipeline.records import Episode, Rollout, Sample
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import all_letters
 from onstream.pipeline.redis.operator_requests import RequestKind
@@ -212,7 +212,7 @@ def _record(payload: bytes) -> dict[str, Any]:
         first_bytes = payload[:BYTES_SHOWN].hex(" ")
         return {"record": None, "problem": str(error), "first_bytes": first_bytes}
     fields = {name: getattr(record, name) for name in record.__struct_fields__}
-    if isinstance(record, Rollout):
+    if isinstance(record, Episode | Rollout):
         fields["samples"] = [_sample(sample) for sample in record.samples]
     return {"kind": type(record).__name__, "record": msgspec.to_builtins(fields)}
 

@@ -142,8 +142,18 @@ _STEP = (
         "Of the rollouts, those that were cut at `inference.sampling.max_completion`.",
     ),
     MetricField("latency_generate_s", "s", "Mean time of a rollout with a generator."),
+    MetricField(
+        "latency_act_s",
+        "s",
+        "The same of a turn with an environment worker. Null without `task.environment`.",
+    ),
     MetricField("latency_verify_s", "s", "The same with a verifier."),
     MetricField("latency_score_s", "s", "The same with a teacher."),
+    MetricField(
+        "queue_act_s",
+        "s",
+        "Mean time of a turn in the stream before the environment worker. Null without one.",
+    ),
     MetricField("queue_verify_s", "s", "Mean time of a rollout in the stream before the verifier."),
     MetricField("queue_score_s", "s", "The same before the teacher."),
     MetricField("queue_train_s", "s", "The same before the trainer."),

@@ -299,6 +299,22 @@ def check_scorer(subject: Subject) -> None:
         try_scorer(settings, [task.train(index) for index in range(PROBLEMS_TRIED)])
 
 
+def check_environment(subject: Subject) -> None:
+    """Import the environment, where there is one, and start episodes on the first problems.
+
+    Raises:
+        UserError: it cannot be imported, or starts none of them.
+    """
+    from onstream.pipeline.tasks import is_on_hub, load_task
+    from onstream.workers.environment.trial import try_environment
+
+    settings = subject.settings
+    if settings.task.environment is None or (is_on_hub(settings) and not subject.ask_hub):
+        return
+    task = load_task(settings)
+    try_environment(settings, [task.train(index) for index in range(PROBLEMS_TRIED)])
+
+
 def check_user_loss(subject: Subject) -> None:
     """Check the loss of the user's own.
 
@@ -336,6 +352,7 @@ CHECKS = (
     Check(("task", "eval", "run"), check_task),
     Check(("task", "eval", "run", "model", "teacher_inference"), check_teacher_prompt),
     Check(("task", "eval", "run", "orchestrator.verification"), check_scorer),
+    Check(("task", "run", "orchestrator.verification"), check_environment),
     Check(("trainer.loss",), check_user_loss),
 )
 """All of them, in the order of telling."""

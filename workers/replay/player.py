@@ -18,7 +18,7 @@ import torch
 from onstream.pipeline import weights
 from onstream.pipeline.images.feature_cache import FetchImages, no_images
 from onstream.pipeline.record_codec import decode_unchecked
-from onstream.pipeline.records import PolicyVersion, Ticket
+from onstream.pipeline.records import PolicyVersion, Rollout, Tombstone
 from onstream.pipeline.run_files.recording import Frame, RecordFrame, ResumeMark, StepMark
 from onstream.pipeline.weights import DirectoryWriter, LoadedPolicy, PolicySender
 from onstream.pipeline.weights.digest import is_of_adapter
@@ -148,7 +148,7 @@ class Player:
     def _take(self, recorded: RecordFrame) -> None:
         record = decode_unchecked(recorded.payload)
         # With another batch size it may have settled before.
-        if not isinstance(record, Ticket) and recorded.number not in self.settled:
+        if isinstance(record, Rollout | Tombstone) and recorded.number not in self.settled:
             self.training.take(record, recorded.taken)
 
     def _advance(self) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from onstream.pipeline.record_codec import logprobs_array
+from onstream.pipeline.record_codec import logprobs_array, mask_array
 from onstream.pipeline.records import Rollout, StageName, Timing
 from onstream.pipeline.run_files.json_lines import JsonLines, cut
 from onstream.pipeline.telemetry import get_logger
@@ -198,14 +198,20 @@ def sample_row(rollout: Rollout, run: str, step: int) -> dict[str, Any]:
         "reward_parts": rollout.reward_parts,
         "unscored": rollout.unscored,
         "policy_versions": sorted(versions),
-        "generator_logprob": _total([sample.generator_logprobs for sample in rollout.samples]),
-        "teacher_logprob": _total([sample.teacher_logprobs for sample in rollout.samples]),
+        "generator_logprob": _total(
+            [(sample.generator_logprobs, sample.loss_mask) for sample in rollout.samples]
+        ),
+        "teacher_logprob": _total(
+            [(sample.teacher_logprobs, sample.loss_mask) for sample in rollout.samples]
+        ),
     }
 
 
-def _total(fields: Sequence[bytes | None]) -> float | None:
-    """Logprob of the whole answer in nats; None where not every sample has one."""
-    present = [field for field in fields if field is not None]
-    if len(present) < len(fields):
-        return None
-    return float(sum(logprobs_array(field).sum() for field in present))
+def _total(fields: Sequence[tuple[bytes | None, bytes]]) -> float | None:
+    """Logprob in nats of all that is in the masks; None where not every sample has one."""
+    total = 0.0
+    for logprobs, mask in fields:
+        if logprobs is None:
+            return None
+        total += float(logprobs_array(logprobs)[mask_array(mask) == 1].sum())
+    return total

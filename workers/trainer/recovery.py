@@ -98,6 +98,8 @@ def _lost_numbers(bus: Bus, known: RangeSet, issued: int, run_dir: Path) -> Rang
     `known` are those that have settled or are in the trainer's hands.
     """
     known = known.copy()
+    for number in bus.state.numbers_of_episodes():
+        known.add(number)
     # In the order of the flow: a record that moves meanwhile is met at least once.
     for stage in STAGES:
         for number in bus.state.numbers(stage):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from onstream.pipeline.records import PolicyVersion, Ticket
+from onstream.pipeline.records import PolicyVersion, Rollout, Tombstone
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.run_files.ledger import Settled
@@ -195,7 +195,7 @@ class Trainer:
         acknowledgements = self.checkpointing.acknowledgements
         for delivery in new:
             record = delivery.record
-            if not isinstance(record, Ticket) and acknowledgements.take(delivery):
+            if isinstance(record, Rollout | Tombstone) and acknowledgements.take(delivery):
                 self.training.take(record, delivery.taken)
 
     def _advance(self) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from onstream.pipeline.child_processes.child import ChildWork
 from onstream.pipeline.child_processes.errors import reason_of
 from onstream.pipeline.tasks import load_scorer
 from onstream.pipeline.tasks.scorers import RolloutError, Scorer, read_score
 from onstream.settings.root import Settings
 from onstream.workers.verifier.scorer_messages import ScoringRequest, Verdict
+
+_decode_requests = msgspec.msgpack.Decoder(list[ScoringRequest]).decode
 
 
 def load(settings: bytes) -> ChildWork:
@@ -17,7 +21,7 @@ def load(settings: bytes) -> ChildWork:
         UserError: the scorer cannot be loaded.
     """
     scorer = load_scorer(Settings.model_validate_json(settings))
-    return ChildWork(ScoringRequest, lambda request: score_completion(scorer, request))
+    return ChildWork(_decode_requests, lambda request: score_completion(scorer, request))
 
 
 def score_completion(scorer: Scorer, request: ScoringRequest) -> Verdict:

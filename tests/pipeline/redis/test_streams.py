@@ -74,7 +74,7 @@ def test_a_hop_moves_an_entry_once_whoever_asks_again(bus: Bus, other: Bus, leas
     assert bus.streams.move("generate", moves) == [False, False]
     assert other.streams.move("generate", moves[:1]) == [False]
 
-    assert bus.state.backlog() == {"generate": 0, "verify": 2, "score": 0, "train": 0}
+    assert bus.state.backlog() == {"generate": 0, "act": 0, "verify": 2, "score": 0, "train": 0}
     assert bus.state.numbers("verify") == [1, 2]
 
 
@@ -89,7 +89,7 @@ def test_one_hop_may_write_to_several_streams_or_to_none(bus: Bus, lease: Lease)
 
     assert bus.streams.move("generate", moves) == [True, True, True]
 
-    assert bus.state.backlog() == {"generate": 0, "verify": 1, "score": 0, "train": 1}
+    assert bus.state.backlog() == {"generate": 0, "act": 0, "verify": 1, "score": 0, "train": 1}
     (letter,) = bus.state.dead_letters()
     assert (
         letter.number,

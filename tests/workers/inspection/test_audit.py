@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from onstream.pipeline.record_codec import encode
@@ -12,6 +13,8 @@ from onstream.pipeline.records import StageName, Ticket, Tombstone
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.streams import Move, Out
 from onstream.pipeline.run_files.ledger import Ledger, Settled
+from onstream.settings.plan import make_plan
+from onstream.settings.root import Settings
 from onstream.workers.inspection.audit import DROPPED, audit, counted
 from tests.entries import claim_pending
 
@@ -132,6 +135,30 @@ def test_a_record_that_moves_while_the_streams_are_read_counts_once(
     monkeypatch.setattr(bus.state, "numbers", read_then_move)
     found = audit(tmp_path, bus)
     assert found["in_flight"] == uids(bus, 1, 2)
+    assert (found["lost"], found["duplicated"]) == ([], [])
+
+
+def test_an_episode_that_goes_back_while_the_streams_are_read_counts_once(
+    bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings.model_validate({"run": {"name": bus.run}})
+    plan = msgspec.structs.replace(make_plan(settings), route=("act", "train"))
+    bus.connection.ask("SET", bus.keys.plan, plan.encode())
+    issue(bus, 1)
+    move(bus, "generate", [1], "act")
+    read = bus.state.numbers
+    goes_on: list[StageName] = ["generate"]  # after the first look, which misses it there
+
+    def read_then_move(stage: StageName) -> list[int]:
+        found = read(stage)
+        if stage in goes_on and not found:
+            goes_on.clear()
+            move(bus, "act", [1], "generate")
+        return found
+
+    monkeypatch.setattr(bus.state, "numbers", read_then_move)
+    found = audit(tmp_path, bus)
+    assert found["in_flight"] == uids(bus, 1)
     assert (found["lost"], found["duplicated"]) == ([], [])
 
 

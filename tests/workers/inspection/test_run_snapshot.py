@@ -27,9 +27,9 @@ def test_a_snapshot_holds_what_redis_says(bus: Bus) -> None:
     bus.state.write_heartbeat("generate", Stats(detail="loading the weights"), state="starting")
     snapshot = take_snapshot(bus.state)
     assert snapshot.ready == {"generate"}
-    assert snapshot.backlog == {"generate": 1, "verify": 0, "score": 0, "train": 0}
+    assert snapshot.backlog == {"generate": 1, "act": 0, "verify": 0, "score": 0, "train": 0}
     assert snapshot.version == 3
-    assert snapshot.in_hand == {"generate": 0, "verify": 0, "score": 0, "train": 0}
+    assert snapshot.in_hand == {"generate": 0, "act": 0, "verify": 0, "score": 0, "train": 0}
     assert snapshot.workers == {"generate": ["loading the weights"]}
     assert snapshot.taking == {}
     assert not snapshot.finished

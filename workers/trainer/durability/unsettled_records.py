@@ -11,7 +11,7 @@ from pathlib import Path
 
 from onstream.pipeline.images.feature_cache import FetchImages
 from onstream.pipeline.record_codec import decode_unchecked
-from onstream.pipeline.records import Rollout, Ticket, Tombstone
+from onstream.pipeline.records import Rollout, Tombstone
 from onstream.pipeline.run_files import recording
 from onstream.pipeline.run_files.recording import JournalMark, RecordFrame, RecordingError
 from onstream.pipeline.telemetry import get_logger
@@ -78,7 +78,7 @@ class UnsettledRecords:
             self._left_to_take -= 1
             taken_bytes += len(frame.payload)
             record = decode_unchecked(frame.payload)
-            assert not isinstance(record, Ticket)
+            assert isinstance(record, Rollout | Tombstone)
             if frame.number in self._dead:
                 record = Tombstone(frame.number, "train", "found among the dead letters")
             yield record, frame.taken

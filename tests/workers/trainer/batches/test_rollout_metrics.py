@@ -67,8 +67,10 @@ def test_times_are_split_into_work_and_waiting() -> None:
         name: value for name, value in found.items() if name.startswith(("latency", "queue"))
     } == {
         "latency_generate_s": 3.0,
+        "latency_act_s": None,
         "latency_verify_s": 1.25,
         "latency_score_s": 4.0,
+        "queue_act_s": None,
         "queue_verify_s": 0.25,
         "queue_score_s": 1.0,
         "queue_train_s": 1.0,
