@@ -28,6 +28,7 @@ EXAMPLE = Path("examples/smollm2")
 SETTINGS = EXAMPLE / "onstream.toml"
 HELD_OUT = EXAMPLE / "held_out.jsonl"
 RUNS = Path("runs")
+WIDTH = 120  # characters; a file has no width of its own
 WITHOUT_EXAMPLES = "task.teacher_prompt.examples=[]"
 
 
@@ -100,7 +101,7 @@ def show(runs: Sequence[Measured]) -> None:
             *shares(one.after, one.asked),
             f"{one.seconds / 60:.1f}",
         )
-    Console().print(table)
+    Console(width=WIDTH).print(table)
 
 
 def shares(right: int, asked: int) -> tuple[str, str]:
