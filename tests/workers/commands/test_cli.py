@@ -145,7 +145,10 @@ def test_wrong_settings_end_every_command_with_one_message_a_line_and_exit_2(
 def test_an_unknown_worker_is_refused_with_the_known_ones() -> None:
     done = onstream("worker", "judge")
     assert done.returncode == 2
-    assert "'generator', 'verifier', 'teacher', 'teacher-external', 'trainer'" in done.stderr
+    assert (
+        "'generator', 'environment', 'verifier', 'teacher', 'teacher-external', 'trainer'"
+        in done.stderr
+    )
 
 
 def test_a_command_on_a_run_that_does_not_exist_says_so() -> None:
