@@ -58,7 +58,8 @@ class Ledger(Passing):
             assert self.bus.lease.issue(
                 self.lease, issued, [ticket(number) for number in numbers], max_backlog=10_000
             )
-        if self.count >= self.records:
+        # What a trainer had settled and not yet acknowledged when it was killed comes once more.
+        if self.count >= self.records and not self.bus.state.backlog()["train"]:
             self.bus.lease.finish(self.lease)
         return []
 
