@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
 
-from onstream.settings.record_sizes import STATE_BYTES
-from onstream.settings.stages import STAGE_NAMES
+from onstream.settings.stages import STAGE_NAMES, STATE_BYTES
 from onstream.settings.stages import StageName as StageName
 
 MOST: Final = 2**53 - 1

@@ -7,7 +7,7 @@ from math import ceil
 
 from onstream.settings.root import Settings
 from onstream.settings.route import external_teacher, teacher_on
-from onstream.settings.stages import FIRST, STAGE_NAMES, StageName
+from onstream.settings.stages import FIRST, STAGE_NAMES, STATE_BYTES, StageName
 
 FIXED_BYTES = 1024
 """Of a rollout without its tokens: names, times, rewards, an answer."""
@@ -21,8 +21,6 @@ SCORE_BYTES = 4
 """The teacher's float32 logprob of a token."""
 ALTERNATIVE_BYTES = 8
 """An int32 id and a float32 logprob."""
-STATE_BYTES = 1 << 16
-"""Of the longest state that an environment may keep in an episode."""
 TAIL_BYTES = 4
 """The float32 logprob of all tokens outside the k."""
 STREAM_OVERHEAD = 1.3

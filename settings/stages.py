@@ -193,6 +193,9 @@ SWITCHES: dict[StageName, str] = {stage.name: stage.switch for stage in STAGES i
 EPISODE_STAGES: tuple[StageName, StageName] = (FIRST, "act")
 """The two stages between which episodes go back and forth."""
 
+STATE_BYTES = 1 << 16
+"""The bytes of the longest state that an environment may keep in an episode."""
+
 
 def takes_tickets(route: Sequence[StageName]) -> StageName:
     """The stage that the tickets of a run go to, by the `route` of its rollouts after `FIRST`.

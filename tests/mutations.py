@@ -106,6 +106,8 @@ class Mutator:
         return self._random.choice(entries)
 
     def _other_bytes(self, payload: bytes) -> bytes:
+        if not payload:  # an earlier change has cut all of it
+            return b"\xff"
         at = self._random.randrange(len(payload))
         if self._random.random() < 0.3:
             return payload[:at]

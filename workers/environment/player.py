@@ -18,8 +18,8 @@ from onstream.pipeline.environments import (
     tool_schema,
 )
 from onstream.pipeline.tasks import Problem, RolloutError, read_score
-from onstream.settings.record_sizes import STATE_BYTES
 from onstream.settings.root import Settings
+from onstream.settings.stages import STATE_BYTES
 from onstream.workers.environment.messages import (
     ROLLOUT_ERROR,
     Played,
