@@ -83,6 +83,7 @@ def _print_plan(plan: Plan, settings: Settings, console: Console, rate: str | No
         "streams": ", ".join(streams),
         "student": f"{plan.student}{_student_servers(plan, settings)}",
         "teacher": "; ".join(_teachers(plan, settings)) or "none",
+        **_judge(settings),
         "devices": _devices(plan, settings),
         "redis": "as redis.url says" if settings.redis.url else "started by onstream up",
     }
@@ -144,6 +145,12 @@ def _teachers(plan: Plan, settings: Settings) -> Iterator[str]:
     if plan.rollout_teacher is not None and orchestrator.teacher_rollout_model is not None:
         addresses = _addresses(orchestrator.teacher_rollout_model.client)
         yield f"{plan.rollout_teacher} at {addresses}, which writes what is trained on"
+
+
+def _judge(settings: Settings) -> dict[str, str]:
+    """The model that scores answers, where one does."""
+    judge = settings.orchestrator.judge_model
+    return {"judge": f"{judge.model.name} at {_addresses(judge.client)}"} if judge else {}
 
 
 def _addresses(client: EndpointSettings) -> str:

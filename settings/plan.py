@@ -170,6 +170,8 @@ def differences(ours: Plan, theirs: Plan) -> list[Difference]:
         here = _value(name, ours)
         there = _value(name, theirs)
         gone = says_nothing(name, there) or _of_another_type(name, ours, theirs)
+        # A section that is not there, and that the version which made the other plan did not have.
+        gone = gone or (here is None and name not in theirs.run_settings)
         # The trainer puts the number in its place, which is then the plan's.
         gone = gone or (name == "trainer.optim.lr" and here == "auto")
         if here != there and not gone and not _same_files(name, ours, theirs):

@@ -48,7 +48,9 @@ def _is_scalable(kind: WorkerKind, settings: Settings, plan: Plan) -> bool:
     """Whether one more worker of `kind` has a place, and breaks no bound that was set."""
     orchestrator = settings.orchestrator
     if kind == "verifier":
-        return orchestrator.verification.in_jobs != "always"
+        judge = orchestrator.judge_model
+        in_jobs = orchestrator.verification.in_jobs == "always"
+        return not in_jobs and (judge is None or _is_unmetered(judge.client))
     if kind == "teacher-external":
         # Those that ask the server of this launch are as many as it takes.
         asked = orchestrator.teacher_model

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.import_path import import_function, search_modules_in
-from onstream.pipeline.tasks.answer_scorers import ANSWER_SCORERS, answer_scorer
+from onstream.pipeline.tasks.answer_scorers import ANSWER_SCORERS, JUDGE, answer_scorer
 from onstream.pipeline.tasks.base import Problem, Task
 from onstream.pipeline.tasks.procedural import BUILTIN, ProceduralTask, builtin_draw
 from onstream.pipeline.tasks.scorers import (
@@ -26,6 +26,7 @@ HUGGING_FACE = "hf:"
 CODE_SCORER = "code"
 
 __all__ = [
+    "JUDGE",
     "Problem",
     "RolloutError",
     "Score",

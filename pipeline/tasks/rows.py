@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from onstream.pipeline.errors import UserError
-from onstream.pipeline.tasks.answer_scorers import ANSWER_SCORERS
+from onstream.pipeline.tasks.answer_scorers import ANSWER_SCORERS, JUDGE
 from onstream.pipeline.tasks.base import FiniteTask, Message, Problem
 from onstream.pipeline.tasks.teacher_prompt import TeacherPrompt, TeacherPromptError
 from onstream.settings.root import Settings
@@ -43,10 +43,11 @@ class RowReader:
         task = settings.task
         self._prompt = task.prompt_field
         self._answer = task.answer_field
-        own_scorer = task.scorer is not None and task.scorer not in ANSWER_SCORERS
+        judged = task.scorer == JUDGE
+        own_scorer = not judged and task.scorer is not None and task.scorer not in ANSWER_SCORERS
         self._whole_row = own_scorer or task.environment is not None
         self._takes_schema = task.scorer == "json-schema"
-        self._needs_answer = not self._whole_row and verification_on(settings)
+        self._needs_answer = not (judged or self._whole_row) and verification_on(settings)
         self._system: list[Message] = (
             [{"role": "system", "content": task.system_prompt}] if task.system_prompt else []
         )

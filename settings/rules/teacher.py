@@ -75,6 +75,7 @@ def endpoints(settings: Settings) -> Iterator[SettingsProblem]:
     asking: dict[str, WorkerKind] = {
         "teacher_model": "teacher-external",
         "teacher_rollout_model": "generator",
+        "judge_model": "verifier",
     }
     for section, kind in asking.items():
         endpoint = getattr(settings.orchestrator, section)

@@ -37,6 +37,33 @@ def reward_bounds(settings: Settings) -> Iterator[SettingsProblem]:
         )
 
 
+def judge(settings: Settings) -> Iterator[SettingsProblem]:
+    """There is a judge where answers are judged, and it is told what to look for."""
+    found = settings.orchestrator.judge_model
+    judged = settings.task.scorer == "judge"
+    if judged and found is None:
+        yield problem_with(
+            settings,
+            ["task.scorer"],
+            "a judge: orchestrator.judge_model, with a rubric, a model.name and a client.base_url",
+            "Set them, or another task.scorer.",
+        )
+    if found is not None and not judged:
+        yield problem_with(
+            settings,
+            ["task.scorer", "orchestrator.judge_model.model.name"],
+            'the scorer "judge", which alone asks a judge',
+            'Set task.scorer = "judge", or leave orchestrator.judge_model out.',
+        )
+    if found is not None and not found.rubric.strip():
+        yield problem_with(
+            settings,
+            ["orchestrator.judge_model.rubric"],
+            "what makes an answer good, in words",
+            "Set orchestrator.judge_model.rubric.",
+        )
+
+
 def learning_signal(settings: Settings) -> Iterator[SettingsProblem]:
     """There is a teacher or a reward to learn from."""
     loss = settings.trainer.loss
@@ -226,6 +253,7 @@ def hard_distillation_warnings(settings: Settings) -> Iterator[str]:
 TRAINING_RULES = (
     whole_groups,
     reward_bounds,
+    judge,
     learning_signal,
     sampling_temperature,
     sampled_divergence,

@@ -133,6 +133,22 @@ class TeacherModelSettings(Section):
     model: EndpointModel = EndpointModel()
 
 
+class JudgeModelSettings(Section):
+    """A model that scores answers by a rubric, with `task.scorer = "judge"`
+    (docs/tasks.md#a-judge).
+    """
+
+    rubric: Annotated[str, RUN] = ""
+    """What makes an answer good, in your words. Required. The judge reads it before the question,
+    the problem's right answer where there is one, and the answer."""
+    max_score: Annotated[int, RUN, Unit("points"), Field(ge=1, le=1000)] = 10
+    """The judge gives whole numbers from 0 to this; the reward is their share of it."""
+    max_completion: Annotated[int, RUN, Unit("tokens"), Field(ge=8, le=1 << 20)] = 512
+    """The longest judgement. One that is cut off gives no reward."""
+    client: ClientSettings = ClientSettings()
+    model: EndpointModel = EndpointModel()
+
+
 class TeacherRolloutModelSettings(Section):
     """Hard distillation: a chat endpoint whose completions the student is trained on. Present: it
     is used.

@@ -7,7 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from onstream.settings.base import RUN, WORKER, Section, Unit
-from onstream.settings.sections.client import TeacherModelSettings, TeacherRolloutModelSettings
+from onstream.settings.sections.client import (
+    JudgeModelSettings,
+    TeacherModelSettings,
+    TeacherRolloutModelSettings,
+)
 
 
 class SandboxSettings(Section):
@@ -87,3 +91,4 @@ class OrchestratorSettings(Section):
     verification: VerificationSettings = VerificationSettings()
     teacher_model: TeacherModelSettings | None = None
     teacher_rollout_model: TeacherRolloutModelSettings | None = None
+    judge_model: JudgeModelSettings | None = None

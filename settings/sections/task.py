@@ -80,11 +80,12 @@ class TaskSettings(Section):
     scorer: Annotated[
         str | None,
         RUN,
-        Field(pattern=r"^(math|number|choice|json-schema|regex|code|[\w.]+:[\w.]+)$"),
+        Field(pattern=r"^(math|number|choice|json-schema|regex|code|judge|[\w.]+:[\w.]+)$"),
     ] = None
     """Instead of the task's own scorer: `math`, `number`, `choice`, `json-schema` or `regex`, which
     compare a completion with the problem's answer (docs/tasks.md); `code`, which runs the
-    completion's program against the problem's `tests` in a sandbox; or an importable function
+    completion's program against the problem's `tests` in a sandbox; `judge`, a model that scores
+    it by a rubric (`orchestrator.judge_model`); or an importable function
     `module:function(completion: str, info: dict) -> float | dict[str, float]`."""
     args: Annotated[dict[str, Any], RUN] = Field(default_factory=dict)
     """Arguments of the task, such as `min_length` and `max_length` of `reverse-text`, or a

@@ -22,6 +22,12 @@ HARD = [
     "orchestrator.teacher_rollout_model.client.base_url=http://a/v1",
     "orchestrator.teacher_rollout_model.model.name=big",
 ]
+JUDGE = [
+    "task.scorer=judge",
+    "orchestrator.judge_model.rubric=Is it right?",
+    "orchestrator.judge_model.client.base_url=http://a/v1",
+    "orchestrator.judge_model.model.name=wise",
+]
 UNVERIFIED = "orchestrator.verification.enabled=false"
 NCCL = ["weights.transport=nccl", "deployment.device=cuda", "inference.engine=vllm"]
 STAGES = "deployment.stages={}".format
@@ -29,6 +35,27 @@ STAGES = "deployment.stages={}".format
 EPISODES = ["task.environment=sort-turns", "eval.samples=0"]
 
 REFUSED = [
+    # A judge.
+    (
+        ["task.scorer=judge"],
+        'task.scorer = "judge"',
+        "expected a judge: orchestrator.judge_model, with a rubric, a model.name and a client.",
+    ),
+    (
+        JUDGE[1:],
+        'orchestrator.judge_model.model.name = "wise"',
+        'expected the scorer "judge", which alone asks a judge',
+    ),
+    (
+        [*JUDGE, "orchestrator.judge_model.rubric="],
+        'orchestrator.judge_model.rubric = ""',
+        "expected what makes an answer good, in words",
+    ),
+    (
+        [*JUDGE, "orchestrator.judge_model.model.name="],
+        'orchestrator.judge_model.model.name = ""',
+        "Set orchestrator.judge_model.model.name as its /models lists it",
+    ),
     # Episodes.
     (
         [*EPISODES, "orchestrator.verification.enabled=true"],
@@ -468,6 +495,7 @@ def test_each_rule_tells_one_thing_and_nothing_else_is_told(
         NCCL,
         EPISODES,
         [*EPISODES, UNVERIFIED],
+        JUDGE,
     ],
 )
 def test_what_can_work_is_not_refused(overrides: list[str]) -> None:

@@ -19,7 +19,7 @@ from onstream.settings.root import Settings
 from onstream.workers.generator.engines.base import GenerationRequest
 from onstream.workers.generator.student import PromptTooLong, Student, load_student
 from onstream.workers.verifier.scorer_messages import Verdict
-from onstream.workers.verifier.scorer_pool import ScorerPool
+from onstream.workers.verifier.scorers import scorers_of
 
 EXACT = 1.0
 """The least reward of an answer that counts as exact."""
@@ -126,15 +126,15 @@ def _request(
 def _verdicts(
     settings: Settings, problems: Sequence[Problem], answers: Sequence[str]
 ) -> list[Verdict]:
-    """Score in processes that can be killed, as in the run.
+    """Score in processes that can be killed, or by the judge, as in the run.
 
     A scorer that hangs costs its problem, not the evaluation.
     """
-    scorers = ScorerPool(settings)
+    scorers = scorers_of(settings)
     scorers.start()
     try:
         for key, (problem, answer) in enumerate(zip(problems, answers, strict=True)):
-            scorers.score(key, answer, problem.info)
+            scorers.score(key, problem.messages, answer, problem.info)
         verdicts: dict[int, Verdict] = {}
         while len(verdicts) < len(answers):
             verdicts.update(scorers.collect(WAIT_S))

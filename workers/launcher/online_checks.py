@@ -71,6 +71,9 @@ def _asked(settings: Settings, plan: Plan) -> Iterator[Asked]:
     if source is not None:
         section = "orchestrator.teacher_rollout_model"
         yield Asked(section, source.client, source.model.name, "")
+    judge = orchestrator.judge_model
+    if judge is not None:
+        yield Asked("orchestrator.judge_model", judge.client, judge.model.name, "")
     inference = settings.inference
     if inference.engine == "server" and source is None:
         named = "inference.client.model" if inference.client.model else "model.name"

@@ -286,11 +286,12 @@ def check_scorer(subject: Subject) -> None:
     Raises:
         UserError: it cannot be imported, or not be used here, or it fails on every answer.
     """
-    from onstream.pipeline.tasks import is_on_hub, load_scorer, load_task
+    from onstream.pipeline.tasks import JUDGE, is_on_hub, load_scorer, load_task
     from onstream.workers.verifier.scorer_trial import try_scorer
 
     settings = subject.settings
-    if settings.orchestrator.verification.enabled is False:
+    # A judge is asked by the verifier when it starts, and by `--online`.
+    if settings.orchestrator.verification.enabled is False or settings.task.scorer == JUDGE:
         return
     load_scorer(settings)
     needs_hub = is_on_hub(settings) and not subject.ask_hub

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -44,9 +45,19 @@ class ScorerPool(ChildPool[ScoringRequest, Verdict]):
             processes=processes or verification.processes,
         )
 
-    def score(self, key: int, completion: str, info: dict[str, Any]) -> None:
-        """Queue a completion for scoring; `collect` gives its verdict under `key`."""
-        self.submit(key, ScoringRequest(completion, info))
+    @property
+    def problem(self) -> str:
+        """Children wait for nothing."""
+        return ""
+
+    def score(
+        self, key: int, question: Sequence[Mapping[str, Any]], answer: str, info: dict[str, Any]
+    ) -> None:
+        """Queue an answer for scoring; `collect` gives its verdict under `key`.
+
+        Scorers get no question: what they need of it is in `info`.
+        """
+        self.submit(key, ScoringRequest(answer, info))
 
 
 def final_answer(rollout: Rollout) -> str:

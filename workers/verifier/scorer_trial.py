@@ -9,7 +9,7 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.tasks.base import Problem
 from onstream.settings.root import Settings
 from onstream.workers.verifier.scorer_messages import Verdict
-from onstream.workers.verifier.scorer_pool import ScorerPool
+from onstream.workers.verifier.scorers import Scorers, scorers_of
 
 WITHIN_S = 10.0
 """A scorer that needs longer is believed: the run itself stops where nothing can be trained on."""
@@ -26,14 +26,14 @@ def try_scorer(settings: Settings, problems: Sequence[Problem]) -> None:
         UserError: it fails on all of them.
     """
     trials = [(answer, problem) for problem in problems for answer in _answers(problem)]
-    pool = ScorerPool(settings, processes=1)
-    pool.start()
+    scorers = scorers_of(settings, processes=1)
+    scorers.start()
     try:
         for key, (answer, problem) in enumerate(trials):
-            pool.score(key, answer, problem.info)
-        verdicts = _verdicts(pool, len(trials))
+            scorers.score(key, problem.messages, answer, problem.info)
+        verdicts = _verdicts(scorers, len(trials))
     finally:
-        pool.close()
+        scorers.close()
     failures = [verdict.unscored for verdict in verdicts if verdict.unscored is not None]
     if len(failures) == len(trials):
         raise UserError(
@@ -49,12 +49,12 @@ def _answers(problem: Problem) -> list[str]:
     return [*ANSWERS] if answer is None else [str(answer), *ANSWERS]
 
 
-def _verdicts(pool: ScorerPool, count: int) -> list[Verdict]:
+def _verdicts(scorers: Scorers, count: int) -> list[Verdict]:
     """The verdicts up to the first that is no failure of the scorer."""
     verdicts: list[Verdict] = []
     deadline = time.monotonic() + WITHIN_S
     while len(verdicts) < count and time.monotonic() < deadline:
-        verdicts += [verdict for _, verdict in pool.collect(WAIT_S)]
+        verdicts += [verdict for _, verdict in scorers.collect(WAIT_S)]
         if any(verdict.unscored is None for verdict in verdicts):
             break
     return verdicts

@@ -12,12 +12,8 @@ from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.pipeline.telemetry import get_logger, is_logged
 from onstream.settings.root import Settings
 from onstream.workers.verifier.scorer_messages import Verdict
-from onstream.workers.verifier.scorer_pool import (
-    ScorerPool,
-    final_answer,
-    within_bounds,
-    write_verdict,
-)
+from onstream.workers.verifier.scorer_pool import final_answer, within_bounds, write_verdict
+from onstream.workers.verifier.scorers import scorers_of
 from onstream.workers.verifier.verification_jobs import SLOW_S, VerificationJobs
 
 if TYPE_CHECKING:
@@ -50,7 +46,7 @@ class Verifier:
             self._jobs = VerificationJobs(settings, bus, bus.connection.url)
         # A rollout that turns out to be slow here starts anew as a job, with its whole time.
         self._hands_over = self._in_jobs == "slow" and verification.timeout > SLOW_S
-        self._pool = ScorerPool(settings, timeout_s=SLOW_S if self._hands_over else None)
+        self._scorers = scorers_of(settings, bus, timeout_s=SLOW_S if self._hands_over else None)
         self._in_hand: dict[int, Delivery] = {}
         self._keys = count()
         self._troubles = Counter[str]()
@@ -59,39 +55,39 @@ class Verifier:
             self.stats.set(in_jobs=0.0)
 
     def setup(self) -> None:
-        """Import the scorer and start the scorer processes.
+        """Start the scorer's processes, or check the judge's endpoints.
 
         Raises:
-            UserError: the scorer cannot be imported, or the task does not exist.
+            UserError: the scorer cannot be imported, the task does not exist, or no judge answers.
         """
-        self._pool.start()
+        self._scorers.start()
 
     @property
     def room(self) -> int:
         """How many more rollouts it takes in hand."""
         if self._jobs is None:
-            return self._pool.room
+            return self._scorers.room
         if self._in_jobs == "always":
             return self._jobs.room
-        return min(self._pool.room, self._jobs.room)
+        return min(self._scorers.room, self._jobs.room)
 
     @property
     def busy(self) -> bool:
-        """Whether scorer processes have rollouts."""
+        """Whether scorers have rollouts."""
         return bool(self._in_hand)
 
     def handle(self, new: Sequence[Delivery]) -> list[Outcome]:
         """Hand out the new rollouts, and collect the verdicts that come within a moment."""
         for delivery in new:
             self._submit(delivery)
-        outcomes = self._from_pool()
+        outcomes = self._from_scorers()
         if self._jobs is not None:
             outcomes += self._from_jobs(self._jobs)
         return outcomes
 
     def close(self, *, finished: bool) -> None:
         """End the scorer processes. The loop gives back what they had; jobs go on."""
-        self._pool.close()
+        self._scorers.close()
         self._in_hand.clear()
         if self._jobs is not None:
             self._jobs.close()
@@ -104,21 +100,22 @@ class Verifier:
             return
         key = next(self._keys)
         self._in_hand[key] = delivery
-        self._pool.score(key, final_answer(rollout), rollout.info)
+        self._scorers.score(key, rollout.messages, final_answer(rollout), rollout.info)
 
-    def _from_pool(self) -> list[Outcome]:
+    def _from_scorers(self) -> list[Outcome]:
         outcomes = []
-        for key, verdict in self._pool.collect(SLICE_S):
+        for key, verdict in self._scorers.collect(SLICE_S):
             delivery = self._in_hand.pop(key)
             if self._jobs is not None and self._hands_over and "timed_out" in verdict.parts:
                 self._jobs.submit(delivery)
             else:
                 outcomes.append(self._outcome(delivery, verdict))
+        self.stats.detail = self._scorers.problem
         return outcomes
 
     def _from_jobs(self, jobs: VerificationJobs) -> list[Outcome]:
         outcomes = jobs.collect()
-        self.stats.detail = jobs.waits
+        self.stats.detail = self._scorers.problem or jobs.waits
         self.stats.set(in_jobs=len(jobs))
         return outcomes
 

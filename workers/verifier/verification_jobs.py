@@ -25,12 +25,8 @@ from onstream.pipeline.stage import Delivery, Outcome, complete_stage
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
 from onstream.workers.verifier.scorer_messages import Verdict
-from onstream.workers.verifier.scorer_pool import (
-    ScorerPool,
-    final_answer,
-    within_bounds,
-    write_verdict,
-)
+from onstream.workers.verifier.scorer_pool import final_answer, within_bounds, write_verdict
+from onstream.workers.verifier.scorers import scorers_of
 
 MAX_IN_HAND = 64
 POLL_S = 0.25
@@ -132,7 +128,7 @@ def verify_entry(settings: Settings, bus: Bus, entry_id: str) -> dict[str, Any]:
         return {"moved": False}
     rollout = decode_work(entry.payload)
     assert isinstance(rollout, Rollout), "a verifier has looked at it"
-    verdict = _verdict(settings, rollout)
+    verdict = _verdict(settings, bus, rollout)
     write_verdict(rollout, within_bounds(verdict, settings.orchestrator.verification))
     complete_stage(rollout, "verify", bus.consumer, taken)
     [moved] = bus.streams.move(
@@ -141,14 +137,14 @@ def verify_entry(settings: Settings, bus: Bus, entry_id: str) -> dict[str, Any]:
     return {"moved": moved, "number": rollout.number, "reward": rollout.reward}
 
 
-def _verdict(settings: Settings, rollout: Rollout) -> Verdict:
-    """The verdict of a scorer process of this job's own, within the verifier's limits."""
-    pool = ScorerPool(settings, processes=1)
-    pool.start()
+def _verdict(settings: Settings, bus: Bus, rollout: Rollout) -> Verdict:
+    """The verdict of scorers of this job's own, within the verifier's limits."""
+    scorers = scorers_of(settings, bus, processes=1)
+    scorers.start()
     try:
-        pool.score(0, final_answer(rollout), rollout.info)
-        while not (found := pool.collect(1.0)):
+        scorers.score(0, rollout.messages, final_answer(rollout), rollout.info)
+        while not (found := scorers.collect(1.0)):
             continue
         return found[0][1]
     finally:
-        pool.close()
+        scorers.close()

@@ -20,6 +20,8 @@ ANSWER_SCORERS = {
     "regex": "regex",
 }
 """By `task.scorer`: the module here whose `score` it is."""
+JUDGE = "judge"
+"""By `task.scorer`: no function, but a model over HTTP (`orchestrator.judge_model`)."""
 
 
 def answer_scorer(name: str) -> Scorer:

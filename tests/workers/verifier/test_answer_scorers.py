@@ -24,7 +24,7 @@ def verdicts(
     pool.start()
     try:
         for key, completion in enumerate(completions):
-            pool.score(key, completion, {"answer": answer})
+            pool.score(key, [], completion, {"answer": answer})
         got: dict[int, Verdict] = {}
         while pool.in_hand:
             got.update(pool.collect(LONGEST_S))

@@ -62,7 +62,7 @@ def start_pool() -> Iterator[StartPool]:
 def verdicts(pool: ScorerPool, *infos: dict[str, Any]) -> list[Verdict]:
     """The verdicts on rollouts with these infos, in their order."""
     for key, info in enumerate(infos):
-        pool.score(key, "a completion", info)
+        pool.score(key, [], "a completion", info)
     got: dict[int, Verdict] = {}
     while pool.in_hand:
         got.update(pool.collect(LONGEST_S))
@@ -73,8 +73,8 @@ def test_the_builtin_scorer_gives_the_exact_answer_one_and_anything_else_nothing
     start_pool: StartPool,
 ) -> None:
     pool = start_pool(scorer=None)
-    pool.score(1, "cba", {"answer": "cba"})
-    pool.score(2, "cbx", {"answer": "cba"})
+    pool.score(1, [], "cba", {"answer": "cba"})
+    pool.score(2, [], "cbx", {"answer": "cba"})
     assert dict(pool.collect(LONGEST_S)) == {
         1: Verdict(1.0, {"similarity": 1.0}),
         2: Verdict(0.0, {"similarity": 2 / 3}),
@@ -183,9 +183,9 @@ def test_with_two_processes_quick_rollouts_do_not_wait_for_a_slow_one(
     start_pool: StartPool,
 ) -> None:
     pool = start_pool(timeout=90, processes=2)
-    pool.score(0, "", {"do": "nap", "seconds": 60})
+    pool.score(0, [], "", {"do": "nap", "seconds": 60})
     for key in range(1, 33):
-        pool.score(key, "", HONEST)
+        pool.score(key, [], "", HONEST)
     early: list[int] = []
     while len(early) < 32:
         early += [key for key, _ in pool.collect(0.05)]
@@ -218,7 +218,7 @@ def test_the_time_limit_is_each_rollouts_own_and_not_the_batches(start_pool: Sta
 
 def test_an_answer_that_came_while_the_verifier_was_away_is_not_late(start_pool: StartPool) -> None:
     pool = start_pool(timeout=2)
-    pool.score(0, "", {"do": "nap", "seconds": 0.2})
+    pool.score(0, [], "", {"do": "nap", "seconds": 0.2})
     while not any(process.requests for process in pool._slots.values()):
         assert pool.collect(0.01) == []
     time.sleep(2.1)  # what is waited for is the time limit itself
@@ -228,13 +228,13 @@ def test_an_answer_that_came_while_the_verifier_was_away_is_not_late(start_pool:
 def test_a_completion_larger_than_any_socket_buffer_is_scored(start_pool: StartPool) -> None:
     pool = start_pool(scorer=None, timeout=5)
     answer = "é" * 2**22
-    pool.score(0, answer, {"answer": answer})
+    pool.score(0, [], answer, {"answer": answer})
     assert pool.collect(LONGEST_S) == [(0, Verdict(1.0, {"similarity": 1.0}))]
 
 
 def test_a_collection_ends_when_its_time_is_over(start_pool: StartPool) -> None:
     pool = start_pool(timeout=120)
-    pool.score(0, "", {"do": "loop_forever"})
+    pool.score(0, [], "", {"do": "loop_forever"})
     assert pool.collect(0.1) == []
     assert pool.in_hand == 1
 
@@ -251,7 +251,7 @@ def test_quick_scorers_get_more_room_than_slow_ones(start_pool: StartPool) -> No
 def test_the_end_of_the_fork_server_is_an_error_and_not_a_silence(start_pool: StartPool) -> None:
     pool = start_pool(timeout=5)
     (told,) = verdicts(pool, {"do": "tell_pid"})
-    pool.score(0, "", {"do": "loop_forever"})
+    pool.score(0, [], "", {"do": "loop_forever"})
     assert pool.collect(0.05) == []
     os.kill(int(told.parts["parent"]), signal.SIGKILL)
     with pytest.raises(RuntimeError, match="has ended, with status -9"):
@@ -264,7 +264,7 @@ def test_nothing_outlives_a_verifier_that_is_killed() -> None:
         "from tests.workers.verifier.test_scorer_pool import *\n"
         "pool = ScorerPool(settings_of(timeout=60)); pool.start()\n"
         "told = verdicts(pool, {'do': 'tell_pid'})[0].parts\n"
-        "pool.score(0, '', {'do': 'loop_forever'}); pool.collect(0.05)\n"
+        "pool.score(0, [], '', {'do': 'loop_forever'}); pool.collect(0.05)\n"
         "print(int(told['pid']), int(told['parent']), flush=True); input()\n"
     )
     with subprocess.Popen(
@@ -309,7 +309,7 @@ def test_processes_that_never_become_ready_are_an_error_and_not_an_endless_attem
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     pool = start_pool(scorer="stillborn:score")
-    pool.score(0, "", HONEST)
+    pool.score(0, [], "", HONEST)
     with pytest.raises(
         RuntimeError,
         match="5 scorer processes in a row ended as they started, the last with status 9",
@@ -335,7 +335,7 @@ def test_what_lies_in_the_users_directory_takes_the_place_of_nothing(tmp_path: P
         "import sys\nfrom onstream.settings.root import Settings\n"
         "from onstream.workers.verifier.scorer_pool import ScorerPool\n"
         "pool = ScorerPool(Settings.model_validate({'task': {'scorer': sys.argv[1]}}))\n"
-        "pool.start(); pool.score(0, 'text', {}); print(pool.collect(30)[0][1].reward)\n"
+        "pool.start(); pool.score(0, [], 'text', {}); print(pool.collect(30)[0][1].reward)\n"
         "pool.close()\n"
     )
     done = subprocess.run(
@@ -355,7 +355,7 @@ def test_a_rollout_costs_little_more_than_its_two_messages_and_its_score(
     pool = start_pool(scorer=None)
     began = time.process_time()
     for key in range(6000):
-        pool.score(key, "cba", {"answer": "cba"})
+        pool.score(key, [], "cba", {"answer": "cba"})
         if pool.room == 0 or key == 5999:
             pool.collect(LONGEST_S)
     fork_server = psutil.Process(pool._fork_server.pid)
