@@ -48,7 +48,7 @@ class QueuedRequest(Generic[RequestT]):
 
 
 @dataclass
-class Child(Generic[RequestT]):
+class PoolChild(Generic[RequestT]):
     """One slot of the pool, and the process that is in it now."""
 
     slot: int
@@ -96,7 +96,7 @@ class ChildPool(Generic[RequestT, ReplyT]):
         self._crashed = crashed
         self._timeout_s = timeout_s
         self._processes = processes
-        self._slots: dict[int, Child[RequestT]] = {}
+        self._slots: dict[int, PoolChild[RequestT]] = {}
         self._queue: deque[QueuedRequest[RequestT]] = deque()
         self._replies: list[tuple[int, ReplyT]] = []
         self._in_hand = 0
@@ -159,7 +159,7 @@ class ChildPool(Generic[RequestT, ReplyT]):
         self._fork_server.close()
 
     def _spawn(self, slot: int) -> None:
-        process = Child[RequestT](slot, self._fork_server.spawn(slot))
+        process = PoolChild[RequestT](slot, self._fork_server.spawn(slot))
         self._slots[slot] = process
         self._selector.register(process.connection, selectors.EVENT_READ, process)
 
@@ -182,7 +182,7 @@ class ChildPool(Generic[RequestT, ReplyT]):
         share = -(-len(self._queue) // self._processes)
         return max(1, min(MAX_BATCH, share, int(BATCH_S / self._mean_s)))
 
-    def _send(self, process: Child[RequestT]) -> None:
+    def _send(self, process: PoolChild[RequestT]) -> None:
         """Send what the socket takes: a process that does not read must not hold us up."""
         try:
             sent = process.connection.send(process.unsent)
@@ -196,7 +196,7 @@ class ChildPool(Generic[RequestT, ReplyT]):
             events |= selectors.EVENT_WRITE
         self._selector.modify(process.connection, events, process)
 
-    def _handle_event(self, process: Child[RequestT] | None, events: int) -> None:
+    def _handle_event(self, process: PoolChild[RequestT] | None, events: int) -> None:
         if process is None:
             self._replace(self._fork_server.next_exit())
         elif not process.ending:  # it may have been found dead earlier in this same round
@@ -205,7 +205,7 @@ class ChildPool(Generic[RequestT, ReplyT]):
             if events & selectors.EVENT_READ:
                 self._read(process)
 
-    def _read(self, process: Child[RequestT]) -> None:
+    def _read(self, process: PoolChild[RequestT]) -> None:
         """Take the replies that have come."""
         try:
             while data := process.connection.recv(1 << 18):
@@ -218,7 +218,7 @@ class ChildPool(Generic[RequestT, ReplyT]):
             pass
         self._end(process)
 
-    def _take_frame(self, process: Child[RequestT], frame: bytes) -> None:
+    def _take_frame(self, process: PoolChild[RequestT], frame: bytes) -> None:
         if not frame and not process.ready:
             process.ready = True
             self._failed_starts = 0
@@ -230,7 +230,7 @@ class ChildPool(Generic[RequestT, ReplyT]):
             if reply.retires:
                 self._end(process, excused=True)
 
-    def _finish_first(self, process: Child[RequestT], reply: ReplyT) -> None:
+    def _finish_first(self, process: PoolChild[RequestT], reply: ReplyT) -> None:
         """Note the reply to the process's first request, and restart the clock for the next."""
         now = time.monotonic()
         self._replies.append((process.requests.popleft().key, reply))
@@ -252,12 +252,12 @@ class ChildPool(Generic[RequestT, ReplyT]):
                 self._finish_first(process, self._timed_out)
                 self._end(process, excused=True)
 
-    def _is_late(self, process: Child[RequestT]) -> bool:
+    def _is_late(self, process: PoolChild[RequestT]) -> bool:
         if not process.requests or process.ending:
             return False
         return time.monotonic() >= process.since + self._timeout_s
 
-    def _end(self, process: Child[RequestT], *, excused: bool = False) -> None:
+    def _end(self, process: PoolChild[RequestT], *, excused: bool = False) -> None:
         """Have the process killed. It may be dead already, or have closed its socket only."""
         if not process.ending:
             process.ending = True

@@ -42,10 +42,10 @@ def load(settings: bytes) -> ChildWork:
         UserError: the environment cannot be loaded.
     """
     environment = load_environment(Settings.model_validate_json(settings))
-    return ChildWork(_decode_requests, Player(environment).answer)
+    return ChildWork(_decode_requests, EnvironmentPlayer(environment).answer)
 
 
-class Player:
+class EnvironmentPlayer:
     """Plays `environment`, and checks what it returns."""
 
     def __init__(self, environment: Environment) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from onstream.pipeline.errors import Exit, UserError, looked_in
 from onstream.pipeline.import_path import search_modules_in
@@ -35,6 +36,9 @@ from onstream.workers.launcher.model_warnings import model_warnings
 from onstream.workers.launcher.redis_binary import find_server
 from onstream.workers.launcher.trainer_memory import check_memory
 from onstream.workers.launcher.unacked_records import check_unacked
+
+if TYPE_CHECKING:
+    from onstream.pipeline.tasks import Problem
 
 PROBLEMS_TRIED = 3
 
@@ -269,15 +273,13 @@ def check_teacher_prompt(subject: Subject) -> None:
     Raises:
         UserError: the chat template refuses it, or it does not fit the teacher's context.
     """
-    from onstream.pipeline.tasks import is_on_hub, load_task
     from onstream.workers.launcher.teacher_prompt import check_prompts
 
     settings = subject.settings
     teacher = subject.plan.teacher
-    needs_hub = is_on_hub(settings) and not subject.ask_hub
-    if settings.task.teacher_prompt.differs and teacher is not None and not needs_hub:
-        task = load_task(settings)
-        check_prompts(settings, teacher, [task.train(index) for index in range(PROBLEMS_TRIED)])
+    differs = settings.task.teacher_prompt.differs
+    if differs and teacher is not None and (problems := _first_problems(subject)):
+        check_prompts(settings, teacher, problems)
 
 
 def check_scorer(subject: Subject) -> None:
@@ -286,7 +288,7 @@ def check_scorer(subject: Subject) -> None:
     Raises:
         UserError: it cannot be imported, or not be used here, or it fails on every answer.
     """
-    from onstream.pipeline.tasks import JUDGE, is_on_hub, load_scorer, load_task
+    from onstream.pipeline.tasks import JUDGE, load_scorer
     from onstream.workers.verifier.scorer_trial import try_scorer
 
     settings = subject.settings
@@ -294,10 +296,8 @@ def check_scorer(subject: Subject) -> None:
     if settings.orchestrator.verification.enabled is False or settings.task.scorer == JUDGE:
         return
     load_scorer(settings)
-    needs_hub = is_on_hub(settings) and not subject.ask_hub
-    if "verify" in subject.plan.streams and not needs_hub:
-        task = load_task(settings)
-        try_scorer(settings, [task.train(index) for index in range(PROBLEMS_TRIED)])
+    if "verify" in subject.plan.streams and (problems := _first_problems(subject)):
+        try_scorer(settings, problems)
 
 
 def check_environment(subject: Subject) -> None:
@@ -306,14 +306,21 @@ def check_environment(subject: Subject) -> None:
     Raises:
         UserError: it cannot be imported, or starts none of them.
     """
-    from onstream.pipeline.tasks import is_on_hub, load_task
     from onstream.workers.environment.trial import try_environment
 
     settings = subject.settings
-    if settings.task.environment is None or (is_on_hub(settings) and not subject.ask_hub):
-        return
-    task = load_task(settings)
-    try_environment(settings, [task.train(index) for index in range(PROBLEMS_TRIED)])
+    if settings.task.environment is not None and (problems := _first_problems(subject)):
+        try_environment(settings, problems)
+
+
+def _first_problems(subject: Subject) -> list[Problem]:
+    """The first problems to train on; none where they are on the hub, which may not be asked."""
+    from onstream.pipeline.tasks import is_on_hub, load_task
+
+    if is_on_hub(subject.settings) and not subject.ask_hub:
+        return []
+    task = load_task(subject.settings)
+    return [task.train(index) for index in range(PROBLEMS_TRIED)]
 
 
 def check_user_loss(subject: Subject) -> None:
