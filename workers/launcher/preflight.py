@@ -12,20 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onstream.pipeline.errors import Exit, UserError, looked_in
+from onstream.pipeline.errors import UserError, looked_in
 from onstream.pipeline.import_path import search_modules_in
 from onstream.settings.devices import gpus_found
 from onstream.settings.extras import installed, missing_by_import, missing_package
 from onstream.settings.gpus import gpu_problems
 from onstream.settings.load import Resolved
-from onstream.settings.plan import Plan, make_plan, refuse_differences
+from onstream.settings.plan import Plan, make_plan
 from onstream.settings.problems import SettingsError, SettingsProblem
 from onstream.settings.redis import TLS
 from onstream.settings.root import Settings
 from onstream.settings.route import rollout_teacher
 from onstream.settings.rules.deployment import redis_warnings
 from onstream.settings.rules.engines import engine_problems
-from onstream.settings.stages import COMPUTING, SWITCHES
+from onstream.settings.stages import COMPUTING
 from onstream.workers.launcher.disk_room import check_disk
 from onstream.workers.launcher.model_files import (
     check_chat_template,
@@ -364,54 +364,3 @@ CHECKS = (
     Check(("trainer.loss",), check_user_loss),
 )
 """All of them, in the order of telling."""
-
-
-def check_resume(
-    settings: Settings, ours: Plan, theirs: Plan | None, in_flight: Callable[[], int]
-) -> None:
-    """Check `run.resume` against the plan of the run that exists, or None where none does.
-
-    `in_flight` counts the rollouts on their way; they keep the route that they were issued with.
-
-    Raises:
-        UserError: the run exists and shall not, or the reverse, or it exists with other settings.
-    """
-    run_dir = settings.run_dir
-    if theirs is None and settings.run.resume == "must":
-        raise UserError(
-            f'run.resume = "must", but there is no run {run_dir}',
-            expected="a run to resume",
-            next_step='Check run.name and run.dir, or set run.resume = "auto".',
-            exit=Exit.REFUSED,
-        )
-    if theirs is not None and settings.run.resume == "never":
-        raise UserError(
-            f'run.resume = "never", but the run {run_dir} exists',
-            expected="a new run",
-            next_step=f"Choose another run.name, or remove {run_dir}.",
-            exit=Exit.REFUSED,
-        )
-    if theirs is not None:
-        _refuse_other_route(ours, theirs, in_flight)
-        refuse_differences(ours, theirs)
-
-
-def _refuse_other_route(ours: Plan, theirs: Plan, in_flight: Callable[[], int]) -> None:
-    if ours.route == theirs.route:
-        return
-    our_route = " → ".join(ours.streams)
-    their_route = " → ".join(theirs.streams)
-    raise UserError(
-        f"the settings route rollouts by {our_route}, but run {theirs.run!r} by {their_route}, "
-        f"with {in_flight()} rollouts in flight on that route",
-        expected="the route that the run was started with",
-        next_step=f"{_route_hint(ours, theirs)}, or choose another run.name for a new run.",
-        exit=Exit.REFUSED,
-    )
-
-
-def _route_hint(ours: Plan, theirs: Plan) -> str:
-    """What to set, where leaving a stage out of `deployment.stages` has turned it off."""
-    changed = set(ours.route) ^ set(theirs.route)
-    switches = [f"{name} as it was" for stage, name in SWITCHES.items() if stage in changed]
-    return f"Set {' and '.join(switches)}"

@@ -24,10 +24,10 @@ from onstream.settings.load import load_settings, resolve
 from onstream.settings.plan import Plan, make_plan
 from onstream.settings.root import Settings
 from onstream.workers.launcher.disk_room import check_disk
+from onstream.workers.launcher.existing_run import check_plans
 from onstream.workers.launcher.model_files import check_model, parameters
 from onstream.workers.launcher.model_warnings import model_warnings
 from onstream.workers.launcher.preflight import (
-    check_resume,
     find_problems,
     refuse_problems,
 )
@@ -504,8 +504,8 @@ def plans(tmp_path: Path, *theirs: str) -> tuple[Settings, Plan, Plan]:
 
 def test_the_same_settings_resume(tmp_path: Path) -> None:
     settings, ours, theirs = plans(tmp_path, "trainer.max_steps=7", "trainer.optim.lr=1e-3")
-    check_resume(settings, ours, theirs, lambda: 0)
-    check_resume(settings, ours, None, lambda: 0)
+    check_plans(settings, ours, theirs, lambda: 0)
+    check_plans(settings, ours, None, lambda: 0)
 
 
 def test_a_run_that_exists_with_other_settings_is_refused_by_their_names(tmp_path: Path) -> None:
@@ -513,7 +513,7 @@ def test_a_run_that_exists_with_other_settings_is_refused_by_their_names(tmp_pat
         tmp_path, "run.seed=7", "orchestrator.group_size=2", "trainer.max_steps=7"
     )
     with pytest.raises(UserError, match=r"orchestrator\.group_size") as refused:
-        check_resume(settings, ours, theirs, lambda: 0)
+        check_plans(settings, ours, theirs, lambda: 0)
     assert "run.seed" in str(refused.value)
     assert "max_steps" not in str(refused.value)
     assert refused.value.exit == Exit.REFUSED
@@ -528,7 +528,7 @@ def test_a_resume_on_another_route_is_refused_with_the_rollouts_in_flight(tmp_pa
         match="generate → verify → train, but run 'onstream' by generate → verify → score → train, "
         "with 31 rollouts in flight",
     ):
-        check_resume(settings, ours, theirs, lambda: 31)
+        check_plans(settings, ours, theirs, lambda: 31)
 
 
 @pytest.mark.parametrize(
@@ -540,7 +540,7 @@ def test_resume_never_and_must_are_kept(
     settings = settings_of(tmp_path, f"run.resume={resume}")
     plan = make_plan(settings)
     with pytest.raises(UserError, match=words):
-        check_resume(settings, plan, plan if exists else None, lambda: 0)
+        check_plans(settings, plan, plan if exists else None, lambda: 0)
 
 
 @pytest.mark.parametrize(("config", "refused"), [('{"vision_config": {}}', True), ("{}", False)])
