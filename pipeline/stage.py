@@ -25,6 +25,7 @@ from onstream.pipeline.records import (
     Work,
 )
 from onstream.pipeline.redis.streams import Entry, Move, Out
+from onstream.pipeline.telemetry import is_logged
 from onstream.settings.stages import FIRST, STAGES, takes_tickets
 
 log = structlog.get_logger(__name__)
@@ -128,6 +129,19 @@ class Stats:
     def add(self, name: str, amount: float) -> None:
         """Add to one number, which begins at 0."""
         self.numbers = {**self.numbers, name: self.numbers.get(name, 0.0) + amount}
+
+
+def count_trouble(stats: Stats, text: str, kind: str, number: int, reason: str | None) -> None:
+    """Count what went wrong with rollout `number`; the 1st, 2nd, 4th … of its kind is logged.
+
+    Args:
+        text: what went wrong, in words.
+        kind: the name of its count in `stats`.
+    """
+    stats.add(kind, 1)
+    times = int(stats.numbers[kind])
+    if is_logged(times - 1, times):
+        log.warning(text, number=number, what=kind, reason=reason, times=times)
 
 
 class Stage(Protocol):

@@ -2,9 +2,11 @@
 
 `EndpointPool` sends each request to the `Endpoint` with the fewest in flight, sends again what
 failed, takes out an endpoint that keeps failing, and keeps to a rate. `TokenBudget` bounds the
-tokens of a run. `EventLoopThread` is the thread that all of this runs in.
+tokens of a run. `chat_request` asks for chat completions. `EventLoopThread` is the thread that all
+of this runs in.
 """
 
+from onstream.pipeline.http.chat_completions import chat_request, choices_of, total_tokens
 from onstream.pipeline.http.endpoint import (
     BadReply,
     Endpoint,
@@ -28,6 +30,9 @@ __all__ = [
     "EventLoopThread",
     "RequestRefused",
     "TokenBudget",
+    "chat_request",
+    "choices_of",
     "decoded",
     "require_model",
+    "total_tokens",
 ]

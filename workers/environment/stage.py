@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import count
 from typing import TYPE_CHECKING
 
 from onstream.pipeline.records import Episode, Rollout, StageName
-from onstream.pipeline.stage import Delivery, Outcome, Stats
+from onstream.pipeline.stage import Delivery, Outcome, Stats, count_trouble
 from onstream.pipeline.tasks import load_task
-from onstream.pipeline.telemetry import get_logger, is_logged
 from onstream.settings.root import Settings
 from onstream.workers.environment.messages import (
     ENDINGS,
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
 SLICE_S = 0.05
 PROBLEMS_KEPT = 64
 """So that a group's is made once."""
-
-log = get_logger()
 
 
 class EnvironmentWorker:
@@ -55,7 +51,6 @@ class EnvironmentWorker:
         self._pool = EnvironmentPool(settings)
         self._in_hand: dict[int, Delivery] = {}
         self._keys = count()
-        self._troubles = Counter[str]()
         self.stats = Stats(numbers=dict.fromkeys(("turns", "unscored", *ENDINGS), 0.0))
 
     def setup(self) -> None:
@@ -113,7 +108,13 @@ class EnvironmentWorker:
     def _outcome(self, delivery: Delivery, played: Played) -> Outcome:
         trouble = "unscored" if played.fault is not None else played.ended_by
         if trouble:
-            self._count_trouble(trouble, delivery.number, played.fault)
+            count_trouble(
+                self.stats,
+                "an environment did not play as usual",
+                trouble,
+                delivery.number,
+                played.fault,
+            )
         record = delivery.record
         if isinstance(record, Episode):
             self.stats.add("turns", 1)
@@ -134,20 +135,6 @@ class EnvironmentWorker:
             temperature=self._settings.inference.sampling.temperature,
             route=["generate", *ticket.route],
         )
-
-    def _count_trouble(self, trouble: str, number: int, reason: str | None) -> None:
-        """Count it, and log the 1st, 2nd, 4th, 8th … of its kind."""
-        self._troubles[trouble] += 1
-        times = self._troubles[trouble]
-        self.stats.add(trouble, 1)
-        if is_logged(times - 1, times):
-            log.warning(
-                "an environment did not play as usual",
-                number=number,
-                what=trouble,
-                reason=reason,
-                times=times,
-            )
 
 
 def after_step(episode: Episode, played: Played, max_turns: int) -> Episode | Rollout:

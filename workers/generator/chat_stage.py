@@ -6,7 +6,7 @@ This is hard distillation: a teacher writes the completions, and they become tok
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,8 +19,10 @@ from onstream.pipeline.http import (
     EventLoopThread,
     RequestRefused,
     TokenBudget,
-    decoded,
+    chat_request,
+    choices_of,
     require_model,
+    total_tokens,
 )
 from onstream.pipeline.images import ImageError, PromptImage
 from onstream.pipeline.prompts import PROMPTS_KEPT, Prompt
@@ -154,7 +156,7 @@ class ChatGenerator:
         self._queue.extend(self._requests([delivery for delivery, _ in usable]))
         while self._queue and self._may_send:
             request = self._queue.popleft()
-            reply = self._background.submit(self._pool.ask(_ask_for(self._body(request))))
+            reply = self._background.submit(self._pool.ask(chat_request(self._body(request))))
             self._running[reply] = request
         outcomes = []
         for reply, request in self._finished():
@@ -243,8 +245,8 @@ class ChatGenerator:
             answer = reply.result().answer
         except RequestRefused as refusal:
             return self._refused(request, refusal)
-        self._budget.spend(_total_tokens(answer))
-        choices = _choices(answer)
+        self._budget.spend(total_tokens(answer))
+        choices = choices_of(answer)
         if not choices:
             reason = f"the endpoint's answer has no choices: {str(answer)[:200]}"
             return [Outcome(delivery, dead=reason) for delivery in deliveries]
@@ -353,32 +355,6 @@ class ChatGenerator:
 
 def _tickets_of(requests: Iterable[ChatRequest]) -> int:
     return sum(len(request.deliveries) for request in requests)
-
-
-def _ask_for(body: dict[str, Any]) -> Callable[[Endpoint], Awaitable[Any]]:
-    """A function that asks an endpoint for the completions of `body`."""
-
-    async def ask(endpoint: Endpoint) -> Any:
-        return decoded(await endpoint.post("/v1/chat/completions", body))
-
-    return ask
-
-
-def _total_tokens(answer: Any) -> int:
-    """The tokens that were read and written, by the answer's own count."""
-    usage = answer.get("usage") if isinstance(answer, dict) else None
-    total = usage.get("total_tokens") if isinstance(usage, dict) else None
-    return total if isinstance(total, int) else 0
-
-
-def _choices(answer: Any) -> list[dict[str, Any]]:
-    """The choices of an answer that have a message."""
-    choices = answer.get("choices") if isinstance(answer, dict) else None
-    return [
-        choice
-        for choice in choices or ()
-        if isinstance(choice, dict) and isinstance(choice.get("message"), dict)
-    ]
 
 
 def _sample(prompt: Prompt, reconstructed: ReconstructedSample) -> Sample:

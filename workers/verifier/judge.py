@@ -21,8 +21,10 @@ from onstream.pipeline.http import (
     EventLoopThread,
     RequestRefused,
     TokenBudget,
-    decoded,
+    chat_request,
+    choices_of,
     require_model,
+    total_tokens,
 )
 from onstream.pipeline.tasks.scorers import answer_text
 from onstream.settings.root import Settings
@@ -227,37 +229,15 @@ def _ask_for(body: dict[str, Any]) -> Callable[[Endpoint], Coroutine[Any, Any, J
     """A function that asks an endpoint for the judgement that `body` asks for."""
 
     async def ask(endpoint: Endpoint) -> JudgeReply:
-        return _reply(decoded(await endpoint.post("/v1/chat/completions", body)))
+        return _reply(await chat_request(body)(endpoint))
 
     return ask
 
 
 def _reply(answer: Any) -> JudgeReply:
     """Raises BadReply where `answer` holds no text."""
-    try:
-        reply = msgspec.convert(answer, _Completion)
-    except msgspec.ValidationError as error:
-        raise BadReply(f"a reply that is no chat completion ({error})") from error
-    if not reply.choices or reply.choices[0].message.content is None:
+    choices = choices_of(answer)
+    text = choices[0]["message"].get("content") if choices else None
+    if not isinstance(text, str):
         raise BadReply("a reply without a text")
-    first = reply.choices[0]
-    tokens = reply.usage.total_tokens if reply.usage else 0
-    return JudgeReply(first.message.content or "", first.finish_reason != "length", tokens)
-
-
-class _Message(msgspec.Struct):
-    content: str | None = None
-
-
-class _Choice(msgspec.Struct):
-    message: _Message
-    finish_reason: str | None = None
-
-
-class _Usage(msgspec.Struct):
-    total_tokens: int = 0
-
-
-class _Completion(msgspec.Struct):
-    choices: list[_Choice]
-    usage: _Usage | None = None
+    return JudgeReply(text, choices[0].get("finish_reason") != "length", total_tokens(answer))

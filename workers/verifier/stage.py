@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from itertools import count
 from typing import TYPE_CHECKING
 
 from onstream.pipeline.records import StageName
-from onstream.pipeline.stage import Delivery, Outcome, Stats
-from onstream.pipeline.telemetry import get_logger, is_logged
+from onstream.pipeline.stage import Delivery, Outcome, Stats, count_trouble
 from onstream.settings.root import Settings
 from onstream.workers.verifier.scorer_messages import Verdict
 from onstream.workers.verifier.scorer_pool import final_answer, within_bounds, write_verdict
@@ -22,8 +20,6 @@ if TYPE_CHECKING:
 SLICE_S = 0.05
 ZERO_REWARD_PARTS = ("timed_out", "crashed", "rollout_error")
 """The parts that say why a reward is 0 although the scorer gave none."""
-
-log = get_logger()
 
 
 class Verifier:
@@ -49,7 +45,6 @@ class Verifier:
         self._scorers = scorers_of(settings, bus, timeout_s=SLOW_S if self._hands_over else None)
         self._in_hand: dict[int, Delivery] = {}
         self._keys = count()
-        self._troubles = Counter[str]()
         self.stats = Stats(numbers=dict.fromkeys(("unscored", *ZERO_REWARD_PARTS), 0.0))
         if self._jobs is not None:
             self.stats.set(in_jobs=0.0)
@@ -124,25 +119,14 @@ class Verifier:
         verdict = within_bounds(verdict, self._verification)
         write_verdict(rollout, verdict)
         if trouble := _trouble(verdict):
-            self._count_trouble(trouble, delivery.number, verdict.unscored)
-        return Outcome(delivery, rollout)
-
-    def _count_trouble(self, trouble: str, number: int, reason: str | None) -> None:
-        """Count it, and log the 1st, 2nd, 4th, 8th … of its kind.
-
-        A scorer that always fails must not flood the log.
-        """
-        self._troubles[trouble] += 1
-        times = self._troubles[trouble]
-        self.stats.add(trouble, 1)
-        if is_logged(times - 1, times):
-            log.warning(
+            count_trouble(
+                self.stats,
                 "a rollout could not be scored as usual",
-                number=number,
-                what=trouble,
-                reason=reason,
-                times=times,
+                trouble,
+                delivery.number,
+                verdict.unscored,
             )
+        return Outcome(delivery, rollout)
 
 
 def _trouble(verdict: Verdict) -> str | None:

@@ -179,7 +179,10 @@ def test_a_program_is_run_in_its_sandbox_and_an_endless_one_scores_0_with_the_re
     endless = rollout(2, "while True: pass")
     for each in (right, endless):
         each.info = {"tests": [{"input": "abc", "output": "cba"}]}
-    verdicts = verify(right, endless, scorer="code", limits={"timeout": 5, "sandbox": {"wall": 1}})
+    # A busy machine may take seconds to start the right one.
+    long, short = ({"timeout": 60, "sandbox": {"wall": wall}} for wall in (30, 1))
+    verdicts = verify(right, scorer="code", limits=long)
+    verdicts |= verify(endless, scorer="code", limits=short)
     assert (verdicts[1].reward, verdicts[1].reward_parts) == (1.0, {"passed": 1.0})
     assert (verdicts[2].reward, verdicts[2].reward_parts) == (
         0.0,
