@@ -85,6 +85,12 @@ def local_teacher(settings: Settings) -> str | None:
     return settings.teacher_inference.model.name or settings.model.name
 
 
+def taught_by_own_start(settings: Settings) -> bool:
+    """Whether the teacher is the student's own start, and reads what the student reads."""
+    own = local_teacher(settings) == settings.model.name
+    return own and not settings.task.teacher_prompt.differs
+
+
 def external_teacher(settings: Settings) -> str | None:
     """The name by which external endpoints know the teacher; None where they are not asked."""
     external = settings.orchestrator.teacher_model

@@ -33,12 +33,15 @@ class LearningRate:
     reason: str
 
 
-def automatic_rate(config: Mapping[str, Any], trainer: TrainerSettings) -> LearningRate:
+def automatic_rate(
+    config: Mapping[str, Any], trainer: TrainerSettings, *, from_own_start: bool = False
+) -> LearningRate:
     """The rate for a student of this `config.json`, or for an adapter on it, with this loss.
 
     It falls with the square of the hidden size, from 5e-4 at 96 to 4.4e-6 at 1,024, and stays at
     1e-6 from 2,147 on. That of an adapter is ten times as high, and at least 1e-4. Where rewards
-    alone teach it is a fifth, and not under 1e-6.
+    alone teach it is a fifth, and not under 1e-6. They do too beside a teacher that is the
+    student's own start (`from_own_start`), which holds the student and shows it nothing new.
     """
     shape = DecoderSizes.of(config)
     if shape is None:
@@ -52,17 +55,20 @@ def automatic_rate(config: Mapping[str, Any], trainer: TrainerSettings) -> Learn
     if trainer.lora is not None:
         rate = max(LEAST_ADAPTER_RATE, ADAPTER_FACTOR * whole)
         reason += ", an adapter is trained"
-    if trainer.loss.needs_reward and not trainer.loss.needs_teacher:
+    taught = trainer.loss.needs_teacher and not from_own_start
+    if trainer.loss.needs_reward and not taught:
         rate = max(LEAST_RATE, REWARDS_FACTOR * rate)
         reason += ", rewards alone teach"
     return LearningRate(_two_digits(rate), reason)
 
 
-def with_learning_rate(trainer: TrainerSettings, config: Mapping[str, Any]) -> TrainerSettings:
+def with_learning_rate(
+    trainer: TrainerSettings, config: Mapping[str, Any], *, from_own_start: bool = False
+) -> TrainerSettings:
     """`trainer` with a number for its rate: its own, or the one for a student of `config`."""
     if trainer.optim.lr != "auto":
         return trainer
-    rate = automatic_rate(config, trainer)
+    rate = automatic_rate(config, trainer, from_own_start=from_own_start)
     optim = trainer.optim.model_copy(update={"lr": rate.value})
     return trainer.model_copy(update={"optim": optim})
 

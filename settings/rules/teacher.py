@@ -15,6 +15,7 @@ from onstream.settings.route import (
     local_teacher_configured,
     rewards_on,
     rollout_teacher,
+    taught_by_own_start,
     teacher_configured,
     teacher_on,
 )
@@ -177,14 +178,12 @@ def teacher_warnings(settings: Settings) -> Iterator[str]:
             f"The teacher is metric-only: {loss.TEACHER_SETTING} is 0, so its scores are reported "
             "as teacher_kl and train nothing."
         )
-    own_teacher = local_teacher(settings) == settings.model.name
-    teacher_prompt = settings.task.teacher_prompt
-    if own_teacher and loss.needs_teacher and not loss.needs_reward and not teacher_prompt.differs:
+    if taught_by_own_start(settings) and loss.needs_teacher and not loss.needs_reward:
         yield (
             f"The teacher is the student's own starting model ({settings.model.name}) and no "
             f"rewards are read ({loss.REWARD_SETTING}): nothing to learn."
         )
-    template = teacher_prompt.template
+    template = settings.task.teacher_prompt.template
     if template is not None and "prompt" not in template_fields(template):
         yield (
             "task.teacher_prompt.template has no {prompt}: the teacher does not read what the "

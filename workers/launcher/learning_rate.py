@@ -5,6 +5,7 @@ from __future__ import annotations
 from onstream.pipeline.errors import UserError
 from onstream.pipeline.models.learning_rate import automatic_rate
 from onstream.settings.root import Settings
+from onstream.settings.route import taught_by_own_start
 from onstream.workers.launcher.model_files import local_model, model_config
 
 
@@ -21,5 +22,6 @@ def learning_rate_line(settings: Settings) -> str:
         config = None
     if config is None:
         return f'{after}; trainer.optim.lr = "auto", and the student is not on this machine'
-    rate = automatic_rate(config, settings.trainer)
+    own = taught_by_own_start(settings)
+    rate = automatic_rate(config, settings.trainer, from_own_start=own)
     return f'{rate.value:g} {after}; trainer.optim.lr = "auto": {rate.reason}'

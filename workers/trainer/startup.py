@@ -17,6 +17,7 @@ from onstream.pipeline.telemetry import get_logger
 from onstream.settings.plan import Plan, make_plan
 from onstream.settings.record_sizes import max_backlog, max_unacked_bytes
 from onstream.settings.root import Settings
+from onstream.settings.route import taught_by_own_start
 from onstream.workers.trainer.durability import checkpoint
 from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
 from onstream.workers.trainer.durability.checkpoint import Checkpoint
@@ -81,7 +82,8 @@ def _with_learning_rate(settings: Settings, found: Checkpoint | None) -> Setting
         return settings
     start = found.path if found else settings.model.name
     config, _ = load_configs(base_of(start) or start)
-    trainer = with_learning_rate(settings.trainer, config.to_dict())
+    own = taught_by_own_start(settings)
+    trainer = with_learning_rate(settings.trainer, config.to_dict(), from_own_start=own)
     return settings.model_copy(update={"trainer": trainer})
 
 

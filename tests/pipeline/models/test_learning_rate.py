@@ -70,3 +70,5 @@ def test_where_rewards_alone_teach_the_rate_is_a_fifth_and_not_under_the_least(
     assert (found.value, found.reason) == (rate, f"hidden size {hidden:,}, rewards alone teach")
     both = TrainerSettings.model_validate({"loss": {"teacher_tau": 0.5, "adv_tau": 1.0}})
     assert automatic_rate(config(96), both).value == 5e-4
+    held = automatic_rate(config(96), both, from_own_start=True)
+    assert (held.value, held.reason) == (1e-4, "hidden size 96, rewards alone teach")
