@@ -41,14 +41,14 @@ def episodes_are_the_students(settings: Settings) -> Iterator[SettingsProblem]:
         )
 
 
-def episodes_are_not_evaluated(settings: Settings) -> Iterator[SettingsProblem]:
-    """An evaluation asks for one answer."""
-    if settings.task.environment is not None and settings.eval.samples:
+def episodes_show_no_images(settings: Settings) -> Iterator[SettingsProblem]:
+    """There are none to swap."""
+    if settings.task.environment is not None and settings.eval.swap_images:
         yield problem_with(
             settings,
-            ["task.environment", "eval.samples"],
-            "no evaluation: episodes are not evaluated yet, only trained on",
-            "Set eval.samples = 0, and watch the reward.",
+            ["task.environment", "eval.swap_images"],
+            "no swapped images: episodes show none",
+            "Leave eval.swap_images out.",
         )
 
 
@@ -67,6 +67,6 @@ def episodes_have_one_prompt(settings: Settings) -> Iterator[SettingsProblem]:
 EPISODE_RULES = (
     environment_gives_the_reward,
     episodes_are_the_students,
-    episodes_are_not_evaluated,
+    episodes_show_no_images,
     episodes_have_one_prompt,
 )

@@ -32,7 +32,7 @@ device = "cpu"
 [delivery]
 lease = 2
 [eval]
-samples = 0
+samples = 32
 [inference.sampling]
 max_completion = 16
 [orchestrator]
@@ -83,6 +83,12 @@ def test_episodes_outlive_the_workers_that_play_and_write_them(tmp_path: Path) -
     assert (tmp_path / "output").read_text().count("was killed by SIGKILL") == 2
     metrics = rows(directory / "metrics.jsonl")
     assert all(row["latency_act_s"] is not None and row["unscored"] == 0 for row in metrics)
+    assert all(1 < row["turns_mean"] <= 3 for row in metrics)
+    evals = rows(directory / "evals.jsonl")
+    assert [(row["version"], row["samples"]) for row in evals] == [(0, 32), (STEPS, 32)]
+    assert all(1 < row["turns"] <= 3 and row["unscored"] == 0 for row in evals)
+    report = json.loads((directory / "report.json").read_text())
+    assert report["eval"]["reward"]["after"] == evals[1]["reward"]
     whole = [row for row in rows(directory / "samples.jsonl") if row["finish_reason"] == "stop"]
     roles = ["user", "assistant"] * 2 + ["user"]
     assert whole and all([one["role"] for one in row["messages"]] == roles for row in whole)

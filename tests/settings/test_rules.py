@@ -32,7 +32,7 @@ UNVERIFIED = "orchestrator.verification.enabled=false"
 NCCL = ["weights.transport=nccl", "deployment.device=cuda", "inference.engine=vllm"]
 STAGES = "deployment.stages={}".format
 
-EPISODES = ["task.environment=sort-turns", "eval.samples=0"]
+EPISODES = ["task.environment=sort-turns"]
 
 REFUSED = [
     # A judge.
@@ -69,9 +69,9 @@ REFUSED = [
     ),
     ([*EPISODES, "task.scorer=math"], 'with task.scorer = "math"', "expected no scorer"),
     (
-        EPISODES[:1],
-        'task.environment = "sort-turns" with eval.samples = 256',
-        "episodes are not evaluated yet, only trained on. Set eval.samples = 0",
+        [*EPISODES, "eval.swap_images=true"],
+        'task.environment = "sort-turns" with eval.swap_images = true',
+        "expected no swapped images: episodes show none",
     ),
     (
         [*EPISODES, *HARD],

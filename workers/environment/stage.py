@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import count
 from typing import TYPE_CHECKING
 
-from onstream.pipeline.records import Episode, Rollout, StageName
+from onstream.pipeline.records import Episode, StageName
 from onstream.pipeline.stage import Delivery, Outcome, Stats, count_trouble
 from onstream.pipeline.tasks import load_task
 from onstream.settings.root import Settings
-from onstream.workers.environment.messages import (
-    ENDINGS,
-    Played,
-    Request,
-    StartRequest,
-    StepRequest,
+from onstream.workers.environment.episodes import (
+    after_step,
+    begun,
+    episode_seed,
+    rollout_of,
+    start_request,
+    step_request,
 )
+from onstream.workers.environment.messages import ENDINGS, Played, Request
 from onstream.workers.environment.pool import EnvironmentPool
 
 if TYPE_CHECKING:
@@ -98,12 +99,9 @@ class EnvironmentWorker:
     def _request(self, delivery: Delivery) -> Request:
         record = delivery.record
         if isinstance(record, Episode):
-            return StepRequest(record.state, record.messages[-1])
+            return step_request(record)
         index = delivery.ticket.index
-        problem = self._problem(index)
-        return StartRequest(
-            problem.messages, problem.info, episode_seed(self._settings.run.seed, index)
-        )
+        return start_request(self._problem(index), episode_seed(self._settings.run.seed, index))
 
     def _outcome(self, delivery: Delivery, played: Played) -> Outcome:
         trouble = "unscored" if played.fault is not None else played.ended_by
@@ -122,80 +120,6 @@ class EnvironmentWorker:
         if trouble:
             reason = played.fault or trouble
             return Outcome(delivery, dead=f"the environment could not start: {reason}")
-        return Outcome(delivery, self._started(delivery, played))
-
-    def _started(self, delivery: Delivery, played: Played) -> Episode:
-        ticket = delivery.ticket
-        return Episode(
-            ticket=ticket,
-            messages=played.messages,
-            info=self._problem(ticket.index).info,
-            tools=played.tools,
-            state=played.state,
-            temperature=self._settings.inference.sampling.temperature,
-            route=["generate", *ticket.route],
-        )
-
-
-def after_step(episode: Episode, played: Played, max_turns: int) -> Episode | Rollout:
-    """What becomes of `episode` after what was `played`: another turn, or its end.
-
-    It ends where the environment says so, fails or was stopped; where the student's turn was cut
-    off; and where it was the last of `max_turns`.
-    """
-    if played.fault is not None:
-        return rollout_of(episode, unscored=f"the environment: {played.fault}")
-    if played.ended_by:
-        episode.reward = 0.0
-        episode.reward_parts = {played.ended_by: 1.0}
-        return rollout_of(episode)
-    episode.reward += played.reward
-    parts = episode.reward_parts
-    episode.reward_parts = parts | {
-        name: parts.get(name, 0.0) + value for name, value in played.parts.items()
-    }
-    if played.done or episode.finish_reason == "length":
-        return rollout_of(episode)
-    if episode.turns >= max_turns:
-        episode.bound = "turns"
-        return rollout_of(episode)
-    episode.messages = [*episode.messages, *played.messages]
-    episode.state = played.state
-    episode.route = ["generate", *episode.route]
-    return episode
-
-
-def rollout_of(episode: Episode, *, unscored: str | None = None) -> Rollout:
-    """The rollout that `episode` ends as.
-
-    Its messages are what came before the student's last turn, whose text is in the last sample.
-    Without a reward where the environment failed.
-    """
-    roles = [message["role"] for message in episode.messages]
-    last = len(roles) - 1 - roles[::-1].index("assistant")
-    parts = episode.reward_parts
-    if episode.bound:
-        parts = {**parts, f"out_of_{episode.bound}": 1.0}
-    ticket = episode.ticket
-    return Rollout(
-        number=ticket.number,
-        group=ticket.group,
-        group_size=ticket.group_size,
-        index=ticket.index,
-        messages=episode.messages[:last],
-        info=episode.info,
-        samples=episode.samples,
-        temperature=episode.temperature,
-        finish_reason="length" if episode.bound else episode.finish_reason,
-        route=episode.route,
-        timings=episode.timings,
-        reward=None if unscored else episode.reward,
-        reward_parts=parts,
-        unscored=unscored,
-    )
-
-
-def episode_seed(run_seed: int, index: int) -> int:
-    """63 bits for the episodes on problem `index`, the same for all members of a group."""
-    digest = hashlib.blake2b(f"{run_seed}/episode/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+        info = self._problem(delivery.ticket.index).info
+        temperature = self._settings.inference.sampling.temperature
+        return Outcome(delivery, begun(delivery.ticket, info, played, temperature))

@@ -1,6 +1,6 @@
 """Greedy evaluation of a model on the task's held-out problems.
 
-It uses the generator's engine and the verifier's scorer processes.
+It uses the generator's engine, and the verifier's scorer processes or the environment.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from onstream.pipeline.images import ImageError
 from onstream.pipeline.tasks import Problem, Task, load_task
 from onstream.pipeline.tasks.swapped_images import swapped_problems
 from onstream.settings.root import Settings
+from onstream.workers.evaluation.episodes import play_episodes
 from onstream.workers.generator.engines.base import GenerationRequest
 from onstream.workers.generator.student import PromptTooLong, Student, load_student
 from onstream.workers.verifier.scorer_messages import Verdict
@@ -23,6 +24,8 @@ from onstream.workers.verifier.scorers import scorers_of
 
 EXACT = 1.0
 """The least reward of an answer that counts as exact."""
+ROUNDING = 1e-9
+"""What the sum of an episode's rewards may lack."""
 WAIT_S = 1.0
 
 
@@ -34,26 +37,50 @@ def evaluate(model_dir: Path, settings: Settings) -> dict[str, Any]:
         were scored (None if none was); `samples`, the number of problems; `unscored`, how many the
         scorer itself failed on; `seconds`. With `eval.swap_images` also `exact_swapped`: the share
         of `samples_swapped` problems that are answered right although the images of another problem
-        are shown.
+        are shown. With `task.environment` each problem is played to the end of its episode, and
+        `turns` and `tool_calls` are how many of them an episode has, on average.
 
     Raises:
-        UserError: the model, the task or its scorer cannot be used, nothing is held out, or a
-            problem does not fit the context.
+        UserError: the model, the task, its scorer or environment cannot be used, nothing is held
+            out, or a problem does not fit the context.
     """
     started = time.monotonic()
     task = load_task(settings)
-    own = _held_out(task)
-    swapped = _with_images_swapped(task) if settings.eval.swap_images else {}
-    problems = own | swapped
+    problems = _held_out(task)
     student = load_student(model_dir, settings)
-    answers = _answers(student, problems, settings.inference.sampling.max_completion)
-    verdicts = _verdicts(settings, list(problems.values()), answers)
-    result = _summary(verdicts[: len(own)])
-    if swapped:
-        result["exact_swapped"] = _exact(verdicts[len(own) :])
-        result["samples_swapped"] = len(swapped)
+    if settings.task.environment is not None:
+        result = _episodes(student, settings, problems)
+    else:
+        swapped = _with_images_swapped(task) if settings.eval.swap_images else {}
+        result = _single_answers(student, settings, problems, swapped)
     result["seconds"] = time.monotonic() - started
     return result
+
+
+def _single_answers(
+    student: Student,
+    settings: Settings,
+    own: dict[str, Problem],
+    swapped: dict[str, Problem],
+) -> dict[str, Any]:
+    problems = own | swapped
+    answers = _answers(student, problems, settings.inference.sampling.max_completion)
+    verdicts = _verdicts(settings, list(problems.values()), answers)
+    rewards = [verdict.reward for verdict in verdicts]
+    result = _summary(rewards[: len(own)])
+    if swapped:
+        result["exact_swapped"] = _exact(rewards[len(own) :])
+        result["samples_swapped"] = len(swapped)
+    return result
+
+
+def _episodes(student: Student, settings: Settings, problems: dict[str, Problem]) -> dict[str, Any]:
+    ended = play_episodes(student, settings, problems)
+    return {
+        **_summary([episode.reward for episode in ended]),
+        "turns": sum(episode.turns for episode in ended) / len(ended),
+        "tool_calls": sum(episode.tool_calls for episode in ended) / len(ended),
+    }
 
 
 def _held_out(task: Task) -> dict[str, Problem]:
@@ -77,19 +104,19 @@ def _with_images_swapped(task: Task) -> dict[str, Problem]:
     }
 
 
-def _summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    rewards = [verdict.reward for verdict in verdicts if verdict.reward is not None]
+def _summary(rewards: Sequence[float | None]) -> dict[str, Any]:
+    scored = [reward for reward in rewards if reward is not None]
     return {
-        "exact": _exact(verdicts),
-        "reward": sum(rewards) / len(rewards) if rewards else None,
-        "samples": len(verdicts),
-        "unscored": len(verdicts) - len(rewards),
+        "exact": _exact(rewards),
+        "reward": sum(scored) / len(scored) if scored else None,
+        "samples": len(rewards),
+        "unscored": len(rewards) - len(scored),
     }
 
 
-def _exact(verdicts: Sequence[Verdict]) -> float:
-    """The share of `verdicts` with a reward of 1 or more; one without a reward is not exact."""
-    exact = [verdict.reward is not None and verdict.reward >= EXACT for verdict in verdicts]
+def _exact(rewards: Sequence[float | None]) -> float:
+    """The share of `rewards` of 1 or more; an answer without one is not exact."""
+    exact = [reward is not None and reward >= EXACT - ROUNDING for reward in rewards]
     return sum(exact) / len(exact)
 
 

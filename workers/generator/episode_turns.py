@@ -14,8 +14,10 @@ import numpy as np
 
 from onstream.pipeline.record_codec import ids_array, ids_bytes, logprobs_bytes, mask_bytes
 from onstream.pipeline.records import Bound, Episode, Ids, Sample, VersionSpan
+from onstream.settings.root import Settings
 from onstream.workers.generator.conversation import Conversation
 from onstream.workers.generator.engines.base import Completion
+from onstream.workers.generator.student import Student
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,24 @@ class EpisodeTurns:
             turns=episode.turns + 1,
             finish_reason=completion.finish_reason,
         )
+
+
+def episode_turns(student: Student, settings: Settings) -> EpisodeTurns:
+    """What prepares the turns of `student` in a run of `settings`.
+
+    Raises:
+        UserError: the run has episodes, and the student's chat template does not render them.
+    """
+    turns = EpisodeTurns(
+        Conversation(student.model.tokenizer, student.model.template_arguments),
+        max_context=lambda: student.engine.max_context,
+        max_completion=settings.inference.sampling.max_completion,
+        max_episode=settings.task.max_episode,
+        text=student.text,
+    )
+    if settings.task.environment is not None:
+        turns.check()
+    return turns
 
 
 def new_sample(prompt_ids: Ids, completion: Completion, text: str) -> Sample:

@@ -29,9 +29,8 @@ from onstream.pipeline.telemetry import get_logger
 from onstream.pipeline.weights import DirectoryReader, PolicyFetcher, StoreReader
 from onstream.pipeline.weights.redis_store import ChunkReader
 from onstream.settings.root import Settings
-from onstream.workers.generator.conversation import Conversation
 from onstream.workers.generator.engines.base import Completion, GenerationRequest
-from onstream.workers.generator.episode_turns import EpisodeTurns, Turn, new_sample, turn_seed
+from onstream.workers.generator.episode_turns import Turn, episode_turns, new_sample, turn_seed
 from onstream.workers.generator.guard import Guard, tolerance_of
 from onstream.workers.generator.nccl_receiver import ReceivingEngine, TransferReceiver
 from onstream.workers.generator.policy_loader import PolicyLoader
@@ -116,7 +115,7 @@ class Generator:
         """
         self._task = load_task(self._settings)
         self._student = open_student(self._settings)
-        self._turns = self._episode_turns()
+        self._turns = episode_turns(self._student, self._settings)
         fetcher = PolicyFetcher(self._weight_store(), deltas=self._settings.weights.deltas)
         self._policies = PolicyLoader(
             self._student.engine, fetcher, self._newest, receiver=self._receiver()
@@ -171,24 +170,6 @@ class Generator:
         self._active.clear()
         self._early.clear()
         self._student.engine.close()
-
-    def _episode_turns(self) -> EpisodeTurns:
-        """What the episodes of this run need, where it has any.
-
-        Raises:
-            UserError: the student's chat template does not render them.
-        """
-        model = self._student.model
-        turns = EpisodeTurns(
-            Conversation(model.tokenizer, model.template_arguments),
-            max_context=lambda: self._student.engine.max_context,
-            max_completion=self._settings.inference.sampling.max_completion,
-            max_episode=self._settings.task.max_episode,
-            text=self._student.text,
-        )
-        if self._settings.task.environment is not None:
-            turns.check()
-        return turns
 
     def _weight_store(self) -> StoreReader:
         if self._settings.weights.transport == "redis":

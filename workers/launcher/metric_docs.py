@@ -137,6 +137,9 @@ _STEP = (
     MetricField("staleness_max", "steps", "The oldest."),
     MetricField("completion_tokens_mean", "tokens", "Mean length of a completion."),
     MetricField(
+        "turns_mean", "turns", "Mean of what the student wrote; 1 without `task.environment`."
+    ),
+    MetricField(
         "truncated_share",
         "share",
         "Of the rollouts, those that were cut at `inference.sampling.max_completion`.",
@@ -220,7 +223,9 @@ _EVALUATION = (
     MetricField("exact", "share", "Of the held-out problems, those with a reward of 1 or more."),
     MetricField("reward", "reward", "Mean of those that were scored; null if none was."),
     MetricField("samples", "problems", "The held-out problems."),
-    MetricField("unscored", "problems", "Those that the scorer itself failed on."),
+    MetricField(
+        "unscored", "problems", "Those that the scorer or the environment itself failed on."
+    ),
     MetricField("seconds", "s", "How long it took."),
     MetricField(
         "exact_swapped",
@@ -230,6 +235,13 @@ _EVALUATION = (
     ),
     MetricField(
         "samples_swapped", "problems", "The problems that show images.", when="`eval.swap_images`"
+    ),
+    MetricField("turns", "turns", "Mean of an episode.", when="`task.environment`"),
+    MetricField(
+        "tool_calls",
+        "calls",
+        "Mean of an episode: calls that were answered.",
+        when="`task.environment`",
     ),
 )
 

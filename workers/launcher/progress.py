@@ -182,6 +182,8 @@ def _state(stage: StageView) -> str:
 def _figures(view: RunView) -> list[str]:
     metrics = view.metrics
     figures = [f"{name} {metrics[name]:.4g}" for name in SHOWN if metrics.get(name) is not None]
+    if metrics.get("turns_mean", 1) > 1:
+        figures.append(f"{metrics['turns_mean']:.1f} turns")
     if view.rollouts_per_s is not None:
         figures.append(f"{view.rollouts_per_s:.0f} rollouts/s")
     if metrics.get("staleness_mean") is not None:

@@ -44,6 +44,13 @@ def test_the_status_line_holds_figures_backlogs_and_what_is_waited_for() -> None
     ]
 
 
+def test_the_status_line_of_episodes_has_their_turns() -> None:
+    episodes = replace(VIEW, metrics={**VIEW.metrics, "turns_mean": 2.94})
+    assert "teacher_kl 0.03125  2.9 turns  432 rollouts/s" in status_lines(episodes)[0]
+    single = replace(VIEW, metrics={**VIEW.metrics, "turns_mean": 1.0})
+    assert status_lines(single) == status_lines(VIEW)
+
+
 def test_no_line_of_the_status_is_longer_than_159_characters() -> None:
     path = "/home/me/" + "long/" * 40
     view = replace(

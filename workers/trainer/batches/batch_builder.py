@@ -263,6 +263,7 @@ def rollout_metrics(batch: Sequence[TrainableUnit], version: int) -> Metrics:
         "staleness_mean": fmean(ages),
         "staleness_max": max(ages),
         "completion_tokens_mean": fmean(map(_completion_tokens, rollouts)),
+        "turns_mean": fmean(map(turns_of, rollouts)),
         "truncated_share": fmean(rollout.finish_reason == "length" for rollout in rollouts),
         **_times(rollouts),
     }
@@ -293,6 +294,12 @@ def drop_metrics(dropped: Mapping[str, int]) -> Metrics:
         "dropped_other": other,
         "dead": dropped.get("dead", 0),
     }
+
+
+def turns_of(rollout: Rollout) -> int:
+    """How many turns the policy wrote: stretches of the loss mask, with others' tokens between."""
+    masks = [sample.loss_mask for sample in rollout.samples]
+    return sum(mask.startswith(b"\1") + mask.count(b"\0\1") for mask in masks)
 
 
 def _completion_tokens(rollout: Rollout) -> int:

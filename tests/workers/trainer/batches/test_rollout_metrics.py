@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from onstream.pipeline.records import Rollout, Ticket, Timing
 from onstream.workers.trainer.batches.batch_builder import (
@@ -12,6 +13,7 @@ from onstream.workers.trainer.batches.batch_builder import (
     drop_metrics,
     rollout_metrics,
     scored_shares,
+    turns_of,
 )
 from tests.workers.trainer.driver import rollout
 
@@ -38,6 +40,17 @@ def test_rewards_are_averaged_over_those_there_are() -> None:
         0.5,
         1,
     )
+
+
+@pytest.mark.parametrize(
+    ("masks", "turns"),
+    [([[1, 1]], 1), ([[1, 0, 0, 1, 1, 0, 1]], 3), ([[1, 0, 1], [1]], 3), ([[0, 1]], 1)],
+)
+def test_turns_are_stretches_of_the_loss_mask(masks: list[list[int]], turns: int) -> None:
+    [sample] = made(1).samples
+    one = made(1, samples=[replace(sample, loss_mask=bytes(mask)) for mask in masks])
+    assert turns_of(one) == turns
+    assert rollout_metrics([unit(one, made(2))], 3)["turns_mean"] == (turns + 1) / 2
 
 
 def test_without_any_reward_there_is_no_mean() -> None:
