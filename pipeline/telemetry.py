@@ -8,6 +8,9 @@ from __future__ import annotations
 import logging
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TextIO, cast
 
@@ -74,6 +77,28 @@ def configure(
         handlers=[handler], level=max(_LEVELS[log.level], logging.WARNING), force=True
     )
     logging.captureWarnings(True)
+
+
+@contextmanager
+def configured_apart() -> Iterator[None]:
+    """Give the process its own logging back at the end, whatever `configure` does in between.
+
+    For a process that is the user's, and not a worker.
+    """
+    structured = structlog.get_config() if structlog.is_configured() else None
+    handlers = logging.root.handlers[:]
+    level = logging.root.level
+    captured = warnings.showwarning.__module__ == logging.__name__
+    logging.root.handlers[:] = []  # `configure` would close those that it finds
+    try:
+        yield
+    finally:
+        logging.root.handlers[:] = handlers
+        logging.root.setLevel(level)
+        logging.captureWarnings(captured)
+        structlog.reset_defaults()
+        if structured is not None:
+            structlog.configure(**structured)
 
 
 def get_logger() -> structlog.typing.FilteringBoundLogger:

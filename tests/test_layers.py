@@ -21,6 +21,7 @@ LAYERS: tuple[set[str], ...] = (  # from the bottom up; CONTRIBUTING.md explains
     {"workers.evaluation", "workers.inspection"},
     {"workers.launcher"},
     {"workers.jobs", "workers.replay", "workers.tiny_models"},
+    {"workers.api"},
     {"workers.runner"},
     {"workers.commands"},
 )

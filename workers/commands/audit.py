@@ -25,11 +25,9 @@ def audit(settings: Settings, uids: bool) -> Exit:
     Exits with 1 if any is lost or duplicated, or if streams, ledger and metrics hold what the run
     never issued or contradict one another.
     """
-    from onstream.workers.inspection.audit import audit, counted
-    from onstream.workers.launcher.open_run import open_run
+    from onstream.workers.api.run import Run
 
-    with open_run(settings, purpose="audit") as bus:
-        found = audit(settings.run_dir, bus)
-    click.echo(json.dumps(found if uids else counted(found), indent=2))
+    found = Run(settings).audit(uids=uids)
+    click.echo(json.dumps(found, indent=2))
     failed = found["lost"] or found["duplicated"] or "beyond" in found
     return Exit.FAILED if failed else Exit.OK

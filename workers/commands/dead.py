@@ -28,11 +28,10 @@ def list_letters(settings: Settings, as_json: bool) -> None:
     """List the dead letters by reason."""
     from rich.console import Console
 
-    from onstream.workers.inspection.dead_letters import dead_by_reason, show_reasons
-    from onstream.workers.launcher.open_run import open_run
+    from onstream.workers.api.run import Run
+    from onstream.workers.inspection.dead_letters import show_reasons
 
-    with open_run(settings, purpose="dead") as bus:
-        found = dead_by_reason(bus, settings.run_dir)
+    found = Run(settings).dead_letters()
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:

@@ -54,6 +54,12 @@ def _figure(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def kept_versions(run_dir: Path) -> dict[int, Path]:
+    """The directories in `run_dir` that hold the weights of policy versions, by version."""
+    kept = checkpoint.by_step(run_dir / checkpoint.FOLDER)
+    return kept | {int(path.name): path for path in (run_dir / "policies").glob("[0-9]*")}
+
+
 def find_version(settings: Settings, version: int | None) -> tuple[Path, int]:
     """The directory that holds the weights of `version` (None: the newest on disk), and its number.
 
@@ -63,8 +69,7 @@ def find_version(settings: Settings, version: int | None) -> tuple[Path, int]:
     Raises:
         UserError: the run keeps no such version.
     """
-    kept = checkpoint.by_step(settings.run_dir / checkpoint.FOLDER)
-    kept |= {int(path.name): path for path in (settings.run_dir / "policies").glob("[0-9]*")}
+    kept = kept_versions(settings.run_dir)
     kept.setdefault(0, Path(settings.model.name))
     if version is None:
         version = max(kept)

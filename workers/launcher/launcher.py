@@ -372,7 +372,7 @@ def _show_finished(settings: Settings, step: int, console: Console | None) -> Ex
             f"run {settings.run.name} is already finished at step {step}. For more steps raise "
             "trainer.max_steps; for a new run choose another run.name."
         )
-        written = report.of_finished(settings.run_dir)
+        written = report.of_files(settings.run_dir)
         display.result(result_table(written))
         for sentence in ending.sentences(written, settings.run_dir):
             display.say(sentence)

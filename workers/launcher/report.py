@@ -48,8 +48,8 @@ def build(
     return report
 
 
-def of_finished(run_dir: Path) -> dict[str, Any]:
-    """The report of a run that has finished; nothing is written."""
+def of_files(run_dir: Path) -> dict[str, Any]:
+    """The report of what the run's files hold now; nothing is written."""
     rows = read_rows(run_dir / "metrics.jsonl")
     evals = read_rows(run_dir / "evals.jsonl")
     return summary(rows, evals) | _seen(run_dir, None, None)
