@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from onstream.settings.fields import known
+from onstream.settings.fields import NAME, known
 from onstream.settings.problems import variable_of
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +60,7 @@ def passed_on() -> list[str]:
     return [
         variable_of(name)
         for name, setting in known().items()
-        if not setting.secret and not OURS.fullmatch(name)
+        if not setting.secret and NAME not in name and not OURS.fullmatch(name)
     ]
 
 

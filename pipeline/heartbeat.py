@@ -14,12 +14,12 @@ from typing import Literal, Self
 import structlog
 
 from onstream.pipeline.errors import Exit
-from onstream.pipeline.records import StageName
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.connection import OUTAGE
 from onstream.pipeline.redis.run_end import RunEnd
 from onstream.pipeline.stage import Stats
 from onstream.settings.sections.run import DeliverySettings
+from onstream.settings.stages import StreamName
 
 log = structlog.get_logger(__name__)
 
@@ -35,7 +35,7 @@ class LoopState:
     entries that this worker answers for.
     """
 
-    stage: StageName
+    stage: StreamName
     holds_entries: bool
     stats: Stats  # the stage
     state: Literal["starting", "running", "draining"] = "starting"  # the loop

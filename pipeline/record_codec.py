@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import combinations
 from typing import Any, Final
 
@@ -27,13 +28,13 @@ from onstream.pipeline.records import (
     Probe,
     Rollout,
     Sample,
-    StageName,
     Ticket,
+    Timing,
     Tombstone,
     Work,
 )
 from onstream.settings.decoding import UNDECODABLE
-from onstream.settings.stages import STAGE_NAMES
+from onstream.settings.stages import STAGE_NAMES, TEACHER_NAME, stage_of, teacher_of
 
 GREATEST_LOGPROB: Final = 2.0**-9
 """In nats. No logprob is above 0, but for the rounding of the program that computed it."""
@@ -107,6 +108,8 @@ def decode_work(payload: bytes) -> Work:
             check_episode(record)
         elif isinstance(record, Ticket):
             check_route(record.route)
+        else:
+            check_stream(record.stage)
     except FieldError as error:
         raise RecordError(f"{type(record).__name__.lower()} {record.number}: {error}") from error
     return record
@@ -165,6 +168,7 @@ def read_number(field: bytes) -> int:
 def check_rollout(rollout: Rollout) -> None:
     """Raise FieldError where a field of `rollout` is at odds with another, or with its bounds."""
     check_route(rollout.route)
+    check_timings(rollout.timings)
     check_temperature(rollout.temperature)
     trained_tokens = 0
     for sample in rollout.samples:
@@ -178,6 +182,7 @@ def check_episode(episode: Episode) -> None:
     """Raise FieldError where a field of `episode` is at odds with another, or with its bounds."""
     check_route(episode.ticket.route)
     check_route(episode.route)
+    check_timings(episode.timings)
     check_temperature(episode.temperature)
     for sample in episode.samples:
         check_sample(sample)
@@ -254,13 +259,42 @@ def check_probe(probe: Probe) -> None:
     check_logprobs("top_logprobs", probe.top_logprobs, values)
 
 
-def check_route(route: Sequence[StageName]) -> None:
-    """Raise FieldError unless `route` ends at the trainer, and names each stage once, in order."""
-    if tuple(route) not in _ROUTES:
+def check_route(route: Sequence[str]) -> None:
+    """Raise FieldError unless `route` ends at the trainer, and names each stage once, in order.
+
+    For `score` it may name the stream of one teacher.
+    """
+    if tuple(route) not in _ROUTES and not _is_route(tuple(route)):
         raise FieldError(
             f"the route is {' → '.join(route)}; "
             f"expected stages in the order of the flow, with {STAGE_NAMES[-1]!r} as the last"
         )
+
+
+def check_timings(timings: Sequence[Timing]) -> None:
+    """Raise FieldError where one of `timings` is of a stage that there cannot be."""
+    for timing in timings:
+        check_stream(timing.stage)
+
+
+def check_stream(name: str) -> None:
+    """Raise FieldError where no stream can have `name`."""
+    if name not in STAGE_NAMES and not _is_teachers(name):
+        raise FieldError(f"a stage {name!r}; expected one of {', '.join(STAGE_NAMES)}")
+
+
+@lru_cache(maxsize=1024)
+def _is_route(route: tuple[str, ...]) -> bool:
+    """Whether `route` is one that names a teacher."""
+    others = (name in STAGE_NAMES or _is_teachers(name) for name in route)
+    return all(others) and tuple(map(stage_of, route)) in _ROUTES
+
+
+@lru_cache(maxsize=1024)
+def _is_teachers(stream: str) -> bool:
+    """Whether `stream` has the name of one of a teacher's own."""
+    teacher = teacher_of(stream)
+    return teacher is not None and stream != "score" and bool(re.fullmatch(TEACHER_NAME, teacher))
 
 
 def check_temperature(temperature: float) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
 
-from onstream.settings.stages import STAGE_NAMES, STATE_BYTES
+from onstream.settings.stages import STAGE_NAMES, STATE_BYTES, teacher_of
 from onstream.settings.stages import StageName as StageName
 
 MOST: Final = 2**53 - 1
@@ -44,7 +44,9 @@ Name = Annotated[str, Meta(max_length=4096)]
 Reason = Annotated[str, Meta(max_length=1 << 16)]
 State = Annotated[bytes, Meta(max_length=STATE_BYTES)]
 ImageDigest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-Route = Annotated[list[StageName], Meta(min_length=1, max_length=len(STAGE_NAMES))]
+Hop = Annotated[str, Meta(max_length=64)]
+"""The name of a stream; `record_codec` checks that there can be such a one."""
+Route = Annotated[list[Hop], Meta(min_length=1, max_length=len(STAGE_NAMES))]
 
 
 # trainer -> generate or act -> generator or environment
@@ -75,9 +77,11 @@ class VersionSpan(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Timing(msgspec.Struct, array_like=True, frozen=True):
-    """When `worker` of `stage` took the record and was done with it, in seconds since the epoch."""
+    """When `worker` of `stage`, or of a teacher by name, took the record and was done with it, in
+    seconds since the epoch.
+    """
 
-    stage: StageName
+    stage: Hop
     worker: Name
     taken: Seconds
     done: Seconds
@@ -162,13 +166,19 @@ class Rollout(msgspec.Struct, tag="rollout/1", array_like=True):
     unscored: Reason | None = None
     scored_by: Name | None = None
 
+    @property
+    def teacher(self) -> str | None:
+        """The name of the teacher that has scored it; None where none has."""
+        named = (teacher_of(timing.stage) for timing in self.timings)
+        return next((name for name in named if name is not None), None)
+
 
 # whoever gave up -> train -> trainer
 class Tombstone(msgspec.Struct, tag="tombstone/1", array_like=True, frozen=True):
     """The rollout `number` will never come, and why, so that its group does not wait for it."""
 
     number: Number
-    stage: StageName
+    stage: Hop
     reason: Reason
 
 

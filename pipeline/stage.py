@@ -18,7 +18,6 @@ from onstream.pipeline.records import (
     REASON_CHARACTERS,
     Episode,
     Rollout,
-    StageName,
     Ticket,
     Timing,
     Tombstone,
@@ -26,7 +25,7 @@ from onstream.pipeline.records import (
 )
 from onstream.pipeline.redis.streams import Entry, Move, Out
 from onstream.pipeline.telemetry import is_logged
-from onstream.settings.stages import FIRST, STAGES, takes_tickets
+from onstream.settings.stages import FIRST, STAGES, StageName, StreamName, stage_of, takes_tickets
 
 log = structlog.get_logger(__name__)
 
@@ -91,7 +90,7 @@ class Outcome:
     elsewhere: bool = False
 
 
-def complete_stage(record: Episode | Rollout, stage: StageName, worker: str, taken: float) -> None:
+def complete_stage(record: Episode | Rollout, stage: StreamName, worker: str, taken: float) -> None:
     """Take `stage` off the route of `record`, where that begins with it, and add its timing:
     `worker` had the record from `taken` until now, in seconds since the epoch.
     """
@@ -152,9 +151,13 @@ class Stage(Protocol):
     as idle after that, and gives nothing back when it drains.
     """
 
-    name: StageName
     holds_entries: bool
     stats: Stats
+
+    @property
+    def name(self) -> StreamName:
+        """The stream that it consumes."""
+        ...
 
     def setup(self) -> None:
         """Load models and open files.
@@ -209,11 +212,11 @@ class Limits(Protocol):
     def was_issued(self, number: int) -> bool: ...
     def was_announced(self, version: int, ahead: int = 0) -> bool: ...
     @property
-    def path(self) -> tuple[StageName, ...]: ...
-    def leads_on(self, path: Sequence[StageName]) -> bool: ...
+    def path(self) -> tuple[StreamName, ...]: ...
+    def leads_on(self, path: Sequence[StreamName]) -> bool: ...
 
 
-def delivery_of(entry: Entry, stage: StageName, limits: Limits) -> Delivery:
+def delivery_of(entry: Entry, stage: StreamName, limits: Limits) -> Delivery:
     """The delivery of `entry` to `stage`: the one gate that every record passes at every stage.
 
     Raises:
@@ -231,7 +234,7 @@ def delivery_of(entry: Entry, stage: StageName, limits: Limits) -> Delivery:
         raise NotForThisStage(
             f"number {number} was never issued; the run has issued 1 to {limits.issued}", 0
         )
-    if not isinstance(record, TAKES[stage]):
+    if not isinstance(record, TAKES[stage_of(stage)]):
         raise NotForThisStage(f"{_with_article(record)} in the stream of {stage}", number)
     if record.number != entry.number:
         reason = f"the entry has the number {entry.number} and its record {record.number}"
@@ -242,7 +245,7 @@ def delivery_of(entry: Entry, stage: StageName, limits: Limits) -> Delivery:
     return Delivery(entry.id, record.number, record, size_bytes, entry.deliveries, time.time())
 
 
-def _misplaced(record: Work, stage: StageName, limits: Limits) -> str | None:
+def _misplaced(record: Work, stage: StreamName, limits: Limits) -> str | None:
     """Why `record` cannot be at `stage` of this run, in words; None where it can."""
     if isinstance(record, Tombstone):
         return None
@@ -252,7 +255,7 @@ def _misplaced(record: Work, stage: StageName, limits: Limits) -> str | None:
         return f"policy version {version} was never announced; the newest is {limits.version}"
     if isinstance(record, Ticket):
         path = [FIRST, *record.route]
-        right = takes_tickets(record.route)
+        right: StreamName = takes_tickets(record.route)
     else:
         path = record.route
         right = record.route[0]
@@ -281,7 +284,7 @@ def newest_version(record: Ticket | Episode | Rollout) -> int:
     return newest
 
 
-def move_of(outcome: Outcome, stage: StageName, worker: str) -> Move:
+def move_of(outcome: Outcome, stage: StreamName, worker: str) -> Move:
     """The move that `outcome` of `stage` asks for.
 
     Raises:
@@ -305,7 +308,7 @@ def move_of(outcome: Outcome, stage: StageName, worker: str) -> Move:
     return Move(delivery.entry_id, [Out(record.route[0], delivery.number, encode(record))])
 
 
-def dead_letter(entry: Entry, stage: StageName, reason: str) -> Move:
+def dead_letter(entry: Entry, stage: StreamName, reason: str) -> Move:
     """The move of `entry` to the dead letters, with a tombstone for the trainer where its number is
     known.
     """

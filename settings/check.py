@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from onstream.pipeline.errors import Exit
 from onstream.settings.engines import IN_PROCESS, teacher_engine
-from onstream.settings.fields import known, without_login
+from onstream.settings.fields import known, known_in, without_login
 from onstream.settings.load import Resolved
 from onstream.settings.plan import Plan, make_plan
 from onstream.settings.problems import SettingsProblem
@@ -60,7 +60,7 @@ def _print_settings(
     else:
         console.print("[bold]Settings that differ from the defaults[/bold] (--all shows all)")
     count = 0
-    for name, setting in known().items():
+    for name, setting in known_in(settings).items():
         if setting.types and not setting.applies(settings):
             continue  # of another type of loss
         value = setting.value(settings)

@@ -9,7 +9,7 @@ import runpy
 from itertools import groupby
 from pathlib import Path
 
-from onstream.settings.fields import Setting, known, sections
+from onstream.settings.fields import NAME, Setting, known, sections
 from onstream.settings.toml import shown
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
@@ -34,9 +34,16 @@ concern one process alone.
 def text() -> str:
     """The whole page."""
     parts = [_HEAD]
-    for (section, types), settings in groupby(known().values(), key=_group):
+    own = [setting for setting in known().values() if not _is_told_elsewhere(setting)]
+    for (section, types), settings in groupby(own, key=_group):
         parts.append(f"{_heading(section, types)}\n\n{_table(list(settings))}\n")
     return "\n".join(parts)
+
+
+def _is_told_elsewhere(setting: Setting) -> bool:
+    """Whether it is one of another section's, within a section that users name."""
+    _, named, inner = setting.name.partition(f"{NAME}.")
+    return bool(named) and "." in inner
 
 
 def _group(setting: Setting) -> tuple[str, tuple[str, ...]]:

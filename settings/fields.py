@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import NoneType
@@ -99,9 +99,12 @@ class Setting:
     def _section(self, settings: Settings) -> tuple[BaseModel | None, str]:
         """The section that holds it, None where it is unset, and its name in there."""
         *path, last = self.name.split(".")
-        section: BaseModel | None = settings
+        section: Any = settings
         for part in path:
-            section = None if section is None else getattr(section, part)
+            if isinstance(section, dict):
+                section = section.get(part)
+            elif section is not None:
+                section = getattr(section, part)
         return section, last
 
     @property
@@ -113,6 +116,8 @@ class Setting:
 
 
 HIDDEN = "***"
+NAME = "<name>"
+"""Stands in the name of a setting for the name that a user gives to a section."""
 _LOGIN = re.compile(r"(?P<scheme>\w*:?/+)?[^\s\"'\[\]]*@")
 
 
@@ -131,8 +136,45 @@ def without_login(value: Any) -> Any:
 
 @cache
 def known() -> dict[str, Setting]:
-    """Every setting by its name, in the order of the sections."""
+    """Every setting by its name, in the order of the sections. Those of a section that users name
+    are there once, with `NAME` in its place.
+    """
     return {setting.name: setting for setting in _walk(Settings, "")}
+
+
+def known_in(settings: Settings) -> dict[str, Setting]:
+    """Every setting by its name, with those of each section that `settings` name, at the end."""
+    found = {name: setting for name, setting in known().items() if NAME not in name}
+    named = [setting for name, setting in known().items() if NAME in name]
+    for section in dict.fromkeys(setting.name.partition(".")[0] for setting in named):
+        for key in getattr(settings, section):
+            for setting in named:
+                name = setting.name.replace(NAME, key, 1)
+                found[name] = replace(setting, name=name)
+    return found
+
+
+def setting_named(name: str) -> Setting | None:
+    """The setting `name`, also of a section that a user has named; None where there is none.
+
+    >>> setting_named("teachers.math.weight").unit
+    'parts'
+    """
+    setting = known().get(general_name(name))
+    return setting and replace(setting, name=name)
+
+
+def general_name(name: str) -> str:
+    """`name`, of a setting or section, with `NAME` in place of what a user has named it.
+
+    >>> general_name("teachers.math.local"), general_name("run.seed")
+    ('teachers.<name>.local', 'run.seed')
+    """
+    section, first_dot, inner = name.partition(".")
+    _, second_dot, rest = inner.partition(".")
+    if first_dot and f"{section}.{NAME}" in sections():
+        return f"{section}.{NAME}{second_dot}{rest}"
+    return name
 
 
 @cache
@@ -148,7 +190,7 @@ def _walk(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
         if variants:
             yield from _walk_variants(variants, f"{prefix}{name}.")
         elif inner is not None:
-            yield from _walk(inner, f"{prefix}{name}.")
+            yield from _walk(inner, f"{prefix}{_in_name(name, field)}.")
         else:
             yield Setting(f"{prefix}{name}", field)
 
@@ -176,8 +218,17 @@ def _walk_sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, t
         if variants:
             yield f"{prefix}{name}", _common_base(variants)
         elif inner is not None:
-            yield f"{prefix}{name}", inner
-            yield from _walk_sections(inner, f"{prefix}{name}.")
+            yield f"{prefix}{_in_name(name, field)}", inner
+            yield from _walk_sections(inner, f"{prefix}{_in_name(name, field)}.")
+
+
+def _in_name(name: str, field: FieldInfo) -> str:
+    """The part of a setting's name that the section in `field` makes."""
+    return f"{name}.{NAME}" if _holds_named_sections(field) else name
+
+
+def _holds_named_sections(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is dict and section_of(field) is not None
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
@@ -208,14 +259,16 @@ def plain_location(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
     They are those of sections that come in several types, and those that a value may have.
     """
     plain: list[str | int] = []
-    rest = list(location)
+    rest = [part for part in location if part != "[key]"]  # said of a name that a section has
     model: type[BaseModel] | None = Settings
     while rest:
         part = rest.pop(0)
         plain.append(part)
         field = model.model_fields.get(str(part)) if model is not None else None
         model = section_of(field) if field is not None else None
-        if field is not None and rest and rest[0] in variants_of(field):
+        if field is not None and rest and _holds_named_sections(field):
+            plain.append(rest.pop(0))
+        elif field is not None and rest and rest[0] in variants_of(field):
             model = variants_of(field)[str(rest.pop(0))]
         elif field is not None and rest and _has_several_types(field):
             rest.pop(0)

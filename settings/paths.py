@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from onstream.settings.base import Section
-from onstream.settings.fields import known
+from onstream.settings.fields import known_in
 from onstream.settings.root import Settings
 
 MODELS = ("model.name", "teacher_inference.model.name")
@@ -38,18 +38,20 @@ def with_absolute_paths(settings: Settings) -> Settings:
 
 def given_paths(settings: Settings) -> dict[str, str]:
     """The settings of the run that `with_absolute_paths` changes, as they were given."""
-    changed = [name for name, _ in _absolute(settings) if known()[name].scope.kind == "run"]
-    return {name: known()[name].value(settings) for name in changed}
+    known = known_in(settings)
+    changed = [name for name, _ in _absolute(settings) if known[name].scope.kind == "run"]
+    return {name: known[name].value(settings) for name in changed}
 
 
 def _absolute(settings: Settings) -> Iterator[tuple[str, Any]]:
     """Each setting whose value has to change, and its new value."""
-    for name, setting in known().items():
+    known = known_in(settings)
+    for name, setting in known.items():
         value = setting.value(settings)
         if setting.type == "path" and value is not None and _is_path(name, value):
             yield name, Path(os.path.abspath(value))
     for name in _own_models(settings):
-        value = known()[name].value(settings)
+        value = known[name].value(settings)
         if value is not None and absolute_model(value) != value:
             yield name, absolute_model(value)
             if name == "model.name" and settings.inference.client.model is None:
@@ -63,7 +65,7 @@ def _absolute(settings: Settings) -> Iterator[tuple[str, Any]]:
     data = task.removeprefix(HUGGING_FACE)
     if task != data and Path(data).exists() and not Path(data).is_absolute():
         yield "task.name", HUGGING_FACE + os.path.abspath(data)
-    has_functions = any(":" in str(known()[name].value(settings)) for name in FUNCTIONS)
+    has_functions = any(":" in str(known[name].value(settings)) for name in FUNCTIONS)
     if has_functions and settings.run.modules is None:
         yield "run.modules", Path.cwd()
 
@@ -78,8 +80,9 @@ def _own_models(settings: Settings) -> Iterator[str]:
     """The settings that name models of this machine, and not also one at an endpoint."""
     teacher = settings.orchestrator.teacher_model
     for name in MODELS:
-        if teacher is None or known()[name].value(settings) != teacher.model.name:
+        if teacher is None or known_in(settings)[name].value(settings) != teacher.model.name:
             yield name
+    yield from (f"teachers.{name}.local.model.name" for name in settings.teachers)
 
 
 def _name_at_servers(settings: Settings) -> Iterator[tuple[str, Any]]:
@@ -90,6 +93,10 @@ def _name_at_servers(settings: Settings) -> Iterator[tuple[str, Any]]:
 
 def _changed(section: AnySection, path: list[str], value: Any) -> AnySection:
     first, *rest = path
-    if rest:
-        value = _changed(getattr(section, first), rest, value)
+    inner = getattr(section, first)
+    if isinstance(inner, dict) and len(rest) > 1:  # sections that the user has named
+        name, *rest = rest
+        value = {**inner, name: _changed(inner[name], rest, value)}
+    elif rest:
+        value = _changed(inner, rest, value)
     return section.model_copy(update={first: value})

@@ -7,6 +7,7 @@ with it.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,22 +18,42 @@ from onstream.settings.chat_templates import TEACHER_ARGUMENTS, own_teacher_argu
 from onstream.settings.decoding import UNDECODABLE
 from onstream.settings.devices import device_of
 from onstream.settings.engines import teacher_engine
-from onstream.settings.fields import Setting, known
+from onstream.settings.fields import Setting, known_in, setting_named
 from onstream.settings.paths import given_paths, with_absolute_paths
 from onstream.settings.retired import RETIRED, is_default, says_nothing
 from onstream.settings.root import Settings
-from onstream.settings.route import external_teacher, local_teacher, rollout_teacher, route_of
+from onstream.settings.route import (
+    external_teacher,
+    local_teacher,
+    rollout_teacher,
+    route_of,
+    teachers_of,
+)
 from onstream.settings.stages import (
     FIRST,
     JOBS,
     KINDS_OF,
     STAGE_OF,
     StageName,
+    StreamName,
     WorkerKind,
+    stage_of,
+    streams_of,
+    teacher_of,
 )
 from onstream.settings.toml import shown
 
 TEACHER_NAMES = ("teacher_inference.model.name", "orchestrator.teacher_model.model.name")
+
+
+class NamedTeacher(msgspec.Struct, frozen=True):
+    """A teacher of `[teachers]`: the kind of its workers, how many of them `onstream up` starts
+    here, and its model.
+    """
+
+    kind: WorkerKind
+    workers: int
+    model: str
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -44,6 +65,8 @@ class Plan(msgspec.Struct, frozen=True):
     `rollout_teacher` that of the one whose completions are trained on. `teacher_server` is how many
     GPUs the vLLM server takes that is started here to serve `teacher`, 1 on a CPU; 0 where none is.
     `student_servers` is how many vLLM servers are started here for the generator to ask.
+    `teachers` are the names of those that score, where there are any by name, and `named_teachers`
+    has those of `[teachers]`.
     `run_settings` are the settings of scope `run` by dotted name, of which those in `changeable`
     may change on resume. Paths are absolute; `given` has those that were not, as they were given:
     a worker on another machine may have the same files elsewhere.
@@ -62,15 +85,27 @@ class Plan(msgspec.Struct, frozen=True):
     teacher_server: int = 0
     student_servers: int = 0
     given: dict[str, str] = {}
+    teachers: tuple[str, ...] = ()
+    named_teachers: dict[str, NamedTeacher] = {}
 
     def kinds(self, stage: StageName) -> list[WorkerKind]:
-        """The kinds of worker that serve `stage` by this plan."""
+        """The kinds of worker that serve `stage` by this plan, but for teachers by name."""
         return [kind for kind in self.workers if STAGE_OF.get(kind) == stage]
 
+    def consumers(self, stream: StreamName) -> Sequence[str]:
+        """The kinds of worker that consume `stream` by this plan, as the command line names them.
+
+        A teacher `math` has `teacher --name math` for its stream `score:math`.
+        """
+        name = teacher_of(stream)
+        if name in self.named_teachers:
+            return [kind_of_named(self.named_teachers[name].kind, name)]
+        return self.kinds(stage_of(stream))
+
     @property
-    def streams(self) -> tuple[StageName, ...]:
-        """The stages that have a stream, in the order of the flow."""
-        return (FIRST, *self.route)
+    def streams(self) -> tuple[StreamName, ...]:
+        """The streams of the run's rollouts, in the order of the flow."""
+        return streams_of((FIRST, *self.route), self.teachers)
 
     def encode(self) -> bytes:
         """JSON, as Redis and `plan.json` hold it."""
@@ -108,13 +143,19 @@ class Difference:
         return f"{self.name} ({ours}, the run has {shown(self.theirs)})"
 
 
+def kind_of_named(kind: WorkerKind, teacher: str) -> str:
+    """What `onstream worker` is told to start a worker of `kind` for the `teacher` of that name."""
+    return f"{kind} --name {teacher}"
+
+
 def make_plan(settings: Settings) -> Plan:
     """The plan that follows from `settings`."""
     given = given_paths(settings)
     local_given = local_teacher(settings)
     settings = with_absolute_paths(settings)
     route = route_of(settings)
-    shared = [setting for setting in known().values() if _is_shared(setting, settings)]
+    every = known_in(settings).values()
+    shared = [setting for setting in every if _is_shared(setting, settings)]
     values = {setting.name: setting.value(settings) for setting in shared}
     local = local_teacher(settings)
     external = external_teacher(settings)
@@ -141,7 +182,22 @@ def make_plan(settings: Settings) -> Plan:
         teacher_server=_server_gpus(settings) if teacher_server else 0,
         student_servers=_student_servers(settings) if workers["generator"] else 0,
         given=given,
+        teachers=teachers_of(settings),
+        named_teachers={name: _named_teacher(settings, name) for name in settings.teachers},
     )
+
+
+def _named_teacher(settings: Settings, name: str) -> NamedTeacher:
+    teacher = settings.teachers[name]
+    kind: WorkerKind = "teacher" if teacher.external is None else "teacher-external"
+    deployment = settings.deployment
+    stages = deployment.stages or ("score",)
+    started_here = "score" in stages and kind not in deployment.started_elsewhere
+    count = teacher.workers if started_here else 0
+    if teacher.external is not None:
+        return NamedTeacher(kind, count, teacher.external.model.name)
+    model = teacher.local.model.name if teacher.local is not None else None
+    return NamedTeacher(kind, count, model or settings.model.name)
 
 
 def under_name(plan: Plan, run: str) -> Plan:
@@ -181,7 +237,7 @@ def differences(ours: Plan, theirs: Plan) -> list[Difference]:
 
 def _value(name: str, plan: Plan) -> Any:
     """The value of `name` in `plan`; its default in the plan of a version that did not have it."""
-    setting = known().get(name)
+    setting = setting_named(name)
     default = setting.default if setting is not None else None
     return plan.run_settings.get(name, default)
 
@@ -207,7 +263,7 @@ def _of_another_type(name: str, ours: Plan, theirs: Plan) -> bool:
 
     Plans of earlier versions hold the settings of `rl` beside `sft` as well.
     """
-    setting = known().get(name)
+    setting = setting_named(name)
     if setting is None or not setting.types:
         return False
     values = [plan.run_settings[name] for plan in (ours, theirs) if name in plan.run_settings]

@@ -10,10 +10,13 @@ from typing import Any, get_args
 from onstream.pipeline.errors import Exit, UserError
 from onstream.settings.fields import (
     HIDDEN,
+    NAME,
     Setting,
+    general_name,
     known,
     plain_location,
     sections,
+    setting_named,
     without_login,
 )
 from onstream.settings.retired import RETIRED
@@ -57,13 +60,18 @@ def problem_with(
     settings: Settings, names: list[str], expected: str, next_step: str
 ) -> SettingsProblem:
     """The problem of the settings `names`, with their values."""
-    values = " with ".join(f"{name} = {shown(known()[name].value(settings))}" for name in names)
+    values = " with ".join(f"{name} = {_value(settings, name)}" for name in names)
     return SettingsProblem(tuple(names), values, expected, next_step)
+
+
+def _value(settings: Settings, name: str) -> str:
+    setting = setting_named(name)
+    return "unset" if setting is None else shown(setting.value(settings))
 
 
 def nearest(name: str) -> str | None:
     """The known setting or section most like the dotted `name`, or None where nothing is near."""
-    names = [*known(), *sections()]
+    names = [known_name for known_name in (*known(), *sections()) if NAME not in known_name]
     last = name.rpartition(".")[2]
     elsewhere = [candidate for candidate in names if candidate.rpartition(".")[2] == last]
     if elsewhere:  # the right key in a wrong section
@@ -93,7 +101,7 @@ def unknown_variable(variable: str) -> SettingsProblem:
 
 def setting_of(variable: str) -> Setting | None:
     """The setting whose whole value the environment variable `variable` gives, if there is one."""
-    return known().get(variable[len(PREFIX) :].lower().replace("__", "."))
+    return setting_named(variable[len(PREFIX) :].lower().replace("__", "."))
 
 
 def variable_of(name: str) -> str:
@@ -106,7 +114,7 @@ def field_problem(detail: Mapping[str, Any], origins: Mapping[str, str]) -> Sett
     location = detail["loc"]
     name = ".".join(str(part) for part in location if isinstance(part, str))
     origin = _origin(name, origins)
-    setting = known().get(name)
+    setting = setting_named(name)
     if detail["type"] == "extra_forbidden" and setting is None:
         return unknown_key(name, origin)
     if detail["type"] == "extra_forbidden" and setting is not None:
@@ -179,6 +187,7 @@ def _expected(detail: Mapping[str, Any]) -> str:
 
 def without_secrets(name: str, value: Any) -> Any:
     """`value`, given for the setting, the section or the item `name`, as messages may show it."""
+    name = general_name(name)
     within = [
         setting
         for known_name, setting in known().items()

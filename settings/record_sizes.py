@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from onstream.settings.root import Settings
-from onstream.settings.route import external_teacher, teacher_on
+from onstream.settings.route import external_teacher, teacher_on, teachers_of
 from onstream.settings.stages import FIRST, STAGE_NAMES, STATE_BYTES, StageName
 
 FIXED_BYTES = 1024
@@ -81,7 +81,7 @@ def record_sizes(settings: Settings) -> RecordSizes:
         rollout = 1024 + 8 P + 13 C,   + 4 C where a teacher scores,   + (8 k + 4) C where k > 0,
                   + 4 (P + characters of task.teacher_prompt) where the teacher has its own prompt
         batch   = 1.3 × B × rollout
-        window  = 1.3 × W × rollout
+        window  = 1.3 × W × rollout, twice for each teacher where there are several by name
 
     C is the longest completion, or with an environment `task.max_episode`. P is not known, and
     taken to be C. Images are not in it: a record has 66 bytes for each, and Redis
@@ -104,7 +104,9 @@ def record_sizes(settings: Settings) -> RecordSizes:
     rollout = longest_rollout(settings, scored=teacher_on(settings))
     batch = ceil(STREAM_OVERHEAD * rollout * orchestrator.batch_size)
     window = (1 + orchestrator.max_off_policy_steps) * orchestrator.batch_size
-    window_bytes = ceil(STREAM_OVERHEAD * rollout * window)
+    # What is parked for a teacher that is away does not count in the window.
+    windows = max(1, 2 * len(teachers_of(settings)))
+    window_bytes = ceil(STREAM_OVERHEAD * rollout * window) * windows
     unacked = max(LEAST_UNACKED_BYTES, UNACKED_BATCHES * batch)
     waiting = settings.checkpoint.max_unacked_bytes or unacked
     scores = KEPT_SCORES_BYTES if external_teacher(settings) is not None else 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import Field
+
 from onstream.settings.base import Section
 from onstream.settings.sections.deployment import DeploymentSettings
 from onstream.settings.sections.images import ImagesSettings
@@ -18,6 +20,7 @@ from onstream.settings.sections.run import (
     RunSettings,
 )
 from onstream.settings.sections.task import EvalSettings, TaskSettings
+from onstream.settings.sections.teachers import NamedTeacherSettings, TeacherName
 from onstream.settings.sections.trainer import CheckpointSettings, TrainerSettings
 from onstream.settings.sections.weights import WeightsSettings
 
@@ -36,6 +39,7 @@ class Settings(Section):
     inference: InferenceSettings = InferenceSettings()
     teacher_inference: TeacherInferenceSettings = TeacherInferenceSettings()
     orchestrator: OrchestratorSettings = OrchestratorSettings()
+    teachers: dict[TeacherName, NamedTeacherSettings] = Field(default_factory=dict)
     trainer: TrainerSettings = TrainerSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     weights: WeightsSettings = WeightsSettings()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from onstream.settings.root import Settings
-from onstream.settings.stages import STAGE_NAMES, StageName
+from onstream.settings.stages import DEFAULT_TEACHER, STAGE_NAMES, StageName
 
 
 def route_of(settings: Settings) -> tuple[StageName, ...]:
@@ -58,8 +58,21 @@ def teacher_on(settings: Settings) -> bool:
 
 
 def teacher_configured(settings: Settings) -> bool:
-    """Whether the settings say where the teacher's scores come from."""
+    """Whether the settings say where a teacher's scores come from."""
+    return bool(settings.teachers) or default_teacher_configured(settings)
+
+
+def default_teacher_configured(settings: Settings) -> bool:
+    """Whether they say it of the teacher without a table in `[teachers]`."""
     return local_teacher_configured(settings) or settings.orchestrator.teacher_model is not None
+
+
+def teachers_of(settings: Settings) -> tuple[str, ...]:
+    """The names of the teachers that score, where there are any by name; `default` comes first."""
+    if not settings.teachers or not teacher_on(settings):
+        return ()
+    default = [DEFAULT_TEACHER] if default_teacher_configured(settings) else []
+    return (*default, *settings.teachers)
 
 
 def local_teacher_configured(settings: Settings) -> bool:
@@ -78,9 +91,10 @@ def local_teacher(settings: Settings) -> str | None:
     None where none scores.
     """
     external = settings.orchestrator.teacher_model is not None
-    external_alone = external and not local_teacher_configured(settings)
+    instead = external or bool(settings.teachers)
+    others_alone = instead and not local_teacher_configured(settings)
     left_out = settings.deployment.workers.of("teacher") == 0
-    if external_alone or left_out or not teacher_on(settings):
+    if others_alone or left_out or not teacher_on(settings):
         return None
     return settings.teacher_inference.model.name or settings.model.name
 

@@ -6,20 +6,21 @@ from onstream.settings.engines import student_engine, teacher_engine
 from onstream.settings.plan import Plan
 from onstream.settings.root import Settings
 from onstream.settings.sections.client import EndpointSettings
-from onstream.settings.stages import COMPUTING, JOBS, StageName, WorkerKind
+from onstream.settings.stages import COMPUTING, FIRST, JOBS, StageName, WorkerKind
 
 
 def scalable_stages(settings: Settings, plan: Plan) -> dict[StageName, WorkerKind]:
     """The stages that may have more workers here, and the kind that each gets one of.
 
     None without `balance = "auto"`, nor where the trainer is elsewhere: what it waits for is known
-    beside it alone. A stage of which others start any kind is theirs.
+    beside it alone. A stage of which others start any kind is theirs. Teachers by name stay as many
+    as they are.
     """
     if settings.deployment.balance != "auto" or not plan.workers.get("trainer"):
         return {}
     elsewhere = set(settings.deployment.started_elsewhere)
     found: dict[StageName, WorkerKind] = {}
-    for stage in plan.streams:
+    for stage in (FIRST, *plan.route):
         kinds = plan.kinds(stage)
         here = [kind for kind in kinds if plan.workers[kind] and _is_scalable(kind, settings, plan)]
         if here and not elsewhere & set(kinds):
@@ -39,6 +40,8 @@ def workers_with_room(settings: Settings, plan: Plan) -> dict[WorkerKind, int]:
     Those of the plan, and one more of each kind that computes and may be added.
     """
     workers = dict(plan.workers)
+    for teacher in plan.named_teachers.values():
+        workers[teacher.kind] = workers.get(teacher.kind, 0) + teacher.workers
     for kind in scalable_stages(settings, plan).values():
         workers[kind] += computes_here(kind, plan)
     return workers

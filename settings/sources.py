@@ -19,7 +19,7 @@ from pydantic_settings import SettingsError as SourceError
 from pydantic_settings.sources.utils import parse_env_vars
 
 from onstream.pipeline.errors import looked_in
-from onstream.settings.fields import HIDDEN, known
+from onstream.settings.fields import HIDDEN, setting_named
 from onstream.settings.problems import (
     PREFIX,
     SettingsProblem,
@@ -203,7 +203,7 @@ def _of_override(override: str, problems: list[SettingsProblem]) -> Iterable[Fra
 
 
 def _not_json(origin: str, name: str, text: str) -> SettingsProblem:
-    setting = known().get(name)
+    setting = setting_named(name)
     expected = f"JSON for {setting.type}" if setting else "a table as JSON"
     next_step = f"It is: {setting.summary}" if setting else "docs/settings.md lists the settings."
     got = f"{origin}={without_secrets(name, text)}"

@@ -8,15 +8,17 @@ deployment files follow.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 StageName = Literal["generate", "act", "verify", "score", "train"]
 WorkerKind = Literal[
     "generator", "environment", "verifier", "teacher", "teacher-external", "trainer", "jobs"
 ]
 RecordName = Literal["Ticket", "Episode", "Rollout", "Tombstone"]
+StreamName = str
+"""The name of a stream: that of its stage, or `score:<teacher>` of a teacher by name."""
 # The names stand twice, here and in the table below, because mypy and msgspec read no table:
 # tests/settings/test_stages.py holds them together.
 
@@ -197,7 +199,52 @@ STATE_BYTES = 1 << 16
 """The bytes of the longest state that an environment may keep in an episode."""
 
 
-def takes_tickets(route: Sequence[StageName]) -> StageName:
+TEACHER_NAME = "[a-z][a-z0-9-]{0,31}"
+"""What the name of a teacher looks like."""
+DEFAULT_TEACHER = "default"
+"""The one of `[teacher_inference]` and `[orchestrator.teacher_model]`; its stream is `score`."""
+
+
+def stage_of(stream: str) -> StageName:
+    """The stage that the workers of `stream` serve.
+
+    >>> stage_of("score:math"), stage_of("train")
+    ('score', 'train')
+    """
+    return cast(StageName, stream.partition(":")[0])
+
+
+def score_stream(teacher: str) -> str:
+    """The name of the stream that the workers of `teacher` consume.
+
+    >>> score_stream("math"), score_stream("default")
+    ('score:math', 'score')
+    """
+    return "score" if teacher == DEFAULT_TEACHER else f"score:{teacher}"
+
+
+def teacher_of(stream: str) -> str | None:
+    """The teacher whose workers consume `stream`; None for a stream of another stage.
+
+    >>> teacher_of("score:math"), teacher_of("score"), teacher_of("train")
+    ('math', 'default', None)
+    """
+    stage, _, teacher = stream.partition(":")
+    return (teacher or DEFAULT_TEACHER) if stage == "score" else None
+
+
+def streams_of(route: Iterable[str], teachers: Sequence[str]) -> tuple[str, ...]:
+    """The streams of the stages `route`; where there are `teachers` by name, one for each.
+
+    >>> streams_of(["verify", "score", "train"], ["math", "code"])
+    ('verify', 'score:math', 'score:code', 'train')
+    """
+    scoring = tuple(map(score_stream, teachers)) or ("score",)
+    each = (scoring if stage == "score" else (stage,) for stage in route)
+    return tuple(stream for streams in each for stream in streams)
+
+
+def takes_tickets(route: Sequence[str]) -> StageName:
     """The stage that the tickets of a run go to, by the `route` of its rollouts after `FIRST`.
 
     An environment has the first word in an episode.

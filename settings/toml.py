@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from onstream.settings.fields import HIDDEN, known
+from onstream.settings.fields import HIDDEN, known_in
 from onstream.settings.root import Settings
 
 
@@ -35,7 +35,7 @@ def toml_text(settings: Settings) -> str:
     head = "# Resolved settings of the run. Secrets are hidden: give them again by the environment."
     lines = [head]
     section = None
-    for name, setting in known().items():
+    for name, setting in known_in(settings).items():
         value = setting.value(settings)
         if value is None:
             continue

@@ -17,20 +17,36 @@ from onstream.settings.devices import device_of
 from onstream.settings.engines import starts_vllm
 from onstream.settings.extras import installed, missing_package
 from onstream.settings.gpus import memory_share
+from onstream.settings.named_teachers import with_teacher
 from onstream.settings.plan import Plan, make_plan, refuse_differences
 from onstream.settings.record_sizes import longest_entry
 from onstream.settings.root import Settings
-from onstream.settings.stages import COMPUTING, STAGE_OF, WORKERS, WorkerKind
+from onstream.settings.stages import (
+    COMPUTING,
+    DEFAULT_TEACHER,
+    KINDS_OF,
+    STAGE_OF,
+    WORKERS,
+    StreamName,
+    WorkerKind,
+    score_stream,
+)
 
 REMINDER_S = 10.0
 log = telemetry.get_logger()
 
 
 def run_kind(
-    kind: WorkerKind, settings: Settings, slot: str | None = None, *, optional: bool = False
+    kind: WorkerKind,
+    settings: Settings,
+    slot: str | None = None,
+    *,
+    optional: bool = False,
+    teacher: str = DEFAULT_TEACHER,
 ) -> Exit:
     """Run one worker of `kind` until the run is finished or the worker is told to stop; an
-    `optional` one leaves where it has no place.
+    `optional` one leaves where it has no place. One that scores does so for the `teacher` of that
+    name.
 
     Its name among the run's consumers holds its process id, or its `slot`: then what it held when
     it died waits for no lease, because its successor has the same name. No two living workers of a
@@ -40,7 +56,12 @@ def run_kind(
         UserError: Redis cannot be used, the run's plan forbids this worker, or the worker cannot
             work with these settings.
     """
-    worker = f"{kind}-{socket.gethostname()}-{slot or os.getpid()}"
+    own = with_teacher(settings, teacher)
+    place = slot or str(os.getpid())
+    if teacher != DEFAULT_TEACHER:
+        place = f"{teacher}-{place}"
+    stream = score_stream(teacher) if kind in KINDS_OF["score"] else STAGE_OF.get(kind, "")
+    worker = f"{kind}-{socket.gethostname()}-{place}"
     telemetry.configure(STAGE_OF.get(kind, kind), worker, settings.run.name, settings.log)
     _refuse_without_torch(kind)
     _limit_threads(settings)
@@ -51,13 +72,14 @@ def run_kind(
             from onstream.workers.jobs.worker import run_jobs
 
             return run_jobs(settings, bus, redis_url(settings))
-        if kind != "trainer" and not _admitted(kind, settings, bus, optional=optional):
+        if kind != "trainer" and not _admitted(kind, stream, settings, bus, optional=optional):
             return Exit.OK
         from onstream.pipeline.loop import run_worker
 
-        _limit_gpu_memory(kind, settings)
+        _limit_gpu_memory(kind, own)
+        make = stage_class(class_path(kind, own))
         return run_worker(
-            stage_class(class_path(kind, settings))(settings, bus),
+            make(own, bus) if teacher == DEFAULT_TEACHER else make(own, bus, name=stream),
             bus,
             settings.delivery,
             block_s=settings.redis.block,
@@ -84,14 +106,18 @@ def class_path(kind: WorkerKind, settings: Settings) -> str:
     return spec.class_path
 
 
-def stage_class(path: str) -> Callable[[Settings, Bus], Stage]:
-    """What makes the stage at `path` (`module:name`), imported only now: some bring torch."""
+def stage_class(path: str) -> Callable[..., Stage]:
+    """What makes the stage at `path` (`module:name`) from settings and a bus, and a teacher's from
+    the `name` of its stream too. Imported only now: some bring torch.
+    """
     module, _, name = path.partition(":")
-    made: Callable[[Settings, Bus], Stage] = getattr(importlib.import_module(module), name)
+    made: Callable[..., Stage] = getattr(importlib.import_module(module), name)
     return made
 
 
-def _admitted(kind: WorkerKind, settings: Settings, bus: Bus, *, optional: bool) -> bool:
+def _admitted(
+    kind: WorkerKind, stream: StreamName, settings: Settings, bus: Bus, *, optional: bool
+) -> bool:
     """Whether the run's plan, once there is one, has a place for this worker.
 
     False, too, when it was told to stop meanwhile.
@@ -99,38 +125,46 @@ def _admitted(kind: WorkerKind, settings: Settings, bus: Bus, *, optional: bool)
     Raises:
         UserError: it has none, and the worker is not `optional`.
     """
-    plan = wait_for_plan(kind, bus, poll_s=min(1.0, settings.redis.block))
+    plan = wait_for_plan(stream, bus, poll_s=min(1.0, settings.redis.block))
     ours = make_plan(settings)
     if plan is None:
-        bus.streams.retire(STAGE_OF[kind])
+        bus.streams.retire(stream)
         return False
     refuse_differences(ours, plan)
     try:
-        _refuse_superfluous(kind, ours, plan)
+        _refuse_superfluous(kind, stream, ours, plan)
     except UserError as refusal:
         if not optional:
             raise
         log.info("this run needs no such worker", kind=kind, reason=refusal.got)
-        bus.streams.retire(STAGE_OF[kind])
+        bus.streams.retire(stream)
         return False
     bus.limits.note(path=plan.streams)
     return True
 
 
-def _refuse_superfluous(kind: WorkerKind, ours: Plan, plan: Plan) -> None:
+def _refuse_superfluous(kind: WorkerKind, stream: StreamName, ours: Plan, plan: Plan) -> None:
     """Refuse a worker that no rollout passes, or whose settings give it nothing to work with.
 
     Raises:
         UserError: it is one.
     """
-    if STAGE_OF[kind] not in plan.streams:
+    if stream not in plan.streams and STAGE_OF[kind] == "score" and plan.teachers:
+        raise UserError(
+            f"a {kind} worker for run {plan.run!r} without the name of a teacher",
+            expected=f"--name with one of {', '.join(plan.teachers)}",
+            next_step=f"For example: onstream worker {plan.consumers(plan.streams[-2])[0]}.",
+            exit=Exit.REFUSED,
+        )
+    if stream not in plan.streams:
         raise UserError(
             f"a {kind} worker for run {plan.run!r}, whose rollouts pass {' → '.join(plan.streams)}",
             expected="a worker of one of those stages",
             next_step="Start one of those, or a run whose settings ask for this worker.",
             exit=Exit.REFUSED,
         )
-    if kind not in ours.workers:
+    serve = [served.partition(" ")[0] for served in ours.consumers(stream)]
+    if kind not in serve:
         raise UserError(
             f"a {kind} worker with settings for {', '.join(ours.workers)}",
             expected="settings that say where its scores come from",
@@ -139,7 +173,7 @@ def _refuse_superfluous(kind: WorkerKind, ours: Plan, plan: Plan) -> None:
         )
 
 
-def wait_for_plan(kind: WorkerKind, bus: Bus, *, poll_s: float) -> Plan | None:
+def wait_for_plan(stream: StreamName, bus: Bus, *, poll_s: float) -> Plan | None:
     """The run's plan, which its trainer writes. Waits for it, and says so in heartbeats.
 
     Returns None when SIGTERM or SIGINT came first.
@@ -157,7 +191,7 @@ def wait_for_plan(kind: WorkerKind, bus: Bus, *, poll_s: float) -> Plan | None:
                     next_step="start one with `onstream worker trainer`, unless it is on its way",
                 )
                 since_reminder_s = 0.0
-            bus.state.write_heartbeat(STAGE_OF[kind], waiting, state="starting")
+            bus.state.write_heartbeat(stream, waiting, state="starting")
             if stop.wait(poll_s):
                 return None
             since_reminder_s += poll_s

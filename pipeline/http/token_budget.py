@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from onstream.pipeline.records import StageName
 from onstream.pipeline.redis.score_store import ScoreStore
+from onstream.settings.stages import StreamName
 
 
 class TokenBudget:
@@ -14,7 +14,9 @@ class TokenBudget:
     the bound by what they have in flight. `setting` is the name of the bound, for messages.
     """
 
-    def __init__(self, store: ScoreStore, stage: StageName, most: int | None, setting: str) -> None:
+    def __init__(
+        self, store: ScoreStore, stage: StreamName, most: int | None, setting: str
+    ) -> None:
         self._store = store
         self._stage = stage
         self.most = most

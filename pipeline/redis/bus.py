@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -51,11 +52,19 @@ class Bus:
 
     @classmethod
     def connect(
-        cls, url: str, run: str, *, consumer: str, block_s: float, connect_timeout_s: float
+        cls,
+        url: str,
+        run: str,
+        *,
+        consumer: str,
+        block_s: float,
+        connect_timeout_s: float,
+        teachers: Sequence[str] = (),
     ) -> Self:
         """A bus that has reached Redis, where every stream has its group.
 
         `consumer` names this worker among those of the run; no two living workers may share it.
+        `teachers` are those with streams of their own, beside those that the run's plan has.
         `block_s` is the longest that one read will wait. Calls outlive an outage of
         `connect_timeout_s` seconds.
 
@@ -66,12 +75,17 @@ class Bus:
         connection = Connection(
             url, run, consumer=consumer, block_s=block_s, connect_timeout_s=connect_timeout_s
         )
+        connection.keys.add_teachers(teachers)
         try:
             connection.check()
+            bus = cls(connection)
+            if planned := bus.state.teachers():
+                connection.keys.add_teachers(planned)
+                connection.create_groups()
         except BaseException:
             connection.close()
             raise
-        return cls(connection)
+        return bus
 
     def close(self) -> None:
         """Close the connection."""
@@ -130,4 +144,5 @@ def connect(settings: Settings, url: str, *, consumer: str) -> Bus:
         consumer=consumer,
         block_s=redis.block,
         connect_timeout_s=redis.connect_timeout,
+        teachers=tuple(settings.teachers),
     )

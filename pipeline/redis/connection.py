@@ -29,9 +29,9 @@ from redis.exceptions import (
 from redis.retry import Retry
 
 from onstream.pipeline.errors import Exit, UserError
-from onstream.pipeline.records import StageName
-from onstream.pipeline.redis.keys import GROUP, STAGES, Keys
+from onstream.pipeline.redis.keys import GROUP, Keys
 from onstream.pipeline.redis.scripts import Script
+from onstream.settings.stages import StreamName
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
@@ -179,9 +179,9 @@ class Connection:
 
     def create_groups(self) -> None:
         """Create the consumer group of every stream, at its beginning, where it is missing."""
-        for stage in STAGES:
+        for stage, stream in self.keys.streams.items():
             try:
-                self.ask("XGROUP", "CREATE", self.keys.streams[stage], GROUP, "0", "MKSTREAM")
+                self.ask("XGROUP", "CREATE", stream, GROUP, "0", "MKSTREAM")
             except OutOfMemoryError as error:
                 if not self._has_group(stage):  # a full Redis does, where the group exists
                     raise self._full(error) from error
@@ -189,7 +189,7 @@ class Connection:
                 if not str(error).startswith("BUSYGROUP"):
                     raise
 
-    def _has_group(self, stage: StageName) -> bool:
+    def _has_group(self, stage: StreamName) -> bool:
         return bool(self.ask("EXISTS", self.keys.streams[stage])) and bool(
             self.ask("XINFO", "GROUPS", self.keys.streams[stage])
         )

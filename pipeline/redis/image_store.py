@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 from redis.exceptions import OutOfMemoryError
 
-from onstream.pipeline.records import StageName
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection, batched
 from onstream.pipeline.redis.keys import GROUP
 from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.redis.trainer_lease import TrainerLease
+from onstream.settings.stages import StreamName
 
 NUMBERS_AT_ONCE = 500
 HELD_AT_ONCE = 64
@@ -51,7 +51,7 @@ class ImageStore:
         self._lease = lease
 
     def hold(
-        self, stage: StageName, holds: Sequence[ImageHold], *, patience_s: float
+        self, stage: StreamName, holds: Sequence[ImageHold], *, patience_s: float
     ) -> list[bool]:
         """Keep the images of `holds` until their numbers are settled.
 
@@ -80,7 +80,7 @@ class ImageStore:
 
     def _hold(
         self,
-        stage: StageName,
+        stage: StreamName,
         holds: Sequence[ImageHold],
         brought: Mapping[str, bytes],
         patience_s: float,

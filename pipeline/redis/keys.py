@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from onstream.settings.stages import STAGE_NAMES, WORK_STAGES, StageName
+from onstream.settings.stages import STAGE_NAMES, WORK_STAGES, score_stream
 
 STAGES: Final = STAGE_NAMES
 """Every stage with a stream, in the order of the flow."""
@@ -24,14 +24,16 @@ class Keys:
     """The keys of one run.
 
     They share a hash tag, so that a script may use several of them on a Redis cluster too.
+    `teachers` are those that have streams of their own.
     """
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str, teachers: Sequence[str] = ()) -> None:
         self.run = run
-        self.streams: Mapping[StageName, str] = {
-            stage: self._key(f"stream:{stage}") for stage in STAGES
-        }
-        """Streams of the records that each stage consumes."""
+        self.streams: Mapping[str, str] = {}
+        """Streams of the records that each stage consumes, in the order of the flow; beside that of
+        `score` those of teachers by name.
+        """
+        self.add_teachers(teachers)
         self.dead = self._key("dead")
         """Stream of dead letters; no group."""
         self.policies = self._key("policies")
@@ -83,12 +85,21 @@ class Keys:
         self.workers = self._key("workers")
         """Hash: the last heartbeat of each worker."""
 
+    def add_teachers(self, teachers: Sequence[str]) -> None:
+        """Name the streams of `teachers` too."""
+        own = [name for name in self.streams if name not in STAGES]
+        own += [name for name in map(score_stream, teachers) if name not in (*STAGES, *own)]
+        names = [
+            name for stage in STAGES for name in ((stage, *own) if stage == "score" else (stage,))
+        ]
+        self.streams = {name: self._key(f"stream:{name}") for name in names}
+
     def _key(self, name: str) -> str:
         return f"{{onstream:{self.run}}}:{name}"
 
-    def spent(self, stage: StageName) -> str:
-        """Hash: tokens that each worker of `stage` had endpoints read and write."""
-        return self._key(f"spent:{stage}")
+    def spent(self, stream: str) -> str:
+        """Hash: tokens that each worker of `stream` had endpoints read and write."""
+        return self._key(f"spent:{stream}")
 
     def weight_chunks(self, place: str) -> str:
         """Hash: the chunks of one part of weights, by their index."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import structlog
@@ -16,12 +16,12 @@ from redis.exceptions import ResponseError
 
 from onstream.pipeline import telemetry
 from onstream.pipeline.record_codec import RecordError, decode_policy, read_number
-from onstream.pipeline.records import PolicyVersion, StageName
+from onstream.pipeline.records import PolicyVersion
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection
-from onstream.pipeline.redis.keys import GROUP, STAGES
+from onstream.pipeline.redis.keys import GROUP
 from onstream.settings.decoding import UNDECODABLE
-from onstream.settings.stages import EPISODE_STAGES, FIRST
+from onstream.settings.stages import EPISODE_STAGES, FIRST, StreamName, streams_of
 
 if TYPE_CHECKING:
     from onstream.pipeline.stage import Stats
@@ -44,7 +44,7 @@ class WorkerState(msgspec.Struct, frozen=True):
     """
 
     worker: str
-    stage: StageName | Literal["jobs"]
+    stage: StreamName  # or "jobs"
     host: str
     pid: int
     state: str  # "starting", "running", "draining" or, in its last heartbeat, "failed"
@@ -68,7 +68,8 @@ class WorkerState(msgspec.Struct, frozen=True):
 class PlannedRoute(msgspec.Struct, frozen=True):
     """What is read here of a run's plan."""
 
-    route: tuple[StageName, ...]
+    route: tuple[str, ...]
+    teachers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,14 +146,14 @@ class RunState:
             except RecordError as error:
                 _warn_of_policy(self._keys.policies, str(error))
 
-    def mark_ready(self, stage: StageName) -> None:
-        """Note that a worker of `stage` has been ready once."""
+    def mark_ready(self, stage: StreamName) -> None:
+        """Note that a worker of `stage`, or of a teacher by name, has been ready once."""
         self._connection.run_script(scripts.MARK_READY, [self._keys.ready], [stage])
 
-    def ready_stages(self) -> set[StageName]:
-        """The stages that a worker has been ready for."""
+    def ready_stages(self) -> set[StreamName]:
+        """The stages, and teachers by name, that a worker has been ready for."""
         members = {member.decode() for member in self._connection.ask("SMEMBERS", self._keys.ready)}
-        return {stage for stage in STAGES if stage in members}
+        return {stream for stream in self._keys.streams if stream in members}
 
     def issued(self) -> int:
         """How many tickets were ever issued; the number of the last one."""
@@ -163,13 +164,21 @@ class RunState:
         plan: bytes | None = self._connection.ask("GET", self._keys.plan)
         return plan
 
-    def path(self) -> tuple[StageName, ...]:
-        """The stages that rollouts pass by the run's plan, the first included.
+    def path(self) -> tuple[StreamName, ...]:
+        """The streams that rollouts pass by the run's plan, the first included.
 
         Empty where Redis has no plan, or something else in its place.
         """
         try:
-            return (FIRST, *_planned.decode(self.plan() or b"").route)
+            planned = _planned.decode(self.plan() or b"")
+        except UNDECODABLE:
+            return ()
+        return streams_of((FIRST, *planned.route), planned.teachers)
+
+    def teachers(self) -> tuple[str, ...]:
+        """The teachers that score by the run's plan, where there are any by name."""
+        try:
+            return _planned.decode(self.plan() or b"").teachers
         except UNDECODABLE:
             return ()
 
@@ -184,7 +193,7 @@ class RunState:
 
     def write_heartbeat(
         self,
-        stage: StageName | Literal["jobs"],
+        stage: StreamName,
         stats: Stats,
         *,
         state: str = "running",
@@ -208,7 +217,7 @@ class RunState:
             error=error.text if error else "",
             error_time=error.time if error else 0.0,
         )
-        ready = stage if stage in STAGES and state != "starting" else ""
+        ready = stage if stage in self._keys.streams and state != "starting" else ""
         self._connection.run_script(
             scripts.HEARTBEAT,
             [self._keys.workers, self._keys.ready],
@@ -233,27 +242,27 @@ class RunState:
                 states.append(
                     msgspec.structs.replace(_state.decode(payload), age_s=max(0.0, age_s))
                 )
-        return sorted(
-            states, key=lambda state: ((*STAGES, "jobs").index(state.stage), state.worker)
-        )
+        places = {stream: place for place, stream in enumerate(self._keys.streams)}
+        last = len(places)
+        return sorted(states, key=lambda state: (places.get(state.stage, last), state.worker))
 
-    def backlog(self) -> dict[StageName, int]:
+    def backlog(self) -> dict[StreamName, int]:
         """How many entries each stage's stream holds, waiting or in hand.
 
         The trainer's also holds what it has trained on and not yet acknowledged.
         """
         return {
-            stage: int(self._connection.ask("XLEN", self._keys.streams[stage])) for stage in STAGES
+            name: int(self._connection.ask("XLEN", key)) for name, key in self._keys.streams.items()
         }
 
-    def pending_counts(self) -> dict[StageName, int]:
+    def pending_counts(self) -> dict[StreamName, int]:
         """How many entries of each stage's stream some worker has in hand."""
-        return {stage: self._pending_count(stage) for stage in STAGES}
+        return {stream: self._pending_count(stream) for stream in self._keys.streams}
 
-    def _pending_count(self, stage: StageName) -> int:
+    def _pending_count(self, stage: StreamName) -> int:
         return int(self._xpending(stage).get("pending", 0))
 
-    def pending_summary(self, stage: StageName) -> PendingSummary:
+    def pending_summary(self, stage: StreamName) -> PendingSummary:
         """What workers have in hand of the stream of `stage`, and which workers have it."""
         summary = self._xpending(stage)
         if not summary.get("pending"):
@@ -266,7 +275,7 @@ class RunState:
             int(summary["pending"]), max(0.0, self._connection.server_time() - written), by_worker
         )
 
-    def _xpending(self, stage: StageName) -> dict[str, Any]:
+    def _xpending(self, stage: StreamName) -> dict[str, Any]:
         try:
             summary: dict[str, Any] = self._connection.ask(
                 "XPENDING", self._keys.streams[stage], GROUP
@@ -277,7 +286,7 @@ class RunState:
             raise
         return summary
 
-    def numbers(self, stage: StageName) -> list[int]:
+    def numbers(self, stage: StreamName) -> list[int]:
         """The numbers of all entries of the stream of `stage`, in order; 0 where one names none."""
         return list(self._numbers(self._keys.streams[stage]))
 

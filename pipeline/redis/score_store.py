@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import structlog
 from redis.exceptions import OutOfMemoryError
 
-from onstream.pipeline.records import StageName
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection
 from onstream.pipeline.redis.keys import ScoreKeys
+from onstream.settings.stages import StreamName
 
 KEPT_BYTES = 64 << 20  # of a Redis that carries the run's records first of all
 log = structlog.get_logger(__name__)
@@ -68,13 +68,13 @@ class ScoreStore:
                 "redis is full; what the teacher scored at the start is not noted", error=str(error)
             )
 
-    def own_spent_tokens(self, stage: StageName) -> int:
+    def own_spent_tokens(self, stage: StreamName) -> int:
         """Tokens spent in this run on the endpoints of `stage` by workers of this one's name."""
         return int(
             self._connection.ask("HGET", self._keys.spent(stage), self._connection.consumer) or 0
         )
 
-    def report_spent_tokens(self, stage: StageName, tokens: int) -> int:
+    def report_spent_tokens(self, stage: StreamName, tokens: int) -> int:
         """Report `tokens`, all that workers of this name have spent; returns the stage's total."""
         return int(
             self._connection.run_script(

@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import structlog
 from redis.exceptions import ResponseError
 
 from onstream.pipeline.record_codec import read_number
-from onstream.pipeline.records import StageName
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection, batched
 from onstream.pipeline.redis.keys import GROUP, PARKED
+from onstream.settings.stages import StreamName, stage_of
 
 log = structlog.get_logger(__name__)
 
@@ -52,9 +52,11 @@ class PendingRow:
 
 @dataclass(frozen=True, slots=True)
 class Out:
-    """What a move writes: a record for a stage, or a dead letter with its `reason`."""
+    """What a move writes: a record for a stream, or a dead letter (`to` is `dead`) with its
+    `reason`.
+    """
 
-    to: StageName | Literal["dead"]
+    to: StreamName
     number: int
     payload: bytes
     reason: str = ""
@@ -80,16 +82,20 @@ class RunLimits:
     """
 
     def __init__(
-        self, connection: Connection, read_path: Callable[[], tuple[StageName, ...]]
+        self, connection: Connection, read_path: Callable[[], tuple[StreamName, ...]]
     ) -> None:
         self._read_path = read_path
         self._issued = _GrowingCount(connection, connection.keys.issued, 0)
         self._announced = _GrowingCount(connection, connection.keys.announced, -1)
         self._path_unknown_until = 0.0
-        self.path: tuple[StageName, ...] = ()
-        """The stages that rollouts pass, the first included; empty while no plan was found."""
+        self.path: tuple[StreamName, ...] = ()
+        """The streams that rollouts pass, the first included, those of all teachers beside one
+        another; empty while no plan was found.
+        """
 
-    def note(self, *, issued: int = 0, version: int = -1, path: tuple[StageName, ...] = ()) -> None:
+    def note(
+        self, *, issued: int = 0, version: int = -1, path: tuple[StreamName, ...] = ()
+    ) -> None:
         """Take in what this worker knows: the plan's path, or what the trainer is about to do."""
         self._issued.note(issued)
         self._announced.note(version)
@@ -103,8 +109,8 @@ class RunLimits:
         """Whether the run has announced `version`, or one at most `ahead` older."""
         return self._announced.reaches(version - ahead)
 
-    def leads_on(self, path: Sequence[StageName]) -> bool:
-        """Whether a record of this run passes the stages `path` from its first to the trainer.
+    def leads_on(self, path: Sequence[StreamName]) -> bool:
+        """Whether a record of this run passes the streams `path` from its first to the trainer.
 
         Redis is asked for the plan again before one is refused: another run may have the name now.
         Where it has none, having lost its data say, no path is refused.
@@ -116,8 +122,13 @@ class RunLimits:
             self._path_unknown_until = time.monotonic() + UNKNOWN_S
         return not self.path or self._ends_with(path)
 
-    def _ends_with(self, path: Sequence[StageName]) -> bool:
-        return bool(self.path) and self.path[-len(path) :] == tuple(path)
+    def _ends_with(self, path: Sequence[StreamName]) -> bool:
+        if not self.path or self.path[-len(path) :] == tuple(path):
+            return bool(self.path)
+        # Teachers by name: a record passes the stream of one of them.
+        stages = tuple(dict.fromkeys(map(stage_of, self.path)))
+        ends = stages[-len(path) :] == tuple(map(stage_of, path))
+        return ends and all(stream in self.path for stream in path)
 
     @property
     def issued(self) -> int:
@@ -164,7 +175,7 @@ class Streams:
         self._connection = connection
         self._keys = connection.keys
 
-    def read(self, stage: StageName, count: int, block_s: float = 0) -> list[Entry]:
+    def read(self, stage: StreamName, count: int, block_s: float = 0) -> list[Entry]:
         """Up to `count` new entries, waiting up to `block_s` for the first.
 
         For the main thread alone.
@@ -195,14 +206,14 @@ class Streams:
             for entry_id, fields in entries
         ]
 
-    def look_at(self, stage: StageName, entry_id: bytes) -> Entry | None:
+    def look_at(self, stage: StreamName, entry_id: bytes) -> Entry | None:
         """The entry `entry_id`, whoever has it; None when it has moved on. Counts no delivery."""
         found = self._connection.ask("XRANGE", self._keys.streams[stage], entry_id, entry_id)
         return next((_entry(found_id, fields, 0) for found_id, fields in found), None)
 
     def pending_rows(
         self,
-        stage: StageName,
+        stage: StreamName,
         *,
         after: bytes = b"0",
         count: int = 256,
@@ -237,7 +248,7 @@ class Streams:
         ]
 
     def all_pending_rows(
-        self, stage: StageName, consumer: str | None = None
+        self, stage: StreamName, consumer: str | None = None
     ) -> Iterator[PendingRow]:
         """Every pending entry of `stage`, in order, read page by page."""
         rows = self.pending_rows(stage, count=ROWS_AT_ONCE, consumer=consumer)
@@ -248,7 +259,7 @@ class Streams:
             )
 
     def claim(
-        self, stage: StageName, rows: Sequence[PendingRow], min_idle_s: float = 0
+        self, stage: StreamName, rows: Sequence[PendingRow], min_idle_s: float = 0
     ) -> list[Entry]:
         """Take over those of `rows` that are still idle for `min_idle_s`; counts as a delivery.
 
@@ -270,7 +281,7 @@ class Streams:
             if entry_id is not None
         ]
 
-    def _forget_deleted(self, stage: StageName, ids: Iterable[bytes]) -> None:
+    def _forget_deleted(self, stage: StreamName, ids: Iterable[bytes]) -> None:
         """Acknowledge those of `ids` that somebody deleted from the stream.
 
         Redis 6.2 would keep them pending for ever.
@@ -288,7 +299,7 @@ class Streams:
         )
         self._connection.ask("XACK", stream, GROUP, *gone)
 
-    def move(self, stage: StageName, moves: Sequence[Move]) -> list[bool]:
+    def move(self, stage: StreamName, moves: Sequence[Move]) -> list[bool]:
         """Move entries on: each leaves the stream of `stage` and its outs are written, or neither.
 
         Returns which of them moved. False means that somebody else was first, which is no error: a
@@ -296,7 +307,7 @@ class Streams:
         """
         return [moved for batch in hop_batches(moves) for moved in self._hop(stage, batch)]
 
-    def _hop(self, stage: StageName, moves: Sequence[Move]) -> list[bool]:
+    def _hop(self, stage: StreamName, moves: Sequence[Move]) -> list[bool]:
         targets: dict[str, int] = {}
         args: list[Any] = [GROUP]
         for move in moves:
@@ -312,7 +323,7 @@ class Streams:
             )
         ]
 
-    def _fields(self, stage: StageName, out: Out) -> list[Any]:
+    def _fields(self, stage: StreamName, out: Out) -> list[Any]:
         fields: list[Any] = ["n", out.number, "b", out.payload]
         if out.to == "dead":
             fields += [
@@ -327,7 +338,7 @@ class Streams:
             ]
         return fields
 
-    def renew(self, stage: StageName, ids: Sequence[bytes]) -> int:
+    def renew(self, stage: StreamName, ids: Sequence[bytes]) -> int:
         """Renew the leases of entries that are still this worker's; returns how many are."""
         stream = [self._keys.streams[stage]]
         return sum(
@@ -339,7 +350,7 @@ class Streams:
             for some in batched(ids, IDS_AT_ONCE)
         )
 
-    def give_back(self, stage: StageName, ids: Sequence[bytes]) -> int:
+    def give_back(self, stage: StreamName, ids: Sequence[bytes]) -> int:
         """Hand entries to whoever is next, as if they had never been taken.
 
         Returns how many were still this worker's. They are parked with the consumer `PARKED` as
@@ -352,7 +363,7 @@ class Streams:
             for some in batched(ids, IDS_AT_ONCE)
         )
 
-    def retire(self, stage: StageName) -> bool:
+    def retire(self, stage: StreamName) -> bool:
         """Delete this consumer and its heartbeat; returns whether the consumer was deleted.
 
         It stays while entries are pending with it: Redis would forget that they are.
@@ -365,7 +376,7 @@ class Streams:
             )
         )
 
-    def forget_dead_consumers(self, stage: StageName, idle_s: float) -> int:
+    def forget_dead_consumers(self, stage: StreamName, idle_s: float) -> int:
         """Delete the consumers of dead workers: nothing pending, and not heard of for `idle_s`."""
         keys = [self._keys.streams[stage], self._keys.workers]
         return int(

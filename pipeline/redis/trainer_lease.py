@@ -17,13 +17,13 @@ from redis.exceptions import OutOfMemoryError, ResponseError
 
 from onstream.pipeline.errors import LeaseLost
 from onstream.pipeline.record_codec import encode
-from onstream.pipeline.records import PolicyVersion, StageName, Ticket
+from onstream.pipeline.records import PolicyVersion, Ticket, Tombstone
 from onstream.pipeline.redis import scripts
 from onstream.pipeline.redis.connection import Connection, batched
 from onstream.pipeline.redis.keys import GROUP, WORKING
 from onstream.pipeline.redis.lease import DataLost, Lease, LeaseHeld, is_dead, while_it_may_expire
 from onstream.pipeline.run_files.ownership import Ownership
-from onstream.settings.stages import takes_tickets
+from onstream.settings.stages import StreamName, stage_of, takes_tickets
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
@@ -46,12 +46,11 @@ class TrainerLease:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._keys = connection.keys
-        self._working = [self._keys.streams[stage] for stage in WORKING]
         self.current: Lease | None = None
         self.may_have_lost_data = False
         self.full = False
-        self.required_stages: Sequence[StageName] = ()
-        self.missing_stages: list[StageName] = []
+        self.required_stages: Sequence[StreamName] = ()
+        self.missing_stages: list[StreamName] = []
 
     def acquire(self, ttl_s: float, files: Ownership | None = None) -> Lease:
         """Become the run's trainer, and claim its `files`.
@@ -141,12 +140,13 @@ class TrainerLease:
         self,
         lease: Lease,
         expected_issued: int,
-        tickets: Sequence[Ticket],
+        tickets: Sequence[Ticket | Tombstone],
         max_backlog: int,
         served: Sequence[tuple[bytes, int, int]] = (),
     ) -> bool:
         """Issue `tickets`, numbered from `expected_issued` + 1, all or none; may be repeated.
 
+        With tombstones instead of tickets, the numbers go to the trainer, as dead from the start.
         `served` are the operator requests that go with them: id, new number and dead number of
         each.
 
@@ -168,7 +168,7 @@ class TrainerLease:
             self._tickets_stream(tickets),
             self._keys.requests,
             self._keys.requeued,
-            *self._working,
+            *self._working(),
         ]
         requests = [value for request in served for value in request]
         args = [
@@ -181,9 +181,17 @@ class TrainerLease:
         ]
         return self._issue(scripts.ISSUE, lease, keys, args)
 
-    def _tickets_stream(self, tickets: Sequence[Ticket]) -> str:
-        """The stream of `tickets`, which are of one run."""
-        route = tickets[0].route if tickets else ()
+    def _working(self) -> list[str]:
+        """The streams whose backlog counts."""
+        streams = self._keys.streams.items()
+        return [key for name, key in streams if stage_of(name) in WORKING]
+
+    def _tickets_stream(self, tickets: Sequence[Ticket | Tombstone]) -> str:
+        """The stream of `tickets`, which are of one run, and all tickets or all tombstones."""
+        first = tickets[0] if tickets else None
+        if isinstance(first, Tombstone):
+            return self._keys.streams["train"]
+        route = first.route if first is not None else ()
         return self._keys.streams[takes_tickets(route)]
 
     def _issue(
@@ -370,7 +378,7 @@ class TrainerLease:
         lease.epoch = epoch
 
 
-def _numbered(tickets: Sequence[Ticket]) -> list[Any]:
+def _numbered(tickets: Sequence[Ticket | Tombstone]) -> list[Any]:
     return [value for ticket in tickets for value in (ticket.number, encode(ticket))]
 
 

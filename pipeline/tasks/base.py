@@ -25,12 +25,14 @@ class Problem:
 
     The scorer gets `info` beside the completion; `info["answer"]` is the right answer where there
     is one. `teacher_messages` are what a teacher reads in place of `messages`, by
-    `task.teacher_prompt`; None where it reads the same.
+    `task.teacher_prompt`; None where it reads the same. `teacher` is the name of the one that shall
+    score it; None where it names none.
     """
 
     messages: list[Message]
     info: dict[str, Any] = field(default_factory=dict)
     teacher_messages: list[Message] | None = None
+    teacher: str | None = None
 
 
 class Task(Protocol):

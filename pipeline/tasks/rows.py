@@ -11,10 +11,13 @@ from onstream.pipeline.errors import UserError
 from onstream.pipeline.tasks.answer_scorers import ANSWER_SCORERS, JUDGE
 from onstream.pipeline.tasks.base import FiniteTask, Message, Problem
 from onstream.pipeline.tasks.teacher_prompt import TeacherPrompt, TeacherPromptError
+from onstream.settings.named_teachers import teacher_weights
 from onstream.settings.root import Settings
 from onstream.settings.route import verification_on
 
 Value = TypeVar("Value")
+TEACHER = "teacher"
+"""The column that names the teacher of a row, where a run has teachers by name."""
 
 
 class RowError(ValueError):
@@ -52,6 +55,7 @@ class RowReader:
             [{"role": "system", "content": task.system_prompt}] if task.system_prompt else []
         )
         self._teacher_prompt = TeacherPrompt(task.teacher_prompt)
+        self._teachers = teacher_weights(settings)
 
     def problem(self, row: object) -> Problem:
         """The problem in `row`. Raises RowError when there is none."""
@@ -67,7 +71,20 @@ class RowReader:
             teacher_messages = self._teacher_prompt.messages(messages, {**row, **info})
         except TeacherPromptError as error:
             raise RowError(error.got, expected=error.expected) from error
-        return Problem(messages, info, teacher_messages)
+        return Problem(messages, info, teacher_messages, self._teacher(row))
+
+    def _teacher(self, row: dict[str, Any]) -> str | None:
+        """The teacher that `row` names, where there are any by name; None where it names none."""
+        if not self._teachers:
+            return None
+        name = row.get(TEACHER)
+        if name is None and any(self._teachers.values()):
+            return None
+        if name not in self._teachers:
+            raise RowError(
+                f"`{TEACHER}` is {shown(name)}", expected=f"one of {', '.join(self._teachers)}"
+            )
+        return str(name)
 
     def _messages(self, row: dict[str, Any]) -> list[Message]:
         if row.get("messages") is not None:

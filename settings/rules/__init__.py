@@ -10,6 +10,7 @@ from onstream.settings.root import Settings
 from onstream.settings.rules.deployment import DEPLOYMENT_RULES, deployment_warnings
 from onstream.settings.rules.engines import ENGINE_RULES, engine_warnings
 from onstream.settings.rules.episodes import EPISODE_RULES
+from onstream.settings.rules.named_teachers import NAMED_TEACHER_RULES
 from onstream.settings.rules.sizes import SIZE_RULES, size_warnings
 from onstream.settings.rules.teacher import TEACHER_RULES, teacher_warnings
 from onstream.settings.rules.training import TRAINING_RULES, hard_distillation_warnings
@@ -18,6 +19,7 @@ RULES = (
     *ENGINE_RULES,
     *TRAINING_RULES,
     *TEACHER_RULES,
+    *NAMED_TEACHER_RULES,
     *DEPLOYMENT_RULES,
     *SIZE_RULES,
     *EPISODE_RULES,

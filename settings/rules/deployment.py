@@ -12,6 +12,7 @@ from onstream.settings.root import Settings
 from onstream.settings.route import route_of
 from onstream.settings.rules.engines import LOOPBACK
 from onstream.settings.scalable_stages import scalable_stages
+from onstream.settings.stages import stage_of, teacher_of
 
 
 def stages_once(settings: Settings) -> Iterator[SettingsProblem]:
@@ -97,12 +98,14 @@ def deployment_warnings(settings: Settings) -> Iterator[str]:
     yield from redis_warnings(settings)
     plan = make_plan(settings)
     elsewhere = settings.deployment.count_elsewhere
-    for stage in plan.streams:
-        kinds = plan.kinds(stage)
-        if not any(plan.workers[kind] or elsewhere(kind) for kind in kinds):
+    for stream in plan.streams:
+        named = plan.named_teachers.get(teacher_of(stream) or "")
+        here = any(plan.workers[kind] or elsewhere(kind) for kind in plan.kinds(stage_of(stream)))
+        if not (named.workers if named else here):
+            kind = plan.consumers(stream)[0]
             yield (
-                f"No {kinds[0]} worker is started here: the run waits until one joins "
-                f"(onstream worker {kinds[0]} {settings.run_dir})."
+                f"No {kind} worker is started here: the run waits until one joins "
+                f"(onstream worker {kind} {settings.run_dir})."
             )
     for stage, why in (
         ("act", "task.environment is unset"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from onstream.pipeline.errors import Exit
-from onstream.settings.stages import WorkerKind
+from onstream.settings.stages import DEFAULT_TEACHER, KINDS_OF, WorkerKind
 from onstream.workers.commands.options import with_settings, worker_kind_argument
 
 if TYPE_CHECKING:
@@ -28,18 +28,31 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Exit with 0 and say so if the run has no place for this worker.",
 )
-def worker(kind: WorkerKind, settings: Settings, slot: str | None, optional: bool) -> Exit:
+@click.option(
+    "--name",
+    "teacher",
+    metavar="TEACHER",
+    default=DEFAULT_TEACHER,
+    help="The teacher of [teachers] that a teacher or teacher-external scores for.",
+)
+def worker(
+    kind: WorkerKind, settings: Settings, slot: str | None, optional: bool, teacher: str
+) -> Exit:
     """Run one worker against a running Redis.
 
     KIND is generator, verifier, teacher, teacher-external, trainer or jobs. A teacher scores with a
     model of its own. A teacher-external asks the endpoints of orchestrator.teacher_model. A run may
-    have both. A jobs worker evaluates and exports beside the training.
+    have both, and with --name several teachers. A jobs worker evaluates and exports beside the
+    training.
     """
     from onstream.settings.engines import starts_vllm
+    from onstream.settings.named_teachers import with_teacher
     from onstream.workers.runner import run_kind
 
-    if starts_vllm(kind, settings):
+    if teacher != DEFAULT_TEACHER and kind not in KINDS_OF["score"]:
+        raise click.UsageError(f"--name is for {' and '.join(KINDS_OF['score'])}, not for {kind}")
+    if starts_vllm(kind, with_teacher(settings, teacher)):
         from onstream.workers.launcher.die_with_parent import guard_group
 
         guard_group()  # vLLM's processes outlive a kill of the one that started them
-    return run_kind(kind, settings, slot, optional=optional)
+    return run_kind(kind, settings, slot, optional=optional, teacher=teacher)

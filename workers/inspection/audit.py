@@ -13,16 +13,15 @@ from typing import Any
 
 import msgspec
 
-from onstream.pipeline.records import StageName
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.dead_letters import dead_numbers
-from onstream.pipeline.redis.keys import STAGES
 from onstream.pipeline.redis.run_state import LOOKS
 from onstream.pipeline.run_files import recording
 from onstream.pipeline.run_files.json_lines import read_rows
 from onstream.pipeline.run_files.ledger import LEDGER, Ledger, Settled, ledger_differs
 from onstream.pipeline.run_files.recording import JournalMark, RecordingError
 from onstream.settings.decoding import UNDECODABLE
+from onstream.settings.stages import StreamName
 
 DROPPED = ("stale", "not_verified", "group_dead", "purged")
 
@@ -48,7 +47,7 @@ def audit(run_dir: Path, bus: Bus) -> dict[str, Any]:
     # once.
     issued = range(1, bus.state.issued() + 1)
     episodes = bus.state.numbers_of_episodes()
-    streams = {stage: bus.state.numbers(stage) for stage in STAGES}
+    streams = {stream: bus.state.numbers(stream) for stream in bus.keys.streams}
     in_journal = _in_journal(run_dir)
     dead = dead_numbers(bus, run_dir)
     in_two_entries = _in_two_entries(bus, streams)
@@ -87,7 +86,7 @@ def audit(run_dir: Path, bus: Bus) -> dict[str, Any]:
 def contradictions(
     run_dir: Path,
     ledger: Sequence[Settled],
-    streams: Mapping[StageName, Sequence[int]],
+    streams: Mapping[StreamName, Sequence[int]],
     issued: int,
 ) -> list[str]:
     """What cannot be true of a run that has issued the numbers 1 … `issued`, in sentences."""
@@ -113,7 +112,7 @@ def contradictions(
 
 
 def _beside_the_path(
-    streams: Mapping[StageName, Sequence[int]], path: Sequence[StageName]
+    streams: Mapping[StreamName, Sequence[int]], path: Sequence[StreamName]
 ) -> list[str]:
     """Entries in the streams of stages that no rollout of the run passes, so that nobody reads."""
     return [
@@ -180,7 +179,7 @@ def _settled_twice(ledger: Sequence[Settled]) -> set[int]:
     return {number for (number, _), times in lines.items() if times > 1}
 
 
-def _in_two_entries(bus: Bus, streams: Mapping[StageName, Sequence[int]]) -> set[int]:
+def _in_two_entries(bus: Bus, streams: Mapping[StreamName, Sequence[int]]) -> set[int]:
     """The numbers that two entries carry at once.
 
     They are in one stream, or in two on further looks as well. A record that moved on between the
@@ -191,10 +190,11 @@ def _in_two_entries(bus: Bus, streams: Mapping[StageName, Sequence[int]]) -> set
         entries = Counter(number for number in numbers if number)  # 0: it names none
         found.update(number for number, count in entries.items() if count > 1)
     in_later_streams: set[int] = set()
-    for stage in reversed(STAGES):
+    order = tuple(streams)
+    for stage in reversed(order):
         suspects = in_later_streams.intersection(streams[stage])
         for _ in range(LOOKS if suspects else 0):
-            later = STAGES[STAGES.index(stage) + 1 :]
+            later = order[order.index(stage) + 1 :]
             suspects &= set(bus.state.numbers(stage))
             suspects &= {number for name in later for number in bus.state.numbers(name)}
         found |= suspects

@@ -6,11 +6,11 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from onstream.pipeline.records import StageName
 from onstream.pipeline.redis.run_end import RunEnd
 from onstream.pipeline.redis.run_state import RunState
-from onstream.settings.stages import KINDS_OF, WORK_STAGES
+from onstream.settings.stages import KINDS_OF, WORK_STAGES, StreamName, stage_of
 
 NEXT_WEIGHTS = "waits for policy version"
 """How the detail of a generator begins that waits as in every run: this does not hold it up."""
@@ -32,8 +32,8 @@ class RunSnapshot:
     ready: frozenset[str] = frozenset()
     finished: bool = False
     version: int = 0
-    backlog: Mapping[StageName, int] = field(default_factory=dict)
-    in_hand: Mapping[StageName, int] = field(default_factory=dict)
+    backlog: Mapping[StreamName, int] = field(default_factory=dict)
+    in_hand: Mapping[StreamName, int] = field(default_factory=dict)
     workers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     taking: Mapping[str, int] = field(default_factory=dict)
     unreachable: str = ""
@@ -63,9 +63,9 @@ def take_snapshot(state: RunState, run_end: RunEnd | None = None) -> RunSnapshot
 
 def waits(
     snapshot: RunSnapshot,
-    stages: Sequence[StageName],
-    started: Mapping[StageName, int],
-    kinds: Mapping[StageName, Sequence[str]] = KINDS_OF,
+    stages: Sequence[StreamName],
+    started: Mapping[StreamName, int],
+    kinds: Mapping[Any, Sequence[str]] = KINDS_OF,
     worker_command: str = "onstream worker {kind}",
 ) -> list[str]:
     """What the run waits for, a sentence each.
@@ -86,7 +86,7 @@ def waits(
     return [f"{', '.join(together)}: {why}" for why, together in found.items()]
 
 
-def _wait(snapshot: RunSnapshot, stage: StageName, started: int, commands: str) -> str:
+def _wait(snapshot: RunSnapshot, stage: StreamName, started: int, commands: str) -> str:
     """Why `stage` keeps the run waiting; nothing if it does not. `commands` start a worker."""
     present = snapshot.workers.get(stage, ())
     backlog = snapshot.backlog.get(stage, 0)
@@ -96,7 +96,7 @@ def _wait(snapshot: RunSnapshot, stage: StageName, started: int, commands: str) 
     detail = next((detail for detail in present if detail), "")
     if stage in snapshot.ready:
         # Every worker of the stage says that it waits for something, and there is work to do.
-        stuck = stage in WORK_STAGES and backlog and all(present)
+        stuck = stage_of(stage) in WORK_STAGES and backlog and all(present)
         return detail if stuck and not detail.startswith(NEXT_WEIGHTS) else ""
     if detail:
         return f"not ready: {detail}"

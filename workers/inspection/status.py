@@ -13,12 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from onstream.pipeline.command_line import command
-from onstream.pipeline.records import StageName
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.keys import STAGES
 from onstream.pipeline.redis.run_state import VERSION, PendingSummary, WorkerState
 from onstream.pipeline.run_files.ledger import LEDGER, Ledger
 from onstream.settings.plan import Plan
+from onstream.settings.stages import StreamName
 from onstream.workers.inspection.run_phase import Phase, RunFiles
 from onstream.workers.inspection.run_snapshot import RunSnapshot, take_snapshot, waits
 from onstream.workers.inspection.tables import add_row, plain_table
@@ -52,7 +52,7 @@ def status(bus: Bus, files: RunFiles | None = None) -> dict[str, Any]:
     route = list(plan.streams) if plan else list(STAGES)
     policy = bus.state.newest_policy()
     snapshot = take_snapshot(bus.state)
-    pending = {stage: bus.state.pending_summary(stage) for stage in STAGES}
+    pending = {stream: bus.state.pending_summary(stream) for stream in bus.keys.streams}
     images, image_bytes = bus.images.count()
     workers = _workers(bus, pending)
     alive = {worker["worker"] for worker in workers if worker["alive"]}
@@ -75,7 +75,7 @@ def status(bus: Bus, files: RunFiles | None = None) -> dict[str, Any]:
         "images": {"held": images, "bytes": image_bytes},
         "stages": {
             stage: _stage(snapshot, stage, backlog[stage], pending[stage], alive)
-            for stage in STAGES
+            for stage in bus.keys.streams
             if stage in route
         },
         "workers": [worker for worker in workers if worker["alive"]],
@@ -146,7 +146,7 @@ def _unsettled(bus: Bus, run_dir: Path) -> int:
 
 def _stage(
     snapshot: RunSnapshot,
-    stage: StageName,
+    stage: StreamName,
     backlog: int,
     pending: PendingSummary,
     alive: Set[str],
@@ -176,13 +176,13 @@ def _last_dead(bus: Bus) -> dict[str, Any] | None:
 def _waits(snapshot: RunSnapshot, plan: Plan | None, files: RunFiles | None) -> list[str]:
     if plan is None:
         return [NO_PLAN]
-    kinds = {stage: plan.kinds(stage) for stage in plan.streams}
+    kinds = {stage: plan.consumers(stage) for stage in plan.streams}
     run = f" {files.directory}" if files else ""
     worker_command = f"{command()} worker {{kind}}{run}"
     return waits(snapshot, plan.streams, {}, kinds, worker_command)
 
 
-def _workers(bus: Bus, pending: Mapping[StageName, PendingSummary]) -> list[dict[str, Any]]:
+def _workers(bus: Bus, pending: Mapping[StreamName, PendingSummary]) -> list[dict[str, Any]]:
     holds = Counter[str]()
     for summary in pending.values():
         holds.update(summary.by_worker)

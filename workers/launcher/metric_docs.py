@@ -130,6 +130,13 @@ _STEP = (
         "Of the rollouts, those that each teacher scored, by the teacher's name or address.",
     ),
     MetricField(
+        "teachers",
+        "",
+        'Where teachers have names, what each did, as `{"math": {"share": …, "kl": …, "latency_s": '
+        "…}, …}`: its share of the rollouts, the generator's logprob less its own over their "
+        "trained tokens (nats), and the mean time of a rollout with it (s). Null otherwise.",
+    ),
+    MetricField(
         "staleness_mean",
         "steps",
         "Mean age of the rollouts: the version that takes the step less the oldest one that wrote.",

@@ -8,9 +8,9 @@ from pathlib import Path
 from onstream.pipeline.run_files.json_lines import read_rows
 from onstream.settings.devices import gpus_found
 from onstream.settings.gpus import Place, gpus_of, placement
-from onstream.settings.plan import Plan
+from onstream.settings.plan import Plan, kind_of_named
 from onstream.settings.root import Settings
-from onstream.settings.stages import START_ORDER, WORK_STAGES, StageName, WorkerKind
+from onstream.settings.stages import START_ORDER, WORK_STAGES, StageName, WorkerKind, stage_of
 from onstream.workers.launcher.model_servers import KINDS as SERVER_KINDS
 from onstream.workers.launcher.model_servers import ModelServers, may_ask
 from onstream.workers.launcher.process_usage import process_bytes
@@ -67,16 +67,16 @@ class RunProcesses:
         """The live processes that answer held-out prompts."""
         return self._supervisor.running(EVAL, "jobs")
 
-    def alive(self, kinds: Sequence[WorkerKind]) -> int:
+    def alive(self, kinds: Sequence[str]) -> int:
         """How many live workers there are of `kinds`."""
         return len(self._supervisor.running(*kinds))
 
-    def unfinished(self, kinds: Sequence[WorkerKind]) -> int:
+    def unfinished(self, kinds: Sequence[str]) -> int:
         """How many workers of `kinds` have not done their work, alive or about to be restarted."""
         children = self._supervisor.children
         return sum(child.kind in kinds and not child.done for child in children)
 
-    def count(self, kind: WorkerKind) -> int:
+    def count(self, kind: str) -> int:
         """How many workers of `kind` there shall be."""
         children = self._supervisor.children
         return sum(child.kind == kind and not child.dismissed for child in children)
@@ -94,11 +94,13 @@ class RunProcesses:
     @property
     def workers_by_stage(self) -> dict[StageName, int]:
         """How many workers each stage that takes work shall have here, of all kinds together."""
-        return {
-            stage: sum(self.count(kind) for kind in self._plan.kinds(stage))
-            for stage in self._plan.streams
-            if stage in WORK_STAGES
-        }
+        counts: dict[StageName, int] = {}
+        for stream in self._plan.streams:
+            stage = stage_of(stream)
+            if stage in WORK_STAGES:
+                here = sum(self.count(kind) for kind in self._plan.consumers(stream))
+                counts[stage] = counts.get(stage, 0) + here
+        return counts
 
     def add_worker(self, kind: WorkerKind) -> Child:
         """Start one more worker of `kind`, which the run can do without."""
@@ -123,6 +125,9 @@ class RunProcesses:
                 child = self._supervisor.start(self._worker(kind, index))
                 if kind == "trainer":
                     self.trainer = child
+        for teacher, named in self._plan.named_teachers.items():
+            for index in range(named.workers):
+                self._supervisor.start(self._named_teacher(teacher, named.kind, index))
 
     def evaluate(self, version: int) -> None:
         """Evaluate a policy version in a process of its own, unless it is or was evaluated."""
@@ -168,6 +173,13 @@ class RunProcesses:
         else:
             child.environ = self._environ((kind, index))
         return child
+
+    def _named_teacher(self, teacher: str, kind: WorkerKind, index: int) -> Child:
+        """The index-th worker of the `teacher` of that name."""
+        label = kind_of_named(kind, teacher)
+        own = [*label.split(), "--slot", f"slot{index}"]
+        arguments = ["worker", own[0], *self._arguments, *own[1:]]
+        return self._child(f"{kind}-{teacher}-{index}", label, arguments)
 
     def _child(self, name: str, kind: str, arguments: Sequence[str]) -> Child:
         return Child(name, kind, COMMAND, arguments, self._log_file(name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from onstream.settings.plan import Plan
-from onstream.settings.stages import WORK_STAGES, StageName
+from onstream.settings.stages import WORK_STAGES, StreamName, stage_of
 from onstream.workers.inspection.run_snapshot import RunSnapshot, waits
 from onstream.workers.launcher.processes import RunProcesses
 from onstream.workers.launcher.progress import RunView, StageView
@@ -37,12 +37,12 @@ def _eta_s(metrics: MetricsTail, steps_left: int) -> float | None:
 
 
 def _stage_view(
-    stage: StageName, plan: Plan, snapshot: RunSnapshot, processes: RunProcesses
+    stage: StreamName, plan: Plan, snapshot: RunSnapshot, processes: RunProcesses
 ) -> StageView:
     details = snapshot.workers.get(stage, ())
     return StageView(
         name=stage,
-        processes=processes.alive(plan.kinds(stage)),
+        processes=processes.alive(plan.consumers(stage)),
         heartbeats=len(details),
         ready=stage in snapshot.ready,
         backlog=_backlog(snapshot, stage),
@@ -50,10 +50,10 @@ def _stage_view(
     )
 
 
-def _backlog(snapshot: RunSnapshot, stage: StageName) -> int:
+def _backlog(snapshot: RunSnapshot, stage: StreamName) -> int:
     """Records that wait for a worker of `stage`."""
     backlog = snapshot.backlog.get(stage, 0)
-    if stage in WORK_STAGES:
+    if stage_of(stage) in WORK_STAGES:
         return backlog
     # The trainer holds what it has trained until a checkpoint is durable: that waits for nobody.
     return max(0, backlog - snapshot.in_hand.get(stage, 0))
@@ -66,7 +66,7 @@ def _waits(
     if snapshot.finished or not snapshot.taken:
         evaluations = processes.running_evaluations
         return [f"{child.name}: the held-out prompts are being answered" for child in evaluations]
-    kinds = {stage: plan.kinds(stage) for stage in plan.streams}
+    kinds = {stage: plan.consumers(stage) for stage in plan.streams}
     started = {stage: processes.unfinished(kinds[stage]) for stage in kinds}
     stages = waits(snapshot, plan.streams, started, kinds, worker_command)
     return [*processes.servers.waits(), *stages]

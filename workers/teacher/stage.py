@@ -15,11 +15,12 @@ from onstream.pipeline.record_codec import (
     ids_bytes,
     logprobs_bytes,
 )
-from onstream.pipeline.records import Sample, StageName
+from onstream.pipeline.records import Sample
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.settings.engines import IN_PROCESS, teacher_engine
 from onstream.settings.root import Settings
+from onstream.settings.stages import StreamName
 from onstream.workers.teacher.scorer import ScoreRequest, Scores, TokenScorer
 
 ROOM = 256
@@ -51,15 +52,22 @@ class Teacher:
 
     A call scores about one forward pass of what is in hand, or as many as the scorer asks for,
     whole groups first, so that siblings share the computation of their prompt. Nothing waits for
-    siblings that have not come.
+    siblings that have not come. `name` is the stream that it consumes: a teacher's own, where that
+    has a name.
     """
 
-    name: StageName = "score"
+    name: StreamName = "score"
     holds_entries = False
 
     def __init__(
-        self, settings: Settings, bus: Bus, load: Callable[[Settings], TokenScorer] | None = None
+        self,
+        settings: Settings,
+        bus: Bus,
+        load: Callable[[Settings], TokenScorer] | None = None,
+        *,
+        name: StreamName = name,
     ) -> None:
+        self.name = name
         self.stats = Stats()
         self._settings = settings
         self._load = load or partial(_load_local, bus=bus)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from onstream.pipeline.record_codec import logprobs_array, mask_array
-from onstream.pipeline.records import Rollout, StageName, Timing
+from onstream.pipeline.records import Rollout, Timing
 from onstream.pipeline.run_files.json_lines import JsonLines, cut
 from onstream.pipeline.telemetry import get_logger
 from onstream.settings.root import Settings
+from onstream.settings.stages import StageName, stage_of
 from onstream.workers.trainer.batches.batch_builder import TrainableUnit
 
 log = get_logger()
@@ -163,7 +164,7 @@ def waited_for(rollouts: Sequence[Rollout], start: float, end: float) -> dict[St
     since = start
     for timing in max((rollout.timings for rollout in rollouts), key=_last_done, default=[]):
         until = min(max(timing.done, since), end)
-        seconds[timing.stage] += until - since
+        seconds[stage_of(timing.stage)] += until - since
         since = until
     seconds["train"] += end - since
     return {stage: spent for stage, spent in seconds.items() if spent}

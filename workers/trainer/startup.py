@@ -36,6 +36,7 @@ from onstream.workers.trainer.publication.publisher import (
     student_files,
 )
 from onstream.workers.trainer.recovery import Recovery
+from onstream.workers.trainer.teachers import AbsentTeachers, teacher_choice
 from onstream.workers.trainer.tickets import TicketIssuer, TicketPlanner
 from onstream.workers.trainer.trainer import Trainer, TrainerStage
 from onstream.workers.trainer.training import Training, learner_at
@@ -188,6 +189,7 @@ class _Builder:
             max_steps=self.settings.trainer.max_steps,
             route=self.plan.route,
             requeued=requeued,
+            teacher_of=teacher_choice(self.settings),
         )
 
     def _ticket_issuer(
@@ -205,6 +207,7 @@ class _Builder:
             streams=self.plan.streams,
             max_backlog=max_backlog(self.settings),
             issued=self.found.state.issued if self.found else 0,
+            absent=AbsentTeachers(self.bus.state, self.plan.teachers),
         )
 
     def _metrics(self, step: int) -> MetricsFiles:

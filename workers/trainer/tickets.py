@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
-from onstream.pipeline.records import Ticket
+from onstream.pipeline.records import Ticket, Tombstone
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.redis.lease import Lease
 from onstream.pipeline.telemetry import get_logger
-from onstream.settings.stages import StageName
+from onstream.settings.stages import StageName, StreamName, stage_of, streams_of
 from onstream.workers.trainer.durability.acknowledgements import Acknowledgements
+from onstream.workers.trainer.teachers import AbsentTeachers
 
 log = get_logger()
 
@@ -33,6 +35,8 @@ rollouts; returns how many tickets it issued so."""
 class TicketPlanner:
     """Plans tickets for a run of `max_steps` steps of `batch_size` rollouts.
 
+    `teacher_of` gives the teacher of a problem by its index, where there are several.
+
     Pure: numbers in, tickets out. They come in whole groups of `group_size`. `requeued` gives the
     dead number for each number that is issued in place of one. A group with such a number asks what
     the dead one's group asked.
@@ -45,6 +49,12 @@ class TicketPlanner:
     max_steps: int
     route: tuple[StageName, ...]
     requeued: dict[int, int] = field(default_factory=dict)
+    teacher_of: Callable[[int], str] | None = None
+
+    @property
+    def window(self) -> int:
+        """How many rollouts may be under way."""
+        return (1 + self.max_off_policy_steps) * self.batch_size
 
     def due(self, *, version: int, issued: int, outstanding: int) -> list[Ticket]:
         """The tickets that there is room for after `version` steps, in whole groups.
@@ -70,16 +80,23 @@ class TicketPlanner:
     def ticket(self, number: int, min_policy_version: int) -> Ticket:
         """The ticket of `number`. Its group, problem and seed follow from the number alone."""
         group = (number - 1) // self.group_size
+        problem = self.problem(group)
         return Ticket(
             number=number,
             group=group,
             group_size=self.group_size,
-            index=self.problem(group),
+            index=problem,
             seed=sampling_seed(self.seed, number),
             min_policy_version=min_policy_version,
-            route=list(self.route),
+            route=self._route(problem),
             requeued_from=self.requeued.get(number),
         )
+
+    def _route(self, problem: int) -> list[StreamName]:
+        """The route of rollouts of `problem`, by way of its teacher."""
+        if self.teacher_of is None:
+            return list(self.route)
+        return list(streams_of(self.route, [self.teacher_of(problem)]))
 
     def problem(self, group: int) -> int:
         """The index of the problem that `group` asks: its own, or that of the dead it replaces."""
@@ -106,6 +123,8 @@ class TicketIssuer:
     """Issues the tickets of a run, `issued` of which exist already.
 
     `streams` are the stages that rollouts pass: none is issued before each has been ready once.
+    What is parked for a teacher of `absent` does not count in the window; where it is a window's
+    worth, further problems of that teacher are passed over: their numbers settle as dead at once.
     `waits_for` says what holds up the next ticket, in words; empty where nothing does.
     """
 
@@ -117,11 +136,13 @@ class TicketIssuer:
         acknowledgements: Acknowledgements,
         *,
         issue_requeued: IssueRequeued,
-        streams: Sequence[StageName],
+        streams: Sequence[StreamName],
         max_backlog: int,
         issued: int,
+        absent: AbsentTeachers | None = None,
     ) -> None:
         self._bus = bus
+        self._absent = absent or AbsentTeachers(bus.state, ())
         self._lease = lease
         self.planner = planner
         self._issue_requeued = issue_requeued
@@ -176,7 +197,8 @@ class TicketIssuer:
         """
         if time.monotonic() < self._next_try:
             return
-        tickets = self.planner.due(version=step, issued=self.issued, outstanding=self.outstanding)
+        counted = max(0, self.outstanding - sum(self._absent.parked().values()))
+        tickets = self.planner.due(version=step, issued=self.issued, outstanding=counted)
         if not (tickets or self._lost):
             return
         self.waits_for = ""
@@ -204,10 +226,7 @@ class TicketIssuer:
             self._lost = self._lost[TICKETS_AT_ONCE:]
 
     def _issue_new(self, tickets: Sequence[Ticket]) -> None:
-        group_size = self.planner.group_size
-        at_once = max(1, TICKETS_AT_ONCE // group_size) * group_size
-        for at in range(0, len(tickets), at_once):
-            some = tickets[at : at + at_once]
+        for some in self._parts(tickets):
             if not self._bus.lease.issue(self._lease, self.issued, some, self._max_backlog):
                 reason = "the backlog is at orchestrator.max_backlog"
                 if self._bus.lease.full:
@@ -216,7 +235,25 @@ class TicketIssuer:
                 return
             self.issued += len(some)
 
+    def _parts(self, tickets: Sequence[Ticket]) -> Iterator[Sequence[Ticket | Tombstone]]:
+        """`tickets` as they are issued together: those to write, or those that are passed over."""
+        group_size = self.planner.group_size
+        at_once = max(1, TICKETS_AT_ONCE // group_size) * group_size
+        parked = self._absent.parked().items()
+        full = {stream for stream, count in parked if count >= self.planner.window}
+        for passed, together in groupby(tickets, lambda ticket: not full.isdisjoint(ticket.route)):
+            some = list(together)
+            for at in range(0, len(some), at_once):
+                part = some[at : at + at_once]
+                yield list(map(_passed_over, part)) if passed else part
+
     def _wait_for(self, what: str) -> None:
         """Note what the refused tickets wait for: stages that are not ready, or else `what`."""
         missing = self._bus.lease.missing_stages
         self.waits_for = f"{', '.join(missing)}: not ready yet" if missing else what
+
+
+def _passed_over(ticket: Ticket) -> Tombstone:
+    """What is issued in the place of `ticket`, whose teacher is away."""
+    stream = next(stream for stream in ticket.route if stage_of(stream) == "score")
+    return Tombstone(ticket.number, stream, f"passed over: {stream} is full, and nobody scores it")

@@ -39,6 +39,7 @@ from onstream.workers.trainer.batches.batch_builder import (
     scored_shares,
     unscored_reason,
 )
+from onstream.workers.trainer.batches.teacher_metrics import teacher_metrics
 from onstream.workers.trainer.batches.train_samples import (
     SampleDecoder,
     TrainSample,
@@ -127,6 +128,7 @@ class Training:
         )
         self._most_bad = settings.trainer.max_bad_rollouts
         self._loss = settings.trainer.loss
+        self._several_teachers = bool(settings.teachers)
         self._waiting: deque[TimedRecord] = deque()
         self._images: FeatureCache | None = None
         if learner.vision and images:
@@ -202,6 +204,7 @@ class Training:
             **rollout_metrics(batch, self.step),
             **drop_metrics(self.dropped),
             "scored_by": scored_shares(batch),
+            "teachers": teacher_metrics(batch) if self._several_teachers else None,
             "unscored_reason": unscored_reason(batch),
         }
         self.step += 1

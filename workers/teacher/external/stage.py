@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from onstream.pipeline.http import EndpointReply, RequestRefused, TokenBudget
 from onstream.pipeline.models.tokenizer import has_vision, load_configs
-from onstream.pipeline.records import Sample, StageName
+from onstream.pipeline.records import Sample
 from onstream.pipeline.redis.bus import Bus
 from onstream.pipeline.stage import Delivery, Outcome, Stats
 from onstream.settings.root import Settings
+from onstream.settings.stages import StreamName
 from onstream.workers.teacher.external.client import TeacherClient
 from onstream.workers.teacher.external.endpoint import SECTION
 from onstream.workers.teacher.external.score_cache import ScoreCache
@@ -61,10 +62,12 @@ class ExternalTeacher:
     it waits for.
     """
 
-    name: StageName = "score"
+    name: StreamName = "score"
     holds_entries = False
 
-    def __init__(self, settings: Settings, bus: Bus) -> None:
+    def __init__(self, settings: Settings, bus: Bus, *, name: StreamName = name) -> None:
+        """`name` is the stream that it consumes: `score`, or one of a teacher by name."""
+        self.name = name
         self._settings = settings
         self._bus = bus
         self._pending: dict[bytes, PendingRollout] = {}
@@ -86,7 +89,7 @@ class ExternalTeacher:
         """
         # A run that was scored before waits for its teacher. One that begins is told of a wrong
         # address at once.
-        scored_before = "score" in self._bus.state.ready_stages()
+        scored_before = self.name in self._bus.state.ready_stages()
         self._client = TeacherClient(self._settings, patient=scored_before)
         teacher = self._settings.orchestrator.teacher_model
         assert teacher is not None, "the client has checked it"

@@ -18,7 +18,7 @@ from typing import Literal
 from onstream.pipeline.errors import Exit, UserError
 from onstream.pipeline.records import Rollout, Tombstone
 from onstream.pipeline.run_files.ledger import Fate, Settled
-from onstream.settings.stages import FIRST, STAGE_NAMES, WORK_STAGES
+from onstream.settings.stages import FIRST, STAGE_NAMES, WORK_STAGES, stage_of
 from onstream.workers.trainer.maths.scalars import staleness
 
 DropReason = Literal["stale", "not_verified", "group_dead"]
@@ -311,10 +311,10 @@ def _times(rollouts: Iterable[Rollout]) -> Metrics:
     spent: defaultdict[str, list[float]] = defaultdict(list)
     for rollout in rollouts:
         for timing in rollout.timings:
-            if name := _LATENCIES.get(timing.stage):
+            if name := _LATENCIES.get(stage_of(timing.stage)):
                 spent[name].append(timing.done - timing.taken)
         for earlier, later in pairwise(rollout.timings):
-            if name := _QUEUES.get(later.stage):
+            if name := _QUEUES.get(stage_of(later.stage)):
                 # Clocks of two machines differ: a wait may come out below zero.
                 spent[name].append(max(0.0, later.taken - earlier.done))
     names = (*_LATENCIES.values(), *_QUEUES.values())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from onstream.pipeline.record_codec import logprobs_array, logprobs_bytes
 from onstream.pipeline.records import Rollout, Ticket, Timing
 from onstream.workers.trainer.batches.batch_builder import (
     TrainableUnit,
@@ -15,6 +17,7 @@ from onstream.workers.trainer.batches.batch_builder import (
     scored_shares,
     turns_of,
 )
+from onstream.workers.trainer.batches.teacher_metrics import teacher_metrics
 from tests.workers.trainer.driver import rollout
 
 
@@ -99,6 +102,23 @@ def test_each_teacher_has_its_share_of_what_was_scored() -> None:
     ]
     assert scored_shares([unit(*members[:2]), unit(*members[2:])]) == {"a": 0.75, "b": 0.25}
     assert scored_shares([unit(made(1))]) is None
+
+
+def test_each_teacher_by_name_has_its_share_its_distance_and_its_time() -> None:
+    def scored(number: int, teacher: str, seconds: float, kl: float) -> Rollout:
+        record = made(number, timings=[Timing(f"score:{teacher}", "t", 10, 10 + seconds)])
+        sample = record.samples[0]
+        generator = logprobs_array(sample.generator_logprobs)
+        sample.teacher_logprobs = logprobs_bytes(generator - np.float32(kl))
+        return record
+
+    math = [scored(1, "math", 1, 0.25), scored(2, "math", 2, 0.75)]
+    unscored = made(4)  # its teacher was not asked
+    assert teacher_metrics([unit(*math), unit(scored(3, "code", 4, 0.5), unscored)]) == {
+        "code": {"share": 0.25, "kl": pytest.approx(0.5), "latency_s": 4.0},
+        "math": {"share": 0.5, "kl": pytest.approx(0.55), "latency_s": 1.5},  # of 2 and 3 tokens
+    }
+    assert teacher_metrics([unit(unscored)]) is None
 
 
 def test_lengths_and_truncation() -> None:
