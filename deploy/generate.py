@@ -97,7 +97,7 @@ def stack(compose: str) -> str:
     made = {
         name: _service(name, service)
         for name, service in services.items()
-        if name not in ("prepare", "status")
+        if name not in ("prepare", "status", "metrics")
     }
     whole = {
         "services": made,

@@ -21,7 +21,7 @@ LAYERS: tuple[set[str], ...] = (  # from the bottom up; CONTRIBUTING.md explains
     {"workers.evaluation", "workers.inspection"},
     {"workers.launcher"},
     {"workers.jobs", "workers.replay", "workers.tiny_models"},
-    {"workers.api"},
+    {"workers.api", "workers.monitoring"},
     {"workers.runner"},
     {"workers.commands"},
 )

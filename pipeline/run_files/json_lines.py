@@ -62,6 +62,37 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: {error}") from error
 
 
+class GrowingRows:
+    """A file of JSON lines that somebody else appends to, and cuts back on a resume."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self._last = b""
+        """The last line that was read; it tells a file that was cut and has grown past it since."""
+
+    def read(self) -> tuple[bool, list[dict[str, Any]]]:
+        """Whether all that was read before is void, and the rows that are new.
+
+        A last line that is not whole yet is left for the next call.
+        """
+        if not self._path.exists():
+            return False, []
+        with self._path.open("rb") as file:
+            file.seek(self._offset - len(self._last))
+            void = file.read(len(self._last)) != self._last
+            if void:
+                self._offset = 0
+                self._last = b""
+                file.seek(0)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        lines = [line for line in whole.split(b"\n") if line]
+        if lines:
+            self._offset += len(whole) + len(newline)
+            self._last = lines[-1] + newline
+        return void, [msgspec.json.decode(line, type=dict[str, Any]) for line in lines]
+
+
 def cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
     """Cut `path` before its first line that is torn or that `keep` refuses.
 

@@ -36,6 +36,7 @@ WORKERS = (
     "teacher-external",
     "jobs",
     "status",
+    "metrics",
 )
 KUBERNETES = "1.31"
 
@@ -134,9 +135,10 @@ def test_the_default_services_carry_no_profile_and_may_be_scaled_to_none() -> No
         "environment": ["environment"],
         "teacher-external": ["teacher-external"],
         "status": ["monitoring"],
+        "metrics": ["metrics"],
     }
     scaled = {name: service["scale"] for name, service in SERVICES.items() if "scale" in service}
-    assert set(scaled) == set(WORKERS) - {"trainer", "status"}
+    assert set(scaled) == set(WORKERS) - {"trainer", "status", "metrics"}
     for kind, scale in scaled.items():
         variable = variable_of(f"deployment.workers.{count_name(kind)}")
         assert SERVICES["trainer"]["environment"][variable] == scale, (

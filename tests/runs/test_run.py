@@ -15,7 +15,10 @@ from typing import Any
 
 import pytest
 
+from onstream.settings.load import load_settings
+from onstream.workers.monitoring.exporter import Exporter
 from tests.processes import worker
+from tests.workers.monitoring.scraping import scrape
 
 ROOT = Path(__file__).parents[2]
 STEPS = 30
@@ -86,7 +89,12 @@ def test_the_student_learns_and_nothing_is_lost_though_three_workers_are_killed(
     for step, kind in ((3, "generator"), (6, "verifier"), (9, "teacher")):
         run.wait_for_step(step)
         run.kill(kind)
+    exporter = Exporter(load_settings([run.directory], environ={}), "127.0.0.1", 0)
+    run.wait_for_step(12)
+    live = scrape(exporter.port)
     report = run.report()
+    ended = scrape(exporter.port)
+    exporter.close()
     found = run.audit()
     assert report["steps"] == STEPS
     assert report["eval"]["after"] > report["eval"]["before"] + 0.1
@@ -95,3 +103,15 @@ def test_the_student_learns_and_nothing_is_lost_though_three_workers_are_killed(
     assert found["trained"] == STEPS * 128
     assert found["issued"] == found["trained"] + sum(found["dropped"].values()) + found["in_flight"]
     assert run.output.read_text().count("was killed by SIGKILL") == 3
+    # what Prometheus was told meanwhile, and after the run's Redis had ended with it
+    assert live["onstream_run_phase[running]"] == live["onstream_redis_up"] == 1
+    assert live["onstream_workers[train]"] == 1
+    assert 12 <= live["onstream_step"] < STEPS
+    for stage in ("generate", "verify", "score"):
+        assert live[f"onstream_stage_handling_seconds_count[{stage}]"] >= 12 * 128
+        assert live[f"onstream_backlog_records[{stage}]"] >= 0
+    assert live["onstream_rollouts_issued_total"] > live["onstream_rollouts_trained_total"]
+    assert ended["onstream_run_phase[finished]"] == 1
+    assert ended["onstream_rollouts_trained_total"] == found["trained"]
+    assert ended["onstream_rollouts_dropped_total[stale]"] <= found["dropped"]["stale"]
+    assert ended["onstream_eval_exact_ratio"] == report["eval"]["after"]

@@ -22,6 +22,7 @@ from onstream.workers.commands.fork import fork
 from onstream.workers.commands.health import health
 from onstream.workers.commands.init import init
 from onstream.workers.commands.jobs import jobs
+from onstream.workers.commands.metrics import metrics
 from onstream.workers.commands.models import models
 from onstream.workers.commands.replay import replay
 from onstream.workers.commands.status import status
@@ -55,6 +56,7 @@ for command in (
     health,
     init,
     jobs,
+    metrics,
     models,
     replay,
     status,

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from redis.exceptions import RedisError
 
 from onstream.pipeline.redis.run_end import RunEnd
 from onstream.pipeline.redis.run_state import RunState
+from onstream.pipeline.run_files.json_lines import GrowingRows
 from onstream.workers.inspection.run_snapshot import RunSnapshot, take_snapshot
 from onstream.workers.launcher.metric_rows import waited_for
 from onstream.workers.launcher.polling import PollingThread
@@ -63,8 +63,7 @@ class MetricsTail:
     """The newest rows of a run's `metrics.jsonl`, read as they are appended."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
+        self._file = GrowingRows(path)
         self.rows: deque[dict[str, Any]] = deque(maxlen=RECENT_STEPS)
 
     @property
@@ -102,13 +101,7 @@ class MetricsTail:
 
     def read(self) -> None:
         """Take in what was appended since the last call."""
-        if not self._path.exists():
-            return
-        if self._path.stat().st_size < self._offset:  # a resume has cut it back
-            self._offset = 0
+        void, rows = self._file.read()
+        if void:  # a resume has cut the file back
             self.rows.clear()
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            whole, newline, _ = file.read().rpartition(b"\n")
-        self._offset += len(whole) + len(newline)
-        self.rows.extend(msgspec.json.decode(line) for line in whole.split(b"\n") if line)
+        self.rows.extend(rows)

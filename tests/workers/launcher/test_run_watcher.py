@@ -11,6 +11,7 @@ from typing import Any
 from redis.exceptions import ConnectionError
 
 from onstream.pipeline.redis.bus import Bus
+from onstream.pipeline.run_files.json_lines import GrowingRows
 from onstream.workers.inspection.run_snapshot import waits
 from onstream.workers.launcher.run_watcher import MetricsTail, RunWatcher
 from tests.waiting import LONGEST_S
@@ -70,6 +71,22 @@ def test_a_file_that_a_resume_cut_back_is_read_again(tmp_path: Path) -> None:
     write(path, 1, 2, mode="w")
     tail.read()
     assert [row["step"] for row in tail.rows] == [1, 2]
+
+
+def test_a_file_that_has_grown_again_since_it_was_cut_is_told_from_one_that_only_grew(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = GrowingRows(path)
+    write(path, 1, 2)
+    assert [row["step"] for row in file.read()[1]] == [1, 2]
+    write(path, 3)
+    assert file.read() == (False, [{"step": 3, "time": 106.0, "rollouts": 64, "elapsed_s": 2.0}])
+    write(path, 1, 2, 11, 12, mode="w")
+    void, rows = file.read()
+    assert void
+    assert [row["step"] for row in rows] == [1, 2, 11, 12]
+    assert file.read() == (False, [])
 
 
 def test_the_end_of_a_run_is_known_only_from_what_was_seen_later(bus: Bus) -> None:
