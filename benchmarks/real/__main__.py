@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.real.intervals import interval
+from benchmarks.real.commands import exported, onstream
+from benchmarks.real.intervals import interval, shares
 from benchmarks.real.plain import right_answers
 from benchmarks.real.problems import write_problems
 
@@ -59,7 +59,8 @@ def main() -> None:
     taught = [run(f"smollm2-{seed}", [f"run.seed={seed}", *asked.sets]) for seed in asked.seeds]
     control = run("smollm2-control", [f"run.seed={asked.seeds[0]}", WITHOUT_EXAMPLES, *asked.sets])
     show([*taught, control])
-    plain = right_answers(exported(taught[0].name), HELD_OUT)
+    first = RUNS / taught[0].name
+    plain = right_answers(exported(first, first / "exported"), HELD_OUT)
     print(f"{taught[0].name}, exported, in plain transformers: {plain} of {taught[0].asked} right")
     if control.rises or not all(one.rises for one in taught):
         sys.exit("not shown: a run did not rise clearly, or its control did")
@@ -76,21 +77,6 @@ def run(name: str, given: Sequence[str]) -> Measured:
     return Measured(name, before, after, found["samples"], report["seconds"])
 
 
-def exported(name: str) -> Path:
-    """The newest version of the run `name`, as a model directory."""
-    directory = RUNS / name / "exported"
-    if not directory.exists():
-        onstream("export", str(RUNS / name), "--out", str(directory))
-    return directory
-
-
-def onstream(*arguments: str) -> None:
-    """A command of `onstream`. Raises SystemExit where it fails: it has said why."""
-    done = subprocess.run([sys.executable, "-m", "onstream", *arguments])
-    if done.returncode:
-        sys.exit(done.returncode)
-
-
 def show(runs: Sequence[Measured]) -> None:
     """A row for each run."""
     table = Table("run", "right before", "95 %", "right after", "95 %", "minutes of training")
@@ -102,12 +88,6 @@ def show(runs: Sequence[Measured]) -> None:
             f"{one.seconds / 60:.1f}",
         )
     Console(width=WIDTH).print(table)
-
-
-def shares(right: int, asked: int) -> tuple[str, str]:
-    """A share, and its interval."""
-    low, high = interval(right, asked)
-    return f"{right / asked:.3f}", f"{low:.3f}–{high:.3f}"
 
 
 if __name__ == "__main__":

@@ -19,3 +19,9 @@ def interval(right: int, asked: int) -> tuple[float, float]:
     middle = share + spread / 2
     width = Z * sqrt(share * (1 - share) / asked + spread / (4 * asked))
     return (middle - width) / (1 + spread), (middle + width) / (1 + spread)
+
+
+def shares(right: int, asked: int) -> tuple[str, str]:
+    """A share, and its interval, as a table shows them."""
+    low, high = interval(right, asked)
+    return f"{right / asked:.3f}", f"{low:.3f}–{high:.3f}"

@@ -23,16 +23,16 @@ def right_answers(directory: Path, problems: Path) -> int:
     right = 0
     for start in range(0, len(rows), AT_ONCE):
         asked = rows[start : start + AT_ONCE]
-        answers = _answers(model, tokenizer, [row["prompt"] for row in asked])
+        chats = [[{"role": "user", "content": row["prompt"]}] for row in asked]
         right += sum(
             _value(answer) == row["answer"]["const"]
-            for answer, row in zip(answers, asked, strict=True)
+            for answer, row in zip(greedy_answers(model, tokenizer, chats), asked, strict=True)
         )
     return right
 
 
-def _answers(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+def greedy_answers(model: Any, tokenizer: Any, chats: list[list[dict[str, Any]]]) -> list[str]:
+    """The answers to `chats`, all at once; the tokenizer pads on the left."""
     read = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
