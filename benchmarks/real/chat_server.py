@@ -18,7 +18,7 @@ from onstream.settings.engines import vllm_environment
 
 VLLM = Path(".venv-vllm/bin/python")
 CONTEXT_TOKENS = 512
-START_S = 240.0
+START_S = 900.0  # beside other work it takes minutes
 
 
 @contextmanager
