@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from onstream.pipeline.errors import Exit
 from onstream.settings.engines import IN_PROCESS, teacher_engine
 from onstream.settings.fields import known, known_in, without_login
 from onstream.settings.load import Resolved
@@ -21,35 +22,76 @@ from onstream.settings.sections.client import EndpointSettings
 from onstream.settings.toml import shown, shown_bytes
 
 
-def report(
-    resolved: Resolved,
-    problems_here: Sequence[SettingsProblem],
-    console: Console,
-    *,
-    everything: bool,
-    warnings_here: Iterable[str] = (),
-    memory_here: Mapping[str, str] | None = None,
-    rate_here: str | None = None,
-    cost_here: Mapping[str, str] | None = None,
-) -> Exit:
+@dataclass(frozen=True)
+class Findings:
+    """What is known of the settings on this machine, beyond what they say by themselves.
+
+    `problems` and `warnings` are those that the machine has with them, `memory` is what the trainer
+    takes of its memory, `cost` what the run may cost, and `rate` the words for its learning rate.
+    """
+
+    problems: Sequence[SettingsProblem] = ()
+    warnings: Sequence[str] = ()
+    memory: Mapping[str, str] = field(default_factory=dict)
+    cost: Mapping[str, str] = field(default_factory=dict)
+    rate: str | None = None
+
+
+def report(resolved: Resolved, here: Findings, console: Console, *, everything: bool) -> None:
     """Print all there is to say of `resolved`; with `everything`, settings at their defaults too.
 
-    `problems_here` and `warnings_here` are those that this machine has with the settings,
-    `memory_here` is what its trainer takes of its memory, `rate_here` says its learning rate, and
-    `cost_here` what the run may cost. Returns `Exit.USAGE` where there are problems.
+    `here` is what this machine adds.
     """
-    problems = [*resolved.problems, *problems_here]
     settings = resolved.settings
     if settings is not None:
-        plan = make_plan(settings)
         _print_settings(settings, resolved.origins, console, everything=everything)
-        _print_plan(plan, settings, console, rate_here)
+        _print_plan(_plan_rows(make_plan(settings), settings, here.rate), console)
         _print_records(settings, console)
-        _print_memory(memory_here or {}, console)
-        _print_cost(cost_here or {}, console)
-        _print_warnings([*warnings_of(settings), *warnings_here], console)
-    _print_problems(problems, console)
-    return Exit.USAGE if problems else Exit.OK
+        _print_memory(here.memory, console)
+        _print_cost(here.cost, console)
+        _print_warnings([*warnings_of(settings), *here.warnings], console)
+    _print_problems([*resolved.problems, *here.problems], console)
+
+
+def as_data(resolved: Resolved, here: Findings, *, everything: bool) -> dict[str, Any]:
+    """What `report` prints, as JSON data, with each problem in its parts.
+
+    Of settings that leave nothing usable there are only the problems.
+    """
+    found: dict[str, Any] = {}
+    if (settings := resolved.settings) is not None:
+        sizes = record_sizes(settings)
+        found = {
+            "settings": {
+                name: {"value": value, "origin": origin}
+                for name, value, origin in _values(settings, resolved.origins, everything)
+            },
+            "plan": _plan_rows(make_plan(settings), settings, here.rate),
+            "records": {
+                name: getattr(sizes, name)
+                for name in ("rollout_bytes", "batch_bytes", "window_bytes", "window")
+            },
+            "memory": dict(here.memory),
+            "cost": dict(here.cost),
+            "warnings": [*warnings_of(settings), *here.warnings],
+        }
+    problems = [*resolved.problems, *here.problems]
+    return found | {"problems": [asdict(problem) for problem in problems]}
+
+
+def _values(
+    settings: Settings, origins: Mapping[str, str], everything: bool
+) -> Iterator[tuple[str, Any, str]]:
+    """Name, value and origin of each setting; of those that differ from the defaults only, unless
+    `everything` is wanted.
+    """
+    for name, setting in known_in(settings).items():
+        if setting.types and not setting.applies(settings):
+            continue  # of another type of loss
+        value = setting.value(settings)
+        absent = value is None and name not in origins  # in a section that is not there
+        if everything or (value != setting.default and not absent):
+            yield name, value, origins.get(name, "default")
 
 
 def _print_settings(
@@ -59,22 +101,16 @@ def _print_settings(
         console.print("[bold]Settings[/bold]")
     else:
         console.print("[bold]Settings that differ from the defaults[/bold] (--all shows all)")
-    count = 0
-    for name, setting in known_in(settings).items():
-        if setting.types and not setting.applies(settings):
-            continue  # of another type of loss
-        value = setting.value(settings)
-        absent = value is None and name not in origins  # in a section that is not there
-        if everything or (value != setting.default and not absent):
-            origin = escape(origins.get(name, "default"))
-            value_text = escape(shown(value))
-            _line(console, f"  {escape(name)} = [cyan]{value_text}[/cyan]  [dim]{origin}[/dim]")
-            count += 1
-    if not count:
+    values = list(_values(settings, origins, everything))
+    for name, value, origin in values:
+        value_text = f"[cyan]{escape(shown(value))}[/cyan]"
+        _line(console, f"  {escape(name)} = {value_text}  [dim]{escape(origin)}[/dim]")
+    if not values:
         _line(console, "  none")
 
 
-def _print_plan(plan: Plan, settings: Settings, console: Console, rate: str | None) -> None:
+def _plan_rows(plan: Plan, settings: Settings, rate: str | None) -> dict[str, str]:
+    """What the settings lead to, in words; `rate` are those about the learning rate."""
     streams = [f"{{onstream:{plan.run}}}:stream:{stage}" for stage in plan.streams]
     rows = {
         "run": f"{plan.run} in {settings.run_dir.absolute()}",
@@ -89,6 +125,10 @@ def _print_plan(plan: Plan, settings: Settings, console: Console, rate: str | No
     }
     if rate is not None:
         rows["rate"] = rate
+    return rows
+
+
+def _print_plan(rows: Mapping[str, str], console: Console) -> None:
     console.print("\n[bold]Plan[/bold]")
     for name, value in rows.items():
         _line(console, f"  {name:<8} {escape(value)}")

@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from rich.console import Console
 
 from onstream.settings import devices
-from onstream.settings.check import report
+from onstream.settings.check import Findings, report
 from onstream.settings.load import load_settings, resolve
 from onstream.settings.rules import warnings_of
 from onstream.workers.launcher import preflight, trainer_memory
@@ -81,14 +81,8 @@ def test_a_recipe_checks_clean_for_an_h100_and_says_its_memory_and_cost(
     assert "of its GPU" in memory["together"]
     assert float(cost["a step"].split()[0]) > 0
     out = StringIO()
-    report(
-        resolved,
-        [],
-        Console(file=out, width=200),
-        everything=False,
-        memory_here=memory,
-        cost_here=cost,
-    )
+    here = Findings(memory=memory, cost=cost)
+    report(resolved, here, Console(file=out, width=200), everything=False)
     assert "Time on one H100, completions at their longest" in out.getvalue()
     assert f"a step   {cost['a step']}" in out.getvalue()
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from onstream.pipeline.record_codec import encode, ids_bytes, logprobs_bytes, mask_bytes
 from onstream.pipeline.records import Rollout, Sample, Timing, VersionSpan
-from onstream.settings.check import report
+from onstream.settings.check import Findings, report
 from onstream.settings.load import load_settings, resolve
 from onstream.settings.record_sizes import (
     longest_rollout,
@@ -120,7 +120,7 @@ def test_the_check_says_how_many_of_the_likeliest_tokens_a_record_holds(
 ) -> None:
     printed = io.StringIO()
     console = Console(file=printed, width=200)
-    report(resolve(overrides=overrides, environ={}), [], console, everything=False)
+    report(resolve(overrides=overrides, environ={}), Findings(), console, everything=False)
     assert words in printed.getvalue()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from onstream.settings.check import report
+from onstream.settings.check import Findings, report
 from onstream.settings.fields import without_login
 from onstream.settings.load import load_settings, resolve
 from onstream.settings.problems import SettingsError
@@ -44,7 +44,7 @@ def test_a_login_in_an_address_is_used_and_kept_out_of_check_and_of_the_runs_fil
 
     printed = io.StringIO()
     resolved = resolve(overrides=TEACHER, environ={})
-    report(resolved, [], Console(file=printed, width=200), everything=True)
+    report(resolved, Findings(), Console(file=printed, width=200), everything=True)
     kept = tmp_path / "settings.toml"
     kept.write_text(toml_text(settings))
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from onstream.settings import engines
-from onstream.settings.check import report
+from onstream.settings.check import Findings, report
 from onstream.settings.engines import starts_vllm, teacher_engine, vllm_importable
 from onstream.settings.gpus import gpu_problems, placement
 from onstream.settings.load import load_settings, resolve
@@ -138,7 +138,7 @@ def test_vllm_in_process_that_is_missing_is_refused_and_named_in_the_plan_before
     printed = io.StringIO()
     resolved = resolve(overrides=[*IN_PROCESS, TWO], environ={})
     problems = find_problems(resolved, online=False)
-    report(resolved, problems, Console(file=printed, width=200), everything=False)
+    report(resolved, Findings(problems), Console(file=printed, width=200), everything=False)
     assert "Qwen/Qwen3-0.6B beside the run by vLLM in its workers\n" in printed.getvalue()
     missing = 'teacher_inference.engine = "vllm-in-process", and vLLM is not installed here'
     assert missing in printed.getvalue()
@@ -192,7 +192,7 @@ def test_vllm_that_is_asked_for_and_missing_is_refused_before_anything_starts(
     resolved = resolve(overrides=[*SERVED, TWO], environ={})
     report(
         resolved,
-        find_problems(resolved, online=False),
+        Findings(find_problems(resolved, online=False)),
         Console(file=printed, width=200),
         everything=False,
     )

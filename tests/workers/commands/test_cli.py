@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -105,6 +106,30 @@ def test_check_prints_where_a_value_came_from_and_hides_secrets(tmp_path: Path) 
     assert f"redis.url = ***  {file}" in done.stdout
     assert "hunter2" not in done.stdout + done.stderr
     assert "checkpoint.interval" not in done.stdout
+
+
+def test_check_json_has_settings_plan_and_problems_in_their_parts_and_hides_secrets(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('[redis]\nurl = "redis://:hunter2@host:6379/0"\n')
+    sets = overrides("run.name=mine", "orchestrator.batch_size=-1")
+
+    done = onstream("check", str(file), *sets, "--json")
+
+    assert done.returncode == 2
+    found = json.loads(done.stdout)
+    assert found["settings"] == {
+        "run.name": {"value": "mine", "origin": "--set run.name"},
+        "redis.url": {"value": "***", "origin": str(file)},
+    }
+    assert found["plan"]["route"] == "generate → verify → train"
+    assert found["records"]["window"] > 0
+    [problem] = [each for each in found["problems"] if "orchestrator.batch_size" in each["names"]]
+    assert problem["got"] == "orchestrator.batch_size = -1"
+    assert set(problem) == {"names", "got", "expected", "next_step"}
+    everything = json.loads(onstream("check", "--all", "--json").stdout)
+    assert everything["settings"]["checkpoint.interval"] == {"value": 20, "origin": "default"}
 
 
 def test_check_prints_the_learning_rate_and_why_it_is_that() -> None:
