@@ -103,6 +103,7 @@ bench-peers: .venv/dev .venv-peers/ready ## Onstream beside TRL at three sizes, 
 
 models: .venv/run ## make the shipped teachers and students again
 	@for task in reverse-text colour-words; do $(BIN)/onstream models make $$task --out examples/$$task || exit 1; done
+	@$(BIN)/onstream models make arithmetic --environment calculator --out examples/tool-use
 
 models-table: .venv/dev ## write docs/models.md: what each family of models comes to
 	@$(BIN)/python -m tests.models.table

@@ -121,10 +121,11 @@ class WordArgs(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class ArithmeticArgs(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Sums and differences of two integers from 0 to `max_value`."""
+    """Sums and differences of `terms` integers from 0 to `max_value`."""
 
     max_value: Annotated[int, msgspec.Meta(ge=1, le=10**12)] = 99
     operations: Annotated[tuple[Literal["+", "-"], ...], msgspec.Meta(min_length=1)] = ("+", "-")
+    terms: Annotated[int, msgspec.Meta(ge=2, le=100)] = 2
 
 
 def reverse_text(args: WordArgs) -> Draw:
@@ -151,11 +152,14 @@ def arithmetic(args: ArithmeticArgs) -> Draw:
     """`Compute: 12-34` → `-22`."""
 
     def draw(random: Random) -> tuple[str, dict[str, Any]]:
-        left = random.randint(0, args.max_value)
-        right = random.randint(0, args.max_value)
-        operation = random.choice(args.operations)
-        answer = left + right if operation == "+" else left - right
-        return f"Compute: {left}{operation}{right}", {"answer": str(answer)}
+        answer = random.randint(0, args.max_value)
+        expression = str(answer)
+        for _ in range(args.terms - 1):
+            term = random.randint(0, args.max_value)
+            operation = random.choice(args.operations)
+            answer = answer + term if operation == "+" else answer - term
+            expression += f"{operation}{term}"
+        return f"Compute: {expression}", {"answer": str(answer)}
 
     return draw
 

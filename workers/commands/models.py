@@ -36,18 +36,28 @@ def models() -> None:
     type=click.Choice(["llava", "qwen2.5-vl", "qwen3-vl", "qwen3.5", "gemma3"]),
     help="The architecture, for a task with pictures.",
 )
+@click.option(
+    "--environment",
+    type=click.Choice(["calculator"]),
+    help="Play episodes in it; with the task arithmetic.",
+)
 def make(
-    task: str, out: Path, seed: int, only: Literal["teacher", "student"] | None, family: Any
+    task: str,
+    out: Path,
+    seed: int,
+    only: Literal["teacher", "student"] | None,
+    family: Any,
+    environment: str | None,
 ) -> None:
     """Make a teacher and a weaker student for TASK.
 
-    Both are trained on the right answers of the task.
+    Both are trained on the right answers of the task, or right episodes.
     """
     from onstream.pipeline import telemetry
     from onstream.settings.sections.run import LogSettings
     from onstream.workers.tiny_models.make import make
 
     telemetry.configure("models", "make", task, LogSettings())
-    for made in make(task, out, seed, only, family):
+    for made in make(task, out, seed, only, family, environment):
         result = f"{made.exact:.1%} exact, {made.parameters:,} parameters"
         click.echo(f"{made.directory}: {result}, {made.steps} steps, {made.seconds:.0f} s")

@@ -42,6 +42,29 @@ IMAGES_TEMPLATE = CHAT_TEMPLATE.replace(
 )
 """The same with content in parts, of which some are images."""
 
+TOOL_TOKENS = (
+    "<tool_call>",
+    "</tool_call>",
+    '{"name": "',
+    '", "arguments": {"',
+    '": "',
+    '"}}',
+    "calculate",
+    "expression",
+)
+"""What a call is made of besides its values. Tokenizers of large models have such tokens too."""
+
+TOOLS_TEMPLATE = (
+    "{% for tool in tools or [] %}"
+    "{% set function = tool['function'] %}"
+    "{{ '<|im_start|><|system|>' + function['description'] + '<tool_call>{\"name\": \"' }}"
+    "{{ function['name'] + '\", \"arguments\": {\"' }}"
+    "{{ function['parameters']['properties'] | join('\": \"\", \"') }}"
+    '{{ \'": ""}}</tool_call><|im_end|>\' }}'
+    "{% endfor %}"
+) + CHAT_TEMPLATE
+"""The same behind what each tool does, and an empty call of it."""
+
 RESPONSE_TEMPLATE = {
     "defaults": {"role": "assistant"},
     "start_anchor": f"{START}<|assistant|>",
@@ -53,12 +76,14 @@ It would otherwise look for the markers of the Qwen3 family.
 """
 
 
-def special_tokens(*, images: bool = False) -> list[str]:
-    """The named special tokens, then as many reserved ones as fill the vocabulary."""
+def special_tokens(*, images: bool = False, others: int = 0) -> list[str]:
+    """The named special tokens, then as many reserved ones as fill the vocabulary, where it has
+    `others` besides the characters.
+    """
     named = [PAD, UNKNOWN, START, END, *ROLES]
     if images:
         named += [IMAGE_START, IMAGE, IMAGE_END, VIDEO]
-    reserved = VOCABULARY_SIZE - len(named) - len(characters())
+    reserved = VOCABULARY_SIZE - len(named) - others - len(characters())
     return named + [f"<|reserved_{number}|>" for number in range(reserved)]
 
 
@@ -67,22 +92,26 @@ def characters() -> list[str]:
     return ["\n", " ", *sorted(string.ascii_letters + string.digits + string.punctuation)]
 
 
-def character_tokenizer(*, images: bool = False) -> PreTrainedTokenizerFast:
+def character_tokenizer(*, images: bool = False, tools: bool = False) -> PreTrainedTokenizerFast:
     """The tokenizer: one token a character; EOS is the token that ends a turn.
 
-    With `images` its template shows images. Characters outside printable ASCII become `<|unk|>`.
-    `AutoTokenizer` and vLLM load what it saves.
+    With `images` its template shows images; with `tools` it tells of tools, and what a call is made
+    of are tokens too. Characters outside printable ASCII become `<|unk|>`. `AutoTokenizer` and vLLM
+    load what it saves.
 
     >>> character_tokenizer()("abc").input_ids
     [98, 99, 100]
     """
-    specials = special_tokens(images=images)
-    vocabulary = {token: number for number, token in enumerate([*specials, *characters()])}
+    words = TOOL_TOKENS if tools else ()
+    specials = special_tokens(images=images, others=len(words))
+    tokens = [*specials, *words, *characters()]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
     backend = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN))
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in specials]
     )
+    backend.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=END,
@@ -92,6 +121,10 @@ def character_tokenizer(*, images: bool = False) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
-    tokenizer.chat_template = IMAGES_TEMPLATE if images else CHAT_TEMPLATE
+    tokenizer.chat_template = CHAT_TEMPLATE
+    if images:
+        tokenizer.chat_template = IMAGES_TEMPLATE
+    if tools:
+        tokenizer.chat_template = TOOLS_TEMPLATE
     tokenizer.response_template = RESPONSE_TEMPLATE
     return tokenizer

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+)
 from transformers.utils import logging as transformers_logging
 
 from onstream.workers.tiny_models.character_tokenizer import (
@@ -30,14 +36,20 @@ class ModelShape:
 
 
 def write_fresh(
-    directory: Path, shape: ModelShape, seed: int, *, initializer_range: float = 0.02
+    directory: Path,
+    shape: ModelShape,
+    seed: int,
+    *,
+    initializer_range: float = 0.02,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Path:
-    """Write a float32 model of `shape` with its tokenizer; returns `directory`.
+    """Write a float32 model of `shape` with `tokenizer`, the character tokenizer where there is
+    none; returns `directory`.
 
     The weights are drawn by `seed`.
     """
     transformers_logging.disable_progress_bar()
-    tokenizer = character_tokenizer()
+    tokenizer = tokenizer or character_tokenizer()
     config = Qwen3Config(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=shape.hidden,
@@ -52,15 +64,21 @@ def write_fresh(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return save_fresh(directory, config, seed)
+    return save_fresh(directory, config, seed, tokenizer)
 
 
-def save_fresh(directory: Path, config: PretrainedConfig, seed: int) -> Path:
-    """Write a model of `config` with the character tokenizer; returns `directory`.
+def save_fresh(
+    directory: Path,
+    config: PretrainedConfig,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Path:
+    """Write a model of `config` with `tokenizer`, the character tokenizer where there is none;
+    returns `directory`.
 
     The weights are drawn by `seed`, in the precision that is torch's default.
     """
-    tokenizer = character_tokenizer()
+    tokenizer = tokenizer or character_tokenizer()
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)

@@ -31,6 +31,7 @@ from onstream.settings.sections.losses import SftLoss
 from onstream.settings.sections.trainer import OptimSettings, TrainerSettings
 from onstream.workers.evaluation.greedy import evaluate
 from onstream.workers.tiny_models.character_tokenizer import CONTEXT_TOKENS, character_tokenizer
+from onstream.workers.tiny_models.episodes import RightEpisodes
 from onstream.workers.tiny_models.fresh import write_fresh
 from onstream.workers.tiny_models.recipes import Recipe, Role, recipe_of
 from onstream.workers.tiny_models.vlm_families import VlmFamily, write_fresh_vlm
@@ -50,33 +51,45 @@ class TinyModel:
 
 
 def make(
-    task: str, out: Path, seed: int = 0, only: Role | None = None, family: VlmFamily = "llava"
+    task: str,
+    out: Path,
+    seed: int = 0,
+    only: Role | None = None,
+    family: VlmFamily = "llava",
+    environment: str | None = None,
 ) -> list[TinyModel]:
     """Make `out/teacher` and `out/student`, or `only` one of them, in bfloat16.
 
-    For a task that shows images, the models are vision-language models of `family`.
+    For a task that shows images, the models are vision-language models of `family`. With an
+    `environment` they play whole episodes.
 
     Raises:
-        UserError: the task is unknown or its problems carry no answer to train on; or a model
-            missed its goal.
+        UserError: the task is unknown or its problems carry no answer to train on, nobody knows
+            right episodes of them, or a model missed its goal.
     """
     roles: list[Role] = [only] if only else ["teacher", "student"]
-    return [_TinyModelTraining(task, role, seed, family).run(out / role) for role in roles]
+    recipes = {role: recipe_of(task, role, environment) for role in roles}
+    return [
+        _TinyModelTraining(task, role, recipe, seed, family).run(out / role)
+        for role, recipe in recipes.items()
+    ]
 
 
 class _TinyModelTraining:
     """The making of one model, in rounds of training as its recipe says."""
 
-    def __init__(self, task: str, role: Role, seed: int, family: VlmFamily) -> None:
+    def __init__(self, task: str, role: Role, recipe: Recipe, seed: int, family: VlmFamily) -> None:
         self.role = role
-        self.recipe = recipe_of(task, role)
+        self.recipe = recipe
         self.seed = seed
         self.family = family
         first_problem = load_task(Settings.model_validate({"task": {"name": task}})).train(0)
         self.shows_images = bool(image_urls(first_problem.messages))
-        self.tokenizer = character_tokenizer(images=self.shows_images)
-        self.settings = _settings(task, self.recipe, seed, self.tokenizer)
+        plays = "environment" in recipe.task
+        self.tokenizer = character_tokenizer(images=self.shows_images, tools=plays)
+        self.settings = _settings(task, recipe, seed, self.tokenizer)
         self.task = load_task(self.settings)
+        self.episodes = RightEpisodes(self.settings, self.tokenizer) if plays else None
         self.log = get_logger().bind(task=task, model=role)
         self.steps = 0
 
@@ -134,7 +147,7 @@ class _TinyModelTraining:
     def _fresh(self, directory: Path) -> Path:
         if self.shows_images:
             return write_fresh_vlm(directory, self.family, self.recipe.shape, self.seed)
-        return write_fresh(directory, self.recipe.shape, self.seed)
+        return write_fresh(directory, self.recipe.shape, self.seed, tokenizer=self.tokenizer)
 
     def _round(self, start: Path, lr: float, number: int, scratch: Path) -> float:
         """One round of training from the weights in `start`; returns the last share measured."""
@@ -174,13 +187,16 @@ class _TinyModelTraining:
             samples.append(sample)
             features.update({image.file.digest: image.features for image in images})
         random = np.random.default_rng([self.seed, self.steps])
-        return with_mistakes(samples, self.recipe.mistakes, random), features
+        end = self.tokenizer.eos_token_id
+        return with_mistakes(samples, self.recipe.mistakes, random, end=end), features
 
     def _sample(
         self, index: int, builder: PromptBuilder, tokenizer: Any
     ) -> tuple[TrainSample, tuple[PromptImage, ...]]:
         """The problem `index` with its right answer, and the images that it shows."""
         problem = self.task.train(index)
+        if self.episodes is not None:
+            return self.episodes.sample(problem, index), ()
         messages = self.task.train(index + 1).messages if self.recipe.blind else problem.messages
         text = render_prompt(tokenizer, messages, {})  # by the template of the model's family
         prompt = builder.build(text, messages, builder.images_of(messages))
@@ -206,21 +222,24 @@ class _TinyModelTraining:
 
 
 def with_mistakes(
-    samples: Sequence[TrainSample], mean: float, random: np.random.Generator
+    samples: Sequence[TrainSample], mean: float, random: np.random.Generator, *, end: int
 ) -> list[TrainSample]:
-    """`samples` with some completion tokens replaced by those of other answers.
+    """`samples` with some of the tokens in the loss replaced by those of other answers.
 
-    The replaced tokens are left out of the loss. The last token of a completion stays. The share
-    that is replaced is drawn for each sample, uniformly from 0 to 2 · `mean`.
+    The replaced tokens are left out of the loss. The token `end`, which ends a turn, stays. The
+    share that is replaced is drawn for each sample, uniformly from 0 to 2 · `mean`.
     """
-    answers = np.concatenate([sample.completion_ids[:-1] for sample in samples])
+    replaceable = [(one.loss_mask == 1) & (one.completion_ids != end) for one in samples]
+    answers = np.concatenate(
+        [one.completion_ids[which] for one, which in zip(samples, replaceable, strict=True)]
+    )
     made = []
-    for sample in samples:
+    for sample, may_be_wrong in zip(samples, replaceable, strict=True):
         length = len(sample.completion_ids)
         wrong = random.random(length) < random.uniform(0, 2 * mean)
-        wrong[-1] = False
+        wrong &= may_be_wrong
         read = np.where(wrong, random.choice(answers, length), sample.completion_ids)
-        made.append(replace(sample, completion_ids=read, loss_mask=(~wrong).astype(np.uint8)))
+        made.append(replace(sample, completion_ids=read, loss_mask=sample.loss_mask * ~wrong))
     return made
 
 
@@ -236,13 +255,18 @@ def _trainer_settings(recipe: Recipe, lr: float) -> TrainerSettings:
 
 
 def _settings(task: str, recipe: Recipe, seed: int, tokenizer: PreTrainedTokenizerBase) -> Settings:
-    """Settings of an evaluation, with room for twice the longest answer that training shows."""
+    """Settings of an evaluation, with room for twice the longest answer that training shows, or
+    as much as the recipe says.
+    """
     values: dict[str, Any] = {
         "run": {"seed": seed},
-        "task": {"name": task},
+        "task": {"name": task, **recipe.task},
         "eval": {"samples": recipe.eval_samples},
         "deployment": {"device": "cpu"},
     }
+    if recipe.max_completion is not None:
+        values["inference"] = {"sampling": {"max_completion": recipe.max_completion}}
+        return Settings.model_validate(values)
     problems = load_task(Settings.model_validate(values))
     answers = [_answer(problems.train(index)) for index in range(recipe.eval_samples)]
     longest = max(len(tokenizer(answer).input_ids) for answer in answers)

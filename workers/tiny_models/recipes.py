@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from onstream.pipeline.errors import UserError
 from onstream.workers.tiny_models.fresh import ModelShape
 
 Role = Literal["teacher", "student"]
@@ -25,6 +27,9 @@ class Recipe:
 
     A `blind` model is shown the picture of another problem. It learns what answers look like, but
     not to look at the picture.
+
+    `task` are settings of the task besides its name. `max_completion` bounds what the model writes
+    in an evaluation; None: twice the longest answer.
     """
 
     shape: ModelShape
@@ -41,6 +46,8 @@ class Recipe:
     batch_size: int = 64
     eval_samples: int = 512
     max_rounds: int = 4
+    task: Mapping[str, Any] = field(default_factory=dict)
+    max_completion: int | None = None
 
 
 RECIPES: dict[Role, Recipe] = {
@@ -95,6 +102,38 @@ PICTURES: dict[Role, Recipe] = {
 }
 """For tasks whose problems show pictures."""
 
+_SUMS: dict[str, Any] = {
+    "environment": "calculator",
+    "args": {"terms": 3},
+    "max_turns": 4,
+    "max_episode": 160,
+}
+"""A call for each operation, and the answer."""
+
+CALCULATOR: dict[Role, Recipe] = {
+    "teacher": replace(
+        RECIPES["teacher"],
+        least=0.97,
+        round_steps=600,
+        mistakes=0.1,
+        eval_samples=256,
+        task=_SUMS,
+        max_completion=32,
+    ),
+    # It calls the tool, and copies numbers with mistakes.
+    "student": replace(
+        RECIPES["student"],
+        least=0.12,
+        most=0.36,
+        round_steps=600,
+        fine_eval_interval=4,
+        eval_samples=128,
+        task=_SUMS,
+        max_completion=32,
+    ),
+}
+"""For sums in the environment `calculator`."""
+
 _OF_TASK: dict[tuple[str, Role], dict[str, Any]] = {
     # Without mistakes, a student that stops at the same share then needs more than twice the steps
     # of distillation.
@@ -107,7 +146,19 @@ _OF_TASK: dict[tuple[str, Role], dict[str, Any]] = {
 """What of a task's recipe differs from that of its role."""
 
 
-def recipe_of(task: str, role: Role) -> Recipe:
-    """The recipe of a task's teacher or student."""
+def recipe_of(task: str, role: Role, environment: str | None = None) -> Recipe:
+    """The recipe of a task's teacher or student.
+
+    Raises:
+        UserError: nobody knows how to play the `environment` on this task.
+    """
+    if environment is not None:
+        if (task, environment) != ("arithmetic", "calculator"):
+            raise UserError(
+                f"the environment {environment!r} on the task {task!r}",
+                expected="calculator on arithmetic, of which right episodes are known",
+                next_step="Train a pair on episodes of your own with trainer.loss.type = 'sft'.",
+            )
+        return CALCULATOR[role]
     recipe = (PICTURES if task == "colour-words" else RECIPES)[role]
     return replace(recipe, **_OF_TASK.get((task, role), {}))

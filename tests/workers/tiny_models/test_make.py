@@ -101,7 +101,7 @@ def test_a_jump_past_the_goal_starts_again_at_half_the_learning_rate(
 
 def test_mistakes_replace_letters_that_are_then_not_trained_on_and_never_the_end() -> None:
     samples = [sample([20 + letter] * 9 + [3]) for letter in range(64)]
-    changed = with_mistakes(samples, 0.25, np.random.default_rng(0))
+    changed = with_mistakes(samples, 0.25, np.random.default_rng(0), end=3)
     differs = np.stack(
         [
             new.completion_ids != old.completion_ids
@@ -115,7 +115,7 @@ def test_mistakes_replace_letters_that_are_then_not_trained_on_and_never_the_end
 
 
 def test_without_mistakes_samples_stay_as_they_are() -> None:
-    (same,) = with_mistakes([sample([20, 21, 3])], 0.0, np.random.default_rng(0))
+    (same,) = with_mistakes([sample([20, 21, 3])], 0.0, np.random.default_rng(0), end=3)
     assert same.completion_ids.tolist() == [20, 21, 3] and same.loss_mask.tolist() == [1, 1, 1]
 
 
