@@ -130,6 +130,7 @@ def test_a_recipe_takes_its_first_steps_with_tiny_models(recipe: str, tmp_path: 
         "orchestrator.group_size=4",
         "trainer.max_steps=2",
         "eval.samples=0",
+        "eval.interval=0",
     ]
     if settings.teacher_inference.model.name:
         sets.append(f"teacher_inference.model.name={write_fresh(tmp_path / 'teacher', TINY, 1)}")
