@@ -5,7 +5,7 @@ No label takes values that grow with the run: stages, reasons, phases and teache
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
@@ -17,6 +17,7 @@ from prometheus_client.core import (
     SummaryMetricFamily,
 )
 
+from onstream.settings.stages import teacher_of
 from onstream.workers.inspection.run_phase import Phase
 from onstream.workers.launcher.metric_rows import Row, number
 from onstream.workers.monitoring.step_totals import StepTotals
@@ -95,12 +96,12 @@ def _of_redis(state: Mapping[str, Any]) -> Iterator[Metric]:
     for name, (field, help_text) in OF_WORKERS.items():
         there = Counter(worker["stage"] for worker in state[field])
         yield _by_stage(name, help_text, {stage: there[stage] for stage in stages})
-    if tokens := [
-        worker["numbers"]["tokens"]
-        for worker in state["workers"]
-        if worker["stage"] == "score" and "tokens" in worker["numbers"]
-    ]:
-        yield _gauge("teacher_tokens", "Tokens that external teachers were sent.", sum(tokens))
+    tokens: dict[str, float] = defaultdict(float)
+    for worker in state["workers"]:
+        if teacher_of(worker["stage"]) is not None and "tokens" in worker["numbers"]:
+            tokens[worker["stage"]] += worker["numbers"]["tokens"]
+    if tokens:
+        yield _by_stage("teacher_tokens", "Tokens that external teachers were sent.", tokens)
 
 
 def of_steps(totals: StepTotals) -> Iterator[Metric]:

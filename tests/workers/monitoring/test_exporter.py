@@ -167,6 +167,14 @@ def test_a_redis_that_is_away_leaves_what_the_files_tell(tmp_path: Path) -> None
     assert not [name for name in found if "backlog" in name or "memory" in name]
 
 
+def test_the_tokens_of_a_teacher_by_name_have_its_stage(
+    exporter: Exporter, settings: Settings, bus: Bus
+) -> None:
+    start(bus, settings)
+    bus.state.write_heartbeat("score:math", Stats(numbers={"tokens": 7.0}))
+    assert scrape(exporter.port)["onstream_teacher_tokens[score:math]"] == 7
+
+
 def test_every_metric_is_on_the_page_and_the_page_has_no_others(
     exporter: Exporter, settings: Settings, bus: Bus
 ) -> None:
