@@ -114,8 +114,8 @@ def _plan_rows(plan: Plan, settings: Settings, rate: str | None) -> dict[str, st
     streams = [f"{{onstream:{plan.run}}}:stream:{stage}" for stage in plan.streams]
     rows = {
         "run": f"{plan.run} in {settings.run_dir.absolute()}",
-        "route": " → ".join(plan.streams),
-        "workers": ", ".join(f"{kind} × {count}" for kind, count in plan.workers.items()),
+        "route": plan.path_text,
+        "workers": ", ".join(f"{kind} × {count}" for kind, count in plan.worker_counts.items()),
         "streams": ", ".join(streams),
         "student": f"{plan.student}{_student_servers(plan, settings)}",
         "teacher": "; ".join(_teachers(plan, settings)) or "none",
@@ -182,6 +182,10 @@ def _teachers(plan: Plan, settings: Settings) -> Iterator[str]:
         yield f"{plan.teacher} beside the run{_by_vllm(plan, settings)}"
     if plan.external_teacher is not None and orchestrator.teacher_model is not None:
         yield f"{plan.external_teacher} at {_addresses(orchestrator.teacher_model.client)}"
+    for name, named in settings.teachers.items():
+        external = named.external
+        where = f"at {_addresses(external.client)}" if external else "in its workers"
+        yield f"{name}: {plan.named_teachers[name].model} {where}"
     if plan.rollout_teacher is not None and orchestrator.teacher_rollout_model is not None:
         addresses = _addresses(orchestrator.teacher_rollout_model.client)
         yield f"{plan.rollout_teacher} at {addresses}, which writes what is trained on"

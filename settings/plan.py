@@ -107,6 +107,22 @@ class Plan(msgspec.Struct, frozen=True):
         """The streams of the run's rollouts, in the order of the flow."""
         return streams_of((FIRST, *self.route), self.teachers)
 
+    @property
+    def worker_counts(self) -> dict[str, int]:
+        """How many workers are started here, by what `onstream worker` is told to start one."""
+        counts: list[tuple[str, int]] = [*self.workers.items()]
+        for name, teacher in self.named_teachers.items():
+            counts.append((kind_of_named(teacher.kind, name), teacher.workers))
+        return dict(counts)
+
+    @property
+    def path_text(self) -> str:
+        """The way of the run's rollouts, for people: `score:math or score:code` where teachers have
+        names.
+        """
+        steps = [" or ".join(streams_of([stage], self.teachers)) for stage in (FIRST, *self.route)]
+        return " → ".join(steps)
+
     def encode(self) -> bytes:
         """JSON, as Redis and `plan.json` hold it."""
         return msgspec.json.encode(self)

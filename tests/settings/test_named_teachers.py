@@ -37,6 +37,14 @@ def test_each_teacher_by_name_has_a_stream_and_workers_of_its_own() -> None:
     assert plan.consumers("score:math") == ["teacher --name math"]
     assert plan.consumers("score:code") == ["teacher-external --name code"]
     assert "teacher" not in plan.workers, "the default teacher is configured nowhere"
+    assert plan.path_text == "generate → verify → score:math or score:code → train"
+    assert plan.worker_counts == {
+        "generator": 1,
+        "verifier": 1,
+        "trainer": 1,
+        "teacher --name math": 1,
+        "teacher-external --name code": 1,
+    }
 
 
 def test_the_teacher_of_the_page_is_one_of_them_where_it_is_configured() -> None:

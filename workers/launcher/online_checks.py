@@ -67,6 +67,10 @@ def _asked(settings: Settings, plan: Plan) -> Iterator[Asked]:
     if plan.external_teacher is not None and teacher is not None:
         section = "orchestrator.teacher_model"
         yield Asked(section, teacher.client, teacher.model.name, "")
+    for name, one in settings.teachers.items():
+        if one.external is not None and plan.named_teachers[name].workers:
+            section = f"teachers.{name}.external"
+            yield Asked(section, one.external.client, one.external.model.name, "")
     source = orchestrator.teacher_rollout_model
     if source is not None:
         section = "orchestrator.teacher_rollout_model"

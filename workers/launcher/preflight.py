@@ -237,14 +237,18 @@ def check_unacked_records(subject: Subject) -> None:
 
 
 def check_teacher(subject: Subject) -> None:
-    """Check the files of the teacher beside the run.
+    """Check the files of the teachers beside the run.
 
     Raises:
         UserError: something is missing or unfit.
     """
-    teacher = subject.plan.teacher
-    if teacher is not None and teacher != subject.plan.student:
-        check_model(teacher, "teacher_inference.model.name", ask_hub=subject.ask_hub)
+    models = {"teacher_inference.model.name": subject.plan.teacher}
+    for name, teacher in subject.plan.named_teachers.items():
+        if teacher.workers and teacher.kind == "teacher":
+            models[f"teachers.{name}.local.model.name"] = teacher.model
+    for setting, model in models.items():
+        if model is not None and model != subject.plan.student:
+            check_model(model, setting, ask_hub=subject.ask_hub)
 
 
 def check_task(subject: Subject) -> None:
@@ -356,8 +360,8 @@ CHECKS = (
     ),
     Check(("deployment", "model", "trainer", "inference.sampling"), check_trainer_memory),
     Check(("checkpoint", "model", "trainer.loss", "orchestrator"), check_unacked_records),
-    Check(("deployment", "model", "teacher_inference", "trainer.loss"), check_teacher),
-    Check(("task", "eval", "run"), check_task),
+    Check(("deployment", "model", "teacher_inference", "teachers", "trainer.loss"), check_teacher),
+    Check(("task", "eval", "run", "teachers"), check_task),
     Check(("task", "eval", "run", "model", "teacher_inference"), check_teacher_prompt),
     Check(("task", "eval", "run", "orchestrator.verification"), check_scorer),
     Check(("task", "run", "orchestrator.verification"), check_environment),

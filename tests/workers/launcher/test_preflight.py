@@ -97,6 +97,10 @@ def test_images_to_swap_are_looked_for_before_the_start(tmp_path: Path) -> None:
     [
         (["model.name=./nothing"], "no model directory ./nothing in {cwd};"),
         (
+            ["teachers.math.local.model.name=./sums", "trainer.loss.teacher_tau=1"],
+            "no model directory ./sums in {cwd};",
+        ),
+        (
             ["teacher_inference.model.name=./big", "trainer.loss.teacher_tau=1"],
             "no model directory ./big in {cwd};",
         ),
