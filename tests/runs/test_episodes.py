@@ -54,7 +54,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.rotates("a run of episodes, or of teachers by name", 0, 2)
+@pytest.mark.rotates("a run of episodes, or of teachers by name", 1, 3)
 def test_episodes_outlive_the_workers_that_play_and_write_them(tmp_path: Path) -> None:
     settings = tmp_path / "episodes.toml"
     settings.write_text(SETTINGS)

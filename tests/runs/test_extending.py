@@ -31,7 +31,6 @@ PORT = "8123"  # on the page; the test takes a free one
 BLOCK = re.compile(r"(?:^`([\w./-]+)`:\n\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-
 @dataclass
 class Section:
     """One example: its files by name, its changes to files of ours, and its commands."""

@@ -58,7 +58,7 @@ def worker_of(teacher: str, run_dir: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(LONGEST_S)
-@pytest.mark.rotates("a run of episodes, or of teachers by name", 1, 2)
+@pytest.mark.rotates("a run of episodes, or of teachers by name", 2, 3)
 def test_each_row_is_scored_by_the_teacher_that_it_names_though_one_is_killed(
     tmp_path: Path,
 ) -> None:
