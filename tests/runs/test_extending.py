@@ -20,8 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.redis_servers import free_port
 
 ROOT = Path(__file__).parents[2]

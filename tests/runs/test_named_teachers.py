@@ -1,4 +1,4 @@
-"""`onstream up` with two teachers by name: each scores its own rows, one of them killed on the way."""
+"""`onstream up` with two teachers by name: each scores its own rows, and one is killed."""
 
 from __future__ import annotations
 
