@@ -56,7 +56,7 @@ test-runs: .venv/dev ## whole runs of `onstream up`: kills, more steps, other di
 	@$(IN_PARALLEL) tests/runs tests/recipes tests/gpu
 
 test-modes: .venv/dev .venv-vllm/ready ## whole runs of the modes that docs/modes.md describes, and one whose processes are killed, on this machine's CPU
-	@$(BIN)/python -m pytest tests/modes tests/chaos
+	@$(BIN)/python -m pytest -n 2 tests/modes tests/chaos
 
 test-models: .venv/dev ## every family of language models that transformers has, tiny: exact, or refused
 	@$(BIN)/python -m pytest tests/models
