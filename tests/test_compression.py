@@ -18,7 +18,7 @@ from benchmarks.real import compression
 from benchmarks.real.compression_curves import curve_of
 from benchmarks.real.half import kept_layers, make_half
 from benchmarks.real.measure import Measured, outside_text, perplexity, reverse_kl
-from benchmarks.real.problems import write_problems
+from benchmarks.real.problems import HELD_OUT, TRAINED, write_problems, write_varied_problems
 from onstream.pipeline.tasks import Problem
 from onstream.settings.load import load_settings, resolve
 from onstream.settings.rules import warnings_of
@@ -88,13 +88,32 @@ def test_the_settings_check_clean(
     assert warnings_of(resolved.settings) == []
 
 
-def test_all_parts_have_the_task_and_the_examples_of_make_real(
+def test_the_held_out_problems_and_the_examples_are_those_of_make_real(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(ROOT)
     files = ("examples/smollm2/onstream.toml", compression.HARD, compression.ON_POLICY)
     real, hard, on_policy = (load_settings([file], environ={}).task for file in files)
-    assert real == hard == on_policy
+    assert real.eval_path == hard.eval_path
+    assert real.teacher_prompt == hard.teacher_prompt
+    assert hard == on_policy
+
+
+def test_the_student_is_taught_with_many_names_and_with_none_that_is_held_out(
+    tmp_path: Path,
+) -> None:
+    varied, held_out = tmp_path / "varied.jsonl", tmp_path / "held_out.jsonl"
+    write_problems(tmp_path / "trained.jsonl", held_out)
+    write_varied_problems(varied)
+    trained, asked = (
+        [json.loads(line)["answer"]["const"] for line in file.read_text().splitlines()]
+        for file in (varied, held_out)
+    )
+    assert (len(trained), len(asked)) == (TRAINED, HELD_OUT)
+    for key in ("name", "city"):
+        known = {row[key] for row in trained}
+        assert len(known) > 1000
+        assert known.isdisjoint(row[key] for row in asked)
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +143,8 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("ONSTREAM_TASK__EVAL_PATH", str(problems[1]))
     for double in (onstream, exported, measure, chat_server):
         monkeypatch.setattr(compression, double.__name__, double)
-    monkeypatch.setattr(compression, "write_problems", lambda *files: None)
+    for writer in ("write_problems", "write_varied_problems"):
+        monkeypatch.setattr(compression, writer, lambda *files: None)
     monkeypatch.setattr(compression, "make_half", lambda whole, half: half.mkdir())
     for name in ("HALF", "TAUGHT", "RUNS"):
         monkeypatch.setattr(compression, name, tmp_path / name.lower())

@@ -25,7 +25,7 @@ from benchmarks.real.compression_curves import draw
 from benchmarks.real.half import make_half
 from benchmarks.real.intervals import shares
 from benchmarks.real.measure import Measured, measure
-from benchmarks.real.problems import write_problems
+from benchmarks.real.problems import write_problems, write_varied_problems
 from onstream.pipeline.tasks import Problem, load_task
 from onstream.settings.load import load_settings
 
@@ -56,6 +56,7 @@ def main() -> None:
     )
     given = options.parse_args().sets
     write_problems(PROBLEMS / "problems.jsonl", PROBLEMS / "held_out.jsonl")
+    write_varied_problems(EXAMPLE / "problems.jsonl")
     if not HALF.exists():
         make_half(TEACHER, HALF)
     if not TAUGHT.exists():

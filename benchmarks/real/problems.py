@@ -2,7 +2,9 @@
 
     python -m benchmarks.real.problems FILE.jsonl HELD_OUT.jsonl
 
-No name and no city of a held-out problem occurs in the others.
+No name and no city of a held-out problem occurs in the others. A model that has lost half of its
+layers learns twenty names by heart instead of copying them from the sentence, so it is taught
+with names and cities that are made up.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -39,6 +42,11 @@ SENTENCES = (
 ASKED = "{sentence}\nWrite this as JSON with the keys name, age and city."
 TRAINED_NAMES = 20
 TRAINED_CITIES = 16
+MADE_UP = 1500
+"""Names, and as many cities."""
+BEGINNINGS = "B Br Ch D F G Gr H K L M N P R S St T Tr V Z"
+MIDDLES = "al an ar el en er il in ol on or ul"
+ENDINGS = "a da do ek ia io is ka la mo na o ra ro ta us"
 TRAINED = 4096
 HELD_OUT = 256
 
@@ -50,6 +58,22 @@ def write_problems(trained: Path, held_out: Path) -> None:
     _write(trained, rows)
     rows = _different(HELD_OUT, names[TRAINED_NAMES:], cities[TRAINED_CITIES:], Random(1))
     _write(held_out, rows)
+
+
+def write_varied_problems(trained: Path) -> None:
+    """Write as many problems to train on, with many names and cities, the same ones each time."""
+    random = Random(2)
+    made_up = _made_up(2 * MADE_UP, random)
+    rows = _different(TRAINED, made_up[:MADE_UP], made_up[MADE_UP:], random)
+    _write(trained, rows)
+
+
+def _made_up(count: int, random: Random) -> list[str]:
+    """`count` different words that read like names, such as Branda; none of them is held out."""
+    parts = BEGINNINGS.split(), MIDDLES.split(), ENDINGS.split()
+    words = ["".join(chosen) for chosen in product(*parts)]
+    known = {*NAMES.split(), *CITIES.split()}
+    return random.sample([word for word in words if word not in known], count)
 
 
 def _write(file: Path, rows: Iterator[dict[str, Any]]) -> None:
