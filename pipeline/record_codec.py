@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
-from itertools import combinations
 from typing import Any, Final
 
 import msgspec
@@ -34,7 +32,7 @@ from onstream.pipeline.records import (
     Work,
 )
 from onstream.settings.decoding import UNDECODABLE
-from onstream.settings.stages import STAGE_NAMES, TEACHER_NAME, stage_of, teacher_of
+from onstream.settings.stages import STAGE_NAMES, is_route, is_stream
 
 GREATEST_LOGPROB: Final = 2.0**-9
 """In nats. No logprob is above 0, but for the rounding of the program that computed it."""
@@ -51,11 +49,6 @@ rounded to bfloat16 are up to 0.01 off.
 LEAST_TEMPERATURE: Final = 1e-3
 """Of a temperature that is not 0."""
 
-_ROUTES: Final = frozenset(
-    (*stages, STAGE_NAMES[-1])
-    for count in range(len(STAGE_NAMES))
-    for stages in combinations(STAGE_NAMES[:-1], count)
-)
 _LOGPROBS: Final = np.dtype("<f4")
 _IDS: Final = np.dtype("<i4")
 _IDS_UNSIGNED: Final = np.dtype("<u4")  # an id below 0 is one of 2³¹ or more so
@@ -264,7 +257,7 @@ def check_route(route: Sequence[str]) -> None:
 
     For `score` it may name the stream of one teacher.
     """
-    if tuple(route) not in _ROUTES and not _is_route(tuple(route)):
+    if not is_route(tuple(route)):
         raise FieldError(
             f"the route is {' → '.join(route)}; "
             f"expected stages in the order of the flow, with {STAGE_NAMES[-1]!r} as the last"
@@ -279,22 +272,8 @@ def check_timings(timings: Sequence[Timing]) -> None:
 
 def check_stream(name: str) -> None:
     """Raise FieldError where no stream can have `name`."""
-    if name not in STAGE_NAMES and not _is_teachers(name):
+    if not is_stream(name):
         raise FieldError(f"a stage {name!r}; expected one of {', '.join(STAGE_NAMES)}")
-
-
-@lru_cache(maxsize=1024)
-def _is_route(route: tuple[str, ...]) -> bool:
-    """Whether `route` is one that names a teacher."""
-    others = (name in STAGE_NAMES or _is_teachers(name) for name in route)
-    return all(others) and tuple(map(stage_of, route)) in _ROUTES
-
-
-@lru_cache(maxsize=1024)
-def _is_teachers(stream: str) -> bool:
-    """Whether `stream` has the name of one of a teacher's own."""
-    teacher = teacher_of(stream)
-    return teacher is not None and stream != "score" and bool(re.fullmatch(TEACHER_NAME, teacher))
 
 
 def check_temperature(temperature: float) -> None:

@@ -8,8 +8,11 @@ deployment files follow.
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, cast
 
 StageName = Literal["generate", "act", "verify", "score", "train"]
@@ -242,6 +245,32 @@ def streams_of(route: Iterable[str], teachers: Sequence[str]) -> tuple[str, ...]
     scoring = tuple(map(score_stream, teachers)) or ("score",)
     each = (scoring if stage == "score" else (stage,) for stage in route)
     return tuple(stream for streams in each for stream in streams)
+
+
+@lru_cache(maxsize=1024)
+def is_stream(name: str) -> bool:
+    """Whether a stream can have `name`.
+
+    >>> is_stream("train"), is_stream("score:math"), is_stream("score:"), is_stream("math")
+    (True, True, False, False)
+    """
+    stage, _, teacher = name.partition(":")
+    named = stage == "score" and re.fullmatch(TEACHER_NAME, teacher) is not None
+    return name in STAGE_NAMES or named
+
+
+@lru_cache(maxsize=1024)
+def is_route(route: tuple[str, ...]) -> bool:
+    """Whether `route` ends at the trainer, and names each stage once, in the order of the flow.
+
+    For `score` it may name the stream of one teacher.
+
+    >>> is_route(("verify", "score:math", "train")), is_route(("train", "verify"))
+    (True, False)
+    """
+    places = [STAGE_NAMES.index(stage_of(name)) for name in route if is_stream(name)]
+    rising = all(before < after for before, after in itertools.pairwise(places))
+    return len(places) == len(route) and rising and route[-1:] == (STAGE_NAMES[-1],)
 
 
 def takes_tickets(route: Sequence[str]) -> StageName:

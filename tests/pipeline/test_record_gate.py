@@ -86,6 +86,10 @@ REFUSED = {
         of_rollout(timings=[Timing("generate", "g", 1.0, math.inf)]),
         "timings: Expected `float` <=",
     ),
+    "a route by a teacher without a name": (
+        of_rollout(route=["score:", "train"]),
+        "the route is score: → train; expected",
+    ),
     "a route that ends early": (of_rollout(route=["verify"]), "the route is verify; expected"),
     "no route": (of_rollout(route=[]), "route: Expected `array` of length >= 1"),
     "a route backwards": (of_rollout(route=["score", "verify", "train"]), "in the order of the"),
