@@ -25,11 +25,11 @@ from transformers import AutoConfig
 
 from benchmarks.peers.pairs import EXAMPLE
 from benchmarks.peers.sizes import SIZES, Size
+from onstream.workers.generator.engines.transformers.decoder_choice import ENOUGH_ON_CPU
 
 MADE_PAIR = Path("runs/peers/pair")
 EXAMPLE_TOKENS = (27, 8)
 """Mean tokens of a prompt and of a completion at size a."""
-DECODED_AT_ONCE = 64
 ROWS = 1024
 REPEATS = 5
 DTYPES = (torch.float32, torch.bfloat16)
@@ -121,7 +121,7 @@ def tokens_of(size: Size) -> Tokens:
     return Tokens(
         prompts=size.prompts_a_step * prompt,
         completions=size.batch * completion,
-        at_once=max(DECODED_AT_ONCE, size.batch),
+        at_once=max(ENOUGH_ON_CPU, size.batch),
         rollouts=size.batch,
     )
 
